@@ -1,0 +1,352 @@
+"""The decoder-only language model: embed -> layers -> exits -> logits, read top-down.
+
+Parameters have one canonical form, one sub-tree per layer (`layers_0`, `layers_1`, ...). Decoding
+runs that form unrolled, because a loop over stacked weights copies each layer before using it.
+Training may use the stacked form (`stack_layers`), which the same methods run with `lax.scan`.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config import ModelConfig
+from elastic_lm.nn.attention import KeyValues
+from elastic_lm.nn.block import Block, Tap, make_norm
+from elastic_lm.nn.exits import Exit, VocabHead
+from elastic_lm.nn.linear import linear
+from elastic_lm.nn.partition import partitioned
+
+Params = dict[str, Any]
+Rows = tuple[jax.Array, jax.Array]  # new keys and values of one layer, [B, K, T, H] each
+
+
+@flax.struct.dataclass
+class Output:
+    """Logits of one forward pass.
+
+    Attributes:
+      logits: [B, T, V] float32 of the full model.
+      exit_logits: one [B, T, V] float32 array per exit, in order of depth.
+    """
+
+    logits: jax.Array
+    exit_logits: tuple[jax.Array, ...]
+
+
+class Embedding(nn.Module):
+    """Owns a lookup table [rows, D]."""
+
+    rows: int
+    width: int
+    axes: tuple[str | None, str | None]
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = partitioned(nn.initializers.normal(0.02), self.axes)
+        return self.param("table", init, (self.rows, self.width), self.param_dtype)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer with early exits.
+
+    Attributes:
+      config: architecture and exits; static.
+      remat: recompute each layer in the backward pass instead of storing its activations; static.
+    """
+
+    config: ModelConfig
+    remat: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = Embedding(c.vocab_size, c.d_model, ("vocab", "embed"), c.param_dtype, name="embed")
+        if c.position == "learned":
+            self.positions = Embedding(c.max_len, c.d_model, (None, "embed"), c.param_dtype, name="positions")
+        self.layers = [Block(c, name=f"layers_{i}") for i in range(c.n_layers)]
+        self.exits = [Exit(c, e, name=e.name) for e in c.exits]
+        self.final_norm = make_norm(c, "final_norm")
+        if not c.tied:
+            self.head = VocabHead(c, name="head")
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> Output:
+        """Logits of the full model and of every exit.
+
+        Args:
+          tokens_BT: int32 token ids.
+          positions_BT: int32 positions; None = 0 .. T-1.
+          segments_BT: int32 document ids of a packed batch; None = one document per row.
+        """
+        depths = (*(e.layer for e in self.config.exits), self.config.n_layers)
+        taps = self.taps(tokens_BT, depths, positions_BT, segments_BT)
+        exit_logits = tuple(
+            self.exit_logits(i, self.exit_features(i, taps[e.layer], positions_BT, segments_BT))
+            for i, e in enumerate(self.config.exits)
+        )
+        hidden = taps[self.config.n_layers].hidden
+        return Output(self.final_logits(self.final_features(hidden)), exit_logits)
+
+    def taps(
+        self,
+        tokens_BT: jax.Array,
+        depths: Sequence[int],
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> dict[int, Tap]:
+        """Runs up to the deepest of `depths` and returns what each of these layers offers its exit.
+
+        Args:
+          tokens_BT: int32 token ids.
+          depths: layer counts (1 .. n_layers), static; nothing above the deepest is computed.
+          positions_BT: int32 positions; None = 0 .. T-1.
+          segments_BT: int32 document ids of a packed batch; None = one document per row.
+
+        Returns:
+          {depth: Tap}.
+        """
+        positions_BT = default_positions(tokens_BT, positions_BT)
+        hidden = self.embed(tokens_BT, positions_BT)
+        taps: dict[int, Tap] = {}
+        start = 0
+        for depth in sorted(set(depths)):
+            taps[depth], _ = self.run_layers(hidden, positions_BT, start, depth, segments_BT=segments_BT)
+            hidden, start = taps[depth].hidden, depth
+        return taps
+
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Token embeddings [B, T, D], scaled, with learned positions where the model has them."""
+        c = self.config
+        hidden = self.embedding()[tokens_BT].astype(c.dtype)
+        if c.embed_scale != 1.0:
+            hidden = hidden * jnp.asarray(c.embed_scale, c.dtype)
+        if c.position == "learned":
+            hidden = hidden + self.positions()[positions_BT].astype(c.dtype)
+        return hidden
+
+    def run_layers(
+        self,
+        hidden_BTD: jax.Array,
+        positions_BT: jax.Array,
+        start: int,
+        stop: int,
+        *,
+        segments_BT: jax.Array | None = None,
+        past: Sequence[KeyValues] | None = None,
+    ) -> tuple[Tap, list[Rows]]:
+        """Runs layers start .. stop-1 (static).
+
+        Args:
+          hidden_BTD: state that enters layer `start`.
+          positions_BT: int32 positions.
+          start: first layer, counted from 0.
+          stop: one past the last layer; stop > start.
+          segments_BT: document ids, or None.
+          past: cached keys and values, one entry per layer that is run, or None.
+
+        Returns:
+          (Tap of the last layer, new key and value rows per layer; with stacked parameters, which
+          serve training only, no rows).
+        """
+        if "layers" in self.variables.get("params", {}):
+            return self._scan_layers(hidden_BTD, positions_BT, start, stop, segments_BT), []
+        block = nn.remat(Block.__call__) if self.remat else Block.__call__
+        rows = []
+        tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD)
+        for i in range(start, stop):
+            tap, new = block(
+                self.layers[i],
+                tap.hidden,
+                positions_BT,
+                window=self.config.window(i),
+                segments_BT=segments_BT,
+                past=past[i - start] if past else None,
+            )
+            rows.append(new)
+        return tap, rows
+
+    def _scan_layers(
+        self,
+        hidden_BTD: jax.Array,
+        positions_BT: jax.Array,
+        start: int,
+        stop: int,
+        segments_BT: jax.Array | None,
+    ) -> Tap:
+        """`run_layers` over stacked parameters; the last layer stands apart because it has a Tap."""
+        stacked = self.variables["params"]["layers"]
+        windows = jnp.asarray([self.config.window(i) for i in range(start, stop)], jnp.int32)
+        block = Block(self.config, parent=None)
+
+        def layer(hidden: jax.Array, params: Params, window: int | jax.Array) -> Tap:
+            tap, _ = block.apply(
+                {"params": params}, hidden, positions_BT, window=window, segments_BT=segments_BT
+            )
+            return tap
+
+        run = jax.checkpoint(layer) if self.remat else layer
+        windowed = bool(self.config.windows)
+
+        def step(hidden: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+            return run(hidden, xs[0], xs[1] if windowed else 0).hidden, None
+
+        inner = jax.tree.map(lambda p: p[start : stop - 1], stacked)
+        if stop - 1 > start:
+            hidden_BTD, _ = jax.lax.scan(step, hidden_BTD, (inner, windows[:-1]))
+        last = jax.tree.map(lambda p: p[stop - 1], stacked)
+        return run(hidden_BTD, last, windows[-1] if windowed else 0)
+
+    def exit_features(
+        self,
+        index: int,
+        tap: Tap,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Features [B, T, D] of exit `index` (static) for its vocabulary head, without a cache."""
+        positions_BT = default_positions(tap.hidden, positions_BT)
+        hidden, _ = self.exit_state(index, tap, positions_BT, segments_BT=segments_BT)
+        return self.exit_head_input(index, hidden, tap)
+
+    def exit_state(
+        self,
+        index: int,
+        tap: Tap,
+        positions_BT: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        past: KeyValues | None = None,
+    ) -> tuple[jax.Array, Rows | None]:
+        """State of exit `index` and, for `block` exits, its new key and value rows."""
+        return self.exits[index].state(tap, positions_BT, segments_BT=segments_BT, past=past)
+
+    def exit_head_input(self, index: int, hidden_BTD: jax.Array, tap: Tap) -> jax.Array:
+        """Features [B, T, D] of exit `index` from its state and the tap of its layer."""
+        layer = self.config.exits[index].layer - 1
+        stacked = self.variables.get("params", {}).get("layers")
+        if stacked is None:
+            return self.exits[index].features(hidden_BTD, tap, self.layers[layer].add_mlp)
+        params = jax.tree.map(lambda p: p[layer], stacked)
+        block = Block(self.config, parent=None)
+
+        def add_mlp(residual: jax.Array, mlp: jax.Array) -> jax.Array:
+            joined = block.apply({"params": params}, residual, mlp, method="add_mlp")
+            return jnp.asarray(joined)
+
+        return self.exits[index].features(hidden_BTD, tap, add_mlp)
+
+    def final_features(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Features [B, T, D] of the full model from the last layer's output."""
+        return self.final_norm(hidden_BTD)
+
+    def final_kernel(self) -> jax.Array:
+        """Vocabulary head [V, D] of the full model."""
+        return self.embedding() if self.config.tied else self.head()
+
+    def exit_kernel(self, index: int) -> jax.Array:
+        """Vocabulary head [V, D] that exit `index` reads."""
+        return self.final_kernel() if self.config.exits[index].tied else self.exits[index].head()
+
+    def final_logits(self, features_BTD: jax.Array) -> jax.Array:
+        """[B, T, V] float32 logits of the full model."""
+        return vocab_logits(self.config, features_BTD, self.final_kernel())
+
+    def exit_logits(self, index: int, features_BTD: jax.Array) -> jax.Array:
+        """[B, T, V] float32 logits of exit `index`, divided by its temperature."""
+        temperature = self.config.exits[index].temperature
+        return vocab_logits(self.config, features_BTD, self.exit_kernel(index), temperature)
+
+
+def default_positions(like_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
+    """`positions_BT`, or 0 .. T-1 for every row."""
+    if positions_BT is not None:
+        return positions_BT
+    b, t = like_BT.shape[:2]
+    return jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+
+
+def vocab_logits(
+    config: ModelConfig, features: jax.Array, kernel_VD: jax.Array, temperature: float = 1.0
+) -> jax.Array:
+    """Float32 logits [..., V] = softcap(features kernel^T) / temperature."""
+    logits = linear(features, kernel_VD).astype(jnp.float32)
+    if config.final_softcap:
+        logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+LAYER = re.compile(r"layers_(\d+)")
+
+
+def stack_layers(params: Params) -> Params:
+    """Puts the per-layer sub-trees into one `layers` tree with a leading layer dimension.
+
+    Args:
+      params: canonical parameters (`layers_0`, `layers_1`, ...).
+
+    Returns:
+      The same parameters with `layers` of shape [L, ...], the form that training scans over.
+    """
+    count = sum(bool(LAYER.fullmatch(name)) for name in params)
+    layers = [params[f"layers_{i}"] for i in range(count)]
+    rest = {name: tree for name, tree in params.items() if not LAYER.fullmatch(name)}
+    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def unstack_layers(params: Params) -> Params:
+    """Inverse of `stack_layers`."""
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    rest = {name: tree for name, tree in params.items() if name != "layers"}
+    layers = {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(count)}
+    return {**rest, **layers}
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes, dtypes and logical axis names of the canonical parameters, without memory.
+
+    Returns:
+      A tree of `flax.linen.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    variables = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
+    return variables["params"]
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Draws canonical parameters: kernels and tables N(0, 0.02), outputs / sqrt(2L), norms the identity.
+
+    Args:
+      config: architecture; static.
+      key: typed PRNG key. Every tensor's draw depends on the key and the tensor's path alone.
+
+    Returns:
+      Canonical parameters, unboxed.
+    """
+    shapes = nn.unbox(abstract_params(config))
+    paths = jax.tree_util.tree_leaves_with_path(shapes)
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        return [_draw(config, key, i, [k.key for k in path], leaf) for i, (path, leaf) in enumerate(paths)]
+
+    return jax.tree.unflatten(jax.tree.structure(shapes), jax.jit(draw)(key))
+
+
+def _draw(
+    config: ModelConfig, key: jax.Array, index: int, path: list[str], leaf: jax.ShapeDtypeStruct
+) -> jax.Array:
+    if path[-1] == "scale":
+        return jnp.full(leaf.shape, 1.0 - config.norm_offset, leaf.dtype)
+    if path[-1] == "bias":
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    deviation = 0.02 / (2 * config.n_layers) ** 0.5 if path[-2] in ("out", "down") else 0.02
+    noise = jax.random.normal(jax.random.fold_in(key, index), leaf.shape)
+    return (deviation * noise).astype(leaf.dtype)

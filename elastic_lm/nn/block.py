@@ -1,0 +1,79 @@
+"""One transformer layer: attention and MLP around the residual stream."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+
+from elastic_lm.config import ModelConfig
+from elastic_lm.nn.attention import Attention, KeyValues
+from elastic_lm.nn.mlp import MLP
+from elastic_lm.nn.norm import Norm
+
+
+@flax.struct.dataclass
+class Tap:
+    """What a layer offers to an exit that sits after it.
+
+    Attributes:
+      hidden: [B, T, D] output of the layer, h_l.
+      residual: [B, T, D] what the layer's MLP output is added to, a_l.
+      mlp_input: [B, T, D] normalised input of the layer's MLP.
+    """
+
+    hidden: jax.Array
+    residual: jax.Array
+    mlp_input: jax.Array
+
+
+def make_norm(c: ModelConfig, name: str) -> Norm:
+    """A normalisation of the model's kind."""
+    return Norm(c.norm, c.norm_eps, c.norm_offset, c.param_dtype, name=name)
+
+
+class Block(nn.Module):
+    """a = x + attn(norm(x)); y = a + mlp(norm(a)); or both from x (parallel residual)."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.attn_norm = make_norm(c, "attn_norm")
+        self.attn = Attention(c, name="attn")
+        self.mlp_norm = make_norm(c, "mlp_norm")
+        self.mlp = MLP(c, name="mlp")
+        if c.sandwich_norm:
+            self.post_attn_norm = make_norm(c, "post_attn_norm")
+            self.post_mlp_norm = make_norm(c, "post_mlp_norm")
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        *,
+        window: int | jax.Array = 0,
+        segments_BT: jax.Array | None = None,
+        past: KeyValues | None = None,
+    ) -> tuple[Tap, tuple[jax.Array, jax.Array]]:
+        """Runs the layer; arguments and the second result as in `Attention`.
+
+        Returns:
+          (Tap with the layer's output and what exits need, new key and value rows).
+        """
+        attended, rows = self.attn(
+            self.attn_norm(x_BTD), positions_BT, window=window, segments_BT=segments_BT, past=past
+        )
+        if self.config.sandwich_norm:
+            attended = self.post_attn_norm(attended)
+        residual = x_BTD + attended
+        mlp_input = self.mlp_norm(x_BTD if self.config.parallel_residual else residual)
+        hidden = self.add_mlp(residual, self.mlp(mlp_input))
+        return Tap(hidden, residual, mlp_input), rows
+
+    def add_mlp(self, residual_BTD: jax.Array, mlp_BTD: jax.Array) -> jax.Array:
+        """Adds an MLP's output to the residual stream the way this layer does.
+
+        An `mlp` exit joins its own branch through here, beside the layer's own MLP.
+        """
+        if self.config.sandwich_norm:
+            mlp_BTD = self.post_mlp_norm(mlp_BTD)
+        return residual_BTD + mlp_BTD

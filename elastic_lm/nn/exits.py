@@ -1,0 +1,82 @@
+"""Exit heads: from the state after layer l to features for a vocabulary head (EE-Tuning, sec. 2.1)."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from elastic_lm.config import ExitConfig, ModelConfig
+from elastic_lm.nn.attention import KeyValues
+from elastic_lm.nn.block import Block, Tap, make_norm
+from elastic_lm.nn.mlp import MLP
+from elastic_lm.nn.partition import partitioned
+
+
+class VocabHead(nn.Module):
+    """Owns the [V, D] kernel of a vocabulary projection; `linear(features, kernel)` gives logits."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        c = self.config
+        init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
+        return self.param("kernel", init, (c.vocab_size, c.d_model), c.param_dtype)
+
+
+class Exit(nn.Module):
+    """One early exit after layer l, in the four kinds of EE-Tuning.
+
+    - embedding: features = h_l
+    - norm:      features = Norm(h_l)
+    - mlp:       features = Norm(a_l + MLP_exit(N2(a_l))), a second MLP beside the layer's own
+    - block:     features = Norm(Block_exit(h_l)), with its own keys and values
+    """
+
+    config: ModelConfig
+    exit: ExitConfig
+
+    def setup(self) -> None:
+        if self.exit.kind == "mlp":
+            self.mlp = MLP(self.config, name="mlp")
+        if self.exit.kind == "block":
+            self.block = Block(self.config, name="block")
+        if self.exit.kind != "embedding":
+            self.norm = make_norm(self.config, "norm")
+        if not self.exit.tied:
+            self.head = VocabHead(self.config, name="head")
+
+    def state(
+        self,
+        tap: Tap,
+        positions_BT: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        past: KeyValues | None = None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Runs an exit's own block, where it has one.
+
+        Returns:
+          (h [B, T, D] that leaves the block or the layer, new key and value rows or None).
+        """
+        if self.exit.kind != "block":
+            return tap.hidden, None
+        tap, rows = self.block(tap.hidden, positions_BT, segments_BT=segments_BT, past=past)
+        return tap.hidden, rows
+
+    def features(
+        self,
+        hidden_BTD: jax.Array,
+        tap: Tap,
+        add_mlp: Callable[[jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        """Features [B, T, D] for the vocabulary head.
+
+        Args:
+          hidden_BTD: first result of `state`.
+          tap: what layer l offers.
+          add_mlp: `Block.add_mlp` of layer l.
+        """
+        if self.exit.kind == "mlp":
+            hidden_BTD = add_mlp(tap.residual, self.mlp(tap.mlp_input))
+        return hidden_BTD if self.exit.kind == "embedding" else self.norm(hidden_BTD)

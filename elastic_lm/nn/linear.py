@@ -1,0 +1,60 @@
+"""Linear maps with kernels stored as (output dims..., input), the order of Hugging Face checkpoints."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.nn.partition import partitioned
+
+# With at most this many tokens a product reads the kernel once and is bound by memory. XLA's CPU
+# backend then runs kernel @ x^T at up to twice the bandwidth of x @ kernel^T.
+FEW_TOKENS = 16
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Applies y = x W^T + b over the last dimension of `x`.
+
+    Args:
+      x: [..., I] activations.
+      kernel: [O..., I] weights with any number of output dimensions.
+      bias: [O...] or None.
+
+    Returns:
+      [..., O...] in the dtype of `x`.
+    """
+    kernel = kernel.astype(x.dtype)
+    tokens = math.prod(x.shape[:-1])
+    if tokens <= FEW_TOKENS:
+        y = jax.lax.dot_general(kernel, x.reshape(tokens, -1), (((kernel.ndim - 1,), (1,)), ((), ())))
+        y = jnp.moveaxis(y, -1, 0).reshape(*x.shape[:-1], *kernel.shape[:-1])
+    else:
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (kernel.ndim - 1,)), ((), ())))
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """Owns the kernel [*features, input] and optional bias [*features] of a `linear` map.
+
+    Attributes:
+      features: output dimensions.
+      axes: logical names of (*features, input), mapped to mesh axes by `sharding.Rules`.
+      use_bias: whether a bias is added.
+      param_dtype: dtype of the parameters.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    use_bias: bool = False
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = partitioned(nn.initializers.normal(0.02), self.axes)
+        kernel = self.param("kernel", init, (*self.features, x.shape[-1]), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            zeros = partitioned(nn.initializers.zeros, self.axes[:-1])
+            bias = self.param("bias", zeros, self.features, self.param_dtype)
+        return linear(x, kernel, bias)

@@ -1,0 +1,17 @@
+"""Initialisers that carry logical axis names."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+
+Initializer = Callable[..., jax.Array]
+
+
+def partitioned(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Initializer:
+    """Tags what `init` draws with logical axis names, mapped to mesh axes by `sharding.Rules`.
+
+    Linen unboxes the tag when a parameter is read, so the parameter is used as a plain array.
+    """
+    return cast(Initializer, nn.with_logical_partitioning(init, axes))
