@@ -1,0 +1,123 @@
+"""What every training method shares: the batch it reads, its interface, and chunked cross-entropy."""
+
+import functools
+from typing import Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config import ModelConfig
+from elastic_lm.models.decoder import Params, vocab_logits
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Batch:
+    """A packed batch of next-token prediction.
+
+    Attributes:
+      tokens: [B, T] int32 inputs.
+      targets: [B, T] int32, the token that follows each input.
+      weights: [B, T] float32, how much each target counts (0 = padding or prompt).
+      positions: [B, T] int32 position of each token in its document.
+      segments: [B, T] int32 document id of each token; 0 = padding.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+
+
+class Method(Protocol):
+    """A training method: which parameters train, and the loss."""
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Splits parameters into (trainable, frozen), two trees with disjoint top-level keys."""
+        ...
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Scalar float32 loss to minimise and scalar metrics; pure and traced."""
+        ...
+
+
+@flax.struct.dataclass
+class TokenSums:
+    """Weighted sums over the tokens of a batch.
+
+    Attributes:
+      loss: sum of weight * token_weight * cross-entropy, in nats.
+      cross_entropy: sum of weight * cross-entropy, in nats.
+      correct: sum of weight where the arg max is the target.
+      weight: sum of weights.
+    """
+
+    loss: jax.Array
+    cross_entropy: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+
+
+def chunked_cross_entropy(
+    config: ModelConfig,
+    features_BTD: jax.Array,
+    kernel_VD: jax.Array,
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+    confidence_weighted: bool = False,
+    chunk: int = 256,
+) -> TokenSums:
+    """Next-token cross-entropy that never holds more than `chunk` columns of logits.
+
+    Logits are recomputed in the backward pass, so memory is B * chunk * V whatever T and the number
+    of exits are. Chunks run along T, so a batch sharded over rows stays sharded.
+
+    Args:
+      config: static; its final softcap is applied.
+      features_BTD: input of the vocabulary head.
+      kernel_VD: vocabulary head.
+      batch: targets and weights.
+      temperature: logits are divided by it; static.
+      confidence_weighted: multiply each token's loss by the detached max probability (EE-Tuning's
+        dynamic token weighting, not renormalised); static.
+      chunk: columns of T per chunk; static.
+
+    Returns:
+      TokenSums of float32 scalars.
+    """
+    b, t, d = features_BTD.shape
+    chunk = min(chunk, t)
+    padding = -t % chunk
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    def one(xs: tuple[jax.Array, jax.Array, jax.Array]) -> TokenSums:
+        features, targets, weights = xs
+        logits = vocab_logits(config, features, kernel_VD, temperature)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        entropy = (normaliser - target) * weights
+        top = jnp.max(logits, axis=-1)
+        confidence = jnp.exp(jax.lax.stop_gradient(top - normaliser)) if confidence_weighted else 1.0
+        return TokenSums(
+            jnp.sum(entropy * confidence),
+            jax.lax.stop_gradient(jnp.sum(entropy)),
+            jnp.sum(weights * (target >= top)),
+            jnp.sum(weights),
+        )
+
+    xs = (chunks(features_BTD), chunks(batch.targets), chunks(batch.weights))
+    zero = TokenSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+    if padding == 0 and chunk == t:
+        return one(jax.tree.map(lambda x: x[0], xs))
+    total, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, one(x)), None), zero, xs)
+    return total

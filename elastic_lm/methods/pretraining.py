@@ -1,0 +1,39 @@
+"""Plain next-token training of all parameters.
+
+L = (1/N) sum_t CE(logits_t, x_{t+1}),  N = number of counted tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config import ModelConfig
+from elastic_lm.methods.losses import Batch, Metrics, chunked_cross_entropy
+from elastic_lm.models.decoder import Decoder, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """Trains every parameter of a decoder without exits (a `losses.Method`)."""
+
+    config: ModelConfig  # the model; static
+    remat: bool = False  # recompute layers in the backward pass
+    chunk: int = 256  # columns of logits alive at once
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Everything trains."""
+        return params, {}
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Mean cross-entropy in nats per counted token."""
+        model, variables = Decoder(self.config, self.remat), {"params": {**trainable, **frozen}}
+        depth = self.config.n_layers
+        taps = model.apply(variables, batch.tokens, (depth,), batch.positions, batch.segments, method="taps")
+        features = model.apply(variables, taps[depth].hidden, method="final_features")
+        kernel = model.apply(variables, method="final_kernel")
+        sums = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
+        count = jnp.maximum(sums.weight, 1.0)
+        return sums.loss / count, {"loss": sums.loss / count, "accuracy": sums.correct / count}
