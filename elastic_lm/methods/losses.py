@@ -91,7 +91,7 @@ def chunked_cross_entropy(
     Returns:
       TokenSums of float32 scalars.
     """
-    b, t, d = features_BTD.shape
+    b, t = features_BTD.shape[:2]
     chunk = min(chunk, t)
     padding = -t % chunk
 

@@ -29,11 +29,10 @@ class Pretraining:
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """Mean cross-entropy in nats per counted token."""
-        model, variables = Decoder(self.config, self.remat), {"params": {**trainable, **frozen}}
+        decoder = Decoder(self.config, self.remat).bind({"params": {**trainable, **frozen}})
         depth = self.config.n_layers
-        taps = model.apply(variables, batch.tokens, (depth,), batch.positions, batch.segments, method="taps")
-        features = model.apply(variables, taps[depth].hidden, method="final_features")
-        kernel = model.apply(variables, method="final_kernel")
+        hidden = decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)[depth].hidden
+        features, kernel = decoder.final_features(hidden), decoder.final_kernel()
         sums = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
         count = jnp.maximum(sums.weight, 1.0)
         return sums.loss / count, {"loss": sums.loss / count, "accuracy": sums.correct / count}
