@@ -1,0 +1,64 @@
+"""Pretrained language models whose compute is a dial, in JAX.
+
+    import elastic_lm as el
+    model, params = el.load("path/or/hf-dir")
+
+Every name below is imported when it is first used, so `import elastic_lm` is instant.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elastic_lm import calibrate, checkpoint, data, evaluate, hf, methods, sharding, testing, train
+    from elastic_lm.calibrate.thresholds import ConfidenceExit
+    from elastic_lm.config import ExitConfig, ModelConfig, RopeConfig
+    from elastic_lm.data.tokenizer import Tokenizer
+    from elastic_lm.decode.sampler import Sampler
+    from elastic_lm.loading import load
+    from elastic_lm.models.decoder import Decoder
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfidenceExit",
+    "Decoder",
+    "ExitConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "Sampler",
+    "Tokenizer",
+    "calibrate",
+    "checkpoint",
+    "data",
+    "evaluate",
+    "hf",
+    "load",
+    "methods",
+    "sharding",
+    "testing",
+    "train",
+]
+
+_HOMES = {
+    "ConfidenceExit": "calibrate.thresholds",
+    "Decoder": "models.decoder",
+    "ExitConfig": "config",
+    "ModelConfig": "config",
+    "RopeConfig": "config",
+    "Sampler": "decode.sampler",
+    "Tokenizer": "data.tokenizer",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"elastic_lm.{_HOMES[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"elastic_lm.{name}")
+    raise AttributeError(f"module 'elastic_lm' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
