@@ -1,0 +1,71 @@
+"""What a measurement ran on: hardware, versions, and the memory bandwidth one matvec reaches."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.bench.timing import time_once
+
+PACKAGES = ("elastic-lm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, usable cores, memory in GiB and jax devices."""
+    devices = jax.devices()
+    return {
+        "platform": platform.platform(),
+        "processor": _cpu_name(),
+        "cores": usable_cores(),
+        "memory_gib": _memory_gib(),
+        "backend": devices[0].platform,
+        "devices": [d.device_kind for d in devices],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that matter to speed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def matvec_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+    """Bytes per second that one large float32 matrix-vector product reads, best of `repeats`.
+
+    Args:
+      megabytes: size of the matrix; well above any cache.
+      repeats: timed products after one to warm up.
+    """
+    columns = 4096
+    matrix = jnp.ones((megabytes * 2**20 // (4 * columns), columns), jnp.float32)
+    vector = jnp.ones((columns,), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(matrix, vector).block_until_ready()
+    return matrix.nbytes / min(time_once(lambda: product(matrix, vector)) for _ in range(repeats))
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)

@@ -1,0 +1,91 @@
+"""Rows of a benchmark, the choice of benchmarks, and the file they are written to."""
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import elastic_lm.bench
+from elastic_lm.bench.machine import hardware, versions
+
+PLUMBING = ("machine", "report", "timing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured number beside what it should be.
+
+    Attributes:
+      name: `<benchmark>/<what>`.
+      measured: our number, in the unit that the benchmark's documentation gives.
+      ideal: what the bytes or FLOPs predict, or the competitor's number.
+      ratio: measured / ideal where larger is better, so 1 is as good as the ideal or the competitor.
+    """
+
+    name: str
+    measured: float
+    ideal: float
+    ratio: float
+
+    @classmethod
+    def of(cls, name: str, measured: float, ideal: float) -> "Row":
+        """A row whose ratio is measured / ideal."""
+        return cls(name, measured, ideal, measured / ideal)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every benchmark is told."""
+
+    tiny: bool = False  # a model that only checks that the benchmark runs
+    rounds: int = 5  # timed rounds per side
+    seed: int = 0  # of weights and prompts
+
+
+def names() -> list[str]:
+    """Benchmarks that exist."""
+    modules = [module.name for module in pkgutil.iter_modules(elastic_lm.bench.__path__)]
+    return [name for name in modules if name not in PLUMBING]
+
+
+def run(name: str, options: Options) -> dict[str, Any]:
+    """Runs one benchmark.
+
+    Args:
+      name: one of `names()`.
+      options: size, rounds and seed.
+
+    Returns:
+      {"rows": [{"name", "measured", "ideal", "ratio"}], "hardware", "versions"}.
+
+    Raises:
+      ValueError: no such benchmark.
+    """
+    if name not in names():
+        raise ValueError(f"benchmark {name!r} does not exist: choose from {', '.join(names())}")
+    rows: list[Row] = importlib.import_module(f"elastic_lm.bench.{name}").rows(options)
+    return {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "hardware": hardware(),
+        "versions": versions(),
+        "options": dataclasses.asdict(options),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows of `run` as aligned text."""
+    lines = [("name", "measured", "ideal", "ratio")]
+    lines += [
+        (row["name"], f"{row['measured']:.4g}", f"{row['ideal']:.4g}", f"{row['ratio']:.3f}")
+        for row in result["rows"]
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def save(result: dict[str, Any], path: str | Path) -> None:
+    """Writes the result of `run` as JSON."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=2) + "\n")

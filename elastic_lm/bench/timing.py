@@ -1,0 +1,51 @@
+"""Fair timing: every side once per round, in alternating order, in one process; medians decide."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+ROUNDS = 5
+
+
+def time_once(run: Callable[[], Any]) -> float:
+    """Seconds of one call, until every array that it returns is computed."""
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds per call of several functions that are compared with each other.
+
+    A machine slows down and speeds up while it measures; sides that take turns share its moods, and
+    odd rounds run backwards so that no side always follows the same neighbour. Each side runs once
+    before, untimed, to compile and to warm its caches.
+
+    Args:
+      sides: name -> function; what it returns may be jax arrays still being computed.
+      rounds: timed calls per side.
+
+    Returns:
+      {name: [seconds of each round]}.
+
+    Raises:
+      ValueError: rounds is below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: must be at least 1")
+    for run in sides.values():
+        time_once(run)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds):
+        order = list(sides) if i % 2 == 0 else list(reversed(sides))
+        for name in order:
+            seconds[name].append(time_once(sides[name]))
+    return seconds
+
+
+def medians(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds per call of each side, interleaved (see `interleave`)."""
+    return {name: statistics.median(seconds) for name, seconds in interleave(sides, rounds).items()}

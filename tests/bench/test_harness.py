@@ -1,0 +1,54 @@
+"""Sides take turns, medians decide, and the report has the promised shape."""
+
+import json
+import pathlib
+import sys
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from elastic_lm.bench import machine, report, timing
+
+
+def test_interleave_alternates_after_one_warm_up() -> None:
+    calls: list[str] = []
+    sides = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = timing.interleave(sides, rounds=3)
+    assert calls == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert {name: len(x) for name, x in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_medians_wait_for_devices() -> None:
+    x = jnp.ones((256, 256))
+    times = timing.medians({"nothing": lambda: None, "matmul": lambda: [x @ x for _ in range(20)]}, rounds=3)
+    assert times["matmul"] > times["nothing"]
+
+
+def test_rounds_are_checked() -> None:
+    with pytest.raises(ValueError, match="rounds=0"):
+        timing.interleave({}, rounds=0)
+
+
+def test_bandwidth_is_plausible() -> None:
+    assert 1e7 < machine.matvec_bandwidth(megabytes=8, repeats=2) < 1e13
+
+
+def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    fake = types.ModuleType("elastic_lm.bench.fake")
+    fake.__dict__["rows"] = lambda options: [report.Row.of("fake/one", 3.0, 4.0)]
+    monkeypatch.setitem(sys.modules, "elastic_lm.bench.fake", fake)
+    monkeypatch.setattr(report, "names", lambda: ["fake"])
+    result = report.run("fake", report.Options(tiny=True))
+    report.save(result, tmp_path / "deep" / "out.json")
+    saved = json.loads((tmp_path / "deep" / "out.json").read_text())
+    assert saved["rows"] == [{"name": "fake/one", "measured": 3.0, "ideal": 4.0, "ratio": 0.75}]
+    assert {"hardware", "versions"} <= set(saved)
+    assert saved["versions"]["jax"]
+    assert saved["hardware"]["cores"] >= 1
+    assert "fake/one" in report.table(result)
+
+
+def test_unknown_benchmark() -> None:
+    with pytest.raises(ValueError, match="benchmark 'nope' does not exist"):
+        report.run("nope", report.Options())
