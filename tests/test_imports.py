@@ -39,7 +39,8 @@ EVERYTHING = set(ARROWS) - {"testing", "__init__"}
 ARROWS["bench"] = EVERYTHING
 ARROWS["quickstart"] = EVERYTHING
 ARROWS["commands"] = EVERYTHING | {"bench", "quickstart"}
-ARROWS["cli"] = {"commands"}
+ARROWS["flags"] = set()
+ARROWS["cli"] = {"flags", "commands"}
 ARROWS["__main__"] = {"cli"}
 
 

@@ -1,0 +1,255 @@
+"""What can be typed after `elastic-lm`, and the help that teaches it."""
+
+import argparse
+import difflib
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+DESCRIPTION = """\
+Pretrained language models whose compute is a dial.
+
+  elastic-lm quickstart                 the whole story on a small model that comes with the package
+  elastic-lm COMMAND --help             what a command does, with examples
+
+A typical session on a model of your own:
+
+  elastic-lm train --config configs/ee_tuning.py --config.train.init_from=hf-dir --workdir runs/exits
+  elastic-lm calibrate --model runs/exits/model --data held_out.txt --target 0.99 --out thresholds.json
+  elastic-lm generate --model runs/exits/model --thresholds thresholds.json --prompt "Once upon"
+"""
+
+EPILOG = "ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from."
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and suggest the closest option."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        shape = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110)
+        super().__init__(formatter_class=shape, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Reports arguments that no option takes, with the closest known option."""
+        known = [name for action in self._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        self.error(f"unknown argument {unknown[0]}{hint}")
+
+
+def build_parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The top parser and the parser of every command."""
+    parser = Parser(prog="elastic-lm", description=DESCRIPTION, epilog=EPILOG)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    commands: dict[str, Parser] = {}
+    for add in (_quickstart, _convert, _export, _train, _calibrate, _generate, _evaluate, _bench):
+        name = add.__name__.lstrip("_")
+        description = inspect.cleandoc(add.__doc__ or "")
+        command = choices.add_parser(name, help=description.splitlines()[0], description=description)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        add(command)
+        commands[name] = command
+    return parser, commands
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
+    return value
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    return tuple(_fraction(part) for part in text.split(","))
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers like 3,6,9") from None
+
+
+def _model(parser: Parser) -> None:
+    text = "Hugging Face folder or elastic checkpoint (default: the embedded model)"
+    parser.add_argument("--model", metavar="DIR", help=text)
+
+
+def _data(parser: Parser, purpose: str) -> None:
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help=f"{purpose}: text files, folders or .jsonl with a `text` field (default: Python's own library)",
+    )
+
+
+def _quickstart(parser: Parser) -> None:
+    """Main job end to end: exits attached, tuned, calibrated, and measured against full depth.
+
+    elastic-lm quickstart                              a few minutes on two CPU cores
+    elastic-lm quickstart --hf-dir my-model --data book.txt
+    elastic-lm quickstart --from-scratch               pretrains the small model first
+
+    Writes report.json, curve.png, text.html, the elastic checkpoint and thresholds files to --out.
+    """
+    add = parser.add_argument
+    add("--out", default="runs/quickstart", metavar="DIR", help="results go here (default: %(default)s)")
+    add("--hf-dir", metavar="DIR", help="your own Hugging Face checkpoint instead of the embedded model")
+    _data(parser, "your own text")
+    add("--from-scratch", action="store_true", help="pretrain the small model instead of loading it")
+    add("--pretrain-steps", type=int, default=300, metavar="N", help="with --from-scratch (default: 300)")
+    add("--exits", type=_layers, metavar="L,L", help="layers with an exit (default: 1/4, 1/2, 3/4 of them)")
+    add("--kind", default="norm", help="exit kind: embedding, norm, mlp or block (default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="EE-tuning steps (default: 60)")
+    add("--targets", type=_fractions, metavar="A,A", help="agreements (default: 0.9,0.95,0.98,0.99,0.995)")
+    add("--metric", default="max_prob", help="confidence: max_prob, margin, entropy (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of exits, shuffles and sampling (default: 0)")
+    add(
+        "--tiny",
+        action="store_true",
+        help="under a minute: checks that everything works, numbers mean little",
+    )
+    _colour(parser)
+
+
+def _convert(parser: Parser) -> None:
+    """Hugging Face folder -> elastic checkpoint, tensor by tensor.
+
+    elastic-lm convert --from hf-dir --to ckpt
+    elastic-lm convert --from hf-dir --to ckpt --dtype bfloat16
+    """
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="HF_DIR", help="config.json, *.safetensors"
+    )
+    parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="new checkpoint folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+
+
+def _export(parser: Parser) -> None:
+    """Elastic checkpoint -> Hugging Face folder that `transformers` and vLLM load.
+
+    elastic-lm export --from runs/exits/model --to hf-dir
+
+    Exits have no place in a Hugging Face model of these families: the full model is written.
+    """
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="elastic checkpoint")
+    parser.add_argument("--to", dest="target", required=True, metavar="HF_DIR", help="new folder")
+
+
+def _train(parser: Parser) -> None:
+    """Pretrains a model or tunes exits, as a config says; run it again to resume.
+
+    elastic-lm train --config configs/ee_tuning.py --workdir runs/exits
+    elastic-lm train --config configs/embedded.py:tiny --workdir runs/tiny --config.train.lr=3e-4
+
+    `--config path:argument` hands the argument to the file's get_config; every key of the config can be
+    overridden with --config.section.key=value. Unknown keys are refused with a suggestion. The workdir
+    holds checkpoints, metrics.jsonl and, at the end, model/.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="a file with get_config")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints and metrics go here")
+
+
+def _calibrate(parser: Parser) -> None:
+    """Finds the exits' thresholds for a target agreement with the full model, on held-out text.
+
+    elastic-lm calibrate --model runs/exits/model --data held_out.txt --target 0.99 --out thresholds.json
+
+    The file records model, data, metric, target and the measured curve. Use text that was not trained on.
+    """
+    _model(parser)
+    _data(parser, "held-out text")
+    add = parser.add_argument
+    add(
+        "--target",
+        type=_fraction,
+        default=0.99,
+        help="share of tokens equal to the full model's (default: 0.99)",
+    )
+    add("--metric", default="max_prob", help="max_prob, margin or entropy (default: %(default)s)")
+    add("--tokens", type=int, default=20_000, metavar="N", help="held-out tokens to read (default: 20000)")
+    add("--seq-len", type=int, default=256, metavar="T", help="tokens per row (default: 256)")
+    add("--out", default="thresholds.json", metavar="FILE", help="default: %(default)s")
+
+
+def _generate(parser: Parser) -> None:
+    """Continues prompts; every token reports the depth that it needed.
+
+    elastic-lm generate --prompt "def main():" --max-new-tokens 100 --stream
+    elastic-lm generate --model ckpt --thresholds thresholds.json --prompts-file in.jsonl --json out.jsonl
+    elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --temperature 0.8
+
+    A prompts file has one prompt per line, or JSON lines with a `prompt` field; its prompts run as one batch.
+    Without --thresholds every token uses the full depth.
+    """
+    _model(parser)
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    add("--prompts-file", metavar="FILE", help="one prompt per line, or .jsonl")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
+    add("--thresholds", metavar="FILE", help="from `calibrate` or `quickstart`")
+    add("--threshold", type=float, metavar="C", help="one confidence for every exit instead (0 exits always)")
+    add(
+        "--metric",
+        default="max_prob",
+        help="with --threshold: max_prob, margin, entropy (default: %(default)s)",
+    )
+    add("--temperature", type=float, default=0.0, help="0 = always the likeliest token (default)")
+    add("--top-k", type=int, default=0, metavar="K", help="0 = all (default)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="1 = all (default)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="relative to the likeliest; 0 = none (default)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 = none (default)")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be given several times")
+    add(
+        "--window",
+        type=int,
+        default=4,
+        metavar="W",
+        help="tokens that may wait for their deep layers (default: 4)",
+    )
+    add("--fire-share", type=float, default=0.0, metavar="S", help="0 = latency, 1 = throughput (default: 0)")
+    add("--stream", action="store_true", help="print while generating (one prompt)")
+    add("--json", metavar="FILE", help="JSON lines: prompt, text, tokens, exit_layers, stats; - = stdout")
+    _colour(parser)
+
+
+def _evaluate(parser: Parser) -> None:
+    """Perplexity of the full model and of every exit; with thresholds, agreement and mean depth.
+
+    elastic-lm evaluate --model runs/exits/model --data test.txt
+    elastic-lm evaluate --model runs/exits/model --thresholds thresholds.json --json result.json
+    """
+    _model(parser)
+    _data(parser, "test text")
+    add = parser.add_argument
+    add("--thresholds", metavar="FILE", help="also measure this exit policy")
+    add("--tokens", type=int, default=20_000, metavar="N", help="tokens to read (default: 20000)")
+    add("--seq-len", type=int, default=256, metavar="T", help="tokens per row (default: 256)")
+    add("--json", metavar="FILE", help="write the numbers here too; - = stdout only")
+
+
+def _bench(parser: Parser) -> None:
+    """Measures speed against what the hardware or a competitor allows.
+
+    elastic-lm bench decode --json decode.json
+
+    Sides of a comparison take turns in one process and medians are reported.
+    """
+    add = parser.add_argument
+    add("name", metavar="NAME", help="a benchmark, e.g. decode")
+    add("--json", metavar="FILE", help="write rows, hardware and versions here")
+    add("--tiny", action="store_true", help="a model that only checks that the benchmark runs")
+    add("--rounds", type=int, default=5, metavar="N", help="timed rounds per side (default: 5)")
+    add("--seed", type=int, default=0, help="of weights and prompts (default: 0)")
+
+
+def _colour(parser: Parser) -> None:
+    choices = ("auto", "always", "never")
+    parser.add_argument("--color", choices=choices, default="auto", help="text coloured by exit depth")
