@@ -1,0 +1,63 @@
+"""Key/value caches that are read by conditional branches and written outside them.
+
+A layer's cache holds valid rows for positions below the layer's progress `done`; whatever lies at or
+above `done` is stale, hidden from every query, and overwritten before it counts. Writes therefore
+need no masks: a tick writes its block of rows at `done`, valid or not. Branches only read caches and
+return rows, so the compiler never copies a cache through a conditional.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config import ModelConfig
+from elastic_lm.nn.attention import NEVER, KeyValues
+
+LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, K, S, H] each
+
+
+def past(cache: LayerCache, done_B: jax.Array) -> KeyValues:
+    """What queries of a tick may see of `cache`: positions below `done_B` ([B] int32)."""
+    b, _, s, _ = cache[0].shape
+    index = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
+    return KeyValues(cache[0], cache[1], jnp.where(index < done_B[:, None], index, NEVER))
+
+
+def write(cache: LayerCache, rows: LayerCache, start_B: jax.Array) -> LayerCache:
+    """Writes `rows` ([B, K, T, H] each) at positions start_B .. start_B + T - 1 of every row.
+
+    The caller keeps start_B + T within the capacity.
+    """
+    return _write(cache[0], rows[0], start_B), _write(cache[1], rows[1], start_B)
+
+
+def _write(cache_BKSH: jax.Array, rows_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
+    rows_BKTH = rows_BKTH.astype(cache_BKSH.dtype)
+    if cache_BKSH.shape[0] == 1:
+        return jax.lax.dynamic_update_slice(cache_BKSH, rows_BKTH, (0, 0, start_B[0], 0))
+    return jax.vmap(lambda c, r, i: jax.lax.dynamic_update_slice(c, r, (0, i, 0)))(
+        cache_BKSH, rows_BKTH, start_B
+    )
+
+
+def from_prefill(rows: LayerCache, capacity: int) -> LayerCache:
+    """Cache of `capacity` positions (static) whose first positions are `rows`."""
+    room = capacity - rows[0].shape[2]
+    pad = [(0, 0), (0, 0), (0, room), (0, 0)]
+    return jnp.pad(rows[0], pad), jnp.pad(rows[1], pad)
+
+
+def no_rows(config: ModelConfig, batch: int, width: int) -> LayerCache:
+    """Rows that a tick which did not run returns for one layer."""
+    rows = jnp.zeros((batch, config.n_kv_heads, width, config.head_dim), config.dtype)
+    return rows, rows
+
+
+def pad_rows(rows: Sequence[LayerCache], width: int) -> tuple[LayerCache, ...]:
+    """Pads the rows of a narrow tick to `width` positions (static), so that all variants agree."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, 0), (0, width - x.shape[2]), (0, 0)])
+
+    return tuple((pad(k), pad(v)) for k, v in rows)

@@ -1,0 +1,245 @@
+"""The decode loop: shallow ticks over new tokens, deep ticks over pending windows.
+
+One mechanism serves every row of a batch independently. A row whose exit is confident emits and goes
+on; the deeper segments of that position stay pending. A row that is not confident waits for the next
+deep tick, which runs the deeper segment over all pending positions of all rows at once, fills their
+keys and values exactly, and answers the rows that waited. A row's tokens therefore depend neither on
+the other rows, nor on the window, nor on when deep ticks fire.
+
+Per row, length - 1 >= done[0] >= ... >= done[J], and done[0] - done[J] <= W bounds the pending work.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.calibrate.confidence import confidence_by_index
+from elastic_lm.config import ModelConfig
+from elastic_lm.decode import cache
+from elastic_lm.decode.cache import LayerCache
+from elastic_lm.decode.sampling import sample
+from elastic_lm.decode.state import FREE, Answers, Controls, DecodeState, emit, no_answers, segments
+from elastic_lm.models.decoder import Decoder, Params
+
+# (rows per layer, rows of the exit's block, state per position [B, W, D], features of the newest [B, 1, D])
+Tick = tuple[tuple[LayerCache, ...], LayerCache | None, jax.Array, jax.Array]
+
+
+def run(
+    config: ModelConfig, params: Params, state: DecodeState, controls: Controls, iterations: jax.Array
+) -> DecodeState:
+    """Runs iterations of shallow and deep ticks until every row has ended.
+
+    Args:
+      config: static.
+      params: canonical parameters; read in place, never copied per step.
+      state: from `prefill` or an earlier `run`.
+      controls: traced.
+      iterations: int32, traced; stops after this many iterations even if rows are alive, so that a
+        caller can stream.
+
+    Returns:
+      The advanced state.
+    """
+
+    def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
+        return jnp.any(carry[0].alive) & (carry[1] < iterations)
+
+    def iteration(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+        state, count = carry
+        answers = no_answers(config, state)
+        for j in range(len(segments(config))):
+            state, answers = _segment(config, params, state, controls, answers, j)
+        return _emit(state, answers, controls), count + 1
+
+    return jax.lax.while_loop(unfinished, iteration, (state, jnp.int32(0)))[0]
+
+
+def _emit(state: DecodeState, answers: Answers, controls: Controls) -> DecodeState:
+    """Draws a token for every row that has an answer; one place, so that it is compiled once."""
+
+    def draw() -> jax.Array:
+        return sample(answers.logits, state.seen, state.length, controls.sampling)
+
+    tokens_B = jax.lax.cond(jnp.any(answers.rows), draw, lambda: jnp.zeros_like(state.length))
+    return emit(state, answers.rows, tokens_B, answers.depth, controls.stop_tokens)
+
+
+def _segment(
+    config: ModelConfig,
+    params: Params,
+    state: DecodeState,
+    controls: Controls,
+    answers: Answers,
+    j: int,
+) -> tuple[DecodeState, Answers]:
+    """Runs segment `j` (static) where it is due, then lets the rows that asked for it answer."""
+    window = state.hidden[0].shape[1] if state.hidden else 1
+    if j == 0:
+        asking = movable(state, window)
+        target = state.done[0] + asking
+        fires = jnp.any(asking)
+    else:
+        asking = state.alive & (state.wait == j - 1)
+        target = state.done[j - 1]
+        fires = deep_fires(state, controls, j, window)
+        asking &= fires
+    widths = (1,) if j == 0 else variants(window)
+    pending = jnp.max(target - state.done[j])
+    choice = jnp.where(fires, 1 + jnp.searchsorted(jnp.asarray(widths), pending), 0)
+    branches = [lambda: _idle(config, state, j, window)]
+    branches += [lambda w=w: _tick(config, params, state, j, w, window) for w in widths]
+    rows, exit_rows, hidden, features = jax.lax.switch(choice, branches)
+    state = _store(config, state, j, target, fires, rows, exit_rows, hidden)
+    answers = _answer(config, params, controls, answers, j, asking, features)
+    wait = jnp.where(asking, jnp.where(answers.rows, FREE, j), state.wait)
+    return dataclasses.replace(state, wait=wait), answers
+
+
+def variants(window: int) -> tuple[int, ...]:
+    """Widths for which a deep tick is compiled: powers of two up to `window`, and `window`."""
+    powers = [1 << i for i in range(window.bit_length()) if 1 << i < window]
+    return (*powers, window)
+
+
+def movable(state: DecodeState, window: int) -> jax.Array:
+    """[B] bool: rows whose newest token can enter segment 0."""
+    fresh = state.done[0] == state.length - 1
+    room = state.done[0] - state.done[-1] < window
+    return state.alive & (state.wait == FREE) & fresh & (room | (state.done.shape[0] == 1))
+
+
+def deep_fires(state: DecodeState, controls: Controls, j: int, window: int) -> jax.Array:
+    """Scalar bool: whether segment `j` > 0 runs now."""
+    pending = state.done[j - 1] > state.done[j]
+    full = state.alive & (state.done[0] - state.done[-1] >= window) & pending
+    waiting = state.alive & (state.wait == j - 1)
+    share = controls.fire_share * jnp.sum(state.alive)
+    enough = jnp.sum(waiting) >= jnp.maximum(share, 1.0)
+    stuck = jnp.any(waiting) & ~jnp.any(movable(state, window))
+    return jnp.any(full) | enough | stuck
+
+
+def _idle(config: ModelConfig, state: DecodeState, j: int, window: int) -> Tick:
+    """What a segment returns when it does not run: rows that land in stale positions."""
+    start, stop = segments(config)[j]
+    width = 1 if j == 0 else window
+    b = state.tokens.shape[0]
+    rows = tuple(cache.no_rows(config, b, width) for _ in range(start, stop))
+    own = None
+    if stop < config.n_layers and state.exit_cache[j] is not None:
+        own = cache.no_rows(config, b, width)
+    return rows, own, _zeros(config, b, width), _zeros(config, b, 1)
+
+
+def _zeros(config: ModelConfig, batch: int, width: int) -> jax.Array:
+    return jnp.zeros((batch, width, config.d_model), config.dtype)
+
+
+def _tick(config: ModelConfig, params: Params, state: DecodeState, j: int, width: int, window: int) -> Tick:
+    """Runs segment `j` over positions done[j] .. done[j] + width - 1 of every row.
+
+    Positions that are not pending give rows and states that nobody reads.
+    """
+    decoder = Decoder(config).bind({"params": params})
+    start, stop = segments(config)[j]
+    done_B = state.done[j]
+    positions = done_B[:, None] + jnp.arange(width, dtype=jnp.int32)
+    if j == 0:
+        tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
+        hidden = decoder.embed(tokens, positions)
+        newest_B = jnp.zeros_like(done_B)
+    else:
+        slots = (positions % window)[..., None]
+        hidden = jnp.take_along_axis(state.hidden[j - 1], slots, axis=1)
+        newest_B = jnp.clip(state.done[j - 1] - 1 - done_B, 0, width - 1)
+    past = [cache.past(state.cache[i], done_B) for i in range(start, stop)]
+    tap, rows = decoder.run_layers(hidden, positions, start, stop, past=past)
+
+    def newest(x_BTD: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x_BTD, newest_B[:, None, None], axis=1) if width > 1 else x_BTD
+
+    exit_rows = None
+    if stop == config.n_layers:
+        features = decoder.final_features(newest(tap.hidden))
+    else:
+        own = state.exit_cache[j]
+        own_past = None if own is None else cache.past(own, done_B)
+        exit_hidden, exit_rows = decoder.exit_state(j, tap, positions, past=own_past)
+        features = decoder.exit_head_input(j, newest(exit_hidden), jax.tree.map(newest, tap))
+    out_width = 1 if j == 0 else window
+    exit_rows = None if exit_rows is None else cache.pad_rows([exit_rows], out_width)[0]
+    hidden = jnp.pad(tap.hidden, [(0, 0), (0, out_width - width), (0, 0)])
+    return cache.pad_rows(rows, out_width), exit_rows, hidden, features
+
+
+def _store(
+    config: ModelConfig,
+    state: DecodeState,
+    j: int,
+    target_B: jax.Array,
+    fires: jax.Array,
+    rows: tuple[LayerCache, ...],
+    exit_rows: LayerCache | None,
+    hidden_BWD: jax.Array,
+) -> DecodeState:
+    """Writes what segment `j` produced and moves its progress to `target_B`."""
+    start, stop = segments(config)[j]
+    done_B = state.done[j]
+    caches, exit_caches, rings = list(state.cache), list(state.exit_cache), list(state.hidden)
+    for i, new in zip(range(start, stop), rows, strict=True):
+        caches[i] = cache.write(caches[i], new, done_B)
+    target_B = jnp.where(fires, target_B, done_B)
+    if stop < config.n_layers:
+        own = exit_caches[j]
+        if own is not None and exit_rows is not None:
+            exit_caches[j] = cache.write(own, exit_rows, done_B)
+        rings[j] = ring_write(rings[j], hidden_BWD, done_B, target_B - done_B)
+    return dataclasses.replace(
+        state,
+        cache=tuple(caches),
+        exit_cache=tuple(exit_caches),
+        hidden=tuple(rings),
+        done=state.done.at[j].set(target_B),
+        ticks=state.ticks.at[j].add(fires),
+    )
+
+
+def ring_write(ring_BWD: jax.Array, new_BTD: jax.Array, start_B: jax.Array, count_B: jax.Array) -> jax.Array:
+    """Puts the first `count_B` rows of `new_BTD`, at positions start_B + i, into slots position % W."""
+    window, width = ring_BWD.shape[1], new_BTD.shape[1]
+    index_BW = (jnp.arange(window) - start_B[:, None]) % window
+    taken = jnp.take_along_axis(new_BTD, jnp.minimum(index_BW, width - 1)[..., None], axis=1)
+    return jnp.where((index_BW < count_B[:, None])[..., None], taken, ring_BWD)
+
+
+def _answer(
+    config: ModelConfig,
+    params: Params,
+    controls: Controls,
+    answers: Answers,
+    j: int,
+    asking_B: jax.Array,
+    features_B1D: jax.Array,
+) -> Answers:
+    """Evaluates the head after segment `j` for the rows that asked; confident rows have their answer."""
+    depth = segments(config)[j][1]
+    final = depth == config.n_layers
+    eager_B = asking_B if final else asking_B & (controls.thresholds[:, j] <= 1.0)
+
+    def head() -> Answers:
+        decoder = Decoder(config).bind({"params": params})
+        if final:
+            logits, confident_B = decoder.final_logits(features_B1D)[:, 0], eager_B
+        else:
+            logits = decoder.exit_logits(j, features_B1D)[:, 0]
+            confidence = confidence_by_index(controls.metric, logits)
+            confident_B = eager_B & (confidence >= controls.thresholds[:, j])
+        return Answers(
+            rows=answers.rows | confident_B,
+            logits=jnp.where(confident_B[:, None], logits, answers.logits),
+            depth=jnp.where(confident_B, depth, answers.depth),
+        )
+
+    return jax.lax.cond(jnp.any(eager_B), head, lambda: answers)

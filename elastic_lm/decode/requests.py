@@ -1,0 +1,140 @@
+"""From what a caller asks for to the arrays that the decode loop reads."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic_lm.config import ModelConfig
+from elastic_lm.decode.sampling import Sampling
+
+STOP_SLOTS = 8  # stop tokens beyond this recompile with twice as many slots
+SMALLEST_BUCKET = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How tokens are drawn; a sequence gives one value per row.
+
+    Attributes:
+      temperature: 0 = greedy.
+      top_k: keep the k likeliest tokens; 0 = all.
+      top_p: keep the smallest set of tokens whose probability reaches p; 1 = all.
+      min_p: drop tokens less likely than min_p times the likeliest; 0 = none.
+      repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens already present.
+      seed: row i of a batch draws with seed + i, or with the i-th seed of a sequence.
+      stop: strings that end a row; they are not part of its text.
+      stop_tokens: token ids that end a row, beside the model's own end tokens.
+      ignore_eos: do not stop at the model's own end tokens.
+    """
+
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
+    min_p: float | Sequence[float] = 0.0
+    repetition_penalty: float | Sequence[float] = 1.0
+    seed: int | Sequence[int] = 0
+    stop: tuple[str, ...] | str = ()
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def arrays(self, batch: int) -> Sampling:
+        """Validated per-row arrays.
+
+        Args:
+          batch: number of rows.
+
+        Raises:
+          ValueError: a value is out of range, or a sequence has not one entry per row.
+        """
+        seed = self.seed
+        seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else seed
+        return Sampling(
+            temperature=self._row("temperature", batch, np.float32, 0.0, None),
+            top_k=self._row("top_k", batch, np.int32, 0, None),
+            top_p=self._row("top_p", batch, np.float32, 0.0, 1.0),
+            min_p=self._row("min_p", batch, np.float32, 0.0, 1.0),
+            repetition_penalty=self._row("repetition_penalty", batch, np.float32, 1e-6, None),
+            seed=jnp.asarray(_per_row("seed", seeds, batch), jnp.uint32),
+        )
+
+    def _row(self, name: str, batch: int, dtype: type, low: float, high: float | None) -> jax.Array:
+        values = _per_row(name, getattr(self, name), batch)
+        bad = (values < low) | (values > high if high is not None else False) | ~np.isfinite(values)
+        if bad.any():
+            limits = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ValueError(f"{name}={values[bad][0]}: must be {limits}")
+        return jnp.asarray(values, dtype)
+
+
+def _per_row(name: str, value: object, batch: int) -> np.ndarray:
+    values = np.asarray(value)
+    if values.ndim and values.shape != (batch,):
+        raise ValueError(f"{name} has {values.shape[0]} entries: give one value, or one per prompt ({batch})")
+    return np.broadcast_to(values, (batch,)).copy()
+
+
+def stop_array(config: ModelConfig, settings: Settings) -> jax.Array:
+    """[E] int32 tokens that end a row, padded with -1."""
+    own = () if settings.ignore_eos else config.eos_ids
+    stops = (*own, *settings.stop_tokens)
+    slots = STOP_SLOTS
+    while slots < len(stops):
+        slots *= 2
+    return jnp.asarray([*stops, *[-1] * (slots - len(stops))], jnp.int32)
+
+
+def bucket(size: int) -> int:
+    """Smallest power of two that holds `size`, and at least `SMALLEST_BUCKET`."""
+    return max(SMALLEST_BUCKET, 1 << (size - 1).bit_length())
+
+
+def pad_prompts(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """Right-pads prompts to their bucket.
+
+    Args:
+      config: gives the vocabulary and the longest sequence.
+      prompts: token ids per row.
+      max_new_tokens: tokens to emit per row at most.
+
+    Returns:
+      (tokens [B, P] int32, lengths [B] int32).
+
+    Raises:
+      ValueError: no prompt, an empty or too long prompt, an unknown token id, or nothing to emit.
+    """
+    if not prompts:
+        raise ValueError("prompt=[]: give at least one prompt")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    for i, ids in enumerate(prompts):
+        _check_prompt(config, i, ids, max_new_tokens)
+    width = bucket(max(map(len, prompts)))
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for i, ids in enumerate(prompts):
+        tokens[i, : len(ids)] = ids
+    return jnp.asarray(tokens), jnp.asarray([len(ids) for ids in prompts], jnp.int32)
+
+
+def _check_prompt(config: ModelConfig, row: int, ids: Sequence[int], max_new_tokens: int) -> None:
+    if not ids:
+        raise ValueError(f"prompt {row} is empty: give at least one token of text")
+    if len(ids) + max_new_tokens > config.max_len:
+        raise ValueError(
+            f"prompt {row} has {len(ids)} tokens and max_new_tokens={max_new_tokens}, together more than "
+            f"the model's max_len={config.max_len}: shorten the prompt or emit fewer tokens"
+        )
+    worst = max(ids) if min(ids) >= 0 else min(ids)
+    if not 0 <= worst < config.vocab_size:
+        raise ValueError(
+            f"prompt {row} holds token id {worst}, outside the vocabulary of {config.vocab_size}: "
+            "is this the model's own tokenizer?"
+        )

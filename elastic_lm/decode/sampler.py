@@ -1,0 +1,308 @@
+"""`Sampler`: text in, text out, with the depth of every token."""
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic_lm.calibrate.confidence import metric_index
+from elastic_lm.config import ModelConfig
+from elastic_lm.decode.loop import run
+from elastic_lm.decode.prefill import prefill
+from elastic_lm.decode.requests import Settings, bucket, pad_prompts, stop_array
+from elastic_lm.decode.state import Controls, DecodeState, segments
+from elastic_lm.models.decoder import Decoder, Params
+
+NEVER_EXIT = 2.0  # a threshold that no confidence reaches
+ENDLESS = 2**30  # iterations, where nothing has to be looked at between
+
+# Static: the config, the capacity, the window. Traced: everything else.
+jit_prefill = jax.jit(prefill, static_argnames=("config", "capacity", "window"))
+jit_run = jax.jit(run, static_argnames="config", donate_argnames="state")
+
+Prompt = str | Sequence[int]
+
+
+class ExitPolicy(Protocol):
+    """What the sampler needs to know about when to exit (`calibrate.thresholds.ConfidenceExit`)."""
+
+    @property
+    def metric(self) -> str:
+        """Confidence metric."""
+        ...
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """One threshold per exit, in order of depth."""
+        ...
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError where the policy does not fit the model's exits."""
+        ...
+
+
+class TextTokenizer(Protocol):
+    """What the sampler needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What one call cost.
+
+    Attributes:
+      tokens: emitted tokens of all rows.
+      prompt_tokens: prompt tokens of all rows.
+      seconds: wall-clock time of prefill and decoding, compilation included where it happened.
+      tokens_per_s: tokens / seconds.
+      mean_layers: mean depth at which emitted tokens were chosen.
+      exit_counts: emitted tokens per depth.
+      segment_ticks: how often each segment ran.
+    """
+
+    tokens: int
+    prompt_tokens: int
+    seconds: float
+    tokens_per_s: float
+    mean_layers: float
+    exit_counts: dict[int, int]
+    segment_ticks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One generated continuation.
+
+    Attributes:
+      text: decoded continuation, without the prompt, without the stop token, cut before a stop string.
+      tokens: emitted token ids, a stop token included.
+      exit_layers: layers that ran before each emitted token was chosen.
+      stats: what the call that produced it cost (shared by the rows of a batch).
+    """
+
+    text: str
+    tokens: list[int]
+    exit_layers: list[int]
+    stats: Statistics
+
+
+class Sampler:
+    """Generates text with per-token early exits, at any batch size.
+
+    One prefill and one loop are compiled per bucket (batch size, prompt length, capacity). Thresholds,
+    the metric, the firing rule, active exits and sampling settings are traced: changing them compiles
+    nothing.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        params: Params,
+        tokenizer: TextTokenizer | None = None,
+        *,
+        exit: ExitPolicy | None = None,
+        window: int = 4,
+        fire_share: float = 0.0,
+        stream_every: int = 16,
+    ):
+        """Creates a sampler.
+
+        Args:
+          model: the decoder; its config is static.
+          params: canonical parameters.
+          tokenizer: needed for text; token-id prompts work without and give empty text.
+          exit: metric and thresholds; None = always full depth.
+          window: positions per row whose deeper layers may be pending; static.
+          fire_share: share of the rows that must wait before a deep tick fires; 0 = latency, 1 = throughput.
+          stream_every: loop iterations between looks at the device when streaming or watching stop strings.
+
+        Raises:
+          ValueError: the policy does not fit the model's exits, or a setting is out of range.
+        """
+        if window < 1:
+            raise ValueError(f"window={window}: must be at least 1")
+        if not 0 <= fire_share <= 1:
+            raise ValueError(f"fire_share={fire_share}: must be a share between 0 and 1")
+        if stream_every < 1:
+            raise ValueError(f"stream_every={stream_every}: must be at least 1")
+        if exit is not None:
+            exit.check(model.config)
+        self.config, self.params, self.tokenizer, self.exit = model.config, params, tokenizer, exit
+        self.window, self.fire_share, self.stream_every = window, fire_share, stream_every
+
+    @overload
+    def sample(self, prompt: Prompt, max_new_tokens: int = 64, **settings: Any) -> Sample: ...
+
+    @overload
+    def sample(self, prompt: list[str], max_new_tokens: int = 64, **settings: Any) -> list[Sample]: ...
+
+    @overload
+    def sample(self, prompt: list[list[int]], max_new_tokens: int = 64, **settings: Any) -> list[Sample]: ...
+
+    def sample(self, prompt: Any, max_new_tokens: int = 64, **settings: Any) -> Sample | list[Sample]:
+        """Generates a continuation of one prompt, or of every prompt of a list as one batch.
+
+        Args:
+          prompt: text or token ids; or a list of either.
+          max_new_tokens: tokens to emit per row at most.
+          **settings: fields of `requests.Settings`: temperature, top_k, top_p, min_p, repetition_penalty,
+            seed, stop, stop_tokens, ignore_eos.
+
+        Returns:
+          One `Sample`, or a list in the order of the prompts.
+
+        Raises:
+          ValueError: an empty or too long prompt, an unknown setting, a value out of range.
+        """
+        prompts, single = self._encode(prompt)
+        how = make_settings(settings)
+        began = time.perf_counter()
+        state, controls = self._start(prompts, max_new_tokens, how)
+        if how.stop_strings():
+            *_, final = self._advance(state, controls, prompts, how)
+        else:
+            final = jit_run(self.config, self.params, state, controls, ENDLESS)
+        samples = self._collect(final, prompts, how, began)
+        return samples[0] if single else samples
+
+    def stream(self, prompt: Prompt, max_new_tokens: int = 64, **settings: Any) -> Iterator[str]:
+        """Yields the continuation of one prompt piece by piece; arguments as in `sample`."""
+        prompts, _ = self._encode(prompt)
+        how = make_settings(settings)
+        state, controls = self._start(prompts, max_new_tokens, how)
+        shown = ""
+        for reached in self._advance(state, controls, prompts, how):
+            text = self._collect(reached, prompts, how, 0.0)[0].text
+            safe = text if not np.any(reached.alive) else held_back(text, how.stop_strings())
+            if len(safe) > len(shown):
+                yield safe[len(shown) :]
+                shown = safe
+
+    @staticmethod
+    def compilations() -> int:
+        """Programs compiled so far in this process for prefill and decoding."""
+        return jit_prefill._cache_size() + jit_run._cache_size()
+
+    def controls(self, batch: int, settings: Settings) -> Controls:
+        """The traced controls of a batch of `batch` rows."""
+        n_exits = len(segments(self.config)) - 1
+        never = (NEVER_EXIT,) * n_exits
+        thresholds = (*self.exit.thresholds, *never)[:n_exits] if self.exit else never
+        return Controls(
+            thresholds=jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (batch, n_exits)),
+            metric=jnp.int32(metric_index(self.exit.metric) if self.exit else 0),
+            fire_share=jnp.float32(self.fire_share),
+            stop_tokens=stop_array(self.config, settings),
+            sampling=settings.arrays(batch),
+        )
+
+    def _encode(self, prompt: Any) -> tuple[list[list[int]], bool]:
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer))
+        encoded = []
+        for item in [prompt] if single else prompt:
+            if isinstance(item, str) and self.tokenizer is None:
+                raise ValueError("tokenizer=None: text prompts need one; give token ids or a tokenizer")
+            ids = self.tokenizer.encode(item) if isinstance(item, str) and self.tokenizer else item
+            encoded.append([int(i) for i in ids])
+        return encoded, single
+
+    def _start(
+        self, prompts: list[list[int]], max_new_tokens: int, how: Settings
+    ) -> tuple[DecodeState, Controls]:
+        controls = self.controls(len(prompts), how)
+        tokens, lengths = pad_prompts(self.config, prompts, max_new_tokens)
+        longest = max(map(len, prompts)) + max_new_tokens
+        capacity = bucket(max(longest + self.window, tokens.shape[1]))
+        state = jit_prefill(
+            self.config, self.params, tokens, lengths, lengths + max_new_tokens,
+            capacity=capacity, window=self.window,
+        )  # fmt: skip
+        return state, controls
+
+    def _advance(
+        self, state: DecodeState, controls: Controls, prompts: list[list[int]], how: Settings
+    ) -> Iterator[DecodeState]:
+        """Runs `stream_every` iterations at a time; rows end at the first stop string."""
+        while True:
+            state = jit_run(self.config, self.params, state, controls, self.stream_every)
+            if how.stop_strings():
+                rows = self._collect(state, prompts, how, 0.0)
+                whole = self._collect(state, prompts, dataclasses.replace(how, stop=()), 0.0)
+                stopped = [a.text != b.text for a, b in zip(rows, whole, strict=True)]
+                state = dataclasses.replace(state, alive=state.alive & ~jnp.asarray(stopped))
+            alive = bool(np.any(state.alive))
+            yield state
+            if not alive:
+                return
+
+    def _collect(
+        self, state: DecodeState, prompts: list[list[int]], how: Settings, began: float
+    ) -> list[Sample]:
+        """Brings tokens and depths to the host, once."""
+        pulled = (state.tokens, state.exit_layers, state.length, state.ticks)
+        tokens, depths, lengths, ticks = jax.device_get(pulled)
+        seconds = time.perf_counter() - began
+        spans = [slice(len(p), int(n)) for p, n in zip(prompts, lengths, strict=True)]
+        emitted = [tokens[i, s].tolist() for i, s in enumerate(spans)]
+        layers = [depths[i, s].tolist() for i, s in enumerate(spans)]
+        counts = Counter(depth for row in layers for depth in row)
+        total = sum(counts.values())
+        stats = Statistics(
+            tokens=total,
+            prompt_tokens=sum(map(len, prompts)),
+            seconds=seconds,
+            tokens_per_s=total / seconds,
+            mean_layers=sum(depth * n for depth, n in counts.items()) / max(total, 1),
+            exit_counts=dict(sorted(counts.items())),
+            segment_ticks=tuple(ticks.tolist()),
+        )
+        texts = [self._text(p, ids, how) for p, ids in zip(prompts, emitted, strict=True)]
+        return [Sample(*row, stats) for row in zip(texts, emitted, layers, strict=True)]
+
+    def _text(self, prompt: list[int], emitted: list[int], how: Settings) -> str:
+        """Text of the emitted tokens in the context of their prompt, cut at the first stop string."""
+        if self.tokenizer is None:
+            return ""
+        ends = (*self.config.eos_ids, *how.stop_tokens)
+        if emitted and emitted[-1] in ends:
+            emitted = emitted[:-1]
+        before = self.tokenizer.decode(prompt)
+        text = self.tokenizer.decode([*prompt, *emitted])
+        text = text[len(before) :] if text.startswith(before) else self.tokenizer.decode(emitted)
+        cuts = [text.find(s) for s in how.stop_strings() if s in text]
+        return text[: min(cuts)] if cuts else text
+
+
+def make_settings(settings: dict[str, Any]) -> Settings:
+    """Builds `Settings`, naming unknown keys.
+
+    Raises:
+      ValueError: a key is not a field of `Settings`.
+    """
+    known = [f.name for f in dataclasses.fields(Settings)]
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"unknown setting {key}={value!r}: known ones are {', '.join(known)}")
+    return Settings(**settings)
+
+
+def held_back(text: str, stops: tuple[str, ...]) -> str:
+    """The part of `text` that later tokens cannot change: no half character, no started stop string."""
+    text = text.rstrip("\ufffd")
+    longest = max((len(s) for s in stops), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(s.startswith(text[-size:]) for s in stops):
+            return text[:-size]
+    return text

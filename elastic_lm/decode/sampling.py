@@ -1,0 +1,83 @@
+"""From logits to tokens: greedy, temperature, top-k, top-p, min-p and repetition penalty, per row."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Sampling:
+    """How each row of a batch draws its tokens; every field is traced.
+
+    Attributes:
+      temperature: [B] float32; 0 = greedy.
+      top_k: [B] int32, keep the k most likely tokens; 0 = all.
+      top_p: [B] float32, keep the smallest set whose probability reaches p; 1 = all.
+      min_p: [B] float32, drop tokens less likely than min_p times the likeliest; 0 = none.
+      repetition_penalty: [B] float32, divides positive and multiplies negative logits of tokens
+        already in the row (Keskar et al. 2019); 1 = off.
+      seed: [B] uint32; a row's draws depend on its seed and position alone.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    seed: jax.Array
+
+
+def sample(logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, how: Sampling) -> jax.Array:
+    """Draws one token per row.
+
+    Args:
+      logits_BV: float32 logits.
+      seen_BV: bool, tokens that the row already contains.
+      position_B: int32 position that the token will take; part of the row's random stream.
+      how: the rows' settings.
+
+    Returns:
+      [B] int32 tokens.
+    """
+    logits_BV = jax.lax.cond(
+        jnp.any(how.repetition_penalty != 1.0),
+        lambda: _penalise(logits_BV, seen_BV, how.repetition_penalty[:, None]),
+        lambda: logits_BV,
+    )
+    greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(
+        jnp.any(how.temperature > 0),
+        lambda: jnp.where(how.temperature > 0, _draw(logits_BV, position_B, how), greedy),
+        lambda: greedy,
+    )
+
+
+def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B1: jax.Array) -> jax.Array:
+    penalised = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, penalised, logits_BV)
+
+
+def _draw(logits_BV: jax.Array, position_B: jax.Array, how: Sampling) -> jax.Array:
+    warm_BV = logits_BV / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
+    kept_BV = jnp.where(keep(warm_BV, how), warm_BV, -jnp.inf)
+
+    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.gumbel(key, logits_BV.shape[-1:])
+
+    return jnp.argmax(kept_BV + jax.vmap(noise)(how.seed, position_B), axis=-1).astype(jnp.int32)
+
+
+def keep(logits_BV: jax.Array, how: Sampling) -> jax.Array:
+    """[B, V] bool: tokens that survive top-k, then top-p, then min-p; the likeliest always does."""
+    size = logits_BV.shape[-1]
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, size), size)
+    kth = jnp.take_along_axis(sorted_BV, k[:, None] - 1, axis=-1)
+    sorted_BV = jnp.where(sorted_BV >= kth, sorted_BV, -jnp.inf)
+    probability = jax.nn.softmax(sorted_BV, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    inside = (before < how.top_p[:, None]) & (probability >= how.min_p[:, None] * probability[:, :1])
+    inside = inside.at[:, 0].set(True) & (sorted_BV > -jnp.inf)
+    floor = jnp.min(jnp.where(inside, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    return logits_BV >= floor

@@ -1,0 +1,114 @@
+"""State of the decode loop: everything that stays on the device between ticks."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config import ModelConfig
+from elastic_lm.decode.cache import LayerCache
+from elastic_lm.decode.sampling import Sampling
+
+FREE = -1  # `wait` of a row that waits for no deeper segment
+
+
+@flax.struct.dataclass
+class Controls:
+    """What a caller may change between calls without recompilation; every field is traced.
+
+    Attributes:
+      thresholds: [B, J] float32; row b leaves at exit j when its confidence >= thresholds[b, j].
+        0 = always, above 1 = never (the exit's head is then not even read).
+      metric: int32 index into `calibrate.confidence.METRICS`.
+      fire_share: float32 in [0, 1]; a deep tick fires when this share of the living rows waits for
+        it (at least one row). 0 = as soon as any row waits (latency), 1 = all (throughput).
+      stop_tokens: [E] int32 tokens that end a row; -1 = unused.
+      sampling: how tokens are drawn.
+    """
+
+    thresholds: jax.Array
+    metric: jax.Array
+    fire_share: jax.Array
+    stop_tokens: jax.Array
+    sampling: Sampling
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """Rows being decoded; J exits cut the model into J + 1 segments, W is the pending window.
+
+    Attributes:
+      tokens: [B, S] int32, prompt and emitted tokens.
+      exit_layers: [B, S] int32, layers that ran before each emitted token was chosen.
+      length: [B] int32, tokens known.
+      limit: [B] int32, length at which the row ends.
+      alive: [B] bool, the row still emits.
+      wait: [B] int32, FREE, or j: the newest token passed exit j without being confident.
+      done: [J + 1, B] int32, positions that segment j has processed; length - 1 >= done[0] >= ... >= done[J].
+      hidden: J arrays [B, W, D]; state that left segment j at position p lies in slot p % W.
+      cache: one LayerCache per layer.
+      exit_cache: one LayerCache per exit of kind `block`, else None.
+      seen: [B, V] bool, tokens in the row.
+      ticks: [J + 1] int32, how often each segment ran.
+    """
+
+    tokens: jax.Array
+    exit_layers: jax.Array
+    length: jax.Array
+    limit: jax.Array
+    alive: jax.Array
+    wait: jax.Array
+    done: jax.Array
+    hidden: tuple[jax.Array, ...]
+    cache: tuple[LayerCache, ...]
+    exit_cache: tuple[LayerCache | None, ...]
+    seen: jax.Array
+    ticks: jax.Array
+
+
+@flax.struct.dataclass
+class Answers:
+    """What the rows will emit at the end of an iteration.
+
+    Attributes:
+      rows: [B] bool, rows that have an answer.
+      logits: [B, V] float32 logits to draw from.
+      depth: [B] int32, layers that ran before the answer.
+    """
+
+    rows: jax.Array
+    logits: jax.Array
+    depth: jax.Array
+
+
+def no_answers(config: ModelConfig, state: DecodeState) -> Answers:
+    """The beginning of an iteration."""
+    b = state.length.shape[0]
+    logits = jnp.zeros((b, config.vocab_size), jnp.float32)
+    return Answers(jnp.zeros((b,), bool), logits, jnp.zeros((b,), jnp.int32))
+
+
+def segments(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """(first layer, one past the last layer) of each segment; an exit after the last layer cuts nothing."""
+    cuts = [e.layer for e in config.exits if e.layer < config.n_layers]
+    return tuple(zip([0, *cuts], [*cuts, config.n_layers], strict=True))
+
+
+def emit(
+    state: DecodeState, rows_B: jax.Array, tokens_B: jax.Array, depth_B: jax.Array, stop_tokens: jax.Array
+) -> DecodeState:
+    """Appends `tokens_B` to the rows selected by `rows_B`, chosen after `depth_B` layers."""
+    each = jnp.arange(rows_B.shape[0])
+    slot = jnp.where(rows_B, state.length, state.tokens.shape[1])  # out of bounds: dropped
+    length = state.length + rows_B
+    stopped = jnp.any(tokens_B[:, None] == stop_tokens, axis=-1) | (length >= state.limit)
+    return dataclasses.replace(
+        state,
+        tokens=state.tokens.at[each, slot].set(tokens_B, mode="drop"),
+        exit_layers=state.exit_layers.at[each, slot].set(depth_B, mode="drop"),
+        seen=state.seen.at[each, jnp.where(rows_B, tokens_B, state.seen.shape[1])].set(True, mode="drop"),
+        length=length,
+        alive=state.alive & ~(rows_B & stopped),
+        wait=jnp.where(rows_B, FREE, state.wait),
+    )
