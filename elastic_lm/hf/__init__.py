@@ -1,0 +1,12 @@
+"""Hugging Face checkpoints in and out, one declarative two-way table per family.
+
+Supported: Llama 1, 2, 3, Mistral, Qwen 2, Qwen 3, Gemma 2, GPT-2, GPT-NeoX (Pythia), Nemotron. Neither
+torch nor transformers is needed. How exits are stored: `elastic_lm.hf.table`.
+"""
+
+from elastic_lm.hf.convert import config_from_hf, config_to_hf
+from elastic_lm.hf.families import FAMILIES
+from elastic_lm.hf.reading import load
+from elastic_lm.hf.writing import export
+
+__all__ = ["FAMILIES", "config_from_hf", "config_to_hf", "export", "load"]

@@ -1,0 +1,165 @@
+"""config.json of Hugging Face <-> ModelConfig, driven by the family's table."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from elastic_lm.config import DTYPES, Activation, ExitConfig, ModelConfig, from_dict, to_dict
+from elastic_lm.hf.families import find_family
+from elastic_lm.hf.family import ACTIVATIONS, REQUIRED, Family, Field
+from elastic_lm.hf.rope import rope_to_hf
+
+ELASTIC_VERSION = 1
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """Describes the model of a parsed config.json.
+
+    Args:
+      hf: config.json of a supported family, in the style of transformers 4 or 5.
+
+    Returns:
+      The ModelConfig. `dtype` and `param_dtype` are those of the file (float32 if it does not say);
+      exits come from the `elastic` block, if there is one.
+
+    Raises:
+      ValueError: the model_type is not supported, a key is missing or has a value of the wrong type,
+        or the file asks for a feature that has no counterpart here; names the key and its value.
+    """
+    family = find_family(hf.get("model_type"))
+    _refuse(family, hf)
+    values: dict[str, Any] = dict(family.fixed)
+    for field in family.fields:
+        value = _read_field(field, hf)
+        if value is not None:
+            values[field.ours] = value
+    values |= family.read(hf, values)
+    dtype = _read_dtype(hf)
+    return ModelConfig(
+        **values,
+        activation=_read_activation(family, hf),
+        eos_ids=_read_eos(family, hf),
+        exits=_read_exits(hf),
+        dtype=dtype,
+        param_dtype=dtype,
+        family=family.model_type,
+    )
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Writes the config.json of `config.family`, readable by transformers 4 and 5.
+
+    Args:
+      config: the model; exits go to an `elastic` block that transformers ignores.
+
+    Returns:
+      JSON-compatible entries.
+
+    Raises:
+      ValueError: the family cannot express this model; names the fields that it would lose.
+    """
+    family = find_family(config.family)
+    hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
+    for field in family.fields:
+        hf[field.theirs] = getattr(config, field.ours)
+    hf[family.activation[0]] = _activation_name(family, config.activation)
+    hf["eos_token_id"] = list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None)
+    hf["torch_dtype"] = config.param_dtype
+    hf |= family.write(config)
+    if config.exits:
+        hf["elastic"] = {"version": ELASTIC_VERSION, "exits": [to_dict(e) for e in config.exits]}
+    _check_expressible(config, hf)
+    return hf
+
+
+def _refuse(family: Family, hf: Mapping[str, Any]) -> None:
+    if hf.get("quantization_config"):
+        raise ValueError(
+            f"quantization_config={hf['quantization_config']!r}: quantised checkpoints are not supported; "
+            "dequantise it with transformers and save it again"
+        )
+    for key, allowed in family.refuse:
+        if key in hf and hf[key] not in allowed:
+            raise ValueError(
+                f"{key}={hf[key]!r} is not supported for model_type {family.model_type!r}: "
+                f"must be {' or '.join(map(str, allowed))}"
+            )
+
+
+def _read_field(field: Field, hf: Mapping[str, Any]) -> Any:
+    """Value of one field, or None where our own default applies."""
+    value = hf.get(field.theirs, field.default)
+    if value is REQUIRED:
+        raise ValueError(f"{field.theirs} is missing; add it")
+    hint = next(f for f in dataclasses.fields(ModelConfig) if f.name == field.ours).type
+    wanted = {bool: bool, float: (int, float)}.get(hint, int)
+    if value is not None and (
+        not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool)
+    ):
+        raise ValueError(f"{field.theirs}={value!r}: must be a {getattr(hint, '__name__', 'int')}")
+    return float(value) if hint is float and value is not None else value
+
+
+def _read_dtype(hf: Mapping[str, Any]) -> str:
+    dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+    return dtype if dtype in DTYPES else "float32"
+
+
+def _read_activation(family: Family, hf: Mapping[str, Any]) -> Activation:
+    key, default = family.activation
+    name = hf.get(key) or default
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{key}={name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _activation_name(family: Family, activation: Activation) -> str:
+    """The family's own name where it means the same, else the first that does."""
+    default = family.activation[1]
+    if ACTIVATIONS[default] == activation:
+        return default
+    return next(name for name, ours in ACTIVATIONS.items() if ours == activation)
+
+
+def _read_eos(family: Family, hf: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = hf.get("eos_token_id", family.eos_default)
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+
+def _read_exits(hf: Mapping[str, Any]) -> tuple[ExitConfig, ...]:
+    block = hf.get("elastic")
+    if not block:
+        return ()
+    if block.get("version") != ELASTIC_VERSION:
+        raise ValueError(
+            f"elastic.version={block.get('version')!r}: this release reads version {ELASTIC_VERSION}; "
+            "update elastic_lm"
+        )
+    return tuple(
+        from_dict(ExitConfig, e, f"elastic.exits[{i}].") for i, e in enumerate(block.get("exits", []))
+    )
+
+
+def _check_expressible(config: ModelConfig, hf: Mapping[str, Any]) -> None:
+    """Reads `hf` back and refuses when something was lost on the way."""
+    ours, back = _comparable(config), _comparable(config_from_hf(hf))
+    lost = [f"{key}={ours[key]!r} (would become {back[key]!r})" for key in ours if ours[key] != back[key]]
+    if lost:
+        raise ValueError(
+            f"family={config.family!r} cannot express {', '.join(lost)}; set config.family to one of the "
+            "families that can, or change the model"
+        )
+
+
+def _comparable(config: ModelConfig) -> dict[str, Any]:
+    """Fields that decide what the model computes, in a form with one spelling for each meaning."""
+    values = to_dict(config)
+    del values["dtype"]
+    values["windows"] = [config.window(i) for i in range(config.n_layers)]
+    values["attn_scale"] = config.query_scale
+    values["rope"] = config.position == "rope" and rope_to_hf(
+        config.rope, config.max_len, fraction_key="partial_rotary_factor"
+    )
+    return values

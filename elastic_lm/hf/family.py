@@ -1,0 +1,95 @@
+"""What describes one family of Hugging Face checkpoints: two tables, tensors and config.json."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from elastic_lm.config import Activation, ModelConfig
+from elastic_lm.hf.layouts import SAME, Layout
+
+REQUIRED = object()
+
+# transformers' names of activations; the first name of each is the one we write.
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one parameter of ours lives in a checkpoint.
+
+    Attributes:
+      names: the checkpoint's tensors, relative to the part of the model (root, layer) that holds them.
+      layout: how they become our parameter.
+      alias: another name under which a single tensor may be stored.
+    """
+
+    names: tuple[str, ...]
+    layout: Layout = SAME
+    alias: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One number or switch of config.json.
+
+    Attributes:
+      ours: field of ModelConfig.
+      theirs: key of config.json.
+      default: value where the key is missing; `REQUIRED` refuses that. `null` in the file means
+        our own default.
+    """
+
+    ours: str
+    theirs: str
+    default: Any = REQUIRED
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Everything that distinguishes one `model_type`.
+
+    Attributes:
+      model_type: as in config.json.
+      architecture: transformers' class of the causal language model.
+      prefix: in front of every tensor of the base model; checkpoints of the base model alone lack it.
+      layer: prefix of a layer's tensors, with {} for its number counted from 0.
+      root: parameters outside the layers, by path; names are complete.
+      layers: parameters of one layer, by path; names come after `layer`.
+      fields: the entries of config.json that map one to one.
+      fixed: ModelConfig fields that hold for the whole family.
+      activation: (key of config.json, name where the key is missing).
+      eos_default: token that ends a text where config.json does not say, or None.
+      read: (config.json, ModelConfig fields read so far) -> further ModelConfig fields.
+      write: ModelConfig -> further entries of config.json.
+      refuse: (key, values it may have) for features without a counterpart here; missing is fine.
+    """
+
+    model_type: str
+    architecture: str
+    prefix: str
+    layer: str
+    root: Mapping[str, Tensor]
+    layers: Mapping[str, Tensor]
+    fields: tuple[Field, ...]
+    fixed: Mapping[str, Any]
+    activation: tuple[str, str]
+    eos_default: int | None
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    refuse: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+
+    @property
+    def head(self) -> Tensor:
+        """The vocabulary head, which tied checkpoints may store instead of the embedding."""
+        return self.root["head/kernel"]

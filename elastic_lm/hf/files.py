@@ -1,0 +1,161 @@
+"""The files of a Hugging Face folder: JSON and lazily read safetensors shards, with exact complaints."""
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from elastic_lm.hf.layouts import Shape
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = ("F32", "BF16", "F16", "F64")
+AGAIN = "download or copy the file again"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a JSON object; names file and position.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file. Expected a Hugging Face folder with config.json and {WEIGHTS} (or "
+            f"shards with {INDEX}); copy the missing file into {path.parent}"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); {AGAIN}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}; {AGAIN}")
+    return value
+
+
+class TensorFiles:
+    """Tensors of one or several safetensors files, read one at a time.
+
+    Attributes:
+      files: tensor name -> file that holds it.
+    """
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        self.files = files
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def of_folder(cls, folder: Path, more: Iterable[Path] = ()) -> "TensorFiles":
+        """Finds the shards of a folder: those of its index, or its one file of weights.
+
+        Args:
+          folder: Hugging Face folder.
+          more: further safetensors files.
+
+        Raises:
+          FileNotFoundError: there are no weights, or a shard of the index is missing.
+          ValueError: the index is malformed, or a file is not readable.
+        """
+        tensors = cls({})
+        if (folder / INDEX).is_file():
+            tensors.files |= _read_index(folder / INDEX)
+        else:
+            tensors.add(_single_file(folder))
+        for path in more:
+            tensors.add(path)
+        return tensors
+
+    def add(self, path: Path) -> None:
+        """Includes every tensor of `path`."""
+        self.files |= dict.fromkeys(self._handle(path, "its tensors").keys(), path)
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, from the header of its file."""
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor.
+
+        Raises:
+          ValueError: its values are no floats.
+        """
+        dtype = self._slice(name).get_dtype()
+        if dtype not in FLOATS:
+            raise ValueError(
+                f"{self.files[name]}: tensor {name!r} has dtype {dtype}; only {', '.join(FLOATS)} are "
+                "supported. Dequantise the checkpoint and save it again"
+            )
+        return self._handle(self.files[name], name).get_tensor(name)
+
+    def _slice(self, name: str) -> Any:
+        path = self.files[name]
+        try:
+            return self._handle(path, name).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path}: tensor {name!r} is missing, though {INDEX} says that it is in this file; {AGAIN}"
+            ) from error
+
+    def _handle(self, path: Path, wanted: str) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(str(path), framework="numpy")
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{path}: no such file, but tensor {wanted!r} should be in it; {AGAIN}"
+                ) from error
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{path}: damaged safetensors file, cannot read tensor {_first_lost(path) or wanted!r} "
+                    f"({error}); {AGAIN}"
+                ) from error
+        return self._open[path]
+
+
+def _single_file(folder: Path) -> Path:
+    path = folder / WEIGHTS
+    if path.is_file():
+        return path
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    pickled = found and not any(name.endswith(".safetensors") for name in found)
+    fix = (
+        "Pickled weights are never read: convert them with transformers, "
+        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        if pickled
+        else "Copy the weights there"
+    )
+    raise FileNotFoundError(f"{path}: no such file, and no {INDEX} either (found: {found or 'none'}). {fix}")
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+        raise ValueError(f"{path}: weight_map must map tensor names to files; {AGAIN}")
+    files = {name: path.parent / file for name, file in names.items()}
+    for name, file in files.items():
+        if file.parent != path.parent:
+            raise ValueError(f"{path}: tensor {name!r} is in {names[name]!r}, outside the folder; {AGAIN}")
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file}: no such file, but {path.name} says that it holds tensor {name!r}; "
+                "copy the missing shard into the folder"
+            )
+    return files
+
+
+def _first_lost(path: Path) -> str | None:
+    """Quoted name of the first tensor that a truncated file cuts off, if its header is intact."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, path.stat().st_size)))
+        left = path.stat().st_size - 8 - length
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        return repr(min((name for name in ends if ends[name] > left), key=lambda name: ends[name]))
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return None

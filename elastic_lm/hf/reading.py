@@ -1,0 +1,219 @@
+"""Loading a Hugging Face folder, one tensor at a time."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic_lm.config import DTYPES, ModelConfig
+from elastic_lm.hf.convert import config_from_hf
+from elastic_lm.hf.families import find_family
+from elastic_lm.hf.family import Family
+from elastic_lm.hf.files import TensorFiles, read_json
+from elastic_lm.hf.table import EXITS_FILE, Binding, bindings
+from elastic_lm.models.decoder import Params
+
+# Buffers that old checkpoints carry and that are computed here.
+BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
+
+
+def load(
+    path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[ModelConfig, Params]:
+    """Loads a model of a supported family from its Hugging Face folder.
+
+    Every parameter is assembled from its tensors, cast and put in place before the next is read, so
+    the host never holds a second copy of the model.
+
+    Args:
+      path: local folder with config.json and model.safetensors, or shards with an index.
+      dtype: "float32", "bfloat16" or "float16" of parameters and activations; None = that of the
+        file, except on a CPU, where it is float32 (half precision is slow there).
+      mesh: devices to spread the parameters over (`elastic_lm.sharding`); None = the default device.
+
+    Returns:
+      (config, canonical parameters). Token ids that start and end a text come from
+      generation_config.json where it has them, else from config.json.
+
+    Raises:
+      FileNotFoundError: the folder or one of its files is missing.
+      ValueError: a file is damaged, the family or one of its features is not supported, a tensor is
+        missing, not expected or of the wrong shape. Messages name file, tensor and fix.
+    """
+    folder = Path(path)
+    _check_folder(folder)
+    config = _read_config(folder, dtype)
+    exits = [folder / EXITS_FILE] if config.exits else []
+    tensors = TensorFiles.of_folder(folder, exits)
+    config = _resolve_tying(config, tensors)
+    table = _match(folder, config, tensors)
+    place = _placement(config, mesh)
+    params: Params = {}
+    for binding in table:
+        sources = [tensors.read(name) for name in binding.names]
+        leaf = binding.layout.join(sources, binding.shape)
+        _insert(params, binding.path, place(binding.path, leaf))
+    return config, params
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder}: no such folder. Expected a local Hugging Face folder; models are not downloaded: "
+            "fetch one first, for example with `hf download NAME --local-dir DIR`"
+        )
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder; pass the folder that holds config.json")
+
+
+def _read_config(folder: Path, dtype: str | None) -> ModelConfig:
+    path = folder / "config.json"
+    hf = read_json(path)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        ids = read_json(generation)
+        hf |= {k: ids[k] for k in ("bos_token_id", "eos_token_id") if ids.get(k) is not None}
+    try:
+        config = config_from_hf(hf)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else config.param_dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+
+
+def _stored(name: str | None, family: Family, tensors: TensorFiles) -> str | None:
+    """The name under which the folder holds a tensor: as it is, or without the base model's prefix."""
+    if name is None:
+        return None
+    return next((n for n in (name, name.removeprefix(family.prefix)) if n in tensors.files), None)
+
+
+def _resolve_tying(config: ModelConfig, tensors: TensorFiles) -> ModelConfig:
+    """Unties a model that claims to be tied but stores an embedding and a head that differ."""
+    family = find_family(config.family)
+    embed = _stored(family.root["embed/table"].names[0], family, tensors)
+    head = _head_name(family, tensors)
+    if not config.tied or embed is None or head is None:
+        return config
+    if np.array_equal(tensors.read(embed), tensors.read(head)):
+        return config
+    warnings.warn(
+        f"{tensors.files[head]}: config.json ties {head!r} to {embed!r}, but their values differ; "
+        "both are loaded, untied",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tied=False)
+
+
+def _head_name(family: Family, tensors: TensorFiles) -> str | None:
+    head = family.head
+    return _stored(head.names[0], family, tensors) or _stored(head.alias, family, tensors)
+
+
+def _match(folder: Path, config: ModelConfig, tensors: TensorFiles) -> list[Binding]:
+    """Bindings under the names that the folder uses, after checking names and shapes of all tensors."""
+    family = find_family(config.family)
+    table, missing = [], []
+    for binding in bindings(config):
+        names = [_stored(name, family, tensors) for name in binding.names]
+        if None in names and binding.alias:
+            names = [_stored(binding.alias, family, tensors)]
+        if None in names and binding.path[0] == "embed" and config.tied:
+            names = [_head_name(family, tensors)]
+        missing += [b for b, n in zip(binding.names, names, strict=True) if n is None]
+        table.append(dataclasses.replace(binding, names=tuple(n for n in names if n is not None)))
+    if missing:
+        _report_missing(folder, family, tensors, missing)
+    for binding in table:
+        _check_shapes(folder, binding, tensors)
+    used = {name for binding in table for name in binding.names}
+    if config.tied:
+        used.add(_head_name(family, tensors) or "")
+    _report_extra(family, tensors, sorted(set(tensors.files) - used))
+    return table
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
+
+
+def _report_missing(folder: Path, family: Family, tensors: TensorFiles, missing: list[str]) -> None:
+    config = folder / "config.json"
+    fix = f"{config} describes a model that has them: correct it, or add the tensors"
+    if missing == list(family.head.names):
+        fix = f"set tie_word_embeddings to true in {config} if the head is the embedding"
+    if all(name.startswith("elastic.") for name in missing):
+        fix = f"export the model again, or remove the elastic block from {config}"
+    searched = sorted({path.name for path in tensors.files.values()})
+    raise ValueError(f"{folder}: missing tensors {_listed(missing)} in {', '.join(searched[:4])}; {fix}")
+
+
+def _check_shapes(folder: Path, binding: Binding, tensors: TensorFiles) -> None:
+    for name, wanted in zip(binding.names, binding.shapes, strict=True):
+        found = tensors.shape(name)
+        if found != wanted:
+            raise ValueError(
+                f"{tensors.files[name]}: tensor {name!r} has shape {found}, but {folder / 'config.json'} "
+                f"asks for {wanted}; correct the sizes there, or use the weights that belong to it"
+            )
+
+
+def _report_extra(family: Family, tensors: TensorFiles, extra: list[str]) -> None:
+    """Refuses unknown tensors inside the model, where they would change its output; warns of others."""
+    extra = [name for name in extra if not name.endswith(BUFFERS)]
+    layers = family.layer.split("{}")[0].removeprefix(family.prefix)
+    roots = (family.prefix, layers, "elastic.", family.head.names[0])
+    inside = [name for name in extra if name.startswith(roots)]
+    if inside:
+        raise ValueError(
+            f"{tensors.files[inside[0]]}: unexpected tensors {_listed(inside)} that config.json has no use "
+            f"for in model_type {family.model_type!r}; correct config.json, or remove them"
+        )
+    if extra:
+        warnings.warn(
+            f"{tensors.files[extra[0]]}: tensors {_listed(extra)} are not part of model_type "
+            f"{family.model_type!r} and are ignored",
+            stacklevel=4,
+        )
+
+
+def _placement(
+    config: ModelConfig, mesh: jax.sharding.Mesh | None
+) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """Returns what casts an assembled parameter and puts it where it belongs."""
+    dtype = jnp.dtype(config.param_dtype)
+    if mesh is None:
+        return lambda path, leaf: jnp.array(np.ascontiguousarray(leaf.astype(dtype, copy=False)))
+    from elastic_lm.sharding import param_shardings
+
+    shardings = param_shardings(config, mesh)
+
+    def place(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+        sharding: Any = shardings
+        for key in path:
+            sharding = sharding[key]
+        leaf = leaf.astype(dtype, copy=False)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return place
+
+
+def _insert(params: Params, path: tuple[str, ...], leaf: jax.Array) -> None:
+    for key in path[:-1]:
+        params = params.setdefault(key, {})
+    params[path[-1]] = leaf

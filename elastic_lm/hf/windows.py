@@ -1,0 +1,67 @@
+"""Sliding windows in config.json: one for all layers (Mistral) or one kind per layer (Qwen, Gemma 2)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def uniform_windows(hf: Mapping[str, Any], layers: int, default: int) -> tuple[int, ...]:
+    """Windows of a family whose layers all share `sliding_window`.
+
+    Args:
+      hf: parsed config.json.
+      layers: number of layers.
+      default: window in tokens where the file does not say.
+
+    Returns:
+      One window per layer, or () where attention is full.
+
+    Raises:
+      ValueError: the file gives kinds of attention per layer that differ from each other.
+    """
+    window = hf.get("sliding_window", default) or 0
+    kinds = set(hf.get("layer_types") or ())
+    if kinds - {SLIDING if window else FULL}:
+        raise ValueError(
+            f"layer_types={hf['layer_types']!r} with sliding_window={window}: "
+            f"model_type {hf.get('model_type')!r} has one window for all layers; remove layer_types"
+        )
+    return (window,) * layers if window else ()
+
+
+def layered_windows(
+    hf: Mapping[str, Any], layers: int, window: int, sliding: Callable[[int], bool]
+) -> tuple[int, ...]:
+    """Windows of a family that gives each layer a kind of attention.
+
+    Args:
+      hf: parsed config.json; `layer_types` decides where it is present.
+      layers: number of layers.
+      window: the sliding window in tokens; 0 = none.
+      sliding: layer -> whether it slides, where the file has no `layer_types`.
+
+    Returns:
+      One window per layer, or () where attention is full everywhere.
+
+    Raises:
+      ValueError: `layer_types` has the wrong length, an unknown kind, or slides without a window.
+    """
+    kinds = hf.get("layer_types") or [SLIDING if window and sliding(i) else FULL for i in range(layers)]
+    if len(kinds) != layers or set(kinds) - {SLIDING, FULL}:
+        raise ValueError(
+            f"layer_types={kinds!r}: must be {layers} entries (num_hidden_layers), "
+            f"each {FULL!r} or {SLIDING!r}"
+        )
+    if SLIDING in kinds and not window:
+        raise ValueError(
+            f"layer_types={kinds!r}: {SLIDING} needs a window, but sliding_window="
+            f"{hf.get('sliding_window')!r} and use_sliding_window={hf.get('use_sliding_window')!r}; set both"
+        )
+    windows = tuple(window if kind == SLIDING else 0 for kind in kinds)
+    return windows if any(windows) else ()
+
+
+def layer_types(windows: tuple[int, ...], layers: int) -> list[str]:
+    """Inverse of `layered_windows`: the kind of attention of every layer."""
+    return [SLIDING if window else FULL for window in windows or (0,) * layers]

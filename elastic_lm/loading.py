@@ -1,0 +1,56 @@
+"""One way in for every kind of model folder."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from elastic_lm import hf
+from elastic_lm.config import DTYPES
+from elastic_lm.models.decoder import Decoder, Params
+
+CHECKPOINT = "elastic_config.json"
+
+
+def load(
+    path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Decoder, Params]:
+    """Loads a Hugging Face folder or a checkpoint of this package.
+
+    Args:
+      path: folder with config.json and safetensors, or with elastic_config.json.
+      dtype: "float32", "bfloat16" or "float16" of parameters and activations; None = as saved for a
+        checkpoint, and see `hf.load` for a Hugging Face folder.
+      mesh: devices to spread the parameters over; None = the default device.
+
+    Returns:
+      (model, canonical parameters); `model.config` describes it.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`, or it is neither kind of folder.
+      ValueError: see `hf.load`.
+    """
+    folder = Path(path)
+    if (folder / CHECKPOINT).is_file():
+        return _load_checkpoint(folder, dtype, mesh)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: neither config.json (a Hugging Face folder) nor {CHECKPOINT} (a checkpoint of this "
+            f"package) is there; found: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
+        )
+    config, params = hf.load(folder, dtype=dtype, mesh=mesh)
+    return Decoder(config), params
+
+
+def _load_checkpoint(
+    folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None
+) -> tuple[Decoder, Params]:
+    from elastic_lm.checkpoint import load_model
+
+    config, params = load_model(folder, mesh=mesh)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return Decoder(config), params
