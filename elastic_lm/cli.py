@@ -40,7 +40,7 @@ def guard(program: str, debug: bool, run: Callable[[], None]) -> int:
     """Runs `run`; input that it refuses becomes one line on stderr and exit status 2."""
     try:
         run()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if debug or os.environ.get("ELASTIC_LM_DEBUG"):
             traceback.print_exc()
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)

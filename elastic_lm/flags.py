@@ -136,10 +136,11 @@ def _export(parser: Parser) -> None:
 
     elastic-lm export --from runs/exits/model --to hf-dir
 
-    Exits have no place in a Hugging Face model of these families: the full model is written.
+    Exits go into a file of their own that `transformers` ignores; this package reads them back.
     """
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="elastic checkpoint")
     parser.add_argument("--to", dest="target", required=True, metavar="HF_DIR", help="new folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --to")
 
 
 def _train(parser: Parser) -> None:

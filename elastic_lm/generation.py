@@ -1,0 +1,137 @@
+"""`elastic-lm generate`: prompts in, continuations with the depth of every token out."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from elastic_lm import render
+from elastic_lm.calibrate.thresholds import ConfidenceExit
+from elastic_lm.config import ModelConfig
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.decode.sampler import Sample, Sampler
+from elastic_lm.embedded import embedded_model
+from elastic_lm.loading import load
+
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs `elastic-lm generate`."""
+    prompts = read_prompts(args.prompt, args.prompts_file)
+    if args.stream and len(prompts) > 1:
+        raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
+    folder = args.model or embedded_model()
+    model, params = load(folder)
+    tokenizer = Tokenizer.load(folder)
+    policy = exit_policy(model.config, args.thresholds, args.threshold, args.metric)
+    window = {"window": args.window, "fire_share": args.fire_share}
+    sampler = Sampler(model, params, tokenizer, exit=policy, **window)
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"stop": tuple(args.stop)}
+    if args.stream:
+        stream(sampler, prompts[0], args.max_new_tokens, settings)
+        return
+    samples = sampler.sample(prompts, args.max_new_tokens, **settings)
+    if args.json:
+        write_json(args.json, prompts, samples)
+    if args.json != "-":
+        show(tokenizer, model.config.n_layers, prompts, samples, render.wants_colour(sys.stdout, args.color))
+
+
+def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
+    """Prompts from the command line and from a file.
+
+    Args:
+      given: values of --prompt.
+      file: one prompt per line, or JSON lines with a `prompt` field where the name ends in .jsonl.
+
+    Raises:
+      ValueError: there is no prompt, one is empty, or a line cannot be read; names the line.
+    """
+    named = [(f"--prompt {i}", text) for i, text in enumerate(given, 1)]
+    if file:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        named += [
+            (f"{file} line {i}", _prompt(file, i, line)) for i, line in enumerate(lines, 1) if line.strip()
+        ]
+    if not named:
+        raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE")
+    for where, text in named:
+        if not text:
+            raise ValueError(f"{where} is empty: give at least one character")
+    return [text for _, text in named]
+
+
+def _prompt(file: str, number: int, line: str) -> str:
+    if not file.endswith(".jsonl"):
+        return line
+    try:
+        return json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{file} line {number}: expected a JSON object with a "prompt"') from None
+
+
+def exit_policy(
+    config: ModelConfig, thresholds: str | None, threshold: float | None, metric: str
+) -> ConfidenceExit | None:
+    """The policy of a thresholds file, one threshold for every exit, or None for full depth.
+
+    Raises:
+      ValueError: both are given, or the model has no exits.
+    """
+    if thresholds and threshold is not None:
+        raise ValueError(f"--thresholds {thresholds} and --threshold {threshold}: give one of them")
+    if (thresholds or threshold is not None) and not config.exits:
+        raise ValueError("the model has no exits: attach and tune them first (quickstart, or train)")
+    if thresholds:
+        return ConfidenceExit.load(thresholds)
+    if threshold is None:
+        return None
+    layers = tuple(e.layer for e in config.exits)
+    return ConfidenceExit(metric=metric, thresholds=(threshold,) * len(layers), layers=layers)
+
+
+def stream(sampler: Sampler, prompt: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
+    """Prints a prompt and its continuation while it is generated."""
+    print(prompt, end="", flush=True)
+    for piece in sampler.stream(prompt, max_new_tokens, **settings):
+        print(piece, end="", flush=True)
+    print()
+
+
+def show(
+    tokenizer: Tokenizer, n_layers: int, prompts: Sequence[str], samples: Sequence[Sample], colour: bool
+) -> None:
+    """Prints each prompt with its continuation, and one line of statistics on stderr."""
+    for prompt, sample in zip(prompts, samples, strict=True):
+        text = sample.text
+        if colour:
+            text = render.to_ansi(render.spans(tokenizer.decode, sample.tokens, sample.exit_layers), n_layers)
+        print(prompt + text)
+    stats = samples[0].stats
+    counts = ", ".join(f"{n} after {depth} layers" for depth, n in stats.exit_counts.items())
+    print(
+        f"{stats.tokens} tokens, {stats.tokens_per_s:.1f}/s (compilation included), "
+        f"mean {stats.mean_layers:.2f} of {n_layers} layers: {counts}",
+        file=sys.stderr,
+    )
+
+
+def write_json(path: str, prompts: Sequence[str], samples: Sequence[Sample]) -> None:
+    """Writes one JSON object per prompt: prompt, text, tokens, exit_layers, stats; - = stdout."""
+    with _open(path) as file:
+        for prompt, sample in zip(prompts, samples, strict=True):
+            file.write(json.dumps({"prompt": prompt, **dataclasses.asdict(sample)}) + "\n")
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[TextIO]:
+    if path == "-":
+        yield sys.stdout
+        return
+    with Path(path).open("w", encoding="utf-8") as file:
+        yield file

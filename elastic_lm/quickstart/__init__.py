@@ -1,0 +1,1 @@
+"""The main job in one call: exits attached, tuned, calibrated, and measured against full depth."""

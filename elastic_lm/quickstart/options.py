@@ -1,0 +1,50 @@
+"""What a quickstart run is asked to do."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Every choice of a quickstart run."""
+
+    out: str = "runs/quickstart"  # folder for everything that is written
+    hf_dir: str | None = None  # a Hugging Face folder instead of the embedded model
+    data: tuple[str, ...] = ()  # text files or folders; () = the interpreter's own library
+    from_scratch: bool = False  # pretrain a small model instead of loading one
+    pretrain_steps: int = 300  # with from_scratch
+    exits: tuple[int, ...] = ()  # layers with an exit; () = a quarter, half and three quarters
+    kind: str = "norm"  # what stands between the hidden state and the exit's vocabulary head
+    tied: bool = False  # exits share the model's own vocabulary head
+    steps: int = 60  # EE-tuning steps
+    lr: float = 1e-3  # EE-tuning learning rate
+    batch_size: int = 8  # rows per training step
+    seq_len: int = 256  # tokens per row
+    metric: str = "max_prob"  # confidence that thresholds are compared with
+    targets: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99, 0.995)  # agreement with the full model
+    calibration_tokens: int = 20_000  # held-out tokens that thresholds are fitted on
+    test_tokens: int = 20_000  # other held-out tokens that agreement is reported on
+    prompts: int = 4  # held-out prompts that are continued
+    prompt_tokens: int = 48  # tokens of each prompt
+    new_tokens: int = 96  # tokens generated per prompt
+    rounds: int = 5  # timed rounds; full depth and all targets take turns in each
+    window: int = 4  # positions whose deeper layers may be pending
+    seed: int = 0  # of random exits and of the shuffle
+    tiny: bool = False  # the numbers of `tiny()` are in use
+
+    def shrunk(self) -> "Options":
+        """The same job in moments, to see that everything works."""
+        return dataclasses.replace(
+            self,
+            pretrain_steps=min(self.pretrain_steps, 8),
+            steps=min(self.steps, 6),
+            batch_size=2,
+            seq_len=64,
+            targets=self.targets if len(self.targets) < 3 else (0.9, 0.99),
+            calibration_tokens=1024,
+            test_tokens=1024,
+            prompts=2,
+            prompt_tokens=16,
+            new_tokens=16,
+            rounds=5,
+            tiny=True,
+        )

@@ -1,0 +1,119 @@
+"""What a quickstart run leaves behind: report.json, the table, the coloured text, the curve."""
+
+import dataclasses
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from elastic_lm import render
+from elastic_lm.bench.machine import hardware, versions
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.decode.sampler import Sample
+from elastic_lm.quickstart.options import Options
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One row of the table: what a target agreement costs and gives.
+
+    Attributes:
+      target_agreement: asked of calibration.
+      agreement: share of held-out test tokens equal to the full model's choice.
+      mean_layers: mean depth of the generated tokens.
+      tokens_per_s: generated tokens per second, median.
+      speedup: tokens_per_s over that of full depth, measured in the same rounds.
+      generated_agreement: share of the generated tokens equal to the full model's choice.
+      thresholds: one per exit; above 1 = the exit is not used.
+    """
+
+    target_agreement: float
+    agreement: float
+    mean_layers: float
+    tokens_per_s: float
+    speedup: float
+    generated_agreement: float
+    thresholds: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Everything a run measured.
+
+    Attributes:
+      seconds_total: wall-clock time of the whole run.
+      full_depth_layers: layers of the model.
+      full_depth_tokens_per_s: plain decoding without exits, median.
+      targets: one row per target agreement.
+      steps: seconds per step of the run.
+      model: where the model came from, its size and exits.
+    """
+
+    seconds_total: float
+    full_depth_layers: int
+    full_depth_tokens_per_s: float
+    targets: list[Target]
+    steps: dict[str, float]
+    model: dict[str, Any]
+
+
+def save(report: Report, options: Options, path: Path) -> None:
+    """Writes report.json: the report, the options, hardware and versions."""
+    content = {
+        **dataclasses.asdict(report),
+        "config": dataclasses.asdict(options),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def show_table(report: Report, console: Console) -> None:
+    """Prints target -> agreement, mean layers, tokens/s, speed-up."""
+    table = Table(box=rich.box.SIMPLE_HEAD, title="Early exits against full depth", title_justify="left")
+    for heading in ("target", "agreement", "mean layers", "tokens/s", "speed-up"):
+        table.add_column(heading, justify="right")
+    layers, rate = report.full_depth_layers, report.full_depth_tokens_per_s
+    table.add_row("full depth", "100 %", f"{layers}", f"{rate:.0f}", "1.00x")
+    for row in report.targets:
+        table.add_row(
+            f"{100 * row.target_agreement:g} %",
+            f"{100 * row.agreement:.2f} %",
+            f"{row.mean_layers:.2f}",
+            f"{row.tokens_per_s:.0f}",
+            f"{row.speedup:.2f}x",
+        )
+    console.print(table)
+
+
+def show_text(
+    tokenizer: Tokenizer, prompt: Sequence[int], sample: Sample, depths: Sequence[int], n_layers: int
+) -> str:
+    """A prompt and its continuation for the terminal, coloured by depth, with the legend."""
+    parts = render.spans(tokenizer.decode, sample.tokens, sample.exit_layers)
+    text = tokenizer.decode(prompt) + render.to_ansi(parts, n_layers)
+    return f"{text}\n\n{render.to_ansi(render.legend(depths, n_layers), n_layers)}"
+
+
+def save_texts(
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    samples: Mapping[float, Sequence[Sample]],
+    depths: Sequence[int],
+    n_layers: int,
+    path: Path,
+) -> None:
+    """Writes an HTML page with every prompt continued at every target, coloured by depth."""
+    blocks = [render.to_html(render.legend(depths, n_layers), n_layers)]
+    for i, prompt in enumerate(prompts):
+        blocks.append(f"<h2>Prompt {i + 1}</h2><pre>{html.escape(tokenizer.decode(prompt))}</pre>")
+        for target, rows in samples.items():
+            parts = render.spans(tokenizer.decode, rows[i].tokens, rows[i].exit_layers)
+            blocks.append(f"<h3>target {100 * target:g} %</h3>" + render.to_html(parts, n_layers))
+    page = '<!doctype html><meta charset="utf-8"><title>Text by exit depth</title>\n' + "\n".join(blocks)
+    path.write_text(page + "\n", encoding="utf-8")

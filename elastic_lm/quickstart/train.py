@@ -1,0 +1,96 @@
+"""The two training runs of a quickstart: the exits, and with --from-scratch the model before them."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from elastic_lm import hf
+from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, TrainConfig
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.embedded import embedded_model
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.quickstart.options import Options
+from elastic_lm.train.run import MODEL_FOLDER, fit
+
+
+def tune_exits(options: Options, source: Path, n_layers: int, data: DataConfig) -> tuple[Decoder, Params, Path]:
+    """Attaches exits to the model in `source` and tunes them; the model itself does not change.
+
+    Args:
+      options: exits, steps, learning rate, seed.
+      source: Hugging Face folder or elastic checkpoint.
+      n_layers: depth of the model there.
+      data: text to tune on.
+
+    Returns:
+      (model with exits, its parameters, the folder of the elastic checkpoint).
+    """
+    exits = tuple(ExitConfig(layer, options.kind, options.tied) for layer in exit_layers(options, n_layers))
+    train = TrainConfig(
+        method="ee_tuning",
+        init_from=str(source),
+        steps=options.steps,
+        lr=options.lr,
+        warmup=min(10, options.steps - 1),
+        weight_decay=0.0,
+        seed=options.seed,
+        log_every=max(1, options.steps // 6),
+        eval_every=0,
+        eval_batches=4,
+        save_every=options.steps,
+    )
+    folder = Path(options.out) / "tuning"
+    config, params = _fit(RunConfig(exits=exits, data=data, train=train), folder)
+    return Decoder(config), params, folder / MODEL_FOLDER
+
+
+def exit_layers(options: Options, n_layers: int) -> tuple[int, ...]:
+    """Layers with an exit: those asked for, or a quarter, half and three quarters of the depth.
+
+    Raises:
+      ValueError: a layer is not below the last one.
+    """
+    layers = options.exits or tuple(sorted({max(1, n_layers * k // 4) for k in (1, 2, 3)} - {n_layers}))
+    wrong = [layer for layer in layers if not 1 <= layer < n_layers]
+    if wrong or not layers:
+        raise ValueError(f"--exits {layers}: the model has {n_layers} layers, exits lie between 1 and {n_layers - 1}")
+    return layers
+
+
+def pretrain(options: Options, data: DataConfig) -> Path:
+    """Trains a small model and its tokenizer from nothing.
+
+    Returns:
+      The folder of its elastic checkpoint.
+    """
+    train = TrainConfig(
+        steps=options.pretrain_steps,
+        lr=3e-3,
+        warmup=min(50, options.pretrain_steps - 1),
+        log_every=max(1, options.pretrain_steps // 10),
+        eval_every=0,
+        eval_batches=4,
+        save_every=options.pretrain_steps,
+        seed=options.seed,
+    )
+    folder = Path(options.out) / "pretraining"
+    _fit(RunConfig(model=small_model(options.tiny), data=data, train=train), folder)
+    return folder / MODEL_FOLDER
+
+
+def small_model(tiny: bool) -> ModelConfig:
+    """The architecture that is pretrained: that of the embedded model, or one of four thin layers."""
+    if tiny:
+        return ModelConfig(
+            vocab_size=512, d_model=32, n_layers=4, n_heads=4, d_mlp=96, max_len=256, tied=True
+        )
+    return ModelConfig(
+        vocab_size=2048, d_model=128, n_layers=12, n_heads=4, n_kv_heads=2, d_mlp=384, max_len=1024, tied=True
+    )
+
+
+def _fit(config: RunConfig, folder: Path) -> tuple[ModelConfig, Params]:
+    """`train.fit` from the start, whatever an earlier quickstart left in `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model, params, _ = fit(config, folder)
+    return model, params
