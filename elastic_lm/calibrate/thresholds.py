@@ -1,0 +1,227 @@
+"""Exit policies by confidence: the thresholds, how they are fitted, and the file they live in.
+
+Thresholds are chosen on one half of the held-out sequences and measured on the other half, so the
+reported numbers are not in-sample. They are averages over those tokens: no finite-sample guarantee
+for new text is part of this file.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elastic_lm.calibrate.confidence import metric_index
+from elastic_lm.calibrate.observe import Observations, observe
+from elastic_lm.calibrate.search import NEVER, choose, outcome
+from elastic_lm.config import ModelConfig, from_dict, to_dict
+from elastic_lm.methods.losses import Batch
+from elastic_lm.models.decoder import Params
+
+TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+GUARANTEE = "none: averages over the measured tokens, without a finite-sample guarantee for new text"
+SHAPE = ("n_layers", "d_model", "vocab_size")  # what has to match between a file and a model
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvePoint:
+    """What one target gave on held-out tokens that the thresholds were not chosen on."""
+
+    target: float  # wanted share of tokens equal to the full model's
+    thresholds: tuple[float, ...]  # one per exit
+    agreement: float  # measured share of tokens equal to the full model's
+    mean_layers: float  # mean depth at which tokens were emitted
+    shares: tuple[float, ...]  # share of tokens emitted at each exit, then at full depth
+    note: str = ""  # what a reader should know about this point
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceExit:
+    """Exit after the first exit whose confidence is at least its threshold."""
+
+    metric: str  # confidence metric, see `calibrate.confidence`
+    thresholds: tuple[float, ...]  # one per exit; 0 always exits, above 1 never does
+    layers: tuple[int, ...]  # the exits' layers, in increasing order
+    target: float | None = None  # agreement with the full model that the thresholds were chosen for
+    curve: tuple[CurvePoint, ...] = ()  # measured targets, in increasing order
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model, data, date, versions
+
+    def __post_init__(self) -> None:
+        metric_index(self.metric)
+        if len(self.thresholds) != len(self.layers):
+            raise ValueError(f"thresholds={self.thresholds}: needs one per exit, after layers {self.layers}")
+        if not all(math.isfinite(t) and t >= 0 for t in self.thresholds):
+            raise ValueError(f"thresholds={self.thresholds}: must be finite and at least 0 (above 1 = never)")
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks that this policy fits a model's exits.
+
+        Raises:
+          ValueError: names what differs: the exits' layers, or the shape of the model it was fitted on.
+        """
+        layers = tuple(e.layer for e in config.exits)
+        if layers != self.layers:
+            raise ValueError(
+                f"thresholds are for exits after layers {self.layers}, the model has {layers or 'none'}: "
+                "calibrate on this model"
+            )
+        recorded = self.provenance.get("model", {})
+        for field in SHAPE:
+            if field in recorded and recorded[field] != getattr(config, field):
+                raise ValueError(
+                    f"thresholds were fitted on a model with {field}={recorded[field]}, this one has "
+                    f"{field}={getattr(config, field)}: calibrate on this model"
+                )
+
+    def at(self, target: float) -> "ConfidenceExit":
+        """The same policy for another target of its curve.
+
+        Raises:
+          ValueError: the curve does not have this target.
+        """
+        for point in self.curve:
+            if math.isclose(point.target, target):
+                return dataclasses.replace(self, target=point.target, thresholds=point.thresholds)
+        known = ", ".join(f"{p.target:g}" for p in self.curve) or "none"
+        raise ValueError(f"target={target}: the curve has {known}; calibrate with this target")
+
+    @property
+    def measured(self) -> CurvePoint | None:
+        """The curve's point of this policy's own target."""
+        return next((p for p in self.curve if p.target == self.target), None)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the policy as JSON; a crash never leaves half a file."""
+        path = Path(path)
+        content = {"format": "elastic_lm thresholds 1", **dataclasses.asdict(self)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ConfidenceExit":
+        """Reads a policy from a thresholds file.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is not JSON, not a thresholds file, or holds values out of range.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such thresholds file; `elastic-lm calibrate` writes one")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.pop("format", None) != "elastic_lm thresholds 1":
+                raise ValueError('"format" is not "elastic_lm thresholds 1"')
+            points = tuple(from_dict(CurvePoint, p, "curve.") for p in content.pop("curve", []))
+            return from_dict(cls, {**content, "curve": points})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a usable thresholds file ({error}); calibrate again") from error
+
+
+def calibrate(
+    config: ModelConfig,
+    params: Params,
+    batches: Iterable[Batch],
+    *,
+    target: float = 0.99,
+    metric: str = "max_prob",
+    targets: Sequence[float] = TARGETS,
+    active: Sequence[int] | None = None,
+    model: str = "",
+    data: str = "",
+    seed: int = 0,
+    chunk: int = 128,
+) -> ConfidenceExit:
+    """Fits one threshold per exit so that a target share of all tokens equals the full model's.
+
+    Args:
+      config: the model with its exits; static.
+      params: its parameters, canonical or stacked.
+      batches: packed held-out batches, not trained on; see `observe`.
+      target: wanted share of emitted tokens that equal the full model's greedy choice.
+      metric: confidence metric.
+      targets: further targets that the curve shows.
+      active: layers of the exits that may be used; the others get a threshold above 1. None = all.
+      model: path or name, recorded.
+      data: description of the held-out text, recorded.
+      seed: decides which sequences choose thresholds and which measure them.
+      chunk: columns of logits alive at once; static.
+
+    Returns:
+      ConfidenceExit with the measured curve. Where no exit can be used within a target's budget of
+      disagreements its thresholds are above 1 (never exit) and the curve's note says so.
+
+    Raises:
+      ValueError: the model has no exits, a target is not in (0, 1], or the text is too short.
+    """
+    if not config.exits:
+        raise ValueError("config.exits=(): attach and tune exits first")
+    observations = observe(config, params, batches, metric=metric, chunk=chunk)
+    policy = fit(observations, target=target, metric=metric, targets=targets, active=active, seed=seed)
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+    shape = {field: getattr(config, field) for field in SHAPE}
+    provenance = {
+        "model": {"path": model, "config_sha256": digest, **shape},
+        "data": {"description": data, **policy.provenance},
+        "guarantee": GUARANTEE,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+    }
+    return dataclasses.replace(policy, provenance=provenance)
+
+
+def fit(
+    observations: Observations,
+    *,
+    target: float,
+    metric: str,
+    targets: Sequence[float] = TARGETS,
+    active: Sequence[int] | None = None,
+    seed: int = 0,
+) -> ConfidenceExit:
+    """`calibrate` from observations that exist already; arguments as there."""
+    targets = sorted({target, *targets})
+    for value in targets:
+        if not 0 < value <= 1:
+            raise ValueError(f"target={value}: must be a share in (0, 1]")
+    layers = observations.layers
+    unknown = set(active or ()) - set(layers)
+    if unknown:
+        raise ValueError(f"active={tuple(active or ())}: the model has exits after layers {layers}")
+    used = [i for i, layer in enumerate(layers) if active is None or layer in active]
+    selection, scoring = observations.halves(seed)
+    depths = [*(layers[i] for i in used), observations.n_layers]
+    chosen = choose(selection.confidence[:, used], selection.agrees[:, used], depths, targets)
+    curve = tuple(_point(scoring, value, _spread(chosen[value], used, len(layers))) for value in targets)
+    thresholds = next(p.thresholds for p in curve if p.target == target)
+    counts = {
+        "selection_tokens": selection.tokens,
+        "scoring_tokens": scoring.tokens,
+        "sequences": len(set(observations.sequence.tolist())),
+        "seed": seed,
+    }
+    return ConfidenceExit(metric, thresholds, layers, target, curve, counts)
+
+
+def _spread(thresholds: Sequence[float], used: Sequence[int], exits: int) -> tuple[float, ...]:
+    """Thresholds of all exits; those not in use never fire."""
+    given = dict(zip(used, thresholds, strict=True))
+    return tuple(given.get(i, NEVER) for i in range(exits))
+
+
+def _point(scoring: Observations, target: float, thresholds: tuple[float, ...]) -> CurvePoint:
+    depths = (*scoring.layers, scoring.n_layers)
+    result = outcome(scoring.confidence, scoring.agrees, depths, thresholds)
+    note = ""
+    if min(thresholds) >= NEVER:
+        note = "no exit can be used at this target: every token takes the full depth"
+    elif result.agreement < target:
+        note = "measured agreement is below the target: use more held-out text or a higher target"
+    return CurvePoint(target, thresholds, result.agreement, result.mean_layers, result.shares, note)

@@ -1,0 +1,136 @@
+"""Exit policies: fitted on one half, measured on the other, kept in a file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elastic_lm.calibrate.observe import Observations
+from elastic_lm.calibrate.search import NEVER
+from elastic_lm.calibrate.thresholds import ConfidenceExit, fit
+from elastic_lm.testing import tiny_config
+
+
+def observations(n: int = 4000, rows: int = 40, seed: int = 0) -> Observations:
+    """Two exits whose confidence is the probability that they agree."""
+    random = np.random.default_rng(seed)
+    ease = random.normal(size=(n, 1))
+    scores = 2 * (ease + np.array([0.5, 1.5]) + 0.3 * random.normal(size=(n, 2)))
+    confidence = (1 / (1 + np.exp(-scores))).astype(np.float32)
+    agrees = random.uniform(size=(n, 2)) < confidence
+    return Observations(
+        layers=(1, 3),
+        n_layers=4,
+        confidence=confidence,
+        agrees=agrees,
+        correct=np.zeros((n, 3), bool),
+        nats=np.zeros((n, 3), np.float32),
+        weights=np.ones(n, np.float32),
+        targets=np.zeros(n, np.int32),
+        sequence=np.arange(n) * rows // n,
+    )
+
+
+def policy() -> ConfidenceExit:
+    return fit(observations(), target=0.95, metric="max_prob")
+
+
+def test_held_out_agreement_is_close_to_its_target() -> None:
+    fitted = policy()
+    assert [p.target for p in fitted.curve] == [0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999]
+    for point in fitted.curve:
+        assert point.agreement == pytest.approx(point.target, abs=0.02)
+        assert sum(point.shares) == pytest.approx(1)
+    assert fitted.measured is fitted.curve[2]
+    assert fitted.thresholds == fitted.curve[2].thresholds
+    layers = [point.mean_layers for point in fitted.curve]
+    assert layers == sorted(layers)
+
+
+def test_scoring_tokens_do_not_choose_thresholds() -> None:
+    clean = observations()
+    selection, scoring = clean.halves(seed=0)
+    spoiled = Observations(**{**vars(clean), "agrees": clean.agrees.copy()})
+    spoiled.agrees[np.isin(clean.sequence, scoring.sequence)] = False
+    before, after = (fit(o, target=0.95, metric="margin") for o in (clean, spoiled))
+    assert [p.thresholds for p in before.curve] == [p.thresholds for p in after.curve]
+    assert after.curve[0].agreement < 0.5
+    assert "below the target" in after.curve[0].note
+    assert not set(selection.sequence) & set(scoring.sequence)
+    assert selection.tokens + scoring.tokens == clean.tokens
+
+
+def test_unreachable_target_says_never() -> None:
+    hopeless = observations()
+    hopeless.agrees[:] = False
+    fitted = fit(hopeless, target=1.0, metric="max_prob", targets=())
+    assert fitted.thresholds == (NEVER, NEVER)
+    assert fitted.curve[0].agreement == 1.0
+    assert fitted.curve[0].mean_layers == 4
+    assert "full depth" in fitted.curve[0].note
+
+
+def test_inactive_exits_never_fire() -> None:
+    fitted = fit(observations(), target=0.9, metric="max_prob", active=(3,))
+    assert fitted.thresholds[0] == NEVER
+    assert fitted.thresholds[1] < 1
+    assert fitted.curve[0].shares[0] == 0
+    with pytest.raises(ValueError, match=r"active=\(2,\): the model has exits after layers \(1, 3\)"):
+        fit(observations(), target=0.9, metric="max_prob", active=(2,))
+
+
+def test_file_round_trip_and_other_targets(tmp_path: Path) -> None:
+    fitted = policy()
+    path = tmp_path / "deep" / "thresholds.json"
+    fitted.save(path)
+    loaded = ConfidenceExit.load(path)
+    assert loaded == fitted
+    assert np.array_equal(np.float32(loaded.thresholds), np.float32(fitted.thresholds))
+    assert loaded.at(0.8).thresholds == fitted.curve[0].thresholds
+    assert loaded.at(0.8).target == 0.8
+    assert not list(path.parent.glob("*.partial"))
+    with pytest.raises(ValueError, match=r"target=0.7: the curve has 0.8, 0.9"):
+        loaded.at(0.7)
+
+
+def test_unusable_files(tmp_path: Path) -> None:
+    path = tmp_path / "thresholds.json"
+    with pytest.raises(FileNotFoundError, match=r"thresholds.json: no such thresholds file"):
+        ConfidenceExit.load(path)
+    policy().save(path)
+    good = json.loads(path.read_text())
+    broken = {
+        "Expecting": json.dumps(good)[:100],
+        "format": json.dumps({**good, "format": "other"}),
+        "is not": json.dumps([1, 2]),
+        "metric='energy'": json.dumps({**good, "metric": "energy"}),
+        "needs one per exit": json.dumps({**good, "thresholds": [0.5]}),
+        "at least 0": json.dumps({**good, "thresholds": [0.5, -1.0]}),
+        "finite": json.dumps({**good, "thresholds": [0.5, float("nan")]}),
+        "unknown key treshold": json.dumps({**good, "treshold": 1}),
+        "curve": json.dumps({**good, "curve": [{"targets": 1}]}),
+        "missing": json.dumps({k: v for k, v in good.items() if k != "layers"}),
+    }
+    for reason, text in broken.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"(?s)thresholds.json.*{reason}.*calibrate again"):
+            ConfidenceExit.load(path)
+
+
+def test_check_names_what_does_not_fit() -> None:
+    fitted = policy()
+    fitted.check(tiny_config(exits=(1, 3)))
+    with pytest.raises(ValueError, match=r"after layers \(1, 3\), the model has \(2,\)"):
+        fitted.check(tiny_config(exits=(2,)))
+    with pytest.raises(ValueError, match=r"the model has none"):
+        fitted.check(tiny_config())
+    recorded = ConfidenceExit("margin", (0.5, 0.5), (1, 3), provenance={"model": {"n_layers": 12}})
+    with pytest.raises(ValueError, match=r"n_layers=12, this one has n_layers=4"):
+        recorded.check(tiny_config(exits=(1, 3)))
+
+
+@pytest.mark.parametrize("target", [0.0, 1.5])
+def test_target_out_of_range(target: float) -> None:
+    with pytest.raises(ValueError, match=r"must be a share in \(0, 1\]"):
+        fit(observations(), target=target, metric="max_prob")
