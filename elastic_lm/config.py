@@ -8,8 +8,9 @@ prompts) is traced and lives elsewhere.
 import dataclasses
 import difflib
 import math
+import types
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -17,6 +18,10 @@ Position = Literal["rope", "learned"]
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn"]
 ExitKind = Literal["embedding", "norm", "mlp", "block"]
 ExitInit = Literal["copy", "random"]
+DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
+Packing = Literal["concat", "first_fit"]
+MethodName = Literal["pretraining", "ee_tuning"]
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -180,6 +185,113 @@ class ModelConfig:
         return dataclasses.replace(self, exits=exits)
 
 
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches."""
+
+    source: DataSource = "stdlib"  # the interpreter's own library, text files, or JSON lines
+    paths: tuple[str, ...] = ()  # training files or folders; unused by stdlib
+    eval_paths: tuple[str, ...] = ()  # held-out files or folders; unused by stdlib (its test split)
+    text_field: str = "text"  # jsonl: key of the text
+    prompt_field: str = "prompt"  # instruction: key of what is read but not learned
+    response_field: str = "response"  # instruction: key of what is learned
+    tokenizer: str = ""  # folder or tokenizer.json; "" = that of train.init_from, or train a BPE
+    seq_len: int = 256  # tokens per row
+    batch_size: int = 16  # rows per optimizer step, over all devices
+    packing: Packing = "concat"  # cut documents at row ends, or keep each whole and pad (truncating)
+    span: int = 2048  # text is shuffled in pieces of about this many bytes, cut at line ends
+    seed: int = 0  # of the shuffle
+
+    def __post_init__(self) -> None:
+        _require_choice("data.source", self.source, get_args(DataSource))
+        _require_choice("data.packing", self.packing, get_args(Packing))
+        for field in ("seq_len", "batch_size", "span"):
+            _require(getattr(self, field) >= 1, f"data.{field}", getattr(self, field), "must be at least 1")
+        _require(
+            self.source == "stdlib" or bool(self.paths),
+            "data.paths",
+            self.paths,
+            f"source={self.source!r} reads files: name at least one",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Method, optimizer and bookkeeping of one training run."""
+
+    method: MethodName = "pretraining"  # train everything, or exits on a frozen backbone
+    init_from: str = ""  # Hugging Face folder or elastic checkpoint to start from; "" = random
+    steps: int = 1000  # optimizer steps
+    lr: float = 3e-4  # peak learning rate
+    schedule: Schedule = "cosine"  # shape after the warm-up
+    warmup: int = 100  # steps of linear warm-up
+    min_lr: float = 0.1  # final learning rate as a share of the peak
+    decay_share: float = 0.2  # wsd: share of the steps that decay linearly at the end
+    b1: float = 0.9  # AdamW: memory of the mean gradient
+    b2: float = 0.95  # AdamW: memory of the squared gradient
+    eps: float = 1e-8  # AdamW: added to the root
+    weight_decay: float = 0.1  # AdamW: on kernels and tables, not on norms and biases
+    clip: float = 1.0  # largest global norm of the gradient; 0 = off
+    accumulate: int = 1  # parts a batch is computed in, one after the other
+    remat: bool = False  # recompute layers in the backward pass: less memory, more time
+    loss_chunk: int = 256  # columns of logits alive at once
+    exit_weights: tuple[float, ...] = ()  # ee_tuning: loss weight per exit; () = all 1
+    exit_warmup: int = 0  # ee_tuning: steps over which the exits' weights rise from 0
+    confidence_weighted: bool = False  # ee_tuning: weight tokens by the exit's max probability
+    seed: int = 0  # of the parameters that are drawn
+    log_every: int = 10  # steps between metric lines
+    eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
+    eval_batches: int = 20  # batches per held-out evaluation; 0 = all there are
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+
+    def __post_init__(self) -> None:
+        _require_choice("train.method", self.method, get_args(MethodName))
+        _require_choice("train.schedule", self.schedule, get_args(Schedule))
+        for field in ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk"):
+            _require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "must be at least 1")
+        _require(self.lr > 0, "train.lr", self.lr, "must be positive")
+        _require(
+            0 <= self.warmup < self.steps, "train.warmup", self.warmup, f"must be below steps={self.steps}"
+        )
+        _require(0 <= self.min_lr <= 1, "train.min_lr", self.min_lr, "is a share of lr, in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; -1 on one axis = all that are left."""
+
+    data: int = -1  # rows of a batch
+    fsdp: int = 1  # rows of a batch and slices of every parameter
+    tensor: int = 1  # heads, MLP width and vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything `elastic-lm train` needs; `configs/*.py` mirror it key by key."""
+
+    model: ModelConfig | None = None  # architecture; None = that of train.init_from
+    exits: tuple[ExitConfig, ...] = ()  # exits attached before training
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        _require(
+            self.model is not None or bool(self.train.init_from),
+            "model",
+            self.model,
+            "describe a model, or name a checkpoint in train.init_from",
+        )
+        rows = self.data.batch_size
+        _require(
+            rows % self.train.accumulate == 0,
+            "train.accumulate",
+            self.train.accumulate,
+            f"must divide data.batch_size={rows}",
+        )
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Turns any config dataclass into plain JSON-compatible dicts and lists."""
     return dataclasses.asdict(config)
@@ -213,8 +325,13 @@ def from_dict(cls: Any, values: Mapping[str, Any], where: str = "") -> Any:
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     """Turns JSON's lists and dicts into the tuples and dataclasses that `hint` asks for."""
+    if get_origin(hint) in (Union, types.UnionType) and isinstance(value, Mapping):
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_dict(hint, value, where + ".")
     if get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(_coerce(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint in (int, float, str, bool):
+        right = type(value) is hint or (hint is float and type(value) is int)
+        _require(right, where, value, f"must be of type {hint.__name__}")
     return value

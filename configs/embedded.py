@@ -1,0 +1,41 @@
+"""The small model that ships with the package: Llama architecture, Python's standard library.
+
+COMMAND   elastic-lm train --config configs/embedded.py --workdir runs/embedded
+HARDWARE  one CPU core
+DURATION  about 80 minutes
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The recipe; `arg` = "tiny" shrinks it to a check that runs in seconds."""
+    config = ConfigDict()
+    config.model = {
+        "vocab_size": 2048,
+        "d_model": 128,
+        "n_layers": 12,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "d_mlp": 384,
+        "max_len": 1024,
+        "tied": True,
+    }
+    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.train = {
+        "steps": 2000,
+        "lr": 3e-3,
+        "schedule": "wsd",
+        "decay_share": 0.3,
+        "min_lr": 0.05,
+        "warmup": 100,
+        "weight_decay": 0.1,
+        "log_every": 20,
+        "eval_every": 250,
+        "save_every": 100,
+    }
+    if arg == "tiny":
+        config.model.update(d_model=32, n_layers=4, d_mlp=64, vocab_size=512)
+        config.data.update(seq_len=64, batch_size=4)
+        config.train.update(steps=20, warmup=5, log_every=5, eval_every=10, eval_batches=2, save_every=10)
+    return config

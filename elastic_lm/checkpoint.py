@@ -1,0 +1,139 @@
+"""Checkpoints: training state with the data iterator, and finished models. Wraps orbax v1."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import grain
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from elastic_lm.config import ModelConfig, from_dict, to_dict
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.models.decoder import Params, abstract_params
+from elastic_lm.sharding import Rules, make_mesh, param_shardings
+
+CONFIG_FILE = "elastic_config.json"
+PARAMS_FOLDER = "params"
+
+
+class Checkpoints:
+    """The newest training checkpoints of one run, each a state and the data iterator's position.
+
+    A step becomes visible only when all of it is on disk, so a process may die at any time.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        training: Any = ocp.training
+        self._folder = folder
+        self._checkpointer = training.Checkpointer(
+            epath.Path(folder.absolute()),
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
+        """Writes a checkpoint and removes the oldest ones.
+
+        Args:
+          step: optimizer steps done.
+          state: a pytree of arrays.
+          batches: the data iterator.
+        """
+        self._checkpointer.save_checkpointables(step, {"state": state, "data": batches}, overwrite=True)
+
+    def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
+        """Reads the newest checkpoint that is intact and moves `batches` to its position.
+
+        Args:
+          abstract: pytree of `jax.ShapeDtypeStruct` with shardings: the state to restore into.
+          batches: a fresh data iterator; set to the checkpoint's position.
+
+        Returns:
+          (step, state), or None where nothing was saved yet.
+
+        Raises:
+          ValueError: there are checkpoints and none can be read; names the folder and the reason.
+        """
+        start = batches.get_state()
+        reasons = []
+        for step in sorted((c.step for c in self._checkpointer.checkpoints), reverse=True):
+            try:
+                wanted = {"state": abstract, "data": batches}
+                return step, self._checkpointer.load_checkpointables(step, wanted)["state"]
+            except Exception as error:
+                reasons.append(f"step {step}: {_first_line(error)}")
+                logging.warning("checkpoint %s/%d cannot be read and is skipped", self._folder, step)
+                batches.set_state(start)
+        if not reasons:
+            return None
+        raise ValueError(
+            f"no checkpoint in {self._folder} can be read into this configuration: {'; '.join(reasons)}. "
+            "Use the configuration of the run that wrote them, or another workdir"
+        )
+
+    def close(self) -> None:
+        """Waits for pending work."""
+        self._checkpointer.close()
+
+
+def save_model(path: str | Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None) -> None:
+    """Writes an elastic checkpoint: elastic_config.json, params/ and the tokenizer's files.
+
+    Args:
+      path: folder; an older model in it is replaced.
+      config: the model.
+      params: canonical parameters.
+      tokenizer: saved beside them; None = no tokenizer.
+    """
+    folder = epath.Path(path).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    ocp.save(folder / PARAMS_FOLDER, params, overwrite=True)
+    if tokenizer is not None:
+        tokenizer.save(path)
+    (folder / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_model(
+    path: str | Path, mesh: Mesh | None = None, rules: Rules | None = None
+) -> tuple[ModelConfig, Params]:
+    """Reads an elastic checkpoint onto any mesh, whatever it was saved from.
+
+    Args:
+      path: folder written by `save_model`.
+      mesh: where the parameters go; None = the first device.
+      rules: logical to mesh axes.
+
+    Returns:
+      (config, canonical parameters).
+
+    Raises:
+      FileNotFoundError: the folder is not an elastic checkpoint.
+      ValueError: its parameters do not fit its config, or are damaged.
+    """
+    folder = epath.Path(path).absolute()
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not an elastic checkpoint: it has no {CONFIG_FILE}")
+    config = from_dict(ModelConfig, json.loads(file.read_text()), "model.")
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    shardings = param_shardings(config, mesh, rules)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(abstract_params(config)),
+        shardings,
+    )
+    try:
+        return config, ocp.load(folder / PARAMS_FOLDER, abstract)
+    except Exception as error:
+        reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
+        raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]

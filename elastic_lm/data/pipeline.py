@@ -1,0 +1,118 @@
+"""Documents to packed batches: source -> shuffle, repeat -> tokenise -> pack -> batch, all in grain.
+
+The iterator's position is part of a training checkpoint, so a resumed run reads the very next batch.
+"""
+
+import functools
+from typing import Any
+
+import grain
+import numpy as np
+
+from elastic_lm.config import DataConfig
+from elastic_lm.data.sources import JSONL_SUFFIXES, TEXT_SUFFIXES, Document, JsonLines, TextFiles, find_files
+from elastic_lm.data.stdlib import Split, stdlib_files
+from elastic_lm.data.tokenizer import Tokenizer
+
+BINS = 32  # rows that first-fit packing fills at a time
+FIELDS = ("tokens", "targets", "weights")
+
+
+def documents(config: DataConfig, split: Split) -> TextFiles | JsonLines:
+    """The documents of one split.
+
+    Args:
+      config: where they are.
+      split: "train" reads `paths`, the others `eval_paths`; stdlib has three splits of its own.
+
+    Raises:
+      FileNotFoundError: a file or folder does not exist.
+      ValueError: a file is empty, or `eval_paths` is needed and missing.
+    """
+    if config.source == "stdlib":
+        files = [file for file in stdlib_files(split) if file.stat().st_size]
+        return TextFiles(files, config.span)
+    paths = config.paths if split == "train" else config.eval_paths
+    if not paths:
+        raise ValueError(f"data.eval_paths=(): name held-out files for the {split} split")
+    if config.source == "text":
+        return TextFiles(find_files(paths, TEXT_SUFFIXES), config.span)
+    files = find_files(paths, JSONL_SUFFIXES)
+    if config.source == "jsonl":
+        return JsonLines(files, config.text_field)
+    return JsonLines(files, config.response_field, config.prompt_field)
+
+
+def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset:
+    """Endless shuffled batches of the training split.
+
+    Returns:
+      A dataset of dicts with the fields of `losses.Batch`, [batch_size, seq_len] NumPy arrays.
+    """
+    source = documents(config, "train")
+    rows = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
+    rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))
+    return rows.batch(config.batch_size, drop_remainder=True).map(_as_batch)
+
+
+def eval_batches(config: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> grain.IterDataset:
+    """One pass over a held-out split in order; the last batch is filled up with rows of weight 0."""
+    rows = grain.MapDataset.source(documents(config, split))
+    rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))
+    fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
+    return rows.batch(config.batch_size, batch_fn=fill).map(_as_batch)
+
+
+def encode(config: DataConfig, tokenizer: Tokenizer, document: Document) -> dict[str, np.ndarray]:
+    """Inputs, the token that follows each, and whether that token is learned.
+
+    Args:
+      config: cuts documents to seq_len where rows keep documents whole.
+      tokenizer: gives ids; beginning and ending ids go where the document begins and ends.
+      document: the text.
+
+    Returns:
+      {"tokens", "targets"}: int32 and {"weights"}: float32, one entry per predicted token; weights
+      are 0 where the predicted token belongs to the prompt.
+    """
+    ids = tokenizer.encode(document.prompt, bos=document.starts) if document.prompt or document.starts else []
+    read = max(len(ids), 1)  # the first token of all has nothing before it and is never predicted
+    ids = ids + tokenizer.encode(document.text)
+    if document.ends:
+        ids = ids + list(tokenizer.eos_ids[:1])
+    if config.packing == "first_fit":
+        ids = ids[: config.seq_len + 1]
+    weights = np.ones(max(len(ids) - 1, 0), np.float32)
+    weights[: read - 1] = 0.0
+    tokens = np.asarray(ids, np.int32)
+    return {"tokens": tokens[:-1], "targets": tokens[1:], "weights": weights}
+
+
+def file_texts(config: DataConfig, split: Split = "train") -> list[str]:
+    """Every document of a split as plain text, to learn a tokenizer from."""
+    source = documents(config, split)
+    return [source[i].prompt + source[i].text for i in range(len(source))]
+
+
+def count_bytes(config: DataConfig, split: Split = "test") -> int:
+    """UTF-8 bytes of a split's learned text, the denominator of bits per byte."""
+    source = documents(config, split)
+    return sum(len(source[i].text.encode()) for i in range(len(source)))
+
+
+def _pack(config: DataConfig, rows: grain.MapDataset) -> grain.IterDataset:
+    lengths: dict[str, int] = dict.fromkeys(FIELDS, config.seq_len)
+    stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
+    if config.packing == "concat":
+        return grain.experimental.ConcatThenSplitIterDataset(stream, length_struct=lengths)
+    return grain.experimental.FirstFitPackIterDataset(
+        stream, length_struct=lengths, num_packing_bins=BINS, shuffle_bins=False
+    )
+
+
+def _as_batch(packed: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Keeps the fields of `losses.Batch`; padding has segment 0 and weight 0."""
+    batch = {field: packed[field] for field in FIELDS}
+    batch["positions"] = packed["tokens_positions"]
+    batch["segments"] = packed["tokens_segment_ids"]
+    return batch

@@ -1,0 +1,134 @@
+"""Random-access sources of documents: text files, JSON lines, and prompts with responses."""
+
+import functools
+import gzip
+import json
+import mmap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".py", ".md")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
+
+
+class Document(NamedTuple):
+    """A piece of text to learn from.
+
+    Attributes:
+      prompt: read, not learned.
+      text: learned.
+      starts: the piece begins a document.
+      ends: the piece ends a document.
+      name: where it comes from, for messages.
+    """
+
+    prompt: str
+    text: str
+    starts: bool
+    ends: bool
+    name: str
+
+
+def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Path]:
+    """Files named by `paths`, and those with one of `suffixes` in the folders among them, sorted.
+
+    Raises:
+      FileNotFoundError: a path does not exist, or a folder has no such file.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_file():
+            files.append(path)
+            continue
+        found = sorted(p for p in path.rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file())
+        if not found:
+            reason = f"no file ending in {', '.join(suffixes)} in it" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"data path {path}: {reason}")
+        files.extend(found)
+    return files
+
+
+@functools.lru_cache(maxsize=256)
+def read_bytes(path: Path) -> bytes | mmap.mmap:
+    """Contents of a file, unpacked if its name ends in .gz, else mapped; safe to slice from threads.
+
+    Raises:
+      ValueError: the file is empty or not a gzip file.
+    """
+    try:
+        if path.suffix == ".gz":
+            data = gzip.decompress(path.read_bytes())
+        else:
+            with path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+    if not len(data):
+        raise ValueError(f"{path} is empty: remove it from the data paths")
+    return data
+
+
+class TextFiles:
+    """Text files, cut at line ends into pieces of about `span` bytes."""
+
+    def __init__(self, files: Sequence[Path], span: int) -> None:
+        self._pieces = [(file, *bounds) for file in files for bounds in _cut(read_bytes(file), span)]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: Any) -> Document:
+        file, start, stop = self._pieces[index]
+        data = read_bytes(file)
+        text = bytes(data[start:stop]).decode("utf-8", errors="replace")
+        return Document("", text, start == 0, stop == len(data), f"{file}:{start}")
+
+
+class JsonLines:
+    """One JSON object per line, with the text under one key or the prompt and response under two."""
+
+    def __init__(self, files: Sequence[Path], text_field: str, prompt_field: str = "") -> None:
+        self._fields = (prompt_field, text_field) if prompt_field else (text_field,)
+        self._lines = [line for file in files for line in _lines(file)]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Document:
+        file, number, start, stop = self._lines[index]
+        values = [self._value(f"{file} line {number}", file, start, stop, field) for field in self._fields]
+        prompt, text = values if len(values) == 2 else ("", values[0])
+        return Document(prompt, text, True, True, f"{file} line {number}")
+
+    def _value(self, where: str, file: Path, start: int, stop: int, field: str) -> str:
+        try:
+            value = json.loads(bytes(read_bytes(file)[start:stop]))
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if not isinstance(value, dict) or not isinstance(value.get(field), str):
+            keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{where} has no text under {field!r}; found: {keys}")
+        return value[field]
+
+
+def _cut(data: bytes | mmap.mmap, span: int) -> list[tuple[int, int]]:
+    """Bounds of pieces that end at line ends, each at least `span` bytes long but the last."""
+    bounds, start = [], 0
+    while start < len(data):
+        newline = data.find(b"\n", start + span - 1)
+        stop = newline + 1 if newline >= 0 else len(data)
+        bounds.append((start, stop))
+        start = stop
+    return bounds
+
+
+def _lines(file: Path) -> list[tuple[Path, int, int, int]]:
+    """(file, line number from 1, start, stop) of every line that is not blank."""
+    data = np.frombuffer(read_bytes(file), np.uint8)
+    ends = np.append(np.flatnonzero(data == ord("\n")), len(data))
+    starts = np.append(0, ends[:-1] + 1)
+    rows = zip(starts.tolist(), ends.tolist(), strict=True)
+    return [(file, i, a, b) for i, (a, b) in enumerate(rows, 1) if data[a:b].tobytes().strip()]

@@ -1,0 +1,140 @@
+"""Text to token ids and back: a thin wrapper of `tokenizers`, and training of byte-level BPE."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A `tokenizer.json` with the ids that begin and end a text.
+
+    Attributes:
+      bos_id: id put before every text, or None.
+      eos_ids: ids that end a text; possibly empty.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, bos_id: int | None = None, eos_ids: Sequence[int] = ()
+    ) -> None:
+        self.backend = backend
+        self.bos_id = bos_id
+        self.eos_ids = tuple(eos_ids)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads a folder that holds tokenizer.json (a Hugging Face or elastic checkpoint), or that file.
+
+        The beginning id is what the tokenizer's own template prepends; ending ids come from
+        generation_config.json, config.json or tokenizer_config.json beside it, in this order.
+
+        Raises:
+          FileNotFoundError: there is no tokenizer.json.
+          ValueError: the file is not a tokenizer.
+        """
+        file = Path(path)
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(f"no tokenizer at {file}: expected a tokenizer.json or a folder with one")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:
+            raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
+        backend.no_truncation()
+        backend.no_padding()
+        return cls(backend, _bos_id(backend, file.parent), _eos_ids(backend, file.parent))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, bos: bool = False) -> list[int]:
+        """Ids of `text`.
+
+        Args:
+          text: any string.
+          bos: put `bos_id` first, where the tokenizer has one.
+        """
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, without special tokens."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and a tokenizer_config.json that `transformers` understands."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.bos_id is not None,
+            "clean_up_tokenization_spaces": False,
+        }
+        if self.bos_id is not None:
+            config["bos_token"] = self.backend.id_to_token(self.bos_id)
+        if self.eos_ids:
+            config["eos_token"] = self.backend.id_to_token(self.eos_ids[0])
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learns byte-level BPE, which can write any text and needs no unknown token.
+
+    Args:
+      texts: documents to learn from; the result depends on their content alone, not on threads.
+      vocab_size: ids in total: 256 bytes, one end-of-text token (id 0), the rest merges.
+
+    Raises:
+      ValueError: vocab_size is below 257.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size={vocab_size}: byte-level BPE needs at least 257")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, None, (0,))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _bos_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
+    """The id that the tokenizer's template puts first, or the one its config asks for."""
+    template = backend.encode("a", add_special_tokens=True)
+    if template.ids and template.special_tokens_mask[0]:
+        return template.ids[0]
+    config = _json(folder / "tokenizer_config.json")
+    return _token_id(backend, config.get("bos_token")) if config.get("add_bos_token") else None
+
+
+def _eos_ids(backend: tokenizers.Tokenizer, folder: Path) -> tuple[int, ...]:
+    for name in ("generation_config.json", "config.json"):
+        ids = _json(folder / name).get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (ids,)
+    token = _token_id(backend, _json(folder / "tokenizer_config.json").get("eos_token"))
+    token = backend.token_to_id(END_OF_TEXT) if token is None else token
+    return () if token is None else (token,)
+
+
+def _token_id(backend: tokenizers.Tokenizer, token: str | dict[str, Any] | None) -> int | None:
+    """Id of a special token written as a string or as an AddedToken."""
+    if isinstance(token, dict):
+        token = str(token["content"])
+    return None if token is None else backend.token_to_id(token)

@@ -1,0 +1,135 @@
+"""The training loop: read, step, write down, evaluate, save; stop at the first number that is not one."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from elastic_lm.checkpoint import Checkpoints
+from elastic_lm.config import TrainConfig
+from elastic_lm.methods.losses import Metrics
+from elastic_lm.metrics import Writer
+from elastic_lm.models.decoder import Params
+from elastic_lm.train.state import TrainState, abstract_state
+from elastic_lm.train.step import EvalStep, TrainStep, place_batch
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a loop runs."""
+
+    config: TrainConfig
+    mesh: Mesh
+    train_step: TrainStep
+    eval_step: EvalStep
+    held_out: Callable[[], Iterable[Arrays]]  # batches of one evaluation
+    tokens_per_step: int
+
+
+@dataclasses.dataclass
+class _Window:
+    """Metrics since the last line that was written."""
+
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def summary(self, tokens_per_step: int) -> dict[str, float]:
+        mean = {name: sum(r[name] for r in self.rows) / len(self.rows) for name in self.rows[0]}
+        rate = len(self.rows) * tokens_per_step / (time.monotonic() - self.began)
+        return {**mean, "tokens_per_s": rate}
+
+
+def resume(
+    checkpoints: Checkpoints, state: TrainState, batches: grain.DatasetIterator
+) -> tuple[int, TrainState]:
+    """Continues from the newest checkpoint, or from `state` at step 0 where there is none."""
+    restored = checkpoints.restore(abstract_state(state), batches)
+    return (0, state) if restored is None else restored
+
+
+def run(
+    job: Job,
+    start: int,
+    state: TrainState,
+    frozen: Params,
+    batches: grain.DatasetIterator,
+    checkpoints: Checkpoints,
+    writer: Writer,
+) -> tuple[TrainState, dict[str, float]]:
+    """Trains from step `start` to the last one.
+
+    Metrics of a step are read after the next one was sent off, so the device never waits; a
+    checkpoint is written only when every step before it was finite.
+
+    Args:
+      job: static parts.
+      start: optimizer steps already in `state`.
+      state: what trains; its memory is reused.
+      frozen: parameters that do not train.
+      batches: data iterator, standing at step `start`.
+      checkpoints: where states go.
+      writer: where metrics go.
+
+    Returns:
+      (final state, metrics of the last evaluation).
+
+    Raises:
+      FloatingPointError: loss or gradient is not finite; names the step. Checkpoints stay as they are.
+    """
+    config, window, pending = job.config, _Window(), None
+    evaluation: dict[str, float] = {}
+    for step in range(start + 1, config.steps + 1):
+        state, metrics = job.train_step(state, frozen, place_batch(next(batches), job.mesh))
+        if pending is not None:
+            window.rows.append(_finite(step - 1, pending))
+        pending = metrics
+        last = step == config.steps
+        if not (last or any(step % every == 0 for every in _events(config))):
+            continue
+        window.rows.append(_finite(step, pending))
+        pending = None
+        if step % config.log_every == 0 or last:
+            writer.write(step, window.summary(job.tokens_per_step))
+            window = _Window()
+        if last or (config.eval_every and step % config.eval_every == 0):
+            evaluation = evaluate(job, state.params, frozen)
+            writer.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
+        if step % config.save_every == 0 or last:
+            checkpoints.save(step, state, batches)
+    return state, evaluation or evaluate(job, state.params, frozen)
+
+
+def evaluate(job: Job, trainable: Params, frozen: Params) -> dict[str, float]:
+    """Metrics over held-out batches, weighted by counted tokens; empty where there are none."""
+    totals: dict[str, float] = {}
+    tokens = 0.0
+    for index, arrays in enumerate(job.held_out()):
+        if index == job.config.eval_batches and index:
+            break
+        metrics, count = job.eval_step(trainable, frozen, place_batch(arrays, job.mesh))
+        tokens += float(count)
+        for name, value in metrics.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * float(count)
+    return {name: total / max(tokens, 1.0) for name, total in totals.items()}
+
+
+def _events(config: TrainConfig) -> list[int]:
+    return [n for n in (config.log_every, config.eval_every, config.save_every) if n]
+
+
+def _finite(step: int, metrics: Metrics) -> dict[str, float]:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise FloatingPointError(
+                f"{name} is {values[name]} at step {step}: lower train.lr, lengthen train.warmup or set "
+                "train.clip; rerunning continues from the last checkpoint"
+            )
+    return values

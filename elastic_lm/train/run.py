@@ -1,0 +1,154 @@
+"""A training run from its config: model, data, method, loop, and the finished model on disk."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+
+from elastic_lm.checkpoint import Checkpoints, save_model
+from elastic_lm.config import ModelConfig, RunConfig
+from elastic_lm.data import pipeline
+from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+from elastic_lm.methods.losses import Method
+from elastic_lm.methods.pretraining import Pretraining
+from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
+from elastic_lm.models.decoder import Params, init_params, stack_layers, unstack_layers
+from elastic_lm.sharding import Rules, make_mesh, param_shardings, stacked_shardings
+from elastic_lm.train import loop
+from elastic_lm.train.optim import make_optimizer
+from elastic_lm.train.state import create_state, state_shardings
+from elastic_lm.train.step import make_eval_step, make_train_step
+
+MODEL_FOLDER = "model"
+
+
+def main(config: RunConfig, workdir: str | Path) -> None:
+    """`fit`, and a line that says where the result is."""
+    _, _, metrics = fit(config, workdir)
+    numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    print(f"held out: {numbers or 'no text named'}\nmodel: {Path(workdir) / MODEL_FOLDER}")
+
+
+def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, dict[str, float]]:
+    """Trains what `config` describes; run again after a stop, it continues where it was.
+
+    Args:
+      config: the whole run.
+      workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/.
+
+    Returns:
+      (model config, canonical parameters, metrics of the last held-out evaluation).
+
+    Raises:
+      FileNotFoundError: data, tokenizer or initial checkpoint do not exist.
+      FloatingPointError: training diverged; names the step.
+      ValueError: a file or field is unusable; names it.
+    """
+    workdir = Path(workdir)
+    train, data = config.train, config.data
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    tokenizer = prepare_tokenizer(config, workdir)
+    model, params = prepare_model(config, tokenizer)
+    method = make_method(config, model)
+    placed = jax.device_put(stack_layers(params), stacked_shardings(param_shardings(model, mesh, Rules())))
+    trainable, frozen = method.split(placed)
+    optimizer = make_optimizer(train)
+    state = create_state(optimizer, trainable)
+    job = loop.Job(
+        config=train,
+        mesh=mesh,
+        train_step=make_train_step(
+            method, optimizer, state_shardings(optimizer, trainable), train.accumulate
+        ),
+        eval_step=make_eval_step(method),
+        held_out=functools.partial(held_out, config, tokenizer),
+        tokens_per_step=data.batch_size * data.seq_len,
+    )
+    batches = iter(pipeline.train_batches(data, tokenizer))
+    checkpoints = Checkpoints(workdir / "checkpoints", train.keep)
+    start, state = loop.resume(checkpoints, state, batches)
+    writer = make_writer(workdir, train.steps, start)
+    try:
+        state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
+    finally:
+        writer.close()
+        checkpoints.close()
+    params = unstack_layers({**frozen, **state.params})
+    save_model(workdir / MODEL_FOLDER, model, params, tokenizer)
+    return model, params, metrics
+
+
+def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
+    """The configured tokenizer, that of the initial checkpoint, or a BPE learned from the training text.
+
+    A learned one is kept in `workdir`, so a resumed run reads the same ids.
+    """
+    source = config.data.tokenizer or config.train.init_from
+    if source:
+        return Tokenizer.load(source)
+    if not (workdir / "tokenizer.json").is_file():
+        assert config.model is not None
+        train_bpe(pipeline.file_texts(config.data), config.model.vocab_size).save(workdir)
+    return Tokenizer.load(workdir)
+
+
+def prepare_model(config: RunConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
+    """Random or loaded parameters in canonical form, with the configured exits attached."""
+    key = jax.random.key(config.train.seed)
+    if config.train.init_from:
+        from elastic_lm.loading import load
+
+        decoder, params = load(config.train.init_from)
+        model = decoder.config
+    else:
+        assert config.model is not None
+        model = dataclasses.replace(config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
+        params = init_params(model, key)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids; raise it"
+        )
+    if config.exits:
+        from elastic_lm.methods.ee_tuning import attach_exits
+
+        model, params = attach_exits(model, params, config.exits, jax.random.fold_in(key, 1))
+    return model, params
+
+
+def make_method(config: RunConfig, model: ModelConfig) -> Method:
+    """The training method that `config.train.method` names."""
+    train = config.train
+    if train.method == "pretraining":
+        return Pretraining(model, train.remat, train.loss_chunk)
+    from elastic_lm.methods.ee_tuning import EETuning
+
+    return EETuning(
+        model,
+        weights=train.exit_weights,
+        warmup_steps=train.exit_warmup,
+        dynamic_token_weights=train.confidence_weighted,
+        chunk=train.loss_chunk,
+        remat=train.remat,
+    )
+
+
+def held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterable[dict]:
+    """Batches of the held-out split; none where no held-out text is named."""
+    if config.data.source != "stdlib" and not config.data.eval_paths:
+        return ()
+    return pipeline.eval_batches(config.data, tokenizer)
+
+
+def make_writer(workdir: Path, steps: int, start: int) -> Writer:
+    """Progress and metrics.jsonl, and TensorBoard files where tensorboardX is installed."""
+    if jax.process_index():
+        return Writers(())
+    writers: list[Writer] = [ProgressWriter(steps, start), JsonlWriter(workdir / "metrics.jsonl", start)]
+    try:
+        writers.append(TensorBoardWriter(workdir / "tensorboard"))
+    except ImportError:
+        logging.debug("tensorboardX is not installed: no TensorBoard files")
+    return Writers(writers)

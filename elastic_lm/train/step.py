@@ -1,0 +1,92 @@
+"""One optimizer step and one evaluation step, compiled once, for any `losses.Method`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from elastic_lm.methods.losses import Batch, Method, Metrics
+from elastic_lm.models.decoder import Params
+from elastic_lm.sharding import batch_sharding
+from elastic_lm.train.state import TrainState
+
+TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Params, Params, Batch], tuple[Metrics, jax.Array]]
+
+
+def make_train_step(
+    method: Method, optimizer: optax.GradientTransformation, shardings: TrainState, accumulate: int = 1
+) -> TrainStep:
+    """Compiles (state, frozen, batch) -> (state, metrics); the state's memory is reused.
+
+    Args:
+      method: loss and trainable parameters; static.
+      optimizer: updates the trainable parameters.
+      shardings: of the state, from `state_shardings`.
+      accumulate: parts the batch is computed in, weighted by their counted tokens, so the update is
+        that of the whole batch; static.
+
+    Returns:
+      The compiled step. Metrics are those of the method plus `grad_norm` before clipping.
+    """
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, metrics = _gradients(method, state, frozen, batch, accumulate)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {**metrics, "grad_norm": optax.global_norm(gradients)}
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_eval_step(method: Method) -> EvalStep:
+    """Compiles (trainable, frozen, batch) -> (metrics, counted tokens)."""
+
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> tuple[Metrics, jax.Array]:
+        _, metrics = method.loss(trainable, frozen, batch, jnp.asarray(jnp.iinfo(jnp.int32).max))
+        return metrics, jnp.sum(batch.weights)
+
+    return jax.jit(eval_step)
+
+
+def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """Puts a host batch on the mesh, rows over data and fsdp.
+
+    Args:
+      arrays: this process's rows of every field of `Batch`.
+      mesh: from `sharding.make_mesh`.
+    """
+    sharding = batch_sharding(mesh)
+    return Batch(**{k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()})
+
+
+def _gradients(
+    method: Method, state: TrainState, frozen: Params, batch: Batch, accumulate: int
+) -> tuple[Params, Metrics]:
+    grad = jax.value_and_grad(method.loss, has_aux=True)
+    if accumulate == 1:
+        (_, metrics), gradients = grad(state.params, frozen, batch, state.step)
+        return gradients, metrics
+    parts = jax.tree.map(lambda x: _split_rows(x, accumulate), batch)
+    total = jnp.maximum(jnp.sum(batch.weights), 1.0)
+
+    def one(part: Batch) -> Any:
+        (_, metrics), gradients = grad(state.params, frozen, part, state.step)
+        share = jnp.sum(part.weights) / total
+        return jax.tree.map(lambda x: share.astype(x.dtype) * x, (gradients, metrics))
+
+    first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), zero, parts)
+    return sums
+
+
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...], each part taking rows from every device."""
+    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
