@@ -6,10 +6,10 @@ import sys
 
 def quickstart(args: argparse.Namespace) -> None:
     """Runs the main job end to end."""
-    from elastic_lm.quickstart import run
     from elastic_lm.quickstart.options import from_flags
+    from elastic_lm.quickstart.run import run
 
-    run.run(from_flags(args), colour=args.color)
+    run(from_flags(args), colour=args.color)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -18,9 +18,8 @@ def convert(args: argparse.Namespace) -> None:
 
     config, params = hf.load(args.source, dtype=args.dtype)
     checkpoint.save_model(args.target, config, params, _tokenizer(args.source))
-    print(
-        f"{args.source} -> {args.target}: {config.family}, {config.n_layers} layers, {_count(params)} parameters"
-    )
+    size = f"{config.n_layers} layers, {_count(params)} parameters"
+    print(f"{args.source} -> {args.target}: {config.family}, {size}")
 
 
 def export(args: argparse.Namespace) -> None:

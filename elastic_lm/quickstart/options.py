@@ -1,6 +1,9 @@
 """What a quickstart run is asked to do."""
 
+import argparse
 import dataclasses
+
+from elastic_lm.config import ExitKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +16,7 @@ class Options:
     from_scratch: bool = False  # pretrain a small model instead of loading one
     pretrain_steps: int = 300  # with from_scratch
     exits: tuple[int, ...] = ()  # layers with an exit; () = a quarter, half and three quarters
-    kind: str = "norm"  # what stands between the hidden state and the exit's vocabulary head
+    kind: ExitKind = "norm"  # what stands between the hidden state and the exit's vocabulary head
     tied: bool = False  # exits share the model's own vocabulary head
     steps: int = 60  # EE-tuning steps
     lr: float = 1e-3  # EE-tuning learning rate
@@ -30,6 +33,13 @@ class Options:
     window: int = 4  # positions whose deeper layers may be pending
     seed: int = 0  # of random exits and of the shuffle
     tiny: bool = False  # the numbers of `tiny()` are in use
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "pretrain_steps"):
+            if getattr(self, field) < 2:
+                raise ValueError(f"{field}={getattr(self, field)}: at least 2 steps are needed")
+        if not self.targets:
+            raise ValueError("targets=(): name at least one agreement, like 0.99")
 
     def shrunk(self) -> "Options":
         """The same job in moments, to see that everything works."""
@@ -48,3 +58,22 @@ class Options:
             rounds=5,
             tiny=True,
         )
+
+
+def from_flags(args: argparse.Namespace) -> Options:
+    """Options of `elastic-lm quickstart`."""
+    given = {
+        "out": args.out,
+        "hf_dir": args.hf_dir,
+        "data": tuple(args.data),
+        "from_scratch": args.from_scratch,
+        "pretrain_steps": args.pretrain_steps,
+        "exits": args.exits,
+        "kind": args.kind,
+        "steps": args.steps,
+        "targets": args.targets,
+        "metric": args.metric,
+        "seed": args.seed,
+    }
+    options = Options(**{name: value for name, value in given.items() if value is not None})
+    return options.shrunk() if args.tiny else options

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import rich.box
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -117,3 +118,21 @@ def save_texts(
             blocks.append(f"<h3>target {100 * target:g} %</h3>" + render.to_html(parts, n_layers))
     page = '<!doctype html><meta charset="utf-8"><title>Text by exit depth</title>\n' + "\n".join(blocks)
     path.write_text(page + "\n", encoding="utf-8")
+
+
+def save_curve(report: Report, path: Path) -> None:
+    """Draws speed-up and mean depth over agreement, one point per target."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    agreement = [100 * row.agreement for row in report.targets]
+    axes.plot(agreement, [row.speedup for row in report.targets], "o-", color="#1a9850")
+    for row in report.targets:
+        label = f"target {100 * row.target_agreement:g} %\n{row.mean_layers:.1f} layers"
+        place = {"textcoords": "offset points", "xytext": (6, 6), "fontsize": 8}
+        axes.annotate(label, (100 * row.agreement, row.speedup), **place)
+    axes.axhline(1.0, color="#888888", linewidth=1, linestyle="--")
+    axes.set_xlabel("agreement with the full model on held-out text (%)")
+    axes.set_ylabel("speed-up against full depth")
+    axes.set_title(f"Early exits, {report.full_depth_layers} layers: quality against speed")
+    axes.margins(0.12)
+    figure.savefig(path, dpi=150)

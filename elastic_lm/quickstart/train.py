@@ -1,19 +1,17 @@
 """The two training runs of a quickstart: the exits, and with --from-scratch the model before them."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
-from elastic_lm import hf
 from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, TrainConfig
-from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.embedded import embedded_model
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.quickstart.options import Options
 from elastic_lm.train.run import MODEL_FOLDER, fit
 
 
-def tune_exits(options: Options, source: Path, n_layers: int, data: DataConfig) -> tuple[Decoder, Params, Path]:
+def tune_exits(
+    options: Options, source: Path, n_layers: int, data: DataConfig
+) -> tuple[Decoder, Params, Path]:
     """Attaches exits to the model in `source` and tunes them; the model itself does not change.
 
     Args:
@@ -53,7 +51,9 @@ def exit_layers(options: Options, n_layers: int) -> tuple[int, ...]:
     layers = options.exits or tuple(sorted({max(1, n_layers * k // 4) for k in (1, 2, 3)} - {n_layers}))
     wrong = [layer for layer in layers if not 1 <= layer < n_layers]
     if wrong or not layers:
-        raise ValueError(f"--exits {layers}: the model has {n_layers} layers, exits lie between 1 and {n_layers - 1}")
+        raise ValueError(
+            f"--exits {layers}: the model has {n_layers} layers, exits lie between 1 and {n_layers - 1}"
+        )
     return layers
 
 
