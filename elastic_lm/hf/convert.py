@@ -61,7 +61,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     family = find_family(config.family)
     hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for field in family.fields:
-        hf[field.theirs] = getattr(config, field.ours)
+        value = getattr(config, field.ours)
+        hf[field.theirs] = None if value == field.off else value
     hf[family.activation[0]] = _activation_name(family, config.activation)
     hf["eos_token_id"] = list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None)
     hf["torch_dtype"] = config.param_dtype

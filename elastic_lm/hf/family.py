@@ -48,11 +48,13 @@ class Field:
       theirs: key of config.json.
       default: value where the key is missing; `REQUIRED` refuses that. `null` in the file means
         our own default.
+      off: value of ours that is written as `null`.
     """
 
     ours: str
     theirs: str
     default: Any = REQUIRED
+    off: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Gemma 2: norms around attention and MLP, scales stored minus one, softcaps, alternating windows."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,8 @@ def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     window = hf.get("sliding_window", 4096) or 0
     return read_rope(hf, values) | {
         "windows": layered_windows(hf, values["n_layers"], window, lambda layer: layer % 2 == 0),
-        "attn_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
-        "embed_scale": values["d_model"] ** 0.5,
+        "attn_scale": 1.0 / math.sqrt(hf.get("query_pre_attn_scalar", 256)),
+        "embed_scale": math.sqrt(values["d_model"]),
     }
 
 
@@ -51,8 +52,8 @@ GEMMA2 = Family(
             Field("bos_id", "bos_token_id", 2),
         ),
         *BIASES,
-        Field("attn_softcap", "attn_logit_softcapping", 50.0),
-        Field("final_softcap", "final_logit_softcapping", 30.0),
+        Field("attn_softcap", "attn_logit_softcapping", 50.0, off=0.0),
+        Field("final_softcap", "final_logit_softcapping", 30.0, off=0.0),
     ),
     fixed={"norm_offset": 1.0, "sandwich_norm": True},
     activation=("hidden_activation", "gelu_pytorch_tanh"),

@@ -39,7 +39,7 @@ def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return {"n_inner": config.d_mlp, "scale_attn_weights": config.query_scale == config.head_dim**-0.5}
+    return {"n_inner": config.d_mlp, "scale_attn_weights": config.query_scale != 1.0}
 
 
 GPT2 = Family(

@@ -1,0 +1,198 @@
+"""Tiny random models of every family, made with transformers, and how we compare with them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic_lm import hf
+from elastic_lm.config import ModelConfig
+from elastic_lm.models.decoder import Decoder, Params, abstract_params
+
+TOLERANCE = 1e-4  # of the largest logit, in float32
+SHAPE = (2, 12)  # tokens; longer than every window below
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GPT2_SIZES = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def _rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **values}}
+
+
+# The form of each family that its golden file records.
+GOLDEN: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "eos_token_id": [3, 5]},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 5, "head_dim": 8},
+    "qwen2": {
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+        "eos_token_id": 7,
+    },
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True},
+    "gemma2": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 10,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "pad_token_id": None,
+    },
+    "gpt2": {"bos_token_id": 1, "eos_token_id": 1, "n_inner": 40},
+    "gpt_neox": _rope("default", partial_rotary_factor=0.25),
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 12},
+}
+
+# Further forms, compared where transformers is installed: name -> (model_type, changes to GOLDEN).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-head_dim": ("llama", {"head_dim": 12, "num_key_value_heads": 1, **_rope("default")}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
+    "llama-linear": ("llama", _rope("linear", factor=2.5)),
+    "llama-dynamic": ("llama", _rope("dynamic", factor=2.0)),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "llama-yarn-mscale": (
+        "llama",
+        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.1, "truncate": False}},
+    ),
+    "llama-yarn-factor": (
+        "llama",
+        {"rope_parameters": {**YARN, "attention_factor": 1.3, "beta_fast": 20.0, "beta_slow": 2.0}},
+    ),
+    "mistral-full": ("mistral", {"sliding_window": None, "head_dim": None}),
+    "qwen2-full": ("qwen2", {"use_sliding_window": False, "tie_word_embeddings": True}),
+    "qwen2-yarn": (
+        "qwen2",
+        {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": YARN},
+    ),
+    "qwen3-window": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0, "attention_bias": True},
+    ),
+    "gemma2-plain": (
+        "gemma2",
+        {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    "gpt2-untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": None, "scale_attn_weights": False}),
+    "gpt2-relu": ("gpt2", {"activation_function": "relu"}),
+    "gpt_neox-sequential": (
+        "gpt_neox",
+        {"use_parallel_residual": False, "attention_bias": False, "hidden_act": "gelu_new"},
+    ),
+    "gpt_neox-linear": ("gpt_neox", _rope("linear", factor=2.0, partial_rotary_factor=1.0)),
+    "gpt_neox-tied": ("gpt_neox", {"tie_word_embeddings": True}),
+    "nemotron-biases": (
+        "nemotron",
+        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "head_dim": 8},
+    ),
+    "nemotron-whole": ("nemotron", _rope("linear", factor=2.0, partial_rotary_factor=1.0)),
+}
+
+
+def random_model(model_type: str, changes: dict[str, Any], seed: int = 0) -> Any:
+    """A transformers model of GOLDEN[model_type] | changes whose every weight is drawn at random."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = GPT2_SIZES if model_type == "gpt2" else SIZES
+    values = {"bos_token_id": 1, "eos_token_id": 2, **sizes, **GOLDEN[model_type], **changes}
+    # Some config classes fill in the mapping they are given.
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    config = AutoConfig.for_model(model_type, **values)
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.25, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.5)
+    return model.eval()
+
+
+def load_theirs(folder: Path, dtype: str = "float32") -> Any:
+    """Loads a folder with transformers and checks that it found every weight and no other."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"], report
+    assert not report["unexpected_keys"], report
+    return model.eval()
+
+
+def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """[B, T, V] float32 logits of a transformers model."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def our_logits(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
+    """[B, T, V] float32 logits of our decoder, run operation by operation (no long compilation)."""
+    return np.asarray(Decoder(config).bind({"params": params})(tokens).logits)
+
+
+def random_ids(vocab_size: int, shape: tuple[int, int] = SHAPE, seed: int = 0) -> np.ndarray:
+    """Uniform int64 token ids."""
+    return np.random.default_rng(seed).integers(0, vocab_size, shape)
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest difference over the largest of their magnitudes."""
+    assert ours.shape == theirs.shape
+    return float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+
+
+def assert_same_model(a: tuple[ModelConfig, Params], b: tuple[ModelConfig, Params]) -> None:
+    """Checks that two loaded models are equal, bit by bit."""
+    assert dataclasses.asdict(a[0]) == dataclasses.asdict(b[0])
+    assert jax.tree.structure(a[1]) == jax.tree.structure(b[1])
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a[1]), jax.tree.leaves(b[1]), strict=True):
+        assert x.dtype == y.dtype, path
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> Params:
+    """Canonical parameters drawn with numpy, without compiling anything."""
+    draw = np.random.default_rng(seed).standard_normal
+    shapes = nn.unbox(abstract_params(config))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.25 * draw(leaf.shape), leaf.dtype), shapes)
+
+
+def export_and_reload(config: ModelConfig, params: Params, folder: Path, **options: Any) -> Any:
+    """Exports, checks that re-import is bit-exact, and returns what transformers loads."""
+    hf.export(config, params, folder, **options)
+    assert_same_model((config, params), hf.load(folder, dtype=config.param_dtype))
+    return load_theirs(folder, config.param_dtype)
