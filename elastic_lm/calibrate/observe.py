@@ -6,7 +6,8 @@ and are made for `chunk` columns of one depth at a time.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -17,6 +18,8 @@ from elastic_lm.calibrate.confidence import confidence_by_index, metric_index
 from elastic_lm.config import ModelConfig
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+
+Arrays = Mapping[str, Any]  # the fields of a `Batch`, as the data pipeline yields them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,7 @@ class TokenScalars:
 def observe(
     config: ModelConfig,
     params: Params,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | Arrays],
     *,
     metric: str = "max_prob",
     chunk: int = 128,
@@ -102,8 +105,8 @@ def observe(
     Args:
       config: the model, with or without exits; static.
       params: its parameters, canonical or stacked.
-      batches: packed batches; one program is compiled, for the shape of the first of them, and
-        smaller ones are padded to it.
+      batches: packed batches, or dicts of their fields. One program is compiled, for the shape of
+        the first; smaller ones are padded to it.
       metric: confidence metric; traced.
       chunk: columns of logits alive at once; static.
 
@@ -117,7 +120,8 @@ def observe(
     parts: list[tuple[np.ndarray, ...]] = []
     shape: tuple[int, ...] = ()
     first_row = 0
-    for batch in batches:
+    for given in batches:
+        batch = Batch(**given) if isinstance(given, Mapping) else given
         rows = batch.tokens.shape[0]
         shape = shape or batch.tokens.shape
         batch = padded(batch, shape)
@@ -176,7 +180,8 @@ def observe_batch(
         return _chunk_scalars(config, xs[0], kernels, xs[1], metric)
 
     stacked = jax.lax.map(one, ([chunks(f) for f in features], chunks(batch.targets)))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :t], stacked)
+    columns = -(-t // chunk) * chunk
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, columns, *x.shape[3:])[:, :t], stacked)
 
 
 def _chunk_scalars(

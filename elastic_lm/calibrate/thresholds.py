@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lm.calibrate.confidence import metric_index
-from elastic_lm.calibrate.observe import Observations, observe
+from elastic_lm.calibrate.observe import Arrays, Observations, observe
 from elastic_lm.calibrate.search import NEVER, choose, outcome
 from elastic_lm.config import ModelConfig, from_dict, to_dict
 from elastic_lm.methods.losses import Batch
@@ -128,7 +128,7 @@ class ConfidenceExit:
 def calibrate(
     config: ModelConfig,
     params: Params,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | Arrays],
     *,
     target: float = 0.99,
     metric: str = "max_prob",
