@@ -33,10 +33,12 @@ def load(
     folder = Path(path)
     if (folder / CHECKPOINT).is_file():
         return _load_checkpoint(folder, dtype, mesh)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
-            f"{folder}: neither config.json (a Hugging Face folder) nor {CHECKPOINT} (a checkpoint of this "
-            f"package) is there; found: {', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'}"
+            f"{folder}: expected a Hugging Face folder (with config.json) or a checkpoint of this package "
+            f"(with {CHECKPOINT}); found {found}. Models are not downloaded: fetch one first, for example "
+            "with `hf download NAME --local-dir DIR`"
         )
     config, params = hf.load(folder, dtype=dtype, mesh=mesh)
     return Decoder(config), params

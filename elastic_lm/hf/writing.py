@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import tokenizers
 from safetensors.numpy import save_file
 
 from elastic_lm.config import ModelConfig
@@ -23,7 +22,7 @@ class Tokenizer(Protocol):
     """What `export` needs of a tokenizer."""
 
     def save(self, folder: str | Path) -> Any:
-        """Writes tokenizer.json into `folder`."""
+        """Writes tokenizer.json, and what transformers wants beside it, into `folder`."""
         ...
 
 
@@ -66,7 +65,6 @@ def export(
         _write_weights(config, leaves, partial, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(partial)
-            _describe_tokenizer(config, partial)
         ids = {"bos_token_id": entries["bos_token_id"], "eos_token_id": entries["eos_token_id"]}
         _write_json(partial / "generation_config.json", ids)
         _write_json(partial / "config.json", entries)
@@ -90,7 +88,10 @@ def _leaf(params: Params, binding: Binding) -> Any:
     leaf: Any = params
     for key in binding.path:
         if not isinstance(leaf, dict) or key not in leaf:
-            raise ValueError(f"params has no {'/'.join(binding.path)}, which the config asks for")
+            raise ValueError(
+                f"params has no {'/'.join(binding.path)}, which the config asks for; stacked parameters "
+                "must pass models.decoder.unstack_layers first"
+            )
         leaf = leaf[key]
     if leaf.shape != binding.shape:
         raise ValueError(
@@ -144,23 +145,6 @@ def _save(config: ModelConfig, leaves: list[tuple[Binding, Any]], path: Path) ->
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _describe_tokenizer(config: ModelConfig, folder: Path) -> None:
-    """Tells transformers to use tokenizer.json as it stands, unless the tokenizer has said so itself."""
-    path = folder / "tokenizer_config.json"
-    if path.exists() or not (folder / "tokenizer.json").exists():
-        return
-    token = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token
-    entries: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_len,
-    }
-    if config.bos_id is not None:
-        entries["bos_token"] = token(config.bos_id)
-    if config.eos_ids:
-        entries["eos_token"] = token(config.eos_ids[0])
-    _write_json(path, entries)
 
 
 def _replace(partial: Path, target: Path) -> None:
