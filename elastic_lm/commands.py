@@ -1,7 +1,11 @@
 """One function per `elastic-lm` command: parsed flags -> config -> one call into the library."""
 
 import argparse
+import dataclasses
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -31,6 +35,84 @@ def export(args: argparse.Namespace) -> None:
     hf.export(model.config, params, args.target, _tokenizer(args.source), overwrite=args.overwrite)
     exits = f" and {len(model.config.exits)} exits" if model.config.exits else ""
     print(f"{args.source} -> {args.target}: {model.config.family}, {_count(params)} parameters{exits}")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains what a config file describes."""
+    from elastic_lm.train.configs import load_config
+    from elastic_lm.train.run import fit
+
+    model, _, metrics = fit(load_config(args.config, args.overrides), args.workdir)
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    exits = f", {len(model.exits)} exits" if model.exits else ""
+    print(f"{args.workdir}/model: {model.n_layers} layers{exits}; held out: {numbers or 'no text'}")
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Fits the exits' thresholds."""
+    from elastic_lm.calibrate.thresholds import calibrate
+    from elastic_lm.held_out import held_out_batches, load_with_tokenizer
+
+    model, params, tokenizer, folder = load_with_tokenizer(args.model)
+    batches, text = held_out_batches(args, tokenizer, "calibration")
+    policy = calibrate(
+        model.config, params, batches, target=args.target, metric=args.metric, model=folder, data=text
+    )
+    policy.save(args.out)
+    print("target   agreement   mean layers   thresholds")
+    for point in policy.curve:
+        mark = "*" if point.target == args.target else " "
+        thresholds = ", ".join("never" if t > 1 else f"{t:.3f}" for t in point.thresholds)
+        row = f"{point.target:<7g} {point.agreement:>10.4f} {point.mean_layers:>13.2f}   {thresholds}"
+        print(f"{row} {mark}\n{' ' * 8}{point.note}" if point.note else f"{row} {mark}")
+    print(f"written to {args.out}", file=sys.stderr)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Quality of every depth, and of an exit policy."""
+    from elastic_lm.calibrate.observe import observe
+    from elastic_lm.calibrate.search import outcome
+    from elastic_lm.calibrate.thresholds import ConfidenceExit
+    from elastic_lm.evaluate import quality
+    from elastic_lm.held_out import held_out_batches, load_with_tokenizer
+
+    policy = ConfidenceExit.load(args.thresholds) if args.thresholds else None
+    model, params, tokenizer, folder = load_with_tokenizer(args.model)
+    if policy:
+        policy.check(model.config)
+    batches, text = held_out_batches(args, tokenizer, "test")
+    metric = policy.metric if policy else "max_prob"
+    seen = observe(model.config, params, batches, metric=metric)
+    depths = quality.by_depth(seen, quality.count_bytes(seen, tokenizer))
+    result = {
+        "model": folder,
+        "data": text,
+        "tokens": seen.tokens,
+        "depths": [dataclasses.asdict(d) for d in depths],
+    }
+    if policy:
+        layers = (*seen.layers, seen.n_layers)
+        found = outcome(seen.confidence, seen.agrees, layers, policy.thresholds)
+        result["policy"] = {"thresholds": policy.thresholds, "metric": metric, **dataclasses.asdict(found)}
+    if args.json and args.json != "-":
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2) if args.json == "-" else _quality_table(result))
+
+
+def _quality_table(result: dict[str, Any]) -> str:
+    """Perplexity, accuracy and agreement per depth; the policy's line where there is one."""
+    lines = ["layers   perplexity   nats/byte   accuracy   agreement"]
+    lines += [
+        f"{d['layers']:<6d} {d['perplexity']:>12.4f} {d['nats_per_byte']:>11.4f} "
+        f"{d['accuracy']:>10.4f} {d['agreement']:>11.4f}"
+        for d in result["depths"]
+    ]
+    if "policy" in result:
+        policy = result["policy"]
+        shares = ", ".join(f"{share:.3f}" for share in policy["shares"])
+        depth = f"mean {policy['mean_layers']:.2f} layers, shares {shares}"
+        lines.append(f"with exits: agreement {policy['agreement']:.4f}, {depth}")
+    return "\n".join(lines)
 
 
 def generate(args: argparse.Namespace) -> None:

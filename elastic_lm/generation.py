@@ -14,8 +14,7 @@ from elastic_lm.calibrate.thresholds import ConfidenceExit
 from elastic_lm.config import ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sample, Sampler
-from elastic_lm.embedded import embedded_model
-from elastic_lm.loading import load
+from elastic_lm.held_out import load_with_tokenizer
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -25,9 +24,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompt, args.prompts_file)
     if args.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
-    folder = args.model or embedded_model()
-    model, params = load(folder)
-    tokenizer = Tokenizer.load(folder)
+    model, params, tokenizer, _ = load_with_tokenizer(args.model)
     policy = exit_policy(model.config, args.thresholds, args.threshold, args.metric)
     window = {"window": args.window, "fire_share": args.fire_share}
     sampler = Sampler(model, params, tokenizer, exit=policy, **window)

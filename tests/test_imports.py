@@ -30,15 +30,18 @@ ARROWS = {
     "methods": LAYERS,
     "calibrate": LAYERS | {"methods", "data", "sharding"},
     "decode": LAYERS | {"calibrate", "data", "sharding"},
-    "train": LAYERS | LEAVES | {"methods"},
-    "evaluate": LAYERS | LEAVES | {"methods", "calibrate", "decode"},
+    "train": LAYERS | LEAVES | {"methods", "loading"},
+    "evaluate": LAYERS | LEAVES | {"methods", "calibrate", "decode", "loading"},
     "render": set(),
+    "embedded": set(),
     "testing": LAYERS | {"data"},
 }
 EVERYTHING = set(ARROWS) - {"testing", "__init__"}
+ARROWS["held_out"] = EVERYTHING
+ARROWS["generation"] = EVERYTHING | {"held_out"}
 ARROWS["bench"] = EVERYTHING
-ARROWS["quickstart"] = EVERYTHING
-ARROWS["commands"] = EVERYTHING | {"bench", "quickstart"}
+ARROWS["quickstart"] = EVERYTHING | {"bench"}  # its timing
+ARROWS["commands"] = EVERYTHING | {"bench", "quickstart", "held_out", "generation"}
 ARROWS["flags"] = set()
 ARROWS["cli"] = {"flags", "commands"}
 ARROWS["__main__"] = {"cli"}

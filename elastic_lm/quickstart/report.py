@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import rich.box
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +15,7 @@ from elastic_lm import render
 from elastic_lm.bench.machine import hardware, versions
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sample
+from elastic_lm.evaluate.plots import SpeedPoint, quality_speed
 from elastic_lm.quickstart.options import Options
 
 
@@ -121,18 +121,11 @@ def save_texts(
 
 
 def save_curve(report: Report, path: Path) -> None:
-    """Draws speed-up and mean depth over agreement, one point per target."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.subplots()
-    agreement = [100 * row.agreement for row in report.targets]
-    axes.plot(agreement, [row.speedup for row in report.targets], "o-", color="#1a9850")
-    for row in report.targets:
-        label = f"target {100 * row.target_agreement:g} %\n{row.mean_layers:.1f} layers"
-        place = {"textcoords": "offset points", "xytext": (6, 6), "fontsize": 8}
-        axes.annotate(label, (100 * row.agreement, row.speedup), **place)
-    axes.axhline(1.0, color="#888888", linewidth=1, linestyle="--")
-    axes.set_xlabel("agreement with the full model on held-out text (%)")
-    axes.set_ylabel("speed-up against full depth")
-    axes.set_title(f"Early exits, {report.full_depth_layers} layers: quality against speed")
-    axes.margins(0.12)
-    figure.savefig(path, dpi=150)
+    """Draws speed-up over agreement, one point per target."""
+    points = [
+        SpeedPoint(
+            row.agreement, row.speedup, f"{100 * row.target_agreement:g} %\n{row.mean_layers:.1f} layers"
+        )
+        for row in report.targets
+    ]
+    quality_speed({"calibrated exits": points}, path)

@@ -1,0 +1,63 @@
+"""Models and held-out text as `calibrate`, `evaluate` and `generate` name them on the command line."""
+
+import argparse
+import itertools
+from collections.abc import Iterable
+
+from elastic_lm.config import DataConfig
+from elastic_lm.data import pipeline
+from elastic_lm.data.sources import JSONL_SUFFIXES
+from elastic_lm.data.stdlib import Split
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.embedded import embedded_model
+from elastic_lm.loading import load
+from elastic_lm.methods.losses import Batch
+from elastic_lm.models.decoder import Decoder, Params
+
+ROWS = 8  # rows per batch
+
+
+def load_with_tokenizer(folder: str | None) -> tuple[Decoder, Params, Tokenizer, str]:
+    """A model folder's model and tokenizer; None = the embedded model.
+
+    Returns:
+      (model, canonical parameters, tokenizer, the folder).
+    """
+    path = folder or str(embedded_model())
+    model, params = load(path)
+    return model, params, Tokenizer.load(path), path
+
+
+def held_out_batches(
+    args: argparse.Namespace, tokenizer: Tokenizer, split: Split
+) -> tuple[Iterable[Batch], str]:
+    """Batches of the text that --data names, or of a split of the Python standard library.
+
+    Args:
+      args: flags `data`, `tokens` and `seq_len`.
+      tokenizer: of the model.
+      split: used where --data is empty.
+
+    Returns:
+      (packed batches, a description of the text).
+
+    Raises:
+      FileNotFoundError: a file does not exist.
+      ValueError: text and JSON lines are mixed, or a number is out of range.
+    """
+    if args.tokens < 1:
+        raise ValueError(f"--tokens {args.tokens}: must be at least 1")
+    sizes = {"seq_len": args.seq_len, "batch_size": ROWS}
+    paths = tuple(args.data)
+    if not paths:
+        data = DataConfig(source="stdlib", **sizes)
+    else:
+        kinds = {path.endswith(JSONL_SUFFIXES) for path in paths}
+        if len(kinds) > 1:
+            raise ValueError(f"--data {' '.join(paths)}: give text files or JSON lines, not both")
+        source = "jsonl" if kinds.pop() else "text"
+        data = DataConfig(source=source, paths=paths, eval_paths=paths, **sizes)
+    count = -(-args.tokens // (args.seq_len * ROWS))
+    arrays = itertools.islice(pipeline.eval_batches(data, tokenizer, split), count)
+    name = " ".join(paths) or f"{split} split of the Python standard library"
+    return (Batch(**fields) for fields in arrays), f"{name}, up to {args.tokens} tokens"
