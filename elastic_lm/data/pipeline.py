@@ -56,8 +56,11 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset
 
 
 def eval_batches(config: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> grain.IterDataset:
-    """One pass over a held-out split in order; the last batch is filled up with rows of weight 0."""
-    rows = grain.MapDataset.source(documents(config, split))
+    """One pass over a held-out split; the last batch is filled up with rows of weight 0.
+
+    The pieces come in one fixed shuffled order, so that the first batches are a fair sample.
+    """
+    rows = grain.MapDataset.source(documents(config, split)).shuffle(seed=0)
     rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
     return rows.batch(config.batch_size, batch_fn=fill).map(_as_batch)

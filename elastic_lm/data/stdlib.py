@@ -42,8 +42,9 @@ def stdlib_files(split: Split) -> list[Path]:
 
 
 def _counts(name: str) -> bool:
-    folders = name.split("/")[:-1]
-    return not (LEFT_OUT & set(folders)) and not any(f.startswith("config-") for f in folders)
+    *folders, file = name.split("/")
+    written = file.startswith("_sysconfigdata") or any(f.startswith("config-") for f in folders)
+    return not (written or LEFT_OUT & set(folders))
 
 
 def _bucket(name: str) -> int:

@@ -1,7 +1,7 @@
 """Config files: `configs/x.py:argument` and `train.lr=3e-4` to one validated `RunConfig`."""
 
 import ast
-import importlib.util
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,10 @@ def _run_file(path: str) -> dict[str, Any]:
     file = Path(name if name.endswith(".py") else f"{name}.py")
     if not file.is_file():
         raise FileNotFoundError(f"config file {file} does not exist")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    definitions = runpy.run_path(str(file))
+    if "get_config" not in definitions:
         raise ValueError(f"config file {file} has no function get_config")
-    config = module.get_config(argument)
+    config = definitions["get_config"](argument)
     return config.to_dict() if hasattr(config, "to_dict") else config
 
 

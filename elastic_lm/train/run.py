@@ -12,6 +12,8 @@ from elastic_lm.checkpoint import Checkpoints, save_model
 from elastic_lm.config import ModelConfig, RunConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+from elastic_lm.loading import load
+from elastic_lm.methods.ee_tuning import EETuning, attach_exits
 from elastic_lm.methods.losses import Method
 from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
@@ -99,8 +101,6 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer) -> tuple[ModelConfig,
     """Random or loaded parameters in canonical form, with the configured exits attached."""
     key = jax.random.key(config.train.seed)
     if config.train.init_from:
-        from elastic_lm.loading import load
-
         decoder, params = load(config.train.init_from)
         model = decoder.config
     else:
@@ -112,8 +112,6 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer) -> tuple[ModelConfig,
             f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids; raise it"
         )
     if config.exits:
-        from elastic_lm.methods.ee_tuning import attach_exits
-
         model, params = attach_exits(model, params, config.exits, jax.random.fold_in(key, 1))
     return model, params
 
@@ -123,8 +121,6 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
     train = config.train
     if train.method == "pretraining":
         return Pretraining(model, train.remat, train.loss_chunk)
-    from elastic_lm.methods.ee_tuning import EETuning
-
     return EETuning(
         model,
         weights=train.exit_weights,

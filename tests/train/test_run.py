@@ -1,0 +1,144 @@
+"""A whole run: resume, metrics, divergence, tuning exits from a checkpoint."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import changed
+
+from elastic_lm.checkpoint import load_model
+from elastic_lm.config import ExitConfig, RunConfig
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.methods.pretraining import Pretraining
+from elastic_lm.train import loop
+from elastic_lm.train.run import fit
+
+
+class Stopped(Exception):
+    """Stands for a process that dies."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Makes the loop die just before it reads the batch of `step`."""
+    place, calls = loop.place_batch, iter(range(1, 10**6))
+
+    def dying(*args):
+        if next(calls) == step:
+            raise Stopped
+        return place(*args)
+
+    monkeypatch.setattr(loop, "place_batch", dying)
+
+
+def metric_lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rerun_after_a_stop_is_bit_identical(run_config: RunConfig, tmp_path: Path, monkeypatch) -> None:
+    config = changed(run_config, eval_every=0)
+    model, straight, _ = fit(config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(Stopped):
+            fit(config, tmp_path / "stopped")
+    assert not (tmp_path / "stopped" / "model").exists()
+    _, resumed, _ = fit(config, tmp_path / "stopped")
+    chex.assert_trees_all_equal(straight, resumed)
+    losses = [[r["loss"] for r in metric_lines(tmp_path / d) if "loss" in r] for d in ("straight", "stopped")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+    loaded_config, loaded = load_model(tmp_path / "stopped" / "model")
+    assert loaded_config == model
+    chex.assert_trees_all_equal(loaded, resumed)
+
+
+def test_rerun_of_a_finished_run_trains_no_further(run_config: RunConfig, tmp_path: Path) -> None:
+    _, first, before = fit(run_config, tmp_path)
+    _, again, after = fit(run_config, tmp_path)
+    chex.assert_trees_all_equal(first, again)
+    assert before == after
+
+
+def test_loss_falls_and_is_reported(run_config: RunConfig, tmp_path: Path, capsys) -> None:
+    _, _, metrics = fit(changed(run_config, steps=40, eval_every=20, save_every=40), tmp_path)
+    lines = metric_lines(tmp_path)
+    assert [r["step"] for r in lines if "eval_loss" in r] == [20, 40]
+    assert metrics["loss"] < 0.7 * lines[0]["loss"]
+    output = capsys.readouterr().out
+    assert "step 40/40" in output
+    assert "tokens_per_s" in output
+
+
+def test_nan_stops_with_the_step_and_keeps_the_checkpoint(
+    run_config: RunConfig, tmp_path: Path, monkeypatch
+) -> None:
+    config = changed(run_config, eval_every=0)
+    plain = Pretraining.loss
+
+    def poisoned(self, trainable, frozen, batch, step):
+        loss, metrics = plain(self, trainable, frozen, batch, step)
+        loss = jnp.where(step == 3, jnp.nan, loss)  # the fourth step
+        return loss, {**metrics, "loss": loss}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "loss", poisoned)
+        with pytest.raises(FloatingPointError, match="step 4"):
+            fit(config, tmp_path)
+    steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert steps == [2]
+    _, params, _ = fit(config, tmp_path)
+    chex.assert_tree_all_finite(params)
+
+
+def test_exits_are_tuned_on_a_frozen_checkpoint(run_config: RunConfig, tmp_path: Path) -> None:
+    _, backbone, _ = fit(run_config, tmp_path / "base")
+    tuning = changed(
+        dataclasses.replace(run_config, model=None, exits=(ExitConfig(1),)),
+        method="ee_tuning",
+        init_from=str(tmp_path / "base" / "model"),
+        steps=20,
+    )
+    model, params, metrics = fit(tuning, tmp_path / "exits")
+    assert [e.layer for e in model.exits] == [1]
+    chex.assert_trees_all_equal({name: params[name] for name in backbone}, backbone)
+    assert any("exit_1" in name for name in metrics)
+    saved = tmp_path / "exits" / "model"
+    assert load_model(saved)[0] == model
+    assert Tokenizer.load(saved).vocab_size == 300
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(run_config: RunConfig, tmp_path: Path) -> None:
+    fit(changed(run_config, steps=3), tmp_path / "base")
+    data = dataclasses.replace(run_config.data, tokenizer=str(tmp_path / "base"))
+    assert run_config.model is not None
+    small = dataclasses.replace(run_config.model, vocab_size=299)
+    with pytest.raises(ValueError, match="vocab_size=299"):
+        fit(dataclasses.replace(run_config, model=small, data=data), tmp_path / "small")
+
+
+def test_a_checkpoint_of_another_model_is_refused(run_config: RunConfig, tmp_path: Path) -> None:
+    fit(run_config, tmp_path)
+    assert run_config.model is not None
+    wider = dataclasses.replace(run_config.model, d_mlp=128)
+    with pytest.raises(ValueError, match="checkpoints"):
+        fit(dataclasses.replace(run_config, model=wider), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_skipped(run_config: RunConfig, tmp_path: Path) -> None:
+    config = changed(run_config, eval_every=0)
+    _, straight, _ = fit(config, tmp_path)
+    newest = tmp_path / "checkpoints" / "6"
+    for file in [p for p in newest.rglob("*") if p.is_file() and "/d/" in str(p)]:
+        file.write_bytes(file.read_bytes()[:10])
+    _, again, _ = fit(config, tmp_path)
+    chex.assert_trees_all_equal(straight, again)
+
+
+def test_weights_are_drawn_from_the_seed(run_config: RunConfig, tmp_path: Path) -> None:
+    _, one, _ = fit(changed(run_config, steps=3, seed=1), tmp_path / "one")
+    _, two, _ = fit(changed(run_config, steps=3, seed=2), tmp_path / "two")
+    assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, two))
