@@ -12,27 +12,27 @@ def get_config(arg: str = "") -> ConfigDict:
     """The recipe; `arg` = "tiny" shrinks it to a check that runs in seconds."""
     config = ConfigDict()
     config.model = {
-        "vocab_size": 2048,
-        "d_model": 128,
+        "vocab_size": 1024,
+        "d_model": 96,
         "n_layers": 12,
-        "n_heads": 4,
-        "n_kv_heads": 2,
-        "d_mlp": 384,
+        "n_heads": 3,
+        "n_kv_heads": 1,
+        "d_mlp": 256,
         "max_len": 1024,
         "tied": True,
     }
-    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 4}
     config.train = {
-        "steps": 2000,
-        "lr": 3e-3,
+        "steps": 5000,
+        "lr": 4e-3,
         "schedule": "wsd",
         "decay_share": 0.3,
         "min_lr": 0.05,
-        "warmup": 100,
+        "warmup": 200,
         "weight_decay": 0.1,
-        "log_every": 20,
-        "eval_every": 250,
-        "save_every": 100,
+        "log_every": 50,
+        "eval_every": 500,
+        "save_every": 200,
     }
     if arg == "tiny":
         config.model.update(d_model=32, n_layers=4, d_mlp=64, vocab_size=512)
