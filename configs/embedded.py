@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "save_every": 200,
     }
     if arg == "tiny":
-        config.model.update(d_model=32, n_layers=4, d_mlp=64, vocab_size=512)
+        config.model.update(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, d_mlp=64, vocab_size=512)
         config.data.update(seq_len=64, batch_size=4)
         config.train.update(steps=20, warmup=5, log_every=5, eval_every=10, eval_batches=2, save_every=10)
     return config

@@ -75,4 +75,5 @@ def confidence_by_index(index: jax.Array, logits: jax.Array) -> jax.Array:
     Returns:
       [...] float32 in [0, 1].
     """
-    return jax.lax.switch(index, FUNCTIONS, logits.astype(jnp.float32))
+    logits = logits.astype(jnp.float32)
+    return jnp.stack([metric(logits) for metric in FUNCTIONS])[index]
