@@ -29,7 +29,8 @@ def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 def _write(config: ModelConfig) -> dict[str, Any]:
     return write_rope(config) | {
         "layer_types": layer_types(config.windows, config.n_layers),
-        "sliding_window": max(config.windows, default=0) or None,
+        # Their model wants a number even where no layer slides.
+        "sliding_window": max(config.windows, default=0) or config.max_len,
         "query_pre_attn_scalar": round(config.query_scale**-2),
         "hidden_act": "gelu_pytorch_tanh",
     }

@@ -68,6 +68,8 @@ def export(
         ids = {"bos_token_id": entries["bos_token_id"], "eos_token_id": entries["eos_token_id"]}
         _write_json(partial / "generation_config.json", ids)
         _write_json(partial / "config.json", entries)
+        for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
+            shutil.copymode(partial / "config.json", shard)
         _replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

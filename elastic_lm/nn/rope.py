@@ -20,7 +20,9 @@ def rope_frequencies(rope: RopeConfig, rotary_dim: int, max_len: int) -> tuple[n
     Returns:
       ([rotary_dim // 2] float32 radians per token, attention factor).
     """
-    frequency = rope.theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
+    # In float32, bit by bit as checkpoints were trained: at thousands of tokens one ulp shows.
+    exponent = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+    frequency = np.float32(1) / np.power(np.float32(rope.theta), exponent)
     original = rope.original_max_len or max_len
     if rope.scaling == "linear":
         return (frequency / rope.factor).astype(np.float32), 1.0

@@ -24,6 +24,7 @@ from hf_models import (
 
 from elastic_lm import hf
 from elastic_lm.config import ExitConfig
+from elastic_lm.nn.rope import rope_frequencies
 
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -171,6 +172,26 @@ def test_exits_are_carried_and_transformers_loads_the_full_model(model_type: str
     back = export_and_reload(config, params, tmp_path / "ours")
     tokens = random_ids(config.vocab_size)
     np.testing.assert_array_equal(their_logits(back, tokens), their_logits(model, tokens))
+
+
+def test_long_contexts_keep_the_precision(tmp_path: Path) -> None:
+    sizes = {"max_position_embeddings": 2048, "hidden_size": 64, "num_attention_heads": 1}
+    model = random_model("llama", {**sizes, "num_key_value_heads": 1, "num_hidden_layers": 1})
+    model.save_pretrained(tmp_path)
+    config, params = hf.load(tmp_path)
+    tokens = random_ids(48, (1, 1500))
+    assert relative_error(our_logits(config, params, tokens), their_logits(model, tokens)) < TOLERANCE
+    frequency, _ = rope_frequencies(config.rope, config.rotary_dim, config.max_len)
+    np.testing.assert_allclose(frequency, model.model.rotary_emb.inv_freq.numpy(), rtol=3e-7)
+
+
+def test_gemma2_without_windows_is_written_so_that_transformers_runs_it(tmp_path: Path) -> None:
+    random_model("gemma2", {}).save_pretrained(tmp_path / "theirs")
+    config, params = hf.load(tmp_path / "theirs")
+    config = dataclasses.replace(config, windows=())
+    back = export_and_reload(config, params, tmp_path / "ours")
+    tokens = random_ids(config.vocab_size)
+    assert relative_error(our_logits(config, params, tokens), their_logits(back, tokens)) < TOLERANCE
 
 
 def test_stop_tokens_are_carried(tmp_path: Path) -> None:
