@@ -98,9 +98,12 @@ def _segment(
 
 
 def variants(window: int) -> tuple[int, ...]:
-    """Widths for which a deep tick is compiled: powers of two up to `window`, and `window`."""
-    powers = [1 << i for i in range(window.bit_length()) if 1 << i < window]
-    return (*powers, window)
+    """Widths for which a deep tick is compiled: one position, and the whole window.
+
+    Several positions cost about the same whatever their number (the weights are read once), so widths
+    between would buy little and each would compile the deeper layers once more.
+    """
+    return (1, window) if window > 1 else (1,)
 
 
 def movable(state: DecodeState, window: int) -> jax.Array:

@@ -1,0 +1,95 @@
+"""One tiny model with three segments, shared by the decode tests: compilation is what they cost."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elastic_lm.calibrate.confidence import confidence
+from elastic_lm.config import ExitConfig, ModelConfig
+from elastic_lm.decode.sampler import Sampler
+from elastic_lm.models.decoder import Decoder, Params, init_params
+from elastic_lm.testing import tiny_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Plain thresholds."""
+
+    thresholds: tuple[float, ...]
+    metric: str = "max_prob"
+
+    def check(self, config: ModelConfig) -> None:
+        """Every policy fits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model, and decoding it the slow and obvious way."""
+
+    config: ModelConfig
+    params: Params
+
+    def sampler(
+        self, thresholds: Sequence[float] | None = None, metric: str = "max_prob", **kwargs
+    ) -> Sampler:
+        policy = None if thresholds is None else Policy(tuple(thresholds), metric)
+        return Sampler(Decoder(self.config), self.params, exit=policy, **kwargs)
+
+    @functools.cached_property
+    def forward(self):
+        return jax.jit(lambda tokens: Decoder(self.config).apply({"params": self.params}, tokens))
+
+    def reference(
+        self, prompt: Sequence[int], count: int, thresholds: Sequence[float], metric: str = "max_prob"
+    ) -> tuple[list[int], list[int]]:
+        """Tokens and depths by a full pass over everything for each token, exits read in order of depth."""
+        tokens, depths = list(prompt), []
+        for _ in range(count):
+            padded = np.zeros((1, 64), np.int32)
+            padded[0, : len(tokens)] = tokens
+            output = self.forward(padded)
+            layers = [e.layer for e in self.config.exits]
+            for layer, threshold, logits in zip(layers, thresholds, output.exit_logits, strict=True):
+                row = logits[0, len(tokens) - 1]
+                if threshold <= 1 and float(confidence(metric, row)) >= threshold:
+                    break
+            else:
+                layer, row = self.config.n_layers, output.logits[0, len(tokens) - 1]
+            tokens.append(int(jnp.argmax(row)))
+            depths.append(layer)
+        return tokens[len(prompt) :], depths
+
+
+def sharpen(params: Params) -> Params:
+    """Larger weights, so that confidences spread over (0, 1) instead of sitting at 1 / V."""
+    return jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, params)
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    exits = (ExitConfig(1, "block"), ExitConfig(2, "mlp", tied=True))
+    config = dataclasses.replace(tiny_config(n_layers=3), exits=exits)
+    return Model(config, sharpen(init_params(config, jax.random.key(0))))
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 64, size).tolist() for size in (1, 5, 9, 17, 3, 24, 2, 12)]
+
+
+@pytest.fixture(scope="session")
+def mixed(model: Model, prompts: list[list[int]]) -> list[tuple[float, float]]:
+    """Threshold pairs at which every depth is used: quantiles of the confidences along the prompts."""
+    seen = []
+    for prompt in prompts:
+        tokens, _ = model.reference(prompt, 8, (2.0, 2.0))
+        output = model.forward(jnp.asarray([prompt + tokens]))
+        seen.append(np.stack([confidence("max_prob", x[0]) for x in output.exit_logits], -1))
+    cuts = np.quantile(np.concatenate(seen), [0.3, 0.5, 0.75], axis=0)
+    return [tuple(map(float, row)) for row in cuts]

@@ -1,0 +1,90 @@
+"""The sampler's text side: prompts, stop strings, streaming, statistics, refusals."""
+
+import pytest
+
+from elastic_lm.decode.sampler import Sampler, held_back
+from elastic_lm.models.decoder import Decoder
+
+
+class Letters:
+    """Two characters per token, so that decoding is easy to follow."""
+
+    def encode(self, text):
+        return [ord(c) - 48 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(48 + i) for i in ids)
+
+
+@pytest.fixture
+def sampler(model):
+    return Sampler(Decoder(model.config), model.params, Letters(), stream_every=3)
+
+
+def test_text_is_the_decoded_continuation(sampler):
+    out = sampler.sample("hello", 20)
+    assert out.text == Letters().decode(out.tokens)
+    assert len(out.tokens) == 20
+
+
+def test_batch_of_text_keeps_order(sampler):
+    texts = ["a", "bcd", "efghijk"]
+    assert [o.text for o in sampler.sample(texts, 9)] == [sampler.sample(t, 9).text for t in texts]
+
+
+def test_stream_gives_the_same_text_in_pieces(sampler):
+    pieces = list(sampler.stream("hello", 20))
+    assert "".join(pieces) == sampler.sample("hello", 20).text
+    assert len(pieces) > 3
+
+
+def test_stop_string_cuts_text(sampler):
+    whole = sampler.sample("hello", 20).text
+    stop = whole[7:9]
+    cut = whole[: whole.index(stop)]
+    assert sampler.sample("hello", 20, stop=stop).text == cut
+    assert "".join(sampler.stream("hello", 20, stop=(stop,))) == cut
+
+
+def test_statistics_add_up(model, prompts, mixed):
+    outputs = model.sampler(mixed[1]).sample(prompts[:3], 12)
+    stats = outputs[0].stats
+    depths = [d for o in outputs for d in o.exit_layers]
+    assert stats.tokens == len(depths) == 36
+    assert stats.mean_layers == pytest.approx(sum(depths) / 36)
+    assert stats.exit_counts == {d: depths.count(d) for d in sorted(set(depths))}
+    assert stats.prompt_tokens == sum(map(len, prompts[:3]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "settings", "message"),
+    [
+        ("", 5, {}, "prompt 0 is empty"),
+        ([], 5, {}, "at least one prompt"),
+        ([[1], []], 5, {}, "prompt 1 is empty"),
+        ([1] * 120, 20, {}, "prompt 0 has 120 tokens .* max_len=128"),
+        ([1, 64], 5, {}, "token id 64, outside the vocabulary of 64"),
+        ([1], 0, {}, "max_new_tokens=0"),
+        ([1], 5, {"topk": 3}, "unknown setting topk=3"),
+    ],
+)
+def test_bad_input_is_named(sampler, prompt, new, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sampler.sample(prompt, new, **settings)
+
+
+@pytest.mark.parametrize("bad", [{"window": 0}, {"fire_share": 2.0}, {"stream_every": 0}])
+def test_bad_construction_is_named(model, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        model.sampler(**bad)
+
+
+def test_text_without_tokenizer_is_refused(model):
+    with pytest.raises(ValueError, match="tokenizer=None"):
+        model.sampler().sample("text", 4)
+
+
+def test_held_back_waits_for_whole_characters_and_stop_strings():
+    assert held_back("caf\ufffd", ()) == "caf"
+    assert held_back("one\n", ("\n\n",)) == "one"
+    assert held_back("one", ("\n\n",)) == "one"
