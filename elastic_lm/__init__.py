@@ -10,12 +10,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_lm import calibrate, checkpoint, data, evaluate, hf, methods, sharding, testing, train
+    from elastic_lm import (
+        calibrate,
+        checkpoint,
+        data,
+        evaluate,
+        hf,
+        methods,
+        render,
+        sharding,
+        testing,
+        train,
+    )
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.config import ExitConfig, ModelConfig, RopeConfig
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.decode.sampler import Sampler
+    from elastic_lm.embedded import embedded_model
     from elastic_lm.loading import load
+    from elastic_lm.methods.ee_tuning import attach_exits
     from elastic_lm.models.decoder import Decoder
 
 __version__ = "0.1.0"
@@ -28,13 +41,16 @@ __all__ = [
     "RopeConfig",
     "Sampler",
     "Tokenizer",
+    "attach_exits",
     "calibrate",
     "checkpoint",
     "data",
+    "embedded_model",
     "evaluate",
     "hf",
     "load",
     "methods",
+    "render",
     "sharding",
     "testing",
     "train",
@@ -48,6 +64,8 @@ _HOMES = {
     "RopeConfig": "config",
     "Sampler": "decode.sampler",
     "Tokenizer": "data.tokenizer",
+    "attach_exits": "methods.ee_tuning",
+    "embedded_model": "embedded",
     "load": "loading",
 }
 

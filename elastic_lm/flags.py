@@ -211,9 +211,9 @@ def _generate(parser: Parser) -> None:
     add(
         "--window",
         type=int,
-        default=4,
+        default=8,
         metavar="W",
-        help="tokens that may wait for their deep layers (default: 4)",
+        help="tokens that may wait for their deep layers (default: 8)",
     )
     add("--fire-share", type=float, default=0.0, metavar="S", help="0 = latency, 1 = throughput (default: 0)")
     add("--stream", action="store_true", help="print while generating (one prompt)")

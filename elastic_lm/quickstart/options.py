@@ -30,7 +30,7 @@ class Options:
     prompt_tokens: int = 48  # tokens of each prompt
     new_tokens: int = 96  # tokens generated per prompt
     rounds: int = 5  # timed rounds; full depth and all targets take turns in each
-    window: int = 4  # positions whose deeper layers may be pending
+    window: int = 8  # positions whose deeper layers may be pending
     seed: int = 0  # of random exits and of the shuffle
     tiny: bool = False  # the numbers of `tiny()` are in use
 

@@ -1,0 +1,38 @@
+"""Notebooks run from top to bottom on the tiny setting, and stay notebooks: no layers defined in them."""
+
+import pathlib
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "colab").glob("*.ipynb"))
+
+
+def read(path: pathlib.Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    monkeypatch.setenv("ELASTIC_LM_TINY", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    notebook = read(path)
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
+    kinds = {kind for o in outputs if "data" in o for kind in o["data"]}
+    assert {"text/html", "image/png"} <= kinds
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_well_formed(path: pathlib.Path) -> None:
+    notebook = read(path)
+    nbformat.validate(notebook)
+    code = [cell["source"] for cell in notebook.cells if cell["cell_type"] == "code"]
+    assert len(code) <= 15
+    assert "colab-badge.svg" in notebook.cells[0]["source"]
+    assert [source for source in code if "%pip" in source] == code[:1]
+    assert '"google.colab" in sys.modules' in code[0]
+    assert not any("nn.Module" in source for source in code)
