@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from elastic_lm.checkpoint import Checkpoints, save_model
 from elastic_lm.config import ModelConfig, RunConfig
@@ -52,6 +53,7 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     workdir = Path(workdir)
     train, data = config.train, config.data
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _check_rows(config, mesh)
     tokenizer = prepare_tokenizer(config, workdir)
     model, params = prepare_model(config, tokenizer)
     method = make_method(config, model)
@@ -136,6 +138,15 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterable[dict]:
     if config.data.source != "stdlib" and not config.data.eval_paths:
         return ()
     return pipeline.eval_batches(config.data, tokenizer)
+
+
+def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"] * config.train.accumulate
+    if config.data.batch_size % parts:
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size}: must be a multiple of {parts}, the devices that hold "
+            "different rows times train.accumulate"
+        )
 
 
 def make_writer(workdir: Path, steps: int, start: int) -> Writer:

@@ -39,7 +39,7 @@ def make_train_step(
         gradients, metrics = _gradients(method, state, frozen, batch, accumulate)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "grad_norm": optax.global_norm(gradients)}
+        metrics = {**metrics, "grad_norm": optax.tree.norm(gradients)}
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

@@ -96,12 +96,8 @@ def test_nan_stops_with_the_step_and_keeps_the_checkpoint(
 
 def test_exits_are_tuned_on_a_frozen_checkpoint(run_config: RunConfig, tmp_path: Path) -> None:
     _, backbone, _ = fit(run_config, tmp_path / "base")
-    tuning = changed(
-        dataclasses.replace(run_config, model=None, exits=(ExitConfig(1),)),
-        method="ee_tuning",
-        init_from=str(tmp_path / "base" / "model"),
-        steps=20,
-    )
+    tuning = changed(run_config, method="ee_tuning", init_from=str(tmp_path / "base" / "model"), steps=20)
+    tuning = dataclasses.replace(tuning, model=None, exits=(ExitConfig(1),))
     model, params, metrics = fit(tuning, tmp_path / "exits")
     assert [e.layer for e in model.exits] == [1]
     chex.assert_trees_all_equal({name: params[name] for name in backbone}, backbone)

@@ -1,0 +1,21 @@
+"""Runs the tests of meshes in a process with eight (pretended) CPU devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+TESTS = Path(__file__).parent
+FILES = (TESTS / "test_sharding.py", TESTS / "train" / "test_step.py", TESTS / "train" / "test_mesh_run.py")
+
+
+@pytest.mark.skipif(jax.device_count() >= 8, reason="this process has eight devices already")
+def test_on_eight_devices() -> None:
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, FILES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout, done.stdout

@@ -1,0 +1,32 @@
+"""A whole run on eight devices, resumed on another mesh."""
+
+import dataclasses
+from pathlib import Path
+
+import chex
+import jax
+import pytest
+from conftest import changed
+
+from elastic_lm.config import MeshConfig, RunConfig
+from elastic_lm.train.run import fit
+
+eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+
+
+@eight
+def test_a_run_on_one_mesh_continues_on_another(run_config: RunConfig, tmp_path: Path) -> None:
+    config = changed(run_config, schedule="constant", eps=1e-3)
+    one = dataclasses.replace(config, mesh=MeshConfig(data=8))
+    other = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    _, straight, _ = fit(one, tmp_path / "straight")
+    fit(changed(one, steps=4), tmp_path / "moved")
+    _, moved, _ = fit(other, tmp_path / "moved")
+    chex.assert_trees_all_close(jax.device_get(moved), jax.device_get(straight), rtol=1e-3, atol=1e-5)
+
+
+@eight
+def test_rows_that_do_not_spread_are_refused(run_config: RunConfig, tmp_path: Path) -> None:
+    data = dataclasses.replace(run_config.data, batch_size=12)
+    with pytest.raises(ValueError, match="batch_size=12"):
+        fit(dataclasses.replace(run_config, data=data), tmp_path)
