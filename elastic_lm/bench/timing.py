@@ -40,7 +40,7 @@ def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> 
         time_once(run)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds):
-        order = list(sides) if i % 2 == 0 else list(reversed(sides))
+        order = list(sides) if i % 2 == 0 else list(sides)[::-1]
         for name in order:
             seconds[name].append(time_once(sides[name]))
     return seconds

@@ -193,7 +193,8 @@ class Sampler:
     @staticmethod
     def compilations() -> int:
         """Programs compiled so far in this process for prefill and decoding."""
-        return jit_prefill._cache_size() + jit_run._cache_size()
+        programs: tuple[Any, ...] = (jit_prefill, jit_run)
+        return sum(program._cache_size() for program in programs)
 
     def controls(self, batch: int, settings: Settings) -> Controls:
         """The traced controls of a batch of `batch` rows."""

@@ -1,0 +1,164 @@
+"""Batch-1 greedy decoding against transformers, memory bandwidth and what skipped bytes predict.
+
+Rows, on a 12-layer Llama (d 768, vocabulary 32000, float32, random weights), 128 new tokens a call:
+
+- decode/full_vs_transformers: tokens/s of the full model; ideal = transformers' `generate` on the same
+  weights, dtype and threads. Skipped, with a line that says so, where torch is not installed.
+- decode/full_vs_bandwidth: bytes/s of weights read by the full model; ideal = what one large float32
+  matrix-vector product reaches in this process.
+- decode/exits_never: speed relative to the plain model with an exit after layer 6 that is looked at but
+  never taken; ideal = bytes of the plain model / (the same + one more vocabulary head per token).
+- decode/exit_half: speed relative to the plain model with the exit always taken; ideal = bytes of the
+  plain model / (lower half + head per token + upper half once per window).
+- decode/compilations: programs compiled over prompts of several buckets, thresholds, metrics and sampling
+  settings; ideal = number of buckets of prefill and of decoding.
+"""
+
+import importlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from elastic_lm.bench.machine import matvec_bandwidth, usable_cores
+from elastic_lm.bench.report import Options, Row
+from elastic_lm.bench.timing import interleave
+from elastic_lm.calibrate.confidence import METRICS
+from elastic_lm.calibrate.thresholds import ConfidenceExit
+from elastic_lm.config import ExitConfig, ModelConfig
+from elastic_lm.decode.requests import bucket
+from elastic_lm.decode.sampler import Sampler
+from elastic_lm.hf import export
+from elastic_lm.models.decoder import Decoder, Params, init_params
+from elastic_lm.testing import tiny_config
+
+WINDOW = 8
+LOOKED_AT = 1.0  # a threshold that random weights never reach, but that has the head read
+
+
+def rows(options: Options) -> list[Row]:
+    """Measures every row of this module."""
+    config, new_tokens = _model(options.tiny)
+    half = config.n_layers // 2
+    exits = config.with_exits((ExitConfig(half, "norm", tied=True),))
+    params = init_params(exits, jax.random.key(options.seed))
+    plain = {name: tree for name, tree in params.items() if not name.startswith("exit_")}
+    prompt = np.random.default_rng(options.seed).integers(3, config.vocab_size, 16).tolist()
+
+    def side(model: ModelConfig, weights: Params, *thresholds: float) -> Callable[[], Any]:
+        policy = ConfidenceExit("max_prob", thresholds, (half,)) if thresholds else None
+        sampler = Sampler(Decoder(model), weights, exit=policy, window=WINDOW)
+        return lambda: sampler.sample(prompt, new_tokens).tokens
+
+    sides = {
+        "plain": side(config, plain),
+        "never": side(exits, params, LOOKED_AT),
+        "half": side(exits, params, 0.0),
+    }
+    reference = _transformers(config, plain, prompt, new_tokens)
+    if reference is not None:
+        sides["transformers"] = reference
+    bandwidth: list[float] = []
+    sides["bandwidth"] = lambda: bandwidth.append(matvec_bandwidth(16 if options.tiny else 256, 3))
+    seconds = interleave(sides, options.rounds)
+    return [*_compare(config, plain, seconds, bandwidth, new_tokens), _compilations(exits, params, half)]
+
+
+def _model(tiny: bool) -> tuple[ModelConfig, int]:
+    if tiny:
+        return tiny_config(n_layers=2), 8
+    llama = ModelConfig(vocab_size=32000, d_model=768, n_layers=12, n_heads=12, d_mlp=2048, max_len=1024)
+    return llama, 128
+
+
+def layer_bytes(params: Params, layers: Sequence[int]) -> int:
+    """Bytes of the weights of these layers."""
+    return sum(x.nbytes for i in layers for x in jax.tree.leaves(params[f"layers_{i}"]))
+
+
+def _compare(
+    config: ModelConfig,
+    params: Params,
+    seconds: dict[str, list[float]],
+    bandwidth: list[float],
+    new_tokens: int,
+) -> list[Row]:
+    """Rows from interleaved timings; every ratio is formed within a round, then the median is taken."""
+    half = config.n_layers // 2
+    lower = layer_bytes(params, range(half))
+    upper = layer_bytes(params, range(half, config.n_layers))
+    head = params["head"]["kernel"].nbytes
+    full = lower + upper + head
+    plain = np.asarray(seconds["plain"])
+
+    def speed(name: str) -> float:
+        return float(np.median(plain / np.asarray(seconds[name])))
+
+    reached = full * new_tokens / plain
+    found = [
+        Row.of("decode/full_vs_bandwidth", float(np.median(reached)), float(np.median(bandwidth[1:]))),
+        Row.of("decode/exits_never", speed("never"), full / (full + head)),
+        Row.of("decode/exit_half", speed("half"), full / (lower + head + upper / WINDOW)),
+    ]
+    if "transformers" in seconds:
+        theirs = np.asarray(seconds["transformers"])
+        row = Row(
+            "decode/full_vs_transformers",
+            float(np.median(new_tokens / plain)),
+            float(np.median(new_tokens / theirs)),
+            float(np.median(theirs / plain)),
+        )
+        found.insert(0, row)
+    return found
+
+
+def _transformers(
+    config: ModelConfig, params: Params, prompt: list[int], new_tokens: int
+) -> Callable[[], Any] | None:
+    """transformers' greedy `generate` on the same weights, or None where it is not installed."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        print(
+            "torch or transformers is not installed: decode/full_vs_transformers is left out", file=sys.stderr
+        )
+        return None
+    torch, transformers = map(importlib.import_module, ("torch", "transformers"))
+    torch.set_num_threads(usable_cores())
+    with tempfile.TemporaryDirectory() as folder:
+        export(config, params, Path(folder) / "model")
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+    ids = torch.tensor([prompt])
+
+    def generate() -> Any:
+        with torch.inference_mode():
+            return model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                pad_token_id=0,
+            ).tolist()
+
+    return generate
+
+
+def _compilations(config: ModelConfig, params: Params, half: int) -> Row:
+    """Counts programs while everything that is traced changes."""
+    rng, new_tokens = np.random.default_rng(0), 4
+    lengths = (3, 20, 40, 60)
+    before = Sampler.compilations()
+    for length in lengths:
+        for metric, threshold in zip(METRICS, (0.0, 0.5, 2.0), strict=True):
+            policy = ConfidenceExit(metric, (threshold,), (half,))
+            sampler = Sampler(Decoder(config), params, exit=policy, window=WINDOW - 1)
+            prompt = rng.integers(3, config.vocab_size, length).tolist()
+            sampler.sample(prompt, new_tokens, temperature=threshold, top_k=length, seed=length)
+    prefills = {(bucket(n), bucket(n + new_tokens + WINDOW - 1)) for n in lengths}
+    loops = {bucket(n + new_tokens + WINDOW - 1) for n in lengths}
+    return Row.of("decode/compilations", Sampler.compilations() - before, float(len(prefills) + len(loops)))
