@@ -67,7 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
@@ -114,9 +114,7 @@ def tune(args: argparse.Namespace, weights: Path, out: Path, seed: int) -> tuple
         save_every=args.steps,
     )
     run = RunConfig(exits=exits(args), data=data_config(out, "test", seed), train=train)
-    workdir = out / f"seed_{seed}"
-    shutil.rmtree(workdir, ignore_errors=True)
-    config, params, _ = fit(run, workdir)
+    config, params, _ = fit(run, out / f"seed_{seed}")  # run again, it goes on from its checkpoint
     return config, params
 
 
