@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class Checkpoints:
           state: a pytree of arrays.
           batches: the data iterator.
         """
-        self._checkpointer.save_checkpointables(step, {"state": state, "data": batches}, overwrite=True)
+        parts = {"state": state, "data": _Position(batches)}
+        self._checkpointer.save_checkpointables(step, parts, overwrite=True)
 
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is intact and moves `batches` to its position.
@@ -64,7 +66,7 @@ class Checkpoints:
         reasons = []
         for step in sorted((c.step for c in self._checkpointer.checkpoints), reverse=True):
             try:
-                wanted = {"state": abstract, "data": batches}
+                wanted = {"state": abstract, "data": _Position(batches)}
                 return step, self._checkpointer.load_checkpointables(step, wanted)["state"]
             except Exception as error:
                 reasons.append(f"step {step}: {_first_line(error)}")
@@ -80,6 +82,42 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for pending work."""
         self._checkpointer.close()
+
+
+class _Position:
+    """The position of a data iterator, as orbax saves and loads it.
+
+    grain's own way writes JSON too, but then reads an empty remainder of a packed document, a tuple,
+    as a list, which it takes for a remainder that is there; the resumed run would skip one document.
+    """
+
+    def __init__(self, batches: grain.DatasetIterator) -> None:
+        self._batches = batches
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        """Takes the position now and writes it once `directory` exists."""
+        return self._write(directory, json.dumps(self._batches.get_state()))
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        """Moves the iterator."""
+        return self._read(directory)
+
+    async def _write(self, directory: Any, text: str) -> None:
+        ((await directory.await_creation()) / self._name).write_text(text)
+
+    async def _read(self, directory: Any) -> None:
+        self._batches.set_state(_tuples(json.loads((directory / self._name).read_text())))
+
+    @property
+    def _name(self) -> str:
+        return f"process_{jax.process_index()}_of_{jax.process_count()}.json"
+
+
+def _tuples(state: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    if isinstance(state, dict):
+        return {key: _tuples(value) for key, value in state.items()}
+    return tuple(map(_tuples, state)) if isinstance(state, list) else state
 
 
 def save_model(path: str | Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None) -> None:

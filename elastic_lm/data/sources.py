@@ -51,19 +51,25 @@ def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Pat
     return files
 
 
-@functools.lru_cache(maxsize=256)
 def read_bytes(path: Path) -> bytes | mmap.mmap:
     """Contents of a file, unpacked if its name ends in .gz, else mapped; safe to slice from threads.
 
     Raises:
       ValueError: the file is empty or not a gzip file.
     """
+    status = path.stat()
+    return _read_version(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_version(path: Path, modified: int, size: int) -> bytes | mmap.mmap:
+    """Contents of a file, kept until it changes."""
     try:
         if path.suffix == ".gz":
             data = gzip.decompress(path.read_bytes())
         else:
             with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except (gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path} is not a complete gzip file: {error}") from error
     if not len(data):

@@ -1,0 +1,89 @@
+"""Config files and overrides: what they become and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from elastic_lm.config import RunConfig, TrainConfig, from_dict
+from elastic_lm.train.configs import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILE = """
+def get_config(arg=""):
+    return {
+        "model": {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_mlp": 64},
+        "train": {"steps": 500, "lr": 1e-2 if arg == "fast" else 1e-3},
+    }
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.py"
+    path.write_text(FILE)
+    return path
+
+
+def test_argument_and_overrides(file: Path) -> None:
+    assert load_config(str(file)).train.lr == 1e-3
+    config = load_config(
+        f"{file}:fast",
+        [
+            "--config.train.steps=700",
+            "data.source=text",
+            "--config.data.paths=('a.txt',)",
+            "train.remat=true",
+        ],
+    )
+    assert (config.train.lr, config.train.steps, config.train.remat) == (1e-2, 700, True)
+    assert (config.data.source, config.data.paths) == ("text", ("a.txt",))
+    assert config.model is not None
+    assert config.model.n_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", r"unknown key train\.stepz=3: did you mean train\.steps\?"),
+        ("trian.steps=3", r"unknown key trian=.*did you mean train\?"),
+        ("train.steps=many", r"train\.steps='many': must be of type int"),
+        ("train.steps=1.5", r"train\.steps=1\.5: must be of type int"),
+        ("train.remat=1", r"train\.remat=1: must be of type bool"),
+        ("train.schedule=step", r"train\.schedule='step': must be one of cosine"),
+        ("train.warmup=500", r"train\.warmup=500: must be below steps=500"),
+        ("train.accumulate=3", r"train\.accumulate=3: must divide data\.batch_size=16"),
+        ("train.steps.more=3", r"train\.steps\.more: steps has no keys"),
+        ("--seed=3", r"'--seed=3' is not an override"),
+        ("train.steps", r"'train\.steps' is not an override"),
+    ],
+)
+def test_refused_overrides_name_the_key(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(str(file), [override])
+
+
+def test_refused_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.py does not exist"):
+        load_config(str(tmp_path / "none.py"))
+    (tmp_path / "empty.py").touch()
+    with pytest.raises(ValueError, match="has no function get_config"):
+        load_config(str(tmp_path / "empty.py"))
+
+
+def test_a_run_needs_a_model() -> None:
+    with pytest.raises(ValueError, match=r"model=None: describe a model"):
+        RunConfig()
+
+
+def test_integers_count_as_floats() -> None:
+    assert from_dict(TrainConfig, {"lr": 1}).lr == 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
+    head = path.read_text().split('"""')[1]
+    for word in ("COMMAND", "HARDWARE", "DURATION"):
+        assert word in head, word
+    needs_source = "init_from" in path.read_text()
+    config = load_config(str(path), ["train.init_from=somewhere"] if needs_source else [])
+    assert config.train.steps > 0
