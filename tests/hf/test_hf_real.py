@@ -1,5 +1,6 @@
 """Real weights: the TinyStories models under $ELASTIC_LM_SHARED/data/weights."""
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_models import TOLERANCE, export_and_reload, load_theirs, our_logits, relative_error, their_logits
+from hf_models import TOLERANCE, export_and_reload, load_theirs, relative_error, their_logits
 
 import elastic_lm as el
 from elastic_lm import hf
@@ -46,14 +47,20 @@ def sum_of_losses(logits: jax.Array, tokens: jax.Array, there: jax.Array) -> jax
     return -jnp.sum(jnp.where(there[:, 1:], picked, 0.0))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(config: ModelConfig, params: Params, tokens: np.ndarray) -> jax.Array:
+    """[B, T, V] logits; both tests use one shape, so each model is compiled once."""
+    return Decoder(config).bind({"params": params})(tokens).logits
+
+
 def mean_loss(config: ModelConfig, params: Params, rows: list[list[int]]) -> float:
-    """Nats per token over `rows`, in batches of equal width (one compilation)."""
-    run = jax.jit(lambda params, tokens: Decoder(config).bind({"params": params})(tokens).logits)
+    """Nats per token over `rows`."""
     tokens, there = padded(rows)
     total = 0.0
     for i in range(0, len(rows), ROWS):
         part = slice(i, i + ROWS)
-        total += float(sum_of_losses(run(params, tokens[part]), tokens[part], there[part]))
+        logits = logits_of(config, params, tokens[part])
+        total += float(sum_of_losses(logits, tokens[part], there[part]))
     return total / int(there[:, 1:].sum())
 
 
@@ -69,11 +76,11 @@ def test_perplexity_equals_that_of_transformers_to_four_digits(name: str) -> Non
 def test_logits_and_loss_agree_with_transformers_and_survive_export(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    tokens, there = padded([row[:192] for row in stories(name, 4)])
+    tokens, there = (x[:ROWS] for x in padded(stories(name)))
     model = load_theirs(DATA / "weights" / name)
     theirs = their_logits(model, tokens)
     config, params = hf.load(DATA / "weights" / name)
-    ours = our_logits(config, params, tokens)
+    ours = np.asarray(logits_of(config, params, tokens))
     assert relative_error(ours, theirs) < TOLERANCE
     losses = [float(sum_of_losses(logits, tokens, there)) for logits in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
