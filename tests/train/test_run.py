@@ -138,3 +138,12 @@ def test_weights_are_drawn_from_the_seed(run_config: RunConfig, tmp_path: Path) 
     _, one, _ = fit(changed(run_config, steps=3, seed=1), tmp_path / "one")
     _, two, _ = fit(changed(run_config, steps=3, seed=2), tmp_path / "two")
     assert not jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, two))
+
+
+def test_bfloat16_activations_train_float32_parameters(run_config: RunConfig, tmp_path: Path) -> None:
+    assert run_config.model is not None
+    model = dataclasses.replace(run_config.model, dtype="bfloat16")
+    config = changed(dataclasses.replace(run_config, model=model), steps=20)
+    _, params, metrics = fit(config, tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert metrics["loss"] < 5.0
