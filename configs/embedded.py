@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 4}
     config.train = {
-        "steps": 5000,
+        "steps": 4200,
         "lr": 4e-3,
         "schedule": "wsd",
         "decay_share": 0.3,
