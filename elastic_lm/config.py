@@ -20,7 +20,7 @@ ExitKind = Literal["embedding", "norm", "mlp", "block"]
 ExitInit = Literal["copy", "random"]
 DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
 Packing = Literal["concat", "first_fit"]
-MethodName = Literal["pretraining", "ee_tuning"]
+MethodName = Literal["pretraining", "ee_tuning", "joint"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -219,8 +219,10 @@ class DataConfig:
 class TrainConfig:
     """Method, optimizer and bookkeeping of one training run."""
 
-    method: MethodName = "pretraining"  # train everything, or exits on a frozen backbone
+    method: MethodName = "pretraining"  # everything, exits on a frozen model, or both together
     init_from: str = ""  # Hugging Face folder or elastic checkpoint to start from; "" = random
+    param_dtype: str = ""  # dtype of parameters read from init_from; "" = as `load` gives them
+    dtype: str = ""  # dtype of activations; "" = that of the model
     steps: int = 1000  # optimizer steps
     lr: float = 3e-4  # peak learning rate
     schedule: Schedule = "cosine"  # shape after the warm-up
@@ -235,9 +237,9 @@ class TrainConfig:
     accumulate: int = 1  # parts a batch is computed in, one after the other
     remat: bool = False  # recompute layers in the backward pass: less memory, more time
     loss_chunk: int = 256  # columns of logits alive at once
-    exit_weights: tuple[float, ...] = ()  # ee_tuning: loss weight per exit; () = all 1
-    exit_warmup: int = 0  # ee_tuning: steps over which the exits' weights rise from 0
-    confidence_weighted: bool = False  # ee_tuning: weight tokens by the exit's max probability
+    exit_weights: tuple[float, ...] = ()  # ee_tuning, joint: loss weight per exit; () = all 1
+    exit_warmup: int = 0  # ee_tuning, joint: steps over which the exits' weights rise from 0
+    confidence_weighted: bool = False  # ee_tuning, joint: weight tokens by the exit's max probability
     seed: int = 0  # of the parameters that are drawn
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
@@ -247,6 +249,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_choice("train.method", self.method, get_args(MethodName))
+        for field in ("param_dtype", "dtype"):
+            _require_choice(f"train.{field}", getattr(self, field), ("", *DTYPES))
         _require_choice("train.schedule", self.schedule, get_args(Schedule))
         for field in ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk"):
             _require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "must be at least 1")
@@ -282,6 +286,12 @@ class RunConfig:
             "model",
             self.model,
             "describe a model, or name a checkpoint in train.init_from",
+        )
+        _require(
+            not self.exits or self.train.method != "pretraining",
+            "train.method",
+            self.train.method,
+            "trains no exits: choose ee_tuning or joint, or leave exits out",
         )
         rows = self.data.batch_size
         _require(

@@ -14,7 +14,7 @@ from elastic_lm.config import ModelConfig, RunConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.loading import load
-from elastic_lm.methods.ee_tuning import EETuning, attach_exits
+from elastic_lm.methods.ee_tuning import EETuning, JointTraining, attach_exits
 from elastic_lm.methods.losses import Method
 from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
@@ -55,7 +55,7 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _check_rows(config, mesh)
     tokenizer = prepare_tokenizer(config, workdir)
-    model, params = prepare_model(config, tokenizer)
+    model, params = prepare_model(config, tokenizer, mesh)
     method = make_method(config, model)
     placed = jax.device_put(stack_layers(params), stacked_shardings(param_shardings(model, mesh, Rules())))
     trainable, frozen = method.split(placed)
@@ -99,11 +99,11 @@ def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
     return Tokenizer.load(workdir)
 
 
-def prepare_model(config: RunConfig, tokenizer: Tokenizer) -> tuple[ModelConfig, Params]:
+def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[ModelConfig, Params]:
     """Random or loaded parameters in canonical form, with the configured exits attached."""
     key = jax.random.key(config.train.seed)
     if config.train.init_from:
-        decoder, params = load(config.train.init_from)
+        decoder, params = load(config.train.init_from, dtype=config.train.param_dtype or None, mesh=mesh)
         model = decoder.config
     else:
         assert config.model is not None
@@ -113,6 +113,8 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer) -> tuple[ModelConfig,
         raise ValueError(
             f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids; raise it"
         )
+    if config.train.dtype:
+        model = dataclasses.replace(model, dtype=config.train.dtype)
     if config.exits:
         model, params = attach_exits(model, params, config.exits, jax.random.fold_in(key, 1))
     return model, params
@@ -123,7 +125,8 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
     train = config.train
     if train.method == "pretraining":
         return Pretraining(model, train.remat, train.loss_chunk)
-    return EETuning(
+    tuning = EETuning if train.method == "ee_tuning" else JointTraining
+    return tuning(
         model,
         weights=train.exit_weights,
         warmup_steps=train.exit_warmup,

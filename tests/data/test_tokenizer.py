@@ -14,7 +14,7 @@ TEXT = ["def f(x):\n    return x + 1\n", "class A:\n    def g(self):\n        re
 
 @pytest.fixture(scope="module")
 def learned() -> Tokenizer:
-    return train_bpe(TEXT, 290)
+    return train_bpe(TEXT, 280)
 
 
 def test_any_text_survives(learned: Tokenizer) -> None:
@@ -23,8 +23,8 @@ def test_any_text_survives(learned: Tokenizer) -> None:
 
 
 def test_learning_is_repeatable(learned: Tokenizer) -> None:
-    assert train_bpe(TEXT, 290).backend.to_str() == learned.backend.to_str()
-    assert learned.vocab_size == 290
+    assert train_bpe(TEXT, 280).backend.to_str() == learned.backend.to_str()
+    assert learned.vocab_size == 280
 
 
 def test_end_of_text_is_id_zero_and_not_text(learned: Tokenizer) -> None:
@@ -37,7 +37,7 @@ def test_saved_and_loaded_is_the_same(learned: Tokenizer, tmp_path: Path) -> Non
     learned.save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         loaded = Tokenizer.load(path)
-        assert (loaded.bos_id, loaded.eos_ids, loaded.vocab_size) == (None, (0,), 290)
+        assert (loaded.bos_id, loaded.eos_ids, loaded.vocab_size) == (None, (0,), 280)
         assert loaded.encode(TEXT[0]) == learned.encode(TEXT[0])
 
 

@@ -51,6 +51,8 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.remat=1", r"train\.remat=1: must be of type bool"),
         ("train.schedule=step", r"train\.schedule='step': must be one of cosine"),
         ("train.warmup=500", r"train\.warmup=500: must be below steps=500"),
+        ("exits=({'layer': 1},)", r"train\.method='pretraining': trains no exits"),
+        ("train.dtype=fp8", r"train\.dtype='fp8': must be one of"),
         ("train.accumulate=3", r"train\.accumulate=3: must divide data\.batch_size=16"),
         ("train.steps.more=3", r"train\.steps\.more: steps has no keys"),
         ("--seed=3", r"'--seed=3' is not an override"),

@@ -141,9 +141,15 @@ def test_weights_are_drawn_from_the_seed(run_config: RunConfig, tmp_path: Path) 
 
 
 def test_bfloat16_activations_train_float32_parameters(run_config: RunConfig, tmp_path: Path) -> None:
-    assert run_config.model is not None
-    model = dataclasses.replace(run_config.model, dtype="bfloat16")
-    config = changed(dataclasses.replace(run_config, model=model), steps=20)
-    _, params, metrics = fit(config, tmp_path)
+    model, params, metrics = fit(changed(run_config, steps=20, dtype="bfloat16"), tmp_path)
+    assert model.dtype == "bfloat16"
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert metrics["loss"] < 5.0
+
+
+def test_joint_training_moves_the_model_and_its_exits(run_config: RunConfig, tmp_path: Path) -> None:
+    config = changed(run_config, method="joint", exit_weights=(0.3,), steps=20)
+    _, params, metrics = fit(dataclasses.replace(config, exits=(ExitConfig(1, "norm"),)), tmp_path)
+    assert metrics["loss/exit_1"] < 5.5
+    assert metrics["loss/final"] < 5.5
+    assert "head" in params["exit_1"]
