@@ -5,7 +5,7 @@ where exit j disagrees with the full model and l_j the layers it needs,
 
     minimise over t:  sum of layers    subject to    disagreements <= (1 - target) N
 
-Every exit is moved in turn along its own tokens, sorted by confidence, where both sums are
+Every exit is moved in turn along its own tokens, ranked by confidence, where both sums are
 cumulative sums. A sweep over prices p of one disagreement, in layers, minimises layers + p *
 disagreements and so decides how the exits share the budget; what it leaves of the budget is spent
 by the same moves under the constraint itself.
@@ -18,7 +18,7 @@ import numpy as np
 
 NEVER = 2.0  # a threshold that no confidence reaches
 
-Choose = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (layers, disagreements) -> costs
+Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (layers, disagreements) -> cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,54 +65,78 @@ def outcome(
 
 
 class Tokens:
-    """The tokens that thresholds are chosen on, sorted once per exit."""
+    """The tokens that thresholds are chosen on, ranked once per exit.
 
-    def __init__(self, confidence: np.ndarray, agrees: np.ndarray, depths: Sequence[int]):
+    Candidates of exit j are observed confidences c_0 > c_1 > ...; a token has rank r where c_r is the
+    first of them that it reaches, so "threshold c_k" means "ranks up to k exit". Position k = -1
+    stands for never.
+    """
+
+    def __init__(
+        self, confidence: np.ndarray, agrees: np.ndarray, depths: Sequence[int], candidates: int = 1024
+    ):
         """Creates a search over [N, E] confidences and agreements; `depths` as in `outcome`."""
-        self.confidence, self.wrong = confidence.astype(np.float32), ~agrees
-        self.depths = np.asarray(depths)
-        self.order = np.argsort(-self.confidence, axis=0, kind="stable")
         self.n, self.exits = confidence.shape
+        self.wrong = np.column_stack([~agrees, np.zeros(self.n, bool)]).astype(np.int64)
+        self.depths = np.asarray(depths)
+        self.values = [_candidates(confidence[:, j], candidates) for j in range(self.exits)]
+        self.ranks = [np.searchsorted(-v, -confidence[:, j]) for j, v in enumerate(self.values)]
 
-    def line(self, j: int, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every useful threshold of exit j while the others stay as they are.
+    def thresholds(self, positions: np.ndarray) -> tuple[float, ...]:
+        """Thresholds at the given positions."""
+        pairs = zip(self.values, positions, strict=True)
+        return tuple(float(values[k]) if k >= 0 else NEVER for values, k in pairs)
 
-        Returns:
-          (thresholds, total layers, total disagreements), first entry: exit j never fires.
-        """
-        others = thresholds.copy()
-        others[j] = NEVER
-        chosen = emitting_exit(self.confidence, others)
-        wrong = np.column_stack([self.wrong, np.zeros(self.n, bool)])[np.arange(self.n), chosen]
-        reached = chosen > j
-        order = self.order[:, j]
-        layers = np.where(reached, self.depths[j] - self.depths[chosen], 0)[order]
-        errors = np.where(reached, self.wrong[:, j].astype(int) - wrong, 0)[order]
-        values = self.confidence[order, j]
-        ends = np.append(values[1:] < values[:-1], True)  # equal confidences exit together
-        return (
-            np.append(NEVER, values[ends]),
-            self.depths[chosen].sum() + np.append(0, np.cumsum(layers)[ends]),
-            wrong.sum() + np.append(0, np.cumsum(errors)[ends]),
-        )
+    def line(self, j: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Total layers and disagreements at every position of exit j, from -1 on, the others fixed."""
+        chosen = np.full(self.n, self.exits)
+        for i in reversed(range(self.exits)):
+            if i != j:
+                chosen[self.ranks[i] <= positions[i]] = i
+        reached = np.flatnonzero(chosen > j)
+        before, rank = chosen[reached], self.ranks[j][reached]
+        layers = self.depths[j] - self.depths[before]
+        errors = self.wrong[reached, j] - self.wrong[reached, before]
+        size = len(self.values[j])
+        layers, errors = (np.bincount(rank, x, minlength=size).cumsum() for x in (layers, errors))
+        wrong = self.wrong[np.arange(self.n), chosen].sum()
+        return np.append(0, layers) + self.depths[chosen].sum(), np.append(0, errors) + wrong
 
-    def descend(self, thresholds: np.ndarray, cost: Choose) -> tuple[np.ndarray, int, int]:
-        """Moves one exit after the other, the deepest first, until no move lowers the cost.
-
-        Returns:
-          (thresholds, total layers, total disagreements).
-        """
-        thresholds, layers, errors, best = thresholds.copy(), 0, 0, np.inf
+    def descend(self, positions: np.ndarray, cost: Cost) -> "Candidate":
+        """Moves one exit after the other, the deepest first, until no move lowers the cost."""
+        positions, best = positions.copy(), np.inf
+        found = Candidate(positions, 0.0, 0.0)
         while True:
             before = best
             for j in reversed(range(self.exits)):
-                values, all_layers, all_errors = self.line(j, thresholds)
-                costs = cost(all_layers, all_errors)
+                layers, errors = self.line(j, positions)
+                costs = cost(layers, errors)
                 i = int(np.argmin(costs))
-                thresholds[j], best = values[i], costs[i]
-                layers, errors = int(all_layers[i]), int(all_errors[i])
+                positions[j], best = i - 1, costs[i]
+                found = Candidate(positions, float(layers[i]), float(errors[i]))
             if not best < before:
-                return thresholds, layers, errors
+                return found
+
+    def priced(self, price: float) -> "Candidate":
+        """The best thresholds when one disagreement costs `price` layers."""
+        return self.descend(np.full(self.exits, -1), lambda layers, errors: layers + price * errors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Positions of all exits, and what they add up to over all tokens."""
+
+    positions: np.ndarray
+    layers: float
+    errors: float
+
+
+def _candidates(confidence: np.ndarray, most: int) -> np.ndarray:
+    """Observed confidences in decreasing order, thinned out to equal numbers of tokens."""
+    values = np.unique(confidence)
+    if len(values) > most:
+        values = np.unique(np.quantile(confidence, np.linspace(0, 1, most), method="nearest"))
+    return values[::-1]
 
 
 def choose(
@@ -120,7 +144,7 @@ def choose(
     agrees: np.ndarray,
     depths: Sequence[int],
     targets: Sequence[float],
-    prices: int = 48,
+    prices: int = 32,
 ) -> dict[float, tuple[float, ...]]:
     """Thresholds for every target; a higher target never needs fewer layers on these tokens.
 
@@ -129,25 +153,36 @@ def choose(
       agrees: [N, E] bool, the exit's token is the full model's.
       depths: layers of each exit, then of the full model: E + 1 of them.
       targets: wanted shares of tokens equal to the full model's, in (0, 1].
-      prices: how many prices of a disagreement are tried.
+      prices: how many prices of a disagreement are tried for all targets; more are tried for each.
 
     Returns:
       {target: E thresholds}; all `NEVER` where no exit can be used within the budget.
     """
     tokens = Tokens(confidence, agrees, depths)
-    never = np.full(tokens.exits, NEVER, np.float32)
-    grid = np.geomspace(0.25, 2.0 * tokens.n * depths[-1], prices)
-    pool = [(never, tokens.n * depths[-1], 0)]
-    pool += [tokens.descend(never, lambda layers, errors, p=p: layers + p * errors) for p in grid]
+    never = Candidate(np.full(tokens.exits, -1), float(tokens.n * depths[-1]), 0.0)
+    pool = [never]
+    tried = {price: tokens.priced(price) for price in np.geomspace(0.25, 2.0 * tokens.n * depths[-1], prices)}
     chosen = {}
     for target in sorted(targets, reverse=True):
-        budget = int(np.floor((1.0 - target) * tokens.n + 1e-6))
+        budget = np.floor((1.0 - target) * tokens.n + 1e-6)
+        _bisect(tokens, tried, budget)
 
-        def within(layers: np.ndarray, errors: np.ndarray, budget: int = budget) -> np.ndarray:
+        def within(layers: np.ndarray, errors: np.ndarray, budget: float = budget) -> np.ndarray:
             return np.where(errors <= budget, layers, np.inf)
 
-        start = min((c for c in pool if c[2] <= budget), key=lambda c: c[1])
-        found = tokens.descend(start[0], within)
-        pool.append(found)
-        chosen[target] = tuple(float(x) for x in found[0])
+        feasible = [c for c in (*pool, *tried.values()) if c.errors <= budget]
+        start = min(feasible, key=lambda c: c.layers)
+        pool.append(tokens.descend(start.positions, within))
+        chosen[target] = tokens.thresholds(pool[-1].positions)
     return chosen
+
+
+def _bisect(tokens: Tokens, tried: dict[float, Candidate], budget: float, steps: int = 8) -> None:
+    """Tries prices between the highest that exceeds the budget and the lowest that keeps it."""
+    for _ in range(steps):
+        low = max((p for p, c in tried.items() if c.errors > budget), default=None)
+        high = min((p for p, c in tried.items() if c.errors <= budget and p > (low or 0)), default=None)
+        if low is None or high is None:
+            return
+        price = (low * high) ** 0.5
+        tried[price] = tokens.priced(price)

@@ -82,3 +82,12 @@ def test_close_to_brute_force_and_better_than_one_shared_threshold(seed: int) ->
     found = layers(choose(confidence, agrees, DEPTHS, (target,))[target])
     assert best <= found <= best * 1.02
     assert found <= shared
+
+
+def test_the_number_of_prices_hardly_matters() -> None:
+    confidence, agrees = synthetic(3000)
+    targets = (0.8, 0.95, 0.99)
+    few, many = (choose(confidence, agrees, DEPTHS, targets, prices=p) for p in (12, 64))
+    for target in targets:
+        first, second = (outcome(confidence, agrees, DEPTHS, c[target]).mean_layers for c in (few, many))
+        assert first == pytest.approx(second, rel=0.005)
