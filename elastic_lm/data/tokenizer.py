@@ -72,7 +72,6 @@ class Tokenizer:
         """Writes tokenizer.json and a tokenizer_config.json that `transformers` understands."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.bos_id is not None,
@@ -83,6 +82,9 @@ class Tokenizer:
         if self.eos_ids:
             config["eos_token"] = self.backend.id_to_token(self.eos_ids[0])
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        unfinished = folder / "tokenizer.json.unfinished"  # a process may die while it writes
+        self.backend.save(str(unfinished))
+        unfinished.replace(folder / "tokenizer.json")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -19,10 +19,10 @@ from elastic_lm.methods.losses import Method
 from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
 from elastic_lm.models.decoder import Params, init_params, stack_layers, unstack_layers
-from elastic_lm.sharding import Rules, make_mesh, param_shardings, stacked_shardings
+from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.train import loop
 from elastic_lm.train.optim import make_optimizer
-from elastic_lm.train.state import create_state, state_shardings
+from elastic_lm.train.state import TrainState, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 
 MODEL_FOLDER = "model"
@@ -50,28 +50,12 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
       FloatingPointError: training diverged; names the step.
       ValueError: a file or field is unusable; names it.
     """
-    workdir = Path(workdir)
-    train, data = config.train, config.data
+    workdir, train = Path(workdir), config.train
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _check_rows(config, mesh)
     tokenizer = prepare_tokenizer(config, workdir)
-    model, params = prepare_model(config, tokenizer, mesh)
-    method = make_method(config, model)
-    placed = jax.device_put(stack_layers(params), stacked_shardings(param_shardings(model, mesh, Rules())))
-    trainable, frozen = method.split(placed)
-    optimizer = make_optimizer(train)
-    state = create_state(optimizer, trainable)
-    job = loop.Job(
-        config=train,
-        mesh=mesh,
-        train_step=make_train_step(
-            method, optimizer, state_shardings(optimizer, trainable), train.accumulate
-        ),
-        eval_step=make_eval_step(method),
-        held_out=functools.partial(held_out, config, tokenizer),
-        tokens_per_step=data.batch_size * data.seq_len,
-    )
-    batches = iter(pipeline.train_batches(data, tokenizer))
+    model, job, state, frozen = prepare(config, mesh, tokenizer)
+    batches = iter(pipeline.train_batches(config.data, tokenizer))
     checkpoints = Checkpoints(workdir / "checkpoints", train.keep)
     start, state = loop.resume(checkpoints, state, batches)
     writer = make_writer(workdir, train.steps, start)
@@ -83,6 +67,30 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     params = unstack_layers({**frozen, **state.params})
     save_model(workdir / MODEL_FOLDER, model, params, tokenizer)
     return model, params, metrics
+
+
+def prepare(
+    config: RunConfig, mesh: Mesh, tokenizer: Tokenizer
+) -> tuple[ModelConfig, loop.Job, TrainState, Params]:
+    """Everything a loop needs, at step 0.
+
+    Returns:
+      (model config, compiled steps, what trains, what does not), parameters stacked and on the mesh.
+    """
+    model, params = prepare_model(config, tokenizer, mesh)
+    method, optimizer = make_method(config, model), make_optimizer(config.train)
+    shardings = stacked_shardings(param_shardings(model, mesh))
+    trainable, frozen = method.split(jax.device_put(stack_layers(params), shardings))
+    places = state_shardings(optimizer, trainable)
+    job = loop.Job(
+        config=config.train,
+        mesh=mesh,
+        train_step=make_train_step(method, optimizer, places, config.train.accumulate),
+        eval_step=make_eval_step(method),
+        held_out=functools.partial(held_out, config, tokenizer),
+        tokens_per_step=config.data.batch_size * config.data.seq_len,
+    )
+    return model, job, create_state(optimizer, trainable), frozen
 
 
 def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
