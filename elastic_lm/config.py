@@ -115,7 +115,7 @@ class ModelConfig:
     dtype: str = "float32"  # dtype of activations
     param_dtype: str = "float32"  # dtype of stored parameters
     family: str = "llama"  # Hugging Face model_type this model is exported as
-    bos_id: int | None = None  # token put before every prompt, if any
+    bos_id: int | None = None  # beginning-of-text token of the checkpoint; tokenizers decide about its use
     eos_ids: tuple[int, ...] = ()  # tokens that end a text
 
     def __post_init__(self) -> None:

@@ -35,7 +35,6 @@ from elastic_lm.decode.requests import bucket
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.hf import export
 from elastic_lm.models.decoder import Decoder, Params, init_params
-from elastic_lm.testing import tiny_config
 
 WINDOW = 8
 LOOKED_AT = 1.0  # a threshold that random weights never reach, but that has the head read
@@ -71,9 +70,8 @@ def rows(options: Options) -> list[Row]:
 
 def _model(tiny: bool) -> tuple[ModelConfig, int]:
     if tiny:
-        return tiny_config(n_layers=2), 8
-    llama = ModelConfig(vocab_size=32000, d_model=768, n_layers=12, n_heads=12, d_mlp=2048, max_len=1024)
-    return llama, 128
+        return ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_mlp=64, max_len=128), 8
+    return ModelConfig(vocab_size=32000, d_model=768, n_layers=12, n_heads=12, d_mlp=2048, max_len=1024), 128
 
 
 def layer_bytes(params: Params, layers: Sequence[int]) -> int:

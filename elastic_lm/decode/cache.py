@@ -1,17 +1,13 @@
-"""Key/value caches that are read by conditional branches and written outside them.
+"""Key/value caches with one rule: what lies at or above a layer's progress `done` is stale.
 
-A layer's cache holds valid rows for positions below the layer's progress `done`; whatever lies at or
-above `done` is stale, hidden from every query, and overwritten before it counts. Writes therefore
-need no masks: a tick writes its block of rows at `done`, valid or not. Branches only read caches and
-return rows, so the compiler never copies a cache through a conditional.
+Stale rows are hidden from every query and overwritten before they count, so writes need no masks: a
+tick writes its block of rows at `done`, valid or not. Inside a conditional a cache is either written
+in place or handed through, which the compiler does without a copy.
 """
-
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ModelConfig
 from elastic_lm.nn.attention import NEVER, KeyValues
 
 LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, K, S, H] each
@@ -46,18 +42,3 @@ def from_prefill(rows: LayerCache, capacity: int) -> LayerCache:
     room = capacity - rows[0].shape[2]
     pad = [(0, 0), (0, 0), (0, room), (0, 0)]
     return jnp.pad(rows[0], pad), jnp.pad(rows[1], pad)
-
-
-def no_rows(config: ModelConfig, batch: int, width: int) -> LayerCache:
-    """Rows that a tick which did not run returns for one layer."""
-    rows = jnp.zeros((batch, config.n_kv_heads, width, config.head_dim), config.dtype)
-    return rows, rows
-
-
-def pad_rows(rows: Sequence[LayerCache], width: int) -> tuple[LayerCache, ...]:
-    """Pads the rows of a narrow tick to `width` positions (static), so that all variants agree."""
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, 0), (0, width - x.shape[2]), (0, 0)])
-
-    return tuple((pad(k), pad(v)) for k, v in rows)

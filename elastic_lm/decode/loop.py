@@ -22,8 +22,8 @@ from elastic_lm.decode.sampling import sample
 from elastic_lm.decode.state import FREE, Answers, Controls, DecodeState, emit, no_answers, segments
 from elastic_lm.models.decoder import Decoder, Params
 
-# (rows per layer, rows of the exit's block, state per position [B, W, D], features of the newest [B, 1, D])
-Tick = tuple[tuple[LayerCache, ...], LayerCache | None, jax.Array, jax.Array]
+# What segment j writes: caches of its layers, cache of its exit's block, states that leave it [B, W, D].
+Held = tuple[tuple[LayerCache, ...], LayerCache | None, jax.Array | None]
 
 
 def run(
@@ -88,13 +88,38 @@ def _segment(
     widths = (1,) if j == 0 else variants(window)
     pending = jnp.max(target - state.done[j])
     choice = jnp.where(fires, 1 + jnp.searchsorted(jnp.asarray(widths), pending), 0)
-    branches = [lambda: _idle(config, state, j, window)]
-    branches += [lambda w=w: _tick(config, params, state, j, w, window) for w in widths]
-    rows, exit_rows, hidden, features = jax.lax.switch(choice, branches)
-    state = _store(config, state, j, target, fires, rows, exit_rows, hidden)
+    held = _hold(config, state, j)
+    branches = [lambda: (held, jnp.zeros((asking.shape[0], 1, config.d_model), config.dtype))]
+    branches += [lambda w=w: _tick(config, params, state, held, target, j, w) for w in widths]
+    held, features = jax.lax.switch(choice, branches)
+    state = _put_back(config, state, held, j)
+    target = jnp.where(fires, target, state.done[j])
+    state = dataclasses.replace(state, done=state.done.at[j].set(target), ticks=state.ticks.at[j].add(fires))
     answers = _answer(config, params, controls, answers, j, asking, features)
     wait = jnp.where(asking, jnp.where(answers.rows, FREE, j), state.wait)
     return dataclasses.replace(state, wait=wait), answers
+
+
+def _hold(config: ModelConfig, state: DecodeState, j: int) -> Held:
+    """The parts of the state that segment `j` writes."""
+    start, stop = segments(config)[j]
+    if stop == config.n_layers:
+        return state.cache[start:stop], None, None
+    return state.cache[start:stop], state.exit_cache[j], state.hidden[j]
+
+
+def _put_back(config: ModelConfig, state: DecodeState, held: Held, j: int) -> DecodeState:
+    """Inverse of `_hold`."""
+    start, stop = segments(config)[j]
+    caches, exit_cache, ring = held
+    state = dataclasses.replace(state, cache=(*state.cache[:start], *caches, *state.cache[stop:]))
+    if ring is None:
+        return state
+    return dataclasses.replace(
+        state,
+        exit_cache=(*state.exit_cache[:j], exit_cache, *state.exit_cache[j + 1 :]),
+        hidden=(*state.hidden[:j], ring, *state.hidden[j + 1 :]),
+    )
 
 
 def variants(window: int) -> tuple[int, ...]:
@@ -124,27 +149,23 @@ def deep_fires(state: DecodeState, controls: Controls, j: int, window: int) -> j
     return jnp.any(full) | enough | stuck
 
 
-def _idle(config: ModelConfig, state: DecodeState, j: int, window: int) -> Tick:
-    """What a segment returns when it does not run: rows that land in stale positions."""
-    start, stop = segments(config)[j]
-    width = 1 if j == 0 else window
-    b = state.tokens.shape[0]
-    rows = tuple(cache.no_rows(config, b, width) for _ in range(start, stop))
-    own = None
-    if stop < config.n_layers and state.exit_cache[j] is not None:
-        own = cache.no_rows(config, b, width)
-    return rows, own, _zeros(config, b, width), _zeros(config, b, 1)
-
-
-def _zeros(config: ModelConfig, batch: int, width: int) -> jax.Array:
-    return jnp.zeros((batch, width, config.d_model), config.dtype)
-
-
-def _tick(config: ModelConfig, params: Params, state: DecodeState, j: int, width: int, window: int) -> Tick:
+def _tick(
+    config: ModelConfig,
+    params: Params,
+    state: DecodeState,
+    held: Held,
+    target_B: jax.Array,
+    j: int,
+    width: int,
+) -> tuple[Held, jax.Array]:
     """Runs segment `j` over positions done[j] .. done[j] + width - 1 of every row.
 
-    Positions that are not pending give rows and states that nobody reads.
+    Positions at or above `target_B` are not pending: what they give lands in stale cache positions.
+
+    Returns:
+      (the written parts of the state, features [B, 1, D] of each row's newest position).
     """
+    caches, exit_cache, ring = held
     decoder = Decoder(config).bind({"params": params})
     start, stop = segments(config)[j]
     done_B = state.done[j]
@@ -152,61 +173,27 @@ def _tick(config: ModelConfig, params: Params, state: DecodeState, j: int, width
     if j == 0:
         tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
         hidden = decoder.embed(tokens, positions)
-        newest_B = jnp.zeros_like(done_B)
     else:
-        slots = (positions % window)[..., None]
-        hidden = jnp.take_along_axis(state.hidden[j - 1], slots, axis=1)
-        newest_B = jnp.clip(state.done[j - 1] - 1 - done_B, 0, width - 1)
-    past = [cache.past(state.cache[i], done_B) for i in range(start, stop)]
-    tap, rows = decoder.run_layers(hidden, positions, start, stop, past=past)
+        below = state.hidden[j - 1]
+        hidden = jnp.take_along_axis(below, (positions % below.shape[1])[..., None], axis=1)
+    tap, rows = decoder.run_layers(
+        hidden, positions, start, stop, past=[cache.past(c, done_B) for c in caches]
+    )
+    caches = tuple(cache.write(c, r, done_B) for c, r in zip(caches, rows, strict=True))
+    newest_B = jnp.clip(target_B - 1 - done_B, 0, width - 1)
 
     def newest(x_BTD: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BTD, newest_B[:, None, None], axis=1) if width > 1 else x_BTD
 
-    exit_rows = None
-    if stop == config.n_layers:
-        features = decoder.final_features(newest(tap.hidden))
-    else:
-        own = state.exit_cache[j]
-        own_past = None if own is None else cache.past(own, done_B)
-        exit_hidden, exit_rows = decoder.exit_state(j, tap, positions, past=own_past)
-        features = decoder.exit_head_input(j, newest(exit_hidden), jax.tree.map(newest, tap))
-    out_width = 1 if j == 0 else window
-    exit_rows = None if exit_rows is None else cache.pad_rows([exit_rows], out_width)[0]
-    hidden = jnp.pad(tap.hidden, [(0, 0), (0, out_width - width), (0, 0)])
-    return cache.pad_rows(rows, out_width), exit_rows, hidden, features
-
-
-def _store(
-    config: ModelConfig,
-    state: DecodeState,
-    j: int,
-    target_B: jax.Array,
-    fires: jax.Array,
-    rows: tuple[LayerCache, ...],
-    exit_rows: LayerCache | None,
-    hidden_BWD: jax.Array,
-) -> DecodeState:
-    """Writes what segment `j` produced and moves its progress to `target_B`."""
-    start, stop = segments(config)[j]
-    done_B = state.done[j]
-    caches, exit_caches, rings = list(state.cache), list(state.exit_cache), list(state.hidden)
-    for i, new in zip(range(start, stop), rows, strict=True):
-        caches[i] = cache.write(caches[i], new, done_B)
-    target_B = jnp.where(fires, target_B, done_B)
-    if stop < config.n_layers:
-        own = exit_caches[j]
-        if own is not None and exit_rows is not None:
-            exit_caches[j] = cache.write(own, exit_rows, done_B)
-        rings[j] = ring_write(rings[j], hidden_BWD, done_B, target_B - done_B)
-    return dataclasses.replace(
-        state,
-        cache=tuple(caches),
-        exit_cache=tuple(exit_caches),
-        hidden=tuple(rings),
-        done=state.done.at[j].set(target_B),
-        ticks=state.ticks.at[j].add(fires),
-    )
+    if ring is None:
+        return (caches, None, None), decoder.final_features(newest(tap.hidden))
+    past = None if exit_cache is None else cache.past(exit_cache, done_B)
+    exit_hidden, exit_rows = decoder.exit_state(j, tap, positions, past=past)
+    if exit_cache is not None and exit_rows is not None:
+        exit_cache = cache.write(exit_cache, exit_rows, done_B)
+    ring = ring_write(ring, tap.hidden, done_B, target_B - done_B)
+    features = decoder.exit_head_input(j, newest(exit_hidden), jax.tree.map(newest, tap))
+    return (caches, exit_cache, ring), features
 
 
 def ring_write(ring_BWD: jax.Array, new_BTD: jax.Array, start_B: jax.Array, count_B: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.calibrate.confidence import confidence
+from elastic_lm.calibrate.confidence import METRICS, confidence
 from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder, Params, init_params
@@ -44,24 +44,32 @@ class Model:
     def forward(self):
         return jax.jit(lambda tokens: Decoder(self.config).apply({"params": self.params}, tokens))
 
+    @functools.cached_property
+    def newest(self):
+        """Confidence under every metric [metrics, exits] and arg max [exits + 1] at one position."""
+
+        def look(tokens, index):
+            output = self.forward(tokens)
+            exits = jnp.stack([x[0, index] for x in output.exit_logits])
+            best = jnp.argmax(jnp.concatenate([exits, output.logits[0, index][None]]), axis=-1)
+            return jnp.stack([confidence(metric, exits) for metric in METRICS]), best
+
+        return jax.jit(look)
+
     def reference(
         self, prompt: Sequence[int], count: int, thresholds: Sequence[float], metric: str = "max_prob"
     ) -> tuple[list[int], list[int]]:
         """Tokens and depths by a full pass over everything for each token, exits read in order of depth."""
         tokens, depths = list(prompt), []
+        layers = [*(e.layer for e in self.config.exits), self.config.n_layers]
         for _ in range(count):
             padded = np.zeros((1, 64), np.int32)
             padded[0, : len(tokens)] = tokens
-            output = self.forward(padded)
-            layers = [e.layer for e in self.config.exits]
-            for layer, threshold, logits in zip(layers, thresholds, output.exit_logits, strict=True):
-                row = logits[0, len(tokens) - 1]
-                if threshold <= 1 and float(confidence(metric, row)) >= threshold:
-                    break
-            else:
-                layer, row = self.config.n_layers, output.logits[0, len(tokens) - 1]
-            tokens.append(int(jnp.argmax(row)))
-            depths.append(layer)
+            sure, best = jax.device_get(self.newest(padded, len(tokens) - 1))
+            taken = [c >= t and t <= 1 for c, t in zip(sure[METRICS.index(metric)], thresholds, strict=True)]
+            exit = [*taken, True].index(True)
+            tokens.append(int(best[exit]))
+            depths.append(layers[exit])
         return tokens[len(prompt) :], depths
 
 
