@@ -59,34 +59,34 @@ def train(config: ModelConfig, mesh=None, accumulate=1, remat=False, traced: Cal
 
 @pytest.fixture(scope="module")
 def reference():
-    return train(tiny_config())
+    return train(tiny_config(n_layers=2))
 
 
 @pytest.mark.parametrize("accumulate", [2, 8])
 def test_accumulation_equals_the_whole_batch(reference, accumulate: int) -> None:
-    chex.assert_trees_all_close(train(tiny_config(), accumulate=accumulate), reference, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(train(tiny_config(n_layers=2), accumulate=accumulate), reference, rtol=1e-4, atol=1e-5)
 
 
 def test_remat_equals_no_remat(reference) -> None:
-    chex.assert_trees_all_close(train(tiny_config(), remat=True), reference, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(train(tiny_config(n_layers=2), remat=True), reference, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2)])
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_any_mesh_equals_one_device(reference, sizes: tuple[int, int, int]) -> None:
-    found = train(tiny_config(), mesh=make_mesh(*sizes))
+    found = train(tiny_config(n_layers=2), mesh=make_mesh(*sizes))
     chex.assert_trees_all_close(found, reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_accumulation_on_a_mesh_equals_one_device(reference) -> None:
-    found = train(tiny_config(), mesh=make_mesh(2, 2, 2), accumulate=2)
+    found = train(tiny_config(n_layers=2), mesh=make_mesh(2, 2, 2), accumulate=2)
     chex.assert_trees_all_close(found, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_step_compiles_once() -> None:
     traces = []
-    train(tiny_config(), traced=lambda: traces.append(1))
+    train(tiny_config(n_layers=2), traced=lambda: traces.append(1))
     assert len(traces) == 1
 
 
