@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", default="runs/ee_tuning")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -92,7 +92,7 @@ def data_config(out: Path, held_out: str, seed: int = 0) -> DataConfig:
         eval_paths=(str(out / f"{held_out}.jsonl"),),
         tokenizer=str(out / "tokenizer"),
         seq_len=512,
-        batch_size=8,
+        batch_size=4,
         packing="first_fit",
         seed=seed,
     )
@@ -111,7 +111,7 @@ def tune(args: argparse.Namespace, weights: Path, out: Path, seed: int) -> tuple
         log_every=50,
         eval_every=0,
         eval_batches=0,
-        save_every=args.steps,
+        save_every=100,
     )
     run = RunConfig(exits=exits(args), data=data_config(out, "test", seed), train=train)
     config, params, _ = fit(run, out / f"seed_{seed}")  # run again, it goes on from its checkpoint
