@@ -2,7 +2,8 @@
 
 COMMAND   elastic-lm train --config configs/embedded.py --workdir runs/embedded
 HARDWARE  one CPU core
-DURATION  about 80 minutes
+DURATION  about 40 minutes (1900-2100 tokens/s)
+EXPECTED  held-out loss 2.86 nats per token, 2.74 over the whole test split (1.41 bits per byte)
 """
 
 from ml_collections import ConfigDict
