@@ -1,6 +1,7 @@
 """The training loop: read, step, write down, evaluate, save; stop at the first number that is not one."""
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -98,11 +99,13 @@ def run(
         if step % config.log_every == 0 or last:
             writer.write(step, window.summary(job.tokens_per_step))
             window = _Window()
+        paused = time.monotonic()
         if last or (config.eval_every and step % config.eval_every == 0):
             evaluation = evaluate(job, state.params, frozen)
             writer.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
         if step % config.save_every == 0 or last:
             checkpoints.save(step, state, batches)
+        window.began += time.monotonic() - paused  # tokens per second are those of training
     return state, evaluation or evaluate(job, state.params, frozen)
 
 
@@ -110,9 +113,7 @@ def evaluate(job: Job, trainable: Params, frozen: Params) -> dict[str, float]:
     """Metrics over held-out batches, weighted by counted tokens; empty where there are none."""
     totals: dict[str, float] = {}
     tokens = 0.0
-    for index, arrays in enumerate(job.held_out()):
-        if index == job.config.eval_batches and index:
-            break
+    for arrays in itertools.islice(job.held_out(), job.config.eval_batches or None):
         metrics, count = job.eval_step(trainable, frozen, place_batch(arrays, job.mesh))
         tokens += float(count)
         for name, value in metrics.items():
