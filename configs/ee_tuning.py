@@ -1,11 +1,14 @@
 """Early exits for a pretrained model: copied heads with their own MLP, the backbone frozen.
 
-COMMAND   elastic-lm train --config configs/ee_tuning.py --config.train.init_from=HF_DIR --workdir runs/exits
+COMMAND   elastic-lm train --config configs/ee_tuning.py --workdir runs/exits
+          another model than the embedded one: --config.train.init_from=HF_DIR
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  minutes
 """
 
 from ml_collections import ConfigDict
+
+from elastic_lm.embedded import embedded_model
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -16,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
     config.train = {
         "method": "ee_tuning",
-        "init_from": "",
+        "init_from": str(embedded_model()),
         "steps": 1000,
         "lr": 1e-3,
         "warmup": 50,

@@ -86,6 +86,4 @@ def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
     head = path.read_text().split('"""')[1]
     for word in ("COMMAND", "HARDWARE", "DURATION"):
         assert word in head, word
-    needs_source = "init_from" in path.read_text()
-    config = load_config(str(path), ["train.init_from=somewhere"] if needs_source else [])
-    assert config.train.steps > 0
+    assert load_config(str(path)).train.steps > 0
