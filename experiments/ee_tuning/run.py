@@ -49,15 +49,16 @@ def main() -> None:
     write_stories(shared / "text" / "tinystories_cased_0.9MB.txt", out)
     (out / "tokenizer").mkdir(exist_ok=True)
     shutil.copy(weights / "tokenizer.json", out / "tokenizer")  # alone: stories end without an end token
-    runs = [one_seed(args, weights, out, seed) for seed in range(args.seeds)]
-    result = {
+    result: dict[str, Any] = {
         "args": vars(args),
         "hardware": hardware(),
         "versions": versions(),
         "before": before_tuning(args, weights, out),
-        "runs": runs,
+        "runs": [],
     }
-    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    for seed in range(args.seeds):
+        result["runs"].append(one_seed(args, weights, out, seed))
+        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -70,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     return parser.parse_args()
 
 
