@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.loading import load
 from elastic_lm.methods.ee_tuning import EETuning, JointTraining, attach_exits
+from elastic_lm.methods.growth import Growth, deepen
 from elastic_lm.methods.losses import Method
 from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
@@ -56,14 +58,10 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     tokenizer = prepare_tokenizer(config, workdir)
     model, job, state, frozen = prepare(config, mesh, tokenizer)
     batches = iter(pipeline.train_batches(config.data, tokenizer))
-    checkpoints = Checkpoints(workdir / "checkpoints", train.keep)
-    start, state = loop.resume(checkpoints, state, batches)
-    writer = make_writer(workdir, train.steps, start)
-    try:
-        state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
-    finally:
-        writer.close()
-        checkpoints.close()
+    with closing(Checkpoints(workdir / "checkpoints", train.keep)) as checkpoints:
+        start, state = loop.resume(checkpoints, state, batches)
+        with closing(make_writer(workdir, train.steps, start)) as writer:
+            state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
     params = unstack_layers({**frozen, **state.params})
     save_model(workdir / MODEL_FOLDER, model, params, tokenizer)
     return model, params, metrics
@@ -123,6 +121,8 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
         )
     if config.train.dtype:
         model = dataclasses.replace(model, dtype=config.train.dtype)
+    if config.train.new_layers:
+        model, params = deepen(model, params, model.n_layers + config.train.new_layers)
     if config.exits:
         model, params = attach_exits(model, params, config.exits, jax.random.fold_in(key, 1))
     return model, params
@@ -133,6 +133,8 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
     train = config.train
     if train.method == "pretraining":
         return Pretraining(model, train.remat, train.loss_chunk)
+    if train.method == "growth":
+        return Growth(model, model.n_layers - train.new_layers, train.remat, train.loss_chunk)
     tuning = EETuning if train.method == "ee_tuning" else JointTraining
     return tuning(
         model,
