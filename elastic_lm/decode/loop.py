@@ -83,7 +83,7 @@ def _segment(
     else:
         asking = state.alive & (state.wait == j - 1)
         target = state.done[j - 1]
-        fires = deep_fires(state, controls, j, window)
+        fires = deep_fires(state, controls, answers.rows, j, window)
         asking &= fires
     widths = (1,) if j == 0 else variants(window)
     pending = jnp.max(target - state.done[j])
@@ -138,14 +138,20 @@ def movable(state: DecodeState, window: int) -> jax.Array:
     return state.alive & (state.wait == FREE) & fresh & (room | (state.done.shape[0] == 1))
 
 
-def deep_fires(state: DecodeState, controls: Controls, j: int, window: int) -> jax.Array:
-    """Scalar bool: whether segment `j` > 0 runs now."""
+def deep_fires(
+    state: DecodeState, controls: Controls, answered_B: jax.Array, j: int, window: int
+) -> jax.Array:
+    """Scalar bool: whether segment `j` > 0 runs now.
+
+    It does when a row's window is full, when enough rows wait for it, or when rows wait and none can go
+    on without it. Rows that have an answer in this iteration (`answered_B`) go on in the next.
+    """
     pending = state.done[j - 1] > state.done[j]
     full = state.alive & (state.done[0] - state.done[-1] >= window) & pending
     waiting = state.alive & (state.wait == j - 1)
     share = controls.fire_share * jnp.sum(state.alive)
     enough = jnp.sum(waiting) >= jnp.maximum(share, 1.0)
-    stuck = jnp.any(waiting) & ~jnp.any(movable(state, window))
+    stuck = jnp.any(waiting) & ~jnp.any(movable(state, window) | answered_B)
     return jnp.any(full) | enough | stuck
 
 

@@ -49,8 +49,8 @@ class ExitPolicy(Protocol):
 class TextTokenizer(Protocol):
     """What the sampler needs of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt."""
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Token ids of a text, after the beginning-of-text token if `bos` and the tokenizer has one."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -87,7 +87,7 @@ class Sample:
 
     Attributes:
       text: decoded continuation, without the prompt, without the stop token, cut before a stop string.
-      tokens: emitted token ids, a stop token included.
+      tokens: emitted token ids, up to and including a stop token or the end of a stop string.
       exit_layers: layers that ran before each emitted token was chosen.
       stats: what the call that produced it cost (shared by the rows of a batch).
     """
@@ -212,16 +212,21 @@ class Sampler:
     def _encode(self, prompt: Any) -> tuple[list[list[int]], bool]:
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer))
         encoded = []
-        for item in [prompt] if single else prompt:
-            if isinstance(item, str) and self.tokenizer is None:
-                raise ValueError("tokenizer=None: text prompts need one; give token ids or a tokenizer")
-            ids = self.tokenizer.encode(item) if isinstance(item, str) and self.tokenizer else item
-            encoded.append([int(i) for i in ids])
+        for i, item in enumerate([prompt] if single else prompt):
+            if isinstance(item, str):
+                if self.tokenizer is None:
+                    raise ValueError("tokenizer=None: text prompts need one; give token ids or a tokenizer")
+                if not item:
+                    raise ValueError(f"prompt {i} is empty: give at least one character of text")
+                item = self.tokenizer.encode(item, bos=True)
+            encoded.append([int(token) for token in item])
         return encoded, single
 
     def _start(
         self, prompts: list[list[int]], max_new_tokens: int, how: Settings
     ) -> tuple[DecodeState, Controls]:
+        if how.stop_strings() and self.tokenizer is None:
+            raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
         controls = self.controls(len(prompts), how)
         tokens, lengths = pad_prompts(self.config, prompts, max_new_tokens)
         longest = max(map(len, prompts)) + max_new_tokens
@@ -239,10 +244,10 @@ class Sampler:
         while True:
             state = jit_run(self.config, self.params, state, controls, self.stream_every)
             if how.stop_strings():
-                rows = self._collect(state, prompts, how, 0.0)
-                whole = self._collect(state, prompts, dataclasses.replace(how, stop=()), 0.0)
-                stopped = [a.text != b.text for a, b in zip(rows, whole, strict=True)]
-                state = dataclasses.replace(state, alive=state.alive & ~jnp.asarray(stopped))
+                tokens, lengths = jax.device_get((state.tokens, state.length))
+                rows = [t[len(p) : n].tolist() for t, p, n in zip(tokens, prompts, lengths, strict=True)]
+                ended = [self._stops_after(*row, how) is not None for row in zip(prompts, rows, strict=True)]
+                state = dataclasses.replace(state, alive=state.alive & ~jnp.asarray(ended))
             alive = bool(np.any(state.alive))
             yield state
             if not alive:
@@ -257,7 +262,10 @@ class Sampler:
         seconds = time.perf_counter() - began
         spans = [slice(len(p), int(n)) for p, n in zip(prompts, lengths, strict=True)]
         emitted = [tokens[i, s].tolist() for i, s in enumerate(spans)]
-        layers = [depths[i, s].tolist() for i, s in enumerate(spans)]
+        emitted = [ids[: self._stops_after(p, ids, how)] for p, ids in zip(prompts, emitted, strict=True)]
+        layers = [
+            depths[i, s].tolist()[: len(ids)] for i, (s, ids) in enumerate(zip(spans, emitted, strict=True))
+        ]
         counts = Counter(depth for row in layers for depth in row)
         total = sum(counts.values())
         stats = Statistics(
@@ -272,8 +280,16 @@ class Sampler:
         texts = [self._text(p, ids, how) for p, ids in zip(prompts, emitted, strict=True)]
         return [Sample(*row, stats) for row in zip(texts, emitted, layers, strict=True)]
 
-    def _text(self, prompt: list[int], emitted: list[int], how: Settings) -> str:
-        """Text of the emitted tokens in the context of their prompt, cut at the first stop string."""
+    def _stops_after(self, prompt: list[int], emitted: list[int], how: Settings) -> int | None:
+        """Number of emitted tokens whose text first holds a stop string, or None."""
+        stops = how.stop_strings()
+        if not any(stop in self._decode(prompt, emitted, how) for stop in stops):
+            return None
+        prefixes = (self._decode(prompt, emitted[:n], how) for n in range(1, len(emitted) + 1))
+        return next(n for n, text in enumerate(prefixes, 1) if any(stop in text for stop in stops))
+
+    def _decode(self, prompt: list[int], emitted: list[int], how: Settings) -> str:
+        """Text of the emitted tokens in the context of their prompt, without the stop token."""
         if self.tokenizer is None:
             return ""
         ends = (*self.config.eos_ids, *how.stop_tokens)
@@ -281,8 +297,12 @@ class Sampler:
             emitted = emitted[:-1]
         before = self.tokenizer.decode(prompt)
         text = self.tokenizer.decode([*prompt, *emitted])
-        text = text[len(before) :] if text.startswith(before) else self.tokenizer.decode(emitted)
-        cuts = [text.find(s) for s in how.stop_strings() if s in text]
+        return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(emitted)
+
+    def _text(self, prompt: list[int], emitted: list[int], how: Settings) -> str:
+        """Text of the emitted tokens, cut before the first stop string."""
+        text = self._decode(prompt, emitted, how)
+        cuts = [text.find(stop) for stop in how.stop_strings() if stop in text]
         return text[: min(cuts)] if cuts else text
 
 

@@ -278,7 +278,7 @@ def vocab_logits(
     config: ModelConfig, features: jax.Array, kernel_VD: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
     """Float32 logits [..., V] = softcap(features kernel^T) / temperature."""
-    logits = linear(features, kernel_VD).astype(jnp.float32)
+    logits = linear(features, kernel_VD, dtype=jnp.float32)
     if config.final_softcap:
         logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
     return logits if temperature == 1.0 else logits / temperature

@@ -5,6 +5,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from elastic_lm.nn.partition import partitioned
 
@@ -13,25 +14,30 @@ from elastic_lm.nn.partition import partitioned
 FEW_TOKENS = 16
 
 
-def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, dtype: DTypeLike | None = None
+) -> jax.Array:
     """Applies y = x W^T + b over the last dimension of `x`.
 
     Args:
       x: [..., I] activations.
       kernel: [O..., I] weights with any number of output dimensions.
       bias: [O...] or None.
+      dtype: dtype in which products are accumulated and returned; None = that of `x`.
 
     Returns:
-      [..., O...] in the dtype of `x`.
+      [..., O...] in `dtype`.
     """
     kernel = kernel.astype(x.dtype)
     tokens = math.prod(x.shape[:-1])
     if tokens <= FEW_TOKENS:
-        y = jax.lax.dot_general(kernel, x.reshape(tokens, -1), (((kernel.ndim - 1,), (1,)), ((), ())))
+        contract = (((kernel.ndim - 1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(kernel, x.reshape(tokens, -1), contract, preferred_element_type=dtype)
         y = jnp.moveaxis(y, -1, 0).reshape(*x.shape[:-1], *kernel.shape[:-1])
     else:
-        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (kernel.ndim - 1,)), ((), ())))
-    return y if bias is None else y + bias.astype(x.dtype)
+        contract = (((x.ndim - 1,), (kernel.ndim - 1,)), ((), ()))
+        y = jax.lax.dot_general(x, kernel, contract, preferred_element_type=dtype)
+    return y if bias is None else y + bias.astype(y.dtype)
 
 
 class Linear(nn.Module):

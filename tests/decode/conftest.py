@@ -101,3 +101,8 @@ def mixed(model: Model, prompts: list[list[int]]) -> list[tuple[float, float]]:
         seen.append(np.stack([confidence("max_prob", x[0]) for x in output.exit_logits], -1))
     cuts = np.quantile(np.concatenate(seen), [0.3, 0.5, 0.75], axis=0)
     return [tuple(map(float, row)) for row in cuts]
+
+
+@pytest.fixture(scope="session")
+def make_model() -> type[Model]:
+    return Model

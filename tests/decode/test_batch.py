@@ -36,6 +36,14 @@ def test_batch_equals_single_rows(model, prompts, expected, size, window):
         assert [(o.tokens, o.exit_layers) for o in outputs] == rows[:size]
 
 
+def test_firing_rule_saves_deep_ticks(model, prompts, mixed):
+    def deep_ticks(share):
+        outputs = model.sampler(mixed[1], window=8, fire_share=share).sample(prompts, NEW)
+        return sum(outputs[0].stats.segment_ticks[1:])
+
+    assert deep_ticks(1.0) < deep_ticks(0.0)
+
+
 @pytest.mark.parametrize("metric", ["margin", "entropy"])
 def test_metric_is_traced(model, prompts, metric):
     thresholds = (0.4, 0.5)

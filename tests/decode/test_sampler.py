@@ -7,10 +7,10 @@ from elastic_lm.models.decoder import Decoder
 
 
 class Letters:
-    """Two characters per token, so that decoding is easy to follow."""
+    """One character per token, after a beginning-of-text token that decodes to "0"."""
 
-    def encode(self, text):
-        return [ord(c) - 48 for c in text]
+    def encode(self, text, *, bos=False):
+        return [0] * bos + [ord(c) - 48 for c in text]
 
     def decode(self, ids):
         return "".join(chr(48 + i) for i in ids)
@@ -44,6 +44,20 @@ def test_stop_string_cuts_text(sampler):
     cut = whole[: whole.index(stop)]
     assert sampler.sample("hello", 20, stop=stop).text == cut
     assert "".join(sampler.stream("hello", 20, stop=(stop,))) == cut
+
+
+def test_stop_string_ends_a_row_alone_as_in_a_batch(sampler):
+    texts = ["a", "bcd", "efghijk"]
+    stop = sampler.sample(texts[1], 20).text[4:6]
+    batch = sampler.sample(texts, 20, stop=stop)
+    single = [sampler.sample(t, 20, stop=stop) for t in texts]
+    assert [(b.tokens, b.exit_layers) for b in batch] == [(s.tokens, s.exit_layers) for s in single]
+    assert Letters().decode(batch[1].tokens).endswith(stop)
+    assert len(batch[1].exit_layers) == len(batch[1].tokens) <= 6
+
+
+def test_text_starts_after_the_beginning_of_text_token(sampler):
+    assert sampler.sample("hello", 9).tokens == sampler.sample([0, *Letters().encode("hello")], 9).tokens
 
 
 def test_statistics_add_up(model, prompts, mixed):
@@ -82,6 +96,11 @@ def test_bad_construction_is_named(model, bad):
 def test_text_without_tokenizer_is_refused(model):
     with pytest.raises(ValueError, match="tokenizer=None"):
         model.sampler().sample("text", 4)
+
+
+def test_stop_string_without_tokenizer_is_refused(model):
+    with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+        model.sampler().sample([1, 2], 4, stop="x")
 
 
 def test_held_back_waits_for_whole_characters_and_stop_strings():

@@ -1,0 +1,12 @@
+"""The decode benchmark, on a model that only shows that it runs."""
+
+from elastic_lm.bench import decode
+from elastic_lm.bench.report import Options
+
+
+def test_rows_and_compilations():
+    rows = {row.name: row for row in decode.rows(Options(tiny=True, rounds=1))}
+    names = {"full_vs_bandwidth", "exits_never", "exit_half", "compilations"}
+    assert {f"decode/{name}" for name in names} <= set(rows)
+    assert rows["decode/compilations"].ratio == 1.0
+    assert all(row.measured > 0 and row.ideal > 0 for row in rows.values())

@@ -1,0 +1,32 @@
+"""Decoding with a cache equals recomputing everything, for every family's norms, windows and positions."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from elastic_lm import hf
+from elastic_lm.config import ExitConfig
+from elastic_lm.methods.ee_tuning import attach_exits
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
+
+
+@pytest.mark.parametrize("family", sorted(folder.name for folder in GOLDEN.iterdir()))
+def test_cached_decoding_equals_recomputation(family, make_model):
+    config, params = hf.load(GOLDEN / family)
+    model = make_model(*attach_exits(config, params, (ExitConfig(1, "mlp"),), jax.random.key(0)))
+    prompts = [np.random.default_rng(i).integers(0, config.vocab_size, 4 + 7 * i).tolist() for i in range(2)]
+    new = min(16, config.max_len - 11)
+    confidences = [float(model.newest(padded(p), len(p) - 1)[0][0, 0]) for p in prompts]
+    for threshold in (2.0, float(np.mean(confidences)), 0.0):
+        outputs = model.sampler((threshold,), window=4).sample(prompts, new, ignore_eos=True)
+        expected = [model.reference(p, new, (threshold,)) for p in prompts]
+        assert [(o.tokens, o.exit_layers) for o in outputs] == expected
+
+
+def padded(prompt):
+    tokens = np.zeros((1, 64), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    return tokens
