@@ -24,7 +24,7 @@ from elastic_lm.embedded import embedded_model
 from elastic_lm.loading import load
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.quickstart import measure, report, text, train
+from elastic_lm.quickstart import folders, measure, report, text, train
 from elastic_lm.quickstart.options import Options
 
 STEPS = 6
@@ -129,10 +129,11 @@ def _load(options: Options) -> tuple[Path, str]:
 
 
 def _tune(options: Options, source: Path, name: str) -> Model:
+    target, marks = Path(options.out) / "model", ("elastic_config.json",)
+    folders.check_replaceable(target, marks, source)
     n_layers = load(source)[0].config.n_layers
     decoder, params, saved = train.tune_exits(options, source, n_layers, _data(options, "test"))
-    target = Path(options.out) / "model"
-    shutil.rmtree(target, ignore_errors=True)
+    folders.remove(target, marks, source)
     shutil.move(saved, target)
     return Model(decoder, params, Tokenizer.load(target), name)
 

@@ -1,10 +1,10 @@
 """The two training runs of a quickstart: the exits, and with --from-scratch the model before them."""
 
-import shutil
 from pathlib import Path
 
 from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, TrainConfig
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.quickstart import folders
 from elastic_lm.quickstart.options import Options
 from elastic_lm.train.run import MODEL_FOLDER, fit
 
@@ -79,18 +79,19 @@ def pretrain(options: Options, data: DataConfig) -> Path:
 
 
 def small_model(tiny: bool) -> ModelConfig:
-    """The architecture that is pretrained: that of the embedded model, or one of four thin layers."""
+    """The architecture that is pretrained: the embedded model's sizes, or with `tiny` four thin layers."""
     if tiny:
         return ModelConfig(
             vocab_size=512, d_model=32, n_layers=4, n_heads=4, d_mlp=96, max_len=256, tied=True
         )
     return ModelConfig(
-        vocab_size=2048, d_model=128, n_layers=12, n_heads=4, n_kv_heads=2, d_mlp=384, max_len=1024, tied=True
+        vocab_size=1024, d_model=96, n_layers=12, n_heads=3, n_kv_heads=1, d_mlp=256, max_len=1024, tied=True
     )
 
 
 def _fit(config: RunConfig, folder: Path) -> tuple[ModelConfig, Params]:
     """`train.fit` from the start, whatever an earlier quickstart left in `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
+    source = Path(config.train.init_from) if config.train.init_from else None
+    folders.remove(folder, ("checkpoints", "run.json"), source)
     model, params, _ = fit(config, folder)
     return model, params
