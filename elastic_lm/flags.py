@@ -128,7 +128,11 @@ def _convert(parser: Parser) -> None:
         "--from", dest="source", required=True, metavar="HF_DIR", help="config.json, *.safetensors"
     )
     parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="new checkpoint folder")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: float32 on CPU, elsewhere as stored",
+    )
 
 
 def _export(parser: Parser) -> None:
