@@ -17,6 +17,15 @@ from elastic_lm.hf.files import INDEX, WEIGHTS
 from elastic_lm.hf.table import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 
+WRITTEN = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+
 
 class Tokenizer(Protocol):
     """What `export` needs of a tokenizer."""
@@ -84,6 +93,12 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{target}: is no Hugging Face folder and is not overwritten; choose another path"
         )
+    for path in sorted(target.iterdir()):
+        if not path.is_file() or not any(path.match(pattern) for pattern in WRITTEN):
+            raise FileExistsError(
+                f"{path}: not written by an export, so the folder is not overwritten; move it away, or "
+                "choose another path"
+            )
 
 
 def _leaf(params: Params, binding: Binding) -> Any:

@@ -254,6 +254,11 @@ def test_export_checks_parameters_and_target(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"no Hugging Face folder"):
         hf.export(CONFIG, params, tmp_path / "b", overwrite=True)
     other = random_params(CONFIG, seed=1)
+    notes = tmp_path / "a" / "notes.md"
+    notes.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"notes\.md: not written by an export"):
+        hf.export(CONFIG, other, tmp_path / "a", overwrite=True)
+    notes.unlink()
     hf.export(CONFIG, other, tmp_path / "a", overwrite=True)
     assert_same_model(hf.load(tmp_path / "a"), (CONFIG, other))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
