@@ -63,7 +63,7 @@ def rows(options: Options) -> list[Row]:
     if reference is not None:
         sides["transformers"] = reference
     bandwidth: list[float] = []
-    sides["bandwidth"] = lambda: bandwidth.append(matvec_bandwidth(16 if options.tiny else 256, 3))
+    sides["bandwidth"] = lambda: bandwidth.append(matvec_bandwidth(16 if options.tiny else 256))
     seconds = interleave(sides, options.rounds)
     return [*_compare(config, plain, seconds, bandwidth, new_tokens), _compilations(exits, params, half)]
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def usable_cores() -> int:
 
 
 def matvec_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
-    """Bytes per second that one large float32 matrix-vector product reads, best of `repeats`.
+    """Bytes per second that one large float32 matrix-vector product reads, median of `repeats`.
 
     Args:
       megabytes: size of the matrix; well above any cache.
@@ -55,7 +56,8 @@ def matvec_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
     vector = jnp.ones((columns,), jnp.float32)
     product = jax.jit(jnp.matmul)
     product(matrix, vector).block_until_ready()
-    return matrix.nbytes / min(time_once(lambda: product(matrix, vector)) for _ in range(repeats))
+    seconds = [time_once(lambda: product(matrix, vector)) for _ in range(repeats)]
+    return matrix.nbytes / statistics.median(seconds)
 
 
 def _cpu_name() -> str:
