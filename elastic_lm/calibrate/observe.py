@@ -114,7 +114,7 @@ def observe(
       Observations of all tokens with a positive weight.
 
     Raises:
-      ValueError: a batch is larger than the first one, or no token counts.
+      ValueError: a batch is larger than the first one or longer than the model, or no token counts.
     """
     index = jnp.int32(metric_index(metric))
     parts: list[tuple[np.ndarray, ...]] = []
@@ -124,6 +124,10 @@ def observe(
         batch = Batch(**given) if isinstance(given, Mapping) else given
         rows = batch.tokens.shape[0]
         shape = shape or batch.tokens.shape
+        if shape[1] > config.max_len:
+            raise ValueError(
+                f"held-out rows of seq_len={shape[1]}: above max_len={config.max_len}; shorten them"
+            )
         batch = padded(batch, shape)
         scalars = jax.device_get(observe_batch(config, params, batch, index, chunk))
         counted = np.asarray(batch.weights) > 0

@@ -118,3 +118,9 @@ def test_calibrate_records_where_thresholds_come_from(params: Params, tmp_path: 
     other = ModelConfig(**{**vars(CONFIG), "d_model": 64, "head_dim": 16})
     with pytest.raises(ValueError, match="d_model=32"):
         loaded.check(other)
+
+
+def test_rows_longer_than_the_model_are_refused(params: Params) -> None:
+    short = dataclasses.replace(CONFIG, max_len=8)
+    with pytest.raises(ValueError, match=r"seq_len=10: above max_len=8"):
+        observe(short, params, [batch(2)])
