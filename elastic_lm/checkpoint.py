@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         training: Any = ocp.training
-        self._folder = folder
+        self._folder = folder = local_folder(folder)
         self._checkpointer = training.Checkpointer(
             epath.Path(folder.absolute()),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
@@ -68,6 +69,8 @@ class Checkpoints:
             try:
                 wanted = {"state": abstract, "data": _Position(batches)}
                 return step, self._checkpointer.load_checkpointables(step, wanted)["state"]
+            except (MemoryError, PermissionError):
+                raise  # says nothing about the checkpoint
             except Exception as error:
                 reasons.append(f"step {step}: {_first_line(error)}")
                 logging.warning("checkpoint %s/%d cannot be read and is skipped", self._folder, step)
@@ -128,8 +131,11 @@ def save_model(path: str | Path, config: ModelConfig, params: Params, tokenizer:
       config: the model.
       params: canonical parameters.
       tokenizer: saved beside them; None = no tokenizer.
+
+    Raises:
+      ValueError: `path` is remote.
     """
-    folder = epath.Path(path).absolute()
+    folder = epath.Path(local_folder(path)).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     ocp.save(folder / PARAMS_FOLDER, params, overwrite=True)
     if tokenizer is not None:
@@ -171,6 +177,17 @@ def load_model(
     except Exception as error:
         reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
+
+
+def local_folder(path: str | Path) -> Path:
+    """`path` as a local folder.
+
+    Raises:
+      ValueError: it names another machine, like gs://bucket/run.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # `Path` makes one slash of two
+        raise ValueError(f"{path}: remote paths are not supported yet, name a local folder")
+    return Path(path)
 
 
 def _first_line(error: Exception) -> str:
