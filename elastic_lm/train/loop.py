@@ -131,6 +131,6 @@ def _finite(step: int, metrics: Metrics) -> dict[str, float]:
         if not math.isfinite(values[name]):
             raise FloatingPointError(
                 f"{name} is {values[name]} at step {step}: lower train.lr, lengthen train.warmup or set "
-                "train.clip; rerunning continues from the last checkpoint"
+                "train.clip, in a new workdir; checkpoints before that step are kept"
             )
     return values

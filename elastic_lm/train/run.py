@@ -10,19 +10,19 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from elastic_lm.checkpoint import Checkpoints, save_model
+from elastic_lm.checkpoint import Checkpoints, local_folder, save_model
 from elastic_lm.config import ModelConfig, RunConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.loading import load
 from elastic_lm.methods.ee_tuning import EETuning, JointTraining, attach_exits
-from elastic_lm.methods.growth import Growth, deepen
 from elastic_lm.methods.losses import Method
 from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
 from elastic_lm.models.decoder import Params, init_params, stack_layers, unstack_layers
 from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.train import loop
+from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.state import TrainState, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
@@ -50,13 +50,15 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     Raises:
       FileNotFoundError: data, tokenizer or initial checkpoint do not exist.
       FloatingPointError: training diverged; names the step.
-      ValueError: a file or field is unusable; names it.
+      ValueError: a file or field is unusable, or `workdir` is remote or holds another run; names it.
     """
-    workdir, train = Path(workdir), config.train
+    workdir, train = local_folder(workdir), config.train
+    check_identity(config, workdir)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _check_rows(config, mesh)
     tokenizer = prepare_tokenizer(config, workdir)
     model, job, state, frozen = prepare(config, mesh, tokenizer)
+    save_identity(config, workdir)
     batches = iter(pipeline.train_batches(config.data, tokenizer))
     with closing(Checkpoints(workdir / "checkpoints", train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
@@ -119,10 +121,12 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
         raise ValueError(
             f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids; raise it"
         )
+    if config.data.seq_len > model.max_len:
+        raise ValueError(
+            f"data.seq_len={config.data.seq_len}: above model.max_len={model.max_len}; shorten it"
+        )
     if config.train.dtype:
         model = dataclasses.replace(model, dtype=config.train.dtype)
-    if config.train.new_layers:
-        model, params = deepen(model, params, model.n_layers + config.train.new_layers)
     if config.exits:
         model, params = attach_exits(model, params, config.exits, jax.random.fold_in(key, 1))
     return model, params
@@ -133,8 +137,6 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
     train = config.train
     if train.method == "pretraining":
         return Pretraining(model, train.remat, train.loss_chunk)
-    if train.method == "growth":
-        return Growth(model, model.n_layers - train.new_layers, train.remat, train.loss_chunk)
     tuning = EETuning if train.method == "ee_tuning" else JointTraining
     return tuning(
         model,

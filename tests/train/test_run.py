@@ -120,8 +120,12 @@ def test_a_checkpoint_of_another_model_is_refused(run_config: RunConfig, tmp_pat
     fit(run_config, tmp_path)
     assert run_config.model is not None
     wider = dataclasses.replace(run_config.model, d_mlp=128)
+    other = dataclasses.replace(run_config, model=wider)
+    with pytest.raises(ValueError, match=r"run\.json: .*model\.d_mlp=64, not 128"):
+        fit(other, tmp_path)
+    (tmp_path / "run.json").unlink()  # as an older version left it
     with pytest.raises(ValueError, match="checkpoints"):
-        fit(dataclasses.replace(run_config, model=wider), tmp_path)
+        fit(other, tmp_path)
 
 
 def test_a_damaged_checkpoint_is_skipped(run_config: RunConfig, tmp_path: Path) -> None:
@@ -153,3 +157,15 @@ def test_joint_training_moves_the_model_and_its_exits(run_config: RunConfig, tmp
     assert metrics["loss/exit_1"] < 5.5
     assert metrics["loss/final"] < 5.5
     assert "head" in params["exit_1"]
+
+
+def test_rows_longer_than_the_model_are_refused(run_config: RunConfig, tmp_path: Path) -> None:
+    data = dataclasses.replace(run_config.data, seq_len=65)
+    with pytest.raises(ValueError, match=r"data\.seq_len=65: above model\.max_len=64"):
+        fit(dataclasses.replace(run_config, data=data), tmp_path)
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", Path("s3://bucket/run")])
+def test_remote_folders_are_refused(run_config: RunConfig, workdir: str | Path) -> None:
+    with pytest.raises(ValueError, match="remote paths are not supported yet"):
+        fit(run_config, workdir)

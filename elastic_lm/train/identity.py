@@ -1,0 +1,52 @@
+"""Which run a workdir belongs to: its config, without what may change from one start to the next."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from elastic_lm.config import RunConfig, to_dict
+
+FILE = "run.json"
+MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "save_every", "keep")
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The part of a config that makes a run the same run, as JSON values."""
+    values = to_dict(config)
+    del values["mesh"]
+    for key in MAY_CHANGE:
+        del values["train"][key]
+    return json.loads(json.dumps(values))
+
+
+def check_identity(config: RunConfig, workdir: Path) -> None:
+    """Refuses a workdir that holds another run.
+
+    Raises:
+      ValueError: run.json there differs; names the first key that does, with both values.
+    """
+    file = workdir / FILE
+    if not file.is_file():
+        return
+    old, new = _flat(json.loads(file.read_text())), _flat(identity(config))
+    for key in {**new, **old}:
+        if old.get(key) != new.get(key):
+            raise ValueError(
+                f"{file}: the run there has {key}={old.get(key)!r}, not {new.get(key)!r}: choose another "
+                "workdir, or the configuration of that run"
+            )
+
+
+def save_identity(config: RunConfig, workdir: Path) -> None:
+    """Writes run.json, complete or not at all."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / f".{FILE}.partial"
+    partial.write_text(json.dumps(identity(config), indent=2) + "\n")
+    partial.replace(workdir / FILE)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
