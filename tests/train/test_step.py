@@ -64,7 +64,9 @@ def reference():
 
 @pytest.mark.parametrize("accumulate", [2, 8])
 def test_accumulation_equals_the_whole_batch(reference, accumulate: int) -> None:
-    chex.assert_trees_all_close(train(tiny_config(n_layers=2), accumulate=accumulate), reference, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(
+        train(tiny_config(n_layers=2), accumulate=accumulate), reference, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_remat_equals_no_remat(reference) -> None:
