@@ -1,0 +1,54 @@
+"""The main job on the tiny setting, and how the user's own text is divided."""
+
+import json
+import pathlib
+
+import pytest
+
+from elastic_lm import cli
+from elastic_lm.quickstart.options import Options
+from elastic_lm.quickstart.text import split_text
+from elastic_lm.quickstart.train import exit_layers
+
+
+def test_tiny_quickstart_writes_everything(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["quickstart", "--tiny", "--from-scratch", "--out", str(out), "--color", "always"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["full_depth_layers"] == 4
+    assert report["seconds_total"] > 0
+    assert [row["target_agreement"] for row in report["targets"]] == [0.9, 0.99]
+    for row in report["targets"]:
+        assert {"agreement", "mean_layers", "tokens_per_s", "speedup"} <= set(row)
+        assert 0 <= row["agreement"] <= 1
+        assert 1 <= row["mean_layers"] <= 4
+    assert {"config", "hardware", "versions"} <= set(report)
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "4 layers" in (out / "text.html").read_text()
+    printed = capsys.readouterr().out
+    assert "speed-up" in printed
+    assert "\x1b[38;2;" in printed
+    shown = ["--model", f"{out}/model", "--thresholds", f"{out}/thresholds.json", "--prompt", "def"]
+    assert cli.main(["generate", *shown, "--max-new-tokens", "4"]) == 0
+
+
+def test_text_is_cut_into_disjoint_parts(tmp_path: pathlib.Path) -> None:
+    lines = [f"line {i} of the text\n" for i in range(4000)]
+    (tmp_path / "book.txt").write_text("".join(lines))
+    files = split_text([str(tmp_path / "book.txt")], tmp_path / "parts")
+    parts = {name: file.read_text().splitlines(keepends=True) for name, file in files.items()}
+    assert sorted(line for part in parts.values() for line in part) == sorted(lines)
+    assert 0.85 < len(parts["train"]) / len(lines) < 0.95
+    assert min(len(parts["calibration"]), len(parts["test"])) > 100
+    (tmp_path / "short.txt").write_text("too little\n")
+    with pytest.raises(ValueError, match=r"short\.txt: 1 pieces of text are too few"):
+        split_text([str(tmp_path / "short.txt")], tmp_path / "parts")
+
+
+def test_exit_layers() -> None:
+    assert exit_layers(Options(), 12) == (3, 6, 9)
+    assert exit_layers(Options(exits=(2, 5)), 6) == (2, 5)
+    with pytest.raises(ValueError, match="exits lie between 1 and 11"):
+        exit_layers(Options(exits=(12,)), 12)
