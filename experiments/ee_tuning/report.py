@@ -25,9 +25,9 @@ def main() -> None:
 
 
 def spread(values: list[float], form: str = "{:.2f}") -> str:
-    """Mean and standard deviation over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{form.format(statistics.mean(values))} ± {form.format(deviation)}"
+    """Mean and, where there are several seeds, their standard deviation."""
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def percent(values: list[float]) -> str:

@@ -1,8 +1,8 @@
 """EE-Tuning on real weights, the whole chain: tune exits, calibrate, test, generate; several seeds.
 
 COMMAND   ELASTIC_LM_SHARED=DIR python experiments/ee_tuning/run.py --out runs/ee_tuning
-HARDWARE  two CPU cores
-DURATION  about ten minutes
+HARDWARE  CPU
+DURATION  about twenty minutes when nothing else runs (estimated)
 EXPECTED  README.md beside this file
 
 DIR holds data/weights/stories260K (a Hugging Face folder) and data/text/tinystories_cased_0.9MB.txt.
