@@ -36,12 +36,13 @@ def test_batch_equals_single_rows(model, prompts, expected, size, window):
         assert [(o.tokens, o.exit_layers) for o in outputs] == rows[:size]
 
 
-def test_firing_rule_saves_deep_ticks(model, prompts, mixed):
-    def deep_ticks(share):
-        outputs = model.sampler(mixed[1], window=8, fire_share=share).sample(prompts, NEW)
-        return sum(outputs[0].stats.segment_ticks[1:])
+def test_firing_rule_runs_the_deepest_segment_less_often(model, prompts, mixed):
+    def deepest_ticks(thresholds, share):
+        outputs = model.sampler(thresholds, window=8, fire_share=share).sample(prompts, NEW)
+        return outputs[0].stats.segment_ticks[-1]
 
-    assert deep_ticks(1.0) < deep_ticks(0.0)
+    for thresholds in mixed:
+        assert deepest_ticks(thresholds, 1.0) < deepest_ticks(thresholds, 0.0)
 
 
 @pytest.mark.parametrize("metric", ["margin", "entropy"])
