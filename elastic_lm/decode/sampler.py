@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.calibrate.confidence import metric_index
+from elastic_lm.calibrate.search import NEVER
 from elastic_lm.config import ModelConfig
 from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill
@@ -18,7 +19,6 @@ from elastic_lm.decode.requests import Settings, bucket, pad_prompts, stop_array
 from elastic_lm.decode.state import Controls, DecodeState, segments
 from elastic_lm.models.decoder import Decoder, Params
 
-NEVER_EXIT = 2.0  # a threshold that no confidence reaches
 ENDLESS = 2**30  # iterations, where nothing has to be looked at between
 
 # Static: the config, the capacity, the window. Traced: everything else.
@@ -199,7 +199,7 @@ class Sampler:
     def controls(self, batch: int, settings: Settings) -> Controls:
         """The traced controls of a batch of `batch` rows."""
         n_exits = len(segments(self.config)) - 1
-        never = (NEVER_EXIT,) * n_exits
+        never = (NEVER,) * n_exits
         thresholds = (*self.exit.thresholds, *never)[:n_exits] if self.exit else never
         return Controls(
             thresholds=jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (batch, n_exits)),
