@@ -22,6 +22,7 @@ DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
 Packing = Literal["concat", "first_fit"]
 MethodName = Literal["pretraining", "ee_tuning", "joint"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
+Optimizer = Literal["adamw", "muon"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -224,6 +225,7 @@ class TrainConfig:
     param_dtype: str = ""  # dtype of parameters read from init_from; "" = as `load` gives them
     dtype: str = ""  # dtype of activations; "" = that of the model
     steps: int = 1000  # optimizer steps
+    optimizer: Optimizer = "adamw"  # muon: orthogonalised updates of the layers' kernels, AdamW for the rest
     lr: float = 3e-4  # peak learning rate
     schedule: Schedule = "cosine"  # shape after the warm-up
     warmup: int = 100  # steps of linear warm-up
@@ -252,6 +254,7 @@ class TrainConfig:
         for field in ("param_dtype", "dtype"):
             _require_choice(f"train.{field}", getattr(self, field), ("", *DTYPES))
         _require_choice("train.schedule", self.schedule, get_args(Schedule))
+        _require_choice("train.optimizer", self.optimizer, get_args(Optimizer))
         for field in ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk"):
             _require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "must be at least 1")
         _require(self.lr > 0, "train.lr", self.lr, "must be positive")

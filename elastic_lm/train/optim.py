@@ -1,12 +1,16 @@
-"""AdamW with warm-up, decay and clipping, composed from optax."""
+"""AdamW or Muon with warm-up, decay and clipping, composed from optax."""
+
+from typing import Any
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from elastic_lm.config import TrainConfig
 from elastic_lm.models.decoder import Params
 
 DECAYED = ("kernel", "table")
+ADAMW_RMS = 0.2  # root mean square of an AdamW update, in units of the learning rate (arXiv 2502.16982)
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -35,8 +39,34 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW; only kernels and tables decay."""
-    adamw = optax.adamw(
+    """Clips by global norm, then AdamW or Muon; kernels and tables decay, with Muon the layers' kernels.
+
+    Muon's updates are scaled to AdamW's size (arXiv 2502.16982, sec. 2.2), so that one learning rate
+    serves both and the parameters that AdamW keeps: tables, vocabulary heads, norms and biases.
+    """
+    make = _muon if config.optimizer == "muon" else _adamw
+    optimizer = make(config)
+    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip else optimizer
+
+
+def decayed(params: Params) -> Params:
+    """True for the parameters that weight decay applies to."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+
+
+def matrices(params: Any) -> Any:
+    """Which axes of a parameter Muon orthogonalises, None where AdamW updates it."""
+
+    def axes(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        names = [entry.key for entry in path]
+        inner = names[-1] == "kernel" and "head" not in names and leaf.ndim >= 2
+        return MuonDimensionNumbers(reduction_axis=-1, output_axis=-2) if inner else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _adamw(config: TrainConfig) -> optax.GradientTransformation:
+    return optax.adamw(
         learning_rate(config),
         b1=config.b1,
         b2=config.b2,
@@ -44,9 +74,15 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decayed,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
 
 
-def decayed(params: Params) -> Params:
-    """True for the parameters that weight decay applies to."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+def _muon(config: TrainConfig) -> optax.GradientTransformation:
+    return muon(
+        learning_rate(config),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=ADAMW_RMS,
+    )

@@ -1,11 +1,13 @@
 """What changes from step to step, and where it lives."""
 
+import itertools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from elastic_lm.models.decoder import Params
 from elastic_lm.sharding import replicated
@@ -38,15 +40,21 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Params) -> 
     """A `TrainState` of shardings for parameters that are already placed."""
     placed = jax.tree.map(lambda p: p.sharding, params)
     everywhere = replicated(jax.tree.leaves(placed)[0].mesh)
-    moments = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
-        placed,
-        transform_non_params=lambda _: everywhere,
-    )
+    by_name = {_names(path): (p.shape, p.sharding) for path, p in jax.tree_util.tree_leaves_with_path(params)}
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        shape, sharding = by_name.get(_names(path), (None, everywhere))
+        return sharding if shape == leaf.shape else everywhere
+
+    moments = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
     shardings: dict[str, Any] = {"step": everywhere, "params": placed, "opt_state": moments}
     return TrainState(**shardings)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The parameter that a leaf of an optimizer's state belongs to: the dictionary keys its path ends in."""
+    keys = itertools.takewhile(lambda entry: isinstance(entry, jax.tree_util.DictKey), reversed(path))
+    return tuple(entry.key for entry in keys)
 
 
 def abstract_state(state: TrainState) -> TrainState:

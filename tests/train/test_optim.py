@@ -1,12 +1,15 @@
-"""Schedules, clipping and which parameters decay."""
+"""Schedules, clipping, which parameters decay, and where moments live."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from elastic_lm.config import TrainConfig
+from elastic_lm.sharding import make_mesh, replicated
 from elastic_lm.train.optim import decayed, learning_rate, make_optimizer
+from elastic_lm.train.state import state_shardings
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
@@ -52,3 +55,42 @@ def test_only_kernels_and_tables_decay() -> None:
         "embed": {"table": True},
         "layers": {"attn": {"qkv": {"kernel": True, "bias": False}}, "attn_norm": {"scale": False}},
     }
+
+
+def test_muon_orthogonalises_kernels_of_layers_only() -> None:
+    key = jax.random.key(0)
+    shapes = {
+        "embed": {"table": (16, 8)},
+        "head": {"kernel": (16, 8)},
+        "layers": {"mlp": {"up": {"kernel": (2, 12, 8)}}, "norm": {"scale": (2, 8)}},
+    }
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    params = jax.tree.map(lambda s: jax.random.normal(key, s), shapes, is_leaf=is_shape)
+    config = TrainConfig(optimizer="muon", lr=1.0, schedule="constant", warmup=0, weight_decay=0.0, clip=0.0)
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    up = np.asarray(updates["layers"]["mlp"]["up"]["kernel"])
+    for update in up:
+        singular = np.linalg.svd(update, compute_uv=False) / (0.2 * 12**0.5)
+        assert singular.min() > 0.6
+        assert singular.max() < 1.3
+    layers = updates["layers"]["norm"]["scale"]
+    for update in (updates["embed"]["table"], updates["head"]["kernel"], layers):  # Adam's first step: signs
+        np.testing.assert_allclose(np.abs(update), np.abs(layers).max(), rtol=1e-3)
+
+
+def test_moments_are_placed_like_their_parameters() -> None:
+    mesh = make_mesh(-1, 1, 1)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    params = {
+        "up": {"kernel": jax.device_put(jnp.ones((8, 4)), rows)},
+        "norm": {"scale": jax.device_put(jnp.ones(4), replicated(mesh))},
+    }
+    for name in ("adamw", "muon"):
+        places = state_shardings(make_optimizer(TrainConfig(optimizer=name)), params).opt_state
+        kernels = [s for p, s in jax.tree_util.tree_leaves_with_path(places) if "kernel" in str(p)]
+        assert kernels
+        assert all(s == rows for s in kernels)
+        others = [s for p, s in jax.tree_util.tree_leaves_with_path(places) if "kernel" not in str(p)]
+        assert others
+        assert all(s == replicated(mesh) for s in others)
