@@ -1,5 +1,6 @@
 """Linear maps with kernels stored as (output dims..., input), the order of Hugging Face checkpoints."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -9,8 +10,10 @@ from jax.typing import DTypeLike
 
 from elastic_lm.nn.partition import partitioned
 
-# With at most this many tokens a product reads the kernel once and is bound by memory. XLA's CPU
-# backend then runs kernel @ x^T at up to twice the bandwidth of x @ kernel^T.
+# Products with few tokens are bound by reading the kernel. What XLA's CPU backend is fastest at, measured
+# in a loop as decoding has it: up to ONE_BY_ONE tokens a matrix-vector product each, of which all but the
+# first find the kernel in cache; up to FEW_TOKENS kernel @ x^T; above that x @ kernel^T.
+ONE_BY_ONE = 4
 FEW_TOKENS = 16
 
 
@@ -28,16 +31,31 @@ def linear(
     Returns:
       [..., O...] in `dtype`.
     """
-    kernel = kernel.astype(x.dtype)
     tokens = math.prod(x.shape[:-1])
-    if tokens <= FEW_TOKENS:
-        contract = (((kernel.ndim - 1,), (1,)), ((), ()))
-        y = jax.lax.dot_general(kernel, x.reshape(tokens, -1), contract, preferred_element_type=dtype)
-        y = jnp.moveaxis(y, -1, 0).reshape(*x.shape[:-1], *kernel.shape[:-1])
+    rows = x.reshape(tokens, x.shape[-1])
+    matrix = kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
+    multiply = functools.partial(_dot, dtype=dtype)
+    if tokens <= ONE_BY_ONE:
+        y = jax.lax.platform_dependent(
+            rows, matrix, cpu=functools.partial(_one_by_one, dtype=dtype), default=multiply
+        )
     else:
-        contract = (((x.ndim - 1,), (kernel.ndim - 1,)), ((), ()))
-        y = jax.lax.dot_general(x, kernel, contract, preferred_element_type=dtype)
+        y = multiply(rows, matrix)
+    y = y.reshape(*x.shape[:-1], *kernel.shape[:-1])
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _dot(x_MI: jax.Array, kernel_OI: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    contract = (((1,), (1,)), ((), ()))
+    if len(x_MI) > FEW_TOKENS:
+        return jax.lax.dot_general(x_MI, kernel_OI, contract, preferred_element_type=dtype)
+    return jax.lax.dot_general(kernel_OI, x_MI, contract, preferred_element_type=dtype).T
+
+
+def _one_by_one(x_MI: jax.Array, kernel_OI: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    contract = (((1,), (0,)), ((), ()))
+    rows = [jax.lax.dot_general(kernel_OI, x, contract, preferred_element_type=dtype) for x in x_MI]
+    return jnp.stack(rows)
 
 
 class Linear(nn.Module):

@@ -1,0 +1,40 @@
+"""Every form of the linear map computes the same product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elastic_lm.nn.linear import FEW_TOKENS, ONE_BY_ONE, linear
+
+SHAPES = [(1, 1), (ONE_BY_ONE,), (2, 2), (ONE_BY_ONE + 1,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (3, 2, 5)]
+
+
+@pytest.mark.parametrize("outputs", [(6,), (2, 3, 4)])
+@pytest.mark.parametrize("batch", SHAPES)
+def test_equals_numpy(batch, outputs):
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (rng.normal(size=s).astype(np.float32) for s in ((*batch, 7), (*outputs, 7), outputs))
+    expected = np.tensordot(x, kernel, ((-1,), (-1,))) + bias
+    y = jax.jit(linear)(x, kernel, bias)
+    assert y.shape == (*batch, *outputs)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
+def test_bfloat16_products_can_be_kept_in_float32(tokens):
+    x, kernel = jnp.ones((tokens, 512), jnp.bfloat16), jnp.full((3, 512), 1.0078125)
+    y = linear(x, kernel, dtype=jnp.float32)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, np.full((tokens, 3), 516.0))
+    assert linear(x, kernel).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("tokens", [ONE_BY_ONE, FEW_TOKENS])
+def test_gradient_is_that_of_a_product(tokens):
+    x, kernel = (
+        jax.random.normal(jax.random.key(0), (tokens, 5)),
+        jax.random.normal(jax.random.key(1), (3, 5)),
+    )
+    found = jax.grad(lambda k: jnp.sum(linear(x, k) ** 2))(kernel)
+    np.testing.assert_allclose(found, 2 * (x @ kernel.T).T @ x, rtol=1e-4)
