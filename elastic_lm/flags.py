@@ -215,9 +215,9 @@ def _generate(parser: Parser) -> None:
     add(
         "--window",
         type=int,
-        default=8,
+        default=16,
         metavar="W",
-        help="tokens that may wait for their deep layers (default: 8)",
+        help="tokens that may wait for their deep layers (default: 16)",
     )
     add("--fire-share", type=float, default=0.0, metavar="S", help="0 = latency, 1 = throughput (default: 0)")
     add("--stream", action="store_true", help="print while generating (one prompt)")

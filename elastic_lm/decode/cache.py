@@ -2,7 +2,8 @@
 
 Stale rows are hidden from every query and overwritten before they count, so writes need no masks: a
 tick writes its block of rows at `done`, valid or not. Inside a conditional a cache is either written
-in place or handed through, which the compiler does without a copy.
+in place or handed through, which the compiler does without a copy where it knows that every read comes
+before the write (`after`).
 """
 
 import jax
@@ -18,6 +19,11 @@ def past(cache: LayerCache, done_B: jax.Array) -> KeyValues:
     b, _, s, _ = cache[0].shape
     index = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
     return KeyValues(cache[0], cache[1], jnp.where(index < done_B[:, None], index, NEVER))
+
+
+def after(read_BTD: jax.Array, start_B: jax.Array) -> jax.Array:
+    """`start_B`, but known only once `read_BTD` is: a write that starts there comes after what that read."""
+    return start_B + (read_BTD[:, 0, 0] > jnp.inf)
 
 
 def write(cache: LayerCache, rows: LayerCache, start_B: jax.Array) -> LayerCache:

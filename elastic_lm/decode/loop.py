@@ -87,17 +87,46 @@ def _segment(
         asking &= fires
     widths = (1,) if j == 0 else variants(window)
     pending = jnp.max(target - state.done[j])
-    choice = jnp.where(fires, 1 + jnp.searchsorted(jnp.asarray(widths), pending), 0)
     held = _hold(config, state, j)
-    branches = [lambda: (held, jnp.zeros((asking.shape[0], 1, config.d_model), config.dtype))]
-    branches += [lambda w=w: _tick(config, params, state, held, target, j, w) for w in widths]
-    held, features = jax.lax.switch(choice, branches)
+    held, features = _narrowest(config, params, state, held, target, j, fires, pending, widths)
     state = _put_back(config, state, held, j)
     target = jnp.where(fires, target, state.done[j])
     state = dataclasses.replace(state, done=state.done.at[j].set(target), ticks=state.ticks.at[j].add(fires))
     answers = _answer(config, params, controls, answers, j, asking, features)
     wait = jnp.where(asking, jnp.where(answers.rows, FREE, j), state.wait)
     return dataclasses.replace(state, wait=wait), answers
+
+
+def _narrowest(
+    config: ModelConfig,
+    params: Params,
+    state: DecodeState,
+    held: Held,
+    target_B: jax.Array,
+    j: int,
+    fires: jax.Array,
+    pending: jax.Array,
+    widths: tuple[int, ...],
+) -> tuple[Held, jax.Array]:
+    """Runs the tick of the smallest width that takes `pending` positions, or none.
+
+    One `cond` after the other and not a `switch`: XLA copies a cache that several branches write.
+    """
+    features = jnp.zeros((target_B.shape[0], 1, config.d_model), config.dtype)
+    choice = jnp.searchsorted(jnp.asarray(widths), pending)
+
+    def ticks() -> tuple[Held, jax.Array]:
+        result = held, features
+        for i, width in enumerate(widths):
+            result = jax.lax.cond(
+                choice == i,
+                lambda held, _, width=width: _tick(config, params, state, held, target_B, j, width),
+                lambda held, features: (held, features),
+                *result,
+            )
+        return result
+
+    return jax.lax.cond(fires, ticks, lambda: (held, features))
 
 
 def _hold(config: ModelConfig, state: DecodeState, j: int) -> Held:
@@ -123,12 +152,13 @@ def _put_back(config: ModelConfig, state: DecodeState, held: Held, j: int) -> De
 
 
 def variants(window: int) -> tuple[int, ...]:
-    """Widths for which a deep tick is compiled: one position, and the whole window.
+    """Widths for which a deep tick is compiled: 1, 2 and 3 positions, and the whole window.
 
-    Several positions cost about the same whatever their number (the weights are read once), so widths
-    between would buy little and each would compile the deeper layers once more.
+    Most deep ticks find one to three positions pending, and on CPU a position more then costs a third
+    of the first one (`nn.linear`); between that and a whole window little could be gained, and each
+    width compiles the deeper layers once more.
     """
-    return (1, window) if window > 1 else (1,)
+    return (*(width for width in (1, 2, 3) if width < window), window)
 
 
 def movable(state: DecodeState, window: int) -> jax.Array:
@@ -185,7 +215,8 @@ def _tick(
     tap, rows = decoder.run_layers(
         hidden, positions, start, stop, past=[cache.past(c, done_B) for c in caches]
     )
-    caches = tuple(cache.write(c, r, done_B) for c, r in zip(caches, rows, strict=True))
+    start_B = cache.after(tap.hidden, done_B)
+    caches = tuple(cache.write(c, r, start_B) for c, r in zip(caches, rows, strict=True))
     newest_B = jnp.clip(target_B - 1 - done_B, 0, width - 1)
 
     def newest(x_BTD: jax.Array) -> jax.Array:
@@ -196,7 +227,7 @@ def _tick(
     past = None if exit_cache is None else cache.past(exit_cache, done_B)
     exit_hidden, exit_rows = decoder.exit_state(j, tap, positions, past=past)
     if exit_cache is not None and exit_rows is not None:
-        exit_cache = cache.write(exit_cache, exit_rows, done_B)
+        exit_cache = cache.write(exit_cache, exit_rows, cache.after(exit_hidden, done_B))
     ring = ring_write(ring, tap.hidden, done_B, target_B - done_B)
     features = decoder.exit_head_input(j, newest(exit_hidden), jax.tree.map(newest, tap))
     return (caches, exit_cache, ring), features

@@ -113,7 +113,7 @@ class Sampler:
         tokenizer: TextTokenizer | None = None,
         *,
         exit: ExitPolicy | None = None,
-        window: int = 8,
+        window: int = 16,
         fire_share: float = 0.0,
         stream_every: int = 16,
     ):

@@ -1,14 +1,16 @@
 """Keys and values after any pattern of exits are those of a full pass."""
 
 import dataclasses
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from elastic_lm.decode.loop import ring_write, variants
 from elastic_lm.decode.requests import Settings
-from elastic_lm.decode.sampler import jit_run
+from elastic_lm.decode.sampler import ENDLESS, jit_run
 from elastic_lm.decode.state import segments
 from elastic_lm.models.decoder import Decoder
 
@@ -61,8 +63,19 @@ def test_ring_write_keeps_what_is_not_new():
     np.testing.assert_array_equal(written[0, :, 0], [11.0, 1.0, 2.0, 10.0])
 
 
-def test_deep_ticks_are_compiled_for_one_position_and_for_the_window():
-    assert [variants(w) for w in (1, 2, 8)] == [(1,), (1, 2), (1, 8)]
+def test_deep_ticks_are_compiled_for_few_positions_and_for_the_window():
+    assert [variants(w) for w in (1, 2, 8)] == [(1,), (1, 2), (1, 2, 3, 8)]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")
+@pytest.mark.parametrize("size", [1, 3])
+def test_no_cache_is_copied(model, prompts, size):
+    sampler = model.sampler((0.5, 0.5), window=4)
+    state, controls = sampler._start(prompts[:size], 8, Settings())
+    shape = ",".join(map(str, state.cache[0][0].shape))
+    program = jit_run.lower(sampler.config, sampler.params, state, controls, ENDLESS).compile().as_text()
+    assert f"f32[{shape}]" in program
+    assert not re.findall(rf"= f32\[{shape}\]\S* copy\(", program)
 
 
 def test_exit_after_the_last_layer_cuts_nothing(model):
