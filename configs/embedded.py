@@ -13,27 +13,31 @@ def get_config(arg: str = "") -> ConfigDict:
     """The recipe; `arg` = "tiny" shrinks it to a check that runs in seconds."""
     config = ConfigDict()
     config.model = {
-        "vocab_size": 1024,
-        "d_model": 96,
+        "vocab_size": 512,
+        "d_model": 192,
         "n_layers": 12,
-        "n_heads": 3,
-        "n_kv_heads": 1,
-        "d_mlp": 256,
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "d_mlp": 512,
         "max_len": 1024,
         "tied": True,
     }
-    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 4}
+    config.exits = tuple({"layer": layer, "kind": "norm", "tied": True} for layer in (3, 6))
+    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
     config.train = {
-        "steps": 4200,
-        "lr": 4e-3,
+        "method": "joint",
+        "exit_weights": (0.4, 0.4),
+        "optimizer": "muon",
+        "steps": 2600,
+        "lr": 5e-3,
         "schedule": "wsd",
-        "decay_share": 0.3,
-        "min_lr": 0.05,
-        "warmup": 200,
+        "decay_share": 0.4,
+        "min_lr": 0.02,
+        "warmup": 50,
         "weight_decay": 0.1,
-        "log_every": 50,
-        "eval_every": 500,
-        "save_every": 200,
+        "log_every": 20,
+        "eval_every": 300,
+        "save_every": 100,
     }
     if arg == "tiny":
         config.model.update(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, d_mlp=64, vocab_size=512)

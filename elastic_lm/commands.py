@@ -31,10 +31,14 @@ def export(args: argparse.Namespace) -> None:
     from elastic_lm import hf
     from elastic_lm.loading import load
 
-    model, params = load(args.source)
-    hf.export(model.config, params, args.target, _tokenizer(args.source), overwrite=args.overwrite)
-    exits = f" and {len(model.config.exits)} exits" if model.config.exits else ""
-    print(f"{args.source} -> {args.target}: {model.config.family}, {_count(params)} parameters{exits}")
+    model, params = load(args.source, dtype=args.dtype)
+    config = model.config
+    if args.without_exits:
+        params = {name: tree for name, tree in params.items() if name not in {e.name for e in config.exits}}
+        config = config.with_exits(())
+    hf.export(config, params, args.target, _tokenizer(args.source), overwrite=args.overwrite)
+    exits = f" and {len(config.exits)} exits" if config.exits else ""
+    print(f"{args.source} -> {args.target}: {config.family}, {_count(params)} parameters{exits}")
 
 
 def train(args: argparse.Namespace) -> None:

@@ -104,7 +104,12 @@ def _quickstart(parser: Parser) -> None:
     _data(parser, "your own text")
     add("--from-scratch", action="store_true", help="pretrain the small model instead of loading it")
     add("--pretrain-steps", type=int, default=300, metavar="N", help="with --from-scratch (default: 300)")
-    add("--exits", type=_layers, metavar="L,L", help="layers with an exit (default: 1/4, 1/2, 3/4 of them)")
+    add(
+        "--exits",
+        type=_layers,
+        metavar="L,L",
+        help="layers with an exit (default: a quarter and half of them)",
+    )
     add("--kind", default="norm", help="exit kind: embedding, norm, mlp or block (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="EE-tuning steps (default: 60)")
     add("--targets", type=_fractions, metavar="A,A", help="agreements (default: 0.9,0.95,0.98,0.99,0.995)")
@@ -128,22 +133,25 @@ def _convert(parser: Parser) -> None:
         "--from", dest="source", required=True, metavar="HF_DIR", help="config.json, *.safetensors"
     )
     parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="new checkpoint folder")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: float32 on CPU, elsewhere as stored",
-    )
+    _dtype(parser, "default: float32 on CPU, elsewhere as stored")
+
+
+def _dtype(parser: Parser, help: str) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=help)
 
 
 def _export(parser: Parser) -> None:
     """Elastic checkpoint -> Hugging Face folder that `transformers` and vLLM load.
 
     elastic-lm export --from runs/exits/model --to hf-dir
+    elastic-lm export --from runs/x/model --to hf-dir --dtype bfloat16 --without-exits
 
     Exits go into a file of their own that `transformers` ignores; this package reads them back.
     """
     parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="elastic checkpoint")
     parser.add_argument("--to", dest="target", required=True, metavar="HF_DIR", help="new folder")
+    _dtype(parser, "of the stored weights (default: as in the checkpoint)")
+    parser.add_argument("--without-exits", action="store_true", help="write the full-depth model only")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at --to")
 
 

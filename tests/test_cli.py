@@ -8,6 +8,7 @@ import sys
 
 import jax
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from elastic_lm import checkpoint, cli, flags, testing
@@ -82,6 +83,18 @@ def test_export_then_convert_gives_the_same_model(
     before, after = checkpoint.load_model(model)[1], checkpoint.load_model(tmp_path / "back")[1]
     testing.assert_same_tree(before, after)
     assert (tmp_path / "back" / "tokenizer.json").is_file()
+
+
+def test_export_of_the_full_depth_model_in_another_dtype(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "hf"
+    assert run("export", "--from", model, "--to", target, "--without-exits", "--dtype", "bfloat16") == 0
+    assert "exits" not in capsys.readouterr().out
+    assert not list(target.glob("*exits*"))
+    assert "elastic" not in json.loads((target / "config.json").read_text())
+    with safe_open(target / "model.safetensors", "numpy") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
 
 
 def test_generate_prints_prompt_and_continuation(

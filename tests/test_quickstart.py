@@ -48,7 +48,7 @@ def test_text_is_cut_into_disjoint_parts(tmp_path: pathlib.Path) -> None:
 
 
 def test_exit_layers() -> None:
-    assert exit_layers(Options(), 12) == (3, 6, 9)
+    assert exit_layers(Options(), 12) == (3, 6)
     assert exit_layers(Options(exits=(2, 5)), 6) == (2, 5)
     with pytest.raises(ValueError, match="exits lie between 1 and 11"):
         exit_layers(Options(exits=(12,)), 12)

@@ -36,7 +36,7 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.hf import export
 from elastic_lm.models.decoder import Decoder, Params, init_params
 
-WINDOW = 16
+WINDOW = 32
 LOOKED_AT = 1.0  # a threshold that random weights never reach, but that has the head read
 
 

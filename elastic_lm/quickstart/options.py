@@ -15,7 +15,7 @@ class Options:
     data: tuple[str, ...] = ()  # text files or folders; () = the interpreter's own library
     from_scratch: bool = False  # pretrain a small model instead of loading one
     pretrain_steps: int = 300  # with from_scratch
-    exits: tuple[int, ...] = ()  # layers with an exit; () = a quarter, half and three quarters
+    exits: tuple[int, ...] = ()  # layers with an exit; () = a quarter and half, as in EE-LLM
     kind: ExitKind = "norm"  # what stands between the hidden state and the exit's vocabulary head
     tied: bool = False  # exits share the model's own vocabulary head
     steps: int = 60  # EE-tuning steps
@@ -30,7 +30,7 @@ class Options:
     prompt_tokens: int = 48  # tokens of each prompt
     new_tokens: int = 96  # tokens generated per prompt
     rounds: int = 5  # timed rounds; full depth and all targets take turns in each
-    window: int = 8  # positions whose deeper layers may be pending
+    window: int = 16  # positions whose deeper layers may be pending
     seed: int = 0  # of random exits and of the shuffle
     tiny: bool = False  # the numbers of `tiny()` are in use
 

@@ -43,12 +43,12 @@ def tune_exits(
 
 
 def exit_layers(options: Options, n_layers: int) -> tuple[int, ...]:
-    """Layers with an exit: those asked for, or a quarter, half and three quarters of the depth.
+    """Layers with an exit: those asked for, or a quarter and half of the depth.
 
     Raises:
       ValueError: a layer is not below the last one.
     """
-    layers = options.exits or tuple(sorted({max(1, n_layers * k // 4) for k in (1, 2, 3)} - {n_layers}))
+    layers = options.exits or tuple(sorted({max(1, n_layers * k // 4) for k in (1, 2)} - {n_layers}))
     wrong = [layer for layer in layers if not 1 <= layer < n_layers]
     if wrong or not layers:
         raise ValueError(
@@ -79,7 +79,7 @@ def pretrain(options: Options, data: DataConfig) -> Path:
 
 
 def small_model(tiny: bool) -> ModelConfig:
-    """The architecture that is pretrained: the embedded model's sizes, or with `tiny` four thin layers."""
+    """The architecture that is pretrained: thinner than the embedded model, or with `tiny` four layers."""
     if tiny:
         return ModelConfig(
             vocab_size=512, d_model=32, n_layers=4, n_heads=4, d_mlp=96, max_len=256, tied=True
