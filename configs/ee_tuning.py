@@ -12,8 +12,8 @@ from elastic_lm.embedded import embedded_model
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The recipe; `arg` = layers that get an exit, "6,12,18"; "" = 3,6,9, for the embedded model."""
-    layers = [int(layer) for layer in arg.split(",")] if arg else [3, 6, 9]
+    """The recipe; `arg` = layers that get an exit, "6,12,18"; "" = 3,6, for the embedded model."""
+    layers = [int(layer) for layer in arg.split(",")] if arg else [3, 6]
     config = ConfigDict()
     config.exits = [{"layer": layer, "kind": "mlp", "init": "copy"} for layer in layers]
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}

@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "method": "joint",
         "exit_weights": (0.4, 0.4),
         "optimizer": "muon",
-        "steps": 2600,
+        "steps": 2000,
         "lr": 5e-3,
         "schedule": "wsd",
         "decay_share": 0.4,
