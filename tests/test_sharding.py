@@ -8,8 +8,15 @@ from jax.sharding import PartitionSpec
 
 from elastic_lm.checkpoint import load_model, save_model
 from elastic_lm.config import ExitConfig
-from elastic_lm.models.decoder import init_params, stack_layers
-from elastic_lm.sharding import Rules, batch_sharding, make_mesh, param_shardings, stacked_shardings
+from elastic_lm.models.decoder import Decoder, default_positions, init_params, stack_layers
+from elastic_lm.sharding import (
+    Rules,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    replicated,
+    stacked_shardings,
+)
 from elastic_lm.testing import tiny_config
 
 eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -67,6 +74,24 @@ def test_stacked_form_keeps_the_layer_dimension_whole() -> None:
 def test_a_dimension_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attn.qkv.kernel .*: 2 cannot be split over tensor=4"):
         param_shardings(tiny_config(), make_mesh(2, 1, 4))
+
+
+@eight
+def test_tensor_parallel_layers_gather_no_kernel() -> None:
+    config = tiny_config(n_layers=1)
+    mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
+    params = jax.device_put(init_params(config, jax.random.key(0)), param_shardings(config, mesh))
+    for length in (1, 8, 64):  # every form of the linear map
+        hidden = jax.device_put(np.ones((1, length, config.d_model), np.float32), replicated(mesh))
+
+        def layers(params, hidden):
+            decoder = Decoder(config).bind({"params": params})
+            tap, _ = decoder.run_layers(hidden, default_positions(hidden, None), 0, 1)
+            return tap.hidden
+
+        program = jax.jit(layers).lower(params, hidden).compile().as_text()
+        assert "all-reduce" in program
+        assert "all-gather" not in program
 
 
 @eight

@@ -31,31 +31,33 @@ def linear(
     Returns:
       [..., O...] in `dtype`.
     """
+    kernel = kernel.astype(x.dtype)
     tokens = math.prod(x.shape[:-1])
-    rows = x.reshape(tokens, x.shape[-1])
-    matrix = kernel.astype(x.dtype).reshape(-1, kernel.shape[-1])
-    multiply = functools.partial(_dot, dtype=dtype)
-    if tokens <= ONE_BY_ONE:
-        y = jax.lax.platform_dependent(
-            rows, matrix, cpu=functools.partial(_one_by_one, dtype=dtype), default=multiply
-        )
+    if tokens > FEW_TOKENS:
+        contract = (((x.ndim - 1,), (kernel.ndim - 1,)), ((), ()))
+        y = jax.lax.dot_general(x, kernel, contract, preferred_element_type=dtype)
     else:
-        y = multiply(rows, matrix)
-    y = y.reshape(*x.shape[:-1], *kernel.shape[:-1])
+        rows = x.reshape(tokens, x.shape[-1])
+        together = functools.partial(_together, dtype=dtype)
+        if tokens <= ONE_BY_ONE:
+            one_by_one = functools.partial(_one_by_one, dtype=dtype)
+            y = jax.lax.platform_dependent(rows, kernel, cpu=one_by_one, default=together)
+        else:
+            y = together(rows, kernel)
+        y = y.reshape(*x.shape[:-1], *kernel.shape[:-1])
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _dot(x_MI: jax.Array, kernel_OI: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    contract = (((1,), (1,)), ((), ()))
-    if len(x_MI) > FEW_TOKENS:
-        return jax.lax.dot_general(x_MI, kernel_OI, contract, preferred_element_type=dtype)
-    return jax.lax.dot_general(kernel_OI, x_MI, contract, preferred_element_type=dtype).T
+# Kernels are not flattened: their output dimensions may be sharded, and merging those gathers them.
+def _together(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    contract = (((kernel.ndim - 1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(kernel, x_MI, contract, preferred_element_type=dtype)
+    return jnp.moveaxis(y, -1, 0)
 
 
-def _one_by_one(x_MI: jax.Array, kernel_OI: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    contract = (((1,), (0,)), ((), ()))
-    rows = [jax.lax.dot_general(kernel_OI, x, contract, preferred_element_type=dtype) for x in x_MI]
-    return jnp.stack(rows)
+def _one_by_one(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    contract = (((kernel.ndim - 1,), (0,)), ((), ()))
+    return jnp.stack([jax.lax.dot_general(kernel, x, contract, preferred_element_type=dtype) for x in x_MI])
 
 
 class Linear(nn.Module):
