@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "max_len": 1024,
         "tied": True,
     }
-    config.exits = tuple({"layer": layer, "kind": "norm", "tied": True} for layer in (3, 6))
+    config.exits = _exits(3, 6)
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
     config.train = {
         "method": "joint",
@@ -40,7 +40,15 @@ def get_config(arg: str = "") -> ConfigDict:
         "save_every": 100,
     }
     if arg == "tiny":
+        config.exits = (
+            {"layer": 1, "kind": "norm", "tied": True},
+            {"layer": 2, "kind": "norm", "tied": True},
+        )
         config.model.update(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, d_mlp=64, vocab_size=512)
         config.data.update(seq_len=64, batch_size=4)
         config.train.update(steps=20, warmup=5, log_every=5, eval_every=10, eval_batches=2, save_every=10)
     return config
+
+
+def _exits(*layers: int) -> tuple[dict, ...]:
+    return tuple({"layer": layer, "kind": "norm", "tied": True} for layer in layers)

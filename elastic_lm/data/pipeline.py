@@ -55,6 +55,25 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset
     return rows.batch(config.batch_size, drop_remainder=True).map(_as_batch)
 
 
+def check_learnable(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Refuses training text in which no token is learned; endless batches would never be filled.
+
+    Args:
+      config: where the documents are.
+      tokenizer: of the model.
+
+    Raises:
+      ValueError: every document is too short, or is a prompt that fills seq_len.
+    """
+    source = documents(config, "train")
+    learned = (encode(config, tokenizer, source[i])["weights"].any() for i in range(len(source)))
+    if not any(learned):
+        raise ValueError(
+            f"data.paths={config.paths}: none of {len(source)} documents has a token to learn; give text of "
+            f"at least two tokens, and prompts that leave room within data.seq_len={config.seq_len}"
+        )
+
+
 def eval_batches(config: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> grain.IterDataset:
     """One pass over a held-out split; the last batch is filled up with rows of weight 0.
 
@@ -95,12 +114,6 @@ def file_texts(config: DataConfig, split: Split = "train") -> list[str]:
     """Every document of a split as plain text, to learn a tokenizer from."""
     source = documents(config, split)
     return [source[i].prompt + source[i].text for i in range(len(source))]
-
-
-def count_bytes(config: DataConfig, split: Split = "test") -> int:
-    """UTF-8 bytes of a split's learned text, the denominator of bits per byte."""
-    source = documents(config, split)
-    return sum(len(source[i].text.encode()) for i in range(len(source)))
 
 
 def _pack(config: DataConfig, rows: grain.MapDataset) -> grain.IterDataset:

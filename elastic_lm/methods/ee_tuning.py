@@ -54,6 +54,8 @@ def attach_exits(
     shapes = nn.unbox(abstract_params(new))
     grown = dict(params)
     for e in exits:
+        if e.name not in shapes:  # tied `embedding` exits own nothing
+            continue
         if e.init == "copy":
             grown[e.name] = jax.tree.map(jnp.copy, _sources(config, params, e))
         else:
@@ -128,9 +130,19 @@ class EETuning:
         return tuple(i for i, w in enumerate(self._targets()) if w)
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """Exits in use train, everything else is frozen."""
+        """Exits in use train, everything else is frozen.
+
+        Raises:
+          ValueError: the exits in use own no parameters.
+        """
         names = {self.config.exits[i].name for i in self.active}
         trainable = {name: tree for name, tree in params.items() if name in names}
+        if not trainable:
+            layers = tuple(self.config.exits[i].layer for i in self.active)
+            raise ValueError(
+                f"exits after layers {layers}: tied `embedding` exits own nothing to tune; untie them, or "
+                "choose another kind"
+            )
         return trainable, {name: tree for name, tree in params.items() if name not in names}
 
     def exit_weights(self, step: jax.Array | int) -> jax.Array:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config import RunConfig, to_dict
+from elastic_lm.config import RunConfig, from_dict, to_dict
 
 FILE = "run.json"
 MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "save_every", "keep")
@@ -28,13 +28,24 @@ def check_identity(config: RunConfig, workdir: Path) -> None:
     file = workdir / FILE
     if not file.is_file():
         return
-    old, new = _flat(json.loads(file.read_text())), _flat(identity(config))
+    old, new = _flat(_stored(file, config)), _flat(identity(config))
     for key in {**new, **old}:
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{file}: the run there has {key}={old.get(key)!r}, not {new.get(key)!r}: choose another "
                 "workdir, or the configuration of that run"
             )
+
+
+def _stored(file: Path, config: RunConfig) -> dict[str, Any]:
+    """The identity in `file`; fields that it does not know yet have their defaults."""
+    try:
+        values = json.loads(file.read_text())
+        now = to_dict(config)["train"]
+        values["train"] |= {key: now[key] for key in MAY_CHANGE}
+        return identity(from_dict(RunConfig, values))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: does not describe a run ({error}); choose another workdir") from error
 
 
 def save_identity(config: RunConfig, workdir: Path) -> None:

@@ -5,9 +5,11 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,6 +22,10 @@ from elastic_lm.train.state import TrainState, abstract_state
 from elastic_lm.train.step import EvalStep, TrainStep, place_batch
 
 Arrays = Mapping[str, np.ndarray]
+REMEDY = (
+    "lower train.lr, lengthen train.warmup or set train.clip, in a new workdir; checkpoints before that step "
+    "are kept"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,7 @@ def run(
     """Trains from step `start` to the last one.
 
     Metrics of a step are read after the next one was sent off, so the device never waits; a
-    checkpoint is written only when every step before it was finite.
+    checkpoint is written only when every step before it, and the state it holds, was finite.
 
     Args:
       job: static parts.
@@ -82,7 +88,8 @@ def run(
       (final state, metrics of the last evaluation).
 
     Raises:
-      FloatingPointError: loss or gradient is not finite; names the step. Checkpoints stay as they are.
+      FloatingPointError: loss, gradient or the state after a step is not finite; names the step.
+        Checkpoints stay as they are.
     """
     config, window, pending = job.config, _Window(), None
     evaluation: dict[str, float] = {}
@@ -100,10 +107,13 @@ def run(
             writer.write(step, window.summary(job.tokens_per_step))
             window = _Window()
         paused = time.monotonic()
+        saves = last or step % config.save_every == 0
+        if saves:
+            _check_state(step, state)
         if last or (config.eval_every and step % config.eval_every == 0):
             evaluation = evaluate(job, state.params, frozen)
             writer.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
-        if step % config.save_every == 0 or last:
+        if saves:
             checkpoints.save(step, state, batches)
         window.began += time.monotonic() - paused  # tokens per second are those of training
     return state, evaluation or evaluate(job, state.params, frozen)
@@ -129,8 +139,17 @@ def _finite(step: int, metrics: Metrics) -> dict[str, float]:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
-            raise FloatingPointError(
-                f"{name} is {values[name]} at step {step}: lower train.lr, lengthen train.warmup or set "
-                "train.clip, in a new workdir; checkpoints before that step are kept"
-            )
+            raise FloatingPointError(f"{name} is {values[name]} at step {step}: {REMEDY}")
     return values
+
+
+def _check_state(step: int, state: TrainState) -> None:
+    """Metrics of a step are those before its update; this looks at what the update left behind."""
+    if not all_finite(state):
+        raise FloatingPointError(f"parameters are not finite after step {step}: {REMEDY}")
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Scalar bool: every number in the tree is finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

@@ -30,13 +30,6 @@ from elastic_lm.train.step import make_eval_step, make_train_step
 MODEL_FOLDER = "model"
 
 
-def main(config: RunConfig, workdir: str | Path) -> None:
-    """`fit`, and a line that says where the result is."""
-    _, _, metrics = fit(config, workdir)
-    numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    print(f"held out: {numbers or 'no text named'}\nmodel: {Path(workdir) / MODEL_FOLDER}")
-
-
 def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, dict[str, float]]:
     """Trains what `config` describes; run again after a stop, it continues where it was.
 
@@ -59,6 +52,7 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     tokenizer = prepare_tokenizer(config, workdir)
     model, job, state, frozen = prepare(config, mesh, tokenizer)
     save_identity(config, workdir)
+    pipeline.check_learnable(config.data, tokenizer)
     batches = iter(pipeline.train_batches(config.data, tokenizer))
     with closing(Checkpoints(workdir / "checkpoints", train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
@@ -113,6 +107,11 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
     if config.train.init_from:
         decoder, params = load(config.train.init_from, dtype=config.train.param_dtype or None, mesh=mesh)
         model = decoder.config
+        if model.exits and config.train.method == "pretraining":
+            raise ValueError(
+                f"train.method='pretraining': {config.train.init_from} has exits, which it does not train; "
+                "choose joint or ee_tuning, or export the model without exits"
+            )
     else:
         assert config.model is not None
         model = dataclasses.replace(config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)

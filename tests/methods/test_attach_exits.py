@@ -33,6 +33,7 @@ def test_final_logits_are_bit_identical(model_tied: bool, exit_tied: bool) -> No
     before = all_logits(config, params, tokens)[config.n_layers]
     after = jax.jit(lambda p, t: Decoder(grown_config).bind({"params": p})(t))(grown, tokens)
     assert jnp.array_equal(before, after.logits)
+    assert grown.keys() == abstract_params(grown_config).keys()
     for name, tree in params.items():
         same = jax.tree.map(lambda a, b: a is b, tree, grown[name])
         assert all(jax.tree.leaves(same)), f"{name} was copied"

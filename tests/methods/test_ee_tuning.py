@@ -238,3 +238,11 @@ def test_copied_exits_learn() -> None:
         trainable = jax.tree.map(lambda p, g: p - 0.1 * g, trainable, grads)
         losses.append(float(loss))
     assert losses == sorted(losses, reverse=True)
+
+
+def test_exits_that_own_nothing_cannot_be_tuned() -> None:
+    config, params = attach_exits(
+        tiny_config(), {}, [ExitConfig(1, "embedding", tied=True)], jax.random.key(0)
+    )
+    with pytest.raises(ValueError, match=r"exits after layers \(1,\): tied `embedding` exits own nothing"):
+        EETuning(config).split(params)

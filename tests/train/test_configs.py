@@ -87,3 +87,10 @@ def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
     for word in ("COMMAND", "HARDWARE", "DURATION"):
         assert word in head, word
     assert load_config(str(path)).train.steps > 0
+
+
+@pytest.mark.parametrize("argument", ["", ":tiny"])
+def test_embedded_recipe_attaches_its_exits(argument: str) -> None:
+    config = load_config(f"{CONFIGS / 'embedded.py'}{argument}")
+    assert config.model is not None
+    assert config.model.with_exits(config.exits).n_layers > config.exits[-1].layer

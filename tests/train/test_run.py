@@ -94,6 +94,42 @@ def test_nan_stops_with_the_step_and_keeps_the_checkpoint(
     chex.assert_tree_all_finite(params)
 
 
+def test_an_update_that_breaks_the_parameters_is_not_saved(run_config: RunConfig, tmp_path: Path) -> None:
+    config = changed(run_config, steps=1, warmup=0, lr=1e39, clip=0.0, schedule="constant", eval_every=0)
+    with pytest.raises(FloatingPointError, match="parameters are not finite after step 1"):
+        fit(config, tmp_path)
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert not (tmp_path / "model").exists()
+
+
+def test_text_without_a_token_to_learn_is_refused(run_config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n' * 3)
+    paths = (str(tmp_path / "empty.jsonl"),)
+    _, _, _ = fit(changed(run_config, steps=3), tmp_path / "base")
+    data = dataclasses.replace(run_config.data, source="jsonl", paths=paths, tokenizer=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=r"data\.paths=.*empty\.jsonl.*none of 3 documents"):
+        fit(dataclasses.replace(run_config, data=data), tmp_path / "run")
+
+
+def test_a_run_from_before_a_field_existed_resumes(run_config: RunConfig, tmp_path: Path) -> None:
+    fit(changed(run_config, steps=3), tmp_path)
+    values = json.loads((tmp_path / "run.json").read_text())
+    del values["train"]["optimizer"]
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    fit(changed(run_config, steps=4), tmp_path)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"run\.json: does not describe a run"):
+        fit(changed(run_config, steps=4), tmp_path)
+
+
+def test_exits_of_a_checkpoint_are_not_pretrained(run_config: RunConfig, tmp_path: Path) -> None:
+    joint = changed(run_config, method="joint", steps=3)
+    fit(dataclasses.replace(joint, exits=(ExitConfig(1, "norm"),)), tmp_path / "base")
+    again = changed(run_config, steps=3, init_from=str(tmp_path / "base" / "model"))
+    with pytest.raises(ValueError, match=r"train\.method='pretraining': .* has exits"):
+        fit(dataclasses.replace(again, model=None), tmp_path / "again")
+
+
 def test_exits_are_tuned_on_a_frozen_checkpoint(run_config: RunConfig, tmp_path: Path) -> None:
     _, backbone, _ = fit(run_config, tmp_path / "base")
     tuning = changed(run_config, method="ee_tuning", init_from=str(tmp_path / "base" / "model"), steps=20)
