@@ -6,7 +6,7 @@ deep tick, which runs the deeper segment over all pending positions of all rows 
 keys and values exactly, and answers the rows that waited. A row's tokens therefore depend neither on
 the other rows, nor on the window, nor on when deep ticks fire.
 
-Per row, length - 1 >= done[0] >= ... >= done[J], and done[0] - done[J] <= W bounds the pending work.
+Per row, length >= done[0] >= ... >= done[J], and done[0] - done[J] <= W bounds the pending work.
 """
 
 import dataclasses

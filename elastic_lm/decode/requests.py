@@ -41,8 +41,15 @@ class Settings:
     ignore_eos: bool = False
 
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        """The stop strings as a tuple.
+
+        Raises:
+          ValueError: one is empty; every text holds that.
+        """
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if "" in stops:
+            raise ValueError(f"stop={self.stop!r}: a stop string needs at least one character")
+        return stops
 
     def arrays(self, batch: int) -> Sampling:
         """Validated per-row arrays.
@@ -53,15 +60,17 @@ class Settings:
         Raises:
           ValueError: a value is out of range, or a sequence has not one entry per row.
         """
-        seed = self.seed
-        seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else seed
+        seeds = np.asarray(self.seed)
+        if not np.issubdtype(seeds.dtype, np.integer):
+            raise ValueError(f"seed={self.seed!r}: must be an integer, or one integer per prompt")
+        seeds = seeds + np.arange(batch) if seeds.ndim == 0 else seeds
         return Sampling(
             temperature=self._row("temperature", batch, np.float32, 0.0, None),
             top_k=self._row("top_k", batch, np.int32, 0, None),
             top_p=self._row("top_p", batch, np.float32, 0.0, 1.0),
             min_p=self._row("min_p", batch, np.float32, 0.0, 1.0),
             repetition_penalty=self._row("repetition_penalty", batch, np.float32, 1e-6, None),
-            seed=jnp.asarray(_per_row("seed", seeds, batch), jnp.uint32),
+            seed=jnp.asarray(_per_row("seed", seeds, batch).astype(np.uint32)),
         )
 
     def _row(self, name: str, batch: int, dtype: type, low: float, high: float | None) -> jax.Array:

@@ -210,6 +210,8 @@ class Sampler:
         )
 
     def _encode(self, prompt: Any) -> tuple[list[list[int]], bool]:
+        if isinstance(prompt, np.ndarray | jax.Array):
+            prompt = np.asarray(prompt).tolist()
         single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer))
         encoded = []
         for i, item in enumerate([prompt] if single else prompt):

@@ -77,7 +77,9 @@ def keep(logits_BV: jax.Array, how: Sampling) -> jax.Array:
     sorted_BV = jnp.where(sorted_BV >= kth, sorted_BV, -jnp.inf)
     probability = jax.nn.softmax(sorted_BV, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    inside = (before < how.top_p[:, None]) & (probability >= how.min_p[:, None] * probability[:, :1])
+    # Rounding lets `before` reach 1 in the tail, which top_p = 1 keeps.
+    nucleus = (before < how.top_p[:, None]) | (how.top_p[:, None] >= 1.0)
+    inside = nucleus & (probability >= how.min_p[:, None] * probability[:, :1])
     inside = inside.at[:, 0].set(True) & (sorted_BV > -jnp.inf)
     floor = jnp.min(jnp.where(inside, sorted_BV, jnp.inf), axis=-1, keepdims=True)
     return logits_BV >= floor

@@ -45,7 +45,7 @@ class DecodeState:
       limit: [B] int32, length at which the row ends.
       alive: [B] bool, the row still emits.
       wait: [B] int32, FREE, or j: the newest token passed exit j without being confident.
-      done: [J + 1, B] int32, positions that segment j has processed; length - 1 >= done[0] >= ... >= done[J].
+      done: [J + 1, B] int32, positions that segment j has processed; length >= done[0] >= ... >= done[J].
       hidden: J arrays [B, W, D]; state that left segment j at position p lies in slot p % W.
       cache: one LayerCache per layer.
       exit_cache: one LayerCache per exit of kind `block`, else None.

@@ -1,5 +1,7 @@
 """The sampler's text side: prompts, stop strings, streaming, statistics, refusals."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from elastic_lm.decode.sampler import Sampler, held_back
@@ -80,11 +82,20 @@ def test_statistics_add_up(model, prompts, mixed):
         ([1, 64], 5, {}, "token id 64, outside the vocabulary of 64"),
         ([1], 0, {}, "max_new_tokens=0"),
         ([1], 5, {"topk": 3}, "unknown setting topk=3"),
+        ([1], 5, {"seed": 1.5}, "seed=1.5: must be an integer"),
+        ([1], 5, {"stop": ""}, "stop='': a stop string needs at least one character"),
     ],
 )
 def test_bad_input_is_named(sampler, prompt, new, settings, message):
     with pytest.raises(ValueError, match=message):
         sampler.sample(prompt, new, **settings)
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_prompts_may_be_arrays(sampler, prompts, array):
+    expected = sampler.sample(prompts[0], 4).tokens
+    assert sampler.sample(array(prompts[0]), 4).tokens == expected
+    assert [s.tokens for s in sampler.sample(array([prompts[0]]), 4)] == [expected]
 
 
 @pytest.mark.parametrize("bad", [{"window": 0}, {"fire_share": 2.0}, {"stream_every": 0}])

@@ -34,6 +34,16 @@ def test_filters_keep_the_likeliest(settings, count):
     assert kept(**settings) == [True] * count + [False] * (5 - count)
 
 
+def test_top_p_of_one_keeps_the_far_tail():
+    logits = jax.random.normal(jax.random.key(0), (3, 32000)) * 3.0  # sums of probabilities round up to 1
+    assert np.asarray(keep(logits, Settings(temperature=1.0).arrays(3))).all()
+
+
+@pytest.mark.parametrize("seed", [3, np.int64(3), [3, 4]])
+def test_rows_draw_with_seeds_of_their_own(seed):
+    assert Settings(seed=seed).arrays(2).seed.tolist() == [3, 4]
+
+
 def draw(n, logits=LOGITS, seen=None, **settings):
     how = Settings(seed=list(range(n)), **settings).arrays(n)
     rows = jnp.broadcast_to(logits, (n, logits.shape[-1]))
