@@ -14,9 +14,10 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from elastic_lm.config import ModelConfig, from_dict, to_dict
+from elastic_lm.config import ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models.decoder import Params, abstract_params
+from elastic_lm.plain import from_dict, read_json, to_dict
 from elastic_lm.sharding import Rules, make_mesh, param_shardings
 
 CONFIG_FILE = "elastic_config.json"
@@ -164,7 +165,11 @@ def load_model(
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not an elastic checkpoint: it has no {CONFIG_FILE}")
-    config = from_dict(ModelConfig, json.loads(file.read_text()), "model.")
+    values = read_json(file)
+    try:
+        config = from_dict(ModelConfig, values, "model.")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     shardings = param_shardings(config, mesh, rules)
     abstract = jax.tree.map(

@@ -6,11 +6,11 @@ prompts) is traced and lives elsewhere.
 """
 
 import dataclasses
-import difflib
 import math
-import types
-from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from elastic_lm.plain import require
 
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -26,14 +26,21 @@ Optimizer = Literal["adamw", "muon"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+AT_LEAST_1 = (lambda value: value >= 1, "must be at least 1")
+NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+POSITIVE = (lambda value: 0 < value < math.inf, "must be positive and finite")
+SEED = (lambda value: 0 <= value < 2**32, "must be in [0, 2**32)")
 
-def _require(ok: bool, field: str, value: object, fix: str) -> None:
-    if not ok:
-        raise ValueError(f"{field}={value!r}: {fix}")
+
+def _require_each(
+    config: Any, where: str, fields: tuple[str, ...], ok: Callable[[Any], bool], fix: str
+) -> None:
+    for field in fields:
+        require(ok(getattr(config, field)), where + field, getattr(config, field), fix)
 
 
 def _require_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    _require(value in choices, field, value, f"must be one of {', '.join(choices)}")
+    require(value in choices, field, value, f"must be one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +60,17 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the ramp's borders to whole dimensions
 
     def __post_init__(self) -> None:
-        _require(self.theta > 0, "rope.theta", self.theta, "must be positive")
-        _require(0 < self.fraction <= 1, "rope.fraction", self.fraction, "must be in (0, 1]")
+        _require_each(self, "rope.", ("theta", "low_freq_factor", "beta_fast", "beta_slow"), *POSITIVE)
+        require(0 < self.fraction <= 1, "rope.fraction", self.fraction, "must be in (0, 1]")
         _require_choice("rope.scaling", self.scaling, get_args(RopeScaling))
-        _require(self.factor >= 1, "rope.factor", self.factor, "must be at least 1")
+        _require_each(self, "rope.", ("factor",), *AT_LEAST_1)
+        _require_each(self, "rope.", ("original_max_len", "attention_factor"), *NOT_NEGATIVE)
+        require(
+            self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor,
+            "rope.high_freq_factor",
+            self.high_freq_factor,
+            f"must be above low_freq_factor={self.low_freq_factor}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +84,10 @@ class ExitConfig:
     temperature: float = 1.0  # logits are divided by this
 
     def __post_init__(self) -> None:
-        _require(self.layer >= 1, "exit.layer", self.layer, "layers are counted from 1")
+        require(self.layer >= 1, "exit.layer", self.layer, "layers are counted from 1")
         _require_choice("exit.kind", self.kind, get_args(ExitKind))
         _require_choice("exit.init", self.init, get_args(ExitInit))
-        _require(self.temperature > 0, "exit.temperature", self.temperature, "must be positive")
+        require(self.temperature > 0, "exit.temperature", self.temperature, "must be positive")
 
     @property
     def name(self) -> str:
@@ -120,18 +134,19 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()  # tokens that end a text
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len"):
-            _require(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len")
+        _require_each(self, "", sizes, *AT_LEAST_1)
         object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
         if not self.head_dim:
-            _require(
+            require(
                 self.d_model % self.n_heads == 0,
                 "d_model",
                 self.d_model,
                 f"is not a multiple of n_heads={self.n_heads}; set head_dim explicitly",
             )
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        _require(
+        _require_each(self, "", ("n_kv_heads", "head_dim"), *AT_LEAST_1)
+        require(
             self.n_heads % self.n_kv_heads == 0,
             "n_kv_heads",
             self.n_kv_heads,
@@ -142,20 +157,27 @@ class ModelConfig:
         _require_choice("position", self.position, get_args(Position))
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("param_dtype", self.param_dtype, DTYPES)
-        _require(
+        require(
             len(self.windows) in (0, self.n_layers),
             "windows",
             self.windows,
             f"needs one entry per layer ({self.n_layers}) or none",
         )
+        require(all(w >= 0 for w in self.windows), "windows", self.windows, "must be tokens, or 0 for full")
+        require(
+            self.position != "rope" or self.rotary_dim % 2 == 0,
+            "rope.fraction",
+            self.rope.fraction,
+            f"rotates {self.rotary_dim} of head_dim={self.head_dim} dimensions; must give an even number",
+        )
         layers = [e.layer for e in self.exits]
-        _require(
+        require(
             layers == sorted(set(layers)),
             "exits",
             tuple(layers),
             "must be distinct layers in increasing order",
         )
-        _require(
+        require(
             not layers or layers[-1] <= self.n_layers,
             "exits",
             tuple(layers),
@@ -206,9 +228,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_choice("data.source", self.source, get_args(DataSource))
         _require_choice("data.packing", self.packing, get_args(Packing))
-        for field in ("seq_len", "batch_size", "span"):
-            _require(getattr(self, field) >= 1, f"data.{field}", getattr(self, field), "must be at least 1")
-        _require(
+        _require_each(self, "data.", ("seq_len", "batch_size", "span"), *AT_LEAST_1)
+        _require_each(self, "data.", ("seed",), *SEED)
+        require(
             self.source == "stdlib" or bool(self.paths),
             "data.paths",
             self.paths,
@@ -255,13 +277,27 @@ class TrainConfig:
             _require_choice(f"train.{field}", getattr(self, field), ("", *DTYPES))
         _require_choice("train.schedule", self.schedule, get_args(Schedule))
         _require_choice("train.optimizer", self.optimizer, get_args(Optimizer))
-        for field in ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk"):
-            _require(getattr(self, field) >= 1, f"train.{field}", getattr(self, field), "must be at least 1")
-        _require(self.lr > 0, "train.lr", self.lr, "must be positive")
-        _require(
+        counts = ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk")
+        _require_each(self, "train.", counts, *AT_LEAST_1)
+        _require_each(self, "train.", ("lr", "eps"), *POSITIVE)
+        _require_each(self, "train.", ("b1", "b2"), lambda v: 0 <= v < 1, "must be in [0, 1)")
+        zero_allowed = ("clip", "weight_decay", "exit_warmup", "eval_every", "eval_batches")
+        _require_each(self, "train.", zero_allowed, *NOT_NEGATIVE)
+        _require_each(self, "train.", ("seed",), *SEED)
+        require(
             0 <= self.warmup < self.steps, "train.warmup", self.warmup, f"must be below steps={self.steps}"
         )
-        _require(0 <= self.min_lr <= 1, "train.min_lr", self.min_lr, "is a share of lr, in [0, 1]")
+        require(0 <= self.min_lr <= 1, "train.min_lr", self.min_lr, "is a share of lr, in [0, 1]")
+        require(
+            0 <= self.decay_share <= 1,
+            "train.decay_share",
+            self.decay_share,
+            "is a share of steps, in [0, 1]",
+        )
+        weights = self.exit_weights
+        require(
+            all(0 <= w < math.inf for w in weights), "train.exit_weights", weights, "must not be negative"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,67 +320,22 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.model is not None or bool(self.train.init_from),
             "model",
             self.model,
             "describe a model, or name a checkpoint in train.init_from",
         )
-        _require(
+        require(
             not self.exits or self.train.method != "pretraining",
             "train.method",
             self.train.method,
             "trains no exits: choose ee_tuning or joint, or leave exits out",
         )
         rows = self.data.batch_size
-        _require(
+        require(
             rows % self.train.accumulate == 0,
             "train.accumulate",
             self.train.accumulate,
             f"must divide data.batch_size={rows}",
         )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Turns any config dataclass into plain JSON-compatible dicts and lists."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: Any, values: Mapping[str, Any], where: str = "") -> Any:
-    """Builds config dataclass `cls` from nested dicts, refusing unknown keys.
-
-    Args:
-      cls: a config dataclass of this module (nested dataclass fields are built too).
-      values: mapping from field names to values; missing fields take their defaults.
-      where: dotted prefix used in messages.
-
-    Returns:
-      An instance of `cls`.
-
-    Raises:
-      ValueError: a key is unknown (with the closest known one), or a value is refused by `cls`.
-    """
-    hints = get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
-    kwargs = {}
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}"
-            raise ValueError(f"unknown key {where}{key}={value!r}: {hint}")
-        kwargs[key] = _coerce(hints[key], value, f"{where}{key}")
-    return cls(**kwargs)
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """Turns JSON's lists and dicts into the tuples and dataclasses that `hint` asks for."""
-    if get_origin(hint) in (Union, types.UnionType) and isinstance(value, Mapping):
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(hint, value, where + ".")
-    if get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(_coerce(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if hint in (int, float, str, bool):
-        right = type(value) is hint or (hint is float and type(value) is int)
-        _require(right, where, value, f"must be of type {hint.__name__}")
-    return value

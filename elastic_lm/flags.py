@@ -57,7 +57,10 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
 
 
 def _fraction(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share like 0.99") from None
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
     return value

@@ -19,9 +19,10 @@ from typing import Any
 from elastic_lm.calibrate.confidence import metric_index
 from elastic_lm.calibrate.observe import Arrays, Observations, observe
 from elastic_lm.calibrate.search import NEVER, choose, outcome
-from elastic_lm.config import ModelConfig, from_dict, to_dict
+from elastic_lm.config import ModelConfig
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Params
+from elastic_lm.plain import from_dict, to_dict
 
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 GUARANTEE = "none: averages over the measured tokens, without a finite-sample guarantee for new text"

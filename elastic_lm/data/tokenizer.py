@@ -8,6 +8,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from elastic_lm.plain import read_json, require
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -113,7 +115,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _bos_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
@@ -129,7 +131,10 @@ def _eos_ids(backend: tokenizers.Tokenizer, folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         ids = _json(folder / name).get("eos_token_id")
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
+            ids = tuple(ids) if isinstance(ids, list) else (ids,)
+            right = all(type(i) is int for i in ids)
+            require(right, f"{folder / name}: eos_token_id", ids, "must be a token id, or a list of them")
+            return ids
     token = _token_id(backend, _json(folder / "tokenizer_config.json").get("eos_token"))
     token = backend.token_to_id(END_OF_TEXT) if token is None else token
     return () if token is None else (token,)

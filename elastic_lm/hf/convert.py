@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from elastic_lm.config import DTYPES, Activation, ExitConfig, ModelConfig, from_dict, to_dict
+from elastic_lm.config import DTYPES, Activation, ExitConfig, ModelConfig
 from elastic_lm.hf.families import find_family
 from elastic_lm.hf.family import ACTIVATIONS, REQUIRED, Family, Field
 from elastic_lm.hf.rope import rope_to_hf
+from elastic_lm.plain import from_dict, to_dict
 
 ELASTIC_VERSION = 1
 
@@ -109,7 +110,7 @@ def _read_dtype(hf: Mapping[str, Any]) -> str:
 def _read_activation(family: Family, hf: Mapping[str, Any]) -> Activation:
     key, default = family.activation
     name = hf.get(key) or default
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{key}={name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
@@ -124,15 +125,20 @@ def _activation_name(family: Family, activation: Activation) -> str:
 
 def _read_eos(family: Family, hf: Mapping[str, Any]) -> tuple[int, ...]:
     ids = hf.get("eos_token_id", family.eos_default)
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    ids = () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    if not all(type(i) is int for i in ids):
+        raise ValueError(f"eos_token_id={ids!r}: must be a token id, or a list of them")
+    return ids
 
 
 def _read_exits(hf: Mapping[str, Any]) -> tuple[ExitConfig, ...]:
     block = hf.get("elastic")
     if not block:
         return ()
+    if not isinstance(block, Mapping) or not isinstance(block.get("exits", []), list):
+        raise ValueError(
+            f"elastic={block!r}: must be a mapping with version and a list of exits; export again"
+        )
     if block.get("version") != ELASTIC_VERSION:
         raise ValueError(
             f"elastic.version={block.get('version')!r}: this release reads version {ELASTIC_VERSION}; "

@@ -1,6 +1,7 @@
 """What describes one family of Hugging Face checkpoints: two tables, tensors and config.json."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,24 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
     "relu2": "relu2",
 }
+
+
+def number(values: Mapping[str, Any], key: str, default: float, *, above: float = -1.0) -> float:
+    """The number under `key`, or the default where there is none.
+
+    Args:
+      values: parsed config.json, or a mapping in it.
+      key: where the number is.
+      default: taken where the key is missing or null.
+      above: the number must be larger.
+
+    Raises:
+      ValueError: it is not a number, or too small.
+    """
+    value = default if values.get(key) is None else values[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+        raise ValueError(f"{key}={value!r}: must be a number above {above:g}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from elastic_lm import plain
 from elastic_lm.hf.layouts import Shape
 
 WEIGHTS = "model.safetensors"
@@ -29,13 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: no such file. Expected a Hugging Face folder with config.json and {WEIGHTS} (or "
             f"shards with {INDEX}); copy the missing file into {path.parent}"
         )
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); {AGAIN}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}; {AGAIN}")
-    return value
+    return plain.read_json(path)
 
 
 class TensorFiles:

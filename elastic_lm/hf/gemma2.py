@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.config import ModelConfig
-from elastic_lm.hf.family import Family, Field, Tensor
+from elastic_lm.hf.family import Family, Field, Tensor, number
 from elastic_lm.hf.llama import ATTENTION, BIASES, FIELDS, MLP, ROOT, read_rope, replace_fields, write_rope
-from elastic_lm.hf.windows import layer_types, layered_windows
+from elastic_lm.hf.windows import layer_types, layered_windows, read_window
 
 NORMS = {
     "attn_norm/scale": Tensor(("input_layernorm.weight",)),
@@ -18,10 +18,10 @@ NORMS = {
 
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    window = hf.get("sliding_window", 4096) or 0
+    window = read_window(hf, 4096)
     return read_rope(hf, values) | {
         "windows": layered_windows(hf, values["n_layers"], window, lambda layer: layer % 2 == 0),
-        "attn_scale": 1.0 / math.sqrt(hf.get("query_pre_attn_scalar", 256)),
+        "attn_scale": 1.0 / math.sqrt(number(hf, "query_pre_attn_scalar", 256, above=0)),
         "embed_scale": math.sqrt(values["d_model"]),
     }
 

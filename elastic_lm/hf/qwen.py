@@ -16,7 +16,7 @@ from elastic_lm.hf.llama import (
     replace_fields,
     write_rope,
 )
-from elastic_lm.hf.windows import layer_types, layered_windows
+from elastic_lm.hf.windows import layer_types, layered_windows, read_window
 
 QWEN_FIELDS = replace_fields(
     FIELDS,
@@ -32,7 +32,7 @@ QK_NORM = {
 
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    window = (hf.get("sliding_window", 4096) or 0) if hf.get("use_sliding_window", False) else 0
+    window = read_window(hf, 4096) if hf.get("use_sliding_window", False) else 0
     first = hf.get("max_window_layers", 28)
     windows = layered_windows(hf, values["n_layers"], window, lambda layer: layer >= first)
     return read_rope(hf, values) | {"windows": windows}

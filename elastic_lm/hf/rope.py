@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.config import RopeConfig, RopeScaling
+from elastic_lm.hf.family import number
+
+ORIGINAL = "original_max_position_embeddings"
 
 SCALINGS: dict[str, RopeScaling] = {
     "default": "none",
@@ -43,35 +46,40 @@ def rope_from_hf(
     if not isinstance(values, Mapping) or any(isinstance(v, Mapping) for v in values.values()):
         raise ValueError(f"{where}={values!r}: must be one flat mapping that holds for every layer")
     kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(
             f"{where}.rope_type={kind!r} is not supported; supported: {', '.join(SCALINGS)}. "
             "Use a checkpoint without this context extension"
         )
     common: dict[str, Any] = {
-        "theta": float(values.get("rope_theta", hf.get(theta_key) or hf.get("rope_theta") or 10000.0)),
-        "fraction": float(values.get("partial_rotary_factor", hf.get(fraction_key, fraction))),
+        "theta": float(number(values, "rope_theta", number(hf, theta_key, _theta(hf), above=0), above=0)),
+        "fraction": float(number(values, "partial_rotary_factor", number(hf, fraction_key, fraction))),
         "scaling": SCALINGS[kind],
     }
     if kind == "default":
         return RopeConfig(**common)
     if values.get("factor") is None and kind != "yarn":
         raise ValueError(f"{where}={dict(values)!r}: rope_type {kind!r} needs a factor; add it")
-    original = hf.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
+    original = number(hf, ORIGINAL, 0) or number(values, ORIGINAL, 0)
     if kind in ("llama3", "yarn"):
-        common["original_max_len"] = int(original or 0)
-    common["factor"] = float(values.get("factor") or max_len / (original or max_len))
+        common["original_max_len"] = int(original)
+    common["factor"] = float(number(values, "factor", max_len / (original or max_len), above=0))
     if kind == "llama3":
-        common |= {key: float(_need(values, key, where)) for key in ("low_freq_factor", "high_freq_factor")}
+        for key in ("low_freq_factor", "high_freq_factor"):
+            _need(values, key, where)
+            common[key] = float(number(values, key, 0))
     if kind == "yarn":
         common |= _yarn(values, common["factor"])
     return RopeConfig(**common)
 
 
-def _need(values: Mapping[str, Any], key: str, where: str) -> Any:
+def _theta(hf: Mapping[str, Any]) -> float:
+    return number(hf, "rope_theta", 10000.0, above=0)
+
+
+def _need(values: Mapping[str, Any], key: str, where: str) -> None:
     if values.get(key) is None:
         raise ValueError(f"{where}={dict(values)!r}: {key} is missing; add it")
-    return values[key]
 
 
 def _yarn(values: Mapping[str, Any], factor: float) -> dict[str, Any]:
@@ -80,14 +88,14 @@ def _yarn(values: Mapping[str, Any], factor: float) -> dict[str, Any]:
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    attention = values.get("attention_factor")
-    both = values.get("mscale"), values.get("mscale_all_dim")
-    if attention is None and both[0] and both[1]:
+    attention = number(values, "attention_factor", 0)
+    both = number(values, "mscale", 0), number(values, "mscale_all_dim", 0)
+    if not attention and both[0] and both[1]:
         attention = mscale(both[0]) / mscale(both[1])
     return {
-        "beta_fast": float(values.get("beta_fast") or 32),
-        "beta_slow": float(values.get("beta_slow") or 1),
-        "attention_factor": float(attention or 0),
+        "beta_fast": float(number(values, "beta_fast", 32)),
+        "beta_slow": float(number(values, "beta_slow", 1)),
+        "attention_factor": float(attention),
         "truncate": bool(values.get("truncate", True)),
     }
 
@@ -115,7 +123,7 @@ def rope_to_hf(
     if rope.scaling != "none":
         values["factor"] = rope.factor
     if rope.scaling in ("llama3", "yarn"):
-        values["original_max_position_embeddings"] = rope.original_max_len or max_len
+        values[ORIGINAL] = rope.original_max_len or max_len
     if rope.scaling == "llama3":
         values |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.scaling == "yarn":

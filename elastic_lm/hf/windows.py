@@ -3,7 +3,23 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from elastic_lm.hf.family import number
+
 SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def read_window(hf: Mapping[str, Any], default: int) -> int:
+    """The file's `sliding_window` in tokens, 0 where it is null; `default` where it does not say."""
+    if "sliding_window" not in hf:
+        return default
+    return int(number(hf, "sliding_window", 0))
+
+
+def _read_kinds(hf: Mapping[str, Any]) -> list[str]:
+    kinds = hf.get("layer_types") or []
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"layer_types={kinds!r}: must be a list of {FULL!r} and {SLIDING!r}")
+    return kinds
 
 
 def uniform_windows(hf: Mapping[str, Any], layers: int, default: int) -> tuple[int, ...]:
@@ -20,8 +36,8 @@ def uniform_windows(hf: Mapping[str, Any], layers: int, default: int) -> tuple[i
     Raises:
       ValueError: the file gives kinds of attention per layer that differ from each other.
     """
-    window = hf.get("sliding_window", default) or 0
-    kinds = set(hf.get("layer_types") or ())
+    window = read_window(hf, default)
+    kinds = set(_read_kinds(hf))
     if kinds - {SLIDING if window else FULL}:
         raise ValueError(
             f"layer_types={hf['layer_types']!r} with sliding_window={window}: "
@@ -47,7 +63,7 @@ def layered_windows(
     Raises:
       ValueError: `layer_types` has the wrong length, an unknown kind, or slides without a window.
     """
-    kinds = hf.get("layer_types") or [SLIDING if window and sliding(i) else FULL for i in range(layers)]
+    kinds = _read_kinds(hf) or [SLIDING if window and sliding(i) else FULL for i in range(layers)]
     if len(kinds) != layers or set(kinds) - {SLIDING, FULL}:
         raise ValueError(
             f"layer_types={kinds!r}: must be {layers} entries (num_hidden_layers), "

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config import RunConfig, from_dict
+from elastic_lm.config import RunConfig
+from elastic_lm.plain import from_dict
 
 PREFIX = "--config."
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config import RunConfig, from_dict, to_dict
+from elastic_lm.config import RunConfig
+from elastic_lm.plain import from_dict, to_dict
 
 FILE = "run.json"
 MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "save_every", "keep")

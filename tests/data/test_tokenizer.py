@@ -79,3 +79,21 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="vocab_size=256"):
         train_bpe(TEXT, 256)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ['{"a": ', "[1]"])
+def test_damaged_files_beside_it_are_named(
+    learned: Tokenizer, tmp_path: Path, name: str, content: str
+) -> None:
+    learned.save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        Tokenizer.load(tmp_path)
+
+
+def test_end_ids_that_are_none_are_named(learned: Tokenizer, tmp_path: Path) -> None:
+    learned.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id=\('x',\): must be a token id"):
+        Tokenizer.load(tmp_path)

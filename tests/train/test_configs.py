@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_lm.config import RunConfig, TrainConfig, from_dict
+from elastic_lm.config import RunConfig, TrainConfig
+from elastic_lm.plain import from_dict
 from elastic_lm.train.configs import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -57,6 +58,25 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.steps.more=3", r"train\.steps\.more: steps has no keys"),
         ("--seed=3", r"'--seed=3' is not an override"),
         ("train.steps", r"'train\.steps' is not an override"),
+        ("exits=3", r"exits=3: must be a tuple: write \(3,\)"),
+        ("data.paths=book.txt", r"data\.paths='book\.txt': must be a tuple: write \('book\.txt',\)"),
+        ("train.exit_weights=0.4", r"train\.exit_weights=0\.4: must be a tuple: write \(0\.4,\)"),
+        ("model.windows=3", r"model\.windows=3: must be a tuple"),
+        ("train=3", r"train=3: must be a mapping"),
+        ("exits=[{'kind': 'norm'}]", r"exits\[0\].*needs exits\[0\]\.layer"),
+        ("model={'d_model': 32}", r"model=.*needs model\.vocab_size, model\.n_layers"),
+        ("train.clip=-1.0", r"train\.clip=-1\.0: must be at least 0"),
+        ("train.b1=1.5", r"train\.b1=1\.5: must be in \[0, 1\)"),
+        ("train.b2=-0.1", r"train\.b2=-0\.1: must be in \[0, 1\)"),
+        ("train.eps=0.0", r"train\.eps=0\.0: must be positive"),
+        ("train.weight_decay=-0.1", r"train\.weight_decay=-0\.1: must be at least 0"),
+        ("train.exit_weights=(-1.0,)", r"train\.exit_weights=\(-1\.0,\): must not be negative"),
+        ("train.exit_warmup=-1", r"train\.exit_warmup=-1: must be at least 0"),
+        ("train.decay_share=1.5", r"train\.decay_share=1\.5: is a share"),
+        ("train.eval_every=-1", r"train\.eval_every=-1: must be at least 0"),
+        ("train.eval_batches=-1", r"train\.eval_batches=-1: must be at least 0"),
+        ("train.seed=-1", r"train\.seed=-1: must be in"),
+        ("data.seed=-1", r"data\.seed=-1: must be in"),
     ],
 )
 def test_refused_overrides_name_the_key(file: Path, override: str, message: str) -> None:
