@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ from orbax.checkpoint import v1 as ocp
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.hf.files import replace_folder
 from elastic_lm.models.decoder import Params, abstract_params
 from elastic_lm.plain import from_dict, read_json, to_dict
 from elastic_lm.sharding import Rules, make_mesh, param_shardings
 
 CONFIG_FILE = "elastic_config.json"
 PARAMS_FOLDER = "params"
+WRITTEN = {
+    *(CONFIG_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json"),
+    *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
+}
 
 
 class Checkpoints:
@@ -124,24 +130,76 @@ def _tuples(state: Any) -> Any:
     return tuple(map(_tuples, state)) if isinstance(state, list) else state
 
 
-def save_model(path: str | Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None) -> None:
+def save_model(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    *,
+    overwrite: bool = False,
+) -> None:
     """Writes an elastic checkpoint: elastic_config.json, params/ and the tokenizer's files.
 
+    The folder appears complete or not at all.
+
     Args:
-      path: folder; an older model in it is replaced.
+      path: folder to create.
       config: the model.
       params: canonical parameters.
       tokenizer: saved beside them; None = no tokenizer.
+      overwrite: replace an earlier checkpoint at `path`.
 
     Raises:
+      FileExistsError: `path` holds something that may not be replaced.
       ValueError: `path` is remote.
     """
-    folder = epath.Path(local_folder(path)).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    ocp.save(folder / PARAMS_FOLDER, params, overwrite=True)
-    if tokenizer is not None:
-        tokenizer.save(path)
-    (folder / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    target = check_target(path, overwrite)
+    partial = target.with_name(f".{target.name}.partial")  # the same in every process: all write into it
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    try:
+        ocp.save(epath.Path(partial / PARAMS_FOLDER), params)
+        if first:
+            if tokenizer is not None:
+                tokenizer.save(partial)
+            (partial / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            replace_folder(partial, target)
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(path: str | Path, overwrite: bool) -> Path:
+    """Where a checkpoint may be written.
+
+    Args:
+      path: the folder that `save_model` is asked for.
+      overwrite: whether an earlier checkpoint there may be replaced.
+
+    Returns:
+      The absolute path.
+
+    Raises:
+      FileExistsError: `path` holds something that may not be replaced; names it.
+      ValueError: `path` is remote.
+    """
+    target = local_folder(path).absolute()
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return target
+    if not target.is_dir() or not (target / CONFIG_FILE).is_file():
+        raise FileExistsError(f"{target}: is no elastic checkpoint and is not replaced; choose another path")
+    if not overwrite:
+        raise FileExistsError(f"{target}: exists already; choose another path, or overwrite it")
+    params = target / PARAMS_FOLDER
+    for file in [*target.iterdir(), *(params.iterdir() if params.is_dir() else ())]:
+        if file.name not in WRITTEN:
+            raise FileExistsError(
+                f"{file}: not written by this package, so {target} is not replaced; move it away, or choose "
+                "another path"
+            )
+    return target
 
 
 def load_model(

@@ -20,8 +20,10 @@ def convert(args: argparse.Namespace) -> None:
     """Hugging Face folder to elastic checkpoint."""
     from elastic_lm import checkpoint, hf
 
+    checkpoint.check_target(args.target, args.overwrite)
     config, params = hf.load(args.source, dtype=args.dtype)
-    checkpoint.save_model(args.target, config, params, _tokenizer(args.source))
+    tokenizer = _tokenizer(args.source)
+    checkpoint.save_model(args.target, config, params, tokenizer, overwrite=args.overwrite)
     size = f"{config.n_layers} layers, {_count(params)} parameters"
     print(f"{args.source} -> {args.target}: {config.family}, {size}")
 
@@ -55,8 +57,10 @@ def train(args: argparse.Namespace) -> None:
 def calibrate(args: argparse.Namespace) -> None:
     """Fits the exits' thresholds."""
     from elastic_lm.calibrate.thresholds import calibrate
+    from elastic_lm.generation import prepare_output
     from elastic_lm.held_out import held_out_batches, load_with_tokenizer
 
+    prepare_output(args.out)
     model, params, tokenizer, folder = load_with_tokenizer(args.model)
     batches, text = held_out_batches(args, tokenizer, "calibration")
     policy = calibrate(
@@ -78,9 +82,11 @@ def evaluate(args: argparse.Namespace) -> None:
     from elastic_lm.calibrate.search import outcome
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.evaluate import quality
+    from elastic_lm.generation import prepare_output
     from elastic_lm.held_out import held_out_batches, load_with_tokenizer
 
     policy = ConfidenceExit.load(args.thresholds) if args.thresholds else None
+    prepare_output(args.json)
     model, params, tokenizer, folder = load_with_tokenizer(args.model)
     if policy:
         policy.check(model.config)
@@ -129,7 +135,9 @@ def generate(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> None:
     """Runs a benchmark."""
     from elastic_lm.bench import report
+    from elastic_lm.generation import prepare_output
 
+    prepare_output(args.json)
     result = report.run(args.name, report.Options(args.tiny, args.rounds, args.seed))
     print(report.table(result))
     if args.json:

@@ -163,6 +163,7 @@ class ModelConfig:
             self.windows,
             f"needs one entry per layer ({self.n_layers}) or none",
         )
+        _require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
         require(all(w >= 0 for w in self.windows), "windows", self.windows, "must be tokens, or 0 for full")
         require(
             self.position != "rope" or self.rotary_dim % 2 == 0,

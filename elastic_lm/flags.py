@@ -111,12 +111,12 @@ def _quickstart(parser: Parser) -> None:
         "--exits",
         type=_layers,
         metavar="L,L",
-        help="layers with an exit (default: a quarter and half of them)",
+        help="layers with an exit (default: a quarter of them)",
     )
     add("--kind", default="norm", help="exit kind: embedding, norm, mlp or block (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="EE-tuning steps (default: 60)")
     add("--targets", type=_fractions, metavar="A,A", help="agreements (default: 0.9,0.95,0.98,0.99,0.995)")
-    add("--metric", default="max_prob", help="confidence: max_prob, margin, entropy (default: %(default)s)")
+    add("--metric", default="margin", help="confidence: max_prob, margin, entropy (default: %(default)s)")
     add("--seed", type=int, default=0, help="of exits, shuffles and sampling (default: 0)")
     add(
         "--tiny",
@@ -137,6 +137,7 @@ def _convert(parser: Parser) -> None:
     )
     parser.add_argument("--to", dest="target", required=True, metavar="DIR", help="new checkpoint folder")
     _dtype(parser, "default: float32 on CPU, elsewhere as stored")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint at --to")
 
 
 def _dtype(parser: Parser, help: str) -> None:

@@ -22,6 +22,7 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 def run(args: argparse.Namespace) -> None:
     """Runs `elastic-lm generate`."""
     prompts = read_prompts(args.prompt, args.prompts_file)
+    prepare_output(args.json)
     if args.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
     model, params, tokenizer, _ = load_with_tokenizer(args.model)
@@ -51,7 +52,7 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     """
     named = [(f"--prompt {i}", text) for i, text in enumerate(given, 1)]
     if file:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = _read_lines(file)
         named += [
             (f"{file} line {i}", _prompt(file, i, line)) for i, line in enumerate(lines, 1) if line.strip()
         ]
@@ -60,16 +61,30 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     for where, text in named:
         if not text:
             raise ValueError(f"{where} is empty: give at least one character")
+        if text != text.encode("utf-8", "ignore").decode("utf-8"):
+            raise ValueError(
+                f"{where}: prompt={text!r} holds half of a character; give complete Unicode text"
+            )
     return [text for _, text in named]
+
+
+def _read_lines(file: str) -> list[str]:
+    try:
+        return Path(file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is not UTF-8 text ({error}); convert it first") from error
 
 
 def _prompt(file: str, number: int, line: str) -> str:
     if not file.endswith(".jsonl"):
         return line
     try:
-        return json.loads(line)["prompt"]
+        prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{file} line {number}: expected a JSON object with a "prompt"') from None
+    if not isinstance(prompt, str):
+        raise ValueError(f"{file} line {number}: prompt={prompt!r} must be a string")
+    return prompt
 
 
 def exit_policy(
@@ -107,7 +122,8 @@ def show(
     for prompt, sample in zip(prompts, samples, strict=True):
         text = sample.text
         if colour:
-            text = render.to_ansi(render.spans(tokenizer.decode, sample.tokens, sample.exit_layers), n_layers)
+            before = tokenizer.encode(prompt, bos=True)
+            text = render.to_ansi(sample_spans(tokenizer, before, sample), n_layers)
         print(prompt + text)
     stats = samples[0].stats
     counts = ", ".join(f"{n} after {depth} layers" for depth, n in stats.exit_counts.items())
@@ -118,11 +134,36 @@ def show(
     )
 
 
+def sample_spans(tokenizer: Tokenizer, prompt: Sequence[int], sample: Sample) -> list[render.Span]:
+    """The text of a continuation of `prompt` (token ids), in runs of one depth."""
+    return render.spans(tokenizer.decode, sample.tokens, sample.exit_layers, prompt=prompt, text=sample.text)
+
+
 def write_json(path: str, prompts: Sequence[str], samples: Sequence[Sample]) -> None:
     """Writes one JSON object per prompt: prompt, text, tokens, exit_layers, stats; - = stdout."""
     with _open(path) as file:
         for prompt, sample in zip(prompts, samples, strict=True):
             file.write(json.dumps({"prompt": prompt, **dataclasses.asdict(sample)}) + "\n")
+
+
+def prepare_output(path: str | None) -> None:
+    """Makes the folder of a file that will be written at the end of long work.
+
+    Args:
+      path: the file; None or - = there is none.
+
+    Raises:
+      OSError: it cannot be written there.
+    """
+    if path in (None, "-"):
+        return
+    target = Path(str(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not target.exists()
+    if is_new or target.is_file() or target.is_dir():  # a pipe would lose its reader
+        target.open("a").close()
+    if is_new:
+        target.unlink()
 
 
 @contextlib.contextmanager

@@ -33,7 +33,9 @@ class JsonlWriter:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = [line for line in _lines(path) if _step_of(line) <= resume_step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(kept))
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -28,7 +28,14 @@ def _mix(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> tupl
     return red, green, blue
 
 
-def spans(decode: Callable[[Sequence[int]], str], tokens: Sequence[int], depths: Sequence[int]) -> list[Span]:
+def spans(
+    decode: Callable[[Sequence[int]], str],
+    tokens: Sequence[int],
+    depths: Sequence[int],
+    *,
+    prompt: Sequence[int] = (),
+    text: str | None = None,
+) -> list[Span]:
     """Splits decoded text into runs of one depth.
 
     A token may hold part of a character, so each piece is what its token adds to the decoded prefix;
@@ -38,21 +45,30 @@ def spans(decode: Callable[[Sequence[int]], str], tokens: Sequence[int], depths:
       decode: token ids -> text.
       tokens: ids in order.
       depths: layers used by each token, as many as tokens.
+      prompt: ids before them, which may decide about a space between.
+      text: what the tokens say in the end, possibly cut before a stop string; None = all of it.
 
     Returns:
       [(text, depth)], neighbours differing in depth; the texts join to the decoded whole.
     """
-    pieces = zip(_pieces(decode, tokens), depths, strict=True)
+    before = decode(prompt) if prompt else ""
+
+    def prefix(end: int) -> str:
+        shown = decode([*prompt, *tokens[:end]])
+        shown = shown[len(before) :] if shown.startswith(before) else decode(tokens[:end])
+        return shown if text is None else shown[: len(text)]
+
+    pieces = zip(_pieces(prefix, len(tokens)), depths, strict=True)
     runs = itertools.groupby(pieces, key=lambda piece: piece[1])
     joined = [("".join(text for text, _ in run), depth) for depth, run in runs]
     return [(text, depth) for text, depth in joined if text]
 
 
-def _pieces(decode: Callable[[Sequence[int]], str], tokens: Sequence[int]) -> Iterator[str]:
+def _pieces(prefix: Callable[[int], str], count: int) -> Iterator[str]:
     shown = ""
-    for end in range(1, len(tokens) + 1):
-        text = decode(tokens[:end])
-        if text.endswith("\ufffd") and end < len(tokens):
+    for end in range(1, count + 1):
+        text = prefix(end)
+        if text.endswith("\ufffd") and end < count:
             yield ""
         else:
             yield text[len(shown) :]

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from elastic_lm import checkpoint, cli, flags, testing
 from elastic_lm.calibrate.thresholds import ConfidenceExit
 from elastic_lm.data.stdlib import stdlib_files
 from elastic_lm.data.tokenizer import train_bpe
+from elastic_lm.generation import prepare_output
 from elastic_lm.models.decoder import init_params
 
 COMMANDS = ("quickstart", "convert", "export", "train", "calibrate", "generate", "evaluate", "bench")
@@ -95,6 +97,92 @@ def test_export_of_the_full_depth_model_in_another_dtype(
     assert "elastic" not in json.loads((target / "config.json").read_text())
     with safe_open(target / "model.safetensors", "numpy") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_convert_replaces_checkpoints_only(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "hf", tmp_path / "ckpt"
+    run("export", "--from", model, "--to", source)
+    convert = ("convert", "--from", source, "--to", target)
+    assert run(*convert) == 0
+    assert "exists already" in refused(capsys, *convert)
+    assert run(*convert, "--overwrite") == 0
+    thesis = target / "params" / "thesis.txt"
+    thesis.touch()
+    assert "thesis.txt: not written by this package" in refused(capsys, *convert, "--overwrite")
+    assert thesis.exists()
+    into_itself = ("convert", "--from", source, "--to", source, "--overwrite")
+    assert "is no elastic checkpoint" in refused(capsys, *into_itself)
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(
+    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    config, params = checkpoint.load_model(folder)
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "to_dict", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoint.save_model(folder, config, other, None, overwrite=True)
+    testing.assert_same_tree(checkpoint.load_model(folder)[1], params)
+    checkpoint.save_model(folder, config, other, None, overwrite=True)
+    testing.assert_same_tree(checkpoint.load_model(folder)[1], other)
+    assert not (folder / "tokenizer.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_folders_for_results_are_made(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "old.json").write_text("kept until the work is done")
+    for file in ("old.json", "new/x.json", "-"):
+        prepare_output(str(tmp_path / file) if file != "-" else file)
+    assert (tmp_path / "old.json").read_text() == "kept until the work is done"
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_coloured_text_is_the_plain_text(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_ = ("generate", "--model", model, "--prompt", "def f(", "--max-new-tokens", 8)
+    assert run(*run_) == 0
+    stop = capsys.readouterr().out.strip("\n")[-2:]
+    texts = []
+    for colour in ("never", "always"):
+        assert run(*run_, "--stop", stop, "--color", colour) == 0
+        texts.append(re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out))
+    assert stop not in texts[0]
+    assert texts[0] == texts[1]
+
+
+def test_output_folders_are_made_before_the_work(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    inside = tmp_path / "file" / "x.json"
+    nowhere = tmp_path / "nowhere"  # were the model looked at first, it would be complained about
+    assert str(tmp_path / "file") in refused(
+        capsys, "generate", "--model", nowhere, "--prompt", "a", "--json", inside
+    )
+    assert str(tmp_path / "file") in refused(capsys, "evaluate", "--model", nowhere, "--json", inside)
+    assert str(tmp_path / "file") in refused(capsys, "calibrate", "--model", nowhere, "--out", inside)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": 5}', "prompt=5 must"),
+        (b'{"prompt": "\\ud800"}', "prompt='\\ud800' holds half of a character"),
+        (b"\xff", "UTF-8"),
+    ],
+)
+def test_prompts_that_are_no_text(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(content)
+    printed = refused(capsys, "generate", "--prompts-file", file)
+    assert message in printed
+    assert str(file) in printed
 
 
 def test_generate_prints_prompt_and_continuation(

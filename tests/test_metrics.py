@@ -1,6 +1,7 @@
 """Writers: what lands on disk and in the terminal."""
 
 import json
+import pathlib
 import sys
 
 import pytest
@@ -21,6 +22,19 @@ def test_lines_of_repeated_steps_are_replaced(tmp_path) -> None:
     again.close()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 0.333333}, {"step": 2, "loss": 0.666667}, {"step": 3, "loss": 9.0}]
+
+
+def test_lines_survive_a_kill_while_they_are_rewritten(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n')
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        JsonlWriter(file, resume_step=1)
+    assert file.read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
 def test_progress_without_a_terminal_is_plain_lines(capsys) -> None:

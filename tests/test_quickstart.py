@@ -6,7 +6,9 @@ import pathlib
 import pytest
 
 from elastic_lm import cli
+from elastic_lm.quickstart import train
 from elastic_lm.quickstart.options import Options
+from elastic_lm.quickstart.run import run
 from elastic_lm.quickstart.text import split_text
 from elastic_lm.quickstart.train import exit_layers
 
@@ -47,8 +49,59 @@ def test_text_is_cut_into_disjoint_parts(tmp_path: pathlib.Path) -> None:
         split_text([str(tmp_path / "short.txt")], tmp_path / "parts")
 
 
+def test_half_written_text_is_not_used(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "book.txt").write_text("".join(f"line {i} of the text\n" for i in range(4000)))
+    whole = pathlib.Path.write_text
+
+    def die(path: pathlib.Path, text: str, **how: str) -> None:
+        whole(path, text[:100], **how)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_text", die)
+        with pytest.raises(KeyboardInterrupt):
+            split_text([str(tmp_path / "book.txt")], tmp_path / "parts")
+    files = split_text([str(tmp_path / "book.txt")], tmp_path / "parts")
+    assert files["train"].stat().st_size > 10_000
+
+
+def test_what_the_model_cannot_do_is_refused_before_anything_is_trained(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "fit", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="exits lie between 1 and 3"):
+        run(Options(out=str(tmp_path), from_scratch=True, exits=(99,)).shrunk())
+    (tmp_path / "book.txt").write_text("".join(f"line {i} of the text\n" for i in range(4000)))
+    few = Options(out=str(tmp_path), data=(str(tmp_path / "book.txt"),), prompts=1000)
+    with pytest.raises(ValueError, match="pieces of 48 tokens, 1000 are needed"):
+        run(few)
+
+
 def test_exit_layers() -> None:
-    assert exit_layers(Options(), 12) == (3, 6)
+    assert exit_layers(Options(), 12) == (3,)
     assert exit_layers(Options(exits=(2, 5)), 6) == (2, 5)
     with pytest.raises(ValueError, match="exits lie between 1 and 11"):
         exit_layers(Options(exits=(12,)), 12)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"metric": "foo"}, "metric='foo': must be one of"),
+        ({"kind": "foo"}, "exit.kind='foo': must be one of"),
+        ({"exits": (0,)}, "layers are counted from 1"),
+        ({"exits": (3, 3)}, "name every layer once"),
+        ({"from_scratch": True, "hf_dir": "x"}, "give one of them"),
+    ],
+)
+def test_choices_are_checked_at_once(choices: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(**choices)
+
+
+def test_rows_and_texts_fit_the_model() -> None:
+    fitted = Options().fitted(64)
+    assert (fitted.seq_len, fitted.prompt_tokens, fitted.new_tokens) == (64, 21, 43)
+    assert Options().fitted(1024) == Options()
+    with pytest.raises(ValueError, match="max_len=8 is too short"):
+        Options().fitted(8)

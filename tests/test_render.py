@@ -3,6 +3,7 @@
 import io
 import itertools
 import re
+from collections.abc import Sequence
 
 from elastic_lm import render
 
@@ -18,6 +19,18 @@ def test_spans_join_to_the_decoded_text() -> None:
     parts = render.spans(decode, list(BYTES), depths)
     assert "".join(text for text, _ in parts) == "naïve café"
     assert all(a[1] != b[1] for a, b in itertools.pairwise(parts))
+
+
+def test_spans_follow_a_prompt_and_end_where_the_text_does() -> None:
+    words = ["once", "upon", "a", "time"]
+
+    def joined(ids: Sequence[int]) -> str:
+        return " ".join(words[i] for i in ids)
+
+    assert render.spans(joined, [2, 3], [1, 2]) == [("a", 1), (" time", 2)]
+    assert render.spans(joined, [2, 3], [1, 2], prompt=[0, 1]) == [(" a", 1), (" time", 2)]
+    assert render.spans(joined, [2, 3], [1, 2], prompt=[0, 1], text=" a ti") == [(" a", 1), (" ti", 2)]
+    assert render.spans(joined, [2, 3], [1, 2], prompt=[0, 1], text=" a") == [(" a", 1)]
 
 
 def test_spans_keep_a_cut_character_at_the_end() -> None:

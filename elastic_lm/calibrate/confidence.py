@@ -75,5 +75,4 @@ def confidence_by_index(index: jax.Array, logits: jax.Array) -> jax.Array:
     Returns:
       [...] float32 in [0, 1].
     """
-    logits = logits.astype(jnp.float32)
-    return jnp.stack([metric(logits) for metric in FUNCTIONS])[index]
+    return jax.lax.switch(index, FUNCTIONS, logits.astype(jnp.float32))

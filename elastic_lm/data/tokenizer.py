@@ -37,7 +37,7 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: there is no tokenizer.json.
-          ValueError: the file is not a tokenizer.
+          ValueError: the file is not a tokenizer, or one beside it is damaged; names the file.
         """
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
@@ -123,8 +123,8 @@ def _bos_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
     template = backend.encode("a", add_special_tokens=True)
     if template.ids and template.special_tokens_mask[0]:
         return template.ids[0]
-    config = _json(folder / "tokenizer_config.json")
-    return _token_id(backend, config.get("bos_token")) if config.get("add_bos_token") else None
+    file = folder / "tokenizer_config.json"
+    return _token_id(backend, file, "bos_token") if _json(file).get("add_bos_token") else None
 
 
 def _eos_ids(backend: tokenizers.Tokenizer, folder: Path) -> tuple[int, ...]:
@@ -135,13 +135,19 @@ def _eos_ids(backend: tokenizers.Tokenizer, folder: Path) -> tuple[int, ...]:
             right = all(type(i) is int for i in ids)
             require(right, f"{folder / name}: eos_token_id", ids, "must be a token id, or a list of them")
             return ids
-    token = _token_id(backend, _json(folder / "tokenizer_config.json").get("eos_token"))
+    token = _token_id(backend, folder / "tokenizer_config.json", "eos_token")
     token = backend.token_to_id(END_OF_TEXT) if token is None else token
     return () if token is None else (token,)
 
 
-def _token_id(backend: tokenizers.Tokenizer, token: str | dict[str, Any] | None) -> int | None:
-    """Id of a special token written as a string or as an AddedToken."""
-    if isinstance(token, dict):
-        token = str(token["content"])
-    return None if token is None else backend.token_to_id(token)
+def _token_id(backend: tokenizers.Tokenizer, file: Path, key: str) -> int | None:
+    """Id of the special token under `key`, written as a string or as an AddedToken."""
+    value = _json(file).get(key)
+    if value is None:
+        return None
+    token = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(token, str):
+        raise ValueError(
+            f'{file}: {key}={value!r}: must be a string, or a mapping like {{"content": "</s>"}}'
+        )
+    return backend.token_to_id(token)

@@ -1,14 +1,15 @@
 """config.json of Hugging Face <-> ModelConfig, driven by the family's table."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.config import DTYPES, Activation, ExitConfig, ModelConfig
 from elastic_lm.hf.families import find_family
-from elastic_lm.hf.family import ACTIVATIONS, REQUIRED, Family, Field
+from elastic_lm.hf.family import ACTIVATIONS, REQUIRED, Family, Field, typed
 from elastic_lm.hf.rope import rope_to_hf
-from elastic_lm.plain import from_dict, to_dict
+from elastic_lm.plain import from_dict, require, to_dict
 
 ELASTIC_VERSION = 1
 
@@ -29,17 +30,25 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     family = find_family(hf.get("model_type"))
     _refuse(family, hf)
+    try:
+        return _read_model(family, hf)
+    except ValueError as error:
+        raise ValueError(_in_their_words(family, str(error))) from error
+
+
+def _read_model(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
     values: dict[str, Any] = dict(family.fixed)
     for field in family.fields:
         value = _read_field(field, hf)
         if value is not None:
             values[field.ours] = value
+    values.setdefault("max_len", ModelConfig.max_len)
     values |= family.read(hf, values)
     dtype = _read_dtype(hf)
     return ModelConfig(
         **values,
         activation=_read_activation(family, hf),
-        eos_ids=_read_eos(family, hf),
+        eos_ids=read_eos(hf, family.eos_default),
         exits=_read_exits(hf),
         dtype=dtype,
         param_dtype=dtype,
@@ -74,6 +83,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return hf
 
 
+def _in_their_words(family: Family, message: str) -> str:
+    """A refusal of our fields, with the keys of config.json that they come from."""
+    words = {field.ours: field.theirs for field in family.fields}
+    return re.sub(rf"(?<![\w.'])({'|'.join(words)})(?![\w'])", lambda match: words[match[0]], message)
+
+
 def _refuse(family: Family, hf: Mapping[str, Any]) -> None:
     if hf.get("quantization_config"):
         raise ValueError(
@@ -91,14 +106,11 @@ def _refuse(family: Family, hf: Mapping[str, Any]) -> None:
 def _read_field(field: Field, hf: Mapping[str, Any]) -> Any:
     """Value of one field, or None where our own default applies."""
     value = hf.get(field.theirs, field.default)
-    if value is REQUIRED:
+    if value is REQUIRED or (value is None and field.default is REQUIRED):
         raise ValueError(f"{field.theirs} is missing; add it")
     hint = next(f for f in dataclasses.fields(ModelConfig) if f.name == field.ours).type
-    wanted = {bool: bool, float: (int, float)}.get(hint, int)
-    if value is not None and (
-        not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool)
-    ):
-        raise ValueError(f"{field.theirs}={value!r}: must be a {getattr(hint, '__name__', 'int')}")
+    value = typed({field.theirs: value}, field.theirs, {bool: bool, float: float}.get(hint, int), None)
+    require(field.default is not REQUIRED or value >= 1, field.theirs, value, "must be at least 1")
     return float(value) if hint is float and value is not None else value
 
 
@@ -123,8 +135,13 @@ def _activation_name(family: Family, activation: Activation) -> str:
     return next(name for name, ours in ACTIVATIONS.items() if ours == activation)
 
 
-def _read_eos(family: Family, hf: Mapping[str, Any]) -> tuple[int, ...]:
-    ids = hf.get("eos_token_id", family.eos_default)
+def read_eos(hf: Mapping[str, Any], default: int | None) -> tuple[int, ...]:
+    """Ids that end a text, of a parsed config.json or generation_config.json.
+
+    Raises:
+      ValueError: `eos_token_id` is neither an id, nor a list of them, nor null.
+    """
+    ids = hf.get("eos_token_id", default)
     ids = () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
     if not all(type(i) is int for i in ids):
         raise ValueError(f"eos_token_id={ids!r}: must be a token id, or a list of them")

@@ -7,6 +7,7 @@ from typing import Any
 
 from elastic_lm.config import Activation, ModelConfig
 from elastic_lm.hf.layouts import SAME, Layout
+from elastic_lm.plain import require
 
 REQUIRED = object()
 
@@ -25,21 +26,34 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def number(values: Mapping[str, Any], key: str, default: float, *, above: float = -1.0) -> float:
+def typed(values: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    """The value under `key`, or the default where there is none.
+
+    Raises:
+      ValueError: it is not of type `kind`; integers count as floats, booleans only as themselves.
+    """
+    value = default if values.get(key) is None else values[key]
+    right = value is default or type(value) is kind or (kind is float and type(value) is int)
+    require(right, key, value, f"must be of type {kind.__name__}")
+    return value
+
+
+def number(values: Mapping[str, Any], key: str, default: float, *, above: float | None = None) -> float:
     """The number under `key`, or the default where there is none.
 
     Args:
       values: parsed config.json, or a mapping in it.
       key: where the number is.
       default: taken where the key is missing or null.
-      above: the number must be larger.
+      above: the number must be larger; None = at least 0.
 
     Raises:
       ValueError: it is not a number, or too small.
     """
     value = default if values.get(key) is None else values[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
-        raise ValueError(f"{key}={value!r}: must be a number above {above:g}")
+    low = "of at least 0" if above is None else f"above {above:g}"
+    right = type(value) in (int, float) and (value >= 0 if above is None else value > above)
+    require(right and value < math.inf, key, value, f"must be a number {low}")
     return value
 
 

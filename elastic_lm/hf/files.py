@@ -1,6 +1,8 @@
 """The files of a Hugging Face folder: JSON and lazily read safetensors shards, with exact complaints."""
 
 import json
+import os
+import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -154,3 +156,12 @@ def _first_lost(path: Path) -> str | None:
         return repr(min((name for name in ends if ends[name] > left), key=lambda name: ends[name]))
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return None
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Moves a finished folder to its place, over an empty folder or an earlier one."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists() and any(target.iterdir()):
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

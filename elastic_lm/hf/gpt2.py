@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.config import ModelConfig
-from elastic_lm.hf.family import Family, Field, Tensor
+from elastic_lm.hf.family import Family, Field, Tensor, typed
 from elastic_lm.hf.layouts import CONV_QKV, TRANSPOSED
 
 ROOT = {
@@ -33,8 +33,8 @@ LAYERS = {
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "d_mlp": hf.get("n_inner") or 4 * values["d_model"],
-        "attn_scale": 0.0 if hf.get("scale_attn_weights", True) else 1.0,
+        "d_mlp": typed(hf, "n_inner", int, None) or 4 * values["d_model"],
+        "attn_scale": 0.0 if typed(hf, "scale_attn_weights", bool, True) else 1.0,
     }
 
 

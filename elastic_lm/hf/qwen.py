@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.config import ModelConfig
-from elastic_lm.hf.family import Family, Field, Tensor
+from elastic_lm.hf.family import Family, Field, Tensor, typed
 from elastic_lm.hf.llama import (
     ATTENTION,
     BIASES,
@@ -32,8 +32,8 @@ QK_NORM = {
 
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    window = read_window(hf, 4096) if hf.get("use_sliding_window", False) else 0
-    first = hf.get("max_window_layers", 28)
+    window = read_window(hf, 4096) if typed(hf, "use_sliding_window", bool, False) else 0
+    first = typed(hf, "max_window_layers", int, 28)
     windows = layered_windows(hf, values["n_layers"], window, lambda layer: layer >= first)
     return read_rope(hf, values) | {"windows": windows}
 

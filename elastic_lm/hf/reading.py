@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config import DTYPES, ModelConfig
-from elastic_lm.hf.convert import config_from_hf
+from elastic_lm.hf.convert import config_from_hf, read_eos
 from elastic_lm.hf.families import find_family
-from elastic_lm.hf.family import Family
+from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
 from elastic_lm.hf.table import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
@@ -80,19 +80,27 @@ def _check_folder(folder: Path) -> None:
 def _read_config(folder: Path, dtype: str | None) -> ModelConfig:
     path = folder / "config.json"
     hf = read_json(path)
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        ids = read_json(generation)
-        hf |= {k: ids[k] for k in ("bos_token_id", "eos_token_id") if ids.get(k) is not None}
     try:
         config = config_from_hf(hf)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+    config = dataclasses.replace(config, **_generation_ids(folder / "generation_config.json"))
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else config.param_dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+
+
+def _generation_ids(path: Path) -> dict[str, Any]:
+    """The fields of ModelConfig that begin and end a text, as far as the file has them."""
+    hf = read_json(path) if path.is_file() else {}
+    try:
+        ids = {"bos_token_id": typed(hf, "bos_token_id", int, None), "eos_token_id": read_eos(hf, None)}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    fields = {"bos_token_id": "bos_id", "eos_token_id": "eos_ids"}
+    return {ours: ids[theirs] for theirs, ours in fields.items() if hf.get(theirs) is not None}
 
 
 def _stored(name: str | None, family: Family, tensors: TensorFiles) -> str | None:

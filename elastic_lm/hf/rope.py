@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.config import RopeConfig, RopeScaling
-from elastic_lm.hf.family import number
+from elastic_lm.hf.family import number, typed
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -96,7 +96,7 @@ def _yarn(values: Mapping[str, Any], factor: float) -> dict[str, Any]:
         "beta_fast": float(number(values, "beta_fast", 32)),
         "beta_slow": float(number(values, "beta_slow", 1)),
         "attention_factor": float(attention),
-        "truncate": bool(values.get("truncate", True)),
+        "truncate": typed(values, "truncate", bool, True),
     }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from elastic_lm.hf.family import number
+from elastic_lm.plain import require
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -12,7 +13,9 @@ def read_window(hf: Mapping[str, Any], default: int) -> int:
     """The file's `sliding_window` in tokens, 0 where it is null; `default` where it does not say."""
     if "sliding_window" not in hf:
         return default
-    return int(number(hf, "sliding_window", 0))
+    window = number(hf, "sliding_window", 0)
+    require(window == int(window), "sliding_window", window, "must be a whole number of tokens")
+    return int(window)
 
 
 def _read_kinds(hf: Mapping[str, Any]) -> list[str]:

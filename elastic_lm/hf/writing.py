@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.hf.convert import config_to_hf
-from elastic_lm.hf.files import INDEX, WEIGHTS
+from elastic_lm.hf.files import INDEX, WEIGHTS, replace_folder
 from elastic_lm.hf.table import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 
@@ -79,7 +79,7 @@ def export(
         _write_json(partial / "config.json", entries)
         for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
             shutil.copymode(partial / "config.json", shard)
-        _replace(partial, target)
+        replace_folder(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -162,12 +162,3 @@ def _save(config: ModelConfig, leaves: list[tuple[Binding, Any]], path: Path) ->
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _replace(partial: Path, target: Path) -> None:
-    """Moves a finished folder to its place, over an empty folder or an earlier export."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists() and any(target.iterdir()):
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -3,13 +3,14 @@
 import shutil
 from pathlib import Path
 
+MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 
-def check_replaceable(folder: Path, marks: tuple[str, ...], source: Path | None) -> None:
+
+def check_replaceable(folder: Path, source: Path | None) -> None:
     """Refuses a folder that a quickstart did not write, or that holds the model it starts from.
 
     Args:
       folder: what is to be replaced; it need not exist.
-      marks: files or folders of which an earlier quickstart left at least one in it.
       source: folder of the model that is read; None = there is none.
 
     Raises:
@@ -21,15 +22,17 @@ def check_replaceable(folder: Path, marks: tuple[str, ...], source: Path | None)
         )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not any((folder / mark).exists() for mark in marks):
+    if not (folder / MARK).exists():
         raise ValueError(
-            f"{folder} was not written by an earlier quickstart (it has no {' or '.join(marks)}) and is not "
-            "replaced: move it away, or choose another --out"
+            f"{folder} was not written by an earlier quickstart (it has no {MARK}) and is not replaced: move "
+            "it away, or choose another --out"
         )
 
 
-def remove(folder: Path, marks: tuple[str, ...], source: Path | None) -> None:
-    """Removes what an earlier quickstart left; the same arguments and errors as `check_replaceable`."""
-    check_replaceable(folder, marks, source)
+def renew(folder: Path, source: Path | None) -> None:
+    """Makes an empty folder of our own; the same arguments and errors as `check_replaceable`."""
+    check_replaceable(folder, source)
     if folder.exists():
         shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()

@@ -21,19 +21,36 @@ class Generation:
 
     Attributes:
       samples: one continuation per prompt.
-      tokens_per_s: generated tokens per second, prefill included; median over rounds.
-      mean_layers: mean depth of the generated tokens.
+      seconds: of each round, all prompts together, prefill included.
     """
 
     samples: list[Sample]
-    tokens_per_s: float
-    mean_layers: float
+    seconds: list[float]
+
+    @property
+    def depths(self) -> list[int]:
+        """Depth of every generated token."""
+        return [depth for sample in self.samples for depth in sample.exit_layers]
+
+    @property
+    def mean_layers(self) -> float:
+        """Mean depth of the generated tokens."""
+        return statistics.mean(self.depths)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second; median over rounds."""
+        return len(self.depths) / statistics.median(self.seconds)
+
+    def speedup(self, full: "Generation") -> float:
+        """How much faster than `full` this was, which took turns with it; median over rounds of the ratio."""
+        return statistics.median(a / b for a, b in zip(full.seconds, self.seconds, strict=True))
 
 
 def generate(
     samplers: Mapping[str, Sampler], prompts: Sequence[list[int]], new_tokens: int, rounds: int
 ) -> dict[str, Generation]:
-    """Greedy continuations at batch 1; samplers take turns, so they share the machine's moods.
+    """Greedy continuations at batch 1; samplers take turns at every prompt and share the machine's moods.
 
     Args:
       samplers: name -> sampler.
@@ -44,19 +61,17 @@ def generate(
     Returns:
       {name: Generation}.
     """
-    results: dict[str, list[Sample]] = {}
+    results: dict[str, dict[int, Sample]] = {name: {} for name in samplers}
 
-    def run(name: str) -> None:
-        sampler = samplers[name]
-        results[name] = [sampler.sample(ids, new_tokens, ignore_eos=True) for ids in prompts]
+    def run(name: str, i: int) -> None:
+        results[name][i] = samplers[name].sample(prompts[i], new_tokens, ignore_eos=True)
 
-    seconds = interleave({name: functools.partial(run, name) for name in samplers}, rounds)
-    return {name: _summary(results[name], seconds[name]) for name in samplers}
-
-
-def _summary(samples: list[Sample], seconds: list[float]) -> Generation:
-    depths = [depth for sample in samples for depth in sample.exit_layers]
-    return Generation(samples, len(depths) / statistics.median(seconds), statistics.mean(depths))
+    seconds = [
+        interleave({name: functools.partial(run, name, i) for name in samplers}, rounds)
+        for i in range(len(prompts))
+    ]
+    rows = {name: [sum(s[name][r] for s in seconds) for r in range(rounds)] for name in samplers}
+    return {name: Generation(list(results[name].values()), rows[name]) for name in samplers}
 
 
 def agreement(

@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 
-from elastic_lm.config import ExitKind
+from elastic_lm.calibrate.confidence import metric_index
+from elastic_lm.config import ExitConfig, ExitKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,21 +16,21 @@ class Options:
     data: tuple[str, ...] = ()  # text files or folders; () = the interpreter's own library
     from_scratch: bool = False  # pretrain a small model instead of loading one
     pretrain_steps: int = 300  # with from_scratch
-    exits: tuple[int, ...] = ()  # layers with an exit; () = a quarter and half, as in EE-LLM
+    exits: tuple[int, ...] = ()  # layers with an exit; () = a quarter of them
     kind: ExitKind = "norm"  # what stands between the hidden state and the exit's vocabulary head
     tied: bool = False  # exits share the model's own vocabulary head
     steps: int = 60  # EE-tuning steps
     lr: float = 1e-3  # EE-tuning learning rate
     batch_size: int = 8  # rows per training step
     seq_len: int = 256  # tokens per row
-    metric: str = "max_prob"  # confidence that thresholds are compared with
+    metric: str = "margin"  # confidence that thresholds are compared with
     targets: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99, 0.995)  # agreement with the full model
     calibration_tokens: int = 20_000  # held-out tokens that thresholds are fitted on
     test_tokens: int = 20_000  # other held-out tokens that agreement is reported on
-    prompts: int = 4  # held-out prompts that are continued
+    prompts: int = 8  # held-out prompts that are continued
     prompt_tokens: int = 48  # tokens of each prompt
     new_tokens: int = 96  # tokens generated per prompt
-    rounds: int = 5  # timed rounds; full depth and all targets take turns in each
+    rounds: int = 7  # timed rounds; full depth and all targets take turns in each
     window: int = 16  # positions whose deeper layers may be pending
     seed: int = 0  # of random exits and of the shuffle
     tiny: bool = False  # the numbers of `tiny()` are in use
@@ -40,6 +41,33 @@ class Options:
                 raise ValueError(f"{field}={getattr(self, field)}: at least 2 steps are needed")
         if not self.targets:
             raise ValueError("targets=(): name at least one agreement, like 0.99")
+        metric_index(self.metric)
+        if len(set(self.exits)) < len(self.exits):
+            raise ValueError(f"exits={self.exits}: name every layer once")
+        for layer in self.exits or (1,):
+            ExitConfig(layer, self.kind)
+        if self.from_scratch and self.hf_dir:
+            raise ValueError(
+                f"--from-scratch trains a model and --hf-dir {self.hf_dir} reads one: give one of them"
+            )
+
+    def fitted(self, max_len: int) -> "Options":
+        """The same job with rows and texts that a model with this context takes.
+
+        Raises:
+          ValueError: the context is too short for prompts with continuations.
+        """
+        if max_len < 16:
+            raise ValueError(
+                f"the model's max_len={max_len} is too short for a quickstart, which needs 16 tokens"
+            )
+        prompt_tokens = min(self.prompt_tokens, max_len // 3)
+        return dataclasses.replace(
+            self,
+            seq_len=min(self.seq_len, max_len),
+            prompt_tokens=prompt_tokens,
+            new_tokens=min(self.new_tokens, max_len - prompt_tokens),
+        )
 
     def shrunk(self) -> "Options":
         """The same job in moments, to see that everything works."""

@@ -16,6 +16,7 @@ from elastic_lm.bench.machine import hardware, versions
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sample
 from elastic_lm.evaluate.plots import SpeedPoint, quality_speed
+from elastic_lm.generation import sample_spans
 from elastic_lm.quickstart.options import Options
 
 
@@ -96,7 +97,7 @@ def show_text(
     tokenizer: Tokenizer, prompt: Sequence[int], sample: Sample, depths: Sequence[int], n_layers: int
 ) -> str:
     """A prompt and its continuation for the terminal, coloured by depth, with the legend."""
-    parts = render.spans(tokenizer.decode, sample.tokens, sample.exit_layers)
+    parts = sample_spans(tokenizer, prompt, sample)
     text = tokenizer.decode(prompt) + render.to_ansi(parts, n_layers)
     return f"{text}\n\n{render.to_ansi(render.legend(depths, n_layers), n_layers)}"
 
@@ -114,7 +115,7 @@ def save_texts(
     for i, prompt in enumerate(prompts):
         blocks.append(f"<h2>Prompt {i + 1}</h2><pre>{html.escape(tokenizer.decode(prompt))}</pre>")
         for target, rows in samples.items():
-            parts = render.spans(tokenizer.decode, rows[i].tokens, rows[i].exit_layers)
+            parts = sample_spans(tokenizer, prompt, rows[i])
             blocks.append(f"<h3>target {100 * target:g} %</h3>" + render.to_html(parts, n_layers))
     page = '<!doctype html><meta charset="utf-8"><title>Text by exit depth</title>\n' + "\n".join(blocks)
     path.write_text(page + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from elastic_lm import render
 from elastic_lm.calibrate.observe import Observations, observe
 from elastic_lm.calibrate.search import outcome
 from elastic_lm.calibrate.thresholds import ConfidenceExit, calibrate
-from elastic_lm.config import DataConfig
+from elastic_lm.config import DataConfig, ModelConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.stdlib import Split
 from elastic_lm.data.tokenizer import Tokenizer
@@ -85,19 +85,24 @@ def run(options: Options, colour: str = "auto") -> report.Report:
     steps = Steps(console)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    for folder in ("model", "tuning", *(("pretraining",) if options.from_scratch else ())):
+        folders.check_replaceable(out / folder, Path(options.hf_dir) if options.hf_dir else None)
     with steps.step("load", f"Load {_source(options)}"):
+        base = _base(options)
+        train.exit_layers(options, base.n_layers)
+        options = options.fitted(base.max_len)
         source, name = _load(options)
+        prompts = text.held_out_prompts(
+            _data(options, "test"), Tokenizer.load(source), options.prompts, options.prompt_tokens
+        )
     with steps.step("tune", "Attach exits and tune them (the model itself stays frozen)"):
-        model = _tune(options, source, name)
+        model = _tune(options, source, name, base.n_layers)
     with steps.step("calibrate", "Calibrate thresholds on held-out text"):
         policy = _calibrate(options, model)
         policy.save(out / "thresholds.json")
     with steps.step("test", "Measure agreement on text that nothing was fitted on"):
         tested = _observe(options, model, "test", options.test_tokens, options.metric)
     with steps.step("generate", f"Generate: full depth and {len(options.targets)} targets take turns"):
-        prompts = text.held_out_prompts(
-            _data(options, "test"), model.tokenizer, options.prompts, options.prompt_tokens
-        )
         generations = _generate(options, model, policy, prompts)
     with steps.step("write", f"Write results to {out}"):
         rows = [_row(model, policy.at(t), tested, generations, prompts) for t in options.targets]
@@ -105,6 +110,13 @@ def run(options: Options, colour: str = "auto") -> report.Report:
         _write(options, model, result, generations, prompts)
     _show(console, options, model, result, generations, prompts, colour)
     return result
+
+
+def _base(options: Options) -> ModelConfig:
+    """The model without exits, known before anything is trained."""
+    if options.from_scratch:
+        return train.small_model(options.tiny)
+    return load(options.hf_dir or embedded_model())[0].config
 
 
 def _source(options: Options) -> str:
@@ -128,13 +140,12 @@ def _load(options: Options) -> tuple[Path, str]:
     return embedded_model(), "embedded"
 
 
-def _tune(options: Options, source: Path, name: str) -> Model:
-    target, marks = Path(options.out) / "model", ("elastic_config.json",)
-    folders.check_replaceable(target, marks, source)
-    n_layers = load(source)[0].config.n_layers
+def _tune(options: Options, source: Path, name: str, n_layers: int) -> Model:
+    target = Path(options.out) / "model"
     decoder, params, saved = train.tune_exits(options, source, n_layers, _data(options, "test"))
-    folders.remove(target, marks, source)
-    shutil.move(saved, target)
+    folders.renew(target, source)
+    for part in saved.iterdir():
+        shutil.move(part, target)
     return Model(decoder, params, Tokenizer.load(target), name)
 
 
@@ -195,7 +206,7 @@ def _row(
         agreement=held_out.agreement,
         mean_layers=found.mean_layers,
         tokens_per_s=found.tokens_per_s,
-        speedup=found.tokens_per_s / generations[FULL].tokens_per_s,
+        speedup=found.speedup(generations[FULL]),
         generated_agreement=measure.agreement(model.decoder.config, model.params, prompts, found.samples),
         thresholds=policy.thresholds,
     )

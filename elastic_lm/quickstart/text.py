@@ -1,6 +1,7 @@
 """Text of a quickstart run: three disjoint parts, and prompts from the part nothing was fitted on."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def split_text(paths: Sequence[str], folder: Path) -> dict[Split, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for part, text in parts.items():
         if not (folder / f"{part}.txt").is_file():
-            (folder / f"{part}.txt").write_text(text, encoding="utf-8")
+            partial = folder / f".{part}.txt.partial"
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, folder / f"{part}.txt")
     return {part: folder / f"{part}.txt" for part in parts}
 
 

@@ -43,12 +43,12 @@ def tune_exits(
 
 
 def exit_layers(options: Options, n_layers: int) -> tuple[int, ...]:
-    """Layers with an exit: those asked for, or a quarter and half of the depth.
+    """Layers with an exit: those asked for, or one after a quarter of the depth.
 
     Raises:
       ValueError: a layer is not below the last one.
     """
-    layers = options.exits or tuple(sorted({max(1, n_layers * k // 4) for k in (1, 2)} - {n_layers}))
+    layers = options.exits or (max(1, n_layers // 4),)
     wrong = [layer for layer in layers if not 1 <= layer < n_layers]
     if wrong or not layers:
         raise ValueError(
@@ -92,6 +92,6 @@ def small_model(tiny: bool) -> ModelConfig:
 def _fit(config: RunConfig, folder: Path) -> tuple[ModelConfig, Params]:
     """`train.fit` from the start, whatever an earlier quickstart left in `folder`."""
     source = Path(config.train.init_from) if config.train.init_from else None
-    folders.remove(folder, ("checkpoints", "run.json"), source)
+    folders.renew(folder, source)
     model, params, _ = fit(config, folder)
     return model, params

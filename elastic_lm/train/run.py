@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from elastic_lm.checkpoint import Checkpoints, local_folder, save_model
+from elastic_lm.checkpoint import Checkpoints, check_target, local_folder, save_model
 from elastic_lm.config import ModelConfig, RunConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
@@ -47,6 +47,7 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     """
     workdir, train = local_folder(workdir), config.train
     check_identity(config, workdir)
+    check_target(workdir / MODEL_FOLDER, overwrite=True)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _check_rows(config, mesh)
     tokenizer = prepare_tokenizer(config, workdir)
@@ -59,7 +60,7 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
         with closing(make_writer(workdir, train.steps, start)) as writer:
             state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
     params = unstack_layers({**frozen, **state.params})
-    save_model(workdir / MODEL_FOLDER, model, params, tokenizer)
+    save_model(workdir / MODEL_FOLDER, model, params, tokenizer, overwrite=True)
     return model, params, metrics
 
 

@@ -198,7 +198,7 @@ def generation(
             "target": target,
             "tokens_per_s": found[str(target)].tokens_per_s,
             "full_tokens_per_s": full.tokens_per_s,
-            "speedup": found[str(target)].tokens_per_s / full.tokens_per_s,
+            "speedup": found[str(target)].speedup(full),
             "mean_layers": found[str(target)].mean_layers,
             "agreement": measure.agreement(config, params, prompts, found[str(target)].samples),
             "same_as_full_run": same_tokens(found[str(target)].samples, full.samples),

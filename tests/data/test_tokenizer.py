@@ -97,3 +97,13 @@ def test_end_ids_that_are_none_are_named(learned: Tokenizer, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(ValueError, match=r"config\.json: eos_token_id=\('x',\): must be a token id"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("token", [{}, 3, {"content": None}])
+def test_a_token_that_is_no_text_is_named(learned: Tokenizer, tmp_path: Path, token: object) -> None:
+    learned.save(tmp_path)
+    for key in ("bos_token", "eos_token"):
+        settings = {"add_bos_token": True, key: token}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {key}=.*must be a string"):
+            Tokenizer.load(tmp_path)

@@ -148,11 +148,18 @@ def test_wrong_shapes_and_dtypes(folder: Path) -> None:
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ("rope_parameters", "flat")),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ("partial_rotary_factor=0.5", "gpt_neox")),
         ({"rope_theta": "x"}, ("rope_theta='x'", "number")),
-        ({"rope_scaling": {"rope_type": ["x"]}}, ("rope_type=['x']")),
-        ({"hidden_act": ["x"]}, ("hidden_act=['x']")),
+        ({"rope_scaling": {"rope_type": ["x"]}}, ("rope_type=['x']",)),
+        ({"hidden_act": ["x"]}, ("hidden_act=['x']",)),
         ({"elastic": [1]}, ("elastic=[1]", "mapping")),
         ({"hidden_act": "quick_gelu"}, ("hidden_act='quick_gelu'", "gelu_new")),
         ({"hidden_size": "32"}, ("hidden_size='32'", "int")),
+        ({"hidden_size": None}, ("hidden_size is missing",)),
+        ({"hidden_size": -32}, ("hidden_size=-32", "at least 1")),
+        ({"num_key_value_heads": 3}, ("num_key_value_heads=3: must divide num_attention_heads=4",)),
+        ({"rms_norm_eps": -1.0}, ("rms_norm_eps=-1.0", "at least 0")),
+        ({"bos_token_id": [1]}, ("bos_token_id=[1]", "int")),
+        ({"elastic": {"version": 1, "exits": 3}}, ("'exits': 3", "list of exits")),
+        ({"elastic": {"version": 1, "exits": [{}]}}, ("needs elastic.exits[0].layer",)),
         ({"num_attention_heads": 5}, ("head_dim",)),
         ({"attention_bias": "per_head"}, ("attention_bias='per_head'", "bool")),
         ({"quantization_config": {"bits": 4}}, ("quantization_config", "dequantise")),
@@ -171,6 +178,13 @@ def test_unsupported_settings(folder: Path, changes: dict[str, Any], words: tupl
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ("scale_attn_by_inverse_layer_idx=True",)),
         ("llama", {"eos_token_id": "x"}, ("eos_token_id=('x',)", "token id")),
         ("mistral", {"sliding_window": "x"}, ("sliding_window='x'", "number")),
+        ("mistral", {"sliding_window": 4.5}, ("sliding_window=4.5", "whole")),
+        ("mistral", {"sliding_window": -1}, ("sliding_window=-1", "at least 0")),
+        ("qwen2", {"use_sliding_window": "false"}, ("use_sliding_window='false'", "bool")),
+        ("qwen2", {"max_window_layers": "x"}, ("max_window_layers='x'", "int")),
+        ("gpt2", {"n_inner": "x"}, ("n_inner='x'", "int")),
+        ("gpt2", {"scale_attn_weights": "no"}, ("scale_attn_weights='no'", "bool")),
+        ("gemma2", {"hidden_size": -32}, ("hidden_size=-32", "at least 1")),
         ("gemma2", {"query_pre_attn_scalar": 0}, ("query_pre_attn_scalar=0", "above 0")),
         ("qwen2", {"layer_types": 3}, ("layer_types=3", "list")),
         ("gpt_neox", {"rotary_pct": 0.4, "rope_parameters": None}, ("rope.fraction", "even number")),
@@ -195,6 +209,30 @@ def test_unsupported_settings_of_one_family(
         hf.config_from_hf({**entries, **changes})
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("ids", [{"eos_token_id": "x"}, {"bos_token_id": "x"}])
+def test_bad_generation_ids_name_their_own_file(folder: Path, ids: dict[str, str]) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(ids))
+    refuses(folder, "generation_config.json", f"{next(iter(ids))}=", "'x'")
+
+
+def test_generation_ids_come_before_those_of_the_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": [4], "bos_token_id": null}')
+    config, _ = hf.load(folder)
+    assert (config.bos_id, config.eos_ids) == (1, (4,))
+
+
+def test_a_null_context_is_our_own_default(folder: Path) -> None:
+    edit_config(folder, max_position_embeddings=None)
+    assert hf.load(folder)[0].max_len == ModelConfig.max_len
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"vocab_size": "x"}'])
+def test_damaged_elastic_config_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "elastic_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"elastic_config\.json: "):
+        el.load(tmp_path)
 
 
 def test_tied_in_name_only(folder: Path) -> None:
