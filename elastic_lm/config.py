@@ -165,12 +165,6 @@ class ModelConfig:
         )
         _require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
         require(all(w >= 0 for w in self.windows), "windows", self.windows, "must be tokens, or 0 for full")
-        require(
-            self.position != "rope" or self.rotary_dim % 2 == 0,
-            "rope.fraction",
-            self.rope.fraction,
-            f"rotates {self.rotary_dim} of head_dim={self.head_dim} dimensions; must give an even number",
-        )
         layers = [e.layer for e in self.exits]
         require(
             layers == sorted(set(layers)),

@@ -187,7 +187,6 @@ def test_unsupported_settings(folder: Path, changes: dict[str, Any], words: tupl
         ("gemma2", {"hidden_size": -32}, ("hidden_size=-32", "at least 1")),
         ("gemma2", {"query_pre_attn_scalar": 0}, ("query_pre_attn_scalar=0", "above 0")),
         ("qwen2", {"layer_types": 3}, ("layer_types=3", "list")),
-        ("gpt_neox", {"rotary_pct": 0.4, "rope_parameters": None}, ("rope.fraction", "even number")),
         ("gpt2", {"add_cross_attention": True}, ("add_cross_attention=True", "gpt2")),
         ("gemma2", {"use_bidirectional_attention": True}, ("use_bidirectional_attention",)),
         ("qwen2", {"layer_types": ["full_attention"]}, ("layer_types", "2 entries")),
