@@ -29,7 +29,7 @@ class Target:
       agreement: share of held-out test tokens equal to the full model's choice.
       mean_layers: mean depth of the generated tokens.
       tokens_per_s: generated tokens per second, median.
-      speedup: tokens_per_s over that of full depth, measured in the same rounds.
+      speedup: speed over that of full depth, median over rounds in which both took turns.
       generated_agreement: share of the generated tokens equal to the full model's choice.
       thresholds: one per exit; above 1 = the exit is not used.
     """
