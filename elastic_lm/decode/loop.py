@@ -113,9 +113,11 @@ def _narrowest(
     One `cond` after the other and not a `switch`: XLA copies a cache that several branches write.
     """
     features = jnp.zeros((target_B.shape[0], 1, config.d_model), config.dtype)
-    choice = jnp.searchsorted(jnp.asarray(widths), pending)
 
     def ticks() -> tuple[Held, jax.Array]:
+        if len(widths) == 1:
+            return _tick(config, params, state, held, target_B, j, widths[0])
+        choice = jnp.sum(jnp.asarray(widths) < pending)
         result = held, features
         for i, width in enumerate(widths):
             result = jax.lax.cond(

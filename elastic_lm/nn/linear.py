@@ -12,9 +12,10 @@ from elastic_lm.nn.partition import partitioned
 
 # Products with few tokens are bound by reading the kernel. What XLA's CPU backend is fastest at, measured
 # in a loop as decoding has it: up to ONE_BY_ONE tokens a matrix-vector product each, of which all but the
-# first find the kernel in cache; up to FEW_TOKENS kernel @ x^T; above that x @ kernel^T.
+# first find the kernel in cache; up to FEW_TOKENS kernel @ x^T; above that x @ kernel^T, which transposes
+# the kernel in memory before it multiplies, three times the work where tokens are few.
 ONE_BY_ONE = 4
-FEW_TOKENS = 16
+FEW_TOKENS = 128
 
 
 def linear(

@@ -1,5 +1,7 @@
 """The decode benchmark, on a model that only shows that it runs."""
 
+import numpy as np
+
 from elastic_lm.bench import decode
 from elastic_lm.bench.report import Options
 
@@ -9,4 +11,4 @@ def test_rows_and_compilations():
     names = {"full_vs_bandwidth", "exits_never", "exit_half", "compilations"}
     assert {f"decode/{name}" for name in names} <= set(rows)
     assert rows["decode/compilations"].ratio == 1.0
-    assert all(row.measured > 0 and row.ideal > 0 for row in rows.values())
+    assert all(np.isfinite(row.measured) and row.ideal > 0 for row in rows.values())
