@@ -82,11 +82,13 @@ class ExitConfig:
     tied: bool = False  # True: reads the model's own vocabulary head instead of owning a copy
     init: ExitInit = "copy"  # copy modules of the pretrained model, or draw at random
     temperature: float = 1.0  # logits are divided by this
+    gate: int = 0  # hidden width of a classifier that decides whether the head is read; 0 = none
 
     def __post_init__(self) -> None:
         require(self.layer >= 1, "exit.layer", self.layer, "layers are counted from 1")
         _require_choice("exit.kind", self.kind, get_args(ExitKind))
         _require_choice("exit.init", self.init, get_args(ExitInit))
+        require(self.gate >= 0, "exit.gate", self.gate, "must be a width, or 0 for none")
         require(self.temperature > 0, "exit.temperature", self.temperature, "must be positive")
 
     @property

@@ -36,7 +36,8 @@ def attach_exits(
 
     Copied exits start from the vocabulary head (the embedding table where that is the head), the
     final norm, the MLP of the same layer and the last layer (`block`). Random ones draw N(0, 0.02),
-    output projections / sqrt(2 l) for an exit after layer l, with identity norms and zero biases.
+    output projections / sqrt(2 l) for an exit after layer l, with identity norms and zero biases; so
+    do gates, which have nothing to be copied from.
 
     Args:
       config: the model; exits it already has are kept.
@@ -58,8 +59,10 @@ def attach_exits(
             continue
         if e.init == "copy":
             grown[e.name] = jax.tree.map(jnp.copy, _sources(config, params, e))
+            drawn = {name: tree for name, tree in shapes[e.name].items() if name == "gate"}
         else:
-            grown[e.name] = _draw(config, e, shapes[e.name], jax.random.fold_in(key, e.layer))
+            drawn = shapes[e.name]
+        grown.setdefault(e.name, {}).update(_draw(config, e, drawn, jax.random.fold_in(key, e.layer)))
     return new, grown
 
 

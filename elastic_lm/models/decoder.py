@@ -89,10 +89,15 @@ class Decoder(nn.Module):
         """
         depths = (*(e.layer for e in self.config.exits), self.config.n_layers)
         taps = self.taps(tokens_BT, depths, positions_BT, segments_BT)
-        exit_logits = tuple(
-            self.exit_logits(i, self.exit_features(i, taps[e.layer], positions_BT, segments_BT))
+        features = [
+            self.exit_features(i, taps[e.layer], positions_BT, segments_BT)
             for i, e in enumerate(self.config.exits)
-        )
+        ]
+        exit_logits = tuple(self.exit_logits(i, x) for i, x in enumerate(features))
+        if self.is_initializing():
+            for i, e in enumerate(self.config.exits):
+                if e.gate:
+                    self.exit_gate(i, features[i])
         hidden = taps[self.config.n_layers].hidden
         return Output(self.final_logits(self.final_features(hidden)), exit_logits)
 
@@ -161,7 +166,7 @@ class Decoder(nn.Module):
             return self._scan_layers(hidden_BTD, positions_BT, start, stop, segments_BT), []
         block = nn.remat(Block.__call__) if self.remat else Block.__call__
         rows = []
-        tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD)
+        tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
         for i in range(start, stop):
             tap, new = block(
                 self.layers[i],
@@ -243,6 +248,15 @@ class Decoder(nn.Module):
             return jnp.asarray(joined)
 
         return self.exits[index].features(hidden_BTD, tap, add_mlp)
+
+    def exit_gate(self, index: int, features_BTD: jax.Array) -> jax.Array:
+        """[B, T] float32 probability, by the gate of exit `index`, that the exit agrees with the full model.
+
+        Args:
+          index: exit, static; its config has a gate.
+          features_BTD: input of the exit's vocabulary head.
+        """
+        return self.exits[index].gate(features_BTD)
 
     def final_features(self, hidden_BTD: jax.Array) -> jax.Array:
         """Features [B, T, D] of the full model from the last layer's output."""

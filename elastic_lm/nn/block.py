@@ -18,11 +18,13 @@ class Tap:
       hidden: [B, T, D] output of the layer, h_l.
       residual: [B, T, D] what the layer's MLP output is added to, a_l.
       mlp_input: [B, T, D] normalised input of the layer's MLP.
+      entering: [B, T, D] input of the layer, h_{l-1}.
     """
 
     hidden: jax.Array
     residual: jax.Array
     mlp_input: jax.Array
+    entering: jax.Array
 
 
 def make_norm(c: ModelConfig, name: str) -> Norm:
@@ -67,7 +69,7 @@ class Block(nn.Module):
         residual = x_BTD + attended
         mlp_input = self.mlp_norm(x_BTD if self.config.parallel_residual else residual)
         hidden = self.add_mlp(residual, self.mlp(mlp_input))
-        return Tap(hidden, residual, mlp_input), rows
+        return Tap(hidden, residual, mlp_input, x_BTD), rows
 
     def add_mlp(self, residual_BTD: jax.Array, mlp_BTD: jax.Array) -> jax.Array:
         """Adds an MLP's output to the residual stream the way this layer does.

@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.nn.attention import KeyValues
 from elastic_lm.nn.block import Block, Tap, make_norm
+from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.partition import partitioned
 
@@ -22,6 +24,20 @@ class VocabHead(nn.Module):
         c = self.config
         init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
         return self.param("kernel", init, (c.vocab_size, c.d_model), c.param_dtype)
+
+
+class Gate(nn.Module):
+    """sigmoid(w2 silu(W1 x + b1) + b2): how likely the exit is right, without reading its vocabulary head."""
+
+    config: ModelConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        dtype = self.config.param_dtype
+        h = jax.nn.silu(Linear((self.width,), (None, "embed"), True, dtype, name="up")(x_BTD))
+        score = Linear((1,), (None, None), True, dtype, name="down")(h)
+        return jax.nn.sigmoid(score[..., 0].astype(jnp.float32))
 
 
 class Exit(nn.Module):
@@ -45,6 +61,8 @@ class Exit(nn.Module):
             self.norm = make_norm(self.config, "norm")
         if not self.exit.tied:
             self.head = VocabHead(self.config, name="head")
+        if self.exit.gate:
+            self.gate = Gate(self.config, self.exit.gate, name="gate")
 
     def state(
         self,

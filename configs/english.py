@@ -1,0 +1,48 @@
+"""A small English base model: Llama architecture, 8 layers, on text files of your own.
+
+COMMAND   elastic-lm train --config configs/english.py:data/english --workdir runs/english
+HARDWARE  one CPU core
+DURATION  about 80 minutes
+EXPECTED  see experiments/sorted_llama
+
+`data/english` holds train/*.txt and held_out/*.txt; experiments/sorted_llama/prepare.py makes it.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "data/english") -> ConfigDict:
+    """The recipe; `arg` = the folder with train/ and held_out/."""
+    config = ConfigDict()
+    config.model = {
+        "vocab_size": 1024,
+        "d_model": 192,
+        "n_layers": 8,
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "d_mlp": 512,
+        "max_len": 1024,
+        "tied": True,
+    }
+    config.data = {
+        "source": "text",
+        "paths": (f"{arg}/train",),
+        "eval_paths": (f"{arg}/held_out",),
+        "seq_len": 256,
+        "batch_size": 8,
+    }
+    config.train = {
+        "method": "pretraining",
+        "optimizer": "muon",
+        "steps": 1600,
+        "lr": 5e-3,
+        "schedule": "wsd",
+        "decay_share": 0.4,
+        "min_lr": 0.02,
+        "warmup": 50,
+        "weight_decay": 0.1,
+        "log_every": 20,
+        "eval_every": 400,
+        "save_every": 100,
+    }
+    return config
