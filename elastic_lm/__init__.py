@@ -22,9 +22,11 @@ if TYPE_CHECKING:
         testing,
         train,
     )
+    from elastic_lm.calibrate.risk_control import RiskControl
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.config import ExitConfig, ModelConfig, RopeConfig
     from elastic_lm.data.tokenizer import Tokenizer
+    from elastic_lm.decode.policies import DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.embedded import embedded_model
     from elastic_lm.loading import load
@@ -35,11 +37,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConfidenceExit",
+    "DecayedExit",
     "Decoder",
+    "DepthSchedule",
     "ExitConfig",
     "ModelConfig",
+    "RiskControl",
     "RopeConfig",
     "Sampler",
+    "StaticExit",
     "Tokenizer",
     "attach_exits",
     "calibrate",
@@ -58,6 +64,10 @@ __all__ = [
 
 _HOMES = {
     "ConfidenceExit": "calibrate.thresholds",
+    "DecayedExit": "decode.policies",
+    "DepthSchedule": "decode.policies",
+    "RiskControl": "calibrate.risk_control",
+    "StaticExit": "decode.policies",
     "Decoder": "models.decoder",
     "ExitConfig": "config",
     "ModelConfig": "config",

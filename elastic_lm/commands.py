@@ -5,7 +5,12 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elastic_lm.calibrate.risk_control import Guarantee
+    from elastic_lm.calibrate.thresholds import ConfidenceExit
+    from elastic_lm.config import ModelConfig
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -56,24 +61,80 @@ def train(args: argparse.Namespace) -> None:
 
 def calibrate(args: argparse.Namespace) -> None:
     """Fits the exits' thresholds."""
+    from elastic_lm.calibrate.risk_control import RiskControl
     from elastic_lm.calibrate.thresholds import calibrate
     from elastic_lm.generation import prepare_output
     from elastic_lm.held_out import held_out_batches, load_with_tokenizer
 
+    if args.epsilon is None and args.delta is not None:
+        raise ValueError(f"--delta {args.delta}: is part of a guarantee; give --epsilon too")
+    if args.window < 1:
+        raise ValueError(f"--window {args.window}: must be at least 1")
+    risk = None if args.epsilon is None else RiskControl(args.target, args.epsilon, args.delta)
     prepare_output(args.out)
     model, params, tokenizer, folder = load_with_tokenizer(args.model)
     batches, text = held_out_batches(args, tokenizer, "calibration")
-    policy = calibrate(
-        model.config, params, batches, target=args.target, metric=args.metric, model=folder, data=text
-    )
+    goal: dict[str, Any] = {"target": args.target, "risk": risk, "metric": args.metric}
+    policy = calibrate(model.config, params, batches, **goal, model=folder, data=text)
     policy.save(args.out)
     print("target   agreement   mean layers   thresholds")
     for point in policy.curve:
         mark = "*" if point.target == args.target else " "
         thresholds = ", ".join("never" if t > 1 else f"{t:.3f}" for t in point.thresholds)
         row = f"{point.target:<7g} {point.agreement:>10.4f} {point.mean_layers:>13.2f}   {thresholds}"
-        print(f"{row} {mark}\n{' ' * 8}{point.note}" if point.note else f"{row} {mark}")
+        shown = point.note and not (policy.guarantee and mark == "*")
+        print(f"{row} {mark}\n{' ' * 8}{point.note}" if shown else f"{row} {mark}")
+    if policy.guarantee:
+        print(_guarantee_text(policy.guarantee))
+    if args.forecast:
+        print(_forecast_table(model.config, policy, args.window))
     print(f"written to {args.out}", file=sys.stderr)
+
+
+def _guarantee_text(guarantee: "Guarantee") -> str:
+    """What is guaranteed, or how much text is missing, and the figures behind it."""
+    g = guarantee
+    lines = ["", f"guaranteed: {g.statement}" if g.achieved else g.statement]
+    if not g.achieved and g.more_sequences:
+        lines.append("  rows are sequences: raise --tokens, lower --seq-len, or lower --target")
+    if g.tested:
+        thresholds = "these thresholds" if g.achieved else "the most cautious thresholds"
+        lines += [
+            f"  tested on {g.sequences} sequences: {g.accepted} of {g.tested} candidates passed; p-value of "
+            f"{thresholds} {g.p_value:.3g}",
+            f"  agreement {g.agreement:.4f}, alone at least {g.agreement_bound:.4f} with probability "
+            f"{1 - g.epsilon:g}",
+            f"  sequences below {g.target:g}: share {g.below:.4f}, alone at most {g.below_bound:.4f} with "
+            f"probability {1 - g.epsilon:g}",
+            f"  worst tenth of the sequences: mean agreement {g.worst_decile:.4f}",
+        ]
+    return "\n".join(lines)
+
+
+def _forecast_table(config: "ModelConfig", policy: "ConfidenceExit", window: int) -> str:
+    """Predicted speed-up of every point of the curve, and what looking at an exit costs."""
+    import jax
+
+    from elastic_lm.calibrate import forecast
+    from elastic_lm.calibrate.search import Outcome
+
+    further = forecast.CPU_FURTHER_POSITION if jax.default_backend() == "cpu" else 0.0
+    lines = ["", f"forecast at batch size 1, window {window}, a further deep position costs {further:g}:"]
+    lines.append("target   speed-up   layers    heads   verdict")
+    found = None
+    for point in policy.curve:
+        outcome = Outcome(point.agreement, point.mean_layers, point.shares)
+        found = forecast.of_outcome(
+            config, policy.metric, point.thresholds, outcome, window=window, further=further
+        )
+        row = f"{point.target:<7g} {found.speedup:>9.2f} {found.segments:>8.3f} {found.heads:>8.3f}"
+        lines.append(f"{row}   {found.verdict}")
+    lines.append("layers and heads: share of the full model's cost of a token")
+    if found:
+        layers = [e.layer for e in config.exits if e.layer < config.n_layers]
+        checks = zip(layers, found.check, found.gated_check, strict=True)
+        lines += [f"exit {n}: its head costs {head:.3f}, a gate {gate:.4f}" for n, head, gate in checks]
+    return "\n".join(lines)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -138,7 +199,7 @@ def bench(args: argparse.Namespace) -> None:
     from elastic_lm.generation import prepare_output
 
     prepare_output(args.json)
-    result = report.run(args.name, report.Options(args.tiny, args.rounds, args.seed))
+    result = report.run(args.name, report.Options(args.tiny, args.rounds, args.seed, args.model))
     print(report.table(result))
     if args.json:
         report.save(result, args.json)

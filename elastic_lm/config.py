@@ -7,10 +7,9 @@ prompts) is traced and lives elsewhere.
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from elastic_lm.plain import require
+from elastic_lm.plain import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SEED, require, require_choice, require_each
 
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -20,27 +19,15 @@ ExitKind = Literal["embedding", "norm", "mlp", "block"]
 ExitInit = Literal["copy", "random"]
 DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
 Packing = Literal["concat", "first_fit"]
-MethodName = Literal["pretraining", "ee_tuning", "joint"]
+MethodName = Literal["pretraining", "ee_tuning", "joint", "sorted_finetuning", "self_supervised_exits"]
+DepthWeights = Literal["uniform", "linear", "sum", "sqrt", "inverse", "inverse_sqrt", "layerskip"]
+Curriculum = Literal["all", "sampled", "rotational", "gradual"]
+Objective = Literal["kl", "argmax", "penalised"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Optimizer = Literal["adamw", "muon"]
 
+WITHOUT_EXITS = ("pretraining", "sorted_finetuning")  # methods that train no exit heads
 DTYPES = ("float32", "bfloat16", "float16")
-
-AT_LEAST_1 = (lambda value: value >= 1, "must be at least 1")
-NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
-POSITIVE = (lambda value: 0 < value < math.inf, "must be positive and finite")
-SEED = (lambda value: 0 <= value < 2**32, "must be in [0, 2**32)")
-
-
-def _require_each(
-    config: Any, where: str, fields: tuple[str, ...], ok: Callable[[Any], bool], fix: str
-) -> None:
-    for field in fields:
-        require(ok(getattr(config, field)), where + field, getattr(config, field), fix)
-
-
-def _require_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    require(value in choices, field, value, f"must be one of {', '.join(choices)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +47,11 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the ramp's borders to whole dimensions
 
     def __post_init__(self) -> None:
-        _require_each(self, "rope.", ("theta", "low_freq_factor", "beta_fast", "beta_slow"), *POSITIVE)
+        require_each(self, "rope.", ("theta", "low_freq_factor", "beta_fast", "beta_slow"), *POSITIVE)
         require(0 < self.fraction <= 1, "rope.fraction", self.fraction, "must be in (0, 1]")
-        _require_choice("rope.scaling", self.scaling, get_args(RopeScaling))
-        _require_each(self, "rope.", ("factor",), *AT_LEAST_1)
-        _require_each(self, "rope.", ("original_max_len", "attention_factor"), *NOT_NEGATIVE)
+        require_choice("rope.scaling", self.scaling, get_args(RopeScaling))
+        require_each(self, "rope.", ("factor",), *AT_LEAST_1)
+        require_each(self, "rope.", ("original_max_len", "attention_factor"), *NOT_NEGATIVE)
         require(
             self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor,
             "rope.high_freq_factor",
@@ -86,8 +73,8 @@ class ExitConfig:
 
     def __post_init__(self) -> None:
         require(self.layer >= 1, "exit.layer", self.layer, "layers are counted from 1")
-        _require_choice("exit.kind", self.kind, get_args(ExitKind))
-        _require_choice("exit.init", self.init, get_args(ExitInit))
+        require_choice("exit.kind", self.kind, get_args(ExitKind))
+        require_choice("exit.init", self.init, get_args(ExitInit))
         require(self.gate >= 0, "exit.gate", self.gate, "must be a width, or 0 for none")
         require(self.temperature > 0, "exit.temperature", self.temperature, "must be positive")
 
@@ -137,7 +124,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len")
-        _require_each(self, "", sizes, *AT_LEAST_1)
+        require_each(self, "", sizes, *AT_LEAST_1)
         object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
         if not self.head_dim:
             require(
@@ -147,25 +134,25 @@ class ModelConfig:
                 f"is not a multiple of n_heads={self.n_heads}; set head_dim explicitly",
             )
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        _require_each(self, "", ("n_kv_heads", "head_dim"), *AT_LEAST_1)
+        require_each(self, "", ("n_kv_heads", "head_dim"), *AT_LEAST_1)
         require(
             self.n_heads % self.n_kv_heads == 0,
             "n_kv_heads",
             self.n_kv_heads,
             f"must divide n_heads={self.n_heads}",
         )
-        _require_choice("norm", self.norm, get_args(NormKind))
-        _require_choice("activation", self.activation, get_args(Activation))
-        _require_choice("position", self.position, get_args(Position))
-        _require_choice("dtype", self.dtype, DTYPES)
-        _require_choice("param_dtype", self.param_dtype, DTYPES)
+        require_choice("norm", self.norm, get_args(NormKind))
+        require_choice("activation", self.activation, get_args(Activation))
+        require_choice("position", self.position, get_args(Position))
+        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("param_dtype", self.param_dtype, DTYPES)
         require(
             len(self.windows) in (0, self.n_layers),
             "windows",
             self.windows,
             f"needs one entry per layer ({self.n_layers}) or none",
         )
-        _require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
+        require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
         require(all(w >= 0 for w in self.windows), "windows", self.windows, "must be tokens, or 0 for full")
         layers = [e.layer for e in self.exits]
         require(
@@ -223,10 +210,10 @@ class DataConfig:
     seed: int = 0  # of the shuffle
 
     def __post_init__(self) -> None:
-        _require_choice("data.source", self.source, get_args(DataSource))
-        _require_choice("data.packing", self.packing, get_args(Packing))
-        _require_each(self, "data.", ("seq_len", "batch_size", "span"), *AT_LEAST_1)
-        _require_each(self, "data.", ("seed",), *SEED)
+        require_choice("data.source", self.source, get_args(DataSource))
+        require_choice("data.packing", self.packing, get_args(Packing))
+        require_each(self, "data.", ("seq_len", "batch_size", "span"), *AT_LEAST_1)
+        require_each(self, "data.", ("seed",), *SEED)
         require(
             self.source == "stdlib" or bool(self.paths),
             "data.paths",
@@ -239,8 +226,9 @@ class DataConfig:
 class TrainConfig:
     """Method, optimizer and bookkeeping of one training run."""
 
-    method: MethodName = "pretraining"  # everything, exits on a frozen model, or both together
+    method: MethodName = "pretraining"  # what trains, and on which loss: see `elastic_lm.methods`
     init_from: str = ""  # Hugging Face folder or elastic checkpoint to start from; "" = random
+    init_layers: int = 0  # layers kept of init_from, the lowest, without its exits; 0 = everything
     param_dtype: str = ""  # dtype of parameters read from init_from; "" = as `load` gives them
     dtype: str = ""  # dtype of activations; "" = that of the model
     steps: int = 1000  # optimizer steps
@@ -261,7 +249,18 @@ class TrainConfig:
     exit_weights: tuple[float, ...] = ()  # ee_tuning, joint: loss weight per exit; () = all 1
     exit_warmup: int = 0  # ee_tuning, joint: steps over which the exits' weights rise from 0
     confidence_weighted: bool = False  # ee_tuning, joint: weight tokens by the exit's max probability
-    seed: int = 0  # of the parameters that are drawn
+    depths: tuple[int, ...] = ()  # sorted_finetuning: layers of the sub-models; () = every layer
+    depth_weights: DepthWeights = "uniform"  # sorted_finetuning: loss weight of a sub-model by its layers
+    depth_scale: float = 1.0  # sorted_finetuning: weight of the smaller sub-models against the full one
+    curriculum: Curriculum = "all"  # sorted_finetuning: which sub-models train in a step
+    curriculum_period: int = 0  # rotational: one in so many sub-models a step; gradual: steps per sub-model
+    layer_dropout: float = 0.0  # sorted_finetuning: probability that a row skips the last layer
+    dropout_ramp: int = 0  # sorted_finetuning: steps over which layer dropout rises; 0 = none
+    objective: Objective = "kl"  # self_supervised_exits: what an exit learns from the full model
+    top_k: int = 0  # self_supervised_exits, kl: over the full model's likeliest tokens only; 0 = all
+    imitation: float = 0.9  # self_supervised_exits, penalised: share of imitation, the rest is the penalty
+    balance_gates: bool = True  # self_supervised_exits: right and wrong exits weigh the same for a gate
+    seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
     eval_batches: int = 20  # batches per held-out evaluation; 0 = all there are
@@ -269,18 +268,18 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept
 
     def __post_init__(self) -> None:
-        _require_choice("train.method", self.method, get_args(MethodName))
+        require_choice("train.method", self.method, get_args(MethodName))
         for field in ("param_dtype", "dtype"):
-            _require_choice(f"train.{field}", getattr(self, field), ("", *DTYPES))
-        _require_choice("train.schedule", self.schedule, get_args(Schedule))
-        _require_choice("train.optimizer", self.optimizer, get_args(Optimizer))
+            require_choice(f"train.{field}", getattr(self, field), ("", *DTYPES))
+        require_choice("train.schedule", self.schedule, get_args(Schedule))
+        require_choice("train.optimizer", self.optimizer, get_args(Optimizer))
         counts = ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk")
-        _require_each(self, "train.", counts, *AT_LEAST_1)
-        _require_each(self, "train.", ("lr", "eps"), *POSITIVE)
-        _require_each(self, "train.", ("b1", "b2"), lambda v: 0 <= v < 1, "must be in [0, 1)")
-        zero_allowed = ("clip", "weight_decay", "exit_warmup", "eval_every", "eval_batches")
-        _require_each(self, "train.", zero_allowed, *NOT_NEGATIVE)
-        _require_each(self, "train.", ("seed",), *SEED)
+        require_each(self, "train.", counts, *AT_LEAST_1)
+        require_each(self, "train.", ("lr", "eps"), *POSITIVE)
+        require_each(self, "train.", ("b1", "b2"), lambda v: 0 <= v < 1, "must be in [0, 1)")
+        zero_allowed = ("clip", "weight_decay", "exit_warmup", "eval_every", "eval_batches", "init_layers")
+        require_each(self, "train.", zero_allowed, *NOT_NEGATIVE)
+        require_each(self, "train.", ("seed",), *SEED)
         require(
             0 <= self.warmup < self.steps, "train.warmup", self.warmup, f"must be below steps={self.steps}"
         )
@@ -294,6 +293,32 @@ class TrainConfig:
         weights = self.exit_weights
         require(
             all(0 <= w < math.inf for w in weights), "train.exit_weights", weights, "must not be negative"
+        )
+        require(
+            not self.init_layers or bool(self.init_from),
+            "train.init_layers",
+            self.init_layers,
+            "keeps layers of a checkpoint: name it in train.init_from",
+        )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Options of sorted_finetuning and self_supervised_exits."""
+        require_choice("train.depth_weights", self.depth_weights, get_args(DepthWeights))
+        require_choice("train.curriculum", self.curriculum, get_args(Curriculum))
+        require_choice("train.objective", self.objective, get_args(Objective))
+        fix = "must be distinct layers, counted from 1, in increasing order"
+        increasing = list(self.depths) == sorted(set(self.depths)) and all(d >= 1 for d in self.depths)
+        require(increasing, "train.depths", self.depths, fix)
+        require_each(self, "train.", ("curriculum_period", "dropout_ramp", "top_k"), *NOT_NEGATIVE)
+        require_each(self, "train.", ("depth_scale",), *POSITIVE)
+        shares = ("layer_dropout", "imitation")
+        require_each(self, "train.", shares, lambda v: 0 <= v <= 1, "must be in [0, 1]")
+        require(
+            self.curriculum != "rotational" or self.curriculum_period >= 1,
+            "train.curriculum_period",
+            self.curriculum_period,
+            "rotational trains one in so many sub-models a step: must be at least 1",
         )
 
 
@@ -324,10 +349,10 @@ class RunConfig:
             "describe a model, or name a checkpoint in train.init_from",
         )
         require(
-            not self.exits or self.train.method != "pretraining",
+            not self.exits or self.train.method not in WITHOUT_EXITS,
             "train.method",
             self.train.method,
-            "trains no exits: choose ee_tuning or joint, or leave exits out",
+            "trains no exits: choose ee_tuning, self_supervised_exits or joint, or leave exits out",
         )
         rows = self.data.batch_size
         require(

@@ -20,6 +20,9 @@ A typical session on a model of your own:
   elastic-lm generate --model runs/exits/model --thresholds thresholds.json --prompt "Once upon"
 """
 
+GATELESS = "max_prob, margin, entropy, logit_margin, energy, cosine"
+METRICS = f"{GATELESS}, learned (exits with gates)"
+
 EPILOG = "ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from."
 
 
@@ -116,7 +119,7 @@ def _quickstart(parser: Parser) -> None:
     add("--kind", default="norm", help="exit kind: embedding, norm, mlp or block (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="EE-tuning steps (default: 60)")
     add("--targets", type=_fractions, metavar="A,A", help="agreements (default: 0.9,0.95,0.98,0.99,0.995)")
-    add("--metric", default="margin", help="confidence: max_prob, margin, entropy (default: %(default)s)")
+    add("--metric", default="margin", help=f"confidence: {GATELESS} (default: %(default)s)")
     add("--seed", type=int, default=0, help="of exits, shuffles and sampling (default: 0)")
     add(
         "--tiny",
@@ -177,8 +180,13 @@ def _calibrate(parser: Parser) -> None:
     """Finds the exits' thresholds for a target agreement with the full model, on held-out text.
 
     elastic-lm calibrate --model runs/exits/model --data held_out.txt --target 0.99 --out thresholds.json
+    elastic-lm calibrate --model runs/exits/model --target 0.9 --epsilon 0.05 --seq-len 64 --tokens 100000
+    elastic-lm calibrate --model runs/exits/model --forecast
 
     The file records model, data, metric, target and the measured curve. Use text that was not trained on.
+    Without --epsilon the target is an average over the held-out text. With it, half of the held-out rows
+    test that it holds for new text, except with this probability; many short rows serve this best.
+    --forecast also predicts speed-ups at batch size 1, before anything is timed.
     """
     _model(parser)
     _data(parser, "held-out text")
@@ -189,7 +197,16 @@ def _calibrate(parser: Parser) -> None:
         default=0.99,
         help="share of tokens equal to the full model's (default: 0.99)",
     )
-    add("--metric", default="max_prob", help="max_prob, margin or entropy (default: %(default)s)")
+    add("--metric", default="max_prob", help=f"confidence: {METRICS} (default: %(default)s)")
+    add("--epsilon", type=_fraction, metavar="P", help="guarantee the target except with this probability")
+    add(
+        "--delta",
+        type=_fraction,
+        metavar="S",
+        help="with --epsilon: also guarantee that at most this share of rows is below the target",
+    )
+    add("--forecast", action="store_true", help="predict speed-ups and what looking at an exit costs")
+    add("--window", type=int, default=16, metavar="W", help="of `generate`, for --forecast (default: 16)")
     add("--tokens", type=int, default=20_000, metavar="N", help="held-out tokens to read (default: 20000)")
     add("--seq-len", type=int, default=256, metavar="T", help="tokens per row (default: 256)")
     add("--out", default="thresholds.json", metavar="FILE", help="default: %(default)s")
@@ -201,6 +218,7 @@ def _generate(parser: Parser) -> None:
     elastic-lm generate --prompt "def main():" --max-new-tokens 100 --stream
     elastic-lm generate --model ckpt --thresholds thresholds.json --prompts-file in.jsonl --json out.jsonl
     elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --temperature 0.8
+    elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --lossless
 
     A prompts file has one prompt per line, or JSON lines with a `prompt` field; its prompts run as one batch.
     Without --thresholds every token uses the full depth.
@@ -215,7 +233,7 @@ def _generate(parser: Parser) -> None:
     add(
         "--metric",
         default="max_prob",
-        help="with --threshold: max_prob, margin, entropy (default: %(default)s)",
+        help=f"with --threshold: {METRICS} (default: %(default)s)",
     )
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token (default)")
     add("--top-k", type=int, default=0, metavar="K", help="0 = all (default)")
@@ -232,6 +250,14 @@ def _generate(parser: Parser) -> None:
         help="tokens that may wait for their deep layers (default: 16)",
     )
     add("--fire-share", type=float, default=0.0, metavar="S", help="0 = latency, 1 = throughput (default: 0)")
+    add("--lossless", action="store_true", help="early tokens are drafts, verified by the full model")
+    add("--draft", type=int, metavar="K", help="with --lossless: drafts per verification (default: adapts)")
+    add(
+        "--missing",
+        choices=("exact", "propagate"),
+        default="exact",
+        help="keys and values of early tokens in deeper layers: computed later, or CALM's approximation",
+    )
     add("--stream", action="store_true", help="print while generating (one prompt)")
     add("--json", metavar="FILE", help="JSON lines: prompt, text, tokens, exit_layers, stats; - = stdout")
     _colour(parser)
@@ -265,6 +291,7 @@ def _bench(parser: Parser) -> None:
     add("--tiny", action="store_true", help="a model that only checks that the benchmark runs")
     add("--rounds", type=int, default=5, metavar="N", help="timed rounds per side (default: 5)")
     add("--seed", type=int, default=0, help="of weights and prompts (default: 0)")
+    add("--model", default="", metavar="DIR", help="decode: also draft with the exits of this checkpoint")
 
 
 def _colour(parser: Parser) -> None:

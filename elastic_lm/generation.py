@@ -23,12 +23,23 @@ def run(args: argparse.Namespace) -> None:
     """Runs `elastic-lm generate`."""
     prompts = read_prompts(args.prompt, args.prompts_file)
     prepare_output(args.json)
+    if args.draft is not None and not args.lossless:
+        raise ValueError(f"--draft {args.draft}: drafts are verified with --lossless only; add it")
     if args.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
     model, params, tokenizer, _ = load_with_tokenizer(args.model)
     policy = exit_policy(model.config, args.thresholds, args.threshold, args.metric)
-    window = {"window": args.window, "fire_share": args.fire_share}
-    sampler = Sampler(model, params, tokenizer, exit=policy, **window)
+    sampler = Sampler(
+        model,
+        params,
+        tokenizer,
+        exit=policy,
+        window=args.window,
+        fire_share=args.fire_share,
+        lossless=args.lossless,
+        draft=args.draft,
+        missing=args.missing,
+    )
     settings = {name: getattr(args, name) for name in SETTINGS} | {"stop": tuple(args.stop)}
     if args.stream:
         stream(sampler, prompts[0], args.max_new_tokens, settings)
@@ -132,6 +143,12 @@ def show(
         f"mean {stats.mean_layers:.2f} of {n_layers} layers: {counts}",
         file=sys.stderr,
     )
+    if stats.drafted:
+        print(
+            f"{stats.drafted} drafted tokens, {stats.acceptance:.1%} accepted, {stats.wasted} wasted, "
+            f"deepest layers ran {stats.segment_ticks[-1]} times",
+            file=sys.stderr,
+        )
 
 
 def sample_spans(tokenizer: Tokenizer, prompt: Sequence[int], sample: Sample) -> list[render.Span]:

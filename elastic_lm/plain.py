@@ -3,15 +3,34 @@
 import dataclasses
 import difflib
 import json
+import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+AT_LEAST_1 = (lambda value: value >= 1, "must be at least 1")
+NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+POSITIVE = (lambda value: 0 < value < math.inf, "must be positive and finite")
+SEED = (lambda value: 0 <= value < 2**32, "must be in [0, 2**32)")
 
 
 def require(ok: bool, field: str, value: object, fix: str) -> None:
     """Raises ValueError "field=value: fix" unless `ok`."""
     if not ok:
         raise ValueError(f"{field}={value!r}: {fix}")
+
+
+def require_each(
+    config: Any, where: str, fields: tuple[str, ...], ok: Callable[[Any], bool], fix: str
+) -> None:
+    """`require` for several fields of `config`, whose names get the prefix `where`."""
+    for field in fields:
+        require(ok(getattr(config, field)), where + field, getattr(config, field), fix)
+
+
+def require_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """`require` for a value that must be one of `choices`."""
+    require(value in choices, field, value, f"must be one of {', '.join(choices)}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -235,6 +235,28 @@ def test_calibrate_then_evaluate(
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_calibrate_with_a_guarantee_and_a_forecast(
+    model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thresholds = tmp_path / "thresholds.json"
+    common = ("calibrate", "--model", model, "--data", text, "--out", thresholds)
+    sizes = ("--tokens", 4000, "--seq-len", 32)
+    assert run(*common, *sizes, "--target", 0.05, "--epsilon", 0.1, "--delta", 0.9, "--forecast") == 0
+    printed = capsys.readouterr().out
+    assert "guaranteed: with probability at least 0.9" in printed
+    assert "worst tenth of the sequences" in printed
+    assert "forecast at batch size 1, window 16" in printed
+    assert "exit 1: its head costs" in printed
+    guarantee = ConfidenceExit.load(thresholds).guarantee
+    assert guarantee is not None
+    assert (guarantee.target, guarantee.epsilon, guarantee.delta) == (0.05, 0.1, 0.9)
+    assert guarantee.achieved
+    assert run(*common, "--tokens", 512, "--seq-len", 32, "--target", 0.9, "--epsilon", 0.05) == 0
+    assert "not achievable with this data" in capsys.readouterr().out
+    assert "--epsilon" in refused(capsys, *common, *sizes, "--delta", 0.1)
+    assert "no gate" in refused(capsys, *common, *sizes, "--metric", "learned")
+
+
 def test_train_with_overrides_and_resume(
     tmp_path: pathlib.Path, text: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,8 @@ but the first without the time of a one-token call, which is mostly prefill:
   plain model / (lower half + head per token + upper half once per window).
 - decode/compilations: programs compiled over prompts of several buckets, thresholds, metrics and sampling
   settings; ideal = number of buckets of prefill and of decoding.
+
+Then the rows of `bench.early`: gates, drafts, batches.
 """
 
 import importlib
@@ -27,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from elastic_lm.bench import early
 from elastic_lm.bench.machine import matvec_bandwidth, usable_cores
 from elastic_lm.bench.report import Options, Row
 from elastic_lm.bench.timing import interleave
@@ -72,7 +75,9 @@ def rows(options: Options) -> list[Row]:
     if reference is not None:
         ours_theirs = {"plain": sides["plain"], "transformers": reference}
         found.insert(0, _against(interleave(ours_theirs, options.rounds), new_tokens))
-    return [*found, _compilations(exits, params, half)]
+    found += [_compilations(exits, params, half), *early.gate_rows(config, options, prompt, new_tokens)]
+    found += early.embedded_rows(options)
+    return found + (early.model_rows(options) if options.model else [])
 
 
 def _model(tiny: bool) -> tuple[ModelConfig, int]:
@@ -164,7 +169,7 @@ def _compilations(config: ModelConfig, params: Params, half: int) -> Row:
     lengths = (3, 20, 40, 60)
     before = Sampler.compilations()
     for length in lengths:
-        for metric, threshold in zip(METRICS, (0.0, 0.5, 2.0), strict=True):
+        for metric, threshold in zip(METRICS[:3], (0.0, 0.5, 2.0), strict=True):
             policy = ConfidenceExit(metric, (threshold,), (half,))
             sampler = Sampler(Decoder(config), params, exit=policy, window=WINDOW - 1)
             prompt = rng.integers(3, config.vocab_size, length).tolist()

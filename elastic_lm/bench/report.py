@@ -10,7 +10,7 @@ from typing import Any
 import elastic_lm.bench
 from elastic_lm.bench.machine import hardware, versions
 
-PLUMBING = ("machine", "report", "timing")
+PLUMBING = ("early", "machine", "report", "timing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Row:
       name: `<benchmark>/<what>`.
       measured: our number, in the unit that the benchmark's documentation gives.
       ideal: what the bytes or FLOPs predict, or the competitor's number.
-      ratio: measured / ideal where larger is better, so 1 is as good as the ideal or the competitor.
+      ratio: measured / ideal, so 1 is as good as the ideal or the competitor; larger is better unless the
+        benchmark's documentation says otherwise.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Options:
     tiny: bool = False  # a model that only checks that the benchmark runs
     rounds: int = 5  # timed rounds per side
     seed: int = 0  # of weights and prompts
+    model: str = ""  # a checkpoint of the user's own, for the benchmarks that take one
 
 
 def names() -> list[str]:

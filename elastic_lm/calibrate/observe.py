@@ -1,7 +1,13 @@
 """What every exit would say about every held-out token, as a handful of scalars per token.
 
-Teacher-forced: the text is given, so one forward pass sees all depths. Logits stay on the device
-and are made for `chunk` columns of one depth at a time.
+Teacher-forced: the text is given, so one forward pass sees all depths. With z_j the logits of exit j
+and z those of the full model, every token x_{t+1} with a positive weight leaves
+
+    confidence_j,    agrees_j = [argmax z_j = argmax z],    correct = [argmax z = x_{t+1}],
+    nats = logsumexp z - z[x_{t+1}]
+
+(the last two per exit and for the full model). Logits stay on the device and are made for `chunk`
+columns of one depth at a time.
 """
 
 import dataclasses
@@ -14,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.calibrate.confidence import confidence_by_index, metric_index
+from elastic_lm.calibrate.confidence import Evidence, confidence_by_index, metric_index, state_similarity
 from elastic_lm.config import ModelConfig
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.nn.block import Tap
 
 Arrays = Mapping[str, Any]  # the fields of a `Batch`, as the data pipeline yields them
 
@@ -36,6 +43,7 @@ class Observations:
       weights: [N] float32, how much each token counts.
       targets: [N] int32, the text's tokens.
       sequence: [N] int32, the row that each token comes from.
+      gate: [N, E] float32, what each exit's gate gives; 0 where it has none. None = not observed.
     """
 
     layers: tuple[int, ...]
@@ -47,6 +55,7 @@ class Observations:
     weights: np.ndarray
     targets: np.ndarray
     sequence: np.ndarray
+    gate: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -57,7 +66,15 @@ class Observations:
         """The tokens of some sequences only."""
         keep = np.isin(self.sequence, sequences)
         names = ("confidence", "agrees", "correct", "nats", "weights", "targets", "sequence")
+        names += () if self.gate is None else ("gate",)
         return dataclasses.replace(self, **{name: getattr(self, name)[keep] for name in names})
+
+    def gated(self, gates: Sequence[float]) -> "Observations":
+        """The same with exits whose gate gives less than `gates` [E] silenced: no threshold is reached."""
+        if self.gate is None:
+            return self
+        shut = self.gate < np.asarray(gates, np.float32)
+        return dataclasses.replace(self, confidence=np.where(shut, np.float32(-1.0), self.confidence))
 
     def halves(self, seed: int = 0) -> tuple["Observations", "Observations"]:
         """Splits whole sequences at random into two halves.
@@ -84,12 +101,14 @@ class TokenScalars:
       agrees: [B, T, E] bool.
       correct: [B, T, E + 1] bool.
       nats: [B, T, E + 1] float32.
+      gate: [B, T, E] float32.
     """
 
     confidence: jax.Array
     agrees: jax.Array
     correct: jax.Array
     nats: jax.Array
+    gate: jax.Array
 
 
 def observe(
@@ -114,9 +133,11 @@ def observe(
       Observations of all tokens with a positive weight.
 
     Raises:
-      ValueError: a batch is larger than the first one or longer than the model, or no token counts.
+      ValueError: a batch is larger than the first one or longer than the model, no token counts, or the
+        metric needs gates that the exits do not have.
     """
     index = jnp.int32(metric_index(metric))
+    check_gates(config, metric)
     parts: list[tuple[np.ndarray, ...]] = []
     shape: tuple[int, ...] = ()
     first_row = 0
@@ -132,13 +153,27 @@ def observe(
         scalars = jax.device_get(observe_batch(config, params, batch, index, chunk))
         counted = np.asarray(batch.weights) > 0
         row = np.broadcast_to(first_row + np.arange(shape[0])[:, None], shape)
-        host = (*_fields(scalars), np.asarray(batch.weights), np.asarray(batch.targets), row)
+        host = (*_fields(scalars), batch.weights, batch.targets, row, scalars.gate)
         parts.append(tuple(np.asarray(x)[counted] for x in host))
         first_row += rows
-    if not any(len(part[-1]) for part in parts):
+    if not any(len(part[0]) for part in parts):
         raise ValueError(f"{len(parts)} held-out batches without a counted token: give more text")
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return Observations(tuple(e.layer for e in config.exits), config.n_layers, *columns)
+
+
+def check_gates(config: ModelConfig, metric: str) -> None:
+    """Checks that the exits have what a metric reads.
+
+    Raises:
+      ValueError: the metric is `learned` and an exit has no gate.
+    """
+    without = tuple(e.layer for e in config.exits if not e.gate)
+    if metric == "learned" and without:
+        raise ValueError(
+            f"metric='learned': the exits after layers {without} have no gate; attach them with "
+            "ExitConfig(gate=width) and tune the gates, or choose a metric that reads logits"
+        )
 
 
 def _fields(scalars: TokenScalars) -> tuple[jax.Array, ...]:
@@ -171,6 +206,7 @@ def observe_batch(
         decoder.exit_features(i, taps[e.layer], batch.positions, batch.segments)
         for i, e in enumerate(config.exits)
     ]
+    evidence = [_evidence(decoder, i, taps[e.layer], features[i]) for i, e in enumerate(config.exits)]
     features.append(decoder.final_features(taps[config.n_layers].hidden))
     kernels = [*(decoder.exit_kernel(i) for i in range(len(config.exits))), decoder.final_kernel()]
     b, t = batch.tokens.shape
@@ -180,18 +216,26 @@ def observe_batch(
         x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
 
-    def one(xs: tuple[list[jax.Array], jax.Array]) -> TokenScalars:
-        return _chunk_scalars(config, xs[0], kernels, xs[1], metric)
+    def one(xs: tuple[list[jax.Array], list[Evidence], jax.Array]) -> TokenScalars:
+        return _chunk_scalars(config, xs[0], kernels, xs[1], xs[2], metric)
 
-    stacked = jax.lax.map(one, ([chunks(f) for f in features], chunks(batch.targets)))
+    stacked = jax.lax.map(one, jax.tree.map(chunks, (features, evidence, batch.targets)))
     columns = -(-t // chunk) * chunk
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, columns, *x.shape[3:])[:, :t], stacked)
+
+
+def _evidence(decoder: Decoder, index: int, tap: Tap, features: jax.Array) -> Evidence:
+    """What exit `index` knows of each token [B, T] before its vocabulary head is read."""
+    similarity = state_similarity(tap.hidden, tap.entering)
+    gate = decoder.config.exits[index].gate
+    return Evidence(similarity, decoder.exit_gate(index, features) if gate else jnp.zeros_like(similarity))
 
 
 def _chunk_scalars(
     config: ModelConfig,
     features: Sequence[jax.Array],
     kernels: Sequence[jax.Array],
+    evidence: Sequence[Evidence],
     targets: jax.Array,
     metric: jax.Array,
 ) -> TokenScalars:
@@ -204,9 +248,11 @@ def _chunk_scalars(
         target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         nats.append(jax.nn.logsumexp(logits, axis=-1) - target)
         if i < len(config.exits):
-            confidence.append(confidence_by_index(metric, logits))
+            confidence.append(confidence_by_index(metric, logits, evidence[i]))
     choice = jnp.stack(best, axis=-1)
+    learned = [e.learned for e in evidence]
     return TokenScalars(
+        gate=jnp.stack(learned, axis=-1) if learned else jnp.zeros((*targets.shape, 0)),
         confidence=jnp.stack(confidence, axis=-1) if confidence else jnp.zeros((*targets.shape, 0)),
         agrees=choice[..., :-1] == choice[..., -1:],
         correct=choice == targets[..., None],

@@ -1,8 +1,13 @@
 """Exit policies by confidence: the thresholds, how they are fitted, and the file they live in.
 
-Thresholds are chosen on one half of the held-out sequences and measured on the other half, so the
-reported numbers are not in-sample. They are averages over those tokens: no finite-sample guarantee
-for new text is part of this file.
+A token leaves at the first exit j with confidence c_j >= t_j, else at full depth. Thresholds t are
+chosen on one half of the held-out sequences,
+
+    minimise mean layers    subject to    share of tokens equal to the full model's >= target
+
+and measured on the other half, so the reported numbers are not in-sample. They are averages over those
+tokens; with a `RiskControl` the other half instead tests what is stated about new text, and the file
+says what was stated (see `risk_control`).
 """
 
 import dataclasses
@@ -16,8 +21,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from elastic_lm.calibrate.confidence import metric_index
-from elastic_lm.calibrate.observe import Arrays, Observations, observe
+from elastic_lm.calibrate.observe import Arrays, Observations, check_gates, observe
+from elastic_lm.calibrate.risk_control import Guarantee, RiskControl, control
 from elastic_lm.calibrate.search import NEVER, choose, outcome
 from elastic_lm.config import ModelConfig
 from elastic_lm.methods.losses import Batch
@@ -50,6 +58,8 @@ class ConfidenceExit:
     layers: tuple[int, ...]  # the exits' layers, in increasing order
     target: float | None = None  # agreement with the full model that the thresholds were chosen for
     curve: tuple[CurvePoint, ...] = ()  # measured targets, in increasing order
+    gates: tuple[float, ...] = ()  # least that each exit's gate must give for its head to be read; () = 0
+    guarantee: Guarantee | None = None  # what holds for `thresholds` on new text; None = averages only
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model, data, date, versions
 
     def __post_init__(self) -> None:
@@ -58,12 +68,15 @@ class ConfidenceExit:
             raise ValueError(f"thresholds={self.thresholds}: needs one per exit, after layers {self.layers}")
         if not all(math.isfinite(t) and t >= 0 for t in self.thresholds):
             raise ValueError(f"thresholds={self.thresholds}: must be finite and at least 0 (above 1 = never)")
+        if len(self.gates) not in (0, len(self.layers)):
+            raise ValueError(f"gates={self.gates}: needs one per exit, after layers {self.layers}, or none")
 
     def check(self, config: ModelConfig) -> None:
         """Checks that this policy fits a model's exits.
 
         Raises:
-          ValueError: names what differs: the exits' layers, or the shape of the model it was fitted on.
+          ValueError: names what differs: the exits' layers, their gates where the metric reads them, or
+            the shape of the model it was fitted on.
         """
         layers = tuple(e.layer for e in config.exits)
         if layers != self.layers:
@@ -71,6 +84,7 @@ class ConfidenceExit:
                 f"thresholds are for exits after layers {self.layers}, the model has {layers or 'none'}: "
                 "calibrate on this model"
             )
+        check_gates(config, self.metric)
         recorded = self.provenance.get("model", {})
         for field in SHAPE:
             if field in recorded and recorded[field] != getattr(config, field):
@@ -80,14 +94,17 @@ class ConfidenceExit:
                 )
 
     def at(self, target: float) -> "ConfidenceExit":
-        """The same policy for another target of its curve.
+        """The same policy for another target of its curve; a guarantee stays with its own thresholds.
 
         Raises:
           ValueError: the curve does not have this target.
         """
         for point in self.curve:
             if math.isclose(point.target, target):
-                return dataclasses.replace(self, target=point.target, thresholds=point.thresholds)
+                kept = self.guarantee if point.thresholds == self.thresholds else None
+                return dataclasses.replace(
+                    self, target=point.target, thresholds=point.thresholds, guarantee=kept
+                )
         known = ", ".join(f"{p.target:g}" for p in self.curve) or "none"
         raise ValueError(f"target={target}: the curve has {known}; calibrate with this target")
 
@@ -132,6 +149,7 @@ def calibrate(
     batches: Iterable[Batch | Arrays],
     *,
     target: float = 0.99,
+    risk: RiskControl | None = None,
     metric: str = "max_prob",
     targets: Sequence[float] = TARGETS,
     active: Sequence[int] | None = None,
@@ -146,7 +164,9 @@ def calibrate(
       config: the model with its exits; static.
       params: its parameters, canonical or stacked.
       batches: packed held-out batches, not trained on; see `observe`.
-      target: wanted share of emitted tokens that equal the full model's greedy choice.
+      target: wanted share of emitted tokens that equal the full model's greedy choice, on average over
+        the held-out tokens; not read where `risk` states a target.
+      risk: what is to be guaranteed for new text; None = averages only.
       metric: confidence metric.
       targets: further targets that the curve shows.
       active: layers of the exits that may be used; the others get a threshold above 1. None = all.
@@ -157,37 +177,47 @@ def calibrate(
 
     Returns:
       ConfidenceExit with the measured curve. Where no exit can be used within a target's budget of
-      disagreements its thresholds are above 1 (never exit) and the curve's note says so.
+      disagreements its thresholds are above 1 (never exit) and the curve's note says so; so they are
+      where `risk` is not achievable, and the guarantee says how many more sequences are needed.
 
     Raises:
-      ValueError: the model has no exits, a target is not in (0, 1], or the text is too short.
+      ValueError: the model has no exits, or none with the gate that the metric reads, a target is not in
+        (0, 1], or the text is too short.
     """
     if not config.exits:
         raise ValueError("config.exits=(): attach and tune exits first")
     observations = observe(config, params, batches, metric=metric, chunk=chunk)
-    policy = fit(observations, target=target, metric=metric, targets=targets, active=active, seed=seed)
+    policy = fit(
+        observations, target=target, risk=risk, metric=metric, targets=targets, active=active, seed=seed
+    )
+    return dataclasses.replace(policy, provenance=_provenance(config, policy, model, data))
+
+
+def _provenance(config: ModelConfig, policy: ConfidenceExit, model: str, data: str) -> dict[str, Any]:
+    """Where a policy comes from; its counts of tokens are in `policy.provenance`."""
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
     shape = {field: getattr(config, field) for field in SHAPE}
-    provenance = {
+    return {
         "model": {"path": model, "config_sha256": digest, **shape},
         "data": {"description": data, **policy.provenance},
-        "guarantee": GUARANTEE,
+        "guarantee": policy.guarantee.statement if policy.guarantee else GUARANTEE,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
     }
-    return dataclasses.replace(policy, provenance=provenance)
 
 
 def fit(
     observations: Observations,
     *,
-    target: float,
+    target: float = 0.99,
+    risk: RiskControl | None = None,
     metric: str,
     targets: Sequence[float] = TARGETS,
     active: Sequence[int] | None = None,
     seed: int = 0,
 ) -> ConfidenceExit:
     """`calibrate` from observations that exist already; arguments as there."""
+    target = risk.target if risk else target
     targets = sorted({target, *targets})
     for value in targets:
         if not 0 < value <= 1:
@@ -197,18 +227,54 @@ def fit(
     if unknown:
         raise ValueError(f"active={tuple(active or ())}: the model has exits after layers {layers}")
     used = [i for i, layer in enumerate(layers) if active is None or layer in active]
-    selection, scoring = observations.halves(seed)
     depths = [*(layers[i] for i in used), observations.n_layers]
+    gates = choose_gates(observations.halves(seed)[0], used, depths, target)
+    selection, scoring = observations.gated(gates).halves(seed)
     chosen = choose(selection.confidence[:, used], selection.agrees[:, used], depths, targets)
-    curve = tuple(_point(scoring, value, _spread(chosen[value], used, len(layers))) for value in targets)
-    thresholds = next(p.thresholds for p in curve if p.target == target)
+    points = {value: _point(scoring, value, _spread(chosen[value], used, len(layers))) for value in targets}
+    guarantee = None
+    if risk:
+        thresholds, guarantee = control(selection, scoring, risk, used)
+        points[target] = dataclasses.replace(_point(scoring, target, thresholds), note=guarantee.statement)
     counts = {
         "selection_tokens": selection.tokens,
         "scoring_tokens": scoring.tokens,
         "sequences": len(set(observations.sequence.tolist())),
         "seed": seed,
     }
-    return ConfidenceExit(metric, thresholds, layers, target, curve, counts)
+    curve = tuple(points.values())
+    thresholds = points[target].thresholds
+    gates = gates if any(gates) else ()
+    return ConfidenceExit(metric, thresholds, layers, target, curve, gates, guarantee, counts)
+
+
+def choose_gates(
+    selection: Observations, used: Sequence[int], depths: Sequence[int], target: float, kept: float = 0.98
+) -> tuple[float, ...]:
+    """How much each exit's gate must give for its vocabulary head to be read.
+
+    As much as lets a share of the tokens through that would leave there, were every head read. A gate that
+    stays shut by mistake costs depth, never agreement; thresholds are chosen with the gates in place.
+
+    Args:
+      selection: the sequences that choose.
+      used: indices of the exits in use.
+      depths: their layers, then those of the full model.
+      target: agreement that the tokens that leave are chosen for.
+      kept: share of them that the gate must let through.
+
+    Returns:
+      One number in [0, 1] per exit; 0 where an exit has no gate, or nothing leaves there.
+    """
+    gates = [0.0] * len(selection.layers)
+    if selection.gate is None or not selection.gate.any():
+        return tuple(gates)
+    thresholds = choose(selection.confidence[:, used], selection.agrees[:, used], depths, [target])[target]
+    for i, threshold in zip(used, thresholds, strict=True):
+        leaves = selection.gate[selection.confidence[:, i] >= threshold, i]
+        if len(leaves):
+            gates[i] = float(np.quantile(leaves, 1 - kept))
+    return tuple(gates)
 
 
 def _spread(thresholds: Sequence[float], used: Sequence[int], exits: int) -> tuple[float, ...]:

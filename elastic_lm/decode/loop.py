@@ -14,12 +14,28 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.calibrate.confidence import confidence_by_index
+from elastic_lm.calibrate.confidence import (
+    METRICS,
+    state_similarity,
+)
 from elastic_lm.config import ModelConfig
 from elastic_lm.decode import cache
+from elastic_lm.decode.answer import Found, answer
 from elastic_lm.decode.cache import LayerCache
+from elastic_lm.decode.propagate import propagate
 from elastic_lm.decode.sampling import sample
-from elastic_lm.decode.state import FREE, Answers, Controls, DecodeState, emit, no_answers, segments
+from elastic_lm.decode.state import (
+    FREE,
+    Answers,
+    Controls,
+    DecodeState,
+    Mode,
+    emit,
+    no_answers,
+    retire,
+    segments,
+)  # fmt: skip
+from elastic_lm.decode.verify import deep_tokens, drafting_room, look_deep, verify
 from elastic_lm.models.decoder import Decoder, Params
 
 # What segment j writes: caches of its layers, cache of its exit's block, states that leave it [B, W, D].
@@ -27,7 +43,12 @@ Held = tuple[tuple[LayerCache, ...], LayerCache | None, jax.Array | None]
 
 
 def run(
-    config: ModelConfig, params: Params, state: DecodeState, controls: Controls, iterations: jax.Array
+    config: ModelConfig,
+    params: Params,
+    state: DecodeState,
+    controls: Controls,
+    iterations: jax.Array,
+    mode: Mode = "exact",
 ) -> DecodeState:
     """Runs iterations of shallow and deep ticks until every row has ended.
 
@@ -38,6 +59,9 @@ def run(
       controls: traced.
       iterations: int32, traced; stops after this many iterations even if rows are alive, so that a
         caller can stream.
+      mode: static. "exact" = deeper layers of early tokens run later, in windows; "verify" = the same,
+        and the rows that `controls.lossless` marks keep only what the full model would have emitted;
+        "propagate" = deeper layers of early tokens never run, CALM's approximation takes their place.
 
     Returns:
       The advanced state.
@@ -50,7 +74,7 @@ def run(
         state, count = carry
         answers = no_answers(config, state)
         for j in range(len(segments(config))):
-            state, answers = _segment(config, params, state, controls, answers, j)
+            state, answers = _segment(config, params, state, controls, answers, j, mode)
         return _emit(state, answers, controls), count + 1
 
     return jax.lax.while_loop(unfinished, iteration, (state, jnp.int32(0)))[0]
@@ -60,10 +84,11 @@ def _emit(state: DecodeState, answers: Answers, controls: Controls) -> DecodeSta
     """Draws a token for every row that has an answer; one place, so that it is compiled once."""
 
     def draw() -> jax.Array:
-        return sample(answers.logits, state.seen, state.length, controls.sampling)
+        return sample(answers.logits, state.tokens, state.length, controls.sampling)
 
     tokens_B = jax.lax.cond(jnp.any(answers.rows), draw, lambda: jnp.zeros_like(state.length))
-    return emit(state, answers.rows, tokens_B, answers.depth, controls.stop_tokens)
+    state = emit(state, answers.rows, tokens_B, answers.depth, controls.stop_tokens)
+    return retire(state, controls.lossless)
 
 
 def _segment(
@@ -73,62 +98,93 @@ def _segment(
     controls: Controls,
     answers: Answers,
     j: int,
+    mode: Mode,
 ) -> tuple[DecodeState, Answers]:
     """Runs segment `j` (static) where it is due, then lets the rows that asked for it answer."""
-    window = state.hidden[0].shape[1] if state.hidden else 1
+    window = _window(state)
+    room_B = drafting_room(state, controls, window)
     if j == 0:
-        asking = movable(state, window)
+        asking = movable(state, room_B)
         target = state.done[0] + asking
         fires = jnp.any(asking)
     else:
         asking = state.alive & (state.wait == j - 1)
         target = state.done[j - 1]
-        fires = deep_fires(state, controls, answers.rows, j, window)
+        fires = deep_fires(state, controls, answers.rows, j, room_B)
         asking &= fires
-    widths = (1,) if j == 0 else variants(window)
-    pending = jnp.max(target - state.done[j])
-    held = _hold(config, state, j)
-    held, features = _narrowest(config, params, state, held, target, j, fires, pending, widths)
+    begin = state.done[j]
+    widths = (1,) if j == 0 or mode == "propagate" else variants(window)
+    held, found = _narrowest(config, params, state, controls, target, j, fires, widths, mode)
     state = _put_back(config, state, held, j)
-    target = jnp.where(fires, target, state.done[j])
+    target = jnp.where(fires, target, begin)
     state = dataclasses.replace(state, done=state.done.at[j].set(target), ticks=state.ticks.at[j].add(fires))
-    answers = _answer(config, params, controls, answers, j, asking, features)
-    wait = jnp.where(asking, jnp.where(answers.rows, FREE, j), state.wait)
-    return dataclasses.replace(state, wait=wait), answers
+    if found.deep is not None:
+        state, rejected = verify(state, controls, deep_tokens(found.deep, window), begin, target)
+        # A row that an exit answered in this very iteration takes the full model's answer instead.
+        asking |= answers.rows & controls.lossless & (target == state.length)
+        asking &= ~rejected
+        answers = dataclasses.replace(answers, rows=answers.rows & ~rejected)
+    before = answers.rows
+    answers = answer(config, params, controls, answers, j, asking, found, state, room_B, window)
+    state = dataclasses.replace(state, wait=jnp.where(asking, jnp.where(answers.rows, FREE, j), state.wait))
+    if mode == "propagate" and j < len(segments(config)) - 1:
+        state = propagate(config, params, state, answers.rows & ~before, j)
+    return state, answers
+
+
+def _window(state: DecodeState) -> int:
+    """W, positions that may be pending."""
+    return state.hidden[0].shape[1] if state.hidden else 1
 
 
 def _narrowest(
     config: ModelConfig,
     params: Params,
     state: DecodeState,
-    held: Held,
+    controls: Controls,
     target_B: jax.Array,
     j: int,
     fires: jax.Array,
-    pending: jax.Array,
     widths: tuple[int, ...],
-) -> tuple[Held, jax.Array]:
-    """Runs the tick of the smallest width that takes `pending` positions, or none.
+    mode: Mode,
+) -> tuple[Held, Found]:
+    """Runs the tick of the smallest width that takes all pending positions, or none.
 
     One `cond` after the other and not a `switch`: XLA copies a cache that several branches write.
     """
-    features = jnp.zeros((target_B.shape[0], 1, config.d_model), config.dtype)
+    held = _hold(config, state, j)
 
-    def ticks() -> tuple[Held, jax.Array]:
+    def tick(held: Held, width: int) -> tuple[Held, Found]:
+        return _tick(config, params, state, controls, held, target_B, j, width, mode)
+
+    nothing = _nothing(config, state, j, mode)
+
+    def ticks() -> tuple[Held, Found]:
         if len(widths) == 1:
-            return _tick(config, params, state, held, target_B, j, widths[0])
+            return tick(held, widths[0])
+        pending = jnp.max(target_B - state.done[j])
         choice = jnp.sum(jnp.asarray(widths) < pending)
-        result = held, features
+        result = held, nothing
         for i, width in enumerate(widths):
             result = jax.lax.cond(
                 choice == i,
-                lambda held, _, width=width: _tick(config, params, state, held, target_B, j, width),
-                lambda held, features: (held, features),
+                lambda held, _, width=width: tick(held, width),
+                lambda held, found: (held, found),
                 *result,
             )
         return result
 
-    return jax.lax.cond(fires, ticks, lambda: (held, features))
+    return jax.lax.cond(fires, ticks, lambda: (held, nothing))
+
+
+def _nothing(config: ModelConfig, state: DecodeState, j: int, mode: Mode) -> Found:
+    """What stands in where no tick ran."""
+    b = state.length.shape[0]
+    if segments(config)[j][1] < config.n_layers:
+        return Found(jnp.zeros((b, 1, config.d_model), config.dtype), jnp.zeros((b,), jnp.float32))
+    if mode == "verify":
+        return Found(deep=jnp.zeros((b, config.vocab_size + _window(state)), jnp.float32))
+    return Found(jnp.zeros((b, 1, config.d_model), config.dtype))
 
 
 def _hold(config: ModelConfig, state: DecodeState, j: int) -> Held:
@@ -163,27 +219,28 @@ def variants(window: int) -> tuple[int, ...]:
     return (*(width for width in (1, 2, 3) if width < window), window)
 
 
-def movable(state: DecodeState, window: int) -> jax.Array:
-    """[B] bool: rows whose newest token can enter segment 0."""
+def movable(state: DecodeState, room_B: jax.Array) -> jax.Array:
+    """[B] bool: rows whose newest token can enter segment 0; `room_B` as in `drafting_room`."""
     fresh = state.done[0] == state.length - 1
-    room = state.done[0] - state.done[-1] < window
-    return state.alive & (state.wait == FREE) & fresh & (room | (state.done.shape[0] == 1))
+    room = state.done[0] - state.done[-1] < room_B
+    return state.alive & ~state.ended & (state.wait == FREE) & fresh & (room | (state.done.shape[0] == 1))
 
 
 def deep_fires(
-    state: DecodeState, controls: Controls, answered_B: jax.Array, j: int, window: int
+    state: DecodeState, controls: Controls, answered_B: jax.Array, j: int, room_B: jax.Array
 ) -> jax.Array:
     """Scalar bool: whether segment `j` > 0 runs now.
 
     It does when a row's window is full, when enough rows wait for it, or when rows wait and none can go
-    on without it. Rows that have an answer in this iteration (`answered_B`) go on in the next.
+    on without it. A row that has ended waits for the verification of its last tokens. Rows that have an
+    answer in this iteration (`answered_B`) go on in the next.
     """
     pending = state.done[j - 1] > state.done[j]
-    full = state.alive & (state.done[0] - state.done[-1] >= window) & pending
-    waiting = state.alive & (state.wait == j - 1)
+    full = state.alive & (state.done[0] - state.done[-1] >= room_B) & pending
+    waiting = state.alive & ((state.wait == j - 1) | (state.ended & pending))
     share = controls.fire_share * jnp.sum(state.alive)
     enough = jnp.sum(waiting) >= jnp.maximum(share, 1.0)
-    stuck = jnp.any(waiting) & ~jnp.any(movable(state, window) | answered_B)
+    stuck = jnp.any(waiting) & ~jnp.any(movable(state, room_B) | answered_B)
     return jnp.any(full) | enough | stuck
 
 
@@ -191,17 +248,19 @@ def _tick(
     config: ModelConfig,
     params: Params,
     state: DecodeState,
+    controls: Controls,
     held: Held,
     target_B: jax.Array,
     j: int,
     width: int,
-) -> tuple[Held, jax.Array]:
+    mode: Mode,
+) -> tuple[Held, Found]:
     """Runs segment `j` over positions done[j] .. done[j] + width - 1 of every row.
 
     Positions at or above `target_B` are not pending: what they give lands in stale cache positions.
 
     Returns:
-      (the written parts of the state, features [B, 1, D] of each row's newest position).
+      (the written parts of the state, what was found for each row's newest position).
     """
     caches, exit_cache, ring = held
     decoder = Decoder(config).bind({"params": params})
@@ -225,14 +284,25 @@ def _tick(
         return jnp.take_along_axis(x_BTD, newest_B[:, None, None], axis=1) if width > 1 else x_BTD
 
     if ring is None:
-        return (caches, None, None), decoder.final_features(newest(tap.hidden))
+        if mode != "verify":
+            return (caches, None, None), Found(decoder.final_features(newest(tap.hidden)))
+        features = decoder.final_features(tap.hidden)
+        deep = look_deep(
+            decoder, features, positions, newest_B, state.tokens, controls.sampling, _window(state)
+        )
+        return (caches, None, None), Found(deep=deep)
     past = None if exit_cache is None else cache.past(exit_cache, done_B)
     exit_hidden, exit_rows = decoder.exit_state(j, tap, positions, past=past)
     if exit_cache is not None and exit_rows is not None:
         exit_cache = cache.write(exit_cache, exit_rows, cache.after(exit_hidden, done_B))
     ring = ring_write(ring, tap.hidden, done_B, target_B - done_B)
     features = decoder.exit_head_input(j, newest(exit_hidden), jax.tree.map(newest, tap))
-    return (caches, exit_cache, ring), features
+    cosine = jax.lax.cond(
+        controls.metric == METRICS.index("cosine"),
+        lambda: state_similarity(newest(tap.hidden), newest(tap.entering))[:, 0],
+        lambda: jnp.zeros(newest_B.shape, jnp.float32),
+    )
+    return (caches, exit_cache, ring), Found(features, cosine)
 
 
 def ring_write(ring_BWD: jax.Array, new_BTD: jax.Array, start_B: jax.Array, count_B: jax.Array) -> jax.Array:
@@ -241,34 +311,3 @@ def ring_write(ring_BWD: jax.Array, new_BTD: jax.Array, start_B: jax.Array, coun
     index_BW = (jnp.arange(window) - start_B[:, None]) % window
     taken = jnp.take_along_axis(new_BTD, jnp.minimum(index_BW, width - 1)[..., None], axis=1)
     return jnp.where((index_BW < count_B[:, None])[..., None], taken, ring_BWD)
-
-
-def _answer(
-    config: ModelConfig,
-    params: Params,
-    controls: Controls,
-    answers: Answers,
-    j: int,
-    asking_B: jax.Array,
-    features_B1D: jax.Array,
-) -> Answers:
-    """Evaluates the head after segment `j` for the rows that asked; confident rows have their answer."""
-    depth = segments(config)[j][1]
-    final = depth == config.n_layers
-    eager_B = asking_B if final else asking_B & (controls.thresholds[:, j] <= 1.0)
-
-    def head() -> Answers:
-        decoder = Decoder(config).bind({"params": params})
-        if final:
-            logits, confident_B = decoder.final_logits(features_B1D)[:, 0], eager_B
-        else:
-            logits = decoder.exit_logits(j, features_B1D)[:, 0]
-            confidence = confidence_by_index(controls.metric, logits)
-            confident_B = eager_B & (confidence >= controls.thresholds[:, j])
-        return Answers(
-            rows=answers.rows | confident_B,
-            logits=jnp.where(confident_B[:, None], logits, answers.logits),
-            depth=jnp.where(confident_B, depth, answers.depth),
-        )
-
-    return jax.lax.cond(jnp.any(eager_B), head, lambda: answers)

@@ -15,6 +15,7 @@ def prefill(
     tokens_BP: jax.Array,
     length_B: jax.Array,
     limit_B: jax.Array,
+    draft: jax.Array,
     *,
     capacity: int,
     window: int,
@@ -30,6 +31,7 @@ def prefill(
       tokens_BP: int32 prompts, padded on the right to the bucket P.
       length_B: int32 prompt lengths, 1 .. P.
       limit_B: int32 length at which each row ends; rows with limit <= length are never alive.
+      draft: int32 scalar, tokens that a lossless row may draft at first; traced.
       capacity: positions per cache; static; at least max(limit_B) + window.
       window: pending positions per row, W; static.
 
@@ -50,20 +52,20 @@ def prefill(
             _, own = decoder.exit_state(j, tap, positions)
             exit_caches.append(None if own is None else cache.from_prefill(own, capacity))
     n_exits = len(exit_caches)
-    real = jnp.arange(p) < length_B[:, None]
-    each = jnp.arange(b)[:, None]
-    seen = jnp.zeros((b, config.vocab_size), bool)
     return DecodeState(
         tokens=jnp.pad(tokens_BP, [(0, 0), (0, capacity - p)]),
         exit_layers=jnp.zeros((b, capacity), jnp.int32),
         length=length_B,
         limit=limit_B,
         alive=length_B < limit_B,
+        ended=jnp.zeros((b,), bool),
         wait=jnp.full((b,), FREE, jnp.int32),
         done=jnp.broadcast_to(length_B - 1, (n_exits + 1, b)),
         hidden=tuple(jnp.zeros((b, window, config.d_model), config.dtype) for _ in range(n_exits)),
         cache=tuple(caches),
         exit_cache=tuple(exit_caches),
-        seen=seen.at[each, jnp.where(real, tokens_BP, config.vocab_size)].set(True, mode="drop"),
+        draft=jnp.broadcast_to(draft, (b,)),
+        drafted=jnp.zeros((b,), jnp.int32),
+        accepted=jnp.zeros((b,), jnp.int32),
         ticks=jnp.zeros((n_exits + 1,), jnp.int32),
     )

@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_lm.calibrate.confidence import metric_index
+from elastic_lm.calibrate.search import NEVER
 from elastic_lm.config import ModelConfig
+from elastic_lm.decode.policies import ExitPolicy, gate_row, threshold_table
 from elastic_lm.decode.sampling import Sampling
+from elastic_lm.decode.state import Controls, segments
 
 STOP_SLOTS = 8  # stop tokens beyond this recompile with twice as many slots
 SMALLEST_BUCKET = 32
@@ -70,11 +74,11 @@ class Settings:
             top_p=self._row("top_p", batch, np.float32, 0.0, 1.0),
             min_p=self._row("min_p", batch, np.float32, 0.0, 1.0),
             repetition_penalty=self._row("repetition_penalty", batch, np.float32, 1e-6, None),
-            seed=jnp.asarray(_per_row("seed", seeds, batch).astype(np.uint32)),
+            seed=jnp.asarray(per_row("seed", seeds, batch).astype(np.uint32)),
         )
 
     def _row(self, name: str, batch: int, dtype: type, low: float, high: float | None) -> jax.Array:
-        values = _per_row(name, getattr(self, name), batch)
+        values = per_row(name, getattr(self, name), batch)
         bad = (values < low) | (values > high if high is not None else False) | ~np.isfinite(values)
         if bad.any():
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -82,11 +86,65 @@ class Settings:
         return jnp.asarray(values, dtype)
 
 
-def _per_row(name: str, value: object, batch: int) -> np.ndarray:
+def per_row(name: str, value: object, batch: int) -> np.ndarray:
+    """[B, ...] of one value, or of one per row.
+
+    Raises:
+      ValueError: a sequence has not one entry per row.
+    """
     values = np.asarray(value)
     if values.ndim and values.shape != (batch,):
         raise ValueError(f"{name} has {values.shape[0]} entries: give one value, or one per prompt ({batch})")
     return np.broadcast_to(values, (batch,)).copy()
+
+
+def make_controls(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    capacity: int,
+    how: Settings,
+    policies: Sequence[ExitPolicy | None],
+    *,
+    lossless: np.ndarray,
+    adapt: bool,
+    fire_share: float,
+    together: bool,
+) -> Controls:
+    """What the decode loop reads of a batch's requests.
+
+    Args:
+      config: the model.
+      prompts: token ids per row.
+      count: tokens asked for per row.
+      capacity: positions per row.
+      how: sampling settings.
+      policies: one per row, None = full depth; all of one metric.
+      lossless: [B] bool rows that are verified.
+      adapt: draft lengths follow what is accepted.
+      fire_share: share of the living rows that must wait before a deep tick fires.
+      together: rows leave early only all at once.
+
+    Raises:
+      ValueError: a sampling setting is out of range, or has not one entry per row.
+    """
+    batch, exits = len(prompts), len(segments(config)) - 1
+    thresholds = np.full((batch, exits, capacity), NEVER, np.float32)
+    for row, (policy, prompt) in enumerate(zip(policies, prompts, strict=True)):
+        first = len(prompt) - 1  # position whose exits decide about the first emitted token
+        thresholds[row, :, first : first + count] = threshold_table(policy, exits, count)
+    metrics = [policy.metric for policy in policies if policy is not None]
+    return Controls(
+        thresholds=jnp.asarray(thresholds),
+        gates=jnp.asarray(np.stack([gate_row(policy, exits) for policy in policies])),
+        metric=jnp.int32(metric_index(metrics[0]) if metrics else 0),
+        fire_share=jnp.float32(fire_share),
+        together=jnp.asarray(together),
+        lossless=jnp.asarray(lossless),
+        adapt=jnp.asarray(adapt),
+        stop_tokens=stop_array(config, how),
+        sampling=how.arrays(batch),
+    )
 
 
 def stop_array(config: ModelConfig, settings: Settings) -> jax.Array:

@@ -4,46 +4,28 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, Literal, Protocol, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.calibrate.confidence import metric_index
-from elastic_lm.calibrate.search import NEVER
-from elastic_lm.config import ModelConfig
 from elastic_lm.decode.loop import run
+from elastic_lm.decode.policies import ExitPolicy
 from elastic_lm.decode.prefill import prefill
-from elastic_lm.decode.requests import Settings, bucket, pad_prompts, stop_array
-from elastic_lm.decode.state import Controls, DecodeState, segments
+from elastic_lm.decode.requests import Settings, bucket, make_controls, pad_prompts, per_row
+from elastic_lm.decode.state import Controls, DecodeState, Mode
 from elastic_lm.models.decoder import Decoder, Params
 
 ENDLESS = 2**30  # iterations, where nothing has to be looked at between
 
-# Static: the config, the capacity, the window. Traced: everything else.
+# Static: the config, the capacity, the window, the mode. Traced: everything else.
 jit_prefill = jax.jit(prefill, static_argnames=("config", "capacity", "window"))
-jit_run = jax.jit(run, static_argnames="config", donate_argnames="state")
+jit_run = jax.jit(run, static_argnames=("config", "mode"), donate_argnames="state")
 
 Prompt = str | Sequence[int]
-
-
-class ExitPolicy(Protocol):
-    """What the sampler needs to know about when to exit (`calibrate.thresholds.ConfidenceExit`)."""
-
-    @property
-    def metric(self) -> str:
-        """Confidence metric."""
-        ...
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """One threshold per exit, in order of depth."""
-        ...
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises ValueError where the policy does not fit the model's exits."""
-        ...
+SAME: Any = object()  # the sampler's own policy
+FIRST_DRAFT = 2  # tokens drafted before the first verification, where lengths adapt
 
 
 class TextTokenizer(Protocol):
@@ -70,6 +52,9 @@ class Statistics:
       mean_layers: mean depth at which emitted tokens were chosen.
       exit_counts: emitted tokens per depth.
       segment_ticks: how often each segment ran.
+      drafted: tokens that lossless rows drafted and the full model verified.
+      accepted: those that stayed.
+      wasted: those that did not.
     """
 
     tokens: int
@@ -79,6 +64,14 @@ class Statistics:
     mean_layers: float
     exit_counts: dict[int, int]
     segment_ticks: tuple[int, ...]
+    drafted: int = 0
+    accepted: int = 0
+    wasted: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafted tokens that stayed; 1 where none were drafted."""
+        return self.accepted / self.drafted if self.drafted else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +109,10 @@ class Sampler:
         window: int = 16,
         fire_share: float = 0.0,
         stream_every: int = 16,
+        lossless: bool = False,
+        draft: int | None = None,
+        missing: Literal["exact", "propagate"] = "exact",
+        together: bool = False,
     ):
         """Creates a sampler.
 
@@ -127,6 +124,14 @@ class Sampler:
           window: positions per row whose deeper layers may be pending; static.
           fire_share: share of the rows that must wait before a deep tick fires; 0 = latency, 1 = throughput.
           stream_every: loop iterations between looks at the device when streaming or watching stop strings.
+          lossless: early tokens are drafts that the full model verifies (`decode.verify`): what is emitted is
+            what full depth emits with the same seed.
+          draft: tokens that a lossless row drafts before it is verified, at most window - 1; None = as many
+            as acceptance justifies. Thresholds end a draft earlier.
+          missing: what deeper layers see of early tokens: "exact" = what they compute of them, later, in
+            windows; "propagate" = keys and values of the state that the token left with (CALM), an
+            approximation without deep work.
+          together: rows leave early only if all rows that run are confident, as in CALM; for comparison.
 
         Raises:
           ValueError: the policy does not fit the model's exits, or a setting is out of range.
@@ -137,8 +142,14 @@ class Sampler:
             raise ValueError(f"fire_share={fire_share}: must be a share between 0 and 1")
         if stream_every < 1:
             raise ValueError(f"stream_every={stream_every}: must be at least 1")
+        if missing not in ("exact", "propagate"):
+            raise ValueError(f"missing={missing!r}: must be exact or propagate")
+        if draft is not None and not 1 <= draft < max(window, 2):
+            raise ValueError(f"draft={draft}: must be at least 1 and below window={window}")
         if exit is not None:
             exit.check(model.config)
+        self.lossless, self.draft, self.together = lossless, draft, together
+        self.missing: Mode = missing
         self.config, self.params, self.tokenizer, self.exit = model.config, params, tokenizer, exit
         self.window, self.fire_share, self.stream_every = window, fire_share, stream_every
 
@@ -151,12 +162,23 @@ class Sampler:
     @overload
     def sample(self, prompt: list[list[int]], max_new_tokens: int = 64, **settings: Any) -> list[Sample]: ...
 
-    def sample(self, prompt: Any, max_new_tokens: int = 64, **settings: Any) -> Sample | list[Sample]:
+    def sample(
+        self,
+        prompt: Any,
+        max_new_tokens: int = 64,
+        *,
+        exit: Any = SAME,
+        lossless: bool | Sequence[bool] | None = None,
+        **settings: Any,
+    ) -> Sample | list[Sample]:
         """Generates a continuation of one prompt, or of every prompt of a list as one batch.
 
         Args:
           prompt: text or token ids; or a list of either.
           max_new_tokens: tokens to emit per row at most.
+          exit: another policy than the sampler's for this call, or one per row; None = full depth. The
+            policies of one batch share a metric.
+          lossless: another choice than the sampler's for this call, or one per row.
           **settings: fields of `requests.Settings`: temperature, top_k, top_p, min_p, repetition_penalty,
             seed, stop, stop_tokens, ignore_eos.
 
@@ -168,12 +190,14 @@ class Sampler:
         """
         prompts, single = self._encode(prompt)
         how = make_settings(settings)
+        policies = self._policies(exit, len(prompts))
+        verified = self._lossless(lossless, len(prompts))
         began = time.perf_counter()
-        state, controls = self._start(prompts, max_new_tokens, how)
+        state, controls = self._start(prompts, max_new_tokens, how, policies, verified)
         if how.stop_strings():
-            *_, final = self._advance(state, controls, prompts, how)
+            *_, final = self._advance(state, controls, prompts, how, self._mode(verified))
         else:
-            final = jit_run(self.config, self.params, state, controls, ENDLESS)
+            final = jit_run(self.config, self.params, state, controls, ENDLESS, self._mode(verified))
         samples = self._collect(final, prompts, how, began)
         return samples[0] if single else samples
 
@@ -182,8 +206,9 @@ class Sampler:
         prompts, _ = self._encode(prompt)
         how = make_settings(settings)
         state, controls = self._start(prompts, max_new_tokens, how)
+        mode = self._mode(self._lossless(None, 1))
         shown = ""
-        for reached in self._advance(state, controls, prompts, how):
+        for reached in self._advance(state, controls, prompts, how, mode):
             text = self._collect(reached, prompts, how, 0.0)[0].text
             safe = text if not np.any(reached.alive) else held_back(text, how.stop_strings())
             if len(safe) > len(shown):
@@ -196,18 +221,31 @@ class Sampler:
         programs: tuple[Any, ...] = (jit_prefill, jit_run)
         return sum(program._cache_size() for program in programs)
 
-    def controls(self, batch: int, settings: Settings) -> Controls:
-        """The traced controls of a batch of `batch` rows."""
-        n_exits = len(segments(self.config)) - 1
-        never = (NEVER,) * n_exits
-        thresholds = (*self.exit.thresholds, *never)[:n_exits] if self.exit else never
-        return Controls(
-            thresholds=jnp.broadcast_to(jnp.asarray(thresholds, jnp.float32), (batch, n_exits)),
-            metric=jnp.int32(metric_index(self.exit.metric) if self.exit else 0),
-            fire_share=jnp.float32(self.fire_share),
-            stop_tokens=stop_array(self.config, settings),
-            sampling=settings.arrays(batch),
-        )
+    def _policies(self, exit: Any, batch: int) -> list[ExitPolicy | None]:
+        """One checked policy per row."""
+        given = self.exit if exit is SAME else exit
+        rows = list(given) if isinstance(given, Sequence) else [given] * batch
+        if len(rows) != batch:
+            raise ValueError(f"exit has {len(rows)} policies: give one, or one per prompt ({batch})")
+        metrics = {policy.metric for policy in rows if policy is not None}
+        if len(metrics) > 1:
+            raise ValueError(f"exit: one batch cannot mix the metrics {', '.join(sorted(metrics))}")
+        for policy in rows if exit is not SAME else ():
+            if policy is not None:
+                policy.check(self.config)
+        return rows
+
+    def _lossless(self, lossless: bool | Sequence[bool] | None, batch: int) -> np.ndarray:
+        """[B] bool: the rows that are verified."""
+        rows = per_row("lossless", self.lossless if lossless is None else lossless, batch).astype(bool)
+        if rows.any() and self.missing == "propagate":
+            raise ValueError("missing='propagate': approximate keys and values verify nothing; use 'exact'")
+        if rows.any() and self.window < 2:
+            raise ValueError(f"window={self.window}: lossless decoding needs at least 2")
+        return rows
+
+    def _mode(self, lossless_B: np.ndarray) -> Mode:
+        return "verify" if lossless_B.any() else self.missing
 
     def _encode(self, prompt: Any) -> tuple[list[list[int]], bool]:
         if isinstance(prompt, np.ndarray | jax.Array):
@@ -225,33 +263,49 @@ class Sampler:
         return encoded, single
 
     def _start(
-        self, prompts: list[list[int]], max_new_tokens: int, how: Settings
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        how: Settings,
+        policies: Sequence[ExitPolicy | None] | None = None,
+        lossless_B: np.ndarray | None = None,
     ) -> tuple[DecodeState, Controls]:
         if how.stop_strings() and self.tokenizer is None:
             raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
-        controls = self.controls(len(prompts), how)
+        policies = self._policies(SAME, len(prompts)) if policies is None else policies
+        lossless_B = self._lossless(None, len(prompts)) if lossless_B is None else lossless_B
         tokens, lengths = pad_prompts(self.config, prompts, max_new_tokens)
         longest = max(map(len, prompts)) + max_new_tokens
         capacity = bucket(max(longest + self.window, tokens.shape[1]))
+        controls = make_controls(
+            self.config, prompts, max_new_tokens, capacity, how, policies,
+            lossless=lossless_B, adapt=self.draft is None, fire_share=self.fire_share, together=self.together,
+        )  # fmt: skip
+        draft = min(self.draft or FIRST_DRAFT, max(self.window - 1, 1))
         state = jit_prefill(
-            self.config, self.params, tokens, lengths, lengths + max_new_tokens,
+            self.config, self.params, tokens, lengths, lengths + max_new_tokens, jnp.int32(draft),
             capacity=capacity, window=self.window,
         )  # fmt: skip
         return state, controls
 
     def _advance(
-        self, state: DecodeState, controls: Controls, prompts: list[list[int]], how: Settings
+        self,
+        state: DecodeState,
+        controls: Controls,
+        prompts: list[list[int]],
+        how: Settings,
+        mode: Mode,
     ) -> Iterator[DecodeState]:
         """Runs `stream_every` iterations at a time; rows end at the first stop string."""
         while True:
-            state = jit_run(self.config, self.params, state, controls, self.stream_every)
+            state = jit_run(self.config, self.params, state, controls, self.stream_every, mode)
             if how.stop_strings():
-                tokens, lengths = jax.device_get((state.tokens, state.length))
+                tokens, lengths = jax.device_get((state.tokens, known(state, controls)))
                 rows = [t[len(p) : n].tolist() for t, p, n in zip(tokens, prompts, lengths, strict=True)]
                 ended = [self._stops_after(*row, how) is not None for row in zip(prompts, rows, strict=True)]
                 state = dataclasses.replace(state, alive=state.alive & ~jnp.asarray(ended))
             alive = bool(np.any(state.alive))
-            yield state
+            yield dataclasses.replace(state, length=known(state, controls))
             if not alive:
                 return
 
@@ -259,8 +313,8 @@ class Sampler:
         self, state: DecodeState, prompts: list[list[int]], how: Settings, began: float
     ) -> list[Sample]:
         """Brings tokens and depths to the host, once."""
-        pulled = (state.tokens, state.exit_layers, state.length, state.ticks)
-        tokens, depths, lengths, ticks = jax.device_get(pulled)
+        pulled = (state.tokens, state.exit_layers, state.length, state.ticks, state.drafted, state.accepted)
+        tokens, depths, lengths, ticks, drafted, accepted = jax.device_get(pulled)
         seconds = time.perf_counter() - began
         spans = [slice(len(p), int(n)) for p, n in zip(prompts, lengths, strict=True)]
         emitted = [tokens[i, s].tolist() for i, s in enumerate(spans)]
@@ -278,6 +332,9 @@ class Sampler:
             mean_layers=sum(depth * n for depth, n in counts.items()) / max(total, 1),
             exit_counts=dict(sorted(counts.items())),
             segment_ticks=tuple(ticks.tolist()),
+            drafted=int(drafted.sum()),
+            accepted=int(accepted.sum()),
+            wasted=int((drafted - accepted).sum()),
         )
         texts = [self._text(p, ids, how) for p, ids in zip(prompts, emitted, strict=True)]
         return [Sample(*row, stats) for row in zip(texts, emitted, layers, strict=True)]
@@ -306,6 +363,11 @@ class Sampler:
         text = self._decode(prompt, emitted, how)
         cuts = [text.find(stop) for stop in how.stop_strings() if stop in text]
         return text[: min(cuts)] if cuts else text
+
+
+def known(state: DecodeState, controls: Controls) -> jax.Array:
+    """[B] int32 tokens of each row that no verification can take back."""
+    return jnp.where(controls.lossless, jnp.minimum(state.length, state.done[-1] + 1), state.length)
 
 
 def make_settings(settings: dict[str, Any]) -> Settings:

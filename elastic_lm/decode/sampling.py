@@ -27,12 +27,12 @@ class Sampling:
     seed: jax.Array
 
 
-def sample(logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, how: Sampling) -> jax.Array:
+def sample(logits_BV: jax.Array, tokens_BS: jax.Array, position_B: jax.Array, how: Sampling) -> jax.Array:
     """Draws one token per row.
 
     Args:
       logits_BV: float32 logits.
-      seen_BV: bool, tokens that the row already contains.
+      tokens_BS: int32 tokens of the rows; what lies below the position counts as present.
       position_B: int32 position that the token will take; part of the row's random stream.
       how: the rows' settings.
 
@@ -41,7 +41,7 @@ def sample(logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, how:
     """
     logits_BV = jax.lax.cond(
         jnp.any(how.repetition_penalty != 1.0),
-        lambda: _penalise(logits_BV, seen_BV, how.repetition_penalty[:, None]),
+        lambda: _penalise(logits_BV, tokens_BS, position_B, how.repetition_penalty[:, None]),
         lambda: logits_BV,
     )
     greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -52,7 +52,13 @@ def sample(logits_BV: jax.Array, seen_BV: jax.Array, position_B: jax.Array, how:
     )
 
 
-def _penalise(logits_BV: jax.Array, seen_BV: jax.Array, penalty_B1: jax.Array) -> jax.Array:
+def _penalise(
+    logits_BV: jax.Array, tokens_BS: jax.Array, position_B: jax.Array, penalty_B1: jax.Array
+) -> jax.Array:
+    b, size = logits_BV.shape
+    present = jnp.arange(tokens_BS.shape[1]) < position_B[:, None]
+    columns = jnp.where(present, tokens_BS, size)  # out of bounds: dropped
+    seen_BV = jnp.zeros((b, size), bool).at[jnp.arange(b)[:, None], columns].set(True, mode="drop")
     penalised = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, penalised, logits_BV)
 

@@ -1,6 +1,7 @@
 """State of the decode loop: everything that stays on the device between ticks."""
 
 import dataclasses
+from typing import Literal
 
 import flax.struct
 import jax
@@ -10,6 +11,8 @@ from elastic_lm.config import ModelConfig
 from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.sampling import Sampling
 
+Mode = Literal["exact", "verify", "propagate"]  # see `loop.run`
+
 FREE = -1  # `wait` of a row that waits for no deeper segment
 
 
@@ -18,18 +21,26 @@ class Controls:
     """What a caller may change between calls without recompilation; every field is traced.
 
     Attributes:
-      thresholds: [B, J] float32; row b leaves at exit j when its confidence >= thresholds[b, j].
-        0 = always, above 1 = never (the exit's head is then not even read).
+      thresholds: [B, J, S] float32; with its newest token at position p, row b leaves at exit j when its
+        confidence >= thresholds[b, j, p]. 0 = always, above 1 = never (the exit's head is then not read).
+      gates: [B, J] float32; the head of exit j is read only where its gate gives at least this.
       metric: int32 index into `calibrate.confidence.METRICS`.
       fire_share: float32 in [0, 1]; a deep tick fires when this share of the living rows waits for
         it (at least one row). 0 = as soon as any row waits (latency), 1 = all (throughput).
+      together: bool; rows leave early only if all that ask are confident (CALM's rule for batches).
+      lossless: [B] bool; the row's early tokens are drafts, verified by the full model.
+      adapt: bool; draft lengths follow what is accepted.
       stop_tokens: [E] int32 tokens that end a row; -1 = unused.
       sampling: how tokens are drawn.
     """
 
     thresholds: jax.Array
+    gates: jax.Array
     metric: jax.Array
     fire_share: jax.Array
+    together: jax.Array
+    lossless: jax.Array
+    adapt: jax.Array
     stop_tokens: jax.Array
     sampling: Sampling
 
@@ -43,13 +54,16 @@ class DecodeState:
       exit_layers: [B, S] int32, layers that ran before each emitted token was chosen.
       length: [B] int32, tokens known.
       limit: [B] int32, length at which the row ends.
-      alive: [B] bool, the row still emits.
+      alive: [B] bool, the row still runs.
+      ended: [B] bool, the newest token ends the row; a lossless row stays alive until it is verified.
       wait: [B] int32, FREE, or j: the newest token passed exit j without being confident.
       done: [J + 1, B] int32, positions that segment j has processed; length >= done[0] >= ... >= done[J].
       hidden: J arrays [B, W, D]; state that left segment j at position p lies in slot p % W.
       cache: one LayerCache per layer.
       exit_cache: one LayerCache per exit of kind `block`, else None.
-      seen: [B, V] bool, tokens in the row.
+      draft: [B] int32, tokens that a lossless row may draft before the deep layers verify them.
+      drafted: [B] int32, drafted tokens that were verified.
+      accepted: [B] int32, those that stayed.
       ticks: [J + 1] int32, how often each segment ran.
     """
 
@@ -58,12 +72,15 @@ class DecodeState:
     length: jax.Array
     limit: jax.Array
     alive: jax.Array
+    ended: jax.Array
     wait: jax.Array
     done: jax.Array
     hidden: tuple[jax.Array, ...]
     cache: tuple[LayerCache, ...]
     exit_cache: tuple[LayerCache | None, ...]
-    seen: jax.Array
+    draft: jax.Array
+    drafted: jax.Array
+    accepted: jax.Array
     ticks: jax.Array
 
 
@@ -102,13 +119,22 @@ def emit(
     each = jnp.arange(rows_B.shape[0])
     slot = jnp.where(rows_B, state.length, state.tokens.shape[1])  # out of bounds: dropped
     length = state.length + rows_B
-    stopped = jnp.any(tokens_B[:, None] == stop_tokens, axis=-1) | (length >= state.limit)
     return dataclasses.replace(
         state,
         tokens=state.tokens.at[each, slot].set(tokens_B, mode="drop"),
         exit_layers=state.exit_layers.at[each, slot].set(depth_B, mode="drop"),
-        seen=state.seen.at[each, jnp.where(rows_B, tokens_B, state.seen.shape[1])].set(True, mode="drop"),
         length=length,
-        alive=state.alive & ~(rows_B & stopped),
+        ended=jnp.where(rows_B, ends(state, tokens_B, length, stop_tokens), state.ended),
         wait=jnp.where(rows_B, FREE, state.wait),
     )
+
+
+def ends(state: DecodeState, tokens_B: jax.Array, length_B: jax.Array, stop_tokens: jax.Array) -> jax.Array:
+    """[B] bool: a newest token ends its row, because it is a stop token or the last one asked for."""
+    return jnp.any(tokens_B[:, None] == stop_tokens, axis=-1) | (length_B >= state.limit)
+
+
+def retire(state: DecodeState, lossless_B: jax.Array) -> DecodeState:
+    """Ends the rows whose newest token ends them; lossless ones only once every token is verified."""
+    final = ~lossless_B | (state.done[-1] >= state.length - 1)
+    return dataclasses.replace(state, alive=state.alive & ~(state.ended & final))

@@ -1,7 +1,7 @@
 """What every training method shares: the batch it reads, its interface, and chunked cross-entropy."""
 
-import functools
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -91,15 +91,7 @@ def chunked_cross_entropy(
     Returns:
       TokenSums of float32 scalars.
     """
-    b, t = features_BTD.shape[:2]
-    chunk = min(chunk, t)
-    padding = -t % chunk
 
-    def chunks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
-
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def one(xs: tuple[jax.Array, jax.Array, jax.Array]) -> TokenSums:
         features, targets, weights = xs
         logits = vocab_logits(config, features, kernel_VD, temperature)
@@ -115,9 +107,32 @@ def chunked_cross_entropy(
             jnp.sum(weights),
         )
 
-    xs = (chunks(features_BTD), chunks(batch.targets), chunks(batch.weights))
-    zero = TokenSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
-    if padding == 0 and chunk == t:
-        return one(jax.tree.map(lambda x: x[0], xs))
-    total, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, one(x)), None), zero, xs)
+    return sum_over_chunks(one, (features_BTD, batch.targets, batch.weights), chunk)
+
+
+def sum_over_chunks(function: Callable[[Any], Any], arrays: Any, chunk: int) -> Any:
+    """Sums what `function` returns for pieces of `arrays`, one after the other.
+
+    What a piece computes is forgotten, and computed again in its backward pass.
+
+    Args:
+      function: from a tree like `arrays`, with `chunk` columns, to a tree of sums. Columns that fill up
+        the last piece are all zeros, weights too.
+      arrays: a tree of [B, T, ...] arrays.
+      chunk: columns of T per piece; static.
+    """
+    b, t = jax.tree.leaves(arrays)[0].shape[:2]
+    chunk = min(chunk, t)
+    one = jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
+    if chunk == t:
+        return one(arrays)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+
+    pieces = jax.tree.map(split, arrays)
+    sums = jax.eval_shape(function, jax.tree.map(lambda x: x[0], pieces))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    total, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, one(x)), None), zero, pieces)
     return total

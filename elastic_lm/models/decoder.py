@@ -107,6 +107,7 @@ class Decoder(nn.Module):
         depths: Sequence[int],
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
+        keep_LB: jax.Array | None = None,
     ) -> dict[int, Tap]:
         """Runs up to the deepest of `depths` and returns what each of these layers offers its exit.
 
@@ -115,6 +116,7 @@ class Decoder(nn.Module):
           depths: layer counts (1 .. n_layers), static; nothing above the deepest is computed.
           positions_BT: int32 positions; None = 0 .. T-1.
           segments_BT: int32 document ids of a packed batch; None = one document per row.
+          keep_LB: bool, False where a layer passes a row on unchanged (layer dropout); None = all True.
 
         Returns:
           {depth: Tap}.
@@ -124,7 +126,10 @@ class Decoder(nn.Module):
         taps: dict[int, Tap] = {}
         start = 0
         for depth in sorted(set(depths)):
-            taps[depth], _ = self.run_layers(hidden, positions_BT, start, depth, segments_BT=segments_BT)
+            keep = None if keep_LB is None else keep_LB[start:depth]
+            taps[depth], _ = self.run_layers(
+                hidden, positions_BT, start, depth, segments_BT=segments_BT, keep_LB=keep
+            )
             hidden, start = taps[depth].hidden, depth
         return taps
 
@@ -147,6 +152,7 @@ class Decoder(nn.Module):
         *,
         segments_BT: jax.Array | None = None,
         past: Sequence[KeyValues] | None = None,
+        keep_LB: jax.Array | None = None,
     ) -> tuple[Tap, list[Rows]]:
         """Runs layers start .. stop-1 (static).
 
@@ -157,13 +163,14 @@ class Decoder(nn.Module):
           stop: one past the last layer; stop > start.
           segments_BT: document ids, or None.
           past: cached keys and values, one entry per layer that is run, or None.
+          keep_LB: see `taps`, of the layers that are run.
 
         Returns:
           (Tap of the last layer, new key and value rows per layer; with stacked parameters, which
           serve training only, no rows).
         """
         if "layers" in self.variables.get("params", {}):
-            return self._scan_layers(hidden_BTD, positions_BT, start, stop, segments_BT), []
+            return self._scan_layers(hidden_BTD, positions_BT, start, stop, segments_BT, keep_LB), []
         block = nn.remat(Block.__call__) if self.remat else Block.__call__
         rows = []
         tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
@@ -176,6 +183,7 @@ class Decoder(nn.Module):
                 segments_BT=segments_BT,
                 past=past[i - start] if past else None,
             )
+            tap = tap.skipped(None if keep_LB is None else keep_LB[i - start])
             rows.append(new)
         return tap, rows
 
@@ -186,6 +194,7 @@ class Decoder(nn.Module):
         start: int,
         stop: int,
         segments_BT: jax.Array | None,
+        keep_LB: jax.Array | None,
     ) -> Tap:
         """`run_layers` over stacked parameters; the last layer stands apart because it has a Tap."""
         stacked = self.variables["params"]["layers"]
@@ -201,14 +210,29 @@ class Decoder(nn.Module):
         run = jax.checkpoint(layer) if self.remat else layer
         windowed = bool(self.config.windows)
 
-        def step(hidden: jax.Array, xs: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
-            return run(hidden, xs[0], xs[1] if windowed else 0).hidden, None
+        def step(hidden: jax.Array, xs: tuple[Params, jax.Array, jax.Array | None]) -> tuple[jax.Array, None]:
+            params, window, keep_B = xs
+            return run(hidden, params, window if windowed else 0).skipped(keep_B).hidden, None
 
         inner = jax.tree.map(lambda p: p[start : stop - 1], stacked)
         if stop - 1 > start:
-            hidden_BTD, _ = jax.lax.scan(step, hidden_BTD, (inner, windows[:-1]))
+            keep = None if keep_LB is None else keep_LB[:-1]
+            hidden_BTD, _ = jax.lax.scan(step, hidden_BTD, (inner, windows[:-1], keep))
         last = jax.tree.map(lambda p: p[stop - 1], stacked)
-        return run(hidden_BTD, last, windows[-1] if windowed else 0)
+        tap = run(hidden_BTD, last, windows[-1] if windowed else 0)
+        return tap.skipped(None if keep_LB is None else keep_LB[-1])
+
+    def rows(self, hidden_BTD: jax.Array, positions_BT: jax.Array, start: int, stop: int) -> list[Rows]:
+        """Keys and values that layers start .. stop-1 (static) would have if this state entered each of them.
+
+        State propagation of CALM (arXiv 2207.07061, sec. 3.3): tokens that left early give deeper layers
+        the state they left with. Canonical parameters only.
+        """
+        return [self.layers[i].rows(hidden_BTD, positions_BT) for i in range(start, stop)]
+
+    def exit_rows(self, index: int, hidden_BTD: jax.Array, positions_BT: jax.Array) -> Rows | None:
+        """The same for the own block of exit `index` (static); None where it has none."""
+        return self.exits[index].rows(hidden_BTD, positions_BT)
 
     def exit_features(
         self,

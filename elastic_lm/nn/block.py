@@ -1,8 +1,11 @@
 """One transformer layer: attention and MLP around the residual stream."""
 
+import dataclasses
+
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.nn.attention import Attention, KeyValues
@@ -25,6 +28,12 @@ class Tap:
     residual: jax.Array
     mlp_input: jax.Array
     entering: jax.Array
+
+    def skipped(self, keep_B: jax.Array | None) -> "Tap":
+        """The same with the layer left out for rows where boolean `keep_B` is False; None leaves none out."""
+        if keep_B is None:
+            return self
+        return dataclasses.replace(self, hidden=jnp.where(keep_B[:, None, None], self.hidden, self.entering))
 
 
 def make_norm(c: ModelConfig, name: str) -> Norm:
@@ -70,6 +79,10 @@ class Block(nn.Module):
         mlp_input = self.mlp_norm(x_BTD if self.config.parallel_residual else residual)
         hidden = self.add_mlp(residual, self.mlp(mlp_input))
         return Tap(hidden, residual, mlp_input, x_BTD), rows
+
+    def rows(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, K, T, H] that this layer would have for input `x_BTD`, and nothing else."""
+        return self.attn(self.attn_norm(x_BTD), positions_BT)[1]
 
     def add_mlp(self, residual_BTD: jax.Array, mlp_BTD: jax.Array) -> jax.Array:
         """Adds an MLP's output to the residual stream the way this layer does.

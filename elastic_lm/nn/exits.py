@@ -82,6 +82,10 @@ class Exit(nn.Module):
         tap, rows = self.block(tap.hidden, positions_BT, segments_BT=segments_BT, past=past)
         return tap.hidden, rows
 
+    def rows(self, hidden_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """Keys and values [B, K, T, H] of an exit's own block for this input; None where it has none."""
+        return self.block.rows(hidden_BTD, positions_BT) if self.exit.kind == "block" else None
+
     def features(
         self,
         hidden_BTD: jax.Array,

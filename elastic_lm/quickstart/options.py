@@ -42,6 +42,8 @@ class Options:
         if not self.targets:
             raise ValueError("targets=(): name at least one agreement, like 0.99")
         metric_index(self.metric)
+        if self.metric == "learned":
+            raise ValueError("metric='learned': reads gates, which quickstart's exits lack; choose another")
         if len(set(self.exits)) < len(self.exits):
             raise ValueError(f"exits={self.exits}: name every layer once")
         for layer in self.exits or (1,):

@@ -11,13 +11,15 @@ import jax
 from jax.sharding import Mesh
 
 from elastic_lm.checkpoint import Checkpoints, check_target, local_folder, save_model
-from elastic_lm.config import ModelConfig, RunConfig
+from elastic_lm.config import WITHOUT_EXITS, ModelConfig, RunConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.loading import load
 from elastic_lm.methods.ee_tuning import EETuning, JointTraining, attach_exits
 from elastic_lm.methods.losses import Method
 from elastic_lm.methods.pretraining import Pretraining
+from elastic_lm.methods.self_supervised_exits import SelfSupervisedExits
+from elastic_lm.methods.sorted_finetuning import SortedFineTuning, extract
 from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
 from elastic_lm.models.decoder import Params, init_params, stack_layers, unstack_layers
 from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
@@ -81,7 +83,7 @@ def prepare(
         config=config.train,
         mesh=mesh,
         train_step=make_train_step(method, optimizer, places, config.train.accumulate),
-        eval_step=make_eval_step(method),
+        eval_step=make_eval_step(make_method(for_evaluation(config), model)),
         held_out=functools.partial(held_out, config, tokenizer),
         tokens_per_step=config.data.batch_size * config.data.seq_len,
     )
@@ -108,10 +110,12 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
     if config.train.init_from:
         decoder, params = load(config.train.init_from, dtype=config.train.param_dtype or None, mesh=mesh)
         model = decoder.config
-        if model.exits and config.train.method == "pretraining":
+        if config.train.init_layers:
+            model, params = extract(model, params, config.train.init_layers)
+        if model.exits and config.train.method in WITHOUT_EXITS:
             raise ValueError(
-                f"train.method='pretraining': {config.train.init_from} has exits, which it does not train; "
-                "choose joint or ee_tuning, or export the model without exits"
+                f"train.method={config.train.method!r}: {config.train.init_from} has exits, which it does "
+                "not train; choose joint or ee_tuning, or export the model without exits"
             )
     else:
         assert config.model is not None
@@ -137,6 +141,12 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
     train = config.train
     if train.method == "pretraining":
         return Pretraining(model, train.remat, train.loss_chunk)
+    if train.method == "sorted_finetuning":
+        return SortedFineTuning.of(model, train)
+    if train.method == "self_supervised_exits":
+        return SelfSupervisedExits(
+            model, train.objective, train.top_k, train.imitation, train.balance_gates, train.loss_chunk
+        )
     tuning = EETuning if train.method == "ee_tuning" else JointTraining
     return tuning(
         model,
@@ -146,6 +156,12 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
         chunk=train.loss_chunk,
         remat=train.remat,
     )
+
+
+def for_evaluation(config: RunConfig) -> RunConfig:
+    """The same run with every sub-model in the loss and nothing dropped."""
+    whole = dataclasses.replace(config.train, curriculum="all", layer_dropout=0.0)
+    return dataclasses.replace(config, train=whole)
 
 
 def held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterable[dict]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.calibrate.confidence import METRICS, confidence
+from elastic_lm.calibrate.confidence import LOGIT_METRICS, confidence, state_similarity
 from elastic_lm.calibrate.observe import observe, observe_batch
 from elastic_lm.calibrate.thresholds import ConfidenceExit, calibrate
 from elastic_lm.config import ExitConfig, ModelConfig
@@ -36,7 +36,7 @@ def batch(rows: int, length: int = 10, seed: int = 0) -> Batch:
     return Batch(tokens, targets, weights, positions, jnp.ones_like(tokens))
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", LOGIT_METRICS)
 def test_matches_whole_logits(params: Params, metric: str) -> None:
     data = batch(4)
     seen = observe(CONFIG, params, [data], metric=metric, chunk=4)
@@ -56,6 +56,46 @@ def test_matches_whole_logits(params: Params, metric: str) -> None:
         assert np.array_equal(seen.correct[:, i], (np.argmax(logits, -1) == data.targets)[counted])
     assert np.array_equal(seen.sequence, np.repeat(np.arange(4), 7))
     assert np.array_equal(seen.targets, np.asarray(data.targets)[counted])
+
+
+def gated() -> tuple[ModelConfig, Params]:
+    """The model with a gate on every exit, and random parameters."""
+    config = CONFIG.with_exits(tuple(dataclasses.replace(e, gate=5) for e in EXITS))
+    random = np.random.default_rng(1)
+    shapes = nn.unbox(abstract_params(config))
+    return config, jax.tree.map(lambda p: jnp.asarray(random.normal(0, 0.3, p.shape), p.dtype), shapes)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "learned"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_matches_states_and_gates(metric: str, stacked: bool) -> None:
+    config, params = gated()
+    data = batch(3)
+    seen = observe(config, stack_layers(params) if stacked else params, [data], metric=metric, chunk=4)
+
+    @jax.jit
+    def expected(params: Params, tokens: jax.Array) -> list[jax.Array]:
+        decoder = Decoder(config).bind({"params": params})
+        taps = decoder.taps(tokens, (1, 2, 3))
+        if metric == "cosine":
+            entering = {1: taps[1].entering, 3: taps[2].hidden}
+            return [state_similarity(taps[layer].hidden, entering[layer]) for layer in (1, 3)]
+        features = [decoder.exit_features(i, taps[layer]) for i, layer in enumerate((1, 3))]
+        return [decoder.exit_gate(i, x) for i, x in enumerate(features)]
+
+    counted = np.asarray(data.weights) > 0
+    for i, values in enumerate(expected(params, data.tokens)):
+        np.testing.assert_allclose(seen.confidence[:, i], np.asarray(values)[counted], rtol=1e-4, atol=1e-6)
+    assert len(np.unique(seen.confidence)) > 10
+
+
+def test_learned_needs_gates(params: Params) -> None:
+    with pytest.raises(ValueError, match=r"metric='learned': the exits after layers \(1, 3\) have no gate"):
+        calibrate(CONFIG, params, [batch(4)], metric="learned")
+    policy = ConfidenceExit("learned", (0.5, 0.5), (1, 3))
+    policy.check(gated()[0])
+    with pytest.raises(ValueError, match=r"ExitConfig\(gate=width\)"):
+        policy.check(CONFIG)
 
 
 def test_one_program_for_all_batches_metrics_and_a_short_last_one(params: Params) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from elastic_lm.calibrate.observe import Observations
+from elastic_lm.calibrate.risk_control import RiskControl
 from elastic_lm.calibrate.search import NEVER
 from elastic_lm.calibrate.thresholds import ConfidenceExit, fit
 from elastic_lm.testing import tiny_config
@@ -94,6 +95,48 @@ def test_file_round_trip_and_other_targets(tmp_path: Path) -> None:
         loaded.at(0.7)
 
 
+def test_guarantee_is_kept_in_the_file_and_with_its_own_target(tmp_path: Path) -> None:
+    risk = RiskControl(0.8, epsilon=0.1)
+    fitted = fit(observations(rows=400), risk=risk, metric="max_prob")
+    plain = fit(observations(rows=400), target=0.8, metric="max_prob")
+    assert fitted.target == 0.8
+    assert fitted.guarantee is not None
+    assert fitted.guarantee.achieved
+    assert fitted.guarantee.sequences == 200
+    assert fitted.guarantee.p_value <= 0.1
+    assert fitted.measured is not None
+    assert plain.measured is not None
+    assert fitted.measured.thresholds == fitted.thresholds
+    assert plain.measured.mean_layers < fitted.measured.mean_layers < 4
+    fitted.save(tmp_path / "t.json")
+    loaded = ConfidenceExit.load(tmp_path / "t.json")
+    assert loaded == fitted
+    assert loaded.at(0.8).guarantee == fitted.guarantee
+    assert loaded.at(0.99).guarantee is None
+
+
+def test_guarantee_out_of_reach_exits_never_and_says_what_is_missing() -> None:
+    fitted = fit(observations(rows=40), risk=RiskControl(0.95, 0.05), metric="max_prob")
+    assert fitted.thresholds == (NEVER, NEVER)
+    assert fitted.guarantee is not None
+    assert not fitted.guarantee.achieved
+    assert fitted.guarantee.more_sequences is not None
+    more = fitted.guarantee.more_sequences
+    assert f"about {more} more sequences" in fitted.guarantee.statement
+    enough = fit(observations(100 * (40 + more), rows=40 + more), risk=RiskControl(0.95), metric="max_prob")
+    assert enough.guarantee is not None
+    assert enough.guarantee.achieved
+
+
+def test_files_without_a_guarantee_still_load(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    policy().save(path)
+    content = json.loads(path.read_text())
+    assert content.pop("guarantee") is None
+    path.write_text(json.dumps(content))
+    assert ConfidenceExit.load(path) == policy()
+
+
 def test_unusable_files(tmp_path: Path) -> None:
     path = tmp_path / "thresholds.json"
     with pytest.raises(FileNotFoundError, match=r"thresholds.json: no such thresholds file"):
@@ -104,7 +147,8 @@ def test_unusable_files(tmp_path: Path) -> None:
         "Expecting": json.dumps(good)[:100],
         "format": json.dumps({**good, "format": "other"}),
         "is not": json.dumps([1, 2]),
-        "metric='energy'": json.dumps({**good, "metric": "energy"}),
+        "metric='surprise'": json.dumps({**good, "metric": "surprise"}),
+        "unknown key guarantee.odds": json.dumps({**good, "guarantee": {"odds": 1}}),
         "needs one per exit": json.dumps({**good, "thresholds": [0.5]}),
         "at least 0": json.dumps({**good, "thresholds": [0.5, -1.0]}),
         "finite": json.dumps({**good, "thresholds": [0.5, float("nan")]}),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.calibrate.confidence import METRICS, confidence
+from elastic_lm.calibrate.confidence import LOGIT_METRICS, confidence
 from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder, Params, init_params
@@ -52,7 +52,7 @@ class Model:
             output = self.forward(tokens)
             exits = jnp.stack([x[0, index] for x in output.exit_logits])
             best = jnp.argmax(jnp.concatenate([exits, output.logits[0, index][None]]), axis=-1)
-            return jnp.stack([confidence(metric, exits) for metric in METRICS]), best
+            return jnp.stack([confidence(metric, exits) for metric in LOGIT_METRICS]), best
 
         return jax.jit(look)
 
@@ -66,7 +66,9 @@ class Model:
             padded = np.zeros((1, 64), np.int32)
             padded[0, : len(tokens)] = tokens
             sure, best = jax.device_get(self.newest(padded, len(tokens) - 1))
-            taken = [c >= t and t <= 1 for c, t in zip(sure[METRICS.index(metric)], thresholds, strict=True)]
+            taken = [
+                c >= t and t <= 1 for c, t in zip(sure[LOGIT_METRICS.index(metric)], thresholds, strict=True)
+            ]
             exit = [*taken, True].index(True)
             tokens.append(int(best[exit]))
             depths.append(layers[exit])

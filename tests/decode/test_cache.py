@@ -68,12 +68,16 @@ def test_deep_ticks_are_compiled_for_few_positions_and_for_the_window():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")
-@pytest.mark.parametrize("size", [1, 3])
-def test_no_cache_is_copied(model, prompts, size):
+@pytest.mark.parametrize(
+    ("size", "mode"), [(1, "exact"), (3, "exact"), (1, "verify"), (3, "verify"), (1, "propagate")]
+)
+def test_no_cache_is_copied(model, prompts, size, mode):
     sampler = model.sampler((0.5, 0.5), window=4)
     state, controls = sampler._start(prompts[:size], 8, Settings())
     shape = ",".join(map(str, state.cache[0][0].shape))
-    program = jit_run.lower(sampler.config, sampler.params, state, controls, ENDLESS).compile().as_text()
+    program = (
+        jit_run.lower(sampler.config, sampler.params, state, controls, ENDLESS, mode).compile().as_text()
+    )
     assert f"f32[{shape}]" in program
     assert not re.findall(rf"= f32\[{shape}\]\S* copy\(", program)
 

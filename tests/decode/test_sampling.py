@@ -44,11 +44,13 @@ def test_rows_draw_with_seeds_of_their_own(seed):
     assert Settings(seed=seed).arrays(2).seed.tolist() == [3, 4]
 
 
-def draw(n, logits=LOGITS, seen=None, **settings):
+def draw(n, logits=LOGITS, tokens=(), **settings):
     how = Settings(seed=list(range(n)), **settings).arrays(n)
     rows = jnp.broadcast_to(logits, (n, logits.shape[-1]))
-    seen = jnp.zeros(rows.shape, bool) if seen is None else jnp.broadcast_to(seen, rows.shape)
-    return np.asarray(jax.jit(sample)(rows, seen, jnp.full((n,), 7), how))
+    row = np.full(9, 1)  # positions from 7 on do not count as present
+    row[:7] = [*tokens, *[4] * (7 - len(tokens))]
+    present = jnp.broadcast_to(jnp.asarray(row), (n, 9))
+    return np.asarray(jax.jit(sample)(rows, present, jnp.full((n,), 7), how))
 
 
 def test_zero_temperature_is_greedy():
@@ -68,11 +70,10 @@ def test_draws_follow_the_distribution(temperature, top_k):
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
-    logits = jnp.asarray([[2.0, 1.5, -1.0]])
-    seen = jnp.asarray([[True, False, False]])
-    assert draw(1, logits, seen, repetition_penalty=1.5).tolist() == [1]
-    both_negative = jnp.asarray([[-1.0, -1.4, -9.0]])
-    assert draw(1, both_negative, seen, repetition_penalty=1.5).tolist() == [1]
+    logits = jnp.asarray([[2.0, 1.5, -1.0, -9.0, -9.0]])
+    assert draw(1, logits, (0,), repetition_penalty=1.5).tolist() == [1]
+    both_negative = jnp.asarray([[-1.0, -1.4, -9.0, -9.0, -9.0]])
+    assert draw(1, both_negative, (0,), repetition_penalty=1.5).tolist() == [1]
 
 
 def test_rows_draw_by_their_own_seed(model, prompts):

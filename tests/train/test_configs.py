@@ -75,6 +75,18 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.decay_share=1.5", r"train\.decay_share=1\.5: is a share"),
         ("train.eval_every=-1", r"train\.eval_every=-1: must be at least 0"),
         ("train.eval_batches=-1", r"train\.eval_batches=-1: must be at least 0"),
+        ("train.depths=(2, 1)", r"train\.depths=\(2, 1\): must be distinct layers"),
+        ("train.depths=(0, 1)", r"train\.depths=\(0, 1\): must be distinct layers, counted from 1"),
+        ("train.depth_weights=cubic", r"train\.depth_weights='cubic': must be one of uniform"),
+        ("train.depth_scale=0.0", r"train\.depth_scale=0\.0: must be positive"),
+        ("train.curriculum=some", r"train\.curriculum='some': must be one of all, sampled"),
+        ("train.curriculum=rotational", r"train\.curriculum_period=0: .*must be at least 1"),
+        ("train.layer_dropout=1.5", r"train\.layer_dropout=1\.5: must be in \[0, 1\]"),
+        ("train.dropout_ramp=-1", r"train\.dropout_ramp=-1: must be at least 0"),
+        ("train.objective=mse", r"train\.objective='mse': must be one of kl"),
+        ("train.top_k=-1", r"train\.top_k=-1: must be at least 0"),
+        ("train.imitation=2.0", r"train\.imitation=2\.0: must be in \[0, 1\]"),
+        ("train.init_layers=3", r"train\.init_layers=3: .*name it in train\.init_from"),
         ("train.seed=-1", r"train\.seed=-1: must be in"),
         ("data.seed=-1", r"data\.seed=-1: must be in"),
     ],
@@ -107,6 +119,21 @@ def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
     for word in ("COMMAND", "HARDWARE", "DURATION"):
         assert word in head, word
     assert load_config(str(path)).train.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "variants"),
+    [
+        ("sorted_finetuning", "soft lite calm sortednet sft extracted-3 ict"),
+        ("layerskip", "rotational gradual scratch"),
+        ("self_supervised_exits", "kl topk argmax penalised balcony gates"),
+    ],
+)
+def test_recipes_have_the_variants_that_they_name(recipe: str, variants: str) -> None:
+    runs = [load_config(f"{CONFIGS / recipe}.py:{variant}") for variant in variants.split()]
+    assert len(set(runs)) == len(runs)
+    with pytest.raises(ValueError, match=rf"{recipe}\.py:other: choose from {variants.split()[0]}"):
+        load_config(f"{CONFIGS / recipe}.py:other")
 
 
 @pytest.mark.parametrize("argument", ["", ":tiny"])

@@ -1,0 +1,55 @@
+"""Exits trained on the model's own predictions: no labels, the model itself does not change.
+
+COMMAND   elastic-lm train --config configs/self_supervised_exits.py --workdir runs/self_supervised
+          another model than the embedded one: --config.train.init_from=HF_DIR
+HARDWARE  one accelerator, or a CPU for models of a few million parameters
+DURATION  minutes
+EXPECTED  `agreement/exit_<layer>` rises, the full model stays bit-identical; not measured at length yet
+
+Variants (`--config configs/self_supervised_exits.py:NAME`):
+
+  kl          divergence from the full model's distribution (default)
+  topk        the same over its 64 likeliest tokens
+  argmax      its likeliest token as label
+  penalised   the same, and unsure where wrong
+  balcony     one transformer layer per exit, the model's own head, kl
+  gates       kl, and per exit a small classifier that tells whether the head need be read
+"""
+
+from ml_collections import ConfigDict
+
+from elastic_lm.embedded import embedded_model
+
+
+def get_config(arg: str = "kl") -> ConfigDict:
+    """The recipe; `arg` = one of the variants above, "" = kl."""
+    variants = {
+        "kl": {},
+        "topk": {"top_k": 64},
+        "argmax": {"objective": "argmax"},
+        "penalised": {"objective": "penalised"},
+        "balcony": {"lr": 5e-4},
+        "gates": {},
+    }
+    variant = arg or "kl"
+    if variant not in variants:
+        raise ValueError(f"configs/self_supervised_exits.py:{arg}: choose from {', '.join(variants)}")
+    exits = {"kind": "block", "tied": True} if variant == "balcony" else {"kind": "norm"}
+    if variant == "gates":
+        exits["gate"] = 64
+    config = ConfigDict()
+    config.exits = [{"layer": layer, **exits} for layer in (3, 6)]
+    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.train = {
+        "method": "self_supervised_exits",
+        "init_from": str(embedded_model()),
+        "steps": 1000,
+        "lr": 1e-3,
+        "warmup": 50,
+        "weight_decay": 0.0,
+        "log_every": 20,
+        "eval_every": 250,
+        "save_every": 250,
+    }
+    config.train.update(variants[variant])
+    return config

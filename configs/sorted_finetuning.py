@@ -1,0 +1,55 @@
+"""Sorted fine-tuning (SoFT): one fine-tuned model whose first n layers are a model too, for several n.
+
+COMMAND   elastic-lm train --config configs/sorted_finetuning.py --workdir runs/sorted
+          on instructions: --config.data.source=instruction --config.data.paths="('train.jsonl',)"
+          another model: --config.train.init_from=HF_DIR --config.train.depths="(8,16,24)"
+HARDWARE  one accelerator, or a CPU for models of a few million parameters
+DURATION  that of plain fine-tuning plus one vocabulary head per sub-model: minutes for the embedded model
+EXPECTED  every `loss/depth_<n>` falls below what that depth gives before; not measured at length yet
+
+Variants and baselines (`--config configs/sorted_finetuning.py:NAME`):
+
+  soft        the mean of the sub-models' losses (default)
+  lite        the same, for exits in the lower and middle part
+  calm        every layer, weighted by its depth
+  sortednet   one sub-model drawn per step
+  sft         plain fine-tuning of the full model
+  extracted-3 plain fine-tuning of the first 3 layers alone
+  ict         separate heads on the frozen model: --config.train.init_from=runs/sft/model
+"""
+
+from ml_collections import ConfigDict
+
+from elastic_lm.embedded import embedded_model
+
+
+def get_config(arg: str = "soft") -> ConfigDict:
+    """The recipe; `arg` = one of the variants above, "" = soft."""
+    name, _, layers = (arg or "soft").partition("-")
+    config = ConfigDict()
+    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.train = {
+        "method": "sorted_finetuning",
+        "init_from": str(embedded_model()),
+        "steps": 1000,
+        "lr": 3e-4,
+        "warmup": 50,
+        "log_every": 20,
+        "eval_every": 250,
+        "save_every": 250,
+    }
+    variants = {
+        "soft": {"depths": (3, 6, 9, 12)},
+        "lite": {"depths": (2, 4, 6, 8, 10, 12)},
+        "calm": {"depth_weights": "linear"},
+        "sortednet": {"depths": (3, 6, 9, 12), "curriculum": "sampled"},
+        "sft": {"method": "pretraining"},
+        "extracted": {"method": "pretraining", "init_layers": int(layers or 3)},
+        "ict": {"method": "ee_tuning", "weight_decay": 0.0},
+    }
+    if name not in variants:
+        raise ValueError(f"configs/sorted_finetuning.py:{arg}: choose from {', '.join(variants)}")
+    config.train.update(variants[name])
+    if name == "ict":
+        config.exits = [{"layer": layer, "kind": "norm", "init": "copy"} for layer in (3, 6, 9)]
+    return config

@@ -1,0 +1,18 @@
+"""The training benchmark, on a model that only shows that it runs."""
+
+import numpy as np
+
+from elastic_lm.bench import train
+from elastic_lm.bench.report import Options
+
+
+def test_rows():
+    rows = {row.name: row for row in train.rows(Options(tiny=True, rounds=1))}
+    names = ("ee_tuning", "self_supervised", "self_supervised_cached", "soft8")
+    assert set(rows) == {*(f"train/{name}_vs_sft" for name in names), "train/soft8_memory_vs_sft"}
+    for row in rows.values():
+        assert np.isfinite(row.measured)
+        assert row.ideal > 0
+        assert row.ratio > 0
+    memory = rows["train/soft8_memory_vs_sft"]
+    assert memory.ratio == memory.measured / memory.ideal
