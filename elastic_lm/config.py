@@ -259,6 +259,9 @@ class TrainConfig:
     objective: Objective = "kl"  # self_supervised_exits: what an exit learns from the full model
     top_k: int = 0  # self_supervised_exits, kl: over the full model's likeliest tokens only; 0 = all
     imitation: float = 0.9  # self_supervised_exits, penalised: share of imitation, the rest is the penalty
+    cached_batches: int = (
+        0  # self_supervised_exits: batches run through the frozen layers once; 0 = every step
+    )
     balance_gates: bool = True  # self_supervised_exits: right and wrong exits weigh the same for a gate
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
@@ -310,7 +313,9 @@ class TrainConfig:
         fix = "must be distinct layers, counted from 1, in increasing order"
         increasing = list(self.depths) == sorted(set(self.depths)) and all(d >= 1 for d in self.depths)
         require(increasing, "train.depths", self.depths, fix)
-        require_each(self, "train.", ("curriculum_period", "dropout_ramp", "top_k"), *NOT_NEGATIVE)
+        require_each(
+            self, "train.", ("curriculum_period", "dropout_ramp", "top_k", "cached_batches"), *NOT_NEGATIVE
+        )
         require_each(self, "train.", ("depth_scale",), *POSITIVE)
         shares = ("layer_dropout", "imitation")
         require_each(self, "train.", shares, lambda v: 0 <= v <= 1, "must be in [0, 1]")

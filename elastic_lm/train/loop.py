@@ -38,6 +38,7 @@ class Job:
     eval_step: EvalStep
     held_out: Callable[[], Iterable[Arrays]]  # batches of one evaluation
     tokens_per_step: int
+    place: Callable[[Any, Mesh], Any] = place_batch  # puts a training batch on the mesh
 
 
 @dataclasses.dataclass
@@ -94,7 +95,7 @@ def run(
     config, window, pending = job.config, _Window(), None
     evaluation: dict[str, float] = {}
     for step in range(start + 1, config.steps + 1):
-        state, metrics = job.train_step(state, frozen, place_batch(next(batches), job.mesh))
+        state, metrics = job.train_step(state, frozen, job.place(next(batches), job.mesh))
         if pending is not None:
             window.rows.append(_finite(step - 1, pending))
         pending = metrics

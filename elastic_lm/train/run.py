@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -18,16 +19,17 @@ from elastic_lm.loading import load
 from elastic_lm.methods.ee_tuning import EETuning, JointTraining, attach_exits
 from elastic_lm.methods.losses import Method
 from elastic_lm.methods.pretraining import Pretraining
-from elastic_lm.methods.self_supervised_exits import SelfSupervisedExits
+from elastic_lm.methods.self_supervised_exits import CachedExits, SelfSupervisedExits
 from elastic_lm.methods.sorted_finetuning import SortedFineTuning, extract
 from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
 from elastic_lm.models.decoder import Params, init_params, stack_layers, unstack_layers
 from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.train import loop
+from elastic_lm.train.cached import cached_batches, place_taps
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.state import TrainState, create_state, state_shardings
-from elastic_lm.train.step import make_eval_step, make_train_step
+from elastic_lm.train.step import make_eval_step, make_train_step, place_batch
 
 MODEL_FOLDER = "model"
 
@@ -56,7 +58,10 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     model, job, state, frozen = prepare(config, mesh, tokenizer)
     save_identity(config, workdir)
     pipeline.check_learnable(config.data, tokenizer)
-    batches = iter(pipeline.train_batches(config.data, tokenizer))
+    batches: Any = iter(pipeline.train_batches(config.data, tokenizer))
+    method = make_method(config, model)
+    if train.cached_batches and isinstance(method, SelfSupervisedExits):
+        batches = cached_batches(method, frozen, batches, train.cached_batches, mesh, config.data.seed)
     with closing(Checkpoints(workdir / "checkpoints", train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
         with closing(make_writer(workdir, train.steps, start)) as writer:
@@ -79,13 +84,17 @@ def prepare(
     shardings = stacked_shardings(param_shardings(model, mesh))
     trainable, frozen = method.split(jax.device_put(stack_layers(params), shardings))
     places = state_shardings(optimizer, trainable)
+    stepped = method
+    if config.train.cached_batches and isinstance(method, SelfSupervisedExits):
+        stepped = CachedExits(method)
     job = loop.Job(
         config=config.train,
         mesh=mesh,
-        train_step=make_train_step(method, optimizer, places, config.train.accumulate),
+        train_step=make_train_step(stepped, optimizer, places, config.train.accumulate),
         eval_step=make_eval_step(make_method(for_evaluation(config), model)),
         held_out=functools.partial(held_out, config, tokenizer),
         tokens_per_step=config.data.batch_size * config.data.seq_len,
+        place=place_taps if isinstance(stepped, CachedExits) else place_batch,
     )
     return model, job, create_state(optimizer, trainable), frozen
 

@@ -48,6 +48,21 @@ def test_self_supervised_exits_leave_the_model_alone(base: RunConfig, tmp_path: 
     assert {"agreement/exit_1", "gate_accuracy/exit_1"} <= set(metrics)
 
 
+def test_cached_states_train_for_many_epochs_and_resume(base: RunConfig, tmp_path: Path, monkeypatch) -> None:
+    config = changed(base, method="self_supervised_exits", cached_batches=2, steps=12, schedule="constant")
+    config = dataclasses.replace(config, exits=(ExitConfig(1, "mlp", init="random"),))
+    _, straight, metrics = fit(config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(Stopped):
+            fit(config, tmp_path / "stopped")
+    _, resumed, again = fit(config, tmp_path / "stopped")
+    chex.assert_trees_all_equal(straight, resumed)
+    assert metrics == again
+    lines = [line for line in metric_lines(tmp_path / "straight") if "loss/exit_1" in line]
+    assert lines[-1]["loss/exit_1"] < lines[0]["loss/exit_1"]
+
+
 def test_extracted_layers_are_fine_tuned_alone(base: RunConfig, tmp_path: Path) -> None:
     model, params, _ = fit(changed(base, init_layers=1), tmp_path / "small")
     assert model.n_layers == 1
