@@ -88,8 +88,9 @@ def embedded_rows(options: Options) -> list[Row]:
     tokens, rounds = (8, 1) if options.tiny else (128, options.rounds)
     tokenizer = Tokenizer.load(embedded_model())
     if options.tiny:
-        sizes = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "n_layers": 3, "n_heads": 4, "d_mlp": 64}
-        config = ModelConfig(**sizes, max_len=256, exits=(ExitConfig(1, "norm"),))
+        config = ModelConfig(
+            tokenizer.vocab_size, d_model=32, n_layers=3, n_heads=4, d_mlp=64, exits=(ExitConfig(1, "norm"),)
+        )
         params = init_params(config, jax.random.key(options.seed))
     else:
         with tempfile.TemporaryDirectory() as folder:

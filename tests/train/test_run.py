@@ -1,6 +1,7 @@
 """A whole run: resume, metrics, divergence, tuning exits from a checkpoint."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from elastic_lm.checkpoint import load_model
 from elastic_lm.config import ExitConfig, RunConfig
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.methods.pretraining import Pretraining
-from elastic_lm.train import loop
+from elastic_lm.train import run
 from elastic_lm.train.run import fit
 
 
@@ -24,14 +25,15 @@ class Stopped(Exception):
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Makes the loop die just before it reads the batch of `step`."""
-    place, calls = loop.place_batch, iter(range(1, 10**6))
+    calls = iter(range(1, 10**6))
 
-    def dying(*args):
+    def dying(place, *args):
         if next(calls) == step:
             raise Stopped
         return place(*args)
 
-    monkeypatch.setattr(loop, "place_batch", dying)
+    for name in ("place_batch", "place_taps"):
+        monkeypatch.setattr(run, name, functools.partial(dying, getattr(run, name)))
 
 
 def metric_lines(workdir: Path) -> list[dict]:
