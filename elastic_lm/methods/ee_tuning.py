@@ -36,8 +36,8 @@ def attach_exits(
 
     Copied exits start from the vocabulary head (the embedding table where that is the head), the
     final norm, the MLP of the same layer and the last layer (`block`). Random ones draw N(0, 0.02),
-    output projections / sqrt(2 l) for an exit after layer l, with identity norms and zero biases; so
-    do gates, which have nothing to be copied from.
+    output projections / sqrt(2 l) for an exit after layer l, with identity norms and zero biases. Gates,
+    which have nothing to be copied from, draw N(0, 1 / inputs).
 
     Args:
       config: the model; exits it already has are kept.
@@ -98,6 +98,8 @@ def _draw(config: ModelConfig, e: ExitConfig, shapes: Params, key: jax.Array) ->
             draws.append(jnp.zeros(leaf.shape, leaf.dtype))
         else:
             deviation = 0.02 / (2 * e.layer) ** 0.5 if names[-2] in ("out", "down") else 0.02
+            if names[0] == "gate":  # small and trained for few steps: starts at the scale of its input
+                deviation = leaf.shape[-1] ** -0.5
             noise = jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
             draws.append((deviation * noise).astype(leaf.dtype))
     return jax.tree.unflatten(jax.tree.structure(shapes), draws)

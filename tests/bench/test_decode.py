@@ -11,4 +11,6 @@ def test_rows_and_compilations():
     names = {"full_vs_bandwidth", "exits_never", "exit_half", "compilations"}
     assert {f"decode/{name}" for name in names} <= set(rows)
     assert rows["decode/compilations"].ratio == 1.0
-    assert all(np.isfinite(row.measured) and row.ideal > 0 for row in rows.values())
+    assert all(np.isfinite((row.measured, row.ideal)).all() for row in rows.values())
+    differences = {"decode/gate_vs_head"}  # of timings: of either sign on a model this small
+    assert all(row.ideal > 0 for name, row in rows.items() if name not in differences)
