@@ -68,14 +68,16 @@ def calibrate(args: argparse.Namespace) -> None:
 
     if args.epsilon is None and args.delta is not None:
         raise ValueError(f"--delta {args.delta}: is part of a guarantee; give --epsilon too")
+    if args.epsilon is not None and args.strategy != "joint":
+        raise ValueError(f"--strategy {args.strategy}: with --epsilon thresholds are joint; leave it out")
     if args.window < 1:
         raise ValueError(f"--window {args.window}: must be at least 1")
     risk = None if args.epsilon is None else RiskControl(args.target, args.epsilon, args.delta)
     prepare_output(args.out)
     model, params, tokenizer, folder = load_with_tokenizer(args.model)
     batches, text = held_out_batches(args, tokenizer, "calibration")
-    goal: dict[str, Any] = {"target": args.target, "risk": risk, "metric": args.metric}
-    policy = calibrate(model.config, params, batches, **goal, model=folder, data=text)
+    goal: dict[str, Any] = {name: getattr(args, name) for name in ("target", "metric", "strategy")}
+    policy = calibrate(model.config, params, batches, risk=risk, **goal, model=folder, data=text)
     policy.save(args.out)
     print("target   agreement   mean layers   thresholds")
     for point in policy.curve:

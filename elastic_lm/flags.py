@@ -182,6 +182,7 @@ def _calibrate(parser: Parser) -> None:
     elastic-lm calibrate --model runs/exits/model --data held_out.txt --target 0.99 --out thresholds.json
     elastic-lm calibrate --model runs/exits/model --target 0.9 --epsilon 0.05 --seq-len 64 --tokens 100000
     elastic-lm calibrate --model runs/exits/model --forecast
+    elastic-lm calibrate --model runs/exits/model --data own.jsonl   (from `generate --unprompted`)
 
     The file records model, data, metric, target and the measured curve. Use text that was not trained on.
     Without --epsilon the target is an average over the held-out text. With it, half of the held-out rows
@@ -198,6 +199,12 @@ def _calibrate(parser: Parser) -> None:
         help="share of tokens equal to the full model's (default: 0.99)",
     )
     add("--metric", default="max_prob", help=f"confidence: {METRICS} (default: %(default)s)")
+    add(
+        "--strategy",
+        choices=("joint", "max_coverage", "min_coverage", "midpoint", "platt"),
+        default="joint",
+        help="how thresholds are chosen: all exits jointly, or each by its own most confident tokens",
+    )
     add("--epsilon", type=_fraction, metavar="P", help="guarantee the target except with this probability")
     add(
         "--delta",
@@ -219,6 +226,7 @@ def _generate(parser: Parser) -> None:
     elastic-lm generate --model ckpt --thresholds thresholds.json --prompts-file in.jsonl --json out.jsonl
     elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --temperature 0.8
     elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --lossless
+    elastic-lm generate --model ckpt --unprompted 200 --temperature 1 --json own.jsonl
 
     A prompts file has one prompt per line, or JSON lines with a `prompt` field; its prompts run as one batch.
     Without --thresholds every token uses the full depth.
@@ -227,6 +235,13 @@ def _generate(parser: Parser) -> None:
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     add("--prompts-file", metavar="FILE", help="one prompt per line, or .jsonl")
+    add(
+        "--unprompted",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N texts from the model's first token on instead, e.g. to calibrate on its own text",
+    )
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--thresholds", metavar="FILE", help="from `calibrate` or `quickstart`")
     add("--threshold", type=float, metavar="C", help="one confidence for every exit instead (0 exits always)")

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,11 +18,13 @@ from elastic_lm.decode.sampler import Sample, Sampler
 from elastic_lm.held_out import load_with_tokenizer
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+ROWS = 32  # texts written at once where there is no prompt
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs `elastic-lm generate`."""
-    prompts = read_prompts(args.prompt, args.prompts_file)
+    prompts = [] if args.unprompted else read_prompts(args.prompt, args.prompts_file)
+    check_unprompted(args)
     prepare_output(args.json)
     if args.draft is not None and not args.lossless:
         raise ValueError(f"--draft {args.draft}: drafts are verified with --lossless only; add it")
@@ -44,11 +47,68 @@ def run(args: argparse.Namespace) -> None:
     if args.stream:
         stream(sampler, prompts[0], args.max_new_tokens, settings)
         return
-    samples = sampler.sample(prompts, args.max_new_tokens, **settings)
+    if args.unprompted:
+        prompts = [""] * args.unprompted
+        samples = unprompted(sampler, tokenizer, args.unprompted, args.max_new_tokens, settings)
+    else:
+        samples = sampler.sample(prompts, args.max_new_tokens, **settings)
     if args.json:
         write_json(args.json, prompts, samples)
     if args.json != "-":
         show(tokenizer, model.config.n_layers, prompts, samples, render.wants_colour(sys.stdout, args.color))
+
+
+def check_unprompted(args: argparse.Namespace) -> None:
+    """Refuses what does not go with --unprompted.
+
+    Raises:
+      ValueError: names the flag and the fix.
+    """
+    count = args.unprompted
+    if count < 0:
+        raise ValueError(f"--unprompted {count}: must be at least 1")
+    if not count:
+        return
+    if args.prompt or args.prompts_file:
+        raise ValueError(f"--unprompted {count}: the model begins by itself; leave prompts out")
+    if args.stream:
+        raise ValueError(f"--unprompted {count}: writes many texts at once; leave --stream out")
+    if args.temperature == 0 and count > 1:
+        raise ValueError(f"--unprompted {count}: greedy texts are all the same; give --temperature 1")
+
+
+def unprompted(
+    sampler: Sampler, tokenizer: Tokenizer, count: int, max_new_tokens: int, settings: dict[str, Any]
+) -> list[Sample]:
+    """Texts that the model writes from its first token on, e.g. to calibrate or train exits on.
+
+    Args:
+      sampler: of the model.
+      tokenizer: its beginning-of-text token, or else what ends a text, comes first.
+      count: how many texts.
+      max_new_tokens: longest text, in tokens.
+      settings: fields of `requests.Settings`; text i draws with seed + i.
+
+    Returns:
+      `count` samples; the statistics of each are those of its batch.
+
+    Raises:
+      ValueError: the tokenizer has neither token.
+    """
+    ends = tokenizer.eos_ids
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else ends[0] if ends else None
+    if first is None:
+        raise ValueError("--unprompted: the tokenizer has no token that begins or ends a text; give prompts")
+    samples: list[Sample] = []
+    began = time.perf_counter()
+    while len(samples) < count:
+        done = len(samples)
+        seeds = [settings.get("seed", 0) + done + i for i in range(ROWS)]  # whole batches: one program
+        batch = sampler.sample([[first]] * ROWS, max_new_tokens, **{**settings, "seed": seeds})
+        samples += batch[: count - done]
+        left = (time.perf_counter() - began) / len(samples) * (count - len(samples))
+        print(f"{len(samples)}/{count} texts, {left:.0f} s left", file=sys.stderr)
+    return samples
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> list[str]:

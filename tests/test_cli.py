@@ -235,6 +235,24 @@ def test_calibrate_then_evaluate(
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_calibrate_on_text_of_the_model_itself(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, thresholds = tmp_path / "own.jsonl", tmp_path / "thresholds.json"
+    write = ("generate", "--model", model, "--unprompted", 34, "--temperature", 1, "--max-new-tokens", 24)
+    assert run(*write, "--json", own) == 0
+    assert "34/34 texts" in capsys.readouterr().err
+    texts = [json.loads(line)["text"] for line in own.read_text().splitlines()]
+    assert len(texts) == 34
+    assert len(set(texts)) > 30
+    sizes = ("--data", own, "--tokens", 500, "--seq-len", 16, "--out", thresholds)
+    assert run("calibrate", "--model", model, *sizes, "--strategy", "platt") == 0
+    assert str(own) in ConfidenceExit.load(thresholds).provenance["data"]["description"]
+    capsys.readouterr()
+    both = ("--epsilon", 0.1, "--strategy", "platt")
+    assert "--strategy platt: with --epsilon" in refused(capsys, "calibrate", "--model", model, *sizes, *both)
+
+
 def test_calibrate_with_a_guarantee_and_a_forecast(
     model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +315,9 @@ def test_bench_refuses_unknown_names(capsys: pytest.CaptureFixture[str]) -> None
         (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens=0: must be at least 1"),
         (("--prompt", "a", "--tempertaure", "1"), "did you mean --temperature?"),
         (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one prompt at a time"),
+        (("--unprompted", "2"), "--unprompted 2: greedy texts are all the same; give --temperature 1"),
+        (("--unprompted", "-1"), "--unprompted -1: must be at least 1"),
+        (("--unprompted", "2", "--prompt", "a"), "--unprompted 2: the model begins by itself"),
     ],
 )
 def test_generate_refuses(

@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from elastic_lm.calibrate.confidence import metric_index
 from elastic_lm.calibrate.observe import Arrays, Observations, check_gates, observe
 from elastic_lm.calibrate.risk_control import Guarantee, RiskControl, control
 from elastic_lm.calibrate.search import NEVER, choose, outcome
+from elastic_lm.calibrate.strategies import Strategy, exit_thresholds
 from elastic_lm.config import ModelConfig
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Params
@@ -151,6 +152,7 @@ def calibrate(
     target: float = 0.99,
     risk: RiskControl | None = None,
     metric: str = "max_prob",
+    strategy: Strategy | Literal["joint"] = "joint",
     targets: Sequence[float] = TARGETS,
     active: Sequence[int] | None = None,
     model: str = "",
@@ -168,6 +170,8 @@ def calibrate(
         the held-out tokens; not read where `risk` states a target.
       risk: what is to be guaranteed for new text; None = averages only.
       metric: confidence metric.
+      strategy: "joint" chooses the thresholds of all exits together, as above; the others each exit's by its
+        own tokens, for comparison (`calibrate.strategies`). Not read where `risk` is given.
       targets: further targets that the curve shows.
       active: layers of the exits that may be used; the others get a threshold above 1. None = all.
       model: path or name, recorded.
@@ -188,7 +192,14 @@ def calibrate(
         raise ValueError("config.exits=(): attach and tune exits first")
     observations = observe(config, params, batches, metric=metric, chunk=chunk)
     policy = fit(
-        observations, target=target, risk=risk, metric=metric, targets=targets, active=active, seed=seed
+        observations,
+        target=target,
+        risk=risk,
+        metric=metric,
+        strategy=strategy,
+        targets=targets,
+        active=active,
+        seed=seed,
     )
     return dataclasses.replace(policy, provenance=_provenance(config, policy, model, data))
 
@@ -212,6 +223,7 @@ def fit(
     target: float = 0.99,
     risk: RiskControl | None = None,
     metric: str,
+    strategy: Strategy | Literal["joint"] = "joint",
     targets: Sequence[float] = TARGETS,
     active: Sequence[int] | None = None,
     seed: int = 0,
@@ -230,7 +242,11 @@ def fit(
     depths = [*(layers[i] for i in used), observations.n_layers]
     gates = choose_gates(observations.halves(seed)[0], used, depths, target)
     selection, scoring = observations.gated(gates).halves(seed)
-    chosen = choose(selection.confidence[:, used], selection.agrees[:, used], depths, targets)
+    sure, agrees = selection.confidence[:, used], selection.agrees[:, used]
+    if strategy == "joint":
+        chosen = choose(sure, agrees, depths, targets)
+    else:
+        chosen = {value: exit_thresholds(sure, agrees, value, strategy) for value in targets}
     points = {value: _point(scoring, value, _spread(chosen[value], used, len(layers))) for value in targets}
     guarantee = None
     if risk:

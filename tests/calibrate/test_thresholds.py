@@ -9,6 +9,7 @@ import pytest
 from elastic_lm.calibrate.observe import Observations
 from elastic_lm.calibrate.risk_control import RiskControl
 from elastic_lm.calibrate.search import NEVER
+from elastic_lm.calibrate.strategies import exit_threshold
 from elastic_lm.calibrate.thresholds import ConfidenceExit, fit
 from elastic_lm.testing import tiny_config
 
@@ -60,6 +61,17 @@ def test_scoring_tokens_do_not_choose_thresholds() -> None:
     assert "below the target" in after.curve[0].note
     assert not set(selection.sequence) & set(scoring.sequence)
     assert selection.tokens + scoring.tokens == clean.tokens
+
+
+def test_strategies_choose_every_exit_on_its_own() -> None:
+    seen = observations()
+    selection, _ = seen.halves(seed=0)
+    joint, own = (fit(seen, target=0.95, metric="margin", strategy=s) for s in ("joint", "max_coverage"))
+    for j, threshold in enumerate(own.thresholds):
+        alone = exit_threshold(selection.confidence[:, j], selection.agrees[:, j], 0.95, "max_coverage")
+        assert threshold == alone.threshold
+    assert own.thresholds != joint.thresholds
+    assert own.measured.agreement >= 0.93
 
 
 def test_unreachable_target_says_never() -> None:
