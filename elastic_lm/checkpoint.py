@@ -24,6 +24,7 @@ from elastic_lm.sharding import Rules, make_mesh, param_shardings
 
 CONFIG_FILE = "elastic_config.json"
 PARAMS_FOLDER = "params"
+QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 WRITTEN = {
     *(CONFIG_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json"),
     *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
@@ -37,6 +38,15 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
+        """Opens a folder; unfinished checkpoints in it are removed.
+
+        Args:
+          folder: one sub-folder per step; made where it is missing.
+          keep: newest checkpoints that are kept.
+
+        Raises:
+          ValueError: `folder` is remote.
+        """
         training: Any = ocp.training
         self._folder = folder = local_folder(folder)
         self._checkpointer = training.Checkpointer(
@@ -188,6 +198,11 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
     target = local_folder(path).absolute()
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target
+    if (target / QUICKSTART_MARK).exists() or any(target.glob(f"*/{QUICKSTART_MARK}")):
+        raise FileExistsError(
+            f"{target}: belongs to `elastic-lm quickstart`, whose next run there replaces it; choose another "
+            "path or workdir, or remove the folder"
+        )
     if not target.is_dir() or not (target / CONFIG_FILE).is_file():
         raise FileExistsError(f"{target}: is no elastic checkpoint and is not replaced; choose another path")
     if not overwrite:

@@ -50,9 +50,14 @@ def export(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Trains what a config file describes."""
+    from elastic_lm.checkpoint import QUICKSTART_MARK
     from elastic_lm.train.configs import load_config
     from elastic_lm.train.run import fit
 
+    if (Path(args.workdir) / QUICKSTART_MARK).exists():
+        raise ValueError(
+            f"--workdir {args.workdir}: the next `elastic-lm quickstart` replaces it; choose another"
+        )
     model, _, metrics = fit(load_config(args.config, args.overrides), args.workdir)
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     exits = f", {len(model.exits)} exits" if model.exits else ""

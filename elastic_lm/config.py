@@ -238,8 +238,8 @@ class TrainConfig:
     warmup: int = 100  # steps of linear warm-up
     min_lr: float = 0.1  # final learning rate as a share of the peak
     decay_share: float = 0.2  # wsd: share of the steps that decay linearly at the end
-    b1: float = 0.9  # AdamW: memory of the mean gradient
-    b2: float = 0.95  # AdamW: memory of the squared gradient
+    b1: float = 0.9  # AdamW, and muon's AdamW part only: memory of the mean gradient
+    b2: float = 0.95  # AdamW, and muon's AdamW part only: memory of the squared gradient
     eps: float = 1e-8  # AdamW: added to the root
     weight_decay: float = 0.1  # AdamW: on kernels and tables, not on norms and biases
     clip: float = 1.0  # largest global norm of the gradient; 0 = off

@@ -16,7 +16,15 @@ Span = tuple[str, int]  # text, and the depth it was decided at
 
 
 def depth_colour(depth: int, n_layers: int) -> tuple[int, int, int]:
-    """Red, green and blue (0..255) of a token that used `depth` of `n_layers` layers."""
+    """Colour of a token, on the scale from green over yellow to red.
+
+    Args:
+      depth: layers it used.
+      n_layers: layers of the full model, where the scale is red.
+
+    Returns:
+      (red, green, blue), 0 .. 255 each.
+    """
     place = min(max(depth / n_layers, 0.0), 1.0) * (len(RAMP) - 1)
     low = min(int(place), len(RAMP) - 2)
     share = place - low
@@ -76,12 +84,28 @@ def _pieces(prefix: Callable[[int], str], count: int) -> Iterator[str]:
 
 
 def to_ansi(parts: Iterable[Span], n_layers: int) -> str:
-    """Terminal text, each span in the colour of its depth."""
+    """Terminal text, each span in the colour of its depth.
+
+    Args:
+      parts: from `spans` or `legend`.
+      n_layers: layers of the full model.
+
+    Returns:
+      Text with 24-bit colour escapes.
+    """
     return "".join("\x1b[38;2;{};{};{}m".format(*depth_colour(d, n_layers)) + t + RESET for t, d in parts)
 
 
 def to_html(parts: Iterable[Span], n_layers: int) -> str:
-    """A <pre> element, each span on the colour of its depth, with the depth as tooltip."""
+    """A <pre> element, each span on the colour of its depth, with the depth as tooltip.
+
+    Args:
+      parts: from `spans` or `legend`; the text is escaped.
+      n_layers: layers of the full model.
+
+    Returns:
+      HTML.
+    """
     body = "".join(_html_span(text, depth, n_layers) for text, depth in parts)
     return f'<pre style="white-space: pre-wrap; line-height: 1.5">{body}</pre>'
 
@@ -93,14 +117,30 @@ def _html_span(text: str, depth: int, n_layers: int) -> str:
 
 
 def legend(depths: Sequence[int], n_layers: int) -> list[Span]:
-    """Spans that explain the colours of the possible `depths`."""
+    """Spans that explain the colours.
+
+    Args:
+      depths: layers of every exit, in any order.
+      n_layers: layers of the full model; explained too.
+
+    Returns:
+      One span per depth, shallow first, with gaps between.
+    """
     marks = [(f"■ {depth} layers", depth) for depth in sorted({*depths, n_layers})]
     gaps = [("   ", n_layers)] * len(marks)
     return list(itertools.chain.from_iterable(zip(marks, gaps, strict=True)))[:-1]
 
 
 def wants_colour(stream: TextIO, choice: str = "auto") -> bool:
-    """Whether to colour what goes to `stream`; `choice` is auto, always or never."""
+    """Whether to colour what is printed.
+
+    Args:
+      stream: where it goes.
+      choice: "always", "never", or "auto": a terminal, and NO_COLOR is not set.
+
+    Returns:
+      True = colour.
+    """
     if choice != "auto":
         return choice == "always"
     return stream.isatty() and "NO_COLOR" not in os.environ

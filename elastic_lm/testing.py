@@ -36,13 +36,32 @@ def tiny_config(exits: tuple[int, ...] = (), **overrides: Any) -> ModelConfig:
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:
-    """Uniform token ids [batch, length], int32."""
+    """Uniform token ids.
+
+    Args:
+      config: the model; decides about the range.
+      batch: rows.
+      length: tokens per row.
+      seed: of the draw.
+
+    Returns:
+      [batch, length] int32.
+    """
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, config.vocab_size)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def all_logits(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> dict[int, jax.Array]:
-    """Logits [B, T, V] of every exit and of the full model (key `n_layers`), keyed by depth."""
+    """Logits of every exit and of the full model in one forward pass.
+
+    Args:
+      config: the model; static.
+      params: its canonical parameters.
+      tokens_BT: int32 token ids.
+
+    Returns:
+      {depth: [B, T, V] float32}, the full model under `n_layers`.
+    """
     output = Decoder(config).bind({"params": params})(tokens_BT)
     early = {e.layer: x for e, x in zip(config.exits, output.exit_logits, strict=True)}
     return {**early, config.n_layers: output.logits}
@@ -90,7 +109,15 @@ def truncated(config: ModelConfig, params: Params, layer: int) -> tuple[ModelCon
 
 
 def final_head(config: ModelConfig, params: Params) -> Params:
-    """The full model's vocabulary head {"kernel": [V, D]}."""
+    """The full model's vocabulary head, owned or tied.
+
+    Args:
+      config: the model.
+      params: its canonical parameters.
+
+    Returns:
+      {"kernel": [V, D]}, not copied.
+    """
     return {"kernel": params["embed"]["table"]} if config.tied else params["head"]
 
 
@@ -114,7 +141,15 @@ def assert_exits_nested(config: ModelConfig, params: Params, length: int = 8) ->
 
 
 def assert_same_tree(first: Params, second: Params) -> None:
-    """Checks that two parameter trees are bit-identical; names the first tensor that is not."""
+    """Checks that two parameter trees are bit-identical.
+
+    Args:
+      first: a tree of arrays.
+      second: another one.
+
+    Raises:
+      AssertionError: the trees have different keys, or a tensor differs; names the first one.
+    """
     assert jax.tree.structure(first) == jax.tree.structure(second)
     leaves = jax.tree_util.tree_leaves_with_path(first)
     for (path, a), b in zip(leaves, jax.tree.leaves(second), strict=True):

@@ -10,7 +10,8 @@ from elastic_lm.quickstart import train
 from elastic_lm.quickstart.options import Options
 from elastic_lm.quickstart.run import run
 from elastic_lm.quickstart.text import split_text
-from elastic_lm.quickstart.train import exit_layers
+from elastic_lm.quickstart.train import check_exits, exit_layers
+from elastic_lm.testing import tiny_config
 
 
 def test_tiny_quickstart_writes_everything(
@@ -82,6 +83,21 @@ def test_exit_layers() -> None:
     assert exit_layers(Options(exits=(2, 5)), 6) == (2, 5)
     with pytest.raises(ValueError, match="exits lie between 1 and 11"):
         exit_layers(Options(exits=(12,)), 12)
+
+
+def test_exits_that_are_there_already() -> None:
+    model = tiny_config(exits=(1,))
+    check_exits(Options(exits=(2,)), model)
+    with pytest.raises(ValueError, match="exits lie between 1 and 3"):
+        check_exits(Options(exits=(4,)), model)
+    with pytest.raises(ValueError, match=r"x has exits after layers \(1,\)") as caught:
+        check_exits(Options(hf_dir="x"), model)
+    for fix in (
+        "export --from x --to DIR --without-exits",
+        "calibrate --model x",
+        "other layers with --exits",
+    ):
+        assert fix in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ def documents(config: DataConfig, split: Split) -> TextFiles | JsonLines:
       config: where they are.
       split: "train" reads `paths`, the others `eval_paths`; stdlib has three splits of its own.
 
+    Returns:
+      A random-access sequence of `Document`; text files give one per piece of about `span` bytes.
+
     Raises:
       FileNotFoundError: a file or folder does not exist.
       ValueError: a file is empty, or `eval_paths` is needed and missing.
@@ -46,8 +49,16 @@ def documents(config: DataConfig, split: Split) -> TextFiles | JsonLines:
 def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset:
     """Endless shuffled batches of the training split.
 
+    Args:
+      config: where the documents are, and the shape of a batch.
+      tokenizer: of the model.
+
     Returns:
       A dataset of dicts with the fields of `losses.Batch`, [batch_size, seq_len] NumPy arrays.
+
+    Raises:
+      FileNotFoundError: see `documents`.
+      ValueError: see `documents`.
     """
     source = documents(config, "train")
     rows = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
@@ -78,6 +89,18 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, split: Split = "test"
     """One pass over a held-out split; the last batch is filled up with rows of weight 0.
 
     The pieces come in one fixed shuffled order, so that the first batches are a fair sample.
+
+    Args:
+      config: where the documents are, and the shape of a batch.
+      tokenizer: of the model.
+      split: which one; see `documents`.
+
+    Returns:
+      As `train_batches`, but finite; padding has weight 0 and segment 0.
+
+    Raises:
+      FileNotFoundError: see `documents`.
+      ValueError: see `documents`.
     """
     rows = grain.MapDataset.source(documents(config, split)).shuffle(seed=0)
     rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))
@@ -111,7 +134,19 @@ def encode(config: DataConfig, tokenizer: Tokenizer, document: Document) -> dict
 
 
 def file_texts(config: DataConfig, split: Split = "train") -> list[str]:
-    """Every document of a split as plain text, to learn a tokenizer from."""
+    """Every document of a split as plain text, to learn a tokenizer from.
+
+    Args:
+      config: where the documents are.
+      split: which one; see `documents`.
+
+    Returns:
+      Prompt and text of each document, joined.
+
+    Raises:
+      FileNotFoundError: see `documents`.
+      ValueError: see `documents`.
+    """
     source = documents(config, split)
     return [source[i].prompt + source[i].text for i in range(len(source))]
 

@@ -33,7 +33,14 @@ class Document(NamedTuple):
 
 
 def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Path]:
-    """Files named by `paths`, and those with one of `suffixes` in the folders among them, sorted.
+    """Files named by `paths`, and those with one of `suffixes` in the folders among them.
+
+    Args:
+      paths: files, of any name, and folders, read at any depth.
+      suffixes: how the names of files in folders end.
+
+    Returns:
+      The files in the order of `paths`, sorted within a folder.
 
     Raises:
       FileNotFoundError: a path does not exist, or a folder has no such file.
@@ -81,6 +88,15 @@ class TextFiles:
     """Text files, cut at line ends into pieces of about `span` bytes."""
 
     def __init__(self, files: Sequence[Path], span: int) -> None:
+        """Finds where the pieces begin and end.
+
+        Args:
+          files: UTF-8 text, plain or .gz.
+          span: bytes, at least, of every piece but a file's last one.
+
+        Raises:
+          ValueError: a file is empty or not a gzip file.
+        """
         self._pieces = [(file, *bounds) for file in files for bounds in _cut(read_bytes(file), span)]
 
     def __len__(self) -> int:
@@ -97,6 +113,16 @@ class JsonLines:
     """One JSON object per line, with the text under one key or the prompt and response under two."""
 
     def __init__(self, files: Sequence[Path], text_field: str, prompt_field: str = "") -> None:
+        """Finds the lines; a line that is no JSON object with these keys raises ValueError when it is read.
+
+        Args:
+          files: JSON lines, plain or .gz; blank lines are skipped.
+          text_field: key of what is learned.
+          prompt_field: key of what is read before it, not learned; "" = none.
+
+        Raises:
+          ValueError: a file is empty or not a gzip file.
+        """
         self._fields = (prompt_field, text_field) if prompt_field else (text_field,)
         self._lines = [line for file in files for line in _lines(file)]
 

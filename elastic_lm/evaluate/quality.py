@@ -73,7 +73,15 @@ def evaluate(
 
 
 def by_depth(observations: Observations, text_bytes: int | None = None) -> list[DepthQuality]:
-    """`evaluate` from observations that exist already; `text_bytes` of the counted tokens."""
+    """`evaluate` from observations that exist already.
+
+    Args:
+      observations: from `observe`; tokens weigh as they do there.
+      text_bytes: UTF-8 bytes of the counted tokens, see `count_bytes`; None = no nats per byte.
+
+    Returns:
+      One entry per exit in order of depth, then the full model.
+    """
     weights = observations.weights.astype(np.float64)
     agrees = np.column_stack([observations.agrees, np.ones(observations.tokens, bool)])
     rows = []
@@ -94,7 +102,15 @@ def by_depth(observations: Observations, text_bytes: int | None = None) -> list[
 
 
 def count_bytes(observations: Observations, tokenizer: Decodes) -> int:
-    """UTF-8 bytes of the counted tokens' text, sequence by sequence."""
+    """UTF-8 bytes of the counted tokens' text.
+
+    Args:
+      observations: from `observe`.
+      tokenizer: decodes their targets, sequence by sequence.
+
+    Returns:
+      Bytes of all sequences together.
+    """
     starts = np.flatnonzero(np.diff(observations.sequence)) + 1
     rows = np.split(observations.targets, starts)
     return sum(len(tokenizer.decode(row.tolist()).encode()) for row in rows)
@@ -103,9 +119,16 @@ def count_bytes(observations: Observations, tokenizer: Decodes) -> int:
 def shared_threshold_curve(
     observations: Observations, thresholds: Sequence[float] = SHARED_THRESHOLDS
 ) -> list[CurvePoint]:
-    """The usual picture of early exits: one threshold for all exits, swept from 1 to 0 (EE-LLM).
+    """The usual picture of early exits: one threshold for all exits, swept (EE-LLM, arXiv 2312.04916).
 
     Calibration does better, because exits differ in how far their confidence can be trusted.
+
+    Args:
+      observations: from `observe`; every token counts the same.
+      thresholds: least confidences; 1 down to 0 in steps of 0.05 unless given.
+
+    Returns:
+      One point per threshold, in their order.
     """
     depths = (*observations.layers, observations.n_layers)
     points = []

@@ -136,7 +136,14 @@ def _activation_name(family: Family, activation: Activation) -> str:
 
 
 def read_eos(hf: Mapping[str, Any], default: int | None) -> tuple[int, ...]:
-    """Ids that end a text, of a parsed config.json or generation_config.json.
+    """Ids that end a text.
+
+    Args:
+      hf: parsed config.json or generation_config.json.
+      default: the id where the key is missing; None = none.
+
+    Returns:
+      The ids, () where the file says null.
 
     Raises:
       ValueError: `eos_token_id` is neither an id, nor a list of them, nor null.

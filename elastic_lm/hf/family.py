@@ -29,8 +29,17 @@ ACTIVATIONS: dict[str, Activation] = {
 def typed(values: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     """The value under `key`, or the default where there is none.
 
+    Args:
+      values: parsed config.json, or a mapping in it.
+      key: where the value is.
+      kind: its type; integers count as floats, booleans only as themselves.
+      default: taken, of any type, where the key is missing or null.
+
+    Returns:
+      The value as it is; an integer for a float stays one.
+
     Raises:
-      ValueError: it is not of type `kind`; integers count as floats, booleans only as themselves.
+      ValueError: it is not of type `kind`.
     """
     value = default if values.get(key) is None else values[key]
     right = value is default or type(value) is kind or (kind is float and type(value) is int)
@@ -46,6 +55,9 @@ def number(values: Mapping[str, Any], key: str, default: float, *, above: float 
       key: where the number is.
       default: taken where the key is missing or null.
       above: the number must be larger; None = at least 0.
+
+    Returns:
+      The number as it is, int or float.
 
     Raises:
       ValueError: it is not a number, or too small.

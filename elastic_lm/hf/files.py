@@ -52,7 +52,10 @@ class TensorFiles:
 
         Args:
           folder: Hugging Face folder.
-          more: further safetensors files.
+          more: further safetensors files; their tensors take precedence.
+
+        Returns:
+          The tensors of all files by name, none of them read.
 
         Raises:
           FileNotFoundError: there are no weights, or a shard of the index is missing.
@@ -159,7 +162,12 @@ def _first_lost(path: Path) -> str | None:
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Moves a finished folder to its place, over an empty folder or an earlier one."""
+    """Moves a finished folder to its place, over an empty folder or an earlier one.
+
+    Args:
+      partial: the finished folder, on the same file system.
+      target: its place; what lies there is removed.
+    """
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists() and any(target.iterdir()):
         target.rename(old)

@@ -56,13 +56,28 @@ BIASES = (
 
 
 def replace_fields(fields: tuple[Field, ...], *changed: Field) -> tuple[Field, ...]:
-    """`fields` with those of the same `ours` exchanged for `changed`."""
+    """Some entries of a family's table exchanged for a relative's.
+
+    Args:
+      fields: the table.
+      *changed: take the places of those with the same `ours`; others are left out.
+
+    Returns:
+      The new table, in the same order.
+    """
     by_name = {field.ours: field for field in changed}
     return tuple(by_name.get(field.ours, field) for field in fields)
 
 
 def read_rope(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings of a family that rotates whole heads.
+
+    Args:
+      hf: parsed config.json.
+      values: ModelConfig fields read so far; `max_len` among them.
+
+    Returns:
+      {"rope": RopeConfig}.
 
     Raises:
       ValueError: the file asks for a partial rotation.

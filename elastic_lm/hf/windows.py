@@ -10,7 +10,18 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def read_window(hf: Mapping[str, Any], default: int) -> int:
-    """The file's `sliding_window` in tokens, 0 where it is null; `default` where it does not say."""
+    """The file's `sliding_window`.
+
+    Args:
+      hf: parsed config.json.
+      default: tokens where the key is missing.
+
+    Returns:
+      Tokens; 0 = full attention, where the file says null.
+
+    Raises:
+      ValueError: it is not a whole number, or below 0.
+    """
     if "sliding_window" not in hf:
         return default
     window = number(hf, "sliding_window", 0)
@@ -82,5 +93,13 @@ def layered_windows(
 
 
 def layer_types(windows: tuple[int, ...], layers: int) -> list[str]:
-    """Inverse of `layered_windows`: the kind of attention of every layer."""
+    """Inverse of `layered_windows`: the kind of attention of every layer.
+
+    Args:
+      windows: tokens per layer, 0 = full; () = full everywhere.
+      layers: number of layers.
+
+    Returns:
+      One kind per layer, as config.json has them under `layer_types`.
+    """
     return [SLIDING if window else FULL for window in windows or (0,) * layers]

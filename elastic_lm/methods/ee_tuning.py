@@ -230,7 +230,17 @@ class JointTraining(EETuning):
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Final loss plus the weighted exit losses; metrics also have `loss/final`, `accuracy/final`."""
+        """L_final + sum_l w_l(step) L_l, in nats per counted token (EE-LLM, arXiv 2312.04916).
+
+        Args:
+          trainable: first result of `split`, all parameters.
+          frozen: second result of `split`, empty.
+          batch: packed tokens, targets and weights.
+          step: int32 scalar, drives the warm-up.
+
+        Returns:
+          (scalar float32, metrics of `EETuning.loss` and `loss/final`, `accuracy/final`).
+        """
         params: dict[str, Any] = {**jax.lax.stop_gradient(frozen), **trainable}
         depth = self.config.n_layers
         taps = self._taps(params, [*(self.config.exits[i].layer for i in self.active), depth], batch)

@@ -42,7 +42,17 @@ class Method(Protocol):
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Scalar float32 loss to minimise and scalar metrics; pure and traced."""
+        """What is minimised; pure and traced.
+
+        Args:
+          trainable: first result of `split`; the gradient is taken with respect to it.
+          frozen: second result of `split`.
+          batch: packed [B, T] tokens, targets and weights.
+          step: int32 scalar, optimizer steps done; the largest int32 in evaluation.
+
+        Returns:
+          (scalar float32, float32 scalars by name), each per counted token of the batch.
+        """
         ...
 
 
@@ -120,6 +130,9 @@ def sum_over_chunks(function: Callable[[Any], Any], arrays: Any, chunk: int) -> 
         the last piece are all zeros, weights too.
       arrays: a tree of [B, T, ...] arrays.
       chunk: columns of T per piece; static.
+
+    Returns:
+      A tree like that of `function`, summed over the pieces.
     """
     b, t = jax.tree.leaves(arrays)[0].shape[:2]
     chunk = min(chunk, t)

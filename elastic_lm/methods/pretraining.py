@@ -28,7 +28,17 @@ class Pretraining:
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Mean cross-entropy in nats per counted token."""
+        """Mean cross-entropy L in nats per counted token (see the top of this file).
+
+        Args:
+          trainable: first result of `split`, all parameters.
+          frozen: second result of `split`, empty.
+          batch: packed tokens, targets and weights.
+          step: not used.
+
+        Returns:
+          (scalar float32, metrics `loss` and `accuracy`).
+        """
         decoder = Decoder(self.config, self.remat).bind({"params": {**trainable, **frozen}})
         depth = self.config.n_layers
         hidden = decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)[depth].hidden

@@ -110,7 +110,15 @@ def imitation_loss(
 
 
 def gate_cross_entropy(probability: jax.Array, right: jax.Array) -> jax.Array:
-    """-log of the probability that a gate gives to what is the case, float32, of any shape."""
+    """-log of the probability that a gate gives to what is the case: BCE of every token.
+
+    Args:
+      probability: [...] float32 in [0, 1], that the exit is right.
+      right: [...] bool, whether it is.
+
+    Returns:
+      [...] float32, in nats; finite where the gate is sure and wrong.
+    """
     # Below 1 by the smallest float32 step: log(1 - p) stays finite.
     return -jnp.where(
         right, jnp.log(jnp.maximum(probability, 1e-30)), jnp.log1p(-jnp.minimum(probability, 1 - 6e-8))
@@ -169,7 +177,15 @@ class SelfSupervisedExits:
         return self.loss_from_taps(trainable, frozen, self.taps(frozen, batch))
 
     def taps(self, frozen: Params, batch: Batch) -> Taps:
-        """Runs the frozen layers, once, for all exits and the full model."""
+        """Runs the frozen layers, once, for all exits and the full model.
+
+        Args:
+          frozen: second result of `split`.
+          batch: packed tokens and weights; targets are not read.
+
+        Returns:
+          What the exits and the full model's head read, in the dtype of activations.
+        """
         decoder = Decoder(self.config).bind({"params": jax.lax.stop_gradient(frozen)})
         depths = [*(e.layer for e in self.config.exits), self.config.n_layers]
         found = decoder.taps(batch.tokens, depths, batch.positions, batch.segments)
@@ -178,7 +194,16 @@ class SelfSupervisedExits:
         return Taps(exits, features, batch.weights, batch.positions, batch.segments)
 
     def loss_from_taps(self, trainable: Params, frozen: Params, taps: Taps) -> tuple[jax.Array, Metrics]:
-        """`loss` without running the frozen layers; arguments and results are the same but for `taps`."""
+        """`loss` without running the frozen layers.
+
+        Args:
+          trainable: first result of `split`; the only parameters with a gradient.
+          frozen: second result of `split`.
+          taps: what the frozen layers gave for a batch, from `taps`.
+
+        Returns:
+          As `loss`.
+        """
         params = {**jax.lax.stop_gradient(frozen), **trainable}
         decoder = Decoder(self.config).bind({"params": params})
         exits = self.config.exits
@@ -262,7 +287,17 @@ class CachedExits:
     def loss(
         self, trainable: Params, frozen: Params, batch: Any, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """As the method without a cache, of a batch of `Taps`."""
+        """As the method without a cache.
+
+        Args:
+          trainable: first result of `split`; the only parameters with a gradient.
+          frozen: second result of `split`.
+          batch: a `Taps`, placed by `place_taps`.
+          step: not used.
+
+        Returns:
+          As `SelfSupervisedExits.loss`.
+        """
         return self.method.loss_from_taps(trainable, frozen, batch)
 
 

@@ -57,6 +57,9 @@ def depth_weights(
       n_layers: layers of the full model.
       kind: how the weight grows with depth.
       scale: s, factor of the weights below the full depth.
+
+    Returns:
+      One weight per depth.
     """
     if len(depths) == 1:
         return (1.0,)
@@ -72,13 +75,16 @@ def depth_weights(
 
 
 def drop_probabilities(n_layers: int, highest: float, ramp: int, step: jax.Array | int) -> jax.Array:
-    """LayerSkip's p(l, t) of every layer: [L] float32.
+    """LayerSkip's p(l, t) of every layer (arXiv 2404.16710; see the top of this file).
 
     Args:
       n_layers: L.
       highest: p_max, that of the last layer.
       ramp: T', steps until S reaches 1; 0 = S is 1 from the start. Static.
       step: t.
+
+    Returns:
+      [L] float32 probabilities.
     """
     depth = jnp.exp2(jnp.arange(n_layers, dtype=jnp.float32) / max(n_layers - 1, 1)) - 1.0
     progress = jnp.minimum(jnp.asarray(step, jnp.float32) / max(ramp - 1, 1), 1.0) if ramp else 1.0
@@ -139,7 +145,18 @@ class SortedFineTuning:
 
     @classmethod
     def of(cls, config: ModelConfig, train: TrainConfig) -> "SortedFineTuning":
-        """The method that a training config describes."""
+        """The method that a training config describes.
+
+        Args:
+          config: the model; static.
+          train: its `depths`, weights, curriculum and layer dropout are read.
+
+        Returns:
+          The method.
+
+        Raises:
+          ValueError: `depths` has a layer that the model lacks.
+        """
         return cls(
             config,
             depths=train.depths,
@@ -208,7 +225,15 @@ class SortedFineTuning:
         return weights / jnp.sum(weights)
 
     def kept_layers(self, step: jax.Array | int, rows: int) -> jax.Array | None:
-        """m of every layer and row: [L, B] bool, False where a row skips a layer; None without dropout."""
+        """m of every layer and row of a step.
+
+        Args:
+          step: t.
+          rows: B; static.
+
+        Returns:
+          [L, B] bool, False where a row skips a layer; None without layer dropout.
+        """
         if not self.layer_dropout:
             return None
         layers = self.config.n_layers

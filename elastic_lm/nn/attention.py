@@ -88,7 +88,18 @@ def visible(
     query_segments: jax.Array | None = None,
     key_segments: jax.Array | None = None,
 ) -> jax.Array:
-    """[B, T, S] boolean: which keys each query may attend to (causal, windowed, same document)."""
+    """Which keys each query may attend to: not later, within the window, of the same document.
+
+    Args:
+      query_BT: int32 positions of the queries.
+      key_BS: int32 positions of the keys.
+      window: a query sees only the last `window` positions; 0 = all. Static or traced.
+      query_segments: [B, T] int32 document ids, or None.
+      key_segments: [B, S] int32 document ids, or None; documents are told apart where both are given.
+
+    Returns:
+      [B, T, S] bool.
+    """
     query, key = query_BT[:, :, None], key_BS[:, None, :]
     seen = key <= query
     if not isinstance(window, int):

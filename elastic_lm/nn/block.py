@@ -37,7 +37,15 @@ class Tap:
 
 
 def make_norm(c: ModelConfig, name: str) -> Norm:
-    """A normalisation of the model's kind."""
+    """A normalisation of the model's kind.
+
+    Args:
+      c: the model; static.
+      name: key of its parameters.
+
+    Returns:
+      The module, over the last axis of its input.
+    """
     return Norm(c.norm, c.norm_eps, c.norm_offset, c.param_dtype, name=name)
 
 
@@ -65,10 +73,17 @@ class Block(nn.Module):
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
     ) -> tuple[Tap, tuple[jax.Array, jax.Array]]:
-        """Runs the layer; arguments and the second result as in `Attention`.
+        """Runs the layer.
+
+        Args:
+          x_BTD: input of the layer, h_{l-1}.
+          positions_BT: int32 positions of the new tokens.
+          window: see `attend`.
+          segments_BT: document ids of the new tokens, or None.
+          past: the layer's cached keys and values, or None.
 
         Returns:
-          (Tap with the layer's output and what exits need, new key and value rows).
+          (Tap with the layer's output and what exits need, (k [B, K, T, H], v [B, K, T, H])).
         """
         attended, rows = self.attn(
             self.attn_norm(x_BTD), positions_BT, window=window, segments_BT=segments_BT, past=past
@@ -81,13 +96,28 @@ class Block(nn.Module):
         return Tap(hidden, residual, mlp_input, x_BTD), rows
 
     def rows(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, K, T, H] that this layer would have for input `x_BTD`, and nothing else."""
+        """Keys and values that this layer would have for an input, and nothing else.
+
+        Args:
+          x_BTD: input of the layer.
+          positions_BT: int32 positions of its tokens.
+
+        Returns:
+          (k [B, K, T, H], v [B, K, T, H]).
+        """
         return self.attn(self.attn_norm(x_BTD), positions_BT)[1]
 
     def add_mlp(self, residual_BTD: jax.Array, mlp_BTD: jax.Array) -> jax.Array:
         """Adds an MLP's output to the residual stream the way this layer does.
 
         An `mlp` exit joins its own branch through here, beside the layer's own MLP.
+
+        Args:
+          residual_BTD: what the output is added to, a_l.
+          mlp_BTD: output of an MLP.
+
+        Returns:
+          [B, T, D] output of the layer.
         """
         if self.config.sandwich_norm:
             mlp_BTD = self.post_mlp_norm(mlp_BTD)

@@ -74,6 +74,12 @@ class Exit(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs an exit's own block, where it has one.
 
+        Args:
+          tap: what layer l offers.
+          positions_BT: int32 positions of the new tokens.
+          segments_BT: document ids of the new tokens, or None.
+          past: cached keys and values of the exit's own block, or None.
+
         Returns:
           (h [B, T, D] that leaves the block or the layer, new key and value rows or None).
         """
@@ -83,7 +89,15 @@ class Exit(nn.Module):
         return tap.hidden, rows
 
     def rows(self, hidden_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        """Keys and values [B, K, T, H] of an exit's own block for this input; None where it has none."""
+        """Keys and values of an exit's own block, and nothing else.
+
+        Args:
+          hidden_BTD: output of layer l.
+          positions_BT: int32 positions of its tokens.
+
+        Returns:
+          (k [B, K, T, H], v [B, K, T, H]), or None where the exit has no block.
+        """
         return self.block.rows(hidden_BTD, positions_BT) if self.exit.kind == "block" else None
 
     def features(
@@ -92,12 +106,15 @@ class Exit(nn.Module):
         tap: Tap,
         add_mlp: Callable[[jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
-        """Features [B, T, D] for the vocabulary head.
+        """Input of the exit's vocabulary head (EE-Tuning, sec. 2.1).
 
         Args:
           hidden_BTD: first result of `state`.
           tap: what layer l offers.
           add_mlp: `Block.add_mlp` of layer l.
+
+        Returns:
+          [B, T, D].
         """
         if self.exit.kind == "mlp":
             hidden_BTD = add_mlp(tap.residual, self.mlp(tap.mlp_input))

@@ -13,5 +13,12 @@ def partitioned(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Initi
     """Tags what `init` draws with logical axis names, mapped to mesh axes by `sharding.Rules`.
 
     Linen unboxes the tag when a parameter is read, so the parameter is used as a plain array.
+
+    Args:
+      init: (key, shape, dtype) -> array.
+      axes: one name per dimension of the parameter; None = not split.
+
+    Returns:
+      The initialiser to give to `Module.param`.
     """
     return cast(Initializer, nn.with_logical_partitioning(init, axes))

@@ -1,9 +1,26 @@
-"""Folders that a quickstart writes anew every time, and only those."""
+"""What a quickstart writes anew every time: folders of its own, and files beside them."""
 
 import shutil
 from pathlib import Path
 
-MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
+from elastic_lm.checkpoint import QUICKSTART_MARK as MARK
+
+TUNING = "tuning"  # made before any file is written, so where it is ours the files are
+FILES = ("thresholds.json", "report.json", "curve.png", "text.html")
+
+
+def check_files(out: Path) -> None:
+    """Refuses a folder with files of ours by name that no quickstart wrote.
+
+    Raises:
+      ValueError: they may not be overwritten; names the folder and the files.
+    """
+    found = [name for name in FILES if (out / name).exists()]
+    if found and not (out / TUNING / MARK).exists():
+        raise ValueError(
+            f"{out} was not written by an earlier quickstart (it has no {TUNING}/{MARK}) and its "
+            f"{', '.join(found)} would be overwritten: move what is there away, or choose another --out"
+        )
 
 
 def check_replaceable(folder: Path, source: Path | None) -> None:
@@ -30,7 +47,15 @@ def check_replaceable(folder: Path, source: Path | None) -> None:
 
 
 def renew(folder: Path, source: Path | None) -> None:
-    """Makes an empty folder of our own; the same arguments and errors as `check_replaceable`."""
+    """Makes an empty folder of our own.
+
+    Args:
+      folder: what is replaced or made.
+      source: folder of the model that is read; None = there is none.
+
+    Raises:
+      ValueError: it may not be replaced; see `check_replaceable`.
+    """
     check_replaceable(folder, source)
     if folder.exists():
         shutil.rmtree(folder)

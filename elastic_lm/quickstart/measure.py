@@ -84,6 +84,9 @@ def agreement(
       params: its canonical parameters.
       prompts: token ids, all equally long.
       samples: greedy continuations, all equally long.
+
+    Returns:
+      The share, in [0, 1], over all tokens of all samples.
     """
     rows = np.asarray([[*p, *s.tokens] for p, s in zip(prompts, samples, strict=True)], np.int32)
     start = len(prompts[0])
@@ -93,6 +96,15 @@ def agreement(
 
 @functools.partial(jax.jit, static_argnums=0)
 def full_choices(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """The full model's likeliest next token after every position: [B, T] int32."""
+    """The full model's likeliest next token after every position.
+
+    Args:
+      config: the model without exits; static.
+      params: its canonical parameters; those of exits are not read.
+      tokens_BT: int32 token ids.
+
+    Returns:
+      [B, T] int32.
+    """
     logits = Decoder(config).bind({"params": params})(tokens_BT).logits
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -65,7 +65,13 @@ class Report:
 
 
 def save(report: Report, options: Options, path: Path) -> None:
-    """Writes report.json: the report, the options, hardware and versions."""
+    """Writes report.json: the report, the options, hardware and versions.
+
+    Args:
+      report: what was measured.
+      options: what was asked for, under `config`.
+      path: the file; replaced where it exists.
+    """
     content = {
         **dataclasses.asdict(report),
         "config": dataclasses.asdict(options),
@@ -76,7 +82,12 @@ def save(report: Report, options: Options, path: Path) -> None:
 
 
 def show_table(report: Report, console: Console) -> None:
-    """Prints target -> agreement, mean layers, tokens/s, speed-up."""
+    """Prints target -> agreement, mean layers, tokens/s, speed-up.
+
+    Args:
+      report: what was measured.
+      console: where the table goes.
+    """
     table = Table(box=rich.box.SIMPLE_HEAD, title="Early exits against full depth", title_justify="left")
     for heading in ("target", "agreement", "mean layers", "tokens/s", "speed-up"):
         table.add_column(heading, justify="right")
@@ -96,7 +107,18 @@ def show_table(report: Report, console: Console) -> None:
 def show_text(
     tokenizer: Tokenizer, prompt: Sequence[int], sample: Sample, depths: Sequence[int], n_layers: int
 ) -> str:
-    """A prompt and its continuation for the terminal, coloured by depth, with the legend."""
+    """A prompt and its continuation for the terminal, coloured by depth, with the legend.
+
+    Args:
+      tokenizer: of the model.
+      prompt: token ids.
+      sample: what follows them.
+      depths: layers of every exit and of the full model, for the legend.
+      n_layers: layers of the full model.
+
+    Returns:
+      Text with terminal escapes.
+    """
     parts = sample_spans(tokenizer, prompt, sample)
     text = tokenizer.decode(prompt) + render.to_ansi(parts, n_layers)
     return f"{text}\n\n{render.to_ansi(render.legend(depths, n_layers), n_layers)}"
@@ -110,7 +132,16 @@ def save_texts(
     n_layers: int,
     path: Path,
 ) -> None:
-    """Writes an HTML page with every prompt continued at every target, coloured by depth."""
+    """Writes an HTML page with every prompt continued at every target, coloured by depth.
+
+    Args:
+      tokenizer: of the model.
+      prompts: token ids of each.
+      samples: target agreement -> one continuation per prompt.
+      depths: layers of every exit and of the full model, for the legend.
+      n_layers: layers of the full model.
+      path: the file; replaced where it exists.
+    """
     blocks = [render.to_html(render.legend(depths, n_layers), n_layers)]
     for i, prompt in enumerate(prompts):
         blocks.append(f"<h2>Prompt {i + 1}</h2><pre>{html.escape(tokenizer.decode(prompt))}</pre>")
@@ -122,7 +153,12 @@ def save_texts(
 
 
 def save_curve(report: Report, path: Path) -> None:
-    """Draws speed-up over agreement, one point per target."""
+    """Draws speed-up over agreement, one point per target.
+
+    Args:
+      report: what was measured.
+      path: the image; replaced where it exists.
+    """
     points = [
         SpeedPoint(
             row.agreement, row.speedup, f"{100 * row.target_agreement:g} %\n{row.mean_layers:.1f} layers"

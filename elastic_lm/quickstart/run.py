@@ -84,12 +84,13 @@ def run(options: Options, colour: str = "auto") -> report.Report:
     console = Console(highlight=False)
     steps = Steps(console)
     out = Path(options.out)
+    folders.check_files(out)
     out.mkdir(parents=True, exist_ok=True)
-    for folder in ("model", "tuning", *(("pretraining",) if options.from_scratch else ())):
+    for folder in ("model", folders.TUNING, *(("pretraining",) if options.from_scratch else ())):
         folders.check_replaceable(out / folder, Path(options.hf_dir) if options.hf_dir else None)
     with steps.step("load", f"Load {_source(options)}"):
         base = _base(options)
-        train.exit_layers(options, base.n_layers)
+        train.check_exits(options, base)
         options = options.fitted(base.max_len)
         source, name = _load(options)
         prompts = text.held_out_prompts(
@@ -113,7 +114,7 @@ def run(options: Options, colour: str = "auto") -> report.Report:
 
 
 def _base(options: Options) -> ModelConfig:
-    """The model without exits, known before anything is trained."""
+    """The model that exits are attached to, known before anything is trained."""
     if options.from_scratch:
         return train.small_model(options.tiny)
     return load(options.hf_dir or embedded_model())[0].config

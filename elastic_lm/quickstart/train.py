@@ -37,13 +37,42 @@ def tune_exits(
         eval_batches=4,
         save_every=options.steps,
     )
-    folder = Path(options.out) / "tuning"
+    folder = Path(options.out) / folders.TUNING
     config, params = _fit(RunConfig(exits=exits, data=data, train=train), folder)
     return Decoder(config), params, folder / MODEL_FOLDER
 
 
+def check_exits(options: Options, model: ModelConfig) -> None:
+    """Refuses exits that the model cannot get.
+
+    Args:
+      options: `exits` are those asked for.
+      model: what is loaded.
+
+    Raises:
+      ValueError: a layer is not below the last one, or has an exit already.
+    """
+    layers = exit_layers(options, model.n_layers)
+    there = tuple(e.layer for e in model.exits)
+    if set(layers) & set(there):
+        source = options.hf_dir
+        raise ValueError(
+            f"{source} has exits after layers {there} and cannot get new ones after layers {layers}: remove "
+            f"them with `elastic-lm export --from {source} --to DIR --without-exits` and give --hf-dir DIR, "
+            f"calibrate them as they are with `elastic-lm calibrate --model {source}`, or choose other "
+            "layers with --exits"
+        )
+
+
 def exit_layers(options: Options, n_layers: int) -> tuple[int, ...]:
     """Layers with an exit: those asked for, or one after a quarter of the depth.
+
+    Args:
+      options: `exits` are those asked for.
+      n_layers: layers of the model.
+
+    Returns:
+      The layers, in the order that they were asked for.
 
     Raises:
       ValueError: a layer is not below the last one.
@@ -59,6 +88,10 @@ def exit_layers(options: Options, n_layers: int) -> tuple[int, ...]:
 
 def pretrain(options: Options, data: DataConfig) -> Path:
     """Trains a small model and its tokenizer from nothing.
+
+    Args:
+      options: steps, seed, and whether it is tiny.
+      data: text to train on.
 
     Returns:
       The folder of its elastic checkpoint.

@@ -19,7 +19,12 @@ class CachedBatches(Iterator[Taps]):
     """Batches of `Taps` in a new order every epoch, endlessly; stands in for a grain iterator."""
 
     def __init__(self, taps: list[Taps], seed: int):
-        """Creates the iterator over host batches; `seed` decides about their order."""
+        """Creates the iterator, at the beginning of its first epoch.
+
+        Args:
+          taps: host batches, from `cache_taps`.
+          seed: of their order.
+        """
         self._taps, self._seed, self._step = taps, seed, 0
 
     def __next__(self) -> Taps:
@@ -54,12 +59,23 @@ def cached_batches(
       count: how many are kept; in memory, D numbers per token for the full model and D to 2 D per exit.
       mesh: from `sharding.make_mesh`.
       seed: of the order in which they come.
+
+    Returns:
+      The iterator; its batches are on the host.
     """
     placed: Iterator[Batch] = (place_batch(arrays, mesh) for arrays in itertools.islice(batches, count))
     return CachedBatches(cache_taps(method, frozen, placed), seed)
 
 
 def place_taps(taps: Taps, mesh: Mesh) -> Any:
-    """Puts host taps on the mesh, rows over data and fsdp."""
+    """Puts host taps on the mesh, rows over data and fsdp.
+
+    Args:
+      taps: this process's rows, [B, T, ...] each.
+      mesh: from `sharding.make_mesh`.
+
+    Returns:
+      `Taps` of global arrays.
+    """
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), taps)

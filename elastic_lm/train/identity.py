@@ -23,6 +23,10 @@ def identity(config: RunConfig) -> dict[str, Any]:
 def check_identity(config: RunConfig, workdir: Path) -> None:
     """Refuses a workdir that holds another run.
 
+    Args:
+      config: the run that is to start; its steps, logging, evaluation, saving and mesh may differ.
+      workdir: its folder; it need not exist.
+
     Raises:
       ValueError: run.json there differs; names the first key that does, with both values.
     """
@@ -50,7 +54,12 @@ def _stored(file: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def save_identity(config: RunConfig, workdir: Path) -> None:
-    """Writes run.json, complete or not at all."""
+    """Writes run.json, complete or not at all.
+
+    Args:
+      config: the run that starts.
+      workdir: its folder; made where it is missing.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     partial = workdir / f".{FILE}.partial"
     partial.write_text(json.dumps(identity(config), indent=2) + "\n")

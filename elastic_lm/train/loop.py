@@ -57,7 +57,19 @@ class _Window:
 def resume(
     checkpoints: Checkpoints, state: TrainState, batches: grain.DatasetIterator
 ) -> tuple[int, TrainState]:
-    """Continues from the newest checkpoint, or from `state` at step 0 where there is none."""
+    """Continues from the newest checkpoint, or from the beginning where there is none.
+
+    Args:
+      checkpoints: of this run.
+      state: at step 0; its shapes, dtypes and shardings are those of what is restored.
+      batches: a fresh data iterator; moved to the checkpoint's position.
+
+    Returns:
+      (steps done, state after them).
+
+    Raises:
+      ValueError: there are checkpoints and none can be read; see `Checkpoints.restore`.
+    """
     restored = checkpoints.restore(abstract_state(state), batches)
     return (0, state) if restored is None else restored
 
@@ -121,7 +133,16 @@ def run(
 
 
 def evaluate(job: Job, trainable: Params, frozen: Params) -> dict[str, float]:
-    """Metrics over held-out batches, weighted by counted tokens; empty where there are none."""
+    """Metrics over held-out batches.
+
+    Args:
+      job: its evaluation step runs on the first `eval_batches` of `held_out`, 0 = all.
+      trainable: what trains, on the mesh.
+      frozen: what does not.
+
+    Returns:
+      {name: mean weighted by the batches' counted tokens}; empty where there is no batch.
+    """
     totals: dict[str, float] = {}
     tokens = 0.0
     for arrays in itertools.islice(job.held_out(), job.config.eval_batches or None):

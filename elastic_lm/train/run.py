@@ -76,8 +76,17 @@ def prepare(
 ) -> tuple[ModelConfig, loop.Job, TrainState, Params]:
     """Everything a loop needs, at step 0.
 
+    Args:
+      config: the whole run.
+      mesh: from `sharding.make_mesh`.
+      tokenizer: of the model.
+
     Returns:
       (model config, compiled steps, what trains, what does not), parameters stacked and on the mesh.
+
+    Raises:
+      FileNotFoundError: see `prepare_model`.
+      ValueError: see `prepare_model`.
     """
     model, params = prepare_model(config, tokenizer, mesh)
     method, optimizer = make_method(config, model), make_optimizer(config.train)
@@ -103,6 +112,16 @@ def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
     """The configured tokenizer, that of the initial checkpoint, or a BPE learned from the training text.
 
     A learned one is kept in `workdir`, so a resumed run reads the same ids.
+
+    Args:
+      config: the whole run.
+      workdir: a learned tokenizer.json is written here, or read where it lies there already.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      FileNotFoundError: the configured tokenizer, or the text to learn one from, does not exist.
     """
     source = config.data.tokenizer or config.train.init_from
     if source:
@@ -114,7 +133,20 @@ def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
 
 
 def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[ModelConfig, Params]:
-    """Random or loaded parameters in canonical form, with the configured exits attached."""
+    """Random or loaded parameters, with the configured exits attached.
+
+    Args:
+      config: the whole run.
+      tokenizer: its special tokens go into a new model; its ids must fit the vocabulary.
+      mesh: where loaded parameters go.
+
+    Returns:
+      (model config, canonical parameters).
+
+    Raises:
+      FileNotFoundError: the initial checkpoint does not exist.
+      ValueError: vocabulary, rows, layers or exits do not fit the model or the method; names the field.
+    """
     key = jax.random.key(config.train.seed)
     if config.train.init_from:
         decoder, params = load(config.train.init_from, dtype=config.train.param_dtype or None, mesh=mesh)
@@ -146,7 +178,18 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
 
 
 def make_method(config: RunConfig, model: ModelConfig) -> Method:
-    """The training method that `config.train.method` names."""
+    """The training method that `config.train.method` names.
+
+    Args:
+      config: the whole run.
+      model: the model with its exits; static.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: its options do not fit the model, like weights of exits that it lacks.
+    """
     train = config.train
     if train.method == "pretraining":
         return Pretraining(model, train.remat, train.loss_chunk)
@@ -174,7 +217,16 @@ def for_evaluation(config: RunConfig) -> RunConfig:
 
 
 def held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterable[dict]:
-    """Batches of the held-out split; none where no held-out text is named."""
+    """One pass over the held-out split.
+
+    Args:
+      config: the whole run; `data` is read.
+      tokenizer: of the model.
+
+    Returns:
+      Dicts with the fields of `Batch`, [batch_size, seq_len] NumPy arrays; none where no held-out text is
+      named.
+    """
     if config.data.source != "stdlib" and not config.data.eval_paths:
         return ()
     return pipeline.eval_batches(config.data, tokenizer)
@@ -190,7 +242,16 @@ def _check_rows(config: RunConfig, mesh: Mesh) -> None:
 
 
 def make_writer(workdir: Path, steps: int, start: int) -> Writer:
-    """Progress and metrics.jsonl, and TensorBoard files where tensorboardX is installed."""
+    """Progress and metrics.jsonl, and TensorBoard files where tensorboardX is installed.
+
+    Args:
+      workdir: metrics.jsonl and tensorboard/ go here.
+      steps: of the whole run.
+      start: steps done before; lines of later steps are dropped.
+
+    Returns:
+      The writer; it writes nothing in any process but the first.
+    """
     if jax.process_index():
         return Writers(())
     writers: list[Writer] = [ProgressWriter(steps, start), JsonlWriter(workdir / "metrics.jsonl", start)]

@@ -29,7 +29,15 @@ class TrainState:
 
 
 def create_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
-    """A state at step 0; optimizer moments are sharded like the parameters they belong to."""
+    """A state at step 0; optimizer moments are sharded like the parameters they belong to.
+
+    Args:
+      optimizer: updates the trainable parameters.
+      params: trainable parameters, stacked and on the mesh; not copied.
+
+    Returns:
+      The state, on the mesh of `params`.
+    """
     shardings = state_shardings(optimizer, params)
     init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
@@ -37,7 +45,16 @@ def create_state(optimizer: optax.GradientTransformation, params: Params) -> Tra
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Params) -> Any:
-    """A `TrainState` of shardings for parameters that are already placed."""
+    """Where every part of a state lives.
+
+    Args:
+      optimizer: updates the trainable parameters.
+      params: trainable parameters, already on the mesh.
+
+    Returns:
+      A `TrainState` of `NamedSharding`: a leaf of the optimizer's state with name and shape of a parameter
+      has its sharding, every other one and the step are on all devices.
+    """
     placed = jax.tree.map(lambda p: p.sharding, params)
     everywhere = replicated(jax.tree.leaves(placed)[0].mesh)
     by_name = {_names(path): (p.shape, p.sharding) for path, p in jax.tree_util.tree_leaves_with_path(params)}

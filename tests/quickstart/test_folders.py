@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from elastic_lm import cli
-from elastic_lm.quickstart.folders import check_replaceable, renew
+from elastic_lm.checkpoint import check_target
+from elastic_lm.quickstart.folders import FILES, TUNING, check_files, check_replaceable, renew
 
 
 def test_own_folders_are_made_anew(tmp_path: Path) -> None:
@@ -49,3 +50,47 @@ def test_the_model_that_is_read_is_never_removed(tmp_path: Path, inside: str) ->
     with pytest.raises(ValueError, match="the model is read from it"):
         renew(own, own / inside)
     assert own.exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_not_ours_are_kept(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").touch()
+    check_files(tmp_path)
+    (tmp_path / name).write_text("not ours")
+    assert cli.main(["quickstart", "--tiny", "--out", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert f"{tmp_path} was not written by an earlier quickstart" in printed.err
+    assert f"its {name} would be overwritten: move what is there away" in printed.err
+    assert "1/6" not in printed.out
+    assert (tmp_path / name).read_text() == "not ours"
+
+
+def test_files_of_an_earlier_run_are_written_anew(tmp_path: Path) -> None:
+    check_files(tmp_path / "new")
+    renew(tmp_path / TUNING, None)
+    for name in FILES:
+        (tmp_path / name).touch()
+    check_files(tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_other_commands_say_what_a_quickstart_folder_is(tmp_path: Path, inside: str) -> None:
+    renew(tmp_path / "model", None)
+    (tmp_path / "model" / "elastic_config.json").touch()
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="belongs to `elastic-lm quickstart`"):
+            check_target(tmp_path / inside, overwrite)
+
+
+def test_training_into_a_quickstart_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    renew(tmp_path / "out" / "model", None)
+    config = tmp_path / "config.py"
+    config.write_text("def get_config(arg=''):\n    return {'train': {'init_from': 'nowhere'}}\n")
+    assert cli.main(["train", "--config", str(config), "--workdir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / 'model'}: belongs to `elastic-lm quickstart`" in error
+    assert "or workdir" in error
