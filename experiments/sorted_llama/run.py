@@ -4,9 +4,10 @@ COMMAND   python experiments/sorted_llama/prepare.py --source FOLDER --out data/
           python experiments/sorted_llama/run.py --base runs/english/model --data data/english \\
               --out runs/sorted_english --seeds 0 1 2 --steps 100
 HARDWARE  CPU
-DURATION  about a quarter of an hour per seed on one core
-EXPECTED  sft is useless below its full depth, sft+ict is better there, soft better still; at full depth soft
-          is about as good as sft. README.md beside this file, once there are numbers
+DURATION  ten to twenty minutes of compilation and measurement for the first seed on one busy core, less for
+          later ones, and a few seconds per step of each fine-tuning (embedded model)
+EXPECTED  at smaller depths the loss of soft is below that of sft+ict, which is below that of sft; at full
+          depth soft is close to sft
 
     sft       the full model's loss alone; its sub-models are its first n layers, final norm and head
     sft+ict   then a norm and a vocabulary head of its own for every smaller depth, on the frozen sft model
