@@ -13,6 +13,7 @@ Variants (`--config configs/self_supervised_exits.py:NAME`):
   argmax      its likeliest token as label
   penalised   the same, and unsure where wrong
   balcony     one transformer layer per exit, the model's own head, kl
+  cached      kl on 64 batches that pass the frozen layers once, instead of every step
   gates       kl, and per exit a small classifier that tells whether the head need be read
 """
 
@@ -29,6 +30,7 @@ def get_config(arg: str = "kl") -> ConfigDict:
         "argmax": {"objective": "argmax"},
         "penalised": {"objective": "penalised"},
         "balcony": {"lr": 5e-4},
+        "cached": {"cached_batches": 64},
         "gates": {},
     }
     variant = arg or "kl"

@@ -25,7 +25,7 @@ from elastic_lm.embedded import embedded_model
 
 def get_config(arg: str = "soft") -> ConfigDict:
     """The recipe; `arg` = one of the variants above, "" = soft."""
-    name, _, layers = (arg or "soft").partition("-")
+    name, dash, layers = (arg or "soft").partition("-")
     config = ConfigDict()
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
     config.train = {
@@ -44,12 +44,20 @@ def get_config(arg: str = "soft") -> ConfigDict:
         "calm": {"depth_weights": "linear"},
         "sortednet": {"depths": (3, 6, 9, 12), "curriculum": "sampled"},
         "sft": {"method": "pretraining"},
-        "extracted": {"method": "pretraining", "init_layers": int(layers or 3)},
+        "extracted": {"method": "pretraining"},
         "ict": {"method": "ee_tuning", "weight_decay": 0.0},
     }
     if name not in variants:
         raise ValueError(f"configs/sorted_finetuning.py:{arg}: choose from {', '.join(variants)}")
+    if dash and name != "extracted":
+        raise ValueError(f"configs/sorted_finetuning.py:{arg}: {name} takes no number; write {name}")
     config.train.update(variants[name])
+    if name == "extracted":
+        if dash and not (layers.isdecimal() and int(layers)):
+            raise ValueError(
+                f"configs/sorted_finetuning.py:{arg}: {layers!r} is no number of layers; write extracted-3"
+            )
+        config.train.update(init_layers=int(layers or 3))
     if name == "ict":
         config.exits = [{"layer": layer, "kind": "norm", "init": "copy"} for layer in (3, 6, 9)]
     return config

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from elastic_lm.calibrate.risk_control import Guarantee
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.config import ModelConfig
+    from elastic_lm.models.decoder import Params
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -37,12 +38,12 @@ def export(args: argparse.Namespace) -> None:
     """Elastic checkpoint to Hugging Face folder."""
     from elastic_lm import hf
     from elastic_lm.loading import load
+    from elastic_lm.methods.ee_tuning import without_exits
 
     model, params = load(args.source, dtype=args.dtype)
     config = model.config
     if args.without_exits:
-        params = {name: tree for name, tree in params.items() if name not in {e.name for e in config.exits}}
-        config = config.with_exits(())
+        config, params = without_exits(config, params)
     hf.export(config, params, args.target, _tokenizer(args.source), overwrite=args.overwrite)
     exits = f" and {len(config.exits)} exits" if config.exits else ""
     print(f"{args.source} -> {args.target}: {config.family}, {_count(params)} parameters{exits}")
@@ -80,10 +81,12 @@ def calibrate(args: argparse.Namespace) -> None:
     risk = None if args.epsilon is None else RiskControl(args.target, args.epsilon, args.delta)
     prepare_output(args.out)
     model, params, tokenizer, folder = load_with_tokenizer(args.model)
-    batches, text = held_out_batches(args, tokenizer, "calibration")
+    batches, text = held_out_batches(args, tokenizer, "calibration", independent=risk is not None)
+    config, params, untuned = _with_exits(model.config, params, args)
     goal: dict[str, Any] = {name: getattr(args, name) for name in ("target", "metric", "strategy")}
-    policy = calibrate(model.config, params, batches, risk=risk, **goal, model=folder, data=text)
-    policy.save(args.out)
+    policy = calibrate(config, params, batches, risk=risk, **goal, model=folder, data=text)
+    if not untuned:
+        policy.save(args.out)
     print("target   agreement   mean layers   thresholds")
     for point in policy.curve:
         mark = "*" if point.target == args.target else " "
@@ -94,8 +97,37 @@ def calibrate(args: argparse.Namespace) -> None:
     if policy.guarantee:
         print(_guarantee_text(policy.guarantee))
     if args.forecast:
-        print(_forecast_table(model.config, policy, args.window))
-    print(f"written to {args.out}", file=sys.stderr)
+        print(_forecast_table(config, policy, args.window))
+    print(
+        "nothing written: the model has no exits yet" if untuned else f"written to {args.out}",
+        file=sys.stderr,
+    )
+
+
+def _with_exits(
+    config: "ModelConfig", params: "Params", args: argparse.Namespace
+) -> "tuple[ModelConfig, Params, bool]":
+    """The model with its exits; for a forecast of one without, the model with exits that nothing tuned.
+
+    Raises:
+      ValueError: it has none, and not only a forecast is wanted.
+    """
+    import jax
+
+    from elastic_lm.config import ExitConfig
+    from elastic_lm.methods.ee_tuning import attach_exits
+
+    if config.exits:
+        return config, params, False
+    if not args.forecast:
+        raise ValueError(
+            f"{args.model or 'the embedded model'} has no exits: tune some (`elastic-lm train --config "
+            "configs/ee_tuning.py --config.train.init_from=MODEL`), or forecast their gain with --forecast"
+        )
+    layers = sorted({max(1, config.n_layers * i // 4) for i in (1, 2, 3)} - {config.n_layers})
+    print(f"exits after layers {layers} that nothing tuned: what tuned ones gain is more", file=sys.stderr)
+    exits = [ExitConfig(layer, "norm", tied=True) for layer in layers]
+    return *attach_exits(config, params, exits, jax.random.key(0)), True
 
 
 def _guarantee_text(guarantee: "Guarantee") -> str:
@@ -113,6 +145,8 @@ def _guarantee_text(guarantee: "Guarantee") -> str:
             f"{1 - g.epsilon:g}",
             f"  sequences below {g.target:g}: share {g.below:.4f}, alone at most {g.below_bound:.4f} with "
             f"probability {1 - g.epsilon:g}",
+            f"  by one token of each sequence: agreement alone at least {g.token_bound:.4f} with probability "
+            f"{1 - g.epsilon:g}",
             f"  worst tenth of the sequences: mean agreement {g.worst_decile:.4f}",
         ]
     return "\n".join(lines)
@@ -131,8 +165,15 @@ def _forecast_table(config: "ModelConfig", policy: "ConfidenceExit", window: int
     found = None
     for point in policy.curve:
         outcome = Outcome(point.agreement, point.mean_layers, point.shares)
+        gated = policy.metric == "learned" or any(policy.gates)
         found = forecast.of_outcome(
-            config, policy.metric, point.thresholds, outcome, window=window, further=further
+            config,
+            point.thresholds,
+            outcome,
+            looked=point.looked,
+            gated=gated,
+            window=window,
+            further=further,
         )
         row = f"{point.target:<7g} {found.speedup:>9.2f} {found.segments:>8.3f} {found.heads:>8.3f}"
         lines.append(f"{row}   {found.verdict}")
@@ -170,6 +211,7 @@ def evaluate(args: argparse.Namespace) -> None:
     }
     if policy:
         layers = (*seen.layers, seen.n_layers)
+        seen = seen.gated(policy.gates) if policy.gates else seen
         found = outcome(seen.confidence, seen.agrees, layers, policy.thresholds)
         result["policy"] = {"thresholds": policy.thresholds, "metric": metric, **dataclasses.asdict(found)}
     if args.json and args.json != "-":

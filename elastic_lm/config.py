@@ -9,7 +9,16 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
-from elastic_lm.plain import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, SEED, require, require_choice, require_each
+from elastic_lm.plain import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    require,
+    require_choice,
+    require_defaults,
+    require_each,
+)
 
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -28,6 +37,19 @@ Optimizer = Literal["adamw", "muon"]
 
 WITHOUT_EXITS = ("pretraining", "sorted_finetuning")  # methods that train no exit heads
 DTYPES = ("float32", "bfloat16", "float16")
+
+SORTED = ("depths", "depth_weights", "depth_scale", "curriculum", "curriculum_period", "layer_dropout")
+SELF_SUPERVISED = ("objective", "top_k", "imitation", "cached_batches", "balance_gates")
+# Options of TrainConfig, the field that decides whether they are read, and its values that have them read.
+READ_WITH = (
+    (("exit_weights", "exit_warmup", "confidence_weighted"), "method", ("ee_tuning", "joint")),
+    ((*SORTED, "dropout_ramp"), "method", ("sorted_finetuning",)),
+    (SELF_SUPERVISED, "method", ("self_supervised_exits",)),
+    (("remat",), "method", ("pretraining", "ee_tuning", "joint", "sorted_finetuning")),
+    (("curriculum_period",), "curriculum", ("rotational", "gradual")),
+    (("top_k",), "objective", ("kl",)),
+    (("imitation",), "objective", ("penalised",)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +177,8 @@ class ModelConfig:
         require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
         require(all(w >= 0 for w in self.windows), "windows", self.windows, "must be tokens, or 0 for full")
         layers = [e.layer for e in self.exits]
-        require(
-            layers == sorted(set(layers)),
-            "exits",
-            tuple(layers),
-            "must be distinct layers in increasing order",
-        )
+        distinct = layers == sorted(set(layers))
+        require(distinct, "exits", tuple(layers), "must be distinct layers in increasing order")
         require(
             not layers or layers[-1] <= self.n_layers,
             "exits",
@@ -259,9 +277,7 @@ class TrainConfig:
     objective: Objective = "kl"  # self_supervised_exits: what an exit learns from the full model
     top_k: int = 0  # self_supervised_exits, kl: over the full model's likeliest tokens only; 0 = all
     imitation: float = 0.9  # self_supervised_exits, penalised: share of imitation, the rest is the penalty
-    cached_batches: int = (
-        0  # self_supervised_exits: batches run through the frozen layers once; 0 = every step
-    )
+    cached_batches: int = 0  # self_supervised_exits: batches whose frozen layers run only once; 0 = off
     balance_gates: bool = True  # self_supervised_exits: right and wrong exits weigh the same for a gate
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
@@ -287,12 +303,8 @@ class TrainConfig:
             0 <= self.warmup < self.steps, "train.warmup", self.warmup, f"must be below steps={self.steps}"
         )
         require(0 <= self.min_lr <= 1, "train.min_lr", self.min_lr, "is a share of lr, in [0, 1]")
-        require(
-            0 <= self.decay_share <= 1,
-            "train.decay_share",
-            self.decay_share,
-            "is a share of steps, in [0, 1]",
-        )
+        fix = "is a share of steps, in [0, 1]"
+        require(0 <= self.decay_share <= 1, "train.decay_share", self.decay_share, fix)
         weights = self.exit_weights
         require(
             all(0 <= w < math.inf for w in weights), "train.exit_weights", weights, "must not be negative"
@@ -306,7 +318,7 @@ class TrainConfig:
         self._check_method()
 
     def _check_method(self) -> None:
-        """Options of sorted_finetuning and self_supervised_exits."""
+        """Options of sorted_finetuning and self_supervised_exits, and that no option goes unread."""
         require_choice("train.depth_weights", self.depth_weights, get_args(DepthWeights))
         require_choice("train.curriculum", self.curriculum, get_args(Curriculum))
         require_choice("train.objective", self.objective, get_args(Objective))
@@ -325,6 +337,13 @@ class TrainConfig:
             self.curriculum_period,
             "rotational trains one in so many sub-models a step: must be at least 1",
         )
+        for fields, by, values in READ_WITH:
+            if (value := getattr(self, by)) not in values:
+                only = f"only with {' or '.join(values)}"
+                fix = f"not read with train.{by}={value!r}, {only}; change that, or set"
+                require_defaults(self, "train.", fields, fix)
+        ramp, fix = self.dropout_ramp, "not read with train.layer_dropout=0.0; raise that, or set 0"
+        require(not ramp or self.layer_dropout > 0, "train.dropout_ramp", ramp, fix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,6 +378,14 @@ class RunConfig:
             self.train.method,
             "trains no exits: choose ee_tuning, self_supervised_exits or joint, or leave exits out",
         )
+        drawn = self.model.exits if self.model and not self.train.init_from else ()
+        for e in (*drawn, *self.exits):
+            require(
+                not e.gate or self.train.method == "self_supervised_exits",
+                f"{e.name}.gate",
+                e.gate,
+                f"train.method={self.train.method!r} trains no gates: choose self_supervised_exits, or set 0",
+            )
         rows = self.data.batch_size
         require(
             rows % self.train.accumulate == 0,

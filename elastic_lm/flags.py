@@ -240,15 +240,14 @@ def _generate(parser: Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="N texts from the model's first token on instead, e.g. to calibrate on its own text",
+        help="N texts from the model's first token on instead, as JSON lines, e.g. to calibrate on",
     )
     add("--max-new-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--thresholds", metavar="FILE", help="from `calibrate` or `quickstart`")
     add("--threshold", type=float, metavar="C", help="one confidence for every exit instead (0 exits always)")
     add(
         "--metric",
-        default="max_prob",
-        help=f"with --threshold: {METRICS} (default: %(default)s)",
+        help=f"with --threshold: {METRICS} (default: max_prob)",
     )
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token (default)")
     add("--top-k", type=int, default=0, metavar="K", help="0 = all (default)")

@@ -28,10 +28,17 @@ def run(args: argparse.Namespace) -> None:
     prepare_output(args.json)
     if args.draft is not None and not args.lossless:
         raise ValueError(f"--draft {args.draft}: drafts are verified with --lossless only; add it")
+    if args.metric and args.threshold is None:
+        raise ValueError(f"--metric {args.metric}: goes with --threshold; a thresholds file has its own")
+    early = args.thresholds or args.threshold is not None
+    if args.lossless and not early:
+        raise ValueError("--lossless: without exits nothing is drafted; give --thresholds or --threshold")
+    if args.missing == "propagate" and not early:
+        raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
     if args.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
     model, params, tokenizer, _ = load_with_tokenizer(args.model)
-    policy = exit_policy(model.config, args.thresholds, args.threshold, args.metric)
+    policy = exit_policy(model.config, args.thresholds, args.threshold, args.metric or "max_prob")
     sampler = Sampler(
         model,
         params,
@@ -48,10 +55,10 @@ def run(args: argparse.Namespace) -> None:
         stream(sampler, prompts[0], args.max_new_tokens, settings)
         return
     if args.unprompted:
-        prompts = [""] * args.unprompted
         samples = unprompted(sampler, tokenizer, args.unprompted, args.max_new_tokens, settings)
-    else:
-        samples = sampler.sample(prompts, args.max_new_tokens, **settings)
+        write_json(args.json or "-", [""] * args.unprompted, samples)
+        return
+    samples = sampler.sample(prompts, args.max_new_tokens, **settings)
     if args.json:
         write_json(args.json, prompts, samples)
     if args.json != "-":

@@ -1,13 +1,15 @@
 """Models and held-out text as `calibrate`, `evaluate` and `generate` name them on the command line."""
 
 import argparse
+import dataclasses
 import itertools
+import sys
 from collections.abc import Iterable
 
 from elastic_lm.config import DataConfig
 from elastic_lm.data import pipeline
-from elastic_lm.data.sources import JSONL_SUFFIXES
-from elastic_lm.data.stdlib import Split
+from elastic_lm.data.sources import JSONL_SUFFIXES, TEXT_SUFFIXES, find_files
+from elastic_lm.data.stdlib import Split, stdlib_files
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.embedded import embedded_model
 from elastic_lm.loading import load
@@ -29,7 +31,7 @@ def load_with_tokenizer(folder: str | None) -> tuple[Decoder, Params, Tokenizer,
 
 
 def held_out_batches(
-    args: argparse.Namespace, tokenizer: Tokenizer, split: Split
+    args: argparse.Namespace, tokenizer: Tokenizer, split: Split, independent: bool = False
 ) -> tuple[Iterable[Batch], str]:
     """Batches of the text that --data names, or of a split of the Python standard library.
 
@@ -37,6 +39,8 @@ def held_out_batches(
       args: flags `data`, `tokens` and `seq_len`.
       tokenizer: of the model.
       split: used where --data is empty.
+      independent: rows should be independent of each other: JSON lines are kept whole, each in one row, and
+        text cut from fewer files than there are rows is warned about.
 
     Returns:
       (packed batches, a description of the text).
@@ -58,6 +62,16 @@ def held_out_batches(
         source = "jsonl" if kinds.pop() else "text"
         data = DataConfig(source=source, paths=paths, eval_paths=paths, **sizes)
     count = -(-args.tokens // (args.seq_len * ROWS))
+    if independent and data.source == "jsonl":
+        data = dataclasses.replace(data, packing="first_fit")
+    elif independent:
+        files = find_files(paths, TEXT_SUFFIXES) if paths else stdlib_files(split)
+        if len(files) < count * ROWS:
+            print(
+                f"up to {count * ROWS} rows are cut from {len(files)} files, and rows of one file are not "
+                "independent as the guarantee assumes: JSON lines with one document each are safer",
+                file=sys.stderr,
+            )
     arrays = itertools.islice(pipeline.eval_batches(data, tokenizer, split), count)
     name = " ".join(paths) or f"{split} split of the Python standard library"
     return (Batch(**fields) for fields in arrays), f"{name}, up to {args.tokens} tokens"

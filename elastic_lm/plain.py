@@ -28,6 +28,14 @@ def require_each(
         require(ok(getattr(config, field)), where + field, getattr(config, field), fix)
 
 
+def require_defaults(config: Any, where: str, fields: tuple[str, ...], fix: str) -> None:
+    """`require` that these fields of the dataclass `config`, which nothing reads, were left alone."""
+    for field in dataclasses.fields(config):
+        if field.name in fields:
+            value = getattr(config, field.name)
+            require(value == field.default, where + field.name, value, f"{fix} {field.default!r}")
+
+
 def require_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     """`require` for a value that must be one of `choices`."""
     require(value in choices, field, value, f"must be one of {', '.join(choices)}")

@@ -253,6 +253,22 @@ def test_calibrate_on_text_of_the_model_itself(
     assert "--strategy platt: with --epsilon" in refused(capsys, "calibrate", "--model", model, *sizes, *both)
 
 
+def test_forecast_of_a_model_without_exits(
+    tmp_path: pathlib.Path, text: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = testing.tiny_config(n_layers=3, vocab_size=320)
+    bare = tmp_path / "bare"
+    tokenizer = train_bpe([text.read_text()], 320)
+    checkpoint.save_model(bare, config, init_params(config, jax.random.key(0)), tokenizer)
+    given = ("calibrate", "--model", bare, "--data", text, "--tokens", 600, "--seq-len", 32)
+    assert run(*given, "--forecast", "--out", tmp_path / "t.json") == 0
+    printed = capsys.readouterr()
+    assert "exits after layers [1, 2] that nothing tuned" in printed.err
+    assert "forecast at batch size 1" in printed.out
+    assert not (tmp_path / "t.json").exists()
+    assert "has no exits: tune some" in refused(capsys, *given, "--out", tmp_path / "t.json")
+
+
 def test_calibrate_with_a_guarantee_and_a_forecast(
     model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,6 +331,9 @@ def test_bench_refuses_unknown_names(capsys: pytest.CaptureFixture[str]) -> None
         (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens=0: must be at least 1"),
         (("--prompt", "a", "--tempertaure", "1"), "did you mean --temperature?"),
         (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one prompt at a time"),
+        (("--prompt", "a", "--lossless"), "--lossless: without exits nothing is drafted"),
+        (("--prompt", "a", "--missing", "propagate"), "--missing propagate: is about early tokens"),
+        (("--prompt", "a", "--metric", "margin"), "--metric margin: goes with --threshold"),
         (("--unprompted", "2"), "--unprompted 2: greedy texts are all the same; give --temperature 1"),
         (("--unprompted", "-1"), "--unprompted -1: must be at least 1"),
         (("--unprompted", "2", "--prompt", "a"), "--unprompted 2: the model begins by itself"),

@@ -1,8 +1,23 @@
-"""Shares typed on the command line."""
+"""Descriptions that contradict themselves, and shares typed on the command line."""
 
 import pytest
 
 from elastic_lm import flags
+from elastic_lm.config import ExitConfig, MethodName, RunConfig, TrainConfig
+from elastic_lm.testing import tiny_config
+
+
+@pytest.mark.parametrize("method", ["ee_tuning", "joint"])
+def test_gates_that_no_method_trains_are_refused(method: MethodName) -> None:
+    gated = (ExitConfig(1, "norm"), ExitConfig(2, "norm", gate=4))
+    message = (
+        rf"exit_2\.gate=4: train\.method='{method}' trains no gates: choose self_supervised_exits, or set 0"
+    )
+    with pytest.raises(ValueError, match=message):
+        RunConfig(tiny_config(n_layers=3), gated, train=TrainConfig(method=method))
+    with pytest.raises(ValueError, match=message):
+        RunConfig(tiny_config(n_layers=3).with_exits(gated), train=TrainConfig(method=method))
+    RunConfig(tiny_config(n_layers=3), gated, train=TrainConfig(method="self_supervised_exits"))
 
 
 @pytest.mark.parametrize(("text", "wrong"), [("abc", "'abc'"), ("0", "0"), ("nan", "nan"), ("0.9,x", "'x'")])

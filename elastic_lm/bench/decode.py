@@ -39,19 +39,31 @@ from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.decode.requests import bucket
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.hf import export
+from elastic_lm.methods.ee_tuning import without_exits
 from elastic_lm.models.decoder import Decoder, Params, init_params
 
 WINDOW = 32
-LOOKED_AT = 1.0  # a threshold that random weights never reach, but that has the head read
 
 
 def rows(options: Options) -> list[Row]:
-    """Measures every row of this module."""
+    """Measures every row of this module and of `bench.early`.
+
+    Args:
+      options: size, rounds, seed, and a checkpoint with exits or "".
+
+    Returns:
+      One row per line of the lists there and above.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: the checkpoint cannot be measured, or lossless decoding loses a token.
+    """
+    own = early.own_model(options.model) if options.model else None  # refused before anything is timed
     config, new_tokens = _model(options.tiny)
     half = config.n_layers // 2
     exits = config.with_exits((ExitConfig(half, "norm", tied=True),))
     params = init_params(exits, jax.random.key(options.seed))
-    plain = {name: tree for name, tree in params.items() if not name.startswith("exit_")}
+    _, plain = without_exits(exits, params)
     prompt = np.random.default_rng(options.seed).integers(3, config.vocab_size, 16).tolist()
 
     def side(
@@ -65,7 +77,7 @@ def rows(options: Options) -> list[Row]:
     sides = {
         "first": side(config, plain, tokens=1),
         "plain": side(config, plain),
-        "never": side(exits, params, LOOKED_AT),
+        "never": side(exits, params, early.LOOKED_AT),
         "half": side(exits, params, 0.0),
         "bandwidth": lambda: bandwidth.append(matvec_bandwidth(16 if options.tiny else 256)),
     }
@@ -77,7 +89,7 @@ def rows(options: Options) -> list[Row]:
         found.insert(0, _against(interleave(ours_theirs, options.rounds), new_tokens))
     found += [_compilations(exits, params, half), *early.gate_rows(config, options, prompt, new_tokens)]
     found += early.embedded_rows(options)
-    return found + (early.model_rows(options) if options.model else [])
+    return found + (early.model_rows(own, options) if own else [])
 
 
 def _model(tiny: bool) -> tuple[ModelConfig, int]:

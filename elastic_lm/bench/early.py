@@ -5,7 +5,7 @@ On the 12-layer Llama of `bench.decode` with four exits (after layers 2, 4, 6 an
 - decode/gated_exits_never: speed relative to the plain model when every exit's gate is evaluated and none
   lets its vocabulary head be read; ideal = 1.
 - decode/gate_vs_head: milliseconds that one exit check adds per token with a gate that stays shut;
-  ideal = the same with the head read. Smaller is better.
+  ideal = the same with the head read and no gates in the model. Smaller is better.
 
 On the embedded model with one exit after a quarter of its layers, tuned here for a minute:
 
@@ -20,6 +20,7 @@ With --model, a checkpoint with exits:
   the English base in experiments/sorted_llama.
 """
 
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from elastic_lm.decode.policies import ExitPolicy
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.embedded import embedded_model
 from elastic_lm.loading import load
+from elastic_lm.methods.ee_tuning import without_exits
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Decoder, Params, init_params
 from elastic_lm.train.run import MODEL_FOLDER, fit
@@ -46,18 +48,37 @@ from elastic_lm.train.run import MODEL_FOLDER, fit
 GATE = 32  # hidden width of the gates
 SHUT = 2.0  # a gate's threshold that nothing reaches
 LOOKED_AT = 1.0  # a confidence that random weights never reach, but that has the head read
-DRAFTING = ("margin", 0.2)  # confidence from which on a draft goes on
+DRAFTING = ("margin", 0.15)  # confidence from which on a draft goes on
 BATCH = 8
 TARGET = 0.98  # agreement with the full model of the batch-8 rows
+OWN_TOKENS = 128  # new tokens per prompt on a checkpoint of the user's own
+OPENINGS = (
+    "Once upon a time, there was a little girl named",
+    "One day, a boy went to the park with his mom.",
+    "The cat was sad because it",
+    "Tom and his friend wanted to play a game.",
+)
 
 
 def gate_rows(config: ModelConfig, options: Options, prompt: list[int], new_tokens: int) -> list[Row]:
-    """What four exits cost that are never taken, with and without gates."""
+    """What four exits cost that are never taken, with and without gates.
+
+    Args:
+      config: a model without exits, of at least two layers.
+      options: rounds and seed.
+      prompt: token ids.
+      new_tokens: to emit per call, at least 2.
+
+    Returns:
+      The rows gated_exits_never and gate_vs_head.
+    """
     count = 4 if config.n_layers >= 8 else config.n_layers - 1
     layers = tuple(2 * (i + 1) for i in range(4)) if count == 4 else tuple(range(1, count + 1))
     gated = config.with_exits(tuple(ExitConfig(n, "norm", tied=True, gate=GATE) for n in layers))
     params = init_params(gated, jax.random.key(options.seed))
-    plain = {name: tree for name, tree in params.items() if not name.startswith("exit_")}
+    _, plain = without_exits(gated, params)
+    bare = config.with_exits(tuple(dataclasses.replace(e, gate=0) for e in gated.exits))
+    gateless = {**params, **{e.name: {"norm": params[e.name]["norm"]} for e in gated.exits}}
     thresholds = (LOOKED_AT,) * count
 
     def side(model: ModelConfig, weights: Params, policy: ExitPolicy | None, tokens: int = new_tokens):
@@ -68,7 +89,7 @@ def gate_rows(config: ModelConfig, options: Options, prompt: list[int], new_toke
         "first": side(config, plain, None, 1),
         "plain": side(config, plain, None),
         "gated": side(gated, params, ConfidenceExit("max_prob", thresholds, layers, gates=(SHUT,) * count)),
-        "heads": side(gated, params, ConfidenceExit("max_prob", thresholds, layers)),
+        "heads": side(bare, gateless, ConfidenceExit("max_prob", thresholds, layers)),
     }
     seconds = {name: np.asarray(times) for name, times in interleave(sides, options.rounds).items()}
     first = float(np.median(seconds["first"]))
@@ -84,7 +105,17 @@ def gate_rows(config: ModelConfig, options: Options, prompt: list[int], new_toke
 
 
 def embedded_rows(options: Options) -> list[Row]:
-    """Drafts and batches on the embedded model, with an exit that is tuned first."""
+    """Drafts and batches on the embedded model, with an exit that is tuned first.
+
+    Args:
+      options: rounds and seed; tiny = a random model instead.
+
+    Returns:
+      The rows lossless_embedded, batch8_per_row_vs_full and batch8_per_row_vs_wait_for_all.
+
+    Raises:
+      ValueError: a drafted token differs from full depth's.
+    """
     tokens, rounds = (8, 1) if options.tiny else (128, options.rounds)
     tokenizer = Tokenizer.load(embedded_model())
     if options.tiny:
@@ -100,27 +131,47 @@ def embedded_rows(options: Options) -> list[Row]:
     return [row, *_batches(config, params, tokenizer, prompts, tokens, rounds)]
 
 
-def model_rows(options: Options) -> list[Row]:
-    """Drafts on a checkpoint of the user's own.
+def own_model(folder: str) -> tuple[ModelConfig, Params, list[list[int]]]:
+    """A checkpoint of the user's own, and what it is to continue.
+
+    Args:
+      folder: of the checkpoint, with its tokenizer.
+
+    Returns:
+      (config, canonical parameters, token ids of the prompts).
 
     Raises:
-      ValueError: it has no exits.
+      FileNotFoundError: the folder, or a file in it, does not exist.
+      ValueError: it cannot be read, has no exits, or is too short for the prompts.
     """
-    model, params = load(options.model)
+    model, params = load(folder)
     if not model.config.exits:
-        raise ValueError(f"--model {options.model}: has no exits to draft with; attach and tune them first")
-    tokenizer = Tokenizer.load(options.model)
+        raise ValueError(f"--model {folder}: has no exits to draft with; attach and tune them first")
+    tokenizer = Tokenizer.load(folder)
     prompts = [tokenizer.encode(text, bos=True) for text in OPENINGS]
-    row = _lossless("decode/lossless_english", model.config, params, prompts, 128, options.rounds)
-    return [row]
+    needed = max(map(len, prompts)) + OWN_TOKENS
+    if needed > model.config.max_len:
+        raise ValueError(
+            f"--model {folder}: max_len={model.config.max_len} is below the {needed} tokens of a "
+            "measurement; choose a model with a longer context"
+        )
+    return model.config, params, prompts
 
 
-OPENINGS = (
-    "Once upon a time, there was a little girl named",
-    "One day, a boy went to the park with his mom.",
-    "The cat was sad because it",
-    "Tom and his friend wanted to play a game.",
-)
+def model_rows(own: tuple[ModelConfig, Params, list[list[int]]], options: Options) -> list[Row]:
+    """Drafts on a checkpoint of the user's own.
+
+    Args:
+      own: from `own_model`.
+      options: rounds.
+
+    Returns:
+      The row lossless_english.
+
+    Raises:
+      ValueError: a token differs from full depth's.
+    """
+    return [_lossless("decode/lossless_english", *own, OWN_TOKENS, options.rounds)]
 
 
 def _tuned(folder: Path, steps: int = 60) -> tuple[ModelConfig, Params]:
@@ -154,8 +205,8 @@ def _prompts(tokenizer: Tokenizer, count: int) -> list[list[int]]:
 
 
 def _plain(config: ModelConfig, params: Params) -> Sampler:
-    backbone = {name: tree for name, tree in params.items() if not name.startswith("exit_")}
-    return Sampler(Decoder(config.with_exits(())), backbone)
+    plain, backbone = without_exits(config, params)
+    return Sampler(Decoder(plain), backbone)
 
 
 def _each(sampler: Sampler, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
@@ -168,15 +219,21 @@ def _lossless(
     """Speed of drafting and verifying against full depth, one prompt after the other.
 
     Raises:
-      RuntimeError: a token differs from full depth's.
+      ValueError: a token differs from full depth's; names prompt, position and both tokens.
     """
     metric, threshold = DRAFTING
     layers = tuple(e.layer for e in config.exits)
     policy = ConfidenceExit(metric, (threshold,) * len(layers), layers)
     full = _plain(config, params)
     drafting = Sampler(Decoder(config), params, exit=policy, window=4, lossless=True)
-    if _each(full, prompts, tokens) != _each(drafting, prompts, tokens):
-        raise RuntimeError(f"{name}: lossless decoding gave other tokens than full depth")
+    pairs = zip(_each(full, prompts, tokens), _each(drafting, prompts, tokens), strict=True)
+    for number, (wanted, given) in enumerate(pairs):
+        if wanted != given:
+            place = next(i for i, (a, b) in enumerate(zip(wanted, given, strict=True)) if a != b)
+            raise ValueError(
+                f"{name}: new token {place} of prompt {number} is {given[place]} when drafted, but "
+                f"{wanted[place]} at full depth; run a float32 model, where both round alike, or report this"
+            )
     sides = {
         "full": lambda: _each(full, prompts, tokens) and None,
         "lossless": lambda: _each(drafting, prompts, tokens) and None,

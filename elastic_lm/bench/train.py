@@ -28,7 +28,7 @@ import numpy as np
 from elastic_lm.bench.report import Options, Row
 from elastic_lm.bench.timing import interleave
 from elastic_lm.config import ExitConfig, ModelConfig, TrainConfig
-from elastic_lm.methods.ee_tuning import EETuning
+from elastic_lm.methods.ee_tuning import EETuning, without_exits
 from elastic_lm.methods.losses import Batch, Method
 from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.methods.self_supervised_exits import CachedExits, SelfSupervisedExits, cache_taps
@@ -43,7 +43,22 @@ SUB_MODELS = 8
 
 
 def rows(options: Options) -> list[Row]:
-    """Measures every row of this module."""
+    """Measures every row of this module.
+
+    Args:
+      options: size, rounds and seed.
+
+    Returns:
+      One row per line of the list above.
+
+    Raises:
+      ValueError: a model is named, which this benchmark does not take.
+    """
+    if options.model:
+        raise ValueError(
+            f"--model {options.model}: bench train measures a model of its own; leave --model out, or run "
+            "bench decode"
+        )
     config, shape = _model(options.tiny)
     layers = config.n_layers
     exits = config.with_exits((ExitConfig(layers // 4), ExitConfig(layers // 2)))
@@ -59,7 +74,7 @@ def rows(options: Options) -> list[Row]:
         "self_supervised_cached": (CachedExits(distilled), jax.device_put(cached)),
         "soft8": (SortedFineTuning(config, depths), batch),
     }
-    plain = {name: tree for name, tree in params.items() if not name.startswith("exit_")}
+    _, plain = without_exits(exits, params)
     sides, memory = {}, {}
     for name, (method, data) in methods.items():
         weights = plain if name in ("sft", "soft8") else params

@@ -8,7 +8,8 @@ model's; G_j bytes of exit j's gate:
     full   = sum_j L_j + V                                L_j: the layers of segment j alone
     policy = S_0 + sum_{j >= 1} S_j (1 + x (m_j - 1)) / m_j + sum_{j < J} a_j + r_J V
     m_j    = (1 - (1 - r_j)^W) / r_j                      m_j -> W where r_j -> 0
-    a_j    = r_j V_j,  or with a gate  r_j G_j + s_j V_j  0 where the exit never fires
+    a_j    = u_j V_j,  with a gate  r_j G_j + u_j V_j     0 where the exit never fires
+             u_j: share of tokens for which the head is read, at most r_j, at least s_j
     speed-up = full / policy
 
 Every token's deep layers still run, so that the cache is the full model's, but m_j positions at a time:
@@ -105,6 +106,7 @@ def forecast(
     shares: Sequence[float],
     thresholds: Sequence[float],
     *,
+    looked: Sequence[float] = (),
     gated: bool = False,
     window: int = 16,
     further: float = 0.0,
@@ -116,7 +118,8 @@ def forecast(
       shares: share of tokens emitted at each exit, then at full depth: J + 1 of them, as in
         `search.Outcome`.
       thresholds: J of them; the heads and gates of exits above 1 are never read.
-      gated: the gate decides whether the head is read (metric `learned`).
+      looked: share of tokens for which each exit's head is read, u_j: J of them; () = all that get there.
+      gated: gates are evaluated.
       window: tokens that may wait for their deep layers, W.
       further: cost of a further position of a deep tick relative to the first, x, in [0, 1].
 
@@ -132,6 +135,8 @@ def forecast(
             f"shares={tuple(shares)}, thresholds={tuple(thresholds)}: the model has {exits} exits below its "
             f"last layer, give {exits + 1} shares and {exits} thresholds"
         )
+    if len(looked) not in (0, exits):
+        raise ValueError(f"looked={tuple(looked)}: give one share per exit ({exits}), or none")
     if window < 1 or not 0 <= further <= 1:
         raise ValueError(f"window={window}, further={further}: need at least 1, and a share in [0, 1]")
     reach = [sum(shares[j:]) for j in range(exits + 1)]
@@ -142,8 +147,8 @@ def forecast(
     heads = reach[-1] * weights.final_head
     for j in range(exits):
         if thresholds[j] <= 1:
-            with_gate = reach[j] * weights.gates[j] + shares[j] * weights.heads[j]
-            heads += with_gate if gated else reach[j] * weights.heads[j]
+            heads += (looked[j] if looked else reach[j]) * weights.heads[j]
+            heads += reach[j] * weights.gates[j] if gated else 0.0
     full = weights.full
     return Forecast(
         speedup=full / (segments + heads),
@@ -169,10 +174,11 @@ def positions_per_tick(needed: float, window: int) -> float:
 
 def of_outcome(
     config: ModelConfig,
-    metric: str,
     thresholds: Sequence[float],
     outcome: Outcome,
     *,
+    looked: Sequence[float] = (),
+    gated: bool = False,
     window: int = 16,
     further: float = 0.0,
 ) -> Forecast:
@@ -180,9 +186,10 @@ def of_outcome(
 
     Args:
       config: the model with its exits; static.
-      metric: confidence metric; `learned` lets the gate decide whether a head is read.
       thresholds: one per exit.
       outcome: from `search.outcome`, or a point of a policy's curve.
+      looked: see `forecast`; one per exit.
+      gated: see `forecast`.
       window: see `forecast`.
       further: see `forecast`.
     """
@@ -192,7 +199,8 @@ def of_outcome(
         weight_bytes(config),
         shares,
         thresholds[:below],
-        gated=metric == "learned",
+        looked=looked[:below],
+        gated=gated,
         window=window,
         further=further,
     )

@@ -76,6 +76,7 @@ class Guarantee:
     below: float  # share of testing sequences whose agreement is below the target
     below_bound: float  # Clopper-Pearson upper bound of that share, 1 - epsilon, for these alone
     worst_decile: float  # mean agreement of the worst tenth of the testing sequences
+    token_bound: float | None = None  # of the same expectation: Clopper-Pearson, one token per sequence
     more_sequences: int | None = None  # about how many more are needed; None = enough, or no number helps
 
 
@@ -193,11 +194,16 @@ def fixed_sequence(p_values: Iterable[float], epsilon: float) -> int:
     return count
 
 
-def sequence_losses(observations: Observations, thresholds: Sequence[float]) -> np.ndarray:
-    """[n] float64 share of each sequence's tokens that differ from the full model's under thresholds."""
+def token_losses(observations: Observations, thresholds: Sequence[float]) -> np.ndarray:
+    """[N] bool, the token under `thresholds` (one per exit) differs from the full model's."""
     chosen = emitting_exit(observations.confidence, thresholds)
     full = np.column_stack([observations.agrees, np.ones(observations.tokens, bool)])
-    wrong = ~full[np.arange(observations.tokens), chosen]
+    return ~full[np.arange(observations.tokens), chosen]
+
+
+def sequence_losses(observations: Observations, thresholds: Sequence[float]) -> np.ndarray:
+    """[n] float64 share of each sequence's tokens that differ from the full model's under thresholds."""
+    wrong = token_losses(observations, thresholds)
     _, sequence, tokens = np.unique(observations.sequence, return_inverse=True, return_counts=True)
     return np.bincount(sequence, wrong, len(tokens)) / tokens
 
@@ -266,7 +272,32 @@ def control(
         losses = sequence_losses(testing, never)
         return never, _describe(losses, stated, accepted=0, tested=0)
     guarantee = climb([sequence_losses(testing, thresholds) for thresholds in rows], stated)
-    return rows[guarantee.accepted - 1] if guarantee.accepted else never, guarantee
+    described = rows[max(guarantee.accepted - 1, 0)]
+    bound = token_bound(testing, described, stated.epsilon)
+    return described if guarantee.accepted else never, dataclasses.replace(guarantee, token_bound=bound)
+
+
+def token_bound(
+    observations: Observations, thresholds: Sequence[float], epsilon: float, seed: int = 0
+) -> float:
+    """Clopper-Pearson lower bound of the agreement of a random token of a random sequence.
+
+    One token of every sequence is drawn, because tokens of one sequence are not independent.
+
+    Args:
+      observations: tokens of n sequences that did not choose the thresholds.
+      thresholds: one per exit.
+      epsilon: probability with which the bound may fail.
+      seed: of the draw.
+
+    Returns:
+      A number in [0, 1].
+    """
+    wrong = token_losses(observations, thresholds)
+    order = np.random.default_rng(seed).permutation(observations.tokens)
+    _, first = np.unique(observations.sequence[order], return_index=True)
+    drawn = wrong[order[first]]
+    return 1.0 - clopper_pearson(int(drawn.sum()), len(drawn), epsilon)
 
 
 def climb(losses: Sequence[np.ndarray], stated: RiskControl) -> Guarantee:

@@ -97,8 +97,8 @@ class Tokens:
         before, rank = chosen[reached], self.ranks[j][reached]
         layers = self.depths[j] - self.depths[before]
         errors = self.wrong[reached, j] - self.wrong[reached, before]
-        size = len(self.values[j])
-        layers, errors = (np.bincount(rank, x, minlength=size).cumsum() for x in (layers, errors))
+        size = len(self.values[j])  # also the rank of silenced tokens, which no position reaches
+        layers, errors = (np.bincount(rank, x, size + 1)[:size].cumsum() for x in (layers, errors))
         wrong = self.wrong[np.arange(self.n), chosen].sum()
         return np.append(0, layers) + self.depths[chosen].sum(), np.append(0, errors) + wrong
 
@@ -132,7 +132,8 @@ class Candidate:
 
 
 def _candidates(confidence: np.ndarray, most: int) -> np.ndarray:
-    """Observed confidences in decreasing order, thinned out to equal numbers of tokens."""
+    """Observed confidences in decreasing order, thinned out to equal numbers of tokens; none silenced."""
+    confidence = confidence[confidence >= 0]
     values = np.unique(confidence)
     if len(values) > most:
         values = np.unique(np.quantile(confidence, np.linspace(0, 1, most), method="nearest"))

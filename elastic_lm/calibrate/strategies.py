@@ -42,7 +42,7 @@ def exit_threshold(
     """Threshold of one exit.
 
     Args:
-      confidence: [N] in [0, 1].
+      confidence: [N] in [0, 1]; negative where a gate silenced the exit, which then does not fire.
       agrees: [N] bool, the exit's token is the full model's.
       target: wanted agreement among the tokens that exit, in (0, 1].
       strategy: which of the valid thresholds is taken.
@@ -79,17 +79,21 @@ def _cumulative_threshold(
     ranked = confidence[order]
     cumulative = np.cumsum(agrees[order]) / np.arange(1, len(order) + 1)
     last_of_equals = np.append(ranked[:-1] > ranked[1:], True)
-    valid = np.flatnonzero((cumulative >= target - 1e-12) & last_of_equals)
+    valid = np.flatnonzero((cumulative >= target - 1e-12) & last_of_equals & (ranked >= 0))
     if not len(valid):
         return NEVER
     if strategy == "min_coverage":
         return float(ranked[valid[0]])
     last = valid[-1]
-    after = ranked[min(last + 1, len(ranked) - 1)]
+    after = max(ranked[min(last + 1, len(ranked) - 1)], 0.0)
     return float(ranked[last] + after) / 2 if strategy == "midpoint" else float(ranked[last])
 
 
 def _platt_threshold(confidence: np.ndarray, agrees: np.ndarray, target: float) -> float:
+    heard = confidence >= 0
+    confidence, agrees = confidence[heard], agrees[heard]
+    if not len(confidence):
+        return NEVER
     uncertainty = 1.0 - confidence.astype(np.float64)
     w, b = platt(uncertainty, agrees)
     wanted = math.log(target / (1.0 - target)) if target < 1 else math.inf

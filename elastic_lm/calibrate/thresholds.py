@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elastic_lm.calibrate.confidence import metric_index
+from elastic_lm.calibrate.confidence import LOGIT_METRICS, metric_index
 from elastic_lm.calibrate.observe import Arrays, Observations, check_gates, observe
 from elastic_lm.calibrate.risk_control import Guarantee, RiskControl, control
-from elastic_lm.calibrate.search import NEVER, choose, outcome
+from elastic_lm.calibrate.search import NEVER, choose, emitting_exit, outcome
 from elastic_lm.calibrate.strategies import Strategy, exit_thresholds
 from elastic_lm.config import ModelConfig
 from elastic_lm.methods.losses import Batch
@@ -48,6 +48,7 @@ class CurvePoint:
     mean_layers: float  # mean depth at which tokens were emitted
     shares: tuple[float, ...]  # share of tokens emitted at each exit, then at full depth
     note: str = ""  # what a reader should know about this point
+    looked: tuple[float, ...] = ()  # share of tokens for which each exit's head is read; () = not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,8 @@ class ConfidenceExit:
             raise ValueError(f"thresholds={self.thresholds}: must be finite and at least 0 (above 1 = never)")
         if len(self.gates) not in (0, len(self.layers)):
             raise ValueError(f"gates={self.gates}: needs one per exit, after layers {self.layers}, or none")
+        if not all(math.isfinite(g) and g >= 0 for g in self.gates):
+            raise ValueError(f"gates={self.gates}: must be finite and at least 0 (0 = always open)")
 
     def check(self, config: ModelConfig) -> None:
         """Checks that this policy fits a model's exits.
@@ -86,6 +89,11 @@ class ConfidenceExit:
                 "calibrate on this model"
             )
         check_gates(config, self.metric)
+        gateless = [e.layer for e, gate in zip(config.exits, self.gates, strict=False) if gate and not e.gate]
+        if gateless:
+            raise ValueError(
+                f"gates={self.gates}: the exits after layers {gateless} have none; calibrate on this model"
+            )
         recorded = self.provenance.get("model", {})
         for field in SHAPE:
             if field in recorded and recorded[field] != getattr(config, field):
@@ -247,11 +255,15 @@ def fit(
         chosen = choose(sure, agrees, depths, targets)
     else:
         chosen = {value: exit_thresholds(sure, agrees, value, strategy) for value in targets}
-    points = {value: _point(scoring, value, _spread(chosen[value], used, len(layers))) for value in targets}
+    points = {
+        value: _point(scoring, value, _spread(chosen[value], used, len(layers)), metric) for value in targets
+    }
     guarantee = None
     if risk:
         thresholds, guarantee = control(selection, scoring, risk, used)
-        points[target] = dataclasses.replace(_point(scoring, target, thresholds), note=guarantee.statement)
+        points[target] = dataclasses.replace(
+            _point(scoring, target, thresholds, metric), note=guarantee.statement
+        )
     counts = {
         "selection_tokens": selection.tokens,
         "scoring_tokens": scoring.tokens,
@@ -270,7 +282,8 @@ def choose_gates(
     """How much each exit's gate must give for its vocabulary head to be read.
 
     As much as lets a share of the tokens through that would leave there, were every head read. A gate that
-    stays shut by mistake costs depth, never agreement; thresholds are chosen with the gates in place.
+    stays shut by mistake costs depth, never agreement; thresholds are chosen with the gates in place. One
+    target decides for the whole curve, so its lower targets are deeper than they could be.
 
     Args:
       selection: the sequences that choose.
@@ -299,7 +312,7 @@ def _spread(thresholds: Sequence[float], used: Sequence[int], exits: int) -> tup
     return tuple(given.get(i, NEVER) for i in range(exits))
 
 
-def _point(scoring: Observations, target: float, thresholds: tuple[float, ...]) -> CurvePoint:
+def _point(scoring: Observations, target: float, thresholds: tuple[float, ...], metric: str) -> CurvePoint:
     depths = (*scoring.layers, scoring.n_layers)
     result = outcome(scoring.confidence, scoring.agrees, depths, thresholds)
     note = ""
@@ -307,4 +320,16 @@ def _point(scoring: Observations, target: float, thresholds: tuple[float, ...]) 
         note = "no exit can be used at this target: every token takes the full depth"
     elif result.agreement < target:
         note = "measured agreement is below the target: use more held-out text or a higher target"
-    return CurvePoint(target, thresholds, result.agreement, result.mean_layers, result.shares, note)
+    looked = _looked(scoring, thresholds, metric)
+    return CurvePoint(target, thresholds, result.agreement, result.mean_layers, result.shares, note, looked)
+
+
+def _looked(scoring: Observations, thresholds: tuple[float, ...], metric: str) -> tuple[float, ...]:
+    """Share of tokens for which each exit's vocabulary head is read, as `decode.answer` decides."""
+    chosen = emitting_exit(scoring.confidence, thresholds)
+    shares = []
+    for j, threshold in enumerate(thresholds):
+        sure = scoring.confidence[:, j]
+        passing = sure >= (0.0 if metric in LOGIT_METRICS else threshold)  # silenced ones are below 0
+        shares.append(float(np.mean((chosen >= j) & passing)) if threshold <= 1 else 0.0)
+    return tuple(shares)

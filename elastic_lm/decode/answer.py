@@ -44,7 +44,23 @@ def answer(
     room_B: jax.Array,
     window: int,
 ) -> Answers:
-    """Looks at the head after segment `j` for the rows that asked; confident rows have their answer."""
+    """Looks at the head after segment `j` for the rows that asked; confident rows have their answer.
+
+    Args:
+      config: static.
+      params: canonical parameters.
+      controls: traced.
+      answers: those of the segments below.
+      j: segment, static.
+      asking_B: bool, rows whose newest token has just passed the segment.
+      found: what the segment's tick gives to their newest positions.
+      state: after the tick.
+      room_B: int32, see `verify.drafting_room`.
+      window: W, static.
+
+    Returns:
+      `answers` and those of the rows that asked and were sure; after the last layer every row is.
+    """
     depth = segments(config)[j][1]
     decoder = Decoder(config).bind({"params": params})
     features, cosine = found.features, found.cosine
@@ -74,12 +90,11 @@ def answer(
     eager_B = asking_B & (threshold_B <= 1.0) & ~last_draft
 
     def look(eager_B: jax.Array) -> Answers:
-        gated = bool(config.exits[j].gate)
-        learned = decoder.exit_gate(j, features)[:, 0] if gated else jnp.zeros_like(cosine)
+        learned = _gate(config, decoder, controls, j, eager_B, features)
         known = jnp.where(controls.metric == METRICS.index("cosine"), cosine, learned)
         before_head = controls.metric >= len(LOGIT_METRICS)
         passing_B = eager_B & (~before_head | (known >= threshold_B))
-        if gated:
+        if config.exits[j].gate:
             passing_B &= learned >= controls.gates[:, j]
 
         def head() -> Answers:
@@ -92,3 +107,19 @@ def answer(
         return jax.lax.cond(jnp.any(passing_B), head, lambda: answers)
 
     return jax.lax.cond(jnp.any(eager_B), look, lambda _: answers, eager_B)
+
+
+def _gate(
+    config: ModelConfig,
+    decoder: Decoder,
+    controls: Controls,
+    j: int,
+    eager_B: jax.Array,
+    features: jax.Array,
+) -> jax.Array:
+    """[B] float32 of exit `j`'s gate, 0 where the exit has none or nothing depends on it."""
+    nothing = jnp.zeros(eager_B.shape, jnp.float32)
+    if not config.exits[j].gate:
+        return nothing
+    needed = jnp.any(eager_B & (controls.gates[:, j] > 0)) | (controls.metric == METRICS.index("learned"))
+    return jax.lax.cond(needed, lambda: decoder.exit_gate(j, features)[:, 0], lambda: nothing)

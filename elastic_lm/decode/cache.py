@@ -15,21 +15,43 @@ LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, K,
 
 
 def past(cache: LayerCache, done_B: jax.Array) -> KeyValues:
-    """What queries of a tick may see of `cache`: positions below `done_B` ([B] int32)."""
+    """What queries of a tick may see of a cache: what is not stale.
+
+    Args:
+      cache: of one layer, [B, K, S, H] each.
+      done_B: int32 positions processed.
+
+    Returns:
+      The same arrays with the position of each entry, or `NEVER` from `done_B` on.
+    """
     b, _, s, _ = cache[0].shape
     index = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
     return KeyValues(cache[0], cache[1], jnp.where(index < done_B[:, None], index, NEVER))
 
 
 def after(read_BTD: jax.Array, start_B: jax.Array) -> jax.Array:
-    """`start_B`, but known only once `read_BTD` is: a write that starts there comes after what that read."""
+    """Orders a write behind what was computed from the same cache.
+
+    Args:
+      read_BTD: what the reads of the cache led to.
+      start_B: int32 positions at which the write starts.
+
+    Returns:
+      `start_B`, but known only once `read_BTD` is.
+    """
     return start_B + (read_BTD[:, 0, 0] > jnp.inf)
 
 
 def write(cache: LayerCache, rows: LayerCache, start_B: jax.Array) -> LayerCache:
-    """Writes `rows` ([B, K, T, H] each) at positions start_B .. start_B + T - 1 of every row.
+    """Writes new keys and values at positions start_B .. start_B + T - 1 of every row.
 
-    The caller keeps start_B + T within the capacity.
+    Args:
+      cache: of one layer, [B, K, S, H] each.
+      rows: [B, K, T, H] each, of any float dtype.
+      start_B: int32; the caller keeps start_B + T within S.
+
+    Returns:
+      The cache with these entries replaced.
     """
     return _write(cache[0], rows[0], start_B), _write(cache[1], rows[1], start_B)
 
@@ -44,7 +66,15 @@ def _write(cache_BKSH: jax.Array, rows_BKTH: jax.Array, start_B: jax.Array) -> j
 
 
 def from_prefill(rows: LayerCache, capacity: int) -> LayerCache:
-    """Cache of `capacity` positions (static) whose first positions are `rows`."""
+    """A cache that begins with the keys and values of a prompt.
+
+    Args:
+      rows: [B, K, T, H] each.
+      capacity: S, static, at least T.
+
+    Returns:
+      The cache, [B, K, S, H] each; zeros from T on.
+    """
     room = capacity - rows[0].shape[2]
     pad = [(0, 0), (0, 0), (0, room), (0, 0)]
     return jnp.pad(rows[0], pad), jnp.pad(rows[1], pad)

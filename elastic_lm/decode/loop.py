@@ -220,7 +220,15 @@ def variants(window: int) -> tuple[int, ...]:
 
 
 def movable(state: DecodeState, room_B: jax.Array) -> jax.Array:
-    """[B] bool: rows whose newest token can enter segment 0; `room_B` as in `drafting_room`."""
+    """Rows whose newest token can enter segment 0.
+
+    Args:
+      state: between two ticks.
+      room_B: int32, see `verify.drafting_room`.
+
+    Returns:
+      [B] bool.
+    """
     fresh = state.done[0] == state.length - 1
     room = state.done[0] - state.done[-1] < room_B
     return state.alive & ~state.ended & (state.wait == FREE) & fresh & (room | (state.done.shape[0] == 1))
@@ -229,11 +237,20 @@ def movable(state: DecodeState, room_B: jax.Array) -> jax.Array:
 def deep_fires(
     state: DecodeState, controls: Controls, answered_B: jax.Array, j: int, room_B: jax.Array
 ) -> jax.Array:
-    """Scalar bool: whether segment `j` > 0 runs now.
+    """Whether segment `j` runs now.
 
     It does when a row's window is full, when enough rows wait for it, or when rows wait and none can go
-    on without it. A row that has ended waits for the verification of its last tokens. Rows that have an
-    answer in this iteration (`answered_B`) go on in the next.
+    on without it. A row that has ended waits for the verification of its last tokens.
+
+    Args:
+      state: between two ticks.
+      controls: its `fire_share` is read.
+      answered_B: bool, rows that have an answer in this iteration and go on in the next.
+      j: segment, static, at least 1.
+      room_B: int32, see `verify.drafting_room`.
+
+    Returns:
+      [] bool.
     """
     pending = state.done[j - 1] > state.done[j]
     full = state.alive & (state.done[0] - state.done[-1] >= room_B) & pending
@@ -306,7 +323,17 @@ def _tick(
 
 
 def ring_write(ring_BWD: jax.Array, new_BTD: jax.Array, start_B: jax.Array, count_B: jax.Array) -> jax.Array:
-    """Puts the first `count_B` rows of `new_BTD`, at positions start_B + i, into slots position % W."""
+    """Puts new states into the slots position % W of a ring.
+
+    Args:
+      ring_BWD: states of the last W positions.
+      new_BTD: states of positions start_B + i.
+      start_B: int32.
+      count_B: int32, at most T and W; only so many of the new states are put.
+
+    Returns:
+      [B, W, D], the ring with the other slots as they were.
+    """
     window, width = ring_BWD.shape[1], new_BTD.shape[1]
     index_BW = (jnp.arange(window) - start_B[:, None]) % window
     taken = jnp.take_along_axis(new_BTD, jnp.minimum(index_BW, width - 1)[..., None], axis=1)

@@ -25,8 +25,8 @@ class ExitPolicy(Protocol):
     """What the sampler needs to know about when to exit (`calibrate.thresholds.ConfidenceExit`)."""
 
     @property
-    def metric(self) -> str:
-        """Confidence metric."""
+    def metric(self) -> str | None:
+        """Confidence metric; None = thresholds 0 and never, which mean the same under any."""
         ...
 
     @property
@@ -59,7 +59,16 @@ class GatedPolicy(Protocol):
 
 
 def threshold_table(policy: ExitPolicy | None, exits: int, count: int) -> np.ndarray:
-    """[J, count] float32 thresholds of each emitted token; exits that a policy does not know never fire."""
+    """Thresholds of each emitted token.
+
+    Args:
+      policy: None = full depth.
+      exits: J, exits of the model; those that the policy does not know never fire.
+      count: tokens asked for.
+
+    Returns:
+      [J, count] float32.
+    """
     table = np.full((exits, count), NEVER, np.float32)
     if isinstance(policy, PositionPolicy):
         given = policy.schedule(count)
@@ -71,7 +80,15 @@ def threshold_table(policy: ExitPolicy | None, exits: int, count: int) -> np.nda
 
 
 def gate_row(policy: ExitPolicy | None, exits: int) -> np.ndarray:
-    """[J] float32 thresholds of the gates; 0 = the head is always looked at."""
+    """Thresholds of the gates.
+
+    Args:
+      policy: None, or without gates = every head is looked at.
+      exits: J, exits of the model.
+
+    Returns:
+      [J] float32; 0 = the head is always looked at.
+    """
     gates = policy.gates[:exits] if isinstance(policy, GatedPolicy) else ()
     return np.asarray([*gates, *[0.0] * (exits - len(gates))], np.float32)
 
@@ -82,7 +99,11 @@ class StaticExit:
 
     layer: int  # an exit of the model, or its last layer
     layers: tuple[int, ...]  # the model's exits
-    metric: str = "max_prob"  # not looked at
+
+    @property
+    def metric(self) -> None:
+        """None: no confidence is looked at."""
+        return None
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -101,7 +122,10 @@ class StaticExit:
 
 @dataclasses.dataclass(frozen=True)
 class DecayedExit:
-    """Thresholds that fall as text is emitted, because early errors spoil more of it (CALM)."""
+    """Thresholds that fall as text is emitted, because early errors spoil more of it (CALM).
+
+    What the base was calibrated for, or guarantees, holds for its own thresholds and not for lower ones.
+    """
 
     base: ExitPolicy  # thresholds at the first token
     tau: float = 4.0  # how fast they fall towards 0.9 of that
@@ -111,9 +135,14 @@ class DecayedExit:
             raise ValueError(f"tau={self.tau}: must be at least 0 and finite")
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> str | None:
         """Metric of the base."""
         return self.base.metric
+
+    @property
+    def gates(self) -> tuple[float, ...]:
+        """Gates of the base, which do not fall."""
+        return self.base.gates if isinstance(self.base, GatedPolicy) else ()
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -138,11 +167,15 @@ class DepthSchedule:
     first: float  # layers of the first emitted token
     last: float  # layers of the last one, at most `first`
     layers: tuple[int, ...]  # the model's exits
-    metric: str = "max_prob"  # not looked at
 
     def __post_init__(self) -> None:
         if not 1 <= self.last <= self.first:
             raise ValueError(f"first={self.first}, last={self.last}: depths fall, and are at least 1")
+
+    @property
+    def metric(self) -> None:
+        """None: no confidence is looked at."""
+        return None
 
     @property
     def thresholds(self) -> tuple[float, ...]:

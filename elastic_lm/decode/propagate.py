@@ -27,9 +27,18 @@ Deeper = tuple[tuple[cache.LayerCache, ...], tuple[cache.LayerCache | None, ...]
 def propagate(
     config: ModelConfig, params: Params, state: DecodeState, rows_B: jax.Array, j: int
 ) -> DecodeState:
-    """Fills the caches above segment `j` (static) at the newest position of the rows that leave there.
+    """Fills the caches above segment `j` at the newest position of the rows that leave there.
 
-    Other rows get stale entries above their progress, which are overwritten before they count.
+    Args:
+      config: static.
+      params: canonical parameters.
+      state: after the rows' newest tokens passed segment j.
+      rows_B: bool, rows that leave. Others get stale entries above their progress, which are overwritten
+        before they count.
+      j: segment, static; not the last.
+
+    Returns:
+      The state, in which every deeper segment has processed what segment j has in these rows.
     """
     decoder = Decoder(config).bind({"params": params})
     pieces = segments(config)

@@ -133,7 +133,7 @@ def make_controls(
     for row, (policy, prompt) in enumerate(zip(policies, prompts, strict=True)):
         first = len(prompt) - 1  # position whose exits decide about the first emitted token
         thresholds[row, :, first : first + count] = threshold_table(policy, exits, count)
-    metrics = [policy.metric for policy in policies if policy is not None]
+    metrics = [p.metric for p in policies if p is not None and p.metric is not None]
     return Controls(
         thresholds=jnp.asarray(thresholds),
         gates=jnp.asarray(np.stack([gate_row(policy, exits) for policy in policies])),

@@ -125,7 +125,7 @@ class Sampler:
           fire_share: share of the rows that must wait before a deep tick fires; 0 = latency, 1 = throughput.
           stream_every: loop iterations between looks at the device when streaming or watching stop strings.
           lossless: early tokens are drafts that the full model verifies (`decode.verify`): what is emitted is
-            what full depth emits with the same seed.
+            what full depth emits with the same seed, but for near-ties that bfloat16 rounds differently.
           draft: tokens that a lossless row drafts before it is verified, at most window - 1; None = as many
             as acceptance justifies. Thresholds end a draft earlier.
           missing: what deeper layers see of early tokens: "exact" = what they compute of them, later, in
@@ -201,12 +201,15 @@ class Sampler:
         samples = self._collect(final, prompts, how, began)
         return samples[0] if single else samples
 
-    def stream(self, prompt: Prompt, max_new_tokens: int = 64, **settings: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, max_new_tokens: int = 64, *, exit: Any = SAME, lossless: bool | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:  # fmt: skip
         """Yields the continuation of one prompt piece by piece; arguments as in `sample`."""
         prompts, _ = self._encode(prompt)
-        how = make_settings(settings)
-        state, controls = self._start(prompts, max_new_tokens, how)
-        mode = self._mode(self._lossless(None, 1))
+        how, verified = make_settings(settings), self._lossless(lossless, 1)
+        state, controls = self._start(prompts, max_new_tokens, how, self._policies(exit, 1), verified)
+        mode = self._mode(verified)
         shown = ""
         for reached in self._advance(state, controls, prompts, how, mode):
             text = self._collect(reached, prompts, how, 0.0)[0].text
@@ -227,7 +230,7 @@ class Sampler:
         rows = list(given) if isinstance(given, Sequence) else [given] * batch
         if len(rows) != batch:
             raise ValueError(f"exit has {len(rows)} policies: give one, or one per prompt ({batch})")
-        metrics = {policy.metric for policy in rows if policy is not None}
+        metrics = {policy.metric for policy in rows if policy is not None and policy.metric}
         if len(metrics) > 1:
             raise ValueError(f"exit: one batch cannot mix the metrics {', '.join(sorted(metrics))}")
         for policy in rows if exit is not SAME else ():

@@ -100,14 +100,29 @@ class Answers:
 
 
 def no_answers(config: ModelConfig, state: DecodeState) -> Answers:
-    """The beginning of an iteration."""
+    """The beginning of an iteration.
+
+    Args:
+      config: static.
+      state: its number of rows is read.
+
+    Returns:
+      Answers in which no row has one.
+    """
     b = state.length.shape[0]
     logits = jnp.zeros((b, config.vocab_size), jnp.float32)
     return Answers(jnp.zeros((b,), bool), logits, jnp.zeros((b,), jnp.int32))
 
 
 def segments(config: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """(first layer, one past the last layer) of each segment; an exit after the last layer cuts nothing."""
+    """The runs of layers between exits; an exit after the last layer cuts nothing.
+
+    Args:
+      config: static.
+
+    Returns:
+      (first layer, one past the last layer) of each of the J + 1 segments.
+    """
     cuts = [e.layer for e in config.exits if e.layer < config.n_layers]
     return tuple(zip([0, *cuts], [*cuts, config.n_layers], strict=True))
 
@@ -115,7 +130,18 @@ def segments(config: ModelConfig) -> tuple[tuple[int, int], ...]:
 def emit(
     state: DecodeState, rows_B: jax.Array, tokens_B: jax.Array, depth_B: jax.Array, stop_tokens: jax.Array
 ) -> DecodeState:
-    """Appends `tokens_B` to the rows selected by `rows_B`, chosen after `depth_B` layers."""
+    """Appends a token to some rows.
+
+    Args:
+      state: between two ticks.
+      rows_B: bool, rows that get one.
+      tokens_B: int32, read in those rows.
+      depth_B: int32, layers that ran before each was chosen.
+      stop_tokens: [E] int32 tokens that end a row; -1 = unused.
+
+    Returns:
+      The state, in which these rows wait for nothing and are marked where the token ends them.
+    """
     each = jnp.arange(rows_B.shape[0])
     slot = jnp.where(rows_B, state.length, state.tokens.shape[1])  # out of bounds: dropped
     length = state.length + rows_B
@@ -130,11 +156,29 @@ def emit(
 
 
 def ends(state: DecodeState, tokens_B: jax.Array, length_B: jax.Array, stop_tokens: jax.Array) -> jax.Array:
-    """[B] bool: a newest token ends its row, because it is a stop token or the last one asked for."""
+    """Whether a newest token ends its row, because it is a stop token or the last one asked for.
+
+    Args:
+      state: its `limit` is read.
+      tokens_B: int32 newest tokens.
+      length_B: int32 tokens known with them.
+      stop_tokens: [E] int32; -1 = unused.
+
+    Returns:
+      [B] bool.
+    """
     return jnp.any(tokens_B[:, None] == stop_tokens, axis=-1) | (length_B >= state.limit)
 
 
 def retire(state: DecodeState, lossless_B: jax.Array) -> DecodeState:
-    """Ends the rows whose newest token ends them; lossless ones only once every token is verified."""
+    """Ends the rows whose newest token ends them; lossless ones only once every token is verified.
+
+    Args:
+      state: after `emit`.
+      lossless_B: bool, rows that are verified.
+
+    Returns:
+      The state with fewer rows alive.
+    """
     final = ~lossless_B | (state.done[-1] >= state.length - 1)
     return dataclasses.replace(state, alive=state.alive & ~(state.ended & final))

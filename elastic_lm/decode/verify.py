@@ -60,17 +60,42 @@ def look_deep(
 
 
 def deep_logits(deep: jax.Array, window: int) -> jax.Array:
-    """[B, V] float32 part of what `look_deep` returned."""
+    """The full model's logits at each row's newest position.
+
+    Args:
+      deep: [B, V + W] float32 from `look_deep`.
+      window: W, static.
+
+    Returns:
+      [B, V] float32.
+    """
     return deep[:, : deep.shape[1] - window]
 
 
 def deep_tokens(deep: jax.Array, window: int) -> jax.Array:
-    """[B, W] int32 part of what `look_deep` returned."""
+    """The tokens that the full model draws after each position that ran.
+
+    Args:
+      deep: [B, V + W] float32 from `look_deep`.
+      window: W, static.
+
+    Returns:
+      [B, W] int32; 0 behind the positions that ran.
+    """
     return deep[:, deep.shape[1] - window :].astype(jnp.int32)
 
 
 def drafting_room(state: DecodeState, controls: Controls, window: int) -> jax.Array:
-    """[B] int32: positions that a row may have pending; a lossless row's drafts and one more."""
+    """Positions that a row may have pending: the window, or a lossless row's drafts and one more.
+
+    Args:
+      state: its `draft` is read.
+      controls: its `lossless` is read.
+      window: W, static.
+
+    Returns:
+      [B] int32, at most W.
+    """
     return jnp.where(controls.lossless, jnp.minimum(state.draft + 1, window), window)
 
 

@@ -7,6 +7,7 @@ names of our own, in a file of their own (`elastic_exits.safetensors`):
     elastic.exits.<layer>.mlp.*                      an `mlp` exit's MLP, named as in the family's layers
     elastic.exits.<layer>.block.*                    a `block` exit's layer, named as in the family's layers
     elastic.exits.<layer>.head.weight                [V, D] vocabulary head of an untied exit
+    elastic.exits.<layer>.gate.up.*, .gate.down.*    weight and bias of the two projections of a gate
 
 where <layer> counts the layers below the exit (`ExitConfig.layer`).
 """
@@ -32,6 +33,10 @@ EXIT_TENSORS = {
     "norm/scale": Tensor(("norm.weight",)),
     "norm/bias": Tensor(("norm.bias",)),
     "head/kernel": Tensor(("head.weight",)),
+    "gate/up/kernel": Tensor(("gate.up.weight",)),
+    "gate/up/bias": Tensor(("gate.up.bias",)),
+    "gate/down/kernel": Tensor(("gate.down.weight",)),
+    "gate/down/bias": Tensor(("gate.down.bias",)),
 }
 
 
@@ -96,5 +101,5 @@ def _lookup(family: Family, path: tuple[str, ...]) -> tuple[str, Tensor | None]:
     prefix = EXIT_PREFIX.format(exit_[1])
     if path[1] == "block":
         return prefix + "block.", family.layers.get("/".join(path[2:]))
-    own = EXIT_TENSORS.get("/".join(path[1:]))
-    return prefix, own or family.layers.get("/".join(path[1:]))
+    table = family.layers if path[1] == "mlp" else EXIT_TENSORS
+    return prefix, table.get("/".join(path[1:]))

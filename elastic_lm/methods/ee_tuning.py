@@ -66,6 +66,20 @@ def attach_exits(
     return new, grown
 
 
+def without_exits(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The model alone, the inverse of `attach_exits`.
+
+    Args:
+      config: the model with any exits.
+      params: its parameters, canonical or stacked. No array is copied.
+
+    Returns:
+      (config without exits, parameters without theirs).
+    """
+    owned = {e.name for e in config.exits}
+    return config.with_exits(()), {name: tree for name, tree in params.items() if name not in owned}
+
+
 def _sources(config: ModelConfig, params: Params, e: ExitConfig) -> Params:
     """The pretrained modules that a copied exit starts from."""
     modules: Params = {}

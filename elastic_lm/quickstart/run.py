@@ -22,6 +22,7 @@ from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.embedded import embedded_model
 from elastic_lm.loading import load
+from elastic_lm.methods.ee_tuning import without_exits
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.quickstart import folders, measure, report, text, train
@@ -181,9 +182,8 @@ def _generate(
     options: Options, model: Model, policy: ConfidenceExit, prompts: list[list[int]]
 ) -> dict[str, measure.Generation]:
     """Continuations and speed of full depth, without any exit in the program, and of every target."""
-    full = Decoder(model.decoder.config.with_exits(()))
-    backbone = {name: tree for name, tree in model.params.items() if not name.startswith("exit_")}
-    samplers = {FULL: Sampler(full, backbone, model.tokenizer)}
+    full, backbone = without_exits(model.decoder.config, model.params)
+    samplers = {FULL: Sampler(Decoder(full), backbone, model.tokenizer)}
     for target in options.targets:
         samplers[str(target)] = Sampler(
             model.decoder, model.params, model.tokenizer, exit=policy.at(target), window=options.window

@@ -212,7 +212,9 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
 
 def for_evaluation(config: RunConfig) -> RunConfig:
     """The same run with every sub-model in the loss and nothing dropped."""
-    whole = dataclasses.replace(config.train, curriculum="all", layer_dropout=0.0)
+    whole = dataclasses.replace(
+        config.train, curriculum="all", curriculum_period=0, layer_dropout=0.0, dropout_ramp=0
+    )
     return dataclasses.replace(config, train=whole)
 
 

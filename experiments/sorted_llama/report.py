@@ -80,7 +80,7 @@ def dynamic_table(runs: Runs) -> str:
     ]
     chosen = [run["calibrated"] for run in runs]
     layers, agreement = (spread([c[key] for c in chosen]) for key in ("mean_layers", "agreement"))
-    rows.append([f"soft, calibrated for {chosen[0]['target']:g}, given text", layers, agreement, "", "", ""])
+    rows.append([f"the same, held-out text (target {chosen[0]['target']:g})", layers, agreement, "", "", ""])
     return markdown(["dynamic", *DYNAMIC.values()], rows)
 
 

@@ -142,8 +142,14 @@ def one_seed(args: argparse.Namespace, base: str, folder: Path, seed: int) -> Nu
         for name, model in models.items()
     }
     depths_done = time.perf_counter()
-    run["dynamic"] = {name: dynamic(models[name], tokenizer, records) for name in ("sft+ict", "soft")}
-    run["calibrated"] = calibrated(models["soft"], batches, seed)
+    exits = tuple(e.layer for e in models["soft"][0].exits)
+    fixed = ConfidenceExit("max_prob", THRESHOLDS, exits)
+    fitted, run["calibrated"] = calibrated(models["soft"], batches, seed)
+    run["dynamic"] = {
+        "sft+ict, the paper's thresholds": dynamic(models["sft+ict"], fixed, tokenizer, records),
+        "soft, the paper's thresholds": dynamic(models["soft"], fixed, tokenizer, records),
+        "soft, calibrated": dynamic(models["soft"], fitted, tokenizer, records),
+    }
     run["seconds"] = {
         "fine-tuning": trained - began,
         "depths": depths_done - trained,
@@ -336,10 +342,9 @@ def rouge_l(text: str, reference: str) -> float:
     return 2 * lengths[-1] / max(len(words) + len(wanted), 1)
 
 
-def dynamic(model: Model, tokenizer: Tokenizer, records: Sequence[dict]) -> Numbers:
+def dynamic(model: Model, policy: ConfidenceExit, tokenizer: Tokenizer, records: Sequence[dict]) -> Numbers:
     """Each token leaves at the first depth that is sure of it: answers one by one, and their speed."""
     config, params = model
-    policy = ConfidenceExit("max_prob", THRESHOLDS, tuple(e.layer for e in config.exits))
     full_config, full_params = extract(config, params, config.n_layers)
     samplers = {
         "dynamic": Sampler(Decoder(config), params, tokenizer, exit=policy, window=WINDOW),
@@ -384,14 +389,14 @@ def same_tokens(samples: Sequence[Sample], full: Sequence[Sample]) -> float:
     return float(np.mean([x == y for pair in pairs for x, y in pair]))
 
 
-def calibrated(model: Model, batches: Sequence[Batch], seed: int) -> Numbers:
+def calibrated(model: Model, batches: Sequence[Batch], seed: int) -> tuple[ConfidenceExit, Numbers]:
     """Thresholds from half of the held-out rows, measured on the other half, teacher-forced."""
     config, params = model
     first, second = observe(config, params, batches, metric="margin").halves(seed)
     policy = fit_thresholds(first, target=TARGET, metric="margin", seed=seed)
     depths = (*second.layers, second.n_layers)
     result = outcome(second.confidence, second.agrees, depths, policy.thresholds)
-    return {"target": TARGET, "thresholds": policy.thresholds, **dataclasses.asdict(result)}
+    return policy, {"target": TARGET, "thresholds": policy.thresholds, **dataclasses.asdict(result)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The training benchmark, on a model that only shows that it runs."""
 
 import numpy as np
+import pytest
 
 from elastic_lm.bench import train
 from elastic_lm.bench.report import Options
@@ -16,3 +17,10 @@ def test_rows():
         assert row.ratio > 0
     memory = rows["train/soft8_memory_vs_sft"]
     assert memory.ratio == memory.measured / memory.ideal
+
+
+def test_a_model_is_refused():
+    with pytest.raises(
+        ValueError, match="--model x: bench train measures a model of its own; leave --model out"
+    ):
+        train.rows(Options(tiny=True, model="x"))

@@ -42,8 +42,10 @@ def test_by_hand() -> None:
 
 
 def test_a_gate_reads_the_head_only_to_exit() -> None:
-    found = forecast(WEIGHTS, (0.5, 0.5), (0.7,), gated=True, window=2)
-    assert found.heads == pytest.approx(0.01 + 0.05 + 0.05)
+    found = forecast(WEIGHTS, (0.5, 0.5), (0.7,), looked=(0.6,), gated=True, window=2)
+    assert found.heads == pytest.approx(0.01 + 0.06 + 0.05)
+    with pytest.raises(ValueError, match=r"looked=\(0.6, 0.1\): give one share per exit"):
+        forecast(WEIGHTS, (0.5, 0.5), (0.7,), looked=(0.6, 0.1))
 
 
 def test_unused_exits_cost_nothing() -> None:
@@ -123,7 +125,7 @@ def test_bytes_are_those_of_the_parameters() -> None:
 def test_an_exit_after_the_last_layer_counts_as_full_depth() -> None:
     config = tiny_config(exits=(2, 4))
     outcome = Outcome(0.9, 3.0, (0.5, 0.3, 0.2))
-    found = of_outcome(config, "max_prob", (0.5, 0.5), outcome)
+    found = of_outcome(config, (0.5, 0.5), outcome)
     expected = forecast(weight_bytes(config), (0.5, 0.5), (0.5,))
     assert found == expected
 

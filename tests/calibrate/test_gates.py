@@ -1,5 +1,7 @@
 """Gates are calibrated beside the thresholds, and what they silence is in the figures."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -52,6 +54,39 @@ def test_figures_count_tokens_that_a_gate_held_back():
     assert policy.measured.mean_layers == pytest.approx(with_gates.mean_layers)
     assert with_gates.mean_layers > without.mean_layers
     assert policy.measured.agreement > 0.96
+
+
+@pytest.mark.parametrize("strategy", ["joint", "max_coverage", "midpoint", "platt"])
+def test_silenced_tokens_are_no_thresholds(strategy):
+    """An exit that is right nearly always, whose gate says little: every threshold can be lived with."""
+    rng = np.random.default_rng(0)
+    seen = tokens()
+    right = rng.uniform(size=seen.agrees.shape) < 0.97
+    gate = rng.uniform(0.2, 0.8, size=seen.gate.shape).astype(np.float32)
+    seen = dataclasses.replace(seen, agrees=right, gate=gate)
+    for target in (0.9, 0.99):
+        policy = fit(seen, target=target, metric="max_prob", strategy=strategy)
+        shut = seen.halves(0)[1].gate[:, 0] < (policy.gates or (0.0,))[0]
+        for point in policy.curve:
+            assert min(point.thresholds) >= 0
+            assert policy.at(point.target).thresholds == point.thresholds
+            assert point.shares[0] <= 1 - shut.mean() + 1e-9
+
+
+def test_heads_are_read_where_the_gate_opens():
+    seen = tokens()
+    policy = fit(seen, target=0.97, metric="max_prob", targets=())
+    opens = np.mean(seen.halves(0)[1].gate[:, 0] >= policy.gates[0])
+    assert policy.measured.looked == (pytest.approx(opens),)
+    assert policy.measured.shares[0] < opens < 0.9
+
+
+def test_a_policy_with_gates_needs_a_model_with_gates():
+    config = tiny_config(n_layers=3).with_exits((ExitConfig(1, "norm"),))
+    with pytest.raises(ValueError, match=r"after layers \[1\] have none"):
+        ConfidenceExit("max_prob", (0.5,), (1,), gates=(0.9,)).check(config)
+    with pytest.raises(ValueError, match=r"gates=\(nan,\): must be finite"):
+        ConfidenceExit("max_prob", (0.5,), (1,), gates=(float("nan"),))
 
 
 def test_exits_without_gates_have_no_gates_to_calibrate(tmp_path):

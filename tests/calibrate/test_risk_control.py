@@ -21,6 +21,7 @@ from elastic_lm.calibrate.risk_control import (
     risk_bound,
     sequence_losses,
     sequences_needed,
+    token_bound,
 )
 from elastic_lm.calibrate.search import NEVER
 
@@ -47,6 +48,27 @@ def test_p_values_are_super_uniform_when_the_risk_is_just_too_large(spread: str,
     found = np.asarray([hoeffding_bentkus(r, n, allowed) for r in losses.mean(axis=1)])
     for epsilon in (0.01, 0.05, 0.1, 0.3):
         assert np.mean(found <= epsilon) <= epsilon + 2 * (epsilon * (1 - epsilon) / draws) ** 0.5
+
+
+def test_token_bound_holds_where_tokens_of_a_sequence_are_alike() -> None:
+    """Sequences that are all right or all wrong: the bound over tokens would be far too high."""
+    rng, n, length, share, failures = np.random.default_rng(0), 60, 50, 0.8, 0
+    for draw in range(200):
+        right = np.repeat(rng.uniform(size=n) < share, length)[:, None]
+        ones = np.ones((n * length, 1), np.float32)
+        seen = Observations(
+            layers=(1,),
+            n_layers=2,
+            confidence=ones,
+            agrees=right,
+            correct=np.hstack([right, right]),
+            nats=np.hstack([ones, ones]),
+            weights=ones[:, 0],
+            targets=np.zeros(n * length, np.int32),
+            sequence=np.repeat(np.arange(n), length),
+        )
+        failures += token_bound(seen, (0.0,), 0.1, seed=draw) > share
+    assert failures / 200 <= 0.1 + 2 * (0.1 * 0.9 / 200) ** 0.5
 
 
 @pytest.mark.parametrize(("wrong", "n"), [(0, 10), (1, 10), (7, 50), (49, 50), (50, 50)])

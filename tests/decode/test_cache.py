@@ -12,7 +12,7 @@ from elastic_lm.decode.loop import ring_write, variants
 from elastic_lm.decode.requests import Settings
 from elastic_lm.decode.sampler import ENDLESS, jit_run
 from elastic_lm.decode.state import segments
-from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.decoder import Decoder, init_params
 
 
 def full_pass(model, tokens):
@@ -72,8 +72,20 @@ def test_deep_ticks_are_compiled_for_few_positions_and_for_the_window():
     ("size", "mode"), [(1, "exact"), (3, "exact"), (1, "verify"), (3, "verify"), (1, "propagate")]
 )
 def test_no_cache_is_copied(model, prompts, size, mode):
-    sampler = model.sampler((0.5, 0.5), window=4)
-    state, controls = sampler._start(prompts[:size], 8, Settings())
+    no_copies(model.sampler((0.5, 0.5), window=4), prompts[:size], mode)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")
+def test_no_cache_is_copied_beside_gates(model, prompts):
+    exits = tuple(dataclasses.replace(e, gate=4) for e in model.config.exits)
+    config = model.config.with_exits(exits)
+    gated = dataclasses.replace(model, config=config, params=init_params(config, jax.random.key(0)))
+    no_copies(gated.sampler((0.5, 0.5), window=4), prompts[:3], "exact")
+
+
+def no_copies(sampler, prompts, mode):
+    """Compiles the loop and looks for copies of caches in its program."""
+    state, controls = sampler._start(prompts, 8, Settings())
     shape = ",".join(map(str, state.cache[0][0].shape))
     program = (
         jit_run.lower(sampler.config, sampler.params, state, controls, ENDLESS, mode).compile().as_text()

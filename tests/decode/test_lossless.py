@@ -46,8 +46,11 @@ def full(drafting, many_prompts):
     return [out.tokens for batch in batches for out in sampler.sample(batch, NEW)]
 
 
-def test_200_prompts_without_a_differing_token(drafting, many_prompts, full):
-    sampler = drafting.sampler((0.0, 2.0), window=WINDOW, lossless=True)
+@pytest.mark.parametrize("draft", [1, WINDOW - 1])
+@pytest.mark.parametrize("thresholds", [(0.0, 2.0), (2.0, 0.0), (0.055, 0.055)])
+def test_200_prompts_without_a_differing_token(drafting, many_prompts, full, thresholds, draft):
+    """Every exit alone and both together, with the shortest and the longest drafts."""
+    sampler = drafting.sampler(thresholds, window=WINDOW, lossless=True, draft=draft)
     outputs = [out for i in range(0, 200, 8) for out in sampler.sample(many_prompts[i : i + 8], NEW)]
     assert [out.tokens for out in outputs] == full
     stats = {id(out.stats): out.stats for out in outputs}.values()

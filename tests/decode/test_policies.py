@@ -10,7 +10,7 @@ import pytest
 from elastic_lm.calibrate.confidence import confidence, state_similarity
 from elastic_lm.calibrate.thresholds import ConfidenceExit
 from elastic_lm.config import ExitConfig
-from elastic_lm.decode.policies import DecayedExit, DepthSchedule, StaticExit, threshold_table
+from elastic_lm.decode.policies import DecayedExit, DepthSchedule, StaticExit, gate_row, threshold_table
 from elastic_lm.decode.requests import Settings
 from elastic_lm.decode.sampler import ENDLESS, jit_run
 from elastic_lm.methods.ee_tuning import attach_exits
@@ -54,6 +54,12 @@ def test_decay_is_calms_formula_and_spares_exits_that_never_fire():
     assert (table[1] > 1).all()
 
 
+def test_decay_keeps_the_gates_of_its_base():
+    base = ConfidenceExit("max_prob", (0.9, 0.8), (1, 2), gates=(0.7, 0.0))
+    assert gate_row(DecayedExit(base), 2).tolist() == pytest.approx([0.7, 0.0])
+    assert gate_row(DecayedExit(StaticExit(1, (1, 2))), 2).tolist() == [0.0, 0.0]
+
+
 def test_depths_fall_with_the_position_for_all_rows_alike(four, prompts):
     policy = DepthSchedule(first=4, last=1, layers=LAYERS)
     outputs = sampler(four, policy).sample(prompts, NEW)
@@ -64,9 +70,10 @@ def test_depths_fall_with_the_position_for_all_rows_alike(four, prompts):
 
 
 def test_rows_of_a_batch_have_their_own_policies(four, prompts):
-    policies = [StaticExit(1, LAYERS), None, DepthSchedule(3, 2, LAYERS)]
-    outputs = four.sampler(window=2).sample(prompts[:3], NEW, exit=policies)
-    for prompt, policy, out in zip(prompts[:3], policies, outputs, strict=True):
+    margin = ConfidenceExit("margin", (0.05,) * 3, LAYERS)
+    policies = [StaticExit(1, LAYERS), None, DepthSchedule(3, 2, LAYERS), margin]
+    outputs = four.sampler(window=2).sample(prompts[:4], NEW, exit=policies)
+    for prompt, policy, out in zip(prompts[:4], policies, outputs, strict=True):
         single = four.sampler(window=2).sample(prompt, NEW, exit=policy)
         assert (out.tokens, out.exit_layers) == (single.tokens, single.exit_layers)
     assert set(outputs[1].exit_layers) == {4}
@@ -135,6 +142,19 @@ def test_gates_of_zero_change_nothing(four, prompts):
     gated = four.sampler(window=2).sample(prompts, NEW, exit=Gated(thresholds, (0.0,) * 3))
     plain = four.sampler(thresholds, window=2).sample(prompts, NEW)
     assert [o.tokens for o in gated] == [o.tokens for o in plain]
+
+
+def test_gates_that_nothing_asks_for_are_not_read(four, prompts):
+    """A gate that gives NaN changes nothing where no row has a gate and the metric reads logits."""
+    broken = dict(four.params)
+    for layer in LAYERS:
+        gate = jax.tree.map(lambda x: x * jnp.nan, four.params[f"exit_{layer}"]["gate"])
+        broken[f"exit_{layer}"] = {**four.params[f"exit_{layer}"], "gate": gate}
+    thresholds = (0.05, 0.05, 0.05)
+    outputs = dataclasses.replace(four, params=broken).sampler(thresholds, window=2).sample(prompts, NEW)
+    expected = four.sampler(thresholds, window=2).sample(prompts, NEW)
+    assert [(o.tokens, o.exit_layers) for o in outputs] == [(o.tokens, o.exit_layers) for o in expected]
+    assert {layer for out in outputs for layer in out.exit_layers} > {4}
 
 
 def test_attaching_gated_exits_keeps_the_model(four):
@@ -214,6 +234,27 @@ def test_deeper_layers_get_keys_and_values_of_the_state_that_left(four, prompts)
             for ours, theirs in zip(state.cache[i], (reference.keys[i], reference.values[i]), strict=True):
                 np.testing.assert_allclose(ours[:, :, :filled], jnp.stack(theirs, axis=2), atol=1e-4)
     assert seen == {1, 2, 3, 4}
+
+
+def test_block_of_a_deeper_exit_gets_keys_and_values_of_the_state_that_left(make_model, prompts):
+    config = dataclasses.replace(
+        tiny_config(n_layers=3), exits=(ExitConfig(1, "norm"), ExitConfig(2, "block"))
+    )
+    params = jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, init_params(config, jax.random.key(0)))
+    model, prompt = make_model(config, params), prompts[4]
+    decode = model.sampler((0.0, 2.0), window=2, missing="propagate")
+    state, controls = decode._start([prompt], 6, Settings())
+    state = jit_run(config, params, state, controls, ENDLESS, "propagate")
+    filled = int(state.length[0]) - 1
+    decoder = Decoder(config).bind({"params": params})
+    positions = jnp.arange(filled)[None]
+    taps = decoder.taps(state.tokens[:, :filled], (1, 2))
+    expected = decoder.exit_rows(1, taps[1].hidden, positions)
+    own = decoder.exit_rows(1, taps[2].hidden, positions)
+    emitted = slice(len(prompt) - 1, filled)  # positions whose token left after layer 1
+    for ours, lent, computed in zip(state.exit_cache[1], expected, own, strict=True):
+        np.testing.assert_allclose(ours[:, :, emitted], lent[:, :, emitted], rtol=0, atol=1e-6)
+        assert np.abs(lent[:, :, emitted] - computed[:, :, emitted]).max() > 1e-2
 
 
 def test_rows_that_leave_together_share_their_depths(four, prompts):

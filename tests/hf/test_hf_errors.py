@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import elastic_lm as el
 from elastic_lm import hf
-from elastic_lm.config import ExitConfig, ModelConfig, RopeConfig
+from elastic_lm.config import ExitConfig, ExitKind, ModelConfig, RopeConfig
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -336,6 +336,21 @@ def test_missing_exit_tensors(tmp_path: Path) -> None:
     refuses(tmp_path / "a", "elastic.exits.1.norm.weight", exits.name, "elastic block")
     exits.unlink()
     refuses(tmp_path / "a", exits.name, error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("kind", ["norm", "mlp", "block"])
+def test_gates_are_carried(kind: ExitKind, tmp_path: Path) -> None:
+    config = CONFIG.with_exits((ExitConfig(1, kind, tied=True, gate=4),))
+    params = random_params(config)
+    hf.export(config, params, tmp_path / "a")
+    stored = load_file(tmp_path / "a" / "elastic_exits.safetensors")
+    assert {name: stored[name].shape for name in stored if ".1.gate." in name} == {
+        "elastic.exits.1.gate.up.weight": (4, 8),
+        "elastic.exits.1.gate.up.bias": (4,),
+        "elastic.exits.1.gate.down.weight": (1, 4),
+        "elastic.exits.1.gate.down.bias": (1,),
+    }
+    assert_same_model(hf.load(tmp_path / "a"), (config, params))
 
 
 def test_bfloat16_round_trip_is_exact(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Config files and overrides: what they become and what is refused."""
 
+import dataclasses
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
-from elastic_lm.config import RunConfig, TrainConfig
+from elastic_lm.config import READ_WITH, RunConfig, TrainConfig
 from elastic_lm.plain import from_dict
 from elastic_lm.train.configs import load_config
+from elastic_lm.train.run import for_evaluation
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILE = """
@@ -89,11 +92,50 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.init_layers=3", r"train\.init_layers=3: .*name it in train\.init_from"),
         ("train.seed=-1", r"train\.seed=-1: must be in"),
         ("data.seed=-1", r"data\.seed=-1: must be in"),
+        (
+            "train.cached_batches=8",
+            r"cached_batches=8: not read with train\.method='pretraining', only with self",
+        ),
+        (
+            "train.layer_dropout=0.1",
+            r"layer_dropout=0\.1: .* only with sorted_finetuning; change that, or set 0",
+        ),
+        ("train.depths=(1, 2)", r"train\.depths=\(1, 2\): not read with .*or set \(\)"),
+        ("train.exit_weights=(1.0,)", r"train\.exit_weights=\(1\.0,\): .* only with ee_tuning or joint"),
     ],
 )
 def test_refused_overrides_name_the_key(file: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(str(file), [override])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("self_supervised_exits.py:argmax", "top_k=8", r"top_k=8: not read with train\.objective='argmax'"),
+        ("self_supervised_exits.py", "imitation=0.5", r"imitation=0\.5: .* only with penalised; .* set 0\.9"),
+        ("self_supervised_exits.py", "remat=true", r"remat=True: not read with .*'self_supervised_exits'"),
+        (
+            "sorted_finetuning.py",
+            "curriculum_period=4",
+            r"curriculum_period=4: not read with .*'all', only with",
+        ),
+        (
+            "sorted_finetuning.py",
+            "dropout_ramp=4",
+            r"dropout_ramp=4: not read with train\.layer_dropout=0\.0",
+        ),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(recipe: str, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(str(CONFIGS / recipe), [f"train.{override}"])
+
+
+def test_options_of_methods_exist() -> None:
+    for fields, by, values in READ_WITH:
+        assert set(fields) <= {field.name for field in dataclasses.fields(TrainConfig)}
+        assert set(values) <= set(get_args(get_type_hints(TrainConfig)[by]))
 
 
 def test_refused_files_are_named(tmp_path: Path) -> None:
@@ -126,14 +168,29 @@ def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
     [
         ("sorted_finetuning", "soft lite calm sortednet sft extracted-3 ict"),
         ("layerskip", "rotational gradual scratch"),
-        ("self_supervised_exits", "kl topk argmax penalised balcony gates"),
+        ("self_supervised_exits", "kl topk argmax penalised balcony cached gates"),
     ],
 )
 def test_recipes_have_the_variants_that_they_name(recipe: str, variants: str) -> None:
     runs = [load_config(f"{CONFIGS / recipe}.py:{variant}") for variant in variants.split()]
     assert len(set(runs)) == len(runs)
+    assert {for_evaluation(run).train.curriculum for run in runs} == {"all"}
     with pytest.raises(ValueError, match=rf"{recipe}\.py:other: choose from {variants.split()[0]}"):
         load_config(f"{CONFIGS / recipe}.py:other")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("extracted-x", "extracted-x: 'x' is no number of layers; write extracted-3"),
+        ("extracted-", "extracted-: '' is no number"),
+        ("extracted-0", "extracted-0: '0' is no number"),
+        ("soft-9", "soft-9: soft takes no number; write soft"),
+    ],
+)
+def test_sorted_recipe_names_a_wrong_argument(argument: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(f"{CONFIGS / 'sorted_finetuning'}.py:{argument}")
 
 
 @pytest.mark.parametrize("argument", ["", ":tiny"])
