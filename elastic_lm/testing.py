@@ -81,8 +81,7 @@ def truncated(config: ModelConfig, params: Params, layer: int) -> tuple[ModelCon
     """
     exit_config = next(e for e in config.exits if e.layer == layer)
     own = params[exit_config.name]
-    windows = config.windows[:layer]
-    small = dataclasses.replace(config, n_layers=layer, exits=(), windows=windows, tied=False)
+    small = dataclasses.replace(config.with_layers(range(layer)), tied=False)
     head = final_head(config, params) if exit_config.tied else own["head"]
     names = ["embed", "positions", *(f"layers_{i}" for i in range(layer))]
     kept = {name: params[name] for name in names if name in params}
