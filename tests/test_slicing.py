@@ -1,9 +1,8 @@
 """A sub-network is the same model cut out, masked, or switched on."""
 
-import dataclasses
+import re
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,52 +11,46 @@ import pytest
 import elastic_lm as el
 from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.elastic import Menu, Subnet
-from elastic_lm.models.decoder import Decoder, Params, abstract_params, stack_layers
+from elastic_lm.methods.ee_tuning import attach_exits
+from elastic_lm.models.decoder import Decoder, Params, abstract_params, default_positions, stack_layers
 from elastic_lm.models.elastic import Choice, elastic_taps
 from elastic_lm.sharding import make_mesh, param_shardings, replicated
 from elastic_lm.slicing import mask_params, slice_params, sliced_config
 from elastic_lm.testing import all_logits, assert_same_tree, random_tokens, tiny_config
 
-EXITS = (ExitConfig(1, "mlp", gate=4), ExitConfig(2, "block"), ExitConfig(3, "norm", tied=True))
+TOLERANCE = 2e-6  # of the largest logit, in float32
+EXITS = (ExitConfig(1, "mlp", gate=4), ExitConfig(2, "block"))
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"elastic_groups": 8},
-    "plain order": {"windows": (0, 4, 0, 4)},
-    "tied gemma": {
+    "llama": {"elastic_groups": 8, "n_layers": 3},
+    "plain order": {"windows": (0, 4)},
+    "gemma": {
         "elastic_groups": 8,
         "tied": True,
         "sandwich_norm": True,
         "norm_offset": 1.0,
         "embed_scale": 2.0,
-        "attn_softcap": 3.0,
         "final_softcap": 5.0,
-        "activation": "gelu_tanh",
     },
-    "gpt2": {
-        "elastic_groups": 4,
-        "norm": "layernorm",
-        "gated": False,
-        "position": "learned",
-        "n_kv_heads": 8,
-        **BIASES,
-    },
+    "gpt2": {"norm": "layernorm", "gated": False, "position": "learned", "n_kv_heads": 8, **BIASES},
     "neox": {"elastic_groups": 8, "norm": "layernorm", "parallel_residual": True, "gated": False, **BIASES},
     "nemotron": {"norm": "layernorm", "norm_offset": 1.0, "activation": "relu2", "gated": False},
     "layernorm sandwich": {"norm": "layernorm", "norm_offset": 1.0, "sandwich_norm": True},
     "qwen3": {"elastic_groups": 8, "qk_norm": True},
     "of many sizes": {
         "elastic_groups": 8,
-        "layer_mlp": (64, 32, 64, 16),
-        "layer_heads": (8, 4, 4, 6),
-        "layer_kv_heads": (2, 2, 1, 2),
+        "n_layers": 3,
+        "layer_mlp": (64, 32, 16),
+        "layer_heads": (8, 4, 6),
+        "layer_kv_heads": (2, 1, 2),
     },
 }
 
 
-def make(name: str, exits: tuple[ExitConfig, ...] = EXITS) -> tuple[ModelConfig, Params]:
-    """A tiny model (4 layers, 8 heads in 2 groups, 64 neurons) whose every weight is random."""
-    fields = {"n_heads": 8, "head_dim": 4, **MODELS[name]}
-    config = tiny_config(**fields).with_exits(exits)
+def make(name: str, **changes: Any) -> tuple[ModelConfig, Params]:
+    """A tiny model (2 layers, 8 heads in 2 groups, 64 neurons, exits) whose every weight is random."""
+    fields = {"n_layers": 2, "n_heads": 8, "head_dim": 4, **MODELS[name], **changes}
+    config = tiny_config(**fields).with_exits(EXITS)
     draw = np.random.default_rng(0).standard_normal
     shapes = jax.tree.map(
         lambda box: box.value, abstract_params(config), is_leaf=lambda x: hasattr(x, "value")
@@ -65,8 +58,8 @@ def make(name: str, exits: tuple[ExitConfig, ...] = EXITS) -> tuple[ModelConfig,
     return config, jax.tree.map(lambda x: jnp.asarray(0.3 * draw(x.shape), x.dtype), shapes)
 
 
-def random_subnet(config: ModelConfig, seed: int, *, whole: bool = False) -> Subnet:
-    """Any sizes that fit; `whole` keeps all groups and channels."""
+def random_subnet(config: ModelConfig, seed: int) -> Subnet:
+    """Any sizes that fit."""
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, config.n_layers + 1))
     layers = tuple(sorted(rng.choice(config.n_layers, count, replace=False).tolist()))
@@ -76,8 +69,8 @@ def random_subnet(config: ModelConfig, seed: int, *, whole: bool = False) -> Sub
         layers,
         tuple(unit * int(rng.integers(1, f // unit + 1)) for f, _, _ in sizes),
         tuple(int(rng.integers(1, n // k + 1)) for _, n, k in sizes),
-        tuple(k if whole else int(rng.integers(1, k + 1)) for _, _, k in sizes),
-        config.d_model if whole else unit * int(rng.integers(1, config.d_model // unit + 1)),
+        tuple(int(rng.integers(1, k + 1)) for _, _, k in sizes),
+        unit * int(rng.integers(1, config.d_model // unit + 1)),
     )
 
 
@@ -85,16 +78,162 @@ def logits(config: ModelConfig, params: Params) -> dict[int, jax.Array]:
     return all_logits(config, params, random_tokens(config, 2, 9))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", MODELS)
+def assert_close(found: jax.Array, expected: jax.Array) -> None:
+    assert float(jnp.max(jnp.abs(expected))) > 0.1
+    assert float(jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected))) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "seed"), [(n, 0) for n in MODELS] + [("llama", 1), ("of many sizes", 3)])
 def test_a_slice_computes_what_the_mask_computes(name: str, seed: int) -> None:
     config, params = make(name)
     subnet = random_subnet(config, seed)
     small, large = logits(*slice_params(config, params, subnet)), logits(*mask_params(config, params, subnet))
-    kept = [e.layer for e in config.exits if e.layer - 1 in subnet.layers and e.layer < config.n_layers]
-    assert len(small) == len(kept) + 1
-    for before in kept:
-        after = subnet.layers.index(before - 1) + 1
-        np.testing.assert_allclose(small[after], large[before], rtol=1e-5, atol=2e-6)
-    np.testing.assert_allclose(small[len(subnet.layers)], large[config.n_layers], rtol=1e-5, atol=2e-6)
-    assert float(jnp.max(jnp.abs(large[config.n_layers]))) > 0.1
+    depth = {e.layer: subnet.layers.index(e.layer - 1) + 1 for e in EXITS if e.layer - 1 in subnet.layers}
+    depth |= {config.n_layers: len(subnet.layers)}
+    assert set(small) == set(depth.values())
+    for before, after in depth.items():
+        assert_close(small[after], large[before])
+
+
+@pytest.mark.parametrize("name", ["llama", "of many sizes"])
+def test_a_slice_of_a_slice_is_one_slice(name: str) -> None:
+    config, params = make(name)
+    outer = random_subnet(config, 1)
+    middle = slice_params(config, params, outer)
+    inner = random_subnet(middle[0], 2)
+    outer.compose(inner).check(config)
+    twice, once = slice_params(*middle, inner), slice_params(config, params, outer.compose(inner))
+    assert twice[0] == once[0]
+    assert_same_tree(twice[1], once[1])
+
+
+def test_the_full_subnet_copies_nothing() -> None:
+    config, params = make("llama")
+    same_config, same = slice_params(config, params, Subnet.full(config))
+    assert same_config == config
+    assert all(a is b for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(params), strict=True))
+
+
+def test_shapes_are_those_of_the_config() -> None:
+    config, params = make("llama")
+    subnet = Subnet((0, 2), (16, 40), (3, 1), (2, 1), 24)
+    small, found = el.slice_params(config, params, subnet)
+    assert small == sliced_config(config, subnet)
+    assert (small.layer_mlp, small.layer_heads, small.layer_kv_heads) == ((16, 40), (6, 1), (2, 1))
+    assert [e.layer for e in small.exits] == [1]
+    expected = jax.tree.map(
+        lambda x: x.value.shape, abstract_params(small), is_leaf=lambda x: hasattr(x, "value")
+    )
+    assert jax.tree.map(jnp.shape, found) == expected
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_switch_computes_what_the_slice_computes(stacked: bool) -> None:
+    """One program for all subnets, unrolled or scanned."""
+    config, params = make("llama", windows=(0, 4, 0) if stacked else ())
+    menu = Menu(mlp=(0.25, 0.5, 1.0), heads=(0.25, 0.75, 1.0), dropped=(1, 0))
+    tokens = random_tokens(config, 2, 9)
+    traces = []
+
+    @jax.jit
+    def switched(params: Params, choice: Choice) -> jax.Array:
+        traces.append(1)
+        decoder = Decoder(config).bind({"params": params})
+        tap = elastic_taps(config, menu, params, tokens, choice, (1, 3), remat=stacked)[3]
+        return decoder.final_logits(decoder.final_features(tap.hidden))
+
+    rng = np.random.default_rng(0)
+    subnets = [menu.largest(config), menu.smallest(config), menu.sample(config, rng)]
+    held = stack_layers(params) if stacked else params
+    for subnet in subnets:
+        small = slice_params(config, params, subnet)
+        expected = logits(*small)[small[0].n_layers]
+        assert_close(switched(held, Choice.of(config, menu, subnet)), expected)
+    assert len(traces) == 1
+
+
+def test_the_switch_has_gradients_of_the_slice() -> None:
+    config, params = make("llama")
+    menu, subnet = Menu(mlp=(0.5, 1.0)), Subnet((0, 1, 2), (32, 64, 32), (2, 4, 4), (2, 2, 2), 32)
+    choice, tokens = Choice.of(config, menu, subnet), random_tokens(config, 2, 5)
+
+    def switched(params: Params) -> jax.Array:
+        return jnp.sum(elastic_taps(config, menu, params, tokens, choice)[3].hidden ** 2)
+
+    def sliced(params: Params) -> jax.Array:
+        small, cut = slice_params(config, params, subnet)
+        return jnp.sum(Decoder(small).bind({"params": cut}).taps(tokens, (3,))[3].hidden ** 2)
+
+    found, expected = jax.jit(jax.grad(switched))(params), jax.jit(jax.grad(sliced))(params)
+    for name in ("embed", "layers_0", "layers_1", "layers_2"):
+        for a, b in zip(jax.tree.leaves(found[name]), jax.tree.leaves(expected[name]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(b)) + 1e-6))
+
+
+def test_decoding_with_layers_of_many_sizes_equals_recomputation() -> None:
+    config, params = make("llama", elastic_groups=8)
+    subnet = Subnet((0, 1, 2), (16, 64, 8), (3, 1, 4), (2, 1, 2), 32)
+    small, cut = slice_params(config, jax.tree.map(lambda x: 2 * x, params), subnet)
+    prompts = [[5, 9, 2], [7, 1, 33, 60, 2, 8]]
+    for threshold in (2.0, 0.0):
+        policy = el.StaticExit(1) if threshold == 0.0 else None
+        outputs = el.Sampler(Decoder(small), cut, exit=policy).sample(prompts, 6, ignore_eos=True)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            tokens = list(prompt)
+            for _ in range(6):
+                padded = np.zeros((1, 12), np.int32)
+                padded[0, : len(tokens)] = tokens
+                depth = 1 if policy else 3
+                tokens.append(int(jnp.argmax(all_logits(small, cut, padded)[depth][0, len(tokens) - 1])))
+            assert output.tokens == tokens[len(prompt) :]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    config, params = make("llama")
+    subnet = Subnet((0, 1), (16, 64), (4, 4), (2, 2), 32)
+    small, cut = slice_params(config, params, subnet)
+    with pytest.raises(ValueError, match="layers 0 and 1 differ in size"):
+        stack_layers(cut)
+    with pytest.raises(ValueError, match="unstack_layers"):
+        slice_params(config, stack_layers(params), subnet)
+    with pytest.raises(ValueError, match=r"subnet.mlp\[0\]=12: must be a multiple of elastic_groups=8"):
+        slice_params(config, params, Subnet((0,), (12,), (4,), (2,), 32))
+    bare = small.with_exits(())
+    with pytest.raises(ValueError, match=r"exit.init='copy': layer 1 has sizes \(16, 8, 2\)"):
+        attach_exits(bare, cut, (ExitConfig(1, "block"),), jax.random.key(0))
+
+
+COLLECTIVES = "all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter"
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_mesh_slices_move_no_data(fsdp: int) -> None:
+    """Under tensor parallelism a narrower model needs the collectives of the whole one and no other."""
+    config, params = make("llama", n_kv_heads=4, n_heads=16)
+    config, params = config.with_exits(()), {k: v for k, v in params.items() if "exit" not in k}
+    mesh = make_mesh(1, fsdp, 4, devices=jax.devices()[: 4 * fsdp])
+    placed = jax.device_put(params, param_shardings(config, mesh))
+    hidden = np.random.default_rng(0).normal(size=(2, 9, config.d_model)).astype(np.float32)
+    there = jax.device_put(hidden, replicated(mesh))
+    menu = Menu(heads=(0.25, 0.5, 1.0))
+
+    def layers(subnet: Subnet, params: Params, hidden: jax.Array) -> jax.Array:
+        small, cut = slice_params(config, params, subnet)
+        decoder = Decoder(small).bind({"params": cut})
+        tap, _ = decoder.run_layers(hidden, default_positions(hidden, None), 0, small.n_layers)
+        return tap.hidden
+
+    def moved(subnet: Subnet) -> dict[str, int]:
+        run = jax.jit(layers, static_argnums=0)
+        np.testing.assert_allclose(
+            run(subnet, placed, there), layers(subnet, params, hidden), rtol=1e-4, atol=1e-4
+        )
+        program = run.lower(subnet, placed, there).compile().as_text()
+        found = re.findall(rf"= \S+ ({COLLECTIVES})(?:-start)?\(", program)
+        return {name: found.count(name) for name in set(found)}
+
+    whole = moved(Subnet.full(config))
+    assert whole["all-reduce"] >= config.n_layers
+    assert moved(Subnet.uniform(config, mlp=0.25, heads=0.5)) == whole
+    assert moved(menu.sample(config, np.random.default_rng(0))) == whole

@@ -57,9 +57,8 @@ def test_sorting_leaves_every_family_as_it_was(family: str) -> None:
     kernel = params["layers_0"]["mlp"]["down"]["kernel"]
     assert not np.array_equal(kernel, sorted_params["layers_0"]["mlp"]["down"]["kernel"])
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 9))
-    before, after = (Decoder(config).bind({"params": p})(tokens) for p in (params, sorted_params))
-    pairs = zip((*before.exit_logits, before.logits), (*after.exit_logits, after.logits), strict=True)
-    for x, y in pairs:
+    forward = jax.jit(lambda params: Decoder(config).apply({"params": params}, tokens))
+    for x, y in zip(*map(jax.tree.leaves, (forward(params), forward(sorted_params))), strict=True):
         np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5 * np.max(np.abs(x)))
 
 
@@ -68,9 +67,9 @@ def test_layers_of_many_sizes_are_sorted_too() -> None:
     config = tiny_config(n_layers=2, head_dim=4, **sizes)
     params = init_params(config, jax.random.key(0))
     tokens = np.arange(8)[None]
-    expected = Decoder(config).bind({"params": params})(tokens).logits
     _, found = permute(config, params, scrambled(config, params), channels=True)
-    np.testing.assert_allclose(Decoder(config).bind({"params": found})(tokens).logits, expected, atol=1e-6)
+    expected = all_logits(config, params, tokens)[2]
+    np.testing.assert_allclose(all_logits(config, found, tokens)[2], expected, atol=1e-6)
 
 
 def test_storage_deals_ranks_out_to_groups() -> None:
@@ -129,12 +128,11 @@ def test_the_least_important_go_first() -> None:
     params = init_params(config, jax.random.key(0))
     dead_F, dead_G = np.arange(64) % 2 == 0, np.array([0, 2])
     for layer in ("layers_0", "layers_1"):
-        up, qkv = params[layer]["mlp"]["up"], params[layer]["attn"]["qkv"]
+        up = params[layer]["mlp"]["up"]
         up["kernel"] = up["kernel"].at[1, dead_F].set(0)
         out = params[layer]["attn"]["out"]
         kernel = out["kernel"].reshape(32, 2, 4, 4).at[:, :, dead_G].set(0)
         out["kernel"] = kernel.reshape(32, 32)
-        del qkv
     batch = make_batch(config.vocab_size)
     importance = rank(config, params, [batch])
     for layer in ("layers_0", "layers_1"):
