@@ -1,6 +1,6 @@
 """Sub-networks as models: cut out of the parameters, or masked inside them.
 
-With a_j heads per group, f_j neurons and d_j channels of a subnet (Flextron, arXiv 2406.10260, sec. 3;
+With a_j heads per group, f_j neurons and d_j channels of a subnet (Flextron, arXiv 2406.10260;
 MatFormer, arXiv 2310.07707), W[:n] being the n leading entries of a ranked dimension:
 
     MLP_j(x)  = W_down[:, :f_j] (act(W_gate[:f_j] x) * W_up[:f_j] x)

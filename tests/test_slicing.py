@@ -20,6 +20,7 @@ from elastic_lm.testing import all_logits, assert_same_tree, random_tokens, tiny
 
 TOLERANCE = 2e-6  # of the largest logit, in float32
 EXITS = (ExitConfig(1, "mlp", gate=4), ExitConfig(2, "block"))
+WITH_EXITS = ("llama", "gemma", "of many sizes")
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"elastic_groups": 8, "n_layers": 3},
@@ -47,10 +48,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, **changes: Any) -> tuple[ModelConfig, Params]:
-    """A tiny model (2 layers, 8 heads in 2 groups, 64 neurons, exits) whose every weight is random."""
+def make(name: str, exits: tuple[ExitConfig, ...] = (), **changes: Any) -> tuple[ModelConfig, Params]:
+    """A tiny model (2 layers, 8 heads in 2 groups, 64 neurons) whose every weight is random."""
     fields = {"n_layers": 2, "n_heads": 8, "head_dim": 4, **MODELS[name], **changes}
-    config = tiny_config(**fields).with_exits(EXITS)
+    config = tiny_config(**fields).with_exits(exits)
     draw = np.random.default_rng(0).standard_normal
     shapes = jax.tree.map(
         lambda box: box.value, abstract_params(config), is_leaf=lambda x: hasattr(x, "value")
@@ -63,14 +64,14 @@ def random_subnet(config: ModelConfig, seed: int) -> Subnet:
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, config.n_layers + 1))
     layers = tuple(sorted(rng.choice(config.n_layers, count, replace=False).tolist()))
-    unit = config.elastic_groups or 1
+    unit = config.elastic_groups or 4
     sizes = [config.sizes(i) for i in layers]
     return Subnet(
         layers,
         tuple(unit * int(rng.integers(1, f // unit + 1)) for f, _, _ in sizes),
         tuple(int(rng.integers(1, n // k + 1)) for _, n, k in sizes),
         tuple(int(rng.integers(1, k + 1)) for _, _, k in sizes),
-        unit * int(rng.integers(1, config.d_model // unit + 1)),
+        unit * int(rng.integers(2, config.d_model // unit + 1)),
     )
 
 
@@ -85,10 +86,12 @@ def assert_close(found: jax.Array, expected: jax.Array) -> None:
 
 @pytest.mark.parametrize(("name", "seed"), [(n, 0) for n in MODELS] + [("llama", 1), ("of many sizes", 3)])
 def test_a_slice_computes_what_the_mask_computes(name: str, seed: int) -> None:
-    config, params = make(name)
+    config, params = make(name, EXITS if name in WITH_EXITS else ())
     subnet = random_subnet(config, seed)
     small, large = logits(*slice_params(config, params, subnet)), logits(*mask_params(config, params, subnet))
-    depth = {e.layer: subnet.layers.index(e.layer - 1) + 1 for e in EXITS if e.layer - 1 in subnet.layers}
+    depth = {
+        e.layer: subnet.layers.index(e.layer - 1) + 1 for e in config.exits if e.layer - 1 in subnet.layers
+    }
     depth |= {config.n_layers: len(subnet.layers)}
     assert set(small) == set(depth.values())
     for before, after in depth.items():
@@ -97,7 +100,7 @@ def test_a_slice_computes_what_the_mask_computes(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "of many sizes"])
 def test_a_slice_of_a_slice_is_one_slice(name: str) -> None:
-    config, params = make(name)
+    config, params = make(name, EXITS)
     outer = random_subnet(config, 1)
     middle = slice_params(config, params, outer)
     inner = random_subnet(middle[0], 2)
@@ -108,14 +111,14 @@ def test_a_slice_of_a_slice_is_one_slice(name: str) -> None:
 
 
 def test_the_full_subnet_copies_nothing() -> None:
-    config, params = make("llama")
+    config, params = make("llama", EXITS)
     same_config, same = slice_params(config, params, Subnet.full(config))
     assert same_config == config
     assert all(a is b for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(params), strict=True))
 
 
 def test_shapes_are_those_of_the_config() -> None:
-    config, params = make("llama")
+    config, params = make("llama", EXITS)
     subnet = Subnet((0, 2), (16, 40), (3, 1), (2, 1), 24)
     small, found = el.slice_params(config, params, subnet)
     assert small == sliced_config(config, subnet)
@@ -153,39 +156,51 @@ def test_the_switch_computes_what_the_slice_computes(stacked: bool) -> None:
 
 
 def test_the_switch_has_gradients_of_the_slice() -> None:
-    config, params = make("llama")
-    menu, subnet = Menu(mlp=(0.5, 1.0)), Subnet((0, 1, 2), (32, 64, 32), (2, 4, 4), (2, 2, 2), 32)
+    config, params = make("llama", n_layers=2)
+    menu, subnet = Menu(mlp=(0.5, 1.0)), Subnet((0, 1), (32, 64), (2, 4), (2, 2), 32)
     choice, tokens = Choice.of(config, menu, subnet), random_tokens(config, 2, 5)
 
     def switched(params: Params) -> jax.Array:
-        return jnp.sum(elastic_taps(config, menu, params, tokens, choice)[3].hidden ** 2)
+        return jnp.sum(elastic_taps(config, menu, params, tokens, choice)[2].hidden ** 2)
 
     def sliced(params: Params) -> jax.Array:
         small, cut = slice_params(config, params, subnet)
-        return jnp.sum(Decoder(small).bind({"params": cut}).taps(tokens, (3,))[3].hidden ** 2)
+        return jnp.sum(Decoder(small).bind({"params": cut}).taps(tokens, (2,))[2].hidden ** 2)
 
     found, expected = jax.jit(jax.grad(switched))(params), jax.jit(jax.grad(sliced))(params)
-    for name in ("embed", "layers_0", "layers_1", "layers_2"):
+    for name in ("embed", "layers_0", "layers_1"):
         for a, b in zip(jax.tree.leaves(found[name]), jax.tree.leaves(expected[name]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(b)) + 1e-6))
 
 
+class Alternating:
+    """Every second token leaves at the first exit."""
+
+    metric = "max_prob"
+    thresholds = (0.0,)
+
+    def check(self, config: ModelConfig) -> None:
+        """Fits every model."""
+
+    def schedule(self, count: int) -> np.ndarray:
+        """0 = leaves, 2 = never."""
+        return 2.0 * (np.arange(count) % 2)[None]
+
+
 def test_decoding_with_layers_of_many_sizes_equals_recomputation() -> None:
-    config, params = make("llama", elastic_groups=8)
+    config, params = make("llama", EXITS[:1])
     subnet = Subnet((0, 1, 2), (16, 64, 8), (3, 1, 4), (2, 1, 2), 32)
     small, cut = slice_params(config, jax.tree.map(lambda x: 2 * x, params), subnet)
     prompts = [[5, 9, 2], [7, 1, 33, 60, 2, 8]]
-    for threshold in (2.0, 0.0):
-        policy = el.StaticExit(1) if threshold == 0.0 else None
-        outputs = el.Sampler(Decoder(small), cut, exit=policy).sample(prompts, 6, ignore_eos=True)
-        for prompt, output in zip(prompts, outputs, strict=True):
-            tokens = list(prompt)
-            for _ in range(6):
-                padded = np.zeros((1, 12), np.int32)
-                padded[0, : len(tokens)] = tokens
-                depth = 1 if policy else 3
-                tokens.append(int(jnp.argmax(all_logits(small, cut, padded)[depth][0, len(tokens) - 1])))
-            assert output.tokens == tokens[len(prompt) :]
+    outputs = el.Sampler(Decoder(small), cut, exit=Alternating()).sample(prompts, 6, ignore_eos=True)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.exit_layers == [1, 3, 1, 3, 1, 3]
+        tokens = list(prompt)
+        for depth in output.exit_layers:
+            padded = np.zeros((1, 12), np.int32)
+            padded[0, : len(tokens)] = tokens
+            tokens.append(int(jnp.argmax(all_logits(small, cut, padded)[depth][0, len(tokens) - 1])))
+        assert output.tokens == tokens[len(prompt) :]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -198,9 +213,8 @@ def test_what_does_not_fit_is_refused() -> None:
         slice_params(config, stack_layers(params), subnet)
     with pytest.raises(ValueError, match=r"subnet.mlp\[0\]=12: must be a multiple of elastic_groups=8"):
         slice_params(config, params, Subnet((0,), (12,), (4,), (2,), 32))
-    bare = small.with_exits(())
     with pytest.raises(ValueError, match=r"exit.init='copy': layer 1 has sizes \(16, 8, 2\)"):
-        attach_exits(bare, cut, (ExitConfig(1, "block"),), jax.random.key(0))
+        attach_exits(small, cut, (ExitConfig(1, "block"),), jax.random.key(0))
 
 
 COLLECTIVES = "all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter"
@@ -211,7 +225,6 @@ COLLECTIVES = "all-gather|all-reduce|collective-permute|all-to-all|reduce-scatte
 def test_mesh_slices_move_no_data(fsdp: int) -> None:
     """Under tensor parallelism a narrower model needs the collectives of the whole one and no other."""
     config, params = make("llama", n_kv_heads=4, n_heads=16)
-    config, params = config.with_exits(()), {k: v for k, v in params.items() if "exit" not in k}
     mesh = make_mesh(1, fsdp, 4, devices=jax.devices()[: 4 * fsdp])
     placed = jax.device_put(params, param_shardings(config, mesh))
     hidden = np.random.default_rng(0).normal(size=(2, 9, config.d_model)).astype(np.float32)

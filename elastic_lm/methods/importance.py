@@ -14,7 +14,7 @@ away. The Flextron paper's own score of heads could not be verified; ours is the
 Flextron ranks heads of a model without groups. We rank query heads inside their key/value group, so that
 the group's keys and values stay in use, and whole groups by themselves.
 
-`permute` sorts without changing what the model computes (Flextron, sec. 3.1): neurons through W_up and
+`permute` sorts without changing what the model computes (Flextron): neurons through W_up and
 W_down, heads through W_qkv and W_out, channels through every tensor that touches the residual stream.
 Rotary positions do not depend on a head's place, norms not on the order of channels. Storage is that of
 `elastic_lm.elastic`.

@@ -50,7 +50,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, live
     centred = x32 - mean
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     if live:  # a channel that is 0 adds mean^2
-        variance = variance * share - jnp.square(mean) * (share - 1.0)
+        variance = jnp.maximum(variance * share - jnp.square(mean) * (share - 1.0), 0.0)
     inverse = jax.lax.rsqrt(variance + eps)
     y = centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)
     return y.astype(x.dtype)

@@ -123,6 +123,8 @@ def slice_edit(config: ModelConfig, mlp: int, heads: int, groups: int, d_model: 
         return jnp.concatenate([prefix(leaf, axis + 1, heads), key_value], axis + 1)
 
     def outputs(leaf: jax.Array, axis: int) -> jax.Array:
+        if (groups, heads) == (c.n_kv_heads, c.group_size):
+            return leaf
         parts = split(leaf, axis, (c.n_kv_heads, c.group_size, c.head_dim))
         return merge(prefix(prefix(parts, axis, groups), axis + 1, heads), axis, 3)
 
