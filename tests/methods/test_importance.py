@@ -14,10 +14,10 @@ from elastic_lm.elastic import Subnet
 from elastic_lm.methods.ee_tuning import attach_exits
 from elastic_lm.methods.importance import Importance, layer_scores, permute, rank, storage_order
 from elastic_lm.methods.losses import Batch
-from elastic_lm.models.decoder import Decoder, init_params, stack_layers
+from elastic_lm.models.decoder import Decoder, stack_layers
 from elastic_lm.sharding import batch_sharding, make_mesh, param_shardings
 from elastic_lm.slicing import slice_params
-from elastic_lm.testing import all_logits, tiny_config
+from elastic_lm.testing import all_logits, random_params, tiny_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 
@@ -65,11 +65,11 @@ def test_sorting_leaves_every_family_as_it_was(family: str) -> None:
 def test_layers_of_many_sizes_are_sorted_too() -> None:
     sizes = {"layer_mlp": (64, 16), "layer_heads": (4, 8), "layer_kv_heads": (1, 2), "n_heads": 8}
     config = tiny_config(n_layers=2, head_dim=4, **sizes)
-    params = init_params(config, jax.random.key(0))
+    params = random_params(config)
     tokens = np.arange(8)[None]
     _, found = permute(config, params, scrambled(config, params), channels=True)
     expected = all_logits(config, params, tokens)[2]
-    np.testing.assert_allclose(all_logits(config, found, tokens)[2], expected, atol=1e-6)
+    np.testing.assert_allclose(all_logits(config, found, tokens)[2], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_storage_deals_ranks_out_to_groups() -> None:
@@ -83,7 +83,7 @@ def test_storage_deals_ranks_out_to_groups() -> None:
 @pytest.mark.parametrize("gated", [True, False])
 def test_scores_are_what_the_formulas_say(gated: bool) -> None:
     config = tiny_config(n_layers=2, gated=gated).with_exits((ExitConfig(1, "norm"),))
-    params = jax.tree.map(lambda x: 5 * x, init_params(config, jax.random.key(0)))
+    params = random_params(config)
     batches = [make_batch(config.vocab_size, seed) for seed in (0, 1)]
     found = rank(config, params, batches)
     neurons, channels, heads = np.zeros(64), np.zeros(32), np.zeros((2, 2))
@@ -125,7 +125,7 @@ def test_scores_are_what_the_formulas_say(gated: bool) -> None:
 def test_the_least_important_go_first() -> None:
     """Neurons and heads that do nothing are ranked last, and cutting them changes nothing."""
     config = tiny_config(n_layers=2, n_heads=8, head_dim=4)
-    params = init_params(config, jax.random.key(0))
+    params = random_params(config)
     dead_F, dead_G = np.arange(64) % 2 == 0, np.array([0, 2])
     for layer in ("layers_0", "layers_1"):
         up = params[layer]["mlp"]["up"]
@@ -142,13 +142,13 @@ def test_the_least_important_go_first() -> None:
     small, expected = (
         all_logits(c, p, batch.tokens)[2] for c, p in (slice_params(*ranked, subnet), (config, params))
     )
-    np.testing.assert_allclose(small, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(small, expected, rtol=1e-5, atol=1e-5)
     assert importance.neurons["layers_0"][dead_F].max() == 0.0
 
 
 def test_layer_scores_are_the_change_of_the_logits() -> None:
     config = tiny_config(n_layers=3)
-    params = jax.tree.map(lambda x: 4 * x, init_params(config, jax.random.key(0)))
+    params = random_params(config)
     params["layers_1"]["mlp"]["down"]["kernel"] *= 0
     params["layers_1"]["attn"]["out"]["kernel"] *= 0
     batch = make_batch(config.vocab_size)
@@ -169,7 +169,7 @@ def test_layer_scores_are_the_change_of_the_logits() -> None:
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_ranking_on_a_mesh_is_that_of_one_device() -> None:
     config = tiny_config(n_layers=2, exits=(1,))
-    params = init_params(config, jax.random.key(0))
+    params = random_params(config)
     mesh = make_mesh(2, 2, 2)
     shardings = param_shardings(config, mesh)
     batch = make_batch(config.vocab_size, rows=8)
@@ -188,7 +188,7 @@ def test_ranking_on_a_mesh_is_that_of_one_device() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     config = tiny_config(n_layers=2)
-    params = init_params(config, jax.random.key(0))
+    params = random_params(config)
     scores = scrambled(config, params)
     with pytest.raises(ValueError, match="elastic_groups=24: must divide d_mlp=64; choose 8"):
         permute(config, params, scores, groups=24)
@@ -200,6 +200,6 @@ def test_what_does_not_fit_is_refused() -> None:
         permute(config, params, dataclasses.replace(scores, neurons={}))
     other = tiny_config(n_layers=2, n_kv_heads=4)
     with pytest.raises(ValueError, match=r"importance.heads\['layers_0'\]=\(2, 2\): scores are of another"):
-        permute(other, init_params(other, jax.random.key(0)), scores)
+        permute(other, random_params(other), scores)
     with pytest.raises(ValueError, match="batches=0: hold no tokens"):
         rank(config, params, [])
