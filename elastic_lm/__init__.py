@@ -28,24 +28,29 @@ if TYPE_CHECKING:
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.decode.policies import DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.decode.sampler import Sampler
+    from elastic_lm.elastic import Budget, Menu, Subnet
     from elastic_lm.embedded import embedded_model
     from elastic_lm.loading import load
     from elastic_lm.methods.ee_tuning import attach_exits
     from elastic_lm.models.decoder import Decoder
+    from elastic_lm.slicing import slice_params
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "ConfidenceExit",
     "DecayedExit",
     "Decoder",
     "DepthSchedule",
     "ExitConfig",
+    "Menu",
     "ModelConfig",
     "RiskControl",
     "RopeConfig",
     "Sampler",
     "StaticExit",
+    "Subnet",
     "Tokenizer",
     "attach_exits",
     "calibrate",
@@ -58,11 +63,15 @@ __all__ = [
     "methods",
     "render",
     "sharding",
+    "slice_params",
     "testing",
     "train",
 ]
 
 _HOMES = {
+    "Budget": "elastic",
+    "Menu": "elastic",
+    "Subnet": "elastic",
     "ConfidenceExit": "calibrate.thresholds",
     "DecayedExit": "decode.policies",
     "DepthSchedule": "decode.policies",
@@ -77,6 +86,7 @@ _HOMES = {
     "attach_exits": "methods.ee_tuning",
     "embedded_model": "embedded",
     "load": "loading",
+    "slice_params": "slicing",
 }
 
 

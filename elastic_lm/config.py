@@ -7,6 +7,7 @@ prompts) is traced and lives elsewhere.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from elastic_lm.plain import (
@@ -19,11 +20,11 @@ from elastic_lm.plain import (
     require_defaults,
     require_each,
 )
+from elastic_lm.rope_config import RopeConfig
 
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 Position = Literal["rope", "learned"]
-RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn"]
 ExitKind = Literal["embedding", "norm", "mlp", "block"]
 ExitInit = Literal["copy", "random"]
 DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
@@ -50,36 +51,6 @@ READ_WITH = (
     (("top_k",), "objective", ("kl",)),
     (("imitation",), "objective", ("penalised",)),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding and its long-context variants."""
-
-    theta: float = 10000.0  # base of the geometric sequence of wavelengths
-    fraction: float = 1.0  # share of each head that is rotated (NeoX 0.25, Nemotron 0.5)
-    scaling: RopeScaling = "none"  # how frequencies are stretched for longer contexts
-    factor: float = 1.0  # stretch factor of the scaling
-    low_freq_factor: float = 1.0  # llama3: wavelengths above original_max_len / this are stretched
-    high_freq_factor: float = 4.0  # llama3: wavelengths below original_max_len / this are kept
-    original_max_len: int = 0  # context the model was pretrained for; 0 = ModelConfig.max_len
-    beta_fast: float = 32.0  # yarn: rotations above which a frequency is kept
-    beta_slow: float = 1.0  # yarn: rotations below which a frequency is stretched
-    attention_factor: float = 0.0  # yarn: multiplier of cos and sin; 0 = 0.1 ln(factor) + 1
-    truncate: bool = True  # yarn: round the ramp's borders to whole dimensions
-
-    def __post_init__(self) -> None:
-        require_each(self, "rope.", ("theta", "low_freq_factor", "beta_fast", "beta_slow"), *POSITIVE)
-        require(0 < self.fraction <= 1, "rope.fraction", self.fraction, "must be in (0, 1]")
-        require_choice("rope.scaling", self.scaling, get_args(RopeScaling))
-        require_each(self, "rope.", ("factor",), *AT_LEAST_1)
-        require_each(self, "rope.", ("original_max_len", "attention_factor"), *NOT_NEGATIVE)
-        require(
-            self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor,
-            "rope.high_freq_factor",
-            self.high_freq_factor,
-            f"must be above low_freq_factor={self.low_freq_factor}",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +101,12 @@ class ModelConfig:
     mlp_bias: bool = False  # biases on the MLP's projections
     qk_norm: bool = False  # RMS-normalise each query and key head (Qwen 3)
     position: Position = "rope"  # rotary, or a learned table added to the embedding
-    rope: RopeConfig = RopeConfig()  # used when position == "rope"
+    rope: RopeConfig = dataclasses.field(default=RopeConfig())  # used when position == "rope"
+    layer_mlp: tuple[int, ...] = ()  # d_mlp of every layer, the largest is d_mlp; () = all the same
+    layer_heads: tuple[int, ...] = ()  # n_heads of every layer, likewise
+    layer_kv_heads: tuple[int, ...] = ()  # n_kv_heads of every layer, likewise
+    elastic_groups: int = 0  # storage groups that ranked neurons are dealt out to; 0 = plain order
+    norm_width: int = 0  # channels a norm averages over where the others are masked to 0; 0 = d_model
     windows: tuple[int, ...] = ()  # sliding window per layer in tokens, 0 = full; () = all full
     attn_scale: float = 0.0  # multiplies q.k; 0 = head_dim ** -0.5
     attn_softcap: float = 0.0  # attention logits pass c * tanh(x / c); 0 = off
@@ -157,12 +133,7 @@ class ModelConfig:
             )
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
         require_each(self, "", ("n_kv_heads", "head_dim"), *AT_LEAST_1)
-        require(
-            self.n_heads % self.n_kv_heads == 0,
-            "n_kv_heads",
-            self.n_kv_heads,
-            f"must divide n_heads={self.n_heads}",
-        )
+        self._check_layer_sizes()
         require_choice("norm", self.norm, get_args(NormKind))
         require_choice("activation", self.activation, get_args(Activation))
         require_choice("position", self.position, get_args(Position))
@@ -184,6 +155,65 @@ class ModelConfig:
             "exits",
             tuple(layers),
             f"the model has only n_layers={self.n_layers}",
+        )
+
+    def _check_layer_sizes(self) -> None:
+        for each, scalar in (
+            ("layer_mlp", "d_mlp"),
+            ("layer_heads", "n_heads"),
+            ("layer_kv_heads", "n_kv_heads"),
+        ):
+            sizes, largest = getattr(self, each), getattr(self, scalar)
+            fix = f"needs {self.n_layers} sizes of at least 1, one per layer, the largest {scalar}={largest}"
+            fits = len(sizes) == self.n_layers and min(sizes) >= 1 and max(sizes) == largest
+            require(not sizes or fits, each, sizes, fix)
+            if len(set(sizes)) == 1:
+                object.__setattr__(self, each, ())
+        groups, width = self.elastic_groups, self.norm_width
+        require(0 <= width <= self.d_model, "norm_width", width, f"must be at most d_model={self.d_model}")
+        require(groups >= 0, "elastic_groups", groups, "must be a number of groups, or 0 for plain order")
+        for i, (mlp, heads, kv) in enumerate(map(self.sizes, range(self.n_layers))):
+            where = f" of layer {i}" if self.heterogeneous else ""
+            require(heads % kv == 0, "n_kv_heads", kv, f"must divide n_heads={heads}{where}")
+            fix = f"must divide d_mlp={mlp}{where}; choose {math.gcd(mlp, groups)}"
+            require(not groups or mlp % groups == 0, "elastic_groups", groups, fix)
+
+    @property
+    def heterogeneous(self) -> bool:
+        """Whether layers differ in size."""
+        return bool(self.layer_mlp or self.layer_heads or self.layer_kv_heads)
+
+    def sizes(self, layer: int) -> tuple[int, int, int]:
+        """(MLP neurons, query heads, key/value heads) of `layer` (counted from 0)."""
+        each = (
+            (self.layer_mlp, self.d_mlp),
+            (self.layer_heads, self.n_heads),
+            (self.layer_kv_heads, self.n_kv_heads),
+        )
+        mlp, heads, kv_heads = (sizes[layer] if sizes else size for sizes, size in each)
+        return mlp, heads, kv_heads
+
+    def layer(self, layer: int) -> "ModelConfig":
+        """The model with every layer of the sizes of `layer` (counted from 0)."""
+        if not self.heterogeneous:
+            return self
+        return self.with_layers(range(self.n_layers), [self.sizes(layer)] * self.n_layers, self.exits)
+
+    def with_layers(
+        self,
+        layers: Sequence[int],
+        sizes: Sequence[tuple[int, int, int]] | None = None,
+        exits: tuple[ExitConfig, ...] = (),
+    ) -> "ModelConfig":
+        """The model made of these layers (counted from 0), of these `sizes` (None = as they are)."""
+        mlp, heads, kv_heads = zip(*(sizes or map(self.sizes, layers)), strict=True)
+        return dataclasses.replace(
+            self,
+            n_layers=len(layers),
+            windows=tuple(map(self.window, layers)) if self.windows else (),
+            exits=exits,
+            **{"d_mlp": max(mlp), "n_heads": max(heads), "n_kv_heads": max(kv_heads)},
+            **{"layer_mlp": mlp, "layer_heads": heads, "layer_kv_heads": kv_heads},
         )
 
     @property

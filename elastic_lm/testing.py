@@ -4,12 +4,13 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config import ExitConfig, ModelConfig
-from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.decoder import Decoder, Params, abstract_params
 
 
 def tiny_config(exits: tuple[int, ...] = (), **overrides: Any) -> ModelConfig:
@@ -33,6 +34,19 @@ def tiny_config(exits: tuple[int, ...] = (), **overrides: Any) -> ModelConfig:
         "exits": tuple(ExitConfig(layer, kind="norm") for layer in exits),
     }
     return ModelConfig(**{**fields, **overrides})
+
+
+def random_params(config: ModelConfig, seed: int = 0, scale: float = 0.3) -> Params:
+    """Canonical parameters drawn from N(0, scale^2), biases and norms too; nothing is compiled.
+
+    Args:
+      config: architecture.
+      seed: of the draw.
+      scale: standard deviation.
+    """
+    draw = np.random.default_rng(seed).standard_normal
+    shapes = nn.unbox(abstract_params(config))
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * draw(leaf.shape), leaf.dtype), shapes)
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:
@@ -100,8 +114,7 @@ def truncated(config: ModelConfig, params: Params, layer: int) -> tuple[ModelCon
     """
     exit_config = next(e for e in config.exits if e.layer == layer)
     own = params[exit_config.name]
-    windows = config.windows[:layer]
-    small = dataclasses.replace(config, n_layers=layer, exits=(), windows=windows, tied=False)
+    small = dataclasses.replace(config.with_layers(range(layer)), tied=False)
     head = final_head(config, params) if exit_config.tied else own["head"]
     names = ["embed", "positions", *(f"layers_{i}" for i in range(layer))]
     kept = {name: params[name] for name in names if name in params}

@@ -9,7 +9,14 @@ import jax
 import pytest
 
 TESTS = Path(__file__).parent
-FILES = (TESTS / "test_sharding.py", TESTS / "train" / "test_step.py", TESTS / "train" / "test_mesh_run.py")
+NAMES = (
+    "test_sharding.py",
+    "test_slicing.py",
+    "methods/test_importance.py",
+    "train/test_step.py",
+    "train/test_mesh_run.py",
+)
+FILES = tuple(TESTS / name for name in NAMES)
 
 
 @pytest.mark.skipif(jax.device_count() >= 8, reason="this process has eight devices already")

@@ -11,7 +11,7 @@ import elastic_lm
 PACKAGE = pathlib.Path(elastic_lm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = {"config", "plain"}
+CORE = {"config", "rope_config", "plain", "elastic"}
 LAYERS = CORE | {"nn", "models"}
 LEAVES = {"hf", "checkpoint", "sharding", "data", "metrics"}
 
@@ -19,16 +19,19 @@ LEAVES = {"hf", "checkpoint", "sharding", "data", "metrics"}
 ARROWS = {
     "__init__": set(),
     "plain": set(),
-    "config": {"plain"},
+    "rope_config": {"plain"},
+    "config": {"rope_config", "plain"},
+    "elastic": {"config", "plain"},
     "nn": CORE,
     "models": CORE | {"nn"},
+    "slicing": LAYERS,
     "sharding": LAYERS,
     "metrics": set(),
     "data": CORE | {"methods", "sharding"},  # batches are `methods.losses.Batch`
     "hf": LAYERS | {"sharding"},
     "checkpoint": LAYERS | {"sharding", "data", "hf"},
     "loading": LAYERS | LEAVES,
-    "methods": LAYERS,
+    "methods": LAYERS | {"slicing"},
     "calibrate": LAYERS | {"methods", "data", "sharding"},
     "decode": LAYERS | {"calibrate", "data", "sharding"},
     "train": LAYERS | LEAVES | {"methods", "loading"},

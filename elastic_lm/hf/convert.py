@@ -50,6 +50,7 @@ def _read_model(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
         activation=_read_activation(family, hf),
         eos_ids=read_eos(hf, family.eos_default),
         exits=_read_exits(hf),
+        elastic_groups=_read_groups(hf),
         dtype=dtype,
         param_dtype=dtype,
         family=family.model_type,
@@ -60,15 +61,17 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """Writes the config.json of `config.family`, readable by transformers 4 and 5.
 
     Args:
-      config: the model; exits go to an `elastic` block that transformers ignores.
+      config: the model; exits and storage groups go to an `elastic` block that transformers ignores.
 
     Returns:
       JSON-compatible entries.
 
     Raises:
-      ValueError: the family cannot express this model; names the fields that it would lose.
+      ValueError: the family cannot express this model; names the fields that it would lose, or the
+        layers that differ in size.
     """
     family = find_family(config.family)
+    _refuse_many_sizes(config)
     hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for field in family.fields:
         value = getattr(config, field.ours)
@@ -79,6 +82,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     hf |= family.write(config)
     if config.exits:
         hf["elastic"] = {"version": ELASTIC_VERSION, "exits": [to_dict(e) for e in config.exits]}
+    if config.elastic_groups:
+        hf["elastic"] = {"version": ELASTIC_VERSION, **hf.get("elastic", {}), "groups": config.elastic_groups}
     _check_expressible(config, hf)
     return hf
 
@@ -170,6 +175,27 @@ def _read_exits(hf: Mapping[str, Any]) -> tuple[ExitConfig, ...]:
         )
     return tuple(
         from_dict(ExitConfig, e, f"elastic.exits[{i}].") for i, e in enumerate(block.get("exits", []))
+    )
+
+
+def _read_groups(hf: Mapping[str, Any]) -> int:
+    return typed(hf.get("elastic") or {}, "groups", int, 0)
+
+
+def _refuse_many_sizes(config: ModelConfig) -> None:
+    """transformers has one size for all layers."""
+    if not config.heterogeneous:
+        return
+    layers: dict[tuple[int, int, int], list[int]] = {}
+    for i in range(config.n_layers):
+        layers.setdefault(config.sizes(i), []).append(i)
+    found = "; ".join(
+        f"layers {', '.join(map(str, which))}: d_mlp={mlp}, n_heads={heads}, n_kv_heads={kv_heads}"
+        for (mlp, heads, kv_heads), which in layers.items()
+    )
+    raise ValueError(
+        f"layers differ in size, which models of transformers cannot ({found}); export a uniform subnet, or "
+        "save an elastic checkpoint"
     )
 
 

@@ -25,6 +25,7 @@ from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.methods.losses import Batch, Metrics, TokenSums, chunked_cross_entropy
 from elastic_lm.models.decoder import Decoder, Params, abstract_params
 from elastic_lm.nn.block import Tap
+from elastic_lm.plain import require
 
 Warmup = Literal["linear", "cosine"]
 
@@ -49,7 +50,8 @@ def attach_exits(
       (config with the exits, parameters with one more sub-tree per exit).
 
     Raises:
-      ValueError: two exits share a layer, or one lies above the last layer.
+      ValueError: two exits share a layer, one lies above the last layer, or a `block` would be copied to
+        a layer of other sizes than the last.
     """
     new = config.with_exits(tuple(sorted((*config.exits, *exits), key=lambda e: e.layer)))
     shapes = nn.unbox(abstract_params(new))
@@ -88,6 +90,9 @@ def _sources(config: ModelConfig, params: Params, e: ExitConfig) -> Params:
     if e.kind == "mlp":
         modules["mlp"] = _layer(params, e.layer - 1)["mlp"]
     if e.kind == "block":
+        own, last = config.sizes(e.layer - 1), config.sizes(config.n_layers - 1)
+        fix = f"layer {e.layer} has sizes {own} and the last layer, to be copied, {last}; set init='random'"
+        require(own == last, "exit.init", e.init, fix)
         modules["block"] = _layer(params, config.n_layers - 1)
     if not e.tied:
         modules["head"] = {"kernel": params["embed"]["table"]} if config.tied else params["head"]

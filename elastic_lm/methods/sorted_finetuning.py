@@ -107,7 +107,7 @@ def extract(config: ModelConfig, params: Params, n: int) -> tuple[ModelConfig, P
     """
     if not 1 <= n <= config.n_layers:
         raise ValueError(f"n={n}: the model has {config.n_layers} layers; keep between 1 and all of them")
-    small = dataclasses.replace(config, n_layers=n, windows=config.windows[:n], exits=())
+    small = config.with_layers(range(n))
     names = ["embed", "positions", *(f"layers_{i}" for i in range(n)), "final_norm", "head"]
     kept = {name: params[name] for name in names if name in params}
     if "layers" in params:

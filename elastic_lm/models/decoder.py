@@ -16,13 +16,12 @@ import jax.numpy as jnp
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.nn.attention import KeyValues
-from elastic_lm.nn.block import Block, Tap, make_norm
+from elastic_lm.nn.block import Block, Rows, Tap, make_norm
 from elastic_lm.nn.exits import Exit, VocabHead
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.partition import partitioned
 
 Params = dict[str, Any]
-Rows = tuple[jax.Array, jax.Array]  # new keys and values of one layer, [B, K, T, H] each
 
 
 @flax.struct.dataclass
@@ -68,7 +67,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(c.vocab_size, c.d_model, ("vocab", "embed"), c.param_dtype, name="embed")
         if c.position == "learned":
             self.positions = Embedding(c.max_len, c.d_model, (None, "embed"), c.param_dtype, name="positions")
-        self.layers = [Block(c, name=f"layers_{i}") for i in range(c.n_layers)]
+        self.layers = [Block(c.layer(i), name=f"layers_{i}") for i in range(c.n_layers)]
         self.exits = [Exit(c, e, name=e.name) for e in c.exits]
         self.final_norm = make_norm(c, "final_norm")
         if not c.tied:
@@ -333,9 +332,17 @@ def stack_layers(params: Params) -> Params:
 
     Returns:
       The same parameters with `layers` of shape [L, ...], the form that training scans over.
+
+    Raises:
+      ValueError: layers differ in size (`ModelConfig.heterogeneous`).
     """
     count = sum(bool(LAYER.fullmatch(name)) for name in params)
     layers = [params[f"layers_{i}"] for i in range(count)]
+    for i, layer in enumerate(layers):
+        if jax.tree.map(jnp.shape, layer) != jax.tree.map(jnp.shape, layers[0]):
+            raise ValueError(
+                f"layers 0 and {i} differ in size: only layers of one size are stacked for training"
+            )
     rest = {name: tree for name, tree in params.items() if not LAYER.fullmatch(name)}
     return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 

@@ -1,6 +1,7 @@
 """One transformer layer: attention and MLP around the residual stream."""
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -11,6 +12,8 @@ from elastic_lm.config import ModelConfig
 from elastic_lm.nn.attention import Attention, KeyValues
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm
+
+Rows = tuple[jax.Array, jax.Array]  # new keys and values, [B, K, T, H] each
 
 
 @flax.struct.dataclass
@@ -46,7 +49,7 @@ def make_norm(c: ModelConfig, name: str) -> Norm:
     Returns:
       The module, over the last axis of its input.
     """
-    return Norm(c.norm, c.norm_eps, c.norm_offset, c.param_dtype, name=name)
+    return Norm(c.norm, c.norm_eps, c.norm_offset, c.param_dtype, c.norm_width, name=name)
 
 
 class Block(nn.Module):
@@ -72,7 +75,7 @@ class Block(nn.Module):
         window: int | jax.Array = 0,
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
-    ) -> tuple[Tap, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[Tap, Rows]:
         """Runs the layer.
 
         Args:
@@ -85,17 +88,34 @@ class Block(nn.Module):
         Returns:
           (Tap with the layer's output and what exits need, (k [B, K, T, H], v [B, K, T, H])).
         """
-        attended, rows = self.attn(
-            self.attn_norm(x_BTD), positions_BT, window=window, segments_BT=segments_BT, past=past
-        )
+
+        def attention(x_BTD: jax.Array) -> tuple[jax.Array, Rows]:
+            return self.attn(x_BTD, positions_BT, window=window, segments_BT=segments_BT, past=past)
+
+        return self.around(x_BTD, attention, self.mlp)
+
+    def around(
+        self,
+        x_BTD: jax.Array,
+        attention: Callable[[jax.Array], tuple[jax.Array, Rows]],
+        mlp: Callable[[jax.Array], jax.Array],
+    ) -> tuple[Tap, Rows]:
+        """The layer with any attention and any MLP in it, both maps of normalised input [B, T, D].
+
+        Args:
+          x_BTD: input of the layer.
+          attention: gives its output and new key and value rows.
+          mlp: gives its output.
+        """
+        attended, rows = attention(self.attn_norm(x_BTD))
         if self.config.sandwich_norm:
             attended = self.post_attn_norm(attended)
         residual = x_BTD + attended
         mlp_input = self.mlp_norm(x_BTD if self.config.parallel_residual else residual)
-        hidden = self.add_mlp(residual, self.mlp(mlp_input))
+        hidden = self.add_mlp(residual, mlp(mlp_input))
         return Tap(hidden, residual, mlp_input, x_BTD), rows
 
-    def rows(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def rows(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Rows:
         """Keys and values that this layer would have for an input, and nothing else.
 
         Args:

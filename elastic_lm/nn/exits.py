@@ -47,16 +47,19 @@ class Exit(nn.Module):
     - norm:      features = Norm(h_l)
     - mlp:       features = Norm(a_l + MLP_exit(N2(a_l))), a second MLP beside the layer's own
     - block:     features = Norm(Block_exit(h_l)), with its own keys and values
+
+    MLP_exit and Block_exit have the sizes of layer l.
     """
 
     config: ModelConfig
     exit: ExitConfig
 
     def setup(self) -> None:
+        layer = self.config.layer(self.exit.layer - 1)
         if self.exit.kind == "mlp":
-            self.mlp = MLP(self.config, name="mlp")
+            self.mlp = MLP(layer, name="mlp")
         if self.exit.kind == "block":
-            self.block = Block(self.config, name="block")
+            self.block = Block(layer, name="block")
         if self.exit.kind != "embedding":
             self.norm = make_norm(self.config, "norm")
         if not self.exit.tied:

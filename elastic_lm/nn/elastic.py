@@ -1,0 +1,83 @@
+"""A layer whose width is chosen while the program runs: one compiled program for all sub-networks.
+
+    y = switch(i, [W_down[:, :f] act(W_up[:f] x)  for f in MLP choices])        and the same for heads
+
+Every branch slices the shared parameters statically, so what runs costs what the choice costs.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from elastic_lm.config import ModelConfig
+from elastic_lm.nn.attention import Attention, KeyValues
+from elastic_lm.nn.block import Block, Rows, Tap
+from elastic_lm.nn.mlp import MLP
+from elastic_lm.nn.widths import Params, edit_params, slice_edit
+
+
+def elastic_block(
+    config: ModelConfig,
+    mlp: tuple[int, ...],
+    heads: tuple[int, ...],
+    params: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    mlp_index: jax.Array,
+    heads_index: jax.Array,
+    *,
+    window: int | jax.Array = 0,
+    segments_BT: jax.Array | None = None,
+    past: KeyValues | None = None,
+) -> tuple[Tap, Rows]:
+    """`nn.block.Block` with MLP width and heads of a traced choice.
+
+    Args:
+      config: homogeneous config of the layer (`ModelConfig.layer`); static.
+      mlp: choices of MLP neurons; static.
+      heads: choices of query heads in every key/value group; static. Keys and values are those of the
+        whole layer under every choice, so caches keep their shapes.
+      params: the layer's parameters.
+      x_BTD: input of the layer.
+      positions_BT: int32 positions of the tokens.
+      mlp_index: int32 scalar, index into `mlp`; traced.
+      heads_index: int32 scalar, index into `heads`; traced.
+      window: see `nn.attention.attend`.
+      segments_BT: document ids, or None.
+      past: cached keys and values, or None.
+
+    Returns:
+      (Tap, new key and value rows), as `Block` does.
+    """
+    attend = functools.partial(
+        _attention, config, positions_BT=positions_BT, window=window, segments_BT=segments_BT, past=past
+    )
+    attentions = [functools.partial(attend, n) for n in heads]
+    mlps = [functools.partial(_mlp, config, f) for f in mlp]
+
+    def attention(x_BTD: jax.Array) -> tuple[jax.Array, Rows]:
+        return jax.lax.switch(heads_index, attentions, params["attn"], x_BTD)
+
+    def feed_forward(x_BTD: jax.Array) -> jax.Array:
+        return jax.lax.switch(mlp_index, mlps, params["mlp"], x_BTD)
+
+    block = Block(config, parent=None)
+    result: Any = block.apply({"params": params}, x_BTD, attention, feed_forward, method="around")
+    return result
+
+
+def _attention(config: ModelConfig, heads: int, params: Params, x_BTD: jax.Array, **kwargs: Any) -> Any:
+    """Attention of the first `heads` query heads of every group."""
+    small = dataclasses.replace(config, n_heads=heads * config.n_kv_heads)
+    edit = slice_edit(config, config.d_mlp, heads, config.n_kv_heads, config.d_model)
+    sliced = edit_params(params, edit, ("attn",))
+    return Attention(small, parent=None).apply({"params": sliced}, x_BTD, **kwargs)
+
+
+def _mlp(config: ModelConfig, neurons: int, params: Params, x_BTD: jax.Array) -> Any:
+    """MLP of the `neurons` most important neurons."""
+    small = dataclasses.replace(config, d_mlp=neurons)
+    edit = slice_edit(config, neurons, config.group_size, config.n_kv_heads, config.d_model)
+    return MLP(small, parent=None).apply({"params": edit_params(params, edit, ("mlp",))}, x_BTD)
