@@ -13,14 +13,13 @@ from typing import Literal, get_args
 from elastic_lm.plain import (
     AT_LEAST_1,
     NOT_NEGATIVE,
-    POSITIVE,
     SEED,
     require,
     require_choice,
-    require_defaults,
     require_each,
 )
 from elastic_lm.rope_config import RopeConfig
+from elastic_lm.train_config import DTYPES, TrainConfig
 
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -29,28 +28,8 @@ ExitKind = Literal["embedding", "norm", "mlp", "block"]
 ExitInit = Literal["copy", "random"]
 DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
 Packing = Literal["concat", "first_fit"]
-MethodName = Literal["pretraining", "ee_tuning", "joint", "sorted_finetuning", "self_supervised_exits"]
-DepthWeights = Literal["uniform", "linear", "sum", "sqrt", "inverse", "inverse_sqrt", "layerskip"]
-Curriculum = Literal["all", "sampled", "rotational", "gradual"]
-Objective = Literal["kl", "argmax", "penalised"]
-Schedule = Literal["cosine", "linear", "wsd", "constant"]
-Optimizer = Literal["adamw", "muon"]
 
 WITHOUT_EXITS = ("pretraining", "sorted_finetuning")  # methods that train no exit heads
-DTYPES = ("float32", "bfloat16", "float16")
-
-SORTED = ("depths", "depth_weights", "depth_scale", "curriculum", "curriculum_period", "layer_dropout")
-SELF_SUPERVISED = ("objective", "top_k", "imitation", "cached_batches", "balance_gates")
-# Options of TrainConfig, the field that decides whether they are read, and its values that have them read.
-READ_WITH = (
-    (("exit_weights", "exit_warmup", "confidence_weighted"), "method", ("ee_tuning", "joint")),
-    ((*SORTED, "dropout_ramp"), "method", ("sorted_finetuning",)),
-    (SELF_SUPERVISED, "method", ("self_supervised_exits",)),
-    (("remat",), "method", ("pretraining", "ee_tuning", "joint", "sorted_finetuning")),
-    (("curriculum_period",), "curriculum", ("rotational", "gradual")),
-    (("top_k",), "objective", ("kl",)),
-    (("imitation",), "objective", ("penalised",)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,112 +250,6 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Method, optimizer and bookkeeping of one training run."""
-
-    method: MethodName = "pretraining"  # what trains, and on which loss: see `elastic_lm.methods`
-    init_from: str = ""  # Hugging Face folder or elastic checkpoint to start from; "" = random
-    init_layers: int = 0  # layers kept of init_from, the lowest, without its exits; 0 = everything
-    param_dtype: str = ""  # dtype of parameters read from init_from; "" = as `load` gives them
-    dtype: str = ""  # dtype of activations; "" = that of the model
-    steps: int = 1000  # optimizer steps
-    optimizer: Optimizer = "adamw"  # muon: orthogonalised updates of the layers' kernels, AdamW for the rest
-    lr: float = 3e-4  # peak learning rate
-    schedule: Schedule = "cosine"  # shape after the warm-up
-    warmup: int = 100  # steps of linear warm-up
-    min_lr: float = 0.1  # final learning rate as a share of the peak
-    decay_share: float = 0.2  # wsd: share of the steps that decay linearly at the end
-    b1: float = 0.9  # AdamW, and muon's AdamW part only: memory of the mean gradient
-    b2: float = 0.95  # AdamW, and muon's AdamW part only: memory of the squared gradient
-    eps: float = 1e-8  # AdamW: added to the root
-    weight_decay: float = 0.1  # AdamW: on kernels and tables, not on norms and biases
-    clip: float = 1.0  # largest global norm of the gradient; 0 = off
-    accumulate: int = 1  # parts a batch is computed in, one after the other
-    remat: bool = False  # recompute layers in the backward pass: less memory, more time
-    loss_chunk: int = 256  # columns of logits alive at once
-    exit_weights: tuple[float, ...] = ()  # ee_tuning, joint: loss weight per exit; () = all 1
-    exit_warmup: int = 0  # ee_tuning, joint: steps over which the exits' weights rise from 0
-    confidence_weighted: bool = False  # ee_tuning, joint: weight tokens by the exit's max probability
-    depths: tuple[int, ...] = ()  # sorted_finetuning: layers of the sub-models; () = every layer
-    depth_weights: DepthWeights = "uniform"  # sorted_finetuning: loss weight of a sub-model by its layers
-    depth_scale: float = 1.0  # sorted_finetuning: weight of the smaller sub-models against the full one
-    curriculum: Curriculum = "all"  # sorted_finetuning: which sub-models train in a step
-    curriculum_period: int = 0  # rotational: one in so many sub-models a step; gradual: steps per sub-model
-    layer_dropout: float = 0.0  # sorted_finetuning: probability that a row skips the last layer
-    dropout_ramp: int = 0  # sorted_finetuning: steps over which layer dropout rises; 0 = none
-    objective: Objective = "kl"  # self_supervised_exits: what an exit learns from the full model
-    top_k: int = 0  # self_supervised_exits, kl: over the full model's likeliest tokens only; 0 = all
-    imitation: float = 0.9  # self_supervised_exits, penalised: share of imitation, the rest is the penalty
-    cached_batches: int = 0  # self_supervised_exits: batches whose frozen layers run only once; 0 = off
-    balance_gates: bool = True  # self_supervised_exits: right and wrong exits weigh the same for a gate
-    seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
-    log_every: int = 10  # steps between metric lines
-    eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
-    eval_batches: int = 20  # batches per held-out evaluation; 0 = all there are
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
-
-    def __post_init__(self) -> None:
-        require_choice("train.method", self.method, get_args(MethodName))
-        for field in ("param_dtype", "dtype"):
-            require_choice(f"train.{field}", getattr(self, field), ("", *DTYPES))
-        require_choice("train.schedule", self.schedule, get_args(Schedule))
-        require_choice("train.optimizer", self.optimizer, get_args(Optimizer))
-        counts = ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk")
-        require_each(self, "train.", counts, *AT_LEAST_1)
-        require_each(self, "train.", ("lr", "eps"), *POSITIVE)
-        require_each(self, "train.", ("b1", "b2"), lambda v: 0 <= v < 1, "must be in [0, 1)")
-        zero_allowed = ("clip", "weight_decay", "exit_warmup", "eval_every", "eval_batches", "init_layers")
-        require_each(self, "train.", zero_allowed, *NOT_NEGATIVE)
-        require_each(self, "train.", ("seed",), *SEED)
-        require(
-            0 <= self.warmup < self.steps, "train.warmup", self.warmup, f"must be below steps={self.steps}"
-        )
-        require(0 <= self.min_lr <= 1, "train.min_lr", self.min_lr, "is a share of lr, in [0, 1]")
-        fix = "is a share of steps, in [0, 1]"
-        require(0 <= self.decay_share <= 1, "train.decay_share", self.decay_share, fix)
-        weights = self.exit_weights
-        require(
-            all(0 <= w < math.inf for w in weights), "train.exit_weights", weights, "must not be negative"
-        )
-        require(
-            not self.init_layers or bool(self.init_from),
-            "train.init_layers",
-            self.init_layers,
-            "keeps layers of a checkpoint: name it in train.init_from",
-        )
-        self._check_method()
-
-    def _check_method(self) -> None:
-        """Options of sorted_finetuning and self_supervised_exits, and that no option goes unread."""
-        require_choice("train.depth_weights", self.depth_weights, get_args(DepthWeights))
-        require_choice("train.curriculum", self.curriculum, get_args(Curriculum))
-        require_choice("train.objective", self.objective, get_args(Objective))
-        fix = "must be distinct layers, counted from 1, in increasing order"
-        increasing = list(self.depths) == sorted(set(self.depths)) and all(d >= 1 for d in self.depths)
-        require(increasing, "train.depths", self.depths, fix)
-        require_each(
-            self, "train.", ("curriculum_period", "dropout_ramp", "top_k", "cached_batches"), *NOT_NEGATIVE
-        )
-        require_each(self, "train.", ("depth_scale",), *POSITIVE)
-        shares = ("layer_dropout", "imitation")
-        require_each(self, "train.", shares, lambda v: 0 <= v <= 1, "must be in [0, 1]")
-        require(
-            self.curriculum != "rotational" or self.curriculum_period >= 1,
-            "train.curriculum_period",
-            self.curriculum_period,
-            "rotational trains one in so many sub-models a step: must be at least 1",
-        )
-        for fields, by, values in READ_WITH:
-            if (value := getattr(self, by)) not in values:
-                only = f"only with {' or '.join(values)}"
-                fix = f"not read with train.{by}={value!r}, {only}; change that, or set"
-                require_defaults(self, "train.", fields, fix)
-        ramp, fix = self.dropout_ramp, "not read with train.layer_dropout=0.0; raise that, or set 0"
-        require(not ramp or self.layer_dropout > 0, "train.dropout_ramp", ramp, fix)
-
-
-@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices per mesh axis; -1 on one axis = all that are left."""
 
@@ -392,7 +265,7 @@ class RunConfig:
     model: ModelConfig | None = None  # architecture; None = that of train.init_from
     exits: tuple[ExitConfig, ...] = ()  # exits attached before training
     data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = dataclasses.field(default=TrainConfig())
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:

@@ -3,8 +3,9 @@
 import pytest
 
 from elastic_lm import flags
-from elastic_lm.config import ExitConfig, MethodName, RunConfig, TrainConfig
+from elastic_lm.config import ExitConfig, RunConfig, TrainConfig
 from elastic_lm.testing import tiny_config
+from elastic_lm.train_config import MethodName
 
 
 @pytest.mark.parametrize("method", ["ee_tuning", "joint"])

@@ -11,7 +11,7 @@ import elastic_lm
 PACKAGE = pathlib.Path(elastic_lm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = {"config", "rope_config", "plain", "elastic"}
+CORE = {"config", "rope_config", "train_config", "plain", "elastic"}
 LAYERS = CORE | {"nn", "models"}
 LEAVES = {"hf", "checkpoint", "sharding", "data", "metrics"}
 
@@ -20,7 +20,8 @@ ARROWS = {
     "__init__": set(),
     "plain": set(),
     "rope_config": {"plain"},
-    "config": {"rope_config", "plain"},
+    "train_config": {"plain"},
+    "config": {"rope_config", "train_config", "plain"},
     "elastic": {"config", "plain"},
     "nn": CORE,
     "models": CORE | {"nn"},

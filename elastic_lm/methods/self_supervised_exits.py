@@ -34,10 +34,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ExitConfig, ExitKind, ModelConfig, Objective
+from elastic_lm.config import ExitConfig, ExitKind, ModelConfig
 from elastic_lm.methods.losses import Batch, Metrics, sum_over_chunks
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.block import Tap
+from elastic_lm.train_config import Objective
 
 READS: dict[ExitKind, tuple[str, ...]] = {
     "embedding": ("hidden",),

@@ -33,9 +33,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import Curriculum, DepthWeights, ModelConfig, TrainConfig
+from elastic_lm.config import ModelConfig, TrainConfig
 from elastic_lm.methods.losses import Batch, Metrics, TokenSums, chunked_cross_entropy
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.train_config import Curriculum, DepthWeights
 
 WEIGHT: dict[DepthWeights, Callable[[int], float]] = {
     "uniform": lambda n: 1.0,

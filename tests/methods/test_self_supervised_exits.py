@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from elastic_lm.config import ExitConfig, ExitKind, ModelConfig, Objective
+from elastic_lm.config import ExitConfig, ExitKind, ModelConfig
 from elastic_lm.methods.ee_tuning import attach_exits
 from elastic_lm.methods.losses import Batch, Metrics
 from elastic_lm.methods.self_supervised_exits import (
@@ -22,6 +22,7 @@ from elastic_lm.methods.self_supervised_exits import (
 )
 from elastic_lm.models.decoder import Decoder, Params, abstract_params, init_params, stack_layers
 from elastic_lm.testing import all_logits, assert_same_tree, random_tokens, tiny_config
+from elastic_lm.train_config import Objective
 
 # Programs of moments: compiling them well takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from elastic_lm.config import DepthWeights, ModelConfig
+from elastic_lm.config import ModelConfig
 from elastic_lm.methods.losses import Batch
 from elastic_lm.methods.sorted_finetuning import (
     SortedFineTuning,
@@ -26,6 +26,7 @@ from elastic_lm.models.decoder import (
     unstack_layers,
 )
 from elastic_lm.testing import assert_same_tree, random_tokens, tiny_config
+from elastic_lm.train_config import DepthWeights
 
 # Programs of moments: compiling them well takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

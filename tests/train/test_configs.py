@@ -6,10 +6,11 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from elastic_lm.config import READ_WITH, RunConfig, TrainConfig
+from elastic_lm.config import RunConfig, TrainConfig
 from elastic_lm.plain import from_dict
 from elastic_lm.train.configs import load_config
 from elastic_lm.train.run import for_evaluation
+from elastic_lm.train_config import READ_WITH
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILE = """
