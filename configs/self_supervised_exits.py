@@ -4,7 +4,8 @@ COMMAND   elastic-lm train --config configs/self_supervised_exits.py --workdir r
           another model than the embedded one: --config.train.init_from=HF_DIR
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  minutes
-EXPECTED  `agreement/exit_<layer>` rises, the full model stays bit-identical; not measured at length yet
+EXPECTED  `agreement/exit_<layer>` rises, the full model stays bit-identical:
+          experiments/self_supervised_exits
 
 Variants (`--config configs/self_supervised_exits.py:NAME`):
 

@@ -5,7 +5,8 @@ COMMAND   elastic-lm train --config configs/sorted_finetuning.py --workdir runs/
           another model: --config.train.init_from=HF_DIR --config.train.depths="(8,16,24)"
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  that of plain fine-tuning plus one vocabulary head per sub-model: minutes for the embedded model
-EXPECTED  every `loss/depth_<n>` falls below what that depth gives before; not measured at length yet
+EXPECTED  every `loss/depth_<n>` falls below what that depth gives before:
+          experiments/sorted_llama
 
 Variants and baselines (`--config configs/sorted_finetuning.py:NAME`):
 
