@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from elastic_lm.config import ModelConfig
+from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.plain import require
 
 Ints = tuple[int, ...]
@@ -126,6 +126,20 @@ class Subnet:
             )
             _check_size(f"subnet.groups[{j}]", self.groups[j], groups, 0, f"key/value groups of layer {i}")
         _check_size("subnet.d_model", self.d_model, config.d_model, unit, "channels of the model")
+
+    def sliced(self, config: ModelConfig) -> ModelConfig:
+        """The smaller model that this subnet of `config` is; its exits are those whose layer is kept."""
+        sizes = [(f, a * k, k) for f, a, k in zip(self.mlp, self.heads, self.groups, strict=True)]
+        exits = tuple(new for _, new in self.exits(config))
+        width = config.norm_width if self.d_model > config.norm_width else 0
+        cut = dataclasses.replace(config.with_layers(self.layers, sizes, exits), norm_width=width)
+        return dataclasses.replace(cut, d_model=self.d_model)
+
+    def exits(self, config: ModelConfig) -> list[tuple[ExitConfig, ExitConfig]]:
+        """Exits of `config` whose layer is kept, before and after slicing."""
+        depth = {i + 1: j + 1 for j, i in enumerate(self.layers)}
+        kept = [e for e in config.exits if e.layer in depth]
+        return [(e, dataclasses.replace(e, layer=depth[e.layer])) for e in kept]
 
     def compose(self, inner: "Subnet") -> "Subnet":
         """A sub-network of the model that this subnet leaves, expressed on the whole model.
@@ -265,16 +279,35 @@ class Menu:
           ValueError: a size is not on the menu, or groups or channels are left out.
         """
         subnet.check(config)
-        sizes = self.sizes(config)
         whole = Subnet.uniform(config, layers=subnet.layers)
         fix = "groups and channels are not switched; slice them out with slice_params"
         require(subnet.groups == whole.groups, "subnet.groups", subnet.groups, fix)
         require(subnet.d_model == whole.d_model, "subnet.d_model", subnet.d_model, fix)
-        mlp, heads = [0] * config.n_layers, [0] * config.n_layers
-        for j, i in enumerate(subnet.layers):
-            mlp[i] = _index(f"subnet.mlp[{j}]", subnet.mlp[j], sizes.mlp[i])
-            heads[i] = _index(f"subnet.heads[{j}]", subnet.heads[j], sizes.heads[i])
-        return tuple(mlp), tuple(heads), tuple(i in subnet.layers for i in range(config.n_layers))
+        chosen = dict(zip(subnet.layers, zip(*self.positions(config, subnet)[:2], strict=True), strict=True))
+        mlp, heads = zip(*(chosen.get(i, (0, 0)) for i in range(config.n_layers)), strict=True)
+        return mlp, heads, tuple(i in chosen for i in range(config.n_layers))
+
+    def positions(self, config: ModelConfig, subnet: Subnet) -> tuple[Ints, Ints, Ints]:
+        """Where on the menu a subnet's sizes are.
+
+        Args:
+          config: the whole model.
+          subnet: chosen from this menu.
+
+        Returns:
+          (index into the MLP choices, the head choices, the group choices), one entry per kept layer.
+
+        Raises:
+          ValueError: a size is not on the menu.
+        """
+        sizes = self.sizes(config)
+
+        def find(field: str) -> Ints:
+            chosen, choices = getattr(subnet, field), getattr(sizes, field)
+            kept = enumerate(subnet.layers)
+            return tuple(_index(f"subnet.{field}[{j}]", chosen[j], choices[i]) for j, i in kept)
+
+        return find("mlp"), find("heads"), find("groups")
 
 
 def _index(field: str, size: int, choices: Ints) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ExitConfig, ModelConfig
+from elastic_lm.config import ModelConfig
 from elastic_lm.elastic import Subnet
 from elastic_lm.models.decoder import Params
 from elastic_lm.nn.widths import Edit, dimensions, edit_params, grouped_lives, mask_edit, slice_edit
@@ -47,20 +47,10 @@ def slice_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[M
     small = {name: edit_params(params[name], channels, (name,)) for name in _roots(params)}
     for j, i in enumerate(subnet.layers):
         small[f"layers_{j}"] = edit_params(params[f"layers_{i}"], edits[i])
-    for old, new in _exits(config, subnet):
+    for old, new in subnet.exits(config):
         if old.name in params:
             small[new.name] = edit_params(params[old.name], edits[old.layer - 1], (old.name,))
-    return sliced_config(config, subnet), small
-
-
-def sliced_config(config: ModelConfig, subnet: Subnet) -> ModelConfig:
-    """Config of the model that `slice_params` gives."""
-    counts = zip(subnet.mlp, subnet.heads, subnet.groups, strict=True)
-    sizes = [(mlp, heads * groups, groups) for mlp, heads, groups in counts]
-    exits = tuple(new for _, new in _exits(config, subnet))
-    width = config.norm_width if subnet.d_model > config.norm_width else 0
-    cut = dataclasses.replace(config.with_layers(subnet.layers, sizes, exits), norm_width=width)
-    return dataclasses.replace(cut, d_model=subnet.d_model)
+    return subnet.sliced(config), small
 
 
 def mask_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[ModelConfig, Params]:
@@ -81,7 +71,7 @@ def mask_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[Mo
     edits = _edits(config, params, subnet, mask_edit)
     channels = dataclasses.replace(Edit(), channels=edits[subnet.layers[0]].channels)
     by_name = {f"layers_{i}": edit for i, edit in edits.items()}
-    by_name |= {old.name: edits[old.layer - 1] for old, _ in _exits(config, subnet)}
+    by_name |= {old.name: edits[old.layer - 1] for old, _ in subnet.exits(config)}
     masked = {name: edit_params(tree, by_name.get(name, channels), (name,)) for name, tree in params.items()}
     masked = _with_dead_scales(config, masked, subnet)
     for i in set(range(config.n_layers)) - set(subnet.layers):
@@ -101,13 +91,6 @@ def _edits(config: ModelConfig, params: Params, subnet: Subnet, make: Callable[.
 
 def _roots(params: Params) -> list[str]:
     return [name for name in ("embed", "positions", "final_norm", "head") if name in params]
-
-
-def _exits(config: ModelConfig, subnet: Subnet) -> list[tuple[ExitConfig, ExitConfig]]:
-    """Exits whose layer is kept, before and after."""
-    depth = {i + 1: j + 1 for j, i in enumerate(subnet.layers)}
-    kept = [e for e in config.exits if e.layer in depth]
-    return [(e, dataclasses.replace(e, layer=depth[e.layer])) for e in kept]
 
 
 def _with_dead_scales(config: ModelConfig, params: Params, subnet: Subnet) -> Params:

@@ -11,7 +11,7 @@ import elastic_lm
 PACKAGE = pathlib.Path(elastic_lm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = {"config", "rope_config", "train_config", "plain", "elastic"}
+CORE = {"config", "rope_config", "train_config", "plain", "elastic", "cost"}
 LAYERS = CORE | {"nn", "models"}
 LEAVES = {"hf", "checkpoint", "sharding", "data", "metrics"}
 
@@ -23,6 +23,7 @@ ARROWS = {
     "train_config": {"plain"},
     "config": {"rope_config", "train_config", "plain"},
     "elastic": {"config", "plain"},
+    "cost": {"config", "elastic", "plain"},
     "nn": CORE,
     "models": CORE | {"nn"},
     "slicing": LAYERS,
@@ -35,6 +36,7 @@ ARROWS = {
     "methods": LAYERS | {"slicing"},
     "calibrate": LAYERS | {"methods", "data", "sharding"},
     "decode": LAYERS | {"calibrate", "data", "sharding"},
+    "latency": LAYERS | LEAVES | {"slicing", "decode", "loading", "bench"},
     "train": LAYERS | LEAVES | {"methods", "loading"},
     "evaluate": LAYERS | LEAVES | {"methods", "calibrate", "decode", "loading"},
     "render": set(),

@@ -14,7 +14,7 @@ from elastic_lm.elastic import Menu, Subnet
 from elastic_lm.methods.ee_tuning import attach_exits
 from elastic_lm.models.decoder import Decoder, Params, default_positions, stack_layers
 from elastic_lm.sharding import make_mesh, param_shardings, replicated
-from elastic_lm.slicing import mask_params, slice_params, sliced_config
+from elastic_lm.slicing import mask_params, slice_params
 from elastic_lm.testing import assert_same_tree, random_params
 
 
@@ -71,7 +71,7 @@ def test_shapes_are_those_of_the_config() -> None:
     config, params = make("llama", EXITS)
     subnet = Subnet((0, 2), (16, 40), (3, 1), (2, 1), 24)
     small, found = el.slice_params(config, params, subnet)
-    assert small == sliced_config(config, subnet)
+    assert small == subnet.sliced(config)
     assert (small.layer_mlp, small.layer_heads, small.layer_kv_heads) == ((16, 40), (6, 1), (2, 1))
     assert [e.layer for e in small.exits] == [1]
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, random_params(small))
