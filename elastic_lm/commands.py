@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from elastic_lm.calibrate.risk_control import Guarantee
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.config import ModelConfig
+    from elastic_lm.latency.table import LatencyTable
     from elastic_lm.models.decoder import Params
 
 
@@ -253,6 +254,94 @@ def bench(args: argparse.Namespace) -> None:
     if args.json:
         report.save(result, args.json)
         print(f"written to {args.json}", file=sys.stderr)
+
+
+def latency(args: argparse.Namespace) -> None:
+    """Builds a latency table, or checks one."""
+    from elastic_lm.bench import machine, report
+    from elastic_lm.generation import prepare_output
+    from elastic_lm.latency import verify
+    from elastic_lm.latency.table import LatencyTable
+    from elastic_lm.metrics import ProgressWriter
+
+    _check_latency(args)
+    out = args.out or ("latency.json" if args.action == "build" else None)
+    for path in (out, args.json):
+        prepare_output(path)
+    table = LatencyTable.load(args.table) if args.table else None
+    config, params = _timed_model(args)
+    if table is None:
+        table = _built_table(args, config, params)
+    else:
+        table.check(config, source=args.table)
+    if out:
+        table.save(out)
+        print(f"written to {out}", file=sys.stderr)
+    if args.action == "build":
+        print(table.text())
+        return
+    how = {"rounds": args.rounds, "seed": args.seed, "progress": ProgressWriter}
+    count = 20 if args.subnets is None else args.subnets
+    rows, checked = verify.verify(table, config, params=params, count=count, **how)
+    result = {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "hardware": machine.hardware(),
+        "versions": machine.versions(),
+        "options": {name: getattr(args, name) for name in ("model", "table", "tiny", "rounds", "seed")},
+        "workload": dataclasses.asdict(table.workload),
+        "residuals": dict(table.residuals),
+        "subnets": [dataclasses.asdict(c) for c in checked],
+    }
+    print(verify.text(checked))
+    print(report.table(result))
+    if args.json:
+        report.save(result, args.json)
+        print(f"written to {args.json}", file=sys.stderr)
+
+
+def _check_latency(args: argparse.Namespace) -> None:
+    """Refuses flags of `latency` that do not go together.
+
+    Raises:
+      ValueError: names the flag and the fix.
+    """
+    given = [name for name in ("table", "subnets", "json") if getattr(args, name) is not None]
+    if args.action == "build" and given:
+        raise ValueError(f"--{given[0]} {getattr(args, given[0])}: goes with `latency verify`; leave it out")
+    built = ("out", "batch", "context", "mlp", "heads", "groups")
+    given = [name for name in built if getattr(args, name) is not None]
+    if args.table and given:
+        raise ValueError(f"--{given[0]}: is settled by --table {args.table}; leave one of them out")
+    for name in ("subnets", "rounds"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ValueError(f"--{name} {number}: must be at least 1")
+    if args.tiny and args.model:
+        raise ValueError(f"--tiny: stands for a model of its own; leave it or --model {args.model} out")
+
+
+def _timed_model(args: argparse.Namespace) -> "tuple[ModelConfig, Params | None]":
+    """The model that --model names, or one without parameters, which are then random."""
+    from elastic_lm.latency.measure import random_model
+    from elastic_lm.loading import load
+
+    if not args.model:
+        return random_model(args.tiny), None
+    model, params = load(args.model)
+    return model.config, params
+
+
+def _built_table(args: argparse.Namespace, config: "ModelConfig", params: "Params | None") -> "LatencyTable":
+    """The table of the workload and menu that the flags describe."""
+    from elastic_lm.cost import Load
+    from elastic_lm.latency.build import build, default_menu
+    from elastic_lm.metrics import ProgressWriter
+
+    shares = {name: getattr(args, name) for name in ("mlp", "heads", "groups")}
+    menu = dataclasses.replace(default_menu(config), **{k: v for k, v in shares.items() if v is not None})
+    given = {name: getattr(args, name) for name in ("batch", "context")}
+    load = Load(**{"context": 128, **{k: v for k, v in given.items() if v is not None}})
+    how = {"rounds": args.rounds, "seed": args.seed, "progress": ProgressWriter}
+    return build(config, menu, load, params=params, **how)
 
 
 def _tokenizer(folder: str):

@@ -194,11 +194,11 @@ class CostTable:
         return self.fixed + sum(self.attention[i][h][g] + self.mlp[i][f] for i, f, h, g in chosen)
 
     def range(self, menu: Menu) -> tuple[float, float]:
-        """(least, greatest) cost of the menu's subnets; the least is without all layers that may go."""
-        whole = [min(itertools.chain(*a)) + min(m) for a, m in zip(self.attention, self.mlp, strict=True)]
-        least = sum(cost for i, cost in enumerate(whole) if i not in menu.dropped)
-        most = sum(max(itertools.chain(*a)) + max(m) for a, m in zip(self.attention, self.mlp, strict=True))
-        return self.fixed + least, self.fixed + most
+        """(least cost of the menu's subnets, without all layers that may go; cost of the whole model)."""
+        cheapest = [min(itertools.chain(*a)) + min(m) for a, m in zip(self.attention, self.mlp, strict=True)]
+        least = sum(cost for i, cost in enumerate(cheapest) if i not in menu.dropped)
+        whole = sum(a[-1][-1] + m[-1] for a, m in zip(self.attention, self.mlp, strict=True))
+        return self.fixed + least, self.fixed + whole
 
     def check(self, budget: Budget, menu: Menu) -> None:
         """Checks that a budget can be met.
@@ -213,8 +213,8 @@ class CostTable:
         require(
             budget.kind == self.kind, "budget", budget.kind, f"this table holds {self.kind}; build one for it"
         )
-        least, most = self.range(menu)
-        fix = f"the smallest sub-network of this menu costs {least:.6g} (the whole model {most:.6g}): "
+        least, whole = self.range(menu)
+        fix = f"the cheapest sub-network of this menu costs {least:.6g} (the whole model {whole:.6g}): "
         fix += "raise the budget, or make the model elastic with a menu of smaller choices"
         require(budget.amount >= least, f"budget.{self.kind}", budget.amount, fix)
 

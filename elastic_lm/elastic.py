@@ -14,13 +14,14 @@ Everything here is plain Python: subnets are static arguments of jitted function
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from elastic_lm.config import ExitConfig, ModelConfig
-from elastic_lm.plain import require
+from elastic_lm.plain import require, require_shares
 
 Ints = tuple[int, ...]
 
@@ -192,12 +193,11 @@ class Menu:
 
     def __post_init__(self) -> None:
         for field in ("mlp", "heads", "groups", "d_model"):
-            shares = getattr(self, field)
-            right = list(shares) == sorted(set(shares)) and shares[-1:] == (1.0,) and shares[0] > 0
-            require(right, f"menu.{field}", shares, "must be shares in (0, 1], increasing, the last one 1.0")
+            require_shares(f"menu.{field}", getattr(self, field))
         distinct = len(set(self.dropped)) == len(self.dropped)
         require(distinct, "menu.dropped", self.dropped, "names a layer twice; name each once")
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (menus and configs are small; searches ask many times)
     def sizes(self, config: ModelConfig) -> Sizes:
         """The choices in neurons, heads, groups and channels.
 

@@ -49,7 +49,7 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog="elastic-lm", description=DESCRIPTION, epilog=EPILOG)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     commands: dict[str, Parser] = {}
-    for add in (_quickstart, _convert, _export, _train, _calibrate, _generate, _evaluate, _bench):
+    for add in (_quickstart, _convert, _export, _train, _calibrate, _latency, _generate, _evaluate, _bench):
         name = add.__name__.lstrip("_")
         description = inspect.cleandoc(add.__doc__ or "")
         command = choices.add_parser(name, help=description.splitlines()[0], description=description)
@@ -217,6 +217,36 @@ def _calibrate(parser: Parser) -> None:
     add("--tokens", type=int, default=20_000, metavar="N", help="held-out tokens to read (default: 20000)")
     add("--seq-len", type=int, default=256, metavar="T", help="tokens per row (default: 256)")
     add("--out", default="thresholds.json", metavar="FILE", help="default: %(default)s")
+
+
+def _latency(parser: Parser) -> None:
+    """Measures what every module and choice of a menu takes on this device, or checks such a table.
+
+    elastic-lm latency build --model ckpt --context 512 --out latency.json
+    elastic-lm latency verify --model ckpt --table latency.json --json verify.json
+    elastic-lm latency verify --json verify.json        builds a table first
+
+    The prefill and decoding programs of sub-networks take turns with the full model's; costs of modules are
+    fitted to their times. Without --model: a 12-layer Llama (d 768, vocabulary 32000) with random weights.
+    verify times random sub-networks of the menu and prints predicted / measured.
+    """
+    add = parser.add_argument
+    add("action", choices=("build", "verify"), metavar="build|verify")
+    add("--model", metavar="DIR", help="Hugging Face folder or elastic checkpoint (default: random weights)")
+    add("--table", metavar="FILE", help="verify: from `latency build` (default: build one first)")
+    add("--out", metavar="FILE", help="the table that is built goes here (build: default latency.json)")
+    add("--batch", type=int, metavar="N", help="sequences decoded together (default: 1)")
+    add("--context", type=int, metavar="N", help="tokens of the prompt (default: 128)")
+    add("--mlp", type=_fractions, metavar="S,S", help="shares of the neurons (default: 0.25,0.5,0.75,1)")
+    heads = "shares of the heads in every key/value group (default: 0.5,1; 1 where halves are not whole)"
+    add("--heads", type=_fractions, metavar="S,S", help=heads)
+    groups = "shares of the key/value groups (default: 1; 0.5,1 where heads cannot be halved)"
+    add("--groups", type=_fractions, metavar="S,S", help=groups)
+    add("--subnets", type=int, metavar="N", help="verify: random sub-networks (default: 20)")
+    add("--rounds", type=int, default=5, metavar="N", help="timed rounds per program (default: 5)")
+    add("--seed", type=int, default=0, help="of prompts, random weights and sub-networks (default: 0)")
+    add("--json", metavar="FILE", help="verify: write rows, sub-networks, hardware and versions here")
+    add("--tiny", action="store_true", help="a model that only checks that everything works")
 
 
 def _generate(parser: Parser) -> None:

@@ -41,6 +41,12 @@ def require_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     require(value in choices, field, value, f"must be one of {', '.join(choices)}")
 
 
+def require_shares(field: str, shares: tuple[float, ...]) -> None:
+    """`require` for the choices of a menu: fractions of the whole in increasing order, the last one 1."""
+    right = list(shares) == sorted(set(shares)) and shares[-1:] == (1.0,) and shares[0] > 0
+    require(right, field, shares, "must be shares in (0, 1], increasing, the last one 1.0")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Turns any config dataclass into plain JSON-compatible dicts and lists."""
     return dataclasses.asdict(config)

@@ -13,12 +13,17 @@ from elastic_lm.plain import (
     require_choice,
     require_defaults,
     require_each,
+    require_shares,
 )
 
-MethodName = Literal["pretraining", "ee_tuning", "joint", "sorted_finetuning", "self_supervised_exits"]
+MethodName = Literal[
+    "pretraining", "ee_tuning", "joint", "sorted_finetuning", "self_supervised_exits", "flextron"
+]
 DepthWeights = Literal["uniform", "linear", "sum", "sqrt", "inverse", "inverse_sqrt", "layerskip"]
 Curriculum = Literal["all", "sampled", "rotational", "gradual"]
 Objective = Literal["kl", "argmax", "penalised"]
+Draw = Literal["per_layer", "uniform", "one_per_step"]
+Teacher = Literal["live", "frozen"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Optimizer = Literal["adamw", "muon"]
 
@@ -26,15 +31,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 SORTED = ("depths", "depth_weights", "depth_scale", "curriculum", "curriculum_period", "layer_dropout")
 SELF_SUPERVISED = ("objective", "top_k", "imitation", "cached_batches", "balance_gates")
+MENU = ("menu_mlp", "menu_heads", "menu_dropped")
+SAMPLED = ("samples", "smallest_share", "distil", "teacher")
 # Options of TrainConfig, the field that decides whether they are read, and its values that have them read.
 READ_WITH = (
     (("exit_weights", "exit_warmup", "confidence_weighted"), "method", ("ee_tuning", "joint")),
     ((*SORTED, "dropout_ramp"), "method", ("sorted_finetuning",)),
     (SELF_SUPERVISED, "method", ("self_supervised_exits",)),
-    (("remat",), "method", ("pretraining", "ee_tuning", "joint", "sorted_finetuning")),
+    ((*MENU, "draw", *SAMPLED, "elastic_groups", "rank_batches"), "method", ("flextron",)),
+    (("remat",), "method", ("pretraining", "ee_tuning", "joint", "sorted_finetuning", "flextron")),
     (("curriculum_period",), "curriculum", ("rotational", "gradual")),
     (("top_k",), "objective", ("kl",)),
     (("imitation",), "objective", ("penalised",)),
+    (SAMPLED, "draw", ("per_layer", "uniform")),
 )
 
 
@@ -77,6 +86,16 @@ class TrainConfig:
     imitation: float = 0.9  # self_supervised_exits, penalised: share of imitation, the rest is the penalty
     cached_batches: int = 0  # self_supervised_exits: batches whose frozen layers run only once; 0 = off
     balance_gates: bool = True  # self_supervised_exits: right and wrong exits weigh the same for a gate
+    menu_mlp: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # flextron: shares of MLP neurons to choose from
+    menu_heads: tuple[float, ...] = (1.0,)  # flextron: shares of query heads in every key/value group
+    menu_dropped: tuple[int, ...] = ()  # flextron: layers, from 0, left out first to last; () = none
+    draw: Draw = "per_layer"  # flextron: random widths of a step; one_per_step: without the full model
+    samples: int = 2  # flextron, beside the full model: random sub-networks of a step
+    smallest_share: float = 0.5  # flextron: probability that one of them is the smallest there is
+    distil: float = 0.0  # flextron: weight of KL to the full model in their loss, the rest is cross-entropy
+    teacher: Teacher = "live"  # flextron, KL to: the full model of the step, or a copy of the first one
+    elastic_groups: int = 16  # flextron: storage groups of neurons, where the model has none yet
+    rank_batches: int = 16  # flextron: batches that rank neurons and heads of init_from, unless it is ranked
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
@@ -91,6 +110,7 @@ class TrainConfig:
         require_choice("train.schedule", self.schedule, get_args(Schedule))
         require_choice("train.optimizer", self.optimizer, get_args(Optimizer))
         counts = ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk")
+        counts += ("samples", "elastic_groups", "rank_batches")
         require_each(self, "train.", counts, *AT_LEAST_1)
         require_each(self, "train.", ("lr", "eps"), *POSITIVE)
         require_each(self, "train.", ("b1", "b2"), lambda v: 0 <= v < 1, "must be in [0, 1)")
@@ -116,10 +136,14 @@ class TrainConfig:
         self._check_method()
 
     def _check_method(self) -> None:
-        """Options of sorted_finetuning and self_supervised_exits, and that no option goes unread."""
+        """Options of single methods, and that no option goes unread."""
         require_choice("train.depth_weights", self.depth_weights, get_args(DepthWeights))
         require_choice("train.curriculum", self.curriculum, get_args(Curriculum))
         require_choice("train.objective", self.objective, get_args(Objective))
+        require_choice("train.draw", self.draw, get_args(Draw))
+        require_choice("train.teacher", self.teacher, get_args(Teacher))
+        for field in ("menu_mlp", "menu_heads"):
+            require_shares(f"train.{field}", getattr(self, field))
         fix = "must be distinct layers, counted from 1, in increasing order"
         increasing = list(self.depths) == sorted(set(self.depths)) and all(d >= 1 for d in self.depths)
         require(increasing, "train.depths", self.depths, fix)
@@ -127,7 +151,7 @@ class TrainConfig:
             self, "train.", ("curriculum_period", "dropout_ramp", "top_k", "cached_batches"), *NOT_NEGATIVE
         )
         require_each(self, "train.", ("depth_scale",), *POSITIVE)
-        shares = ("layer_dropout", "imitation")
+        shares = ("layer_dropout", "imitation", "smallest_share", "distil")
         require_each(self, "train.", shares, lambda v: 0 <= v <= 1, "must be in [0, 1]")
         require(
             self.curriculum != "rotational" or self.curriculum_period >= 1,
@@ -142,3 +166,8 @@ class TrainConfig:
                 require_defaults(self, "train.", fields, fix)
         ramp, fix = self.dropout_ramp, "not read with train.layer_dropout=0.0; raise that, or set 0"
         require(not ramp or self.layer_dropout > 0, "train.dropout_ramp", ramp, fix)
+        fix = "not read with train.distil=0.0; raise that, or set 'live'"
+        require(self.teacher == "live" or self.distil > 0, "train.teacher", self.teacher, fix)
+        if not self.init_from:
+            fix = "not read with train.init_from='', which is not ranked; name a model, or set"
+            require_defaults(self, "train.", ("rank_batches",), fix)

@@ -19,7 +19,17 @@ from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.generation import prepare_output
 from elastic_lm.models.decoder import init_params
 
-COMMANDS = ("quickstart", "convert", "export", "train", "calibrate", "generate", "evaluate", "bench")
+COMMANDS = (
+    "quickstart",
+    "convert",
+    "export",
+    "train",
+    "calibrate",
+    "latency",
+    "generate",
+    "evaluate",
+    "bench",
+)
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,7 @@ def test_least_and_greatest_are_those_of_all_subnets() -> None:
     assert most == model_cost(config).parameters
     table.check(Budget(parameters=least), menu)
     with pytest.raises(
-        ValueError, match=r"budget.parameters=.*: the smallest sub-network of this menu costs"
+        ValueError, match=r"budget.parameters=.*: the cheapest sub-network of this menu costs"
     ):
         table.check(Budget(parameters=least - 1), menu)
     with pytest.raises(ValueError, match="this table holds parameters"):

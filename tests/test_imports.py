@@ -36,7 +36,6 @@ ARROWS = {
     "methods": LAYERS | {"slicing"},
     "calibrate": LAYERS | {"methods", "data", "sharding"},
     "decode": LAYERS | {"calibrate", "data", "sharding"},
-    "latency": LAYERS | LEAVES | {"slicing", "decode", "loading", "bench"},
     "train": LAYERS | LEAVES | {"methods", "loading"},
     "evaluate": LAYERS | LEAVES | {"methods", "calibrate", "decode", "loading"},
     "render": set(),
@@ -47,8 +46,9 @@ EVERYTHING = set(ARROWS) - {"testing", "__init__"}
 ARROWS["held_out"] = EVERYTHING
 ARROWS["generation"] = EVERYTHING | {"held_out"}
 ARROWS["bench"] = EVERYTHING
+ARROWS["latency"] = LAYERS | {"metrics", "slicing", "decode", "bench"}
 ARROWS["quickstart"] = EVERYTHING | {"bench", "generation"}  # its timing, its coloured text
-ARROWS["commands"] = EVERYTHING | {"bench", "quickstart", "held_out", "generation"}
+ARROWS["commands"] = EVERYTHING | {"bench", "latency", "quickstart", "held_out", "generation"}
 ARROWS["flags"] = set()
 ARROWS["cli"] = {"flags", "commands"}
 ARROWS["__main__"] = {"cli"}

@@ -73,6 +73,37 @@ class TokenSums:
     weight: jax.Array
 
 
+def token_sums(
+    logits_BTV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    confidence_weighted: bool = False,
+) -> TokenSums:
+    """Next-token cross-entropy of logits.
+
+    Args:
+      logits_BTV: float32.
+      targets_BT: int32 token that follows each input.
+      weights_BT: float32, how much each target counts.
+      confidence_weighted: see `chunked_cross_entropy`; static.
+
+    Returns:
+      TokenSums of float32 scalars.
+    """
+    normaliser = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    entropy = (normaliser - target) * weights_BT
+    top = jnp.max(logits_BTV, axis=-1)
+    confidence = jnp.exp(jax.lax.stop_gradient(top - normaliser)) if confidence_weighted else 1.0
+    return TokenSums(
+        jnp.sum(entropy * confidence),
+        jax.lax.stop_gradient(jnp.sum(entropy)),
+        jnp.sum(weights_BT * (target >= top)),
+        jnp.sum(weights_BT),
+    )
+
+
 def chunked_cross_entropy(
     config: ModelConfig,
     features_BTD: jax.Array,
@@ -105,17 +136,7 @@ def chunked_cross_entropy(
     def one(xs: tuple[jax.Array, jax.Array, jax.Array]) -> TokenSums:
         features, targets, weights = xs
         logits = vocab_logits(config, features, kernel_VD, temperature)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        entropy = (normaliser - target) * weights
-        top = jnp.max(logits, axis=-1)
-        confidence = jnp.exp(jax.lax.stop_gradient(top - normaliser)) if confidence_weighted else 1.0
-        return TokenSums(
-            jnp.sum(entropy * confidence),
-            jax.lax.stop_gradient(jnp.sum(entropy)),
-            jnp.sum(weights * (target >= top)),
-            jnp.sum(weights),
-        )
+        return token_sums(logits, targets, weights, confidence_weighted=confidence_weighted)
 
     return sum_over_chunks(one, (features_BTD, batch.targets, batch.weights), chunk)
 

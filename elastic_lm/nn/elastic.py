@@ -2,7 +2,9 @@
 
     y = switch(i, [W_down[:, :f] act(W_up[:f] x)  for f in MLP choices])        and the same for heads
 
-Every branch slices the shared parameters statically, so what runs costs what the choice costs.
+Every branch slices the shared parameters statically, so what runs costs what the choice costs. The backward
+pass computes the branch again: a conditional would keep what any of its branches needs for it, under every
+choice, which takes more memory than one branch and more time than computing it twice.
 """
 
 import dataclasses
@@ -54,8 +56,8 @@ def elastic_block(
     attend = functools.partial(
         _attention, config, positions_BT=positions_BT, window=window, segments_BT=segments_BT, past=past
     )
-    attentions = [functools.partial(attend, n) for n in heads]
-    mlps = [functools.partial(_mlp, config, f) for f in mlp]
+    attentions = [jax.checkpoint(functools.partial(attend, n)) for n in heads]
+    mlps = [jax.checkpoint(functools.partial(_mlp, config, f)) for f in mlp]
 
     def attention(x_BTD: jax.Array) -> tuple[jax.Array, Rows]:
         return jax.lax.switch(heads_index, attentions, params["attn"], x_BTD)

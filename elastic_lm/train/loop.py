@@ -39,6 +39,7 @@ class Job:
     held_out: Callable[[], Iterable[Arrays]]  # batches of one evaluation
     tokens_per_step: int
     place: Callable[[Any, Mesh], Any] = place_batch  # puts a training batch on the mesh
+    begin: Callable[[TrainState], TrainState] | None = None  # changes the state of a run at its first start
 
 
 @dataclasses.dataclass

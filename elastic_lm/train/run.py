@@ -17,6 +17,7 @@ from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.loading import load
 from elastic_lm.methods.ee_tuning import EETuning, JointTraining, attach_exits
+from elastic_lm.methods.flextron import TEACHER, ElasticEvaluation, ElasticTraining
 from elastic_lm.methods.losses import Method
 from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.methods.self_supervised_exits import CachedExits, SelfSupervisedExits
@@ -28,6 +29,7 @@ from elastic_lm.train import loop
 from elastic_lm.train.cached import cached_batches, place_taps
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.optim import make_optimizer
+from elastic_lm.train.ranking import rank_state
 from elastic_lm.train.state import TrainState, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step, place_batch
 
@@ -64,9 +66,12 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
         batches = cached_batches(method, frozen, batches, train.cached_batches, mesh, config.data.seed)
     with closing(Checkpoints(workdir / "checkpoints", train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
+        if not start and job.begin:
+            state = job.begin(state)
         with closing(make_writer(workdir, train.steps, start)) as writer:
             state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
-    params = unstack_layers({**frozen, **state.params})
+    whole = {name: tree for name, tree in {**frozen, **state.params}.items() if name != TEACHER}
+    params = unstack_layers(whole)
     save_model(workdir / MODEL_FOLDER, model, params, tokenizer, overwrite=True)
     return model, params, metrics
 
@@ -82,13 +87,19 @@ def prepare(
       tokenizer: of the model.
 
     Returns:
-      (model config, compiled steps, what trains, what does not), parameters stacked and on the mesh.
+      (model config, compiled steps, what trains, what does not), parameters stacked and on the mesh. With
+      flextron the config has `elastic_groups`; a pretrained model without any is sorted by `job.begin`, and
+      its frozen teacher stays in the order it had.
 
     Raises:
       FileNotFoundError: see `prepare_model`.
       ValueError: see `prepare_model`.
     """
     model, params = prepare_model(config, tokenizer, mesh)
+    unsorted = config.train.method == "flextron" and not model.elastic_groups
+    if unsorted:
+        model = dataclasses.replace(model, elastic_groups=config.train.elastic_groups)
+    ranking = functools.partial(rank_state, config, model, tokenizer, mesh)
     method, optimizer = make_method(config, model), make_optimizer(config.train)
     shardings = stacked_shardings(param_shardings(model, mesh))
     trainable, frozen = method.split(jax.device_put(stack_layers(params), shardings))
@@ -96,14 +107,18 @@ def prepare(
     stepped = method
     if config.train.cached_batches and isinstance(method, SelfSupervisedExits):
         stepped = CachedExits(method)
+    measured = make_method(for_evaluation(config), model)
+    if isinstance(measured, ElasticTraining):
+        measured = ElasticEvaluation(measured)
     job = loop.Job(
         config=config.train,
         mesh=mesh,
         train_step=make_train_step(stepped, optimizer, places, config.train.accumulate),
-        eval_step=make_eval_step(make_method(for_evaluation(config), model)),
+        eval_step=make_eval_step(measured),
         held_out=functools.partial(held_out, config, tokenizer),
         tokens_per_step=config.data.batch_size * config.data.seq_len,
         place=place_taps if isinstance(stepped, CachedExits) else place_batch,
+        begin=ranking if unsorted and config.train.init_from else None,
     )
     return model, job, create_state(optimizer, trainable), frozen
 
@@ -195,6 +210,8 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
         return Pretraining(model, train.remat, train.loss_chunk)
     if train.method == "sorted_finetuning":
         return SortedFineTuning.of(model, train)
+    if train.method == "flextron":
+        return ElasticTraining.of(model, train)
     if train.method == "self_supervised_exits":
         return SelfSupervisedExits(
             model, train.objective, train.top_k, train.imitation, train.balance_gates, train.loss_chunk

@@ -90,6 +90,15 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.objective=mse", r"train\.objective='mse': must be one of kl"),
         ("train.top_k=-1", r"train\.top_k=-1: must be at least 0"),
         ("train.imitation=2.0", r"train\.imitation=2\.0: must be in \[0, 1\]"),
+        ("train.menu_mlp=(0.5, 0.25, 1.0)", r"train\.menu_mlp=\(0\.5, 0\.25, 1\.0\): must be shares"),
+        ("train.menu_heads=(0.5,)", r"train\.menu_heads=\(0\.5,\): .*the last one 1\.0"),
+        ("train.draw=all", r"train\.draw='all': must be one of per_layer"),
+        ("train.teacher=other", r"train\.teacher='other': must be one of live"),
+        ("train.samples=0", r"train\.samples=0: must be at least 1"),
+        ("train.distil=1.5", r"train\.distil=1\.5: must be in \[0, 1\]"),
+        ("train.smallest_share=-0.5", r"train\.smallest_share=-0\.5: must be in \[0, 1\]"),
+        ("train.elastic_groups=0", r"train\.elastic_groups=0: must be at least 1"),
+        ("train.samples=3", r"samples=3: not read with train\.method='pretraining', only with flextron"),
         ("train.init_layers=3", r"train\.init_layers=3: .*name it in train\.init_from"),
         ("train.seed=-1", r"train\.seed=-1: must be in"),
         ("data.seed=-1", r"data\.seed=-1: must be in"),
@@ -121,6 +130,9 @@ def test_refused_overrides_name_the_key(file: Path, override: str, message: str)
             "curriculum_period=4",
             r"curriculum_period=4: not read with .*'all', only with",
         ),
+        ("flextron.py:matformer", "samples=3", r"samples=3: not read with train\.draw='one_per_step', only"),
+        ("flextron.py", "teacher=frozen", r"teacher='frozen': not read with train\.distil=0\.0; raise that"),
+        ("flextron.py:scratch", "rank_batches=4", r"rank_batches=4: not read with train\.init_from=''"),
         (
             "sorted_finetuning.py",
             "dropout_ramp=4",
@@ -170,6 +182,7 @@ def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
         ("sorted_finetuning", "soft lite calm sortednet sft extracted-3 ict"),
         ("layerskip", "rotational gradual scratch"),
         ("self_supervised_exits", "kl topk argmax penalised balcony cached gates"),
+        ("flextron", "flextron uniform live frozen matformer scratch"),
     ],
 )
 def test_recipes_have_the_variants_that_they_name(recipe: str, variants: str) -> None:

@@ -4,12 +4,25 @@ import dataclasses
 from pathlib import Path
 
 import chex
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import changed
 from test_run import Stopped, metric_lines, stop_at
 
-from elastic_lm.config import ExitConfig, RunConfig
-from elastic_lm.train.run import fit
+from elastic_lm.checkpoint import load_model, save_model
+from elastic_lm.config import ExitConfig, ModelConfig, RunConfig
+from elastic_lm.data.pipeline import train_batches
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.elastic import Subnet
+from elastic_lm.methods.importance import rank
+from elastic_lm.methods.losses import Batch
+from elastic_lm.models.decoder import Params, unstack_layers
+from elastic_lm.sharding import make_mesh
+from elastic_lm.slicing import slice_params
+from elastic_lm.testing import all_logits
+from elastic_lm.train import ranking
+from elastic_lm.train.run import fit, prepare, prepare_tokenizer
 
 
 @pytest.fixture
@@ -69,3 +82,92 @@ def test_extracted_layers_are_fine_tuned_alone(base: RunConfig, tmp_path: Path) 
     assert "layers_1" not in params
     with pytest.raises(ValueError, match=r"n=3: the model has 2 layers"):
         fit(changed(base, init_layers=3), tmp_path / "too_many")
+
+
+ELASTIC = {
+    "method": "flextron",
+    "menu_mlp": (0.25, 1.0),
+    "menu_heads": (0.5, 1.0),
+    "elastic_groups": 8,
+    "rank_batches": 2,
+}
+
+
+def test_elastic_training_resumes_bit_identically(base: RunConfig, tmp_path: Path, monkeypatch) -> None:
+    """With a frozen teacher, which is no part of what is saved; widths are ranked once."""
+    config = changed(base, **ELASTIC, distil=0.5, teacher="frozen", steps=20, schedule="constant")
+    config = changed(config, save_every=10)
+    model, straight, metrics = fit(config, tmp_path / "straight")
+    lines = [line for line in metric_lines(tmp_path / "straight") if "loss/sampled" in line]
+    assert lines[-1]["loss/sampled"] < 0.9 * lines[0]["loss/sampled"]
+    assert lines[-1]["loss/final"] < lines[0]["loss/final"]
+    widths = {"loss/smallest", "loss/mlp_0.25_heads_1", "loss/mlp_1_heads_0.5", "loss/final"}
+    assert set(metrics) == {*widths, "loss", "accuracy/final"}
+    ranked = []
+    plain = ranking.rank
+    monkeypatch.setattr(ranking, "rank", lambda *args: ranked.append(1) or plain(*args))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15)
+        with pytest.raises(Stopped):
+            fit(config, tmp_path / "stopped")
+    assert ranked == [1]
+    same, resumed, again = fit(config, tmp_path / "stopped")
+    assert ranked == [1]
+    chex.assert_trees_all_equal(straight, resumed)
+    assert (same, again) == (model, metrics)
+
+    assert model.elastic_groups == 8
+    loaded, params = load_model(tmp_path / "stopped" / "model")
+    assert loaded == model
+    chex.assert_trees_all_equal(params, resumed)
+    small, cut = slice_params(loaded, params, Subnet.uniform(loaded, mlp=0.25, heads=0.5))
+    assert (small.d_mlp, small.n_heads) == (16, 2)
+    assert jnp.all(jnp.isfinite(all_logits(small, cut, np.arange(9)[None])[2]))
+
+
+def batch(config: RunConfig, folder: Path) -> Batch:
+    """The first batch of a run."""
+    arrays = next(iter(train_batches(config.data, prepare_tokenizer(config, folder))))
+    return Batch(**arrays)
+
+
+def at_the_start(config: RunConfig, folder: Path) -> tuple[ModelConfig, Params, bool]:
+    """(config and canonical parameters that a run begins with, whether it ranked them)."""
+    mesh = make_mesh()
+    model, job, state, _ = prepare(config, mesh, prepare_tokenizer(config, folder))
+    params = state.params if job.begin is None else job.begin(state).params
+    return model, unstack_layers(params), job.begin is not None
+
+
+def test_a_pretrained_model_is_ranked_once(base: RunConfig, tmp_path: Path) -> None:
+    before, original = load_model(base.train.init_from)
+    after, params, ranked = at_the_start(changed(base, **ELASTIC), tmp_path)
+    assert ranked
+    assert after == dataclasses.replace(before, elastic_groups=8)
+    kernels = (tree["layers_0"]["mlp"]["up"]["kernel"] for tree in (original, params))
+    assert not np.array_equal(*kernels)
+    tokens = np.arange(9)[None]
+    expected = all_logits(before, original, tokens)[2]
+    np.testing.assert_allclose(all_logits(after, params, tokens)[2], expected, rtol=1e-4, atol=1e-5)
+    mlp = rank(after, params, [batch(base, tmp_path)]).neurons["layers_0"].reshape(8, 8)
+    assert np.mean(mlp[:, 0]) > np.mean(mlp[:, 3]) > np.mean(mlp[:, 7]), (
+        "the best of every storage group first"
+    )
+
+    save_model(tmp_path / "elastic", after, params, Tokenizer.load(base.train.init_from))
+    again = changed(base, **{**ELASTIC, "elastic_groups": 4}, init_from=str(tmp_path / "elastic"))
+    same, kept, ranked = at_the_start(again, tmp_path)
+    assert not ranked
+    assert same == after
+    chex.assert_trees_all_equal(kept, params)
+
+
+def test_a_new_model_is_not_ranked(run_config: RunConfig, tmp_path: Path) -> None:
+    config = changed(run_config, method="flextron", draw="one_per_step")
+    model, _, ranked = at_the_start(config, tmp_path)
+    assert model.elastic_groups == 16
+    assert not ranked
+    with pytest.raises(ValueError, match=r"elastic_groups=24: must divide d_mlp=64; choose 8"):
+        at_the_start(changed(config, elastic_groups=24), tmp_path)
+    with pytest.raises(ValueError, match=r"train\.menu_mlp=0\.3: must give a multiple of 16 of 64"):
+        at_the_start(changed(config, menu_mlp=(0.3, 1.0)), tmp_path)

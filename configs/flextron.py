@@ -1,0 +1,65 @@
+"""Elastic training (Flextron's first stage): one model whose narrower sub-networks are models too.
+
+COMMAND   elastic-lm train --config configs/flextron.py --workdir runs/elastic
+          another model: --config.train.init_from=HF_DIR --config.train.menu_heads="(0.5,1.0)"
+HARDWARE  one accelerator, or a CPU for models of a few million parameters
+DURATION  per step that of plain fine-tuning plus a forward and backward pass of each sampled sub-network;
+          matformer: less than plain fine-tuning
+EXPECTED  lower `eval_loss/smallest` and `eval_loss/<width>`; not measured at length yet
+
+Neurons and heads of a pretrained model are first sorted by importance; the model that is saved slices.
+Variants (`--config configs/flextron.py:NAME`):
+
+  flextron    the whole model and random widths for every layer, often the smallest (default)
+  uniform     the same with one width for all layers
+  live        flextron, half of the sub-networks' loss is KL to the whole model of the same step
+  frozen      flextron, half of it is KL to the model that training began with
+  matformer   one width of the MLPs per step for all layers, the whole one among them
+  scratch     matformer on a new model
+"""
+
+from ml_collections import ConfigDict
+
+from elastic_lm.embedded import embedded_model
+
+
+def get_config(arg: str = "flextron") -> ConfigDict:
+    """The recipe; `arg` = one of the variants above, "" = flextron."""
+    matformer = {"draw": "one_per_step", "menu_mlp": (0.125, 0.25, 0.5, 1.0), "menu_heads": (1.0,)}
+    variants = {
+        "flextron": {},
+        "uniform": {"draw": "uniform"},
+        "live": {"distil": 0.5},
+        "frozen": {"distil": 0.5, "teacher": "frozen"},
+        "matformer": matformer,
+        "scratch": {**matformer, "init_from": "", "lr": 3e-3, "steps": 2000},
+    }
+    variant = arg or "flextron"
+    if variant not in variants:
+        raise ValueError(f"configs/flextron.py:{arg}: choose from {', '.join(variants)}")
+    config = ConfigDict()
+    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.train = {
+        "method": "flextron",
+        "init_from": str(embedded_model()),
+        "menu_heads": (1 / 3, 2 / 3, 1.0),
+        "steps": 1000,
+        "lr": 3e-4,
+        "warmup": 50,
+        "log_every": 20,
+        "eval_every": 250,
+        "save_every": 250,
+    }
+    config.train.update(variants[variant])
+    if variant == "scratch":
+        config.model = {
+            "vocab_size": 512,
+            "d_model": 192,
+            "n_layers": 12,
+            "n_heads": 6,
+            "n_kv_heads": 2,
+            "d_mlp": 512,
+            "max_len": 1024,
+            "tied": True,
+        }
+    return config

@@ -1,0 +1,1 @@
+"""Latency tables: `table` holds and loads them, `build` measures them, `verify` checks their predictions."""
