@@ -249,10 +249,16 @@ def bench(args: argparse.Namespace) -> None:
     from elastic_lm.generation import prepare_output
 
     prepare_output(args.json)
-    result = report.run(args.name, report.Options(args.tiny, args.rounds, args.seed, args.model))
+
+    def keep(result: dict) -> None:
+        row = result["rows"][-1]
+        print(f"{row['name']} {row['ratio']:.3f}", file=sys.stderr, flush=True)
+        if args.json:  # what is measured stays, also where a later row fails
+            report.save(result, args.json)
+
+    result = report.run(args.name, report.Options(args.tiny, args.rounds, args.seed, args.model), keep)
     print(report.table(result))
     if args.json:
-        report.save(result, args.json)
         print(f"written to {args.json}", file=sys.stderr)
 
 

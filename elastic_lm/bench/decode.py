@@ -22,7 +22,7 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +45,24 @@ from elastic_lm.models.decoder import Decoder, Params, init_params
 WINDOW = 32
 
 
-def rows(options: Options) -> list[Row]:
+def rows(options: Options) -> Iterator[Row]:
     """Measures every row of this module and of `bench.early`.
 
     Args:
       options: size, rounds, seed, and a checkpoint with exits or "".
 
     Returns:
-      One row per line of the lists there and above.
+      One row per line of the lists there and above, each as soon as it is measured.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
       ValueError: the checkpoint cannot be measured, or lossless decoding loses a token.
     """
     own = early.own_model(options.model) if options.model else None  # refused before anything is timed
+    return _rows(own, options)
+
+
+def _rows(own: early.OwnModel | None, options: Options) -> Iterator[Row]:
     config, new_tokens = _model(options.tiny)
     half = config.n_layers // 2
     exits = config.with_exits((ExitConfig(half, "norm", tied=True),))
@@ -82,14 +86,16 @@ def rows(options: Options) -> list[Row]:
         "bandwidth": lambda: bandwidth.append(matvec_bandwidth(16 if options.tiny else 256)),
     }
     seconds = interleave(sides, options.rounds)
-    found = _compare(config, plain, seconds, bandwidth, new_tokens)
+    yield from _compare(config, plain, seconds, bandwidth, new_tokens)
     reference = _transformers(config, plain, prompt, new_tokens)
     if reference is not None:
         ours_theirs = {"plain": sides["plain"], "transformers": reference}
-        found.insert(0, _against(interleave(ours_theirs, options.rounds), new_tokens))
-    found += [_compilations(exits, params, half), *early.gate_rows(config, options, prompt, new_tokens)]
-    found += early.embedded_rows(options)
-    return found + (early.model_rows(own, options) if own else [])
+        yield _against(interleave(ours_theirs, options.rounds), new_tokens)
+    yield _compilations(exits, params, half)
+    yield from early.gate_rows(config, options, prompt, new_tokens)
+    yield from early.embedded_rows(options)
+    if own:
+        yield early.model_row(own, options)
 
 
 def _model(tiny: bool) -> tuple[ModelConfig, int]:

@@ -23,7 +23,7 @@ With --model, a checkpoint with exits:
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ OPENINGS = (
     "The cat was sad because it",
     "Tom and his friend wanted to play a game.",
 )
+
+OwnModel = tuple[ModelConfig, Params, list[list[int]]]  # with token ids of the prompts
 
 
 def gate_rows(config: ModelConfig, options: Options, prompt: list[int], new_tokens: int) -> list[Row]:
@@ -104,7 +106,7 @@ def gate_rows(config: ModelConfig, options: Options, prompt: list[int], new_toke
     ]
 
 
-def embedded_rows(options: Options) -> list[Row]:
+def embedded_rows(options: Options) -> Iterator[Row]:
     """Drafts and batches on the embedded model, with an exit that is tuned first.
 
     Args:
@@ -127,11 +129,11 @@ def embedded_rows(options: Options) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             config, params = _tuned(Path(folder))
     prompts = _prompts(tokenizer, BATCH)
-    row = _lossless("decode/lossless_embedded", config, params, prompts, tokens, rounds)
-    return [row, *_batches(config, params, tokenizer, prompts, tokens, rounds)]
+    yield _lossless("decode/lossless_embedded", config, params, prompts, tokens, rounds)
+    yield from _batches(config, params, tokenizer, prompts, tokens, rounds)
 
 
-def own_model(folder: str) -> tuple[ModelConfig, Params, list[list[int]]]:
+def own_model(folder: str) -> OwnModel:
     """A checkpoint of the user's own, and what it is to continue.
 
     Args:
@@ -158,7 +160,7 @@ def own_model(folder: str) -> tuple[ModelConfig, Params, list[list[int]]]:
     return model.config, params, prompts
 
 
-def model_rows(own: tuple[ModelConfig, Params, list[list[int]]], options: Options) -> list[Row]:
+def model_row(own: OwnModel, options: Options) -> Row:
     """Drafts on a checkpoint of the user's own.
 
     Args:
@@ -171,7 +173,7 @@ def model_rows(own: tuple[ModelConfig, Params, list[list[int]]], options: Option
     Raises:
       ValueError: a token differs from full depth's.
     """
-    return [_lossless("decode/lossless_english", *own, OWN_TOKENS, options.rounds)]
+    return _lossless("decode/lossless_english", *own, OWN_TOKENS, options.rounds)
 
 
 def _tuned(folder: Path, steps: int = 60) -> tuple[ModelConfig, Params]:

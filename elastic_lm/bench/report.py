@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +53,34 @@ def names() -> list[str]:
     return [name for name in modules if name not in PLUMBING]
 
 
-def run(name: str, options: Options) -> dict[str, Any]:
+def run(name: str, options: Options, seen: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Runs one benchmark.
 
     Args:
       name: one of `names()`.
       options: size, rounds and seed.
+      seen: called with the result so far after every row.
 
     Returns:
-      {"rows": [{"name", "measured", "ideal", "ratio"}], "hardware", "versions"}.
+      {"rows": [{"name", "measured", "ideal", "ratio"}], "hardware", "versions", "options"}.
 
     Raises:
       ValueError: no such benchmark.
     """
     if name not in names():
         raise ValueError(f"benchmark {name!r} does not exist: choose from {', '.join(names())}")
-    rows: list[Row] = importlib.import_module(f"elastic_lm.bench.{name}").rows(options)
-    return {
-        "rows": [dataclasses.asdict(row) for row in rows],
+    rows: Iterable[Row] = importlib.import_module(f"elastic_lm.bench.{name}").rows(options)
+    result = {
+        "rows": [],
         "hardware": hardware(),
         "versions": versions(),
         "options": dataclasses.asdict(options),
     }
+    for row in rows:
+        result["rows"].append(dataclasses.asdict(row))
+        if seen:
+            seen(result)
+    return result
 
 
 def table(result: dict[str, Any]) -> str:

@@ -42,13 +42,19 @@ def test_bandwidth_is_plausible() -> None:
 
 def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     fake = types.ModuleType("elastic_lm.bench.fake")
-    fake.__dict__["rows"] = lambda options: [report.Row.of("fake/one", 3.0, 4.0)]
+    fake.__dict__["rows"] = lambda options: iter(
+        [report.Row.of("fake/one", 3.0, 4.0), report.Row.of("fake/two", 1.0, 1.0)]
+    )
     monkeypatch.setitem(sys.modules, "elastic_lm.bench.fake", fake)
     monkeypatch.setattr(report, "names", lambda: ["fake"])
-    result = report.run("fake", report.Options(tiny=True))
+    seen: list[list[str]] = []
+    result = report.run(
+        "fake", report.Options(tiny=True), lambda so_far: seen.append([row["name"] for row in so_far["rows"]])
+    )
+    assert seen == [["fake/one"], ["fake/one", "fake/two"]]
     report.save(result, tmp_path / "deep" / "out.json")
     saved = json.loads((tmp_path / "deep" / "out.json").read_text())
-    assert saved["rows"] == [{"name": "fake/one", "measured": 3.0, "ideal": 4.0, "ratio": 0.75}]
+    assert saved["rows"][0] == {"name": "fake/one", "measured": 3.0, "ideal": 4.0, "ratio": 0.75}
     assert {"hardware", "versions"} <= set(saved)
     assert saved["versions"]["jax"]
     assert saved["hardware"]["cores"] >= 1

@@ -212,3 +212,11 @@ def test_embedded_recipe_attaches_its_exits(argument: str) -> None:
     config = load_config(f"{CONFIGS / 'embedded.py'}{argument}")
     assert config.model is not None
     assert config.model.with_exits(config.exits).n_layers > config.exits[-1].layer
+
+
+def test_english_recipe_has_a_variant_with_an_exit() -> None:
+    recipe = CONFIGS / "english.py"
+    assert load_config(f"{recipe}:text,drafting").exits[0].layer == 2
+    assert load_config(f"{recipe}:text").exits == ()
+    with pytest.raises(ValueError, match="'drafts' is no variant"):
+        load_config(f"{recipe}:text,drafts")

@@ -26,12 +26,20 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, errors.decode()[-2000:]
 
 
+def announcement(workdir: Path) -> str | None:
+    """The save that is on its way; the file goes when the save ends, also between two looks at it."""
+    try:
+        return (workdir / "saving").read_text()
+    except FileNotFoundError:
+        return None
+
+
 def kill_inside_a_save(process: subprocess.Popen, workdir: Path, chance: random.Random) -> bool:
     """Kills once a save is on its way; False when the process ended before."""
     skip = chance.randrange(3)  # saves to let pass
     seen = None
     while process.poll() is None:
-        saving = (workdir / "saving").read_text() if (workdir / "saving").exists() else None
+        saving = announcement(workdir)
         if saving and saving != seen:
             seen, skip = saving, skip - 1
             if skip < 0:
