@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.elastic import Budget, Menu, Subnet
     from elastic_lm.embedded import embedded_model
+    from elastic_lm.latency.table import LatencyTable
     from elastic_lm.loading import load
     from elastic_lm.methods.ee_tuning import attach_exits
     from elastic_lm.models.decoder import Decoder
@@ -44,6 +45,7 @@ __all__ = [
     "Decoder",
     "DepthSchedule",
     "ExitConfig",
+    "LatencyTable",
     "Menu",
     "ModelConfig",
     "RiskControl",
@@ -74,6 +76,7 @@ _HOMES = {
     "Subnet": "elastic",
     "ConfidenceExit": "calibrate.thresholds",
     "DecayedExit": "decode.policies",
+    "LatencyTable": "latency.table",
     "DepthSchedule": "decode.policies",
     "RiskControl": "calibrate.risk_control",
     "StaticExit": "decode.policies",
