@@ -1,10 +1,10 @@
 """Elastic training (Flextron's first stage): one model whose narrower sub-networks are models too.
 
 COMMAND   elastic-lm train --config configs/flextron.py --workdir runs/elastic
-          another model: --config.train.init_from=HF_DIR --config.train.menu_heads="(0.5,1.0)"
+          another model: --config.train.init_from=HF_DIR --config.train.menu_heads="(0.5,1.0)", or "(1.0,)"
+          where heads share no key/value groups: heads are chosen inside groups
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
-DURATION  per step that of plain fine-tuning plus a forward and backward pass of each sampled sub-network;
-          matformer: less than plain fine-tuning
+DURATION  not measured; each sampled sub-network adds two forward passes and a backward one of its width
 EXPECTED  lower `eval_loss/smallest` and `eval_loss/<width>`; not measured at length yet
 
 Neurons and heads of a pretrained model are first sorted by importance; the model that is saved slices.

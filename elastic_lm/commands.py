@@ -317,7 +317,8 @@ def _check_latency(args: argparse.Namespace) -> None:
     built = ("out", "batch", "context", "mlp", "heads", "groups")
     given = [name for name in built if getattr(args, name) is not None]
     if args.table and given:
-        raise ValueError(f"--{given[0]}: is settled by --table {args.table}; leave one of them out")
+        value = getattr(args, given[0])
+        raise ValueError(f"--{given[0]} {value}: is settled by --table {args.table}; leave one of them out")
     for name in ("subnets", "rounds"):
         if (number := getattr(args, name)) is not None and number < 1:
             raise ValueError(f"--{name} {number}: must be at least 1")

@@ -220,7 +220,7 @@ class CostTable:
 
 
 def counted_table(config: ModelConfig, menu: Menu, kind: str, load: Load = Load()) -> CostTable:
-    """The table of a cost that is counted rather than measured.
+    """The table of a cost that is counted rather than measured, of a model without its exits.
 
     Args:
       config: the whole model.
@@ -232,8 +232,11 @@ def counted_table(config: ModelConfig, menu: Menu, kind: str, load: Load = Load(
       The table; its totals equal `model_cost` of the slices exactly.
 
     Raises:
-      ValueError: the kind is not counted, or the menu does not fit the model.
+      ValueError: the kind is not counted, or the menu does not fit the model or offers widths of all of it.
     """
+    config = config.with_exits(())
+    fix = "a table holds costs at the model's full width: leave d_model=(1.0,)"
+    require(menu.d_model == (1.0,), "menu.d_model", menu.d_model, fix)
     counted = ("parameters", "flops", "memory_bytes")
     fix = f"only {', '.join(counted)} are counted; latency is measured: elastic-lm latency build"
     require(kind in counted, "kind", kind, fix)

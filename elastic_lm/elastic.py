@@ -119,6 +119,9 @@ class Subnet:
         """
         _check_layers(config, self.layers)
         unit = config.elastic_groups
+        dealt = self.d_model == config.d_model or not unit or config.d_model % unit == 0
+        fix = f"d_model={config.d_model} of the model is no multiple of elastic_groups={unit}; keep it whole"
+        require(dealt, "subnet.d_model", self.d_model, fix)
         for j, i in enumerate(self.layers):
             mlp, heads, groups = config.sizes(i)
             _check_size(f"subnet.mlp[{j}]", self.mlp[j], mlp, unit, f"MLP neurons of layer {i}")
@@ -152,10 +155,15 @@ class Subnet:
           The subnet that gives in one slice what slicing to `self` and then to `inner` gives.
 
         Raises:
-          ValueError: `inner` names layers that this subnet does not keep.
+          ValueError: `inner` names layers that this subnet does not keep, or is wider than it.
         """
         fix = f"the sliced model has {len(self.layers)} layers"
         require(inner.layers[-1] < len(self.layers), "subnet.layers", inner.layers, fix)
+        for field in ("mlp", "heads", "groups"):
+            sizes, there = getattr(inner, field), [getattr(self, field)[i] for i in inner.layers]
+            fits = all(size <= most for size, most in zip(sizes, there, strict=True))
+            require(fits, f"subnet.{field}", sizes, f"the sliced model has {tuple(there)}")
+        require(inner.d_model <= self.d_model, "subnet.d_model", inner.d_model, f"there are {self.d_model}")
         return dataclasses.replace(inner, layers=tuple(self.layers[i] for i in inner.layers))
 
 
@@ -279,10 +287,10 @@ class Menu:
           ValueError: a size is not on the menu, or groups or channels are left out.
         """
         subnet.check(config)
-        whole = Subnet.uniform(config, layers=subnet.layers)
+        full = Subnet.uniform(config, layers=subnet.layers)
         fix = "groups and channels are not switched; slice them out with slice_params"
-        require(subnet.groups == whole.groups, "subnet.groups", subnet.groups, fix)
-        require(subnet.d_model == whole.d_model, "subnet.d_model", subnet.d_model, fix)
+        require(subnet.groups == full.groups, "subnet.groups", subnet.groups, fix)
+        require(subnet.d_model == full.d_model, "subnet.d_model", subnet.d_model, fix)
         chosen = dict(zip(subnet.layers, zip(*self.positions(config, subnet)[:2], strict=True), strict=True))
         mlp, heads = zip(*(chosen.get(i, (0, 0)) for i in range(config.n_layers)), strict=True)
         return mlp, heads, tuple(i in chosen for i in range(config.n_layers))

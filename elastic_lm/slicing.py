@@ -28,6 +28,9 @@ from elastic_lm.nn.widths import Edit, dimensions, edit_params, grouped_lives, m
 def slice_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[ModelConfig, Params]:
     """Cuts a sub-network out of a model: an ordinary smaller one.
 
+    Of a model that is not ranked (`methods.importance`) it keeps the first neurons and heads, whatever
+    they do.
+
     Exits stay where their layer does, with their own modules sliced like it; the others go. Heads keep
     their width, the attention scale and the embedding scale do not change.
 

@@ -94,7 +94,7 @@ class TrainConfig:
     smallest_share: float = 0.5  # flextron: probability that one of them is the smallest there is
     distil: float = 0.0  # flextron: weight of KL to the full model in their loss, the rest is cross-entropy
     teacher: Teacher = "live"  # flextron, KL to: the full model of the step, or a copy of the first one
-    elastic_groups: int = 16  # flextron: storage groups of neurons, where the model has none yet
+    elastic_groups: int = 0  # flextron: storage groups of neurons; 0 = the model's own, or 16
     rank_batches: int = 16  # flextron: batches that rank neurons and heads of init_from, unless it is ranked
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
@@ -110,7 +110,7 @@ class TrainConfig:
         require_choice("train.schedule", self.schedule, get_args(Schedule))
         require_choice("train.optimizer", self.optimizer, get_args(Optimizer))
         counts = ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk")
-        counts += ("samples", "elastic_groups", "rank_batches")
+        counts += ("samples", "rank_batches")
         require_each(self, "train.", counts, *AT_LEAST_1)
         require_each(self, "train.", ("lr", "eps"), *POSITIVE)
         require_each(self, "train.", ("b1", "b2"), lambda v: 0 <= v < 1, "must be in [0, 1)")
@@ -142,14 +142,15 @@ class TrainConfig:
         require_choice("train.objective", self.objective, get_args(Objective))
         require_choice("train.draw", self.draw, get_args(Draw))
         require_choice("train.teacher", self.teacher, get_args(Teacher))
+        distinct = len(set(self.menu_dropped)) == len(self.menu_dropped)
+        require(distinct, "train.menu_dropped", self.menu_dropped, "names a layer twice; name each once")
         for field in ("menu_mlp", "menu_heads"):
             require_shares(f"train.{field}", getattr(self, field))
         fix = "must be distinct layers, counted from 1, in increasing order"
         increasing = list(self.depths) == sorted(set(self.depths)) and all(d >= 1 for d in self.depths)
         require(increasing, "train.depths", self.depths, fix)
-        require_each(
-            self, "train.", ("curriculum_period", "dropout_ramp", "top_k", "cached_batches"), *NOT_NEGATIVE
-        )
+        counts = ("curriculum_period", "dropout_ramp", "top_k", "cached_batches", "elastic_groups")
+        require_each(self, "train.", counts, *NOT_NEGATIVE)
         require_each(self, "train.", ("depth_scale",), *POSITIVE)
         shares = ("layer_dropout", "imitation", "smallest_share", "distil")
         require_each(self, "train.", shares, lambda v: 0 <= v <= 1, "must be in [0, 1]")

@@ -181,9 +181,8 @@ def test_table_totals_are_the_costs_of_slices(name: str, kind: str) -> None:
         menu.largest(config),
         *(menu.sample(config, rng) for _ in range(8)),
     ]:
-        if name in WITH_EXITS:  # an exit that stays has the sizes of its layer, which the table cannot know
-            subnet = dataclasses.replace(subnet, mlp=(config.sizes(0)[0], *subnet.mlp[1:]))
-        assert table.total(config, menu, subnet) == getattr(model_cost(subnet.sliced(config), load), kind)
+        small = subnet.sliced(config.with_exits(()))
+        assert table.total(config, menu, subnet) == getattr(model_cost(small, load), kind)
 
 
 def test_least_and_greatest_are_those_of_all_subnets() -> None:
@@ -212,6 +211,8 @@ def test_what_is_not_counted_is_refused() -> None:
         counted_table(config, Menu(), "latency_ms")
     with pytest.raises(ValueError, match=r"load\.batch=0"):
         Load(batch=0)
+    with pytest.raises(ValueError, match=r"menu.d_model=\(0.5, 1.0\): a table holds costs at the model's"):
+        counted_table(config, Menu(d_model=(0.5, 1.0)), "flops")
     table = counted_table(config, Menu(), "flops")
     with pytest.raises(ValueError, match="at the model's full width"):
         table.total(config, Menu(), Subnet.uniform(config, d_model=0.5))

@@ -4,7 +4,8 @@
 
 There is one such table per phase: `decode`, one token of every sequence of the batch, with `context`
 positions in the caches; `prefill`, the prompts of `context` tokens of the whole batch. A table belongs to
-the sizes of a model, a menu, a batch and context, and a device; it is refused where one of them differs.
+the sizes of a model, a menu, a batch and context, and a device: `LatencyTable.check` refuses it where one of
+them differs, before its costs go into a search.
 """
 
 import dataclasses
@@ -165,7 +166,7 @@ class LatencyTable:
         fits = ", ".join(f"{phase} {self.residuals[phase]:.1%}" for phase in PHASES)
         lines = [
             f"milliseconds at batch {load.batch} after {load.context} tokens; the fit is off by {fits}",
-            f"{'':44}{'per step':>10}{'per prompt':>12}",
+            f"{'':44}{'step':>10}{'prompts':>12}",
             _line("whole model", self, lambda t: t.range(self.menu)[1]),
             _line("embeddings, vocabulary head, calls", self, lambda t: t.fixed),
         ]

@@ -19,6 +19,7 @@ from elastic_lm.bench.report import Row
 from elastic_lm.config import ModelConfig
 from elastic_lm.cost import model_cost
 from elastic_lm.elastic import Subnet
+from elastic_lm.latency.build import programs
 from elastic_lm.latency.measure import Progress, measure
 from elastic_lm.latency.table import LatencyTable
 from elastic_lm.models.decoder import Params
@@ -69,7 +70,7 @@ def verify(
     require(count >= 1, "count", count, "must be at least 1 sub-network")
     config = config.with_exits(())
     rng = np.random.default_rng((seed, 1))
-    subnets = [table.menu.sample(config, rng) for _ in range(count)]
+    subnets = _unseen(table, config, count, rng, seed)
     half = half_width(config)
     timed = [*subnets, *([half] if half else [])]
     found = measure(config, params, timed, table.workload, rounds=rounds, seed=seed, progress=progress)
@@ -90,6 +91,16 @@ def verify(
         ratio = float(found.relative["decode"][-1])
         rows.append(Row.of("latency/half_width_vs_ideal", ratio, read[0] / read[1]))
     return rows, checked
+
+
+def _unseen(
+    table: LatencyTable, config: ModelConfig, count: int, rng: np.random.Generator, seed: int
+) -> list[Subnet]:
+    """Random sub-networks that the table was not fitted to; fewer, or seen ones, where a menu is small."""
+    seen = set(programs(config, table.menu, seed))
+    drawn = dict.fromkeys(table.menu.sample(config, rng) for _ in range(20 * count))
+    unseen = [subnet for subnet in drawn if subnet not in seen]
+    return (unseen or list(drawn))[:count]
 
 
 def half_width(config: ModelConfig) -> Subnet | None:

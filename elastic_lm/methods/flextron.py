@@ -170,7 +170,10 @@ class ElasticTraining:
         try:
             menu.sizes(config)
         except ValueError as error:
-            raise ValueError(str(error).replace("menu.", "train.menu_", 1)) from error
+            message = str(error).replace("menu.", "train.menu_", 1)
+            if any(heads == groups for _, heads, groups in map(config.sizes, range(config.n_layers))):
+                message += "; this model's heads share no key/value groups: set train.menu_heads=(1.0,)"
+            raise ValueError(message) from error
         return cls(
             config,
             menu,

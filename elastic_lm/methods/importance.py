@@ -142,14 +142,21 @@ def layer_scores(
 
     Returns:
       [L] float64; infinite for `removed`.
+
+    Raises:
+      ValueError: there are no batches, or `removed` names a layer that the model lacks.
     """
+    inside = all(0 <= i < config.n_layers for i in removed)
+    fix = f"the model has {config.n_layers} layers, counted from 0"
+    require(inside, "removed", tuple(removed), fix)
     change, size = np.zeros(config.n_layers), 0.0
     stays = np.ones(config.n_layers, bool)
     stays[list(removed)] = False
     for batch in batches:
         found = jax.device_get(_changes(config, params, batch, stays))
         change, size = change + found[0].astype(np.float64), size + float(found[1])
-    return np.where(stays, change / size if size else math.nan, math.inf)
+    require(size > 0, "batches", size, "hold no tokens; give calibration text")
+    return np.where(stays, change / size, math.inf)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -119,7 +119,7 @@ def measured_damage(config: ModelConfig, menu: Menu, loss: Loss) -> Damage:
 
 def _measure(loss: Loss, subnet: Subnet) -> float:
     value = float(loss(subnet))
-    require(not math.isnan(value), "loss", value, f"must be a number; look at {subnet}")
+    require(math.isfinite(value), "loss", value, f"must be finite; look at {subnet}")
     return value
 
 

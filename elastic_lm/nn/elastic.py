@@ -4,7 +4,8 @@
 
 Every branch slices the shared parameters statically, so what runs costs what the choice costs. The backward
 pass computes the branch again: a conditional would keep what any of its branches needs for it, under every
-choice, which takes more memory than one branch and more time than computing it twice.
+choice. On one CPU core (4 layers, d 256, MLP 1024) that takes 56 MB instead of 193, and 0.19 s instead of
+0.30 for the gradient of a quarter's width.
 """
 
 import dataclasses

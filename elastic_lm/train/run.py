@@ -24,6 +24,7 @@ from elastic_lm.methods.self_supervised_exits import CachedExits, SelfSupervised
 from elastic_lm.methods.sorted_finetuning import SortedFineTuning, extract
 from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
 from elastic_lm.models.decoder import Params, init_params, stack_layers, unstack_layers
+from elastic_lm.plain import require
 from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.train import loop
 from elastic_lm.train.cached import cached_batches, place_taps
@@ -34,6 +35,7 @@ from elastic_lm.train.state import TrainState, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step, place_batch
 
 MODEL_FOLDER = "model"
+ELASTIC_GROUPS = 16  # of a model that becomes elastic; devices of a tensor axis divide them
 
 
 def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, dict[str, float]]:
@@ -67,6 +69,7 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     with closing(Checkpoints(workdir / "checkpoints", train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
         if not start and job.begin:
+            print(f"ranking neurons and heads on {train.rank_batches} batches", flush=True)
             state = job.begin(state)
         with closing(make_writer(workdir, train.steps, start)) as writer:
             state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
@@ -98,7 +101,9 @@ def prepare(
     model, params = prepare_model(config, tokenizer, mesh)
     unsorted = config.train.method == "flextron" and not model.elastic_groups
     if unsorted:
-        model = dataclasses.replace(model, elastic_groups=config.train.elastic_groups)
+        model = dataclasses.replace(model, elastic_groups=config.train.elastic_groups or ELASTIC_GROUPS)
+    asked, fix = config.train.elastic_groups, f"the model has {model.elastic_groups} already; set 0 to keep"
+    require(asked in (0, model.elastic_groups), "train.elastic_groups", asked, fix)
     ranking = functools.partial(rank_state, config, model, tokenizer, mesh)
     method, optimizer = make_method(config, model), make_optimizer(config.train)
     shardings = stacked_shardings(param_shardings(model, mesh))

@@ -155,11 +155,13 @@ def test_a_pretrained_model_is_ranked_once(base: RunConfig, tmp_path: Path) -> N
     )
 
     save_model(tmp_path / "elastic", after, params, Tokenizer.load(base.train.init_from))
-    again = changed(base, **{**ELASTIC, "elastic_groups": 4}, init_from=str(tmp_path / "elastic"))
+    again = changed(base, **{**ELASTIC, "elastic_groups": 0}, init_from=str(tmp_path / "elastic"))
     same, kept, ranked = at_the_start(again, tmp_path)
     assert not ranked
     assert same == after
     chex.assert_trees_all_equal(kept, params)
+    with pytest.raises(ValueError, match=r"train\.elastic_groups=4: the model has 8 already; set 0"):
+        at_the_start(changed(again, elastic_groups=4), tmp_path)
 
 
 def test_a_new_model_is_not_ranked(run_config: RunConfig, tmp_path: Path) -> None:
