@@ -323,7 +323,7 @@ def test_evolution_takes_any_loss() -> None:
 
     each = config, menu, table, budget
     assert evolutionary(*each, loss, seed=0, population=60) == target
-    with pytest.raises(ValueError, match=r"loss=nan: must be a number; look at Subnet\("):
+    with pytest.raises(ValueError, match=r"loss=nan: must be finite; look at Subnet\("):
         evolutionary(*each, lambda s: math.nan, seed=0)
     for field, value in {
         "population": 0,
