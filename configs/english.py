@@ -2,7 +2,7 @@
 
 COMMAND   elastic-lm train --config configs/english.py:data/english --workdir runs/english
 HARDWARE  one CPU core
-DURATION  about an hour
+DURATION  about an hour; drafting: 70 minutes
 EXPECTED  held-out loss 2.69 nats per token; see experiments/sorted_llama. Drafting: 2.65, at the exit 2.90
 
 `data/english` holds train/*.txt and held_out/*.txt; experiments/sorted_llama/prepare.py makes it.
@@ -15,9 +15,7 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str = "data/english") -> ConfigDict:
     """The recipe; `arg` = the folder with train/ and held_out/, then ",drafting" for an exit."""
-    folder, _, variant = arg.partition(",")
-    if variant not in ("", "drafting"):
-        raise ValueError(f"configs/english.py:{arg}: {variant!r} is no variant; drafting is, or leave it out")
+    folder = arg.removesuffix(",drafting")
     config = ConfigDict()
     config.model = {
         "vocab_size": 1024,
@@ -50,7 +48,7 @@ def get_config(arg: str = "data/english") -> ConfigDict:
         "eval_every": 400,
         "save_every": 100,
     }
-    if variant == "drafting":
+    if folder != arg:
         config.exits = ({"layer": 2, "kind": "norm", "tied": True},)
         config.train.update(method="joint", exit_weights=(0.7,))
     return config

@@ -1,6 +1,7 @@
 """One function per `elastic-lm` command: parsed flags -> config -> one call into the library."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -249,17 +250,24 @@ def bench(args: argparse.Namespace) -> None:
     from elastic_lm.generation import prepare_output
 
     prepare_output(args.json)
+    target = Path(args.json) if args.json else None
+    to_file = target is not None and (target.is_file() or not target.exists())  # and not a pipe
+    partial = target.with_name(target.name + ".partial") if target and to_file else None
 
     def keep(result: dict) -> None:
         row = result["rows"][-1]
         print(f"{row['name']} {row['ratio']:.3f}", file=sys.stderr, flush=True)
-        if args.json:  # what is measured stays, also where a later row fails
-            report.save(result, args.json)
+        if partial:  # what is measured stays, also where a later row fails
+            with contextlib.suppress(OSError):
+                report.save(result, partial)
 
     result = report.run(args.name, report.Options(args.tiny, args.rounds, args.seed, args.model), keep)
     print(report.table(result))
-    if args.json:
-        print(f"written to {args.json}", file=sys.stderr)
+    if target:
+        report.save(result, target)
+        print(f"written to {target}", file=sys.stderr)
+    if partial:
+        partial.unlink(missing_ok=True)
 
 
 def latency(args: argparse.Namespace) -> None:

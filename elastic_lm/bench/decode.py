@@ -52,7 +52,8 @@ def rows(options: Options) -> Iterator[Row]:
       options: size, rounds, seed, and a checkpoint with exits or "".
 
     Returns:
-      One row per line of the lists there and above, each as soon as it is measured.
+      One row per line of the lists there and above, each as soon as it is measured. What lossless decoding
+      loses is raised there, the rest at once.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.

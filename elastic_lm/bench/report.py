@@ -58,14 +58,15 @@ def run(name: str, options: Options, seen: Callable[[dict[str, Any]], None] | No
 
     Args:
       name: one of `names()`.
-      options: size, rounds and seed.
+      options: size, rounds, seed and model.
       seen: called with the result so far after every row.
 
     Returns:
       {"rows": [{"name", "measured", "ideal", "ratio"}], "hardware", "versions", "options"}.
 
     Raises:
-      ValueError: no such benchmark.
+      FileNotFoundError: there is no such model.
+      ValueError: no such benchmark, or one that cannot measure this model.
     """
     if name not in names():
         raise ValueError(f"benchmark {name!r} does not exist: choose from {', '.join(names())}")

@@ -4,9 +4,11 @@ import json
 import pathlib
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 
+from elastic_lm import cli
 from elastic_lm.bench import machine, report, timing
 
 
@@ -64,3 +66,25 @@ def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None
 def test_unknown_benchmark() -> None:
     with pytest.raises(ValueError, match="benchmark 'nope' does not exist"):
         report.run("nope", report.Options())
+
+
+def test_rows_stay_where_a_later_one_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(options: report.Options) -> Iterator[report.Row]:
+        yield report.Row.of("fake/one", 3.0, 4.0)
+        if options.seed:
+            raise ValueError("the second row cannot be measured")
+
+    fake = types.ModuleType("elastic_lm.bench.fake")
+    fake.__dict__["rows"] = rows
+    monkeypatch.setitem(sys.modules, "elastic_lm.bench.fake", fake)
+    monkeypatch.setattr(report, "names", lambda: ["fake"])
+    file, partial = tmp_path / "out.json", tmp_path / "out.json.partial"
+    assert cli.main(["bench", "fake", "--json", str(file)]) == 0
+    whole = file.read_text()
+    assert not partial.exists()
+    assert cli.main(["bench", "fake", "--seed", "1", "--json", str(file)]) == 2
+    assert file.read_text() == whole, "what was there before stays"
+    assert [row["name"] for row in json.loads(partial.read_text())["rows"]] == ["fake/one"]
+    assert "the second row cannot be measured" in capsys.readouterr().err
