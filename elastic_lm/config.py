@@ -29,7 +29,12 @@ ExitInit = Literal["copy", "random"]
 DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
 Packing = Literal["concat", "first_fit"]
 
-WITHOUT_EXITS = ("pretraining", "sorted_finetuning", "flextron")  # methods that train no exit heads
+WITHOUT_EXITS = (
+    "pretraining",
+    "sorted_finetuning",
+    "flextron",
+    "routers",
+)  # methods that train no exit heads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,13 +17,16 @@ from elastic_lm.plain import (
 )
 
 MethodName = Literal[
-    "pretraining", "ee_tuning", "joint", "sorted_finetuning", "self_supervised_exits", "flextron"
+    "pretraining", "ee_tuning", "joint", "sorted_finetuning", "self_supervised_exits", "flextron", "routers"
 ]
 DepthWeights = Literal["uniform", "linear", "sum", "sqrt", "inverse", "inverse_sqrt", "layerskip"]
 Curriculum = Literal["all", "sampled", "rotational", "gradual"]
 Objective = Literal["kl", "argmax", "penalised"]
 Draw = Literal["per_layer", "uniform", "one_per_step"]
 Teacher = Literal["live", "frozen"]
+Scheme = Literal["end_to_end", "surrogate"]
+Reads = Literal["budget", "hidden"]
+Priced = Literal["parameters", "flops", "memory_bytes", "latency_ms"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Optimizer = Literal["adamw", "muon"]
 
@@ -32,18 +35,26 @@ DTYPES = ("float32", "bfloat16", "float16")
 SORTED = ("depths", "depth_weights", "depth_scale", "curriculum", "curriculum_period", "layer_dropout")
 SELF_SUPERVISED = ("objective", "top_k", "imitation", "cached_batches", "balance_gates")
 MENU = ("menu_mlp", "menu_heads", "menu_dropped")
-SAMPLED = ("samples", "smallest_share", "distil", "teacher")
+SAMPLED = ("samples", "smallest_share", "teacher")
+ROUTED = ("budgets", "priced", "latency_table", "context", "scheme", "reads", "router_width", "router_lr")
+ROUTED += ("budget_weight", "train_model", "surrogate_error")
 # Options of TrainConfig, the field that decides whether they are read, and its values that have them read.
 READ_WITH = (
     (("exit_weights", "exit_warmup", "confidence_weighted"), "method", ("ee_tuning", "joint")),
     ((*SORTED, "dropout_ramp"), "method", ("sorted_finetuning",)),
     (SELF_SUPERVISED, "method", ("self_supervised_exits",)),
     ((*MENU, "draw", *SAMPLED, "elastic_groups", "rank_batches"), "method", ("flextron",)),
-    (("remat",), "method", ("pretraining", "ee_tuning", "joint", "sorted_finetuning", "flextron")),
+    (ROUTED, "method", ("routers",)),
+    (("distil",), "method", ("flextron", "routers")),
+    (("remat",), "method", ("pretraining", "ee_tuning", "joint", "sorted_finetuning", "flextron", "routers")),
     (("curriculum_period",), "curriculum", ("rotational", "gradual")),
     (("top_k",), "objective", ("kl",)),
     (("imitation",), "objective", ("penalised",)),
-    (SAMPLED, "draw", ("per_layer", "uniform")),
+    ((*SAMPLED, "distil"), "draw", ("per_layer", "uniform")),
+    (("train_model", "distil"), "scheme", ("end_to_end",)),
+    (("surrogate_error",), "scheme", ("surrogate",)),
+    (("latency_table",), "priced", ("latency_ms",)),
+    (("context",), "priced", ("flops", "memory_bytes")),
 )
 
 
@@ -92,10 +103,21 @@ class TrainConfig:
     draw: Draw = "per_layer"  # flextron: random widths of a step; one_per_step: without the full model
     samples: int = 2  # flextron, beside the full model: random sub-networks of a step
     smallest_share: float = 0.5  # flextron: probability that one of them is the smallest there is
-    distil: float = 0.0  # flextron: weight of KL to the full model in their loss, the rest is cross-entropy
+    distil: float = 0.0  # flextron, routers: weight of KL to the full model, the rest is cross-entropy
     teacher: Teacher = "live"  # flextron, KL to: the full model of the step, or a copy of the first one
     elastic_groups: int = 0  # flextron: storage groups of neurons; 0 = the model's own, or 16
     rank_batches: int = 16  # flextron: batches that rank neurons and heads of init_from, unless it is ranked
+    budgets: tuple[float, ...] = (0.5, 0.625, 0.75, 0.875, 1.0)  # routers: shares of the full model's cost
+    priced: Priced = "parameters"  # routers: what a budget is counted or measured in
+    latency_table: str = ""  # routers, latency_ms: file of elastic-lm latency build, of this device
+    context: int = 0  # routers, flops or memory_bytes: positions before the token that is decoded
+    scheme: Scheme = "end_to_end"  # routers: through the model, or by a surrogate of its loss
+    reads: Reads = "budget"  # routers: what they choose by; hidden: by every token's state, too
+    router_width: int = 256  # routers: width of their hidden layer
+    router_lr: float = 1.0  # routers: their learning rate as a multiple of the model's
+    budget_weight: float = 10.0  # routers: weight of the relative distance from the budget
+    train_model: bool = False  # routers: the model trains with them
+    surrogate_error: float = 0.2  # routers, surrogate: error up to which routers trust it, nats per token
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
@@ -110,7 +132,7 @@ class TrainConfig:
         require_choice("train.schedule", self.schedule, get_args(Schedule))
         require_choice("train.optimizer", self.optimizer, get_args(Optimizer))
         counts = ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk")
-        counts += ("samples", "rank_batches")
+        counts += ("samples", "rank_batches", "router_width")
         require_each(self, "train.", counts, *AT_LEAST_1)
         require_each(self, "train.", ("lr", "eps"), *POSITIVE)
         require_each(self, "train.", ("b1", "b2"), lambda v: 0 <= v < 1, "must be in [0, 1)")
@@ -144,14 +166,24 @@ class TrainConfig:
         require_choice("train.teacher", self.teacher, get_args(Teacher))
         distinct = len(set(self.menu_dropped)) == len(self.menu_dropped)
         require(distinct, "train.menu_dropped", self.menu_dropped, "names a layer twice; name each once")
-        for field in ("menu_mlp", "menu_heads"):
+        for field in ("menu_mlp", "menu_heads", "budgets"):
             require_shares(f"train.{field}", getattr(self, field))
+        require_choice("train.scheme", self.scheme, get_args(Scheme))
+        require_choice("train.reads", self.reads, get_args(Reads))
+        require_choice("train.priced", self.priced, get_args(Priced))
+        fix = "name the file that elastic-lm latency build wrote on this device"
+        named = self.priced != "latency_ms" or bool(self.latency_table)
+        require(named, "train.latency_table", self.latency_table, fix)
+        routed, fix = self.method == "routers", "routers choose for an elastic model: name its folder"
+        require(not routed or bool(self.init_from), "train.init_from", self.init_from, fix)
         fix = "must be distinct layers, counted from 1, in increasing order"
         increasing = list(self.depths) == sorted(set(self.depths)) and all(d >= 1 for d in self.depths)
         require(increasing, "train.depths", self.depths, fix)
         counts = ("curriculum_period", "dropout_ramp", "top_k", "cached_batches", "elastic_groups")
         require_each(self, "train.", counts, *NOT_NEGATIVE)
-        require_each(self, "train.", ("depth_scale",), *POSITIVE)
+        positive = ("depth_scale", "router_lr", "surrogate_error")
+        require_each(self, "train.", positive, *POSITIVE)
+        require_each(self, "train.", ("budget_weight", "context"), *NOT_NEGATIVE)
         shares = ("layer_dropout", "imitation", "smallest_share", "distil")
         require_each(self, "train.", shares, lambda v: 0 <= v <= 1, "must be in [0, 1]")
         require(

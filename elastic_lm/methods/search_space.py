@@ -130,6 +130,14 @@ class Space:
             self.config.d_model,
         )
 
+    def genes(self, subnet: Subnet) -> Ints:
+        """Inverse of `subnet`; dropped layers get their largest choices."""
+        chosen = zip(*self.menu.positions(self.config, subnet), strict=True)
+        genes = list(self.whole)
+        for i, (f, h, g) in zip(subnet.layers, chosen, strict=True):
+            genes[2 * i : 2 * i + 2] = h * len(self.sizes.groups[i]) + g, f
+        return (*genes[:-1], self.config.n_layers - len(subnet.layers))
+
     def draw(self, rng: np.random.Generator) -> Ints:
         """Random genes, every value equally likely, within the budget or not."""
         return tuple(rng.integers(self.choices).tolist())

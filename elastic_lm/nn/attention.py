@@ -129,6 +129,7 @@ class Attention(nn.Module):
         window: int | jax.Array = 0,
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
+        gate_BTN: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attends over `past` and the new tokens; returns the output and the new rows of k and v.
 
@@ -138,6 +139,7 @@ class Attention(nn.Module):
           window: see `attend`.
           segments_BT: document ids of the new tokens, or None.
           past: cached keys and values, or None.
+          gate_BTN: multiplies what query heads give (see `nn.router`), or None.
 
         Returns:
           ([B, T, D], (k [B, K, T, H], v [B, K, T, H])).
@@ -167,6 +169,7 @@ class Attention(nn.Module):
             softcap=c.attn_softcap,
             segments_BT=segments_BT,
         )
+        out = out if gate_BTN is None else out * gate_BTN[..., None]
         out = out.reshape(b, t, math.prod(out.shape[2:]))
         axes = ("embed", "heads")
         out = Linear((c.d_model,), axes, c.out_bias, c.param_dtype, name="out")(out)

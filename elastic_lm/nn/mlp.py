@@ -44,10 +44,20 @@ class MLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, gate_BTF: jax.Array | None = None) -> jax.Array:
+        """Runs the network.
+
+        Args:
+          x_BTD: normalised input.
+          gate_BTF: multiplies the neurons (see `nn.router`), or None.
+
+        Returns:
+          [B, T, D].
+        """
         c = self.config
         act = ACTIVATIONS[c.activation]
         shape, axes = ((2, c.d_mlp), (None, "mlp", "embed")) if c.gated else ((c.d_mlp,), ("mlp", "embed"))
         h = Linear(shape, axes, c.mlp_bias, c.param_dtype, name="up")(x_BTD)
         h = act(h[..., 0, :]) * h[..., 1, :] if c.gated else act(h)
+        h = h if gate_BTF is None else h * gate_BTF
         return Linear((c.d_model,), ("embed", "mlp"), c.mlp_bias, c.param_dtype, name="down")(h)

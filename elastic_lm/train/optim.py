@@ -7,6 +7,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from elastic_lm.config import TrainConfig
+from elastic_lm.methods.routing import ROUTERS, SURROGATE
 from elastic_lm.models.decoder import Params
 
 DECAYED = ("kernel", "table")
@@ -46,12 +47,21 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """
     make = _muon if config.optimizer == "muon" else _adamw
     optimizer = make(config)
+    if config.router_lr != 1.0:
+        optimizer = optax.chain(optimizer, optax.masked(optax.scale(config.router_lr), routing))
     return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip else optimizer
 
 
 def decayed(params: Params) -> Params:
-    """True for the parameters that weight decay applies to."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+    """True for the parameters that weight decay applies to: the model's kernels and tables."""
+    routers = routing(params)
+    kernels = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+    return jax.tree.map(lambda kernel, router: kernel and not router, kernels, routers)
+
+
+def routing(params: Params) -> Params:
+    """True for the parameters of routers and of the surrogate that trains them."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key in (ROUTERS, SURROGATE), params)
 
 
 def matrices(params: Any) -> Any:
@@ -60,6 +70,7 @@ def matrices(params: Any) -> Any:
     def axes(path: tuple[Any, ...], leaf: jax.Array) -> Any:
         names = [entry.key for entry in path]
         inner = names[-1] == "kernel" and "head" not in names and leaf.ndim >= 2
+        inner = inner and names[0] not in (ROUTERS, SURROGATE)
         return MuonDimensionNumbers(reduction_axis=-1, output_axis=-2) if inner else None
 
     return jax.tree_util.tree_map_with_path(axes, params)

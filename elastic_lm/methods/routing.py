@@ -1,0 +1,327 @@
+"""Routers that choose the sub-network for a budget: Flextron's second stage, in two schemes.
+
+A router gives the choices of every layer for a budget b, a share of the whole model's cost (`nn.router`).
+Every row of a batch draws a budget from the anchors; x is the sub-network that its routers pick with Gumbel
+noise, c(x) its cost as a share of the whole model's, from a `CostTable`, measured or counted:
+
+    miss(x, b)  = |c(x) / b - 1|, 0 where it is below DEAD_ZONE and b < 1
+                  + WHOLE sum (y - largest choice)^2                        where b = 1, the whole model
+
+    end_to_end    minimise over routers (and, jointly, the model)
+                      (1 - d) CE(z_x) + d KL(p || q_x) + a miss(x, b)
+    surrogate     with e = CE(z_x) - CE(z) of the row, and S a small network that reads what was picked:
+                  minimise over S         (S(x) - e)^2
+                  minimise over routers   S(x) + a miss(x, b), in steps where S is trusted:
+                                          mean |S(x) - e| < `surrogate_error`
+
+Both have the gradient of the straight-through choice. The first one needs a backward pass through the model;
+the second none, and forgets S afterwards. The paper's surrogate predicts the loss from the routers' logits;
+ours predicts from the choice that was run how much the row's loss rises over that of the whole model, so that
+neither the noise of the choice nor how hard a text is has to be learned. As training goes on the noise fades:
+tau falls geometrically over TAU, the logits' scale rises linearly over SCALE.
+
+Routers that read states choose for every token (`end_to_end` only). c(x) is then a mean over the row.
+
+Papers: Flextron, arXiv 2406.10260, sec. 3; Nemotron Elastic, arXiv 2511.16664 (budget loss, schedules).
+"""
+
+import dataclasses
+import itertools
+from typing import Any, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.cost import CostTable
+from elastic_lm.elastic import Budget
+from elastic_lm.methods.losses import Batch, Metrics, TokenSums, sum_over_chunks, token_sums
+from elastic_lm.methods.routers import RouterShape
+from elastic_lm.methods.self_supervised_exits import imitation_loss
+from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.models.routed import routed_hidden
+from elastic_lm.nn.linear import Linear
+from elastic_lm.nn.router import (
+    SLOPE,
+    Picks,
+    budget_code,
+    init_router,
+    router_input,
+    straight_through,
+)
+from elastic_lm.plain import require, require_choice
+from elastic_lm.sharding import replicated
+from elastic_lm.train_config import Scheme
+
+ROUTERS, SURROGATE = "routers", "surrogate"  # keys of their parameters
+DEAD_ZONE = 0.05  # relative miss of a budget that costs nothing
+WHOLE = 10.0  # weight of choices that are not the largest where the budget is the whole model
+TAU = (1.0, 0.05)  # temperature of the straight-through gradient, from the first to the last step
+SCALE = (1.0, 10.0)  # of the logits against the noise
+
+
+class Surrogate(nn.Module):
+    """S: from one-hot choices to the rise of the loss, in nats per token."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, picked_BI: jax.Array) -> jax.Array:
+        x = nn.leaky_relu(Linear((self.width,), (None, None), name="hidden")(picked_BI), SLOPE)
+        return Linear((1,), (None, None), name="rise")(x)[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterTraining:
+    """Trains routers, and the model with them where wanted (a `losses.Method`)."""
+
+    shape: RouterShape  # model, menu, budgets; static
+    table: CostTable  # costs of the menu's choices; static
+    steps: int  # of the whole run, over which noise fades
+    scheme: Scheme = "end_to_end"
+    initial: Any = dataclasses.field(default=None, compare=False)  # routers to start from; None = new ones
+    train_model: bool = False  # end_to_end: the model trains too
+    budget_weight: float = 10.0  # a
+    distil: float = 0.0  # end_to_end: d; p of the whole model in this step, with no gradient through it
+    surrogate_error: float = 0.2  # surrogate: mean error below which the routers train, in nats per token
+    seed: int = 0  # of the draws and of new routers
+    chunk: int = 256  # columns of logits alive at once
+    remat: bool = False  # recompute layers in the backward pass
+
+    def __post_init__(self) -> None:
+        require_choice("scheme", self.scheme, get_args(Scheme))
+        fix = "needs scheme='end_to_end': the surrogate predicts from one choice per row"
+        require(self.scheme == "end_to_end" or self.shape.reads == "budget", "reads", self.shape.reads, fix)
+        fix = "needs scheme='end_to_end': the surrogate sends no gradient to the model"
+        require(self.scheme == "end_to_end" or not self.train_model, "train_model", self.train_model, fix)
+        whole = self.table.range(self.shape.menu)[1]
+        for share in self.shape.anchors:
+            self.table.check(Budget(**{self.table.kind: share * whole}), self.shape.menu)
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Routers (and the surrogate, or the model) train; new ones lie on all devices of the model."""
+        routers, surrogate = jax.random.split(jax.random.key(self.seed))
+        new: Params = {ROUTERS: self.initial or self.shape.init(routers)}
+        if self.scheme == "surrogate":
+            menu = self.shape.menu
+            inputs = self.shape.config.n_layers * (len(menu.heads) + len(menu.mlp)) + len(menu.dropped) + 1
+            new[SURROGATE] = init_router(Surrogate(self.shape.width), inputs, surrogate)
+        mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+        new = new if mesh is None else jax.device_put(new, replicated(mesh))
+        return ({**params, **new}, {}) if self.train_model else (new, params)
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """What is minimised (see the top of this file), in nats per counted token.
+
+        Args:
+          trainable: first result of `split`, the model stacked.
+          frozen: second result of `split`.
+          batch: packed tokens, targets and weights.
+          step: int32 scalar; with the seed it decides about budgets and noise. The parts of an accumulated
+            batch share them.
+
+        Returns:
+          (scalar float32, metrics `loss`, `loss/picked` = mean cross-entropy of what was picked,
+          `budget/miss` = mean |c(x) / b - 1|; with the surrogate `surrogate/error` and `surrogate/trusted`).
+        """
+        params = {**frozen, **trainable}
+        budgets, noise = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), step))
+        anchors = jnp.asarray(self.shape.anchors)
+        budget_B = anchors[jax.random.randint(budgets, (batch.tokens.shape[0],), 0, anchors.size)]
+        progress = step / self.steps
+        tau = TAU[0] * (TAU[1] / TAU[0]) ** progress
+        scale = SCALE[0] + (SCALE[1] - SCALE[0]) * progress
+        hidden, picked = self.forward(params, batch, budget_B, noise, scale, tau)
+        off_B, whole_B = self.misses(picked, budget_B)
+        charged_B = jnp.where((off_B < DEAD_ZONE) & (budget_B < 1), 0.0, off_B) + WHOLE * whole_B
+        miss = self.budget_weight * jnp.mean(charged_B)
+        metrics = {"budget/miss": jnp.mean(off_B)}
+        if self.scheme == "end_to_end":
+            loss, entropy = self._quality(params, batch, hidden)
+            return loss + miss, {"loss": loss + miss, "loss/picked": entropy, **metrics}
+        rise_B, entropy = self._rise(params, batch, hidden)
+        loss, surrogate = self._surrogate_loss(params[SURROGATE], picked, rise_B, miss)
+        return loss, {"loss": loss, "loss/picked": entropy, **metrics, **surrogate}
+
+    def forward(
+        self,
+        params: Params,
+        batch: Batch,
+        budget_B: jax.Array,
+        key: jax.Array | None = None,
+        scale: jax.Array | float = 1.0,
+        tau: jax.Array | float = 1.0,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Runs what the routers pick for every row's budget.
+
+        Args:
+          params: model, stacked, and routers.
+          batch: packed tokens.
+          budget_B: float32 shares of the whole model's cost.
+          key: of the noise; None = the likeliest choices.
+          scale: of the logits.
+          tau: of the gradient.
+
+        Returns:
+          ([B, T, D] state after the last layer, {"heads", "mlp": [L, B, choices], "dropped": [B, choices]}).
+        """
+        shape, routers = self.shape, params[ROUTERS]
+        heads_key, mlp_key, depth_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        code_BA = budget_code(budget_B, shape.anchors)
+        layers, dropped_BC = shape.all_logits(routers, code_BA)
+        dropped_BC = straight_through(dropped_BC, depth_key, scale, tau)
+        keep_LB = (dropped_BC @ shape.kept).T
+
+        def picks(logits: dict[str, jax.Array], heads: Any, mlp: Any) -> Picks:
+            return Picks(
+                straight_through(logits["heads"], heads, scale, tau),
+                straight_through(logits["mlp"], mlp, scale, tau),
+            )
+
+        def of_state(given: Any, hidden: jax.Array) -> Picks:
+            router, *keys = given
+            return picks(shape.layer_logits(router, router_input(code_BA[:, None], hidden)), *keys)
+
+        def run(pick: Any, given: Any, keep_LB: jax.Array) -> tuple[jax.Array, Picks]:
+            return routed_hidden(
+                shape.config, shape.menu, params, batch.tokens, pick, given, keep_LB,
+                batch.positions, batch.segments, remat=self.remat,
+            )  # fmt: skip
+
+        if shape.reads == "hidden":
+            each = [None if k is None else jax.random.split(k, len(keep_LB)) for k in (heads_key, mlp_key)]
+            hidden, mean = run(of_state, (routers["layers"], *each), keep_LB)
+            return hidden, {"heads": mean.heads, "mlp": mean.mlp, "dropped": dropped_BC}
+        assert layers is not None
+        picked = picks(layers, heads_key, mlp_key)
+        given, keep = jax.tree.map(lambda x: x[:, :, None], picked), keep_LB
+        if self.scheme == "surrogate":
+            given, keep = jax.lax.stop_gradient((given, keep))
+        hidden, _ = run(lambda given, _: given, given, keep)
+        return hidden, {"heads": picked.heads, "mlp": picked.mlp, "dropped": dropped_BC}
+
+    def misses(self, picked: dict[str, jax.Array], budget_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B] relative distance from the budget; [B] squared one from the whole model, where that is due."""
+        largest = [picked[name][..., -1] for name in ("heads", "mlp")]
+        far_B = sum(jnp.mean(jnp.square(1 - last), axis=0) for last in largest)
+        far_B = far_B + jnp.square(1 - picked["dropped"][:, 0])
+        return jnp.abs(self.costs(picked) / budget_B - 1), jnp.where(budget_B >= 1, far_B, 0.0)
+
+    def costs(self, picked: dict[str, jax.Array]) -> jax.Array:
+        """[B] cost of what was picked, as a share of the whole model's."""
+        whole = self.table.range(self.shape.menu)[1]
+        attention = jnp.asarray([[h[-1] for h in a] for a in self.table.attention]) / whole
+        mlp = jnp.asarray(self.table.mlp) / whole
+        layers_LB = jnp.einsum("lbc,lc->lb", picked["heads"], attention)
+        layers_LB = layers_LB + jnp.einsum("lbc,lc->lb", picked["mlp"], mlp)
+        keep_LB = (picked["dropped"] @ self.shape.kept).T
+        return self.table.fixed / whole + jnp.sum(keep_LB * layers_LB, axis=0)
+
+    def token_sums(self, params: Params, batch: Batch, hidden: jax.Array) -> TokenSums:
+        """[B] sums of every row, from the state after the last layer."""
+        return self._row_sums(params, batch, hidden)[0]
+
+    def _quality(self, params: Params, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """((1 - d) CE + d KL, CE), per counted token."""
+        taught = jax.lax.stop_gradient(self._whole(params, batch)) if self.distil else None
+        sums, divergence_B = self._row_sums(params, batch, hidden, taught)
+        count = jnp.maximum(jnp.sum(sums.weight), 1.0)
+        entropy = jnp.sum(sums.loss) / count
+        return (1 - self.distil) * entropy + self.distil * jnp.sum(divergence_B) / count, entropy
+
+    def _rise(self, params: Params, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """([B] e, scalar CE of what was picked), without gradient."""
+        hidden, params = jax.lax.stop_gradient((hidden, params))
+        picked = self.token_sums(params, batch, hidden)
+        whole = self.token_sums(params, batch, self._whole(params, batch))
+        entropy = jnp.sum(picked.loss) / jnp.maximum(jnp.sum(picked.weight), 1.0)
+        return (picked.loss - whole.loss) / jnp.maximum(picked.weight, 1.0), entropy
+
+    def _surrogate_loss(
+        self, surrogate: Params, picked: dict[str, jax.Array], rise_B: jax.Array, miss: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        network = Surrogate(self.shape.width)
+        flat = [jnp.moveaxis(picked[name], 1, 0).reshape(rise_B.shape[0], -1) for name in ("heads", "mlp")]
+        picked_BI = jnp.concatenate([*flat, picked["dropped"]], axis=-1)
+        held = jax.lax.stop_gradient
+        predicted_B: Any = network.apply({"params": surrogate}, held(picked_BI))
+        wished_B: Any = network.apply({"params": held(surrogate)}, picked_BI)
+        error = jnp.mean(jnp.abs(held(predicted_B) - rise_B))
+        trusted = error < self.surrogate_error
+        routers = jnp.where(trusted, jnp.mean(wished_B) + miss, 0.0)
+        loss = jnp.mean(jnp.square(predicted_B - rise_B)) + routers
+        return loss, {"surrogate/error": error, "surrogate/trusted": trusted.astype(jnp.float32)}
+
+    def _whole(self, params: Params, batch: Batch) -> jax.Array:
+        """[B, T, D] state of the whole model after its last layer."""
+        config = self.shape.config
+        decoder, depth = Decoder(config, self.remat).bind({"params": params}), config.n_layers
+        return decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)[depth].hidden
+
+    def _row_sums(
+        self, params: Params, batch: Batch, hidden: jax.Array, taught: jax.Array | None = None
+    ) -> tuple[TokenSums, jax.Array]:
+        """([B] sums of every row, [B] KL to the logits of `taught`)."""
+        config = self.shape.config
+        decoder = Decoder(config).bind({"params": params})
+        kernel = decoder.final_kernel()
+        rows = jax.vmap(token_sums)
+
+        def one(piece: Any) -> tuple[TokenSums, jax.Array]:
+            features, teacher, targets, weights = piece
+            logits = vocab_logits(config, features, kernel)
+            sums = rows(logits, targets, weights)
+            if teacher is None:
+                return sums, jnp.zeros_like(sums.loss)
+            losses = imitation_loss("kl", vocab_logits(config, teacher, kernel), logits)
+            return sums, jnp.sum(weights * losses, axis=1)
+
+        teacher = None if taught is None else decoder.final_features(taught)
+        arrays = (decoder.final_features(hidden), teacher, batch.targets, batch.weights)
+        return sum_over_chunks(one, arrays, self.chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterEvaluation:
+    """What routers pick without noise, at their anchors and between them (a `losses.Method`)."""
+
+    method: RouterTraining
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """As the method that trains."""
+        return self.method.split(params)
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Cross-entropy and cost of the likeliest choices at every budget.
+
+        Args:
+          trainable: first result of `split`, the model stacked.
+          frozen: second result of `split`.
+          batch: packed tokens, targets and weights.
+          step: not used.
+
+        Returns:
+          (mean over the anchors, metrics `loss` and, for every anchor b and every mean of two neighbours,
+          `loss/budget_<b>` in nats per counted token and `spent/budget_<b>`, cost over budget).
+        """
+        params, anchors = {**frozen, **trainable}, self.method.shape.anchors
+        between = [(low + high) / 2 for low, high in itertools.pairwise(anchors)]
+        budgets = jnp.asarray([*anchors, *between], jnp.float32)
+
+        def one(budget: jax.Array) -> tuple[jax.Array, jax.Array]:
+            budget_B = jnp.full(batch.tokens.shape[:1], budget)
+            hidden, picked = self.method.forward(params, batch, budget_B)
+            sums = self.method.token_sums(params, batch, hidden)
+            entropy = jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.weight), 1.0)
+            return entropy, jnp.mean(self.method.costs(picked)) / budget
+
+        losses, spent = jax.lax.map(one, budgets)
+        names = [f"budget_{b:.4g}" for b in (*anchors, *between)]
+        metrics = {f"loss/{name}": loss for name, loss in zip(names, losses, strict=True)}
+        metrics |= {f"spent/{name}": share for name, share in zip(names, spent, strict=True)}
+        mean = jnp.mean(losses[: len(anchors)])
+        return mean, {"loss": mean, **metrics}
