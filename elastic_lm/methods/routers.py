@@ -126,6 +126,7 @@ class Routers:
     shape: RouterShape
     params: Params  # from `RouterShape.init`, trained
     table: CostTable  # costs of the menu's choices, of the kind of the budgets
+    tilts: tuple[float, ...] = ()  # where states are read: of every anchor, see `routing.fit_tilts`
 
     def subnet(self, budget: Budget) -> Subnet:
         """The sub-network for a budget, never above it (see the top of this file).
@@ -175,9 +176,14 @@ class Routers:
         folder = Path(folder)
         arrays = {"/".join(k.key for k in path): np.asarray(jax.device_get(leaf))
                   for path, leaf in jax.tree_util.tree_leaves_with_path(self.params)}  # fmt: skip
-        shape = self.shape
-        described = {"menu": dataclasses.asdict(shape.menu), "anchors": shape.anchors, "reads": shape.reads,
-                     "width": shape.width, "table": dataclasses.asdict(self.table)}  # fmt: skip
+        described = {
+            "menu": dataclasses.asdict(self.shape.menu),
+            "anchors": self.shape.anchors,
+            "reads": self.shape.reads,
+            "width": self.shape.width,
+            "table": dataclasses.asdict(self.table),
+            "tilts": self.tilts,
+        }
         save_file(arrays, folder / WEIGHTS, {"format": FORMAT})
         text = json.dumps({"format": FORMAT, **described}, indent=2) + "\n"
         (folder / DESCRIPTION).write_text(text, encoding="utf-8")
@@ -201,10 +207,10 @@ class Routers:
             raise FileNotFoundError(f"{folder}: no routers here; train some: configs/routers.py")
         try:
             described = read_json(folder / DESCRIPTION)
-            require(
-                described.pop("format", None) == FORMAT, "format", described.get("format"), f"not {FORMAT}"
-            )
+            form = described.pop("format", None)
+            require(form == FORMAT, "format", form, f"is not {FORMAT!r}")
             own = from_dict(CostTable, described.pop("table"))
+            tilts = tuple(map(float, described.pop("tilts")))
             shape = from_dict(RouterShape, {"config": dataclasses.asdict(config.with_exits(())), **described})
             flat = load_file(folder / WEIGHTS)
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
@@ -218,4 +224,4 @@ class Routers:
             require(found == leaf.shape, f"{folder / WEIGHTS}: {name}", found, fix)
             return jnp.asarray(flat[name])
 
-        return cls(shape, jax.tree_util.tree_map_with_path(read, wanted), table or own)
+        return cls(shape, jax.tree_util.tree_map_with_path(read, wanted), table or own, tilts)

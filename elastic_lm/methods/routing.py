@@ -27,11 +27,13 @@ Papers: Flextron, arXiv 2406.10260, sec. 3; Nemotron Elastic, arXiv 2511.16664 (
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from elastic_lm.cost import CostTable
 from elastic_lm.elastic import Budget
@@ -58,6 +60,7 @@ DEAD_ZONE = 0.05  # relative miss of a budget that costs nothing
 WHOLE = 10.0  # weight of choices that are not the largest where the budget is the whole model
 TAU = (1.0, 0.05)  # temperature of the straight-through gradient, from the first to the last step
 SCALE = (1.0, 10.0)  # of the logits against the noise
+WIDEST, HALVINGS = 1000.0, 24  # of the interval that a tilt is looked for in
 
 
 class Surrogate(nn.Module):
@@ -153,6 +156,7 @@ class RouterTraining:
         key: jax.Array | None = None,
         scale: jax.Array | float = 1.0,
         tau: jax.Array | float = 1.0,
+        tilt: jax.Array | float = 0.0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Runs what the routers pick for every row's budget.
 
@@ -163,6 +167,7 @@ class RouterTraining:
           key: of the noise; None = the likeliest choices.
           scale: of the logits.
           tau: of the gradient.
+          tilt: times its cost as a share of the whole model's, raises a choice's logit where states are read.
 
         Returns:
           ([B, T, D] state after the last layer, {"heads", "mlp": [L, B, choices], "dropped": [B, choices]}).
@@ -181,8 +186,9 @@ class RouterTraining:
             )
 
         def of_state(given: Any, hidden: jax.Array) -> Picks:
-            router, *keys = given
-            return picks(shape.layer_logits(router, router_input(code_BA[:, None], hidden)), *keys)
+            router, heads, mlp, *keys = given
+            logits = shape.layer_logits(router, router_input(code_BA[:, None], hidden))
+            return picks({"heads": logits["heads"] + heads, "mlp": logits["mlp"] + mlp}, *keys)
 
         def run(pick: Any, given: Any, keep_LB: jax.Array) -> tuple[jax.Array, Picks]:
             return routed_hidden(
@@ -192,7 +198,8 @@ class RouterTraining:
 
         if shape.reads == "hidden":
             each = [None if k is None else jax.random.split(k, len(keep_LB)) for k in (heads_key, mlp_key)]
-            hidden, mean = run(of_state, (routers["layers"], *each), keep_LB)
+            tilts = [tilt * costs for costs in self.shares]
+            hidden, mean = run(of_state, (routers["layers"], *tilts, *each), keep_LB)
             return hidden, {"heads": mean.heads, "mlp": mean.mlp, "dropped": dropped_BC}
         assert layers is not None
         picked = picks(layers, heads_key, mlp_key)
@@ -209,11 +216,17 @@ class RouterTraining:
         far_B = far_B + jnp.square(1 - picked["dropped"][:, 0])
         return jnp.abs(self.costs(picked) / budget_B - 1), jnp.where(budget_B >= 1, far_B, 0.0)
 
+    @property
+    def shares(self) -> tuple[jax.Array, jax.Array]:
+        """Costs of the choices as shares of the whole model's: ([L, choices of heads], [L, of neurons])."""
+        whole = self.table.range(self.shape.menu)[1]
+        attention = jnp.asarray([[h[-1] for h in a] for a in self.table.attention])
+        return attention / whole, jnp.asarray(self.table.mlp) / whole
+
     def costs(self, picked: dict[str, jax.Array]) -> jax.Array:
         """[B] cost of what was picked, as a share of the whole model's."""
         whole = self.table.range(self.shape.menu)[1]
-        attention = jnp.asarray([[h[-1] for h in a] for a in self.table.attention]) / whole
-        mlp = jnp.asarray(self.table.mlp) / whole
+        attention, mlp = self.shares
         layers_LB = jnp.einsum("lbc,lc->lb", picked["heads"], attention)
         layers_LB = layers_LB + jnp.einsum("lbc,lc->lb", picked["mlp"], mlp)
         keep_LB = (picked["dropped"] @ self.shape.kept).T
@@ -325,3 +338,32 @@ class RouterEvaluation:
         metrics |= {f"spent/{name}": share for name, share in zip(names, spent, strict=True)}
         mean = jnp.mean(losses[: len(anchors)])
         return mean, {"loss": mean, **metrics}
+
+
+def fit_tilts(method: RouterTraining, params: Params, batches: Sequence[Batch]) -> tuple[float, ...]:
+    """Tilts with which routers that read states spend each anchor on average over some text.
+
+    Args:
+      method: whose routers read states.
+      params: model, stacked, and trained routers.
+      batches: text that budgets are to be met on.
+
+    Returns:
+      One tilt per anchor, found by halving an interval: what is spent is at most the anchor, and as near to
+      it as the interval is small; 0 for the whole model.
+    """
+
+    @jax.jit
+    def spent(params: Params, batch: Batch, budget: jax.Array, tilt: jax.Array) -> jax.Array:
+        budget_B = jnp.full(batch.tokens.shape[:1], budget)
+        return jnp.mean(method.costs(method.forward(params, batch, budget_B, tilt=tilt)[1]))
+
+    def fit(anchor: float) -> float:
+        low, high = -WIDEST, WIDEST
+        for _ in range(HALVINGS):
+            tilt = (low + high) / 2
+            fits = np.mean([spent(params, batch, anchor, tilt) for batch in batches]) <= anchor
+            low, high = (tilt, high) if fits else (low, tilt)
+        return low
+
+    return (*(fit(anchor) for anchor in method.shape.anchors[:-1]), 0.0)

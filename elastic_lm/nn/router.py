@@ -132,7 +132,7 @@ def straight_through(
         scores = scores + jax.random.gumbel(key, logits.shape)
     soft = jax.nn.softmax(scores / tau, axis=-1)
     hard = jax.nn.one_hot(jnp.argmax(scores, axis=-1), logits.shape[-1])
-    return hard + soft - jax.lax.stop_gradient(soft)
+    return hard + (soft - jax.lax.stop_gradient(soft))
 
 
 def prefixes(config: ModelConfig, heads: Ints, mlp: Ints) -> tuple[np.ndarray, np.ndarray]:
