@@ -14,6 +14,7 @@ from elastic_lm.config import ModelConfig
 from elastic_lm.decode.state import Answers, Controls, DecodeState, segments
 from elastic_lm.decode.verify import deep_logits
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.routed_decoder import decoder_of
 
 
 @flax.struct.dataclass
@@ -62,7 +63,7 @@ def answer(
       `answers` and those of the rows that asked and were sure; after the last layer every row is.
     """
     depth = segments(config)[j][1]
-    decoder = Decoder(config).bind({"params": params})
+    decoder = decoder_of(config).bind({"params": params})
     features, cosine = found.features, found.cosine
 
     def answered(logits: jax.Array, confident_B: jax.Array) -> Answers:

@@ -36,7 +36,8 @@ from elastic_lm.decode.state import (
     segments,
 )  # fmt: skip
 from elastic_lm.decode.verify import deep_tokens, drafting_room, look_deep, verify
-from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.decoder import Params
+from elastic_lm.models.routed_decoder import decoder_of
 
 # What segment j writes: caches of its layers, cache of its exit's block, states that leave it [B, W, D].
 Held = tuple[tuple[LayerCache, ...], LayerCache | None, jax.Array | None]
@@ -280,7 +281,7 @@ def _tick(
       (the written parts of the state, what was found for each row's newest position).
     """
     caches, exit_cache, ring = held
-    decoder = Decoder(config).bind({"params": params})
+    decoder = decoder_of(config).bind({"params": params})
     start, stop = segments(config)[j]
     done_B = state.done[j]
     positions = done_B[:, None] + jnp.arange(width, dtype=jnp.int32)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from elastic_lm.config import ModelConfig
 from elastic_lm.decode import cache
 from elastic_lm.decode.state import FREE, DecodeState, segments
-from elastic_lm.models.decoder import Decoder, Params, default_positions
+from elastic_lm.models.decoder import Params, default_positions
+from elastic_lm.models.routed_decoder import decoder_of
 
 
 def prefill(
@@ -39,7 +40,7 @@ def prefill(
       DecodeState ready for `loop.run`.
     """
     b, p = tokens_BP.shape
-    decoder = Decoder(config).bind({"params": params})
+    decoder = decoder_of(config).bind({"params": params})
     positions = default_positions(tokens_BP, None)
     hidden = decoder.embed(tokens_BP, positions)
     caches: list[cache.LayerCache] = []

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from elastic_lm.config import ModelConfig
 from elastic_lm.decode import cache
 from elastic_lm.decode.state import DecodeState, segments
-from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.decoder import Params
+from elastic_lm.models.routed_decoder import decoder_of
 
 # Caches of layers, caches of the blocks of exits.
 Deeper = tuple[tuple[cache.LayerCache, ...], tuple[cache.LayerCache | None, ...]]
@@ -40,7 +41,7 @@ def propagate(
     Returns:
       The state, in which every deeper segment has processed what segment j has in these rows.
     """
-    decoder = Decoder(config).bind({"params": params})
+    decoder = decoder_of(config).bind({"params": params})
     pieces = segments(config)
     cut = pieces[j][1]
     position = state.done[j][:, None] - 1

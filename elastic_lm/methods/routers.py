@@ -54,6 +54,8 @@ class RouterShape:
         for field in ("groups", "d_model"):
             fix = "is not routed; set (1.0,)"
             require(getattr(self.menu, field) == (1.0,), f"menu.{field}", getattr(self.menu, field), fix)
+        fix = "routers that read states choose widths alone; set ()"
+        require(self.reads == "budget" or not self.menu.dropped, "menu.dropped", self.menu.dropped, fix)
         same = not self.config.heterogeneous
         require(same, "config.layer_mlp", self.config.layer_mlp, "routers need layers of one size")
         self.menu.sizes(self.config)

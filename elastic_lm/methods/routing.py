@@ -34,6 +34,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from elastic_lm.cost import CostTable
 from elastic_lm.elastic import Budget
@@ -52,7 +53,6 @@ from elastic_lm.nn.router import (
     straight_through,
 )
 from elastic_lm.plain import require, require_choice
-from elastic_lm.sharding import replicated
 from elastic_lm.train_config import Scheme
 
 ROUTERS, SURROGATE = "routers", "surrogate"  # keys of their parameters
@@ -110,7 +110,7 @@ class RouterTraining:
             inputs = self.shape.config.n_layers * (len(menu.heads) + len(menu.mlp)) + len(menu.dropped) + 1
             new[SURROGATE] = init_router(Surrogate(self.shape.width), inputs, surrogate)
         mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
-        new = new if mesh is None else jax.device_put(new, replicated(mesh))
+        new = new if mesh is None else jax.device_put(new, NamedSharding(mesh, PartitionSpec()))
         return ({**params, **new}, {}) if self.train_model else (new, params)
 
     def loss(

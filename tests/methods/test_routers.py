@@ -53,7 +53,8 @@ def batch(rows: int = 8, length: int = 16) -> Batch:
 
 
 def method(scheme: Any, reads: Any, **fields: Any) -> RouterTraining:
-    shape = RouterShape(model()[0], MENU, ANCHORS, reads, 32)
+    menu = dataclasses.replace(MENU, dropped=()) if reads == "hidden" else MENU
+    shape = RouterShape(model()[0], menu, ANCHORS, reads, 32)
     return RouterTraining(shape, table(), STEPS, scheme, **fields)
 
 
@@ -265,9 +266,13 @@ def test_errors_say_what_to_do(tmp_path: Any) -> None:
         method("surrogate", "hidden")
     with pytest.raises(ValueError, match="end_to_end"):
         method("surrogate", "budget", train_model=True)
-    by_token = Routers(RouterShape(config, MENU, ANCHORS, "hidden"), {}, table())
+    by_token = Routers(
+        RouterShape(config, Menu(), ANCHORS, "hidden"), {}, counted_table(config, Menu(), "flops")
+    )
+    with pytest.raises(ValueError, match="choose widths alone"):
+        RouterShape(config, MENU, ANCHORS, "hidden")
     with pytest.raises(ValueError, match="for every token"):
-        by_token.subnet(budget(0.8))
+        by_token.subnet(Budget(flops=1e9))
     with pytest.raises(FileNotFoundError, match=r"configs/routers.py"):
         Routers.load(tmp_path, config)
     routers().save(tmp_path)
