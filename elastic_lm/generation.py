@@ -14,7 +14,8 @@ from elastic_lm import render
 from elastic_lm.calibrate.thresholds import ConfidenceExit
 from elastic_lm.config import ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.sampler import Sample, Sampler
+from elastic_lm.decode.results import Sample
+from elastic_lm.decode.sampler import Sampler
 from elastic_lm.held_out import load_with_tokenizer
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

@@ -2,9 +2,8 @@
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,10 @@ import numpy as np
 from elastic_lm.decode.loop import run
 from elastic_lm.decode.policies import ExitPolicy
 from elastic_lm.decode.prefill import prefill
-from elastic_lm.decode.requests import Settings, bucket, make_controls, pad_prompts, per_row
+from elastic_lm.decode.requests import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
+from elastic_lm.decode.results import Reader, Sample, TextTokenizer, collect, held_back
 from elastic_lm.decode.state import Controls, DecodeState, Mode
+from elastic_lm.decode.verify import known
 from elastic_lm.models.decoder import Decoder, Params
 
 ENDLESS = 2**30  # iterations, where nothing has to be looked at between
@@ -26,69 +27,6 @@ jit_run = jax.jit(run, static_argnames=("config", "mode"), donate_argnames="stat
 Prompt = str | Sequence[int]
 SAME: Any = object()  # the sampler's own policy
 FIRST_DRAFT = 2  # tokens drafted before the first verification, where lengths adapt
-
-
-class TextTokenizer(Protocol):
-    """What the sampler needs of a tokenizer."""
-
-    def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Token ids of a text, after the beginning-of-text token if `bos` and the tokenizer has one."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What one call cost.
-
-    Attributes:
-      tokens: emitted tokens of all rows.
-      prompt_tokens: prompt tokens of all rows.
-      seconds: wall-clock time of prefill and decoding, compilation included where it happened.
-      tokens_per_s: tokens / seconds.
-      mean_layers: mean depth at which emitted tokens were chosen.
-      exit_counts: emitted tokens per depth.
-      segment_ticks: how often each segment ran.
-      drafted: tokens that lossless rows drafted and the full model verified.
-      accepted: those that stayed.
-      wasted: those that did not.
-    """
-
-    tokens: int
-    prompt_tokens: int
-    seconds: float
-    tokens_per_s: float
-    mean_layers: float
-    exit_counts: dict[int, int]
-    segment_ticks: tuple[int, ...]
-    drafted: int = 0
-    accepted: int = 0
-    wasted: int = 0
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the drafted tokens that stayed; 1 where none were drafted."""
-        return self.accepted / self.drafted if self.drafted else 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One generated continuation.
-
-    Attributes:
-      text: decoded continuation, without the prompt, without the stop token, cut before a stop string.
-      tokens: emitted token ids, up to and including a stop token or the end of a stop string.
-      exit_layers: layers that ran before each emitted token was chosen.
-      stats: what the call that produced it cost (shared by the rows of a batch).
-    """
-
-    text: str
-    tokens: list[int]
-    exit_layers: list[int]
-    stats: Statistics
 
 
 class Sampler:
@@ -198,7 +136,7 @@ class Sampler:
             *_, final = self._advance(state, controls, prompts, how, self._mode(verified))
         else:
             final = jit_run(self.config, self.params, state, controls, ENDLESS, self._mode(verified))
-        samples = self._collect(final, prompts, how, began)
+        samples = collect(final, prompts, self._reader(how), began)
         return samples[0] if single else samples
 
     def stream(
@@ -209,11 +147,11 @@ class Sampler:
         prompts, _ = self._encode(prompt)
         how, verified = make_settings(settings), self._lossless(lossless, 1)
         state, controls = self._start(prompts, max_new_tokens, how, self._policies(exit, 1), verified)
-        mode = self._mode(verified)
+        mode, reader = self._mode(verified), self._reader(how)
         shown = ""
         for reached in self._advance(state, controls, prompts, how, mode):
-            text = self._collect(reached, prompts, how, 0.0)[0].text
-            safe = text if not np.any(reached.alive) else held_back(text, how.stop_strings())
+            text = collect(reached, prompts, reader, 0.0)[0].text
+            safe = text if not np.any(reached.alive) else held_back(text, reader.stops)
             if len(safe) > len(shown):
                 yield safe[len(shown) :]
                 shown = safe
@@ -300,97 +238,18 @@ class Sampler:
         mode: Mode,
     ) -> Iterator[DecodeState]:
         """Runs `stream_every` iterations at a time; rows end at the first stop string."""
+        reader = self._reader(how)
         while True:
             state = jit_run(self.config, self.params, state, controls, self.stream_every, mode)
-            if how.stop_strings():
+            if reader.stops:
                 tokens, lengths = jax.device_get((state.tokens, known(state, controls)))
                 rows = [t[len(p) : n].tolist() for t, p, n in zip(tokens, prompts, lengths, strict=True)]
-                ended = [self._stops_after(*row, how) is not None for row in zip(prompts, rows, strict=True)]
+                ended = [reader.stops_after(*row) is not None for row in zip(prompts, rows, strict=True)]
                 state = dataclasses.replace(state, alive=state.alive & ~jnp.asarray(ended))
             alive = bool(np.any(state.alive))
             yield dataclasses.replace(state, length=known(state, controls))
             if not alive:
                 return
 
-    def _collect(
-        self, state: DecodeState, prompts: list[list[int]], how: Settings, began: float
-    ) -> list[Sample]:
-        """Brings tokens and depths to the host, once."""
-        pulled = (state.tokens, state.exit_layers, state.length, state.ticks, state.drafted, state.accepted)
-        tokens, depths, lengths, ticks, drafted, accepted = jax.device_get(pulled)
-        seconds = time.perf_counter() - began
-        spans = [slice(len(p), int(n)) for p, n in zip(prompts, lengths, strict=True)]
-        emitted = [tokens[i, s].tolist() for i, s in enumerate(spans)]
-        emitted = [ids[: self._stops_after(p, ids, how)] for p, ids in zip(prompts, emitted, strict=True)]
-        layers = [
-            depths[i, s].tolist()[: len(ids)] for i, (s, ids) in enumerate(zip(spans, emitted, strict=True))
-        ]
-        counts = Counter(depth for row in layers for depth in row)
-        total = sum(counts.values())
-        stats = Statistics(
-            tokens=total,
-            prompt_tokens=sum(map(len, prompts)),
-            seconds=seconds,
-            tokens_per_s=total / seconds,
-            mean_layers=sum(depth * n for depth, n in counts.items()) / max(total, 1),
-            exit_counts=dict(sorted(counts.items())),
-            segment_ticks=tuple(ticks.tolist()),
-            drafted=int(drafted.sum()),
-            accepted=int(accepted.sum()),
-            wasted=int((drafted - accepted).sum()),
-        )
-        texts = [self._text(p, ids, how) for p, ids in zip(prompts, emitted, strict=True)]
-        return [Sample(*row, stats) for row in zip(texts, emitted, layers, strict=True)]
-
-    def _stops_after(self, prompt: list[int], emitted: list[int], how: Settings) -> int | None:
-        """Number of emitted tokens whose text first holds a stop string, or None."""
-        stops = how.stop_strings()
-        if not any(stop in self._decode(prompt, emitted, how) for stop in stops):
-            return None
-        prefixes = (self._decode(prompt, emitted[:n], how) for n in range(1, len(emitted) + 1))
-        return next(n for n, text in enumerate(prefixes, 1) if any(stop in text for stop in stops))
-
-    def _decode(self, prompt: list[int], emitted: list[int], how: Settings) -> str:
-        """Text of the emitted tokens in the context of their prompt, without the stop token."""
-        if self.tokenizer is None:
-            return ""
-        ends = (*self.config.eos_ids, *how.stop_tokens)
-        if emitted and emitted[-1] in ends:
-            emitted = emitted[:-1]
-        before = self.tokenizer.decode(prompt)
-        text = self.tokenizer.decode([*prompt, *emitted])
-        return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(emitted)
-
-    def _text(self, prompt: list[int], emitted: list[int], how: Settings) -> str:
-        """Text of the emitted tokens, cut before the first stop string."""
-        text = self._decode(prompt, emitted, how)
-        cuts = [text.find(stop) for stop in how.stop_strings() if stop in text]
-        return text[: min(cuts)] if cuts else text
-
-
-def known(state: DecodeState, controls: Controls) -> jax.Array:
-    """[B] int32 tokens of each row that no verification can take back."""
-    return jnp.where(controls.lossless, jnp.minimum(state.length, state.done[-1] + 1), state.length)
-
-
-def make_settings(settings: dict[str, Any]) -> Settings:
-    """Builds `Settings`, naming unknown keys.
-
-    Raises:
-      ValueError: a key is not a field of `Settings`.
-    """
-    known = [f.name for f in dataclasses.fields(Settings)]
-    for key, value in settings.items():
-        if key not in known:
-            raise ValueError(f"unknown setting {key}={value!r}: known ones are {', '.join(known)}")
-    return Settings(**settings)
-
-
-def held_back(text: str, stops: tuple[str, ...]) -> str:
-    """The part of `text` that later tokens cannot change: no half character, no started stop string."""
-    text = text.rstrip("\ufffd")
-    longest = max((len(s) for s in stops), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(s.startswith(text[-size:]) for s in stops):
-            return text[:-size]
-    return text
+    def _reader(self, how: Settings) -> Reader:
+        return Reader(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
