@@ -9,6 +9,7 @@ from typing import Protocol
 import jax
 
 from elastic_lm.decode.state import DecodeState
+from elastic_lm.elastic import Subnet
 
 
 class TextTokenizer(Protocol):
@@ -30,11 +31,12 @@ class Statistics:
     Attributes:
       tokens: emitted tokens of all rows.
       prompt_tokens: prompt tokens of all rows.
-      seconds: wall-clock time of prefill and decoding, compilation included where it happened.
+      seconds: wall-clock time of prefill and decoding; slicing and compilation included where they happened.
       tokens_per_s: tokens / seconds.
       mean_layers: mean depth at which emitted tokens were chosen.
       exit_counts: emitted tokens per depth.
       segment_ticks: how often each segment ran.
+      subnet: the sub-network that ran; None = the whole model.
       drafted: tokens that lossless rows drafted and the full model verified.
       accepted: those that stayed.
       wasted: those that did not.
@@ -47,6 +49,7 @@ class Statistics:
     mean_layers: float
     exit_counts: dict[int, int]
     segment_ticks: tuple[int, ...]
+    subnet: Subnet | None = None
     drafted: int = 0
     accepted: int = 0
     wasted: int = 0
@@ -64,7 +67,7 @@ class Sample:
     Attributes:
       text: decoded continuation, without the prompt, without the stop token, cut before a stop string.
       tokens: emitted token ids, up to and including a stop token or the end of a stop string.
-      exit_layers: layers that ran before each emitted token was chosen.
+      exit_layers: layers that ran before each emitted token was chosen; of a sub-network, those that it kept.
       stats: what the call that produced it cost (shared by the rows of a batch).
     """
 
@@ -106,7 +109,9 @@ class Reader:
         return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(emitted)
 
 
-def collect(state: DecodeState, prompts: list[list[int]], reader: Reader, began: float) -> list[Sample]:
+def collect(
+    state: DecodeState, prompts: list[list[int]], reader: Reader, began: float, subnet: Subnet | None = None
+) -> list[Sample]:
     """Brings tokens and depths to the host, once.
 
     Args:
@@ -114,6 +119,7 @@ def collect(state: DecodeState, prompts: list[list[int]], reader: Reader, began:
       prompts: token ids per row.
       reader: reads the emitted tokens.
       began: `time.perf_counter()` when the call began.
+      subnet: what ran; None = the whole model.
 
     Returns:
       One sample per row.
@@ -137,6 +143,7 @@ def collect(state: DecodeState, prompts: list[list[int]], reader: Reader, began:
         mean_layers=sum(depth * n for depth, n in counts.items()) / max(total, 1),
         exit_counts=dict(sorted(counts.items())),
         segment_ticks=tuple(ticks.tolist()),
+        subnet=subnet,
         drafted=int(drafted.sum()),
         accepted=int(accepted.sum()),
         wasted=int((drafted - accepted).sum()),

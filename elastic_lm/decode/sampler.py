@@ -9,32 +9,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.decode.loop import run
-from elastic_lm.decode.policies import ExitPolicy
-from elastic_lm.decode.prefill import prefill
+from elastic_lm.decode.elastic import Elastic
+from elastic_lm.decode.policies import ExitPolicy, on_subnet
 from elastic_lm.decode.requests import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
 from elastic_lm.decode.results import Reader, Sample, TextTokenizer, collect, held_back
 from elastic_lm.decode.state import Controls, DecodeState, Mode
+from elastic_lm.decode.subnets import Served, Subnets, compilations
 from elastic_lm.decode.verify import known
+from elastic_lm.elastic import Budget, Subnet
 from elastic_lm.models.decoder import Decoder, Params
 
 ENDLESS = 2**30  # iterations, where nothing has to be looked at between
-
-# Static: the config, the capacity, the window, the mode. Traced: everything else.
-jit_prefill = jax.jit(prefill, static_argnames=("config", "capacity", "window"))
-jit_run = jax.jit(run, static_argnames=("config", "mode"), donate_argnames="state")
 
 Prompt = str | Sequence[int]
 SAME: Any = object()  # the sampler's own policy
 FIRST_DRAFT = 2  # tokens drafted before the first verification, where lengths adapt
 
 
-class Sampler:
-    """Generates text with per-token early exits, at any batch size.
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What one call asks for.
 
-    One prefill and one loop are compiled per bucket (batch size, prompt length, capacity). Thresholds,
-    the metric, the firing rule, active exits and sampling settings are traced: changing them compiles
-    nothing.
+    Attributes:
+      prompts: token ids per row.
+      how: sampling settings.
+      served: the model that runs.
+      policies: of that model, one per row.
+      lossless: [B] bool rows that are verified.
+      mode: of the loop.
+      reader: reads what is emitted.
+    """
+
+    prompts: list[list[int]]
+    how: Settings
+    served: Served
+    policies: list[ExitPolicy | None]
+    lossless: np.ndarray
+    mode: Mode
+    reader: Reader
+
+
+class Sampler:
+    """Generates text with per-token early exits, at any batch size, by the whole model or a sub-network.
+
+    One prefill and one loop are compiled per bucket (batch size, prompt length, capacity) and sub-network.
+    Thresholds, the metric, the firing rule, active exits and sampling settings are traced: changing them
+    compiles nothing.
     """
 
     def __init__(
@@ -51,6 +71,10 @@ class Sampler:
         draft: int | None = None,
         missing: Literal["exact", "propagate"] = "exact",
         together: bool = False,
+        elastic: Elastic | None = None,
+        budget: Budget | None = None,
+        subnet: Subnet | None = None,
+        keep_subnets: int = 4,
     ):
         """Creates a sampler.
 
@@ -58,7 +82,8 @@ class Sampler:
           model: the decoder; its config is static.
           params: canonical parameters.
           tokenizer: needed for text; token-id prompts work without and give empty text.
-          exit: metric and thresholds; None = always full depth.
+          exit: metric and thresholds, for the exits of the whole model; None = always full depth. A
+            sub-network keeps the thresholds of the exits that it has.
           window: positions per row whose deeper layers may be pending; static.
           fire_share: share of the rows that must wait before a deep tick fires; 0 = latency, 1 = throughput.
           stream_every: loop iterations between looks at the device when streaming or watching stop strings.
@@ -70,9 +95,16 @@ class Sampler:
             windows; "propagate" = keys and values of the state that the token left with (CALM), an
             approximation without deep work.
           together: rows leave early only if all rows that run are confident, as in CALM; for comparison.
+          elastic: chooses sub-networks for budgets.
+          budget: what the model that runs may cost; needs `elastic`. None = the whole model runs.
+          subnet: the sub-network that runs, instead of a budget. Its slice is an ordinary smaller model,
+            which depths, drafts and verification are then about.
+          keep_subnets: sub-networks whose slices and compiled programs stay in memory; the one that was
+            served longest ago goes first. The whole model stays.
 
         Raises:
-          ValueError: the policy does not fit the model's exits, or a setting is out of range.
+          ValueError: the policy does not fit the model's exits, a setting is out of range, or the budget or
+            the sub-network is not one of the model's.
         """
         if window < 1:
             raise ValueError(f"window={window}: must be at least 1")
@@ -86,10 +118,15 @@ class Sampler:
             raise ValueError(f"draft={draft}: must be at least 1 and below window={window}")
         if exit is not None:
             exit.check(model.config)
+        if elastic is not None:
+            elastic.check(model.config)
         self.lossless, self.draft, self.together = lossless, draft, together
         self.missing: Mode = missing
         self.config, self.params, self.tokenizer, self.exit = model.config, params, tokenizer, exit
         self.window, self.fire_share, self.stream_every = window, fire_share, stream_every
+        self.elastic, self.subnet = elastic, subnet
+        self.subnet = self._choose(budget, subnet)
+        self._subnets = Subnets(model.config, params, keep_subnets)
 
     @overload
     def sample(self, prompt: Prompt, max_new_tokens: int = 64, **settings: Any) -> Sample: ...
@@ -107,6 +144,8 @@ class Sampler:
         *,
         exit: Any = SAME,
         lossless: bool | Sequence[bool] | None = None,
+        budget: Budget | None = None,
+        subnet: Subnet | None = None,
         **settings: Any,
     ) -> Sample | list[Sample]:
         """Generates a continuation of one prompt, or of every prompt of a list as one batch.
@@ -117,6 +156,8 @@ class Sampler:
           exit: another policy than the sampler's for this call, or one per row; None = full depth. The
             policies of one batch share a metric.
           lossless: another choice than the sampler's for this call, or one per row.
+          budget: another budget than the sampler's for this call.
+          subnet: another sub-network for this call, instead of a budget; `Subnet.full` = the whole model.
           **settings: fields of `requests.Settings`: temperature, top_k, top_p, min_p, repetition_penalty,
             seed, stop, stop_tokens, ignore_eos.
 
@@ -124,43 +165,84 @@ class Sampler:
           One `Sample`, or a list in the order of the prompts.
 
         Raises:
-          ValueError: an empty or too long prompt, an unknown setting, a value out of range.
+          ValueError: an empty or too long prompt, an unknown setting, a value out of range, or a budget or
+            sub-network that is not one of the model's.
         """
         prompts, single = self._encode(prompt)
-        how = make_settings(settings)
-        policies = self._policies(exit, len(prompts))
-        verified = self._lossless(lossless, len(prompts))
         began = time.perf_counter()
-        state, controls = self._start(prompts, max_new_tokens, how, policies, verified)
-        if how.stop_strings():
-            *_, final = self._advance(state, controls, prompts, how, self._mode(verified))
+        call = self._call(prompts, exit, lossless, budget, subnet, settings)
+        state, controls = self._start(call, max_new_tokens)
+        if call.reader.stops:
+            *_, final = self._advance(call, state, controls)
         else:
-            final = jit_run(self.config, self.params, state, controls, ENDLESS, self._mode(verified))
-        samples = collect(final, prompts, self._reader(how), began)
+            model = call.served
+            final = model.run(model.config, model.params, state, controls, ENDLESS, call.mode)
+        samples = collect(final, prompts, call.reader, began, call.served.subnet)
         return samples[0] if single else samples
 
     def stream(
-        self, prompt: Prompt, max_new_tokens: int = 64, *, exit: Any = SAME, lossless: bool | None = None,
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 64,
+        *,
+        exit: Any = SAME,
+        lossless: bool | None = None,
+        budget: Budget | None = None,
+        subnet: Subnet | None = None,
         **settings: Any,
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Iterator[str]:
         """Yields the continuation of one prompt piece by piece; arguments as in `sample`."""
         prompts, _ = self._encode(prompt)
-        how, verified = make_settings(settings), self._lossless(lossless, 1)
-        state, controls = self._start(prompts, max_new_tokens, how, self._policies(exit, 1), verified)
-        mode, reader = self._mode(verified), self._reader(how)
+        call = self._call(prompts, exit, lossless, budget, subnet, settings)
+        state, controls = self._start(call, max_new_tokens)
         shown = ""
-        for reached in self._advance(state, controls, prompts, how, mode):
-            text = collect(reached, prompts, reader, 0.0)[0].text
-            safe = text if not np.any(reached.alive) else held_back(text, reader.stops)
+        for reached in self._advance(call, state, controls):
+            text = collect(reached, prompts, call.reader, 0.0)[0].text
+            safe = text if not np.any(reached.alive) else held_back(text, call.reader.stops)
             if len(safe) > len(shown):
                 yield safe[len(shown) :]
                 shown = safe
 
     @staticmethod
     def compilations() -> int:
-        """Programs compiled so far in this process for prefill and decoding."""
-        programs: tuple[Any, ...] = (jit_prefill, jit_run)
-        return sum(program._cache_size() for program in programs)
+        """Programs compiled so far in this process for prefill and decoding, those of evicted slices too."""
+        return compilations()
+
+    def _choose(self, budget: Budget | None, subnet: Subnet | None) -> Subnet | None:
+        """The sub-network that a call asks for, or the sampler's own; None = the whole model."""
+        if budget is None:
+            chosen = self.subnet if subnet is None else subnet
+        elif subnet is not None:
+            raise ValueError(f"budget={budget}, subnet={subnet}: each says what runs; give one of them")
+        elif self.elastic is None:
+            fix = "sub-networks for budgets are chosen by Sampler(..., elastic=el.Elastic.load(folder))"
+            raise ValueError(f"budget={budget}: {fix}")
+        else:
+            chosen = self.elastic.subnet(budget)
+        if chosen is not None:
+            chosen.check(self.config)
+        return chosen
+
+    def _call(
+        self,
+        prompts: list[list[int]],
+        exit: Any = SAME,
+        lossless: bool | Sequence[bool] | None = None,
+        budget: Budget | None = None,
+        subnet: Subnet | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> Call:
+        """Everything but the prompts checked, the sub-network sliced; arguments as in `sample`."""
+        how, rows = make_settings(settings or {}), len(prompts)
+        policies, verified = self._policies(exit, rows), self._lossless(lossless, rows)
+        reader = Reader(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
+        if reader.stops and self.tokenizer is None:
+            raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
+        served = self._subnets.serve(self._choose(budget, subnet))
+        if served.subnet is not None:
+            policies = [on_subnet(policy, self.config, served.subnet) for policy in policies]
+        mode = "verify" if verified.any() else self.missing
+        return Call(prompts, how, served, policies, verified, mode, reader)
 
     def _policies(self, exit: Any, batch: int) -> list[ExitPolicy | None]:
         """One checked policy per row."""
@@ -185,9 +267,6 @@ class Sampler:
             raise ValueError(f"window={self.window}: lossless decoding needs at least 2")
         return rows
 
-    def _mode(self, lossless_B: np.ndarray) -> Mode:
-        return "verify" if lossless_B.any() else self.missing
-
     def _encode(self, prompt: Any) -> tuple[list[list[int]], bool]:
         if isinstance(prompt, np.ndarray | jax.Array):
             prompt = np.asarray(prompt).tolist()
@@ -203,44 +282,28 @@ class Sampler:
             encoded.append([int(token) for token in item])
         return encoded, single
 
-    def _start(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        how: Settings,
-        policies: Sequence[ExitPolicy | None] | None = None,
-        lossless_B: np.ndarray | None = None,
-    ) -> tuple[DecodeState, Controls]:
-        if how.stop_strings() and self.tokenizer is None:
-            raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
-        policies = self._policies(SAME, len(prompts)) if policies is None else policies
-        lossless_B = self._lossless(None, len(prompts)) if lossless_B is None else lossless_B
-        tokens, lengths = pad_prompts(self.config, prompts, max_new_tokens)
+    def _start(self, call: Call, max_new_tokens: int) -> tuple[DecodeState, Controls]:
+        prompts, model = call.prompts, call.served
+        tokens, lengths = pad_prompts(model.config, prompts, max_new_tokens)
         longest = max(map(len, prompts)) + max_new_tokens
         capacity = bucket(max(longest + self.window, tokens.shape[1]))
         controls = make_controls(
-            self.config, prompts, max_new_tokens, capacity, how, policies,
-            lossless=lossless_B, adapt=self.draft is None, fire_share=self.fire_share, together=self.together,
+            model.config, prompts, max_new_tokens, capacity, call.how, call.policies,
+            lossless=call.lossless, adapt=self.draft is None, fire_share=self.fire_share,
+            together=self.together,
         )  # fmt: skip
         draft = min(self.draft or FIRST_DRAFT, max(self.window - 1, 1))
-        state = jit_prefill(
-            self.config, self.params, tokens, lengths, lengths + max_new_tokens, jnp.int32(draft),
+        state = model.prefill(
+            model.config, model.params, tokens, lengths, lengths + max_new_tokens, jnp.int32(draft),
             capacity=capacity, window=self.window,
         )  # fmt: skip
         return state, controls
 
-    def _advance(
-        self,
-        state: DecodeState,
-        controls: Controls,
-        prompts: list[list[int]],
-        how: Settings,
-        mode: Mode,
-    ) -> Iterator[DecodeState]:
+    def _advance(self, call: Call, state: DecodeState, controls: Controls) -> Iterator[DecodeState]:
         """Runs `stream_every` iterations at a time; rows end at the first stop string."""
-        reader = self._reader(how)
+        model, prompts, reader = call.served, call.prompts, call.reader
         while True:
-            state = jit_run(self.config, self.params, state, controls, self.stream_every, mode)
+            state = model.run(model.config, model.params, state, controls, self.stream_every, call.mode)
             if reader.stops:
                 tokens, lengths = jax.device_get((state.tokens, known(state, controls)))
                 rows = [t[len(p) : n].tolist() for t, p, n in zip(tokens, prompts, lengths, strict=True)]
@@ -250,6 +313,3 @@ class Sampler:
             yield dataclasses.replace(state, length=known(state, controls))
             if not alive:
                 return
-
-    def _reader(self, how: Settings) -> Reader:
-        return Reader(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
