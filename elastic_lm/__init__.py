@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.config import ExitConfig, ModelConfig, RopeConfig
     from elastic_lm.data.tokenizer import Tokenizer
+    from elastic_lm.decode.elastic import Elastic
     from elastic_lm.decode.policies import DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.elastic import Budget, Menu, Subnet
@@ -44,6 +45,7 @@ __all__ = [
     "DecayedExit",
     "Decoder",
     "DepthSchedule",
+    "Elastic",
     "ExitConfig",
     "LatencyTable",
     "Menu",
@@ -81,6 +83,7 @@ _HOMES = {
     "RiskControl": "calibrate.risk_control",
     "StaticExit": "decode.policies",
     "Decoder": "models.decoder",
+    "Elastic": "decode.elastic",
     "ExitConfig": "config",
     "ModelConfig": "config",
     "RopeConfig": "config",

@@ -17,16 +17,18 @@ from orbax.checkpoint import v1 as ocp
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.elastic import Menu
 from elastic_lm.hf.files import replace_folder
 from elastic_lm.models.decoder import Params, abstract_params
 from elastic_lm.plain import from_dict, read_json, to_dict
 from elastic_lm.sharding import Rules, make_mesh, param_shardings
 
 CONFIG_FILE = "elastic_config.json"
+MENU_FILE = "menu.json"  # of models that are elastic in width
 PARAMS_FOLDER = "params"
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 WRITTEN = {
-    *(CONFIG_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json"),
+    *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json"),
     *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
 }
 
@@ -146,9 +148,10 @@ def save_model(
     params: Params,
     tokenizer: Tokenizer | None,
     *,
+    menu: Menu | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes an elastic checkpoint: elastic_config.json, params/ and the tokenizer's files.
+    """Writes an elastic checkpoint: elastic_config.json, params/, menu.json and the tokenizer's files.
 
     The folder appears complete or not at all.
 
@@ -157,6 +160,7 @@ def save_model(
       config: the model.
       params: canonical parameters.
       tokenizer: saved beside them; None = no tokenizer.
+      menu: the choices that the model was made elastic for, saved beside them; None = no menu.
       overwrite: replace an earlier checkpoint at `path`.
 
     Raises:
@@ -174,7 +178,9 @@ def save_model(
         if first:
             if tokenizer is not None:
                 tokenizer.save(partial)
-            (partial / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            for name, described in ((CONFIG_FILE, config), (MENU_FILE, menu)):
+                if described is not None:
+                    (partial / name).write_text(json.dumps(to_dict(described), indent=2) + "\n")
             replace_folder(partial, target)
     finally:
         if first:
@@ -234,15 +240,7 @@ def load_model(
       FileNotFoundError: the folder is not an elastic checkpoint.
       ValueError: its parameters do not fit its config, or are damaged.
     """
-    folder = epath.Path(path).absolute()
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not an elastic checkpoint: it has no {CONFIG_FILE}")
-    values = read_json(file)
-    try:
-        config = from_dict(ModelConfig, values, "model.")
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    folder, config = epath.Path(path).absolute(), load_config(path)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     shardings = param_shardings(config, mesh, rules)
     abstract = jax.tree.map(
@@ -255,6 +253,48 @@ def load_model(
     except Exception as error:
         reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Reads what an elastic checkpoint says about its model.
+
+    Args:
+      path: folder written by `save_model`.
+
+    Raises:
+      FileNotFoundError: the folder is not an elastic checkpoint.
+      ValueError: its config is damaged.
+    """
+    file = epath.Path(path).absolute() / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} is not an elastic checkpoint: it has no {CONFIG_FILE}")
+    return _read(ModelConfig, file, "model.")
+
+
+def load_menu(path: str | Path) -> Menu:
+    """Reads the menu of an elastic checkpoint.
+
+    Args:
+      path: folder written by `save_model`.
+
+    Raises:
+      FileNotFoundError: the checkpoint has no menu.
+      ValueError: its menu is damaged.
+    """
+    file = epath.Path(path).absolute() / MENU_FILE
+    if not file.is_file():
+        fix = "train an elastic model with configs/flextron.py, or give a Menu: el.Elastic(config, menu)"
+        raise FileNotFoundError(f"{file.parent} has no {MENU_FILE}: {fix}")
+    return _read(Menu, file, "menu.")
+
+
+def _read(cls: Any, file: epath.Path, where: str) -> Any:
+    """The dataclass `cls` that a JSON file describes."""
+    values = read_json(file)
+    try:
+        return from_dict(cls, values, where)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def local_folder(path: str | Path) -> Path:

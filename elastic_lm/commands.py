@@ -347,12 +347,17 @@ def _timed_model(args: argparse.Namespace) -> "tuple[ModelConfig, Params | None]
 
 def _built_table(args: argparse.Namespace, config: "ModelConfig", params: "Params | None") -> "LatencyTable":
     """The table of the workload and menu that the flags describe."""
+    from elastic_lm.checkpoint import load_menu
     from elastic_lm.cost import Load
     from elastic_lm.latency.build import build, default_menu
     from elastic_lm.metrics import ProgressWriter
 
+    menu = default_menu(config)
+    if args.model:
+        with contextlib.suppress(FileNotFoundError):
+            menu = load_menu(args.model)
     shares = {name: getattr(args, name) for name in ("mlp", "heads", "groups")}
-    menu = dataclasses.replace(default_menu(config), **{k: v for k, v in shares.items() if v is not None})
+    menu = dataclasses.replace(menu, **{k: v for k, v in shares.items() if v is not None})
     given = {name: getattr(args, name) for name in ("batch", "context")}
     load = Load(**{"context": 128, **{k: v for k, v in given.items() if v is not None}})
     how = {"rounds": args.rounds, "seed": args.seed, "progress": ProgressWriter}

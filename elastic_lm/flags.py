@@ -23,6 +23,8 @@ A typical session on a model of your own:
 GATELESS = "max_prob, margin, entropy, logit_margin, energy, cosine"
 METRICS = f"{GATELESS}, learned (exits with gates)"
 
+BUDGETS = ("latency_ms", "parameters", "flops", "memory_bytes")  # fields of `elastic.Budget`
+
 EPILOG = "ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from."
 
 
@@ -71,6 +73,16 @@ def _fraction(text: str) -> float:
 
 def _fractions(text: str) -> tuple[float, ...]:
     return tuple(_fraction(part) for part in text.split(","))
+
+
+def _budget(text: str) -> dict[str, float]:
+    kind, _, amount = text.partition("=")
+    if kind not in BUDGETS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KIND=AMOUNT, KIND one of {', '.join(BUDGETS)}")
+    try:
+        return {kind: float(amount)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{amount!r} in {text!r} is not a number") from None
 
 
 def _layers(text: str) -> tuple[int, ...]:
@@ -228,6 +240,7 @@ def _latency(parser: Parser) -> None:
 
     The prefill and decoding programs of sub-networks take turns with the full model's; costs of modules are
     fitted to their times. Without --model: a 12-layer Llama (d 768, vocabulary 32000) with random weights.
+    A checkpoint of an elastic model brings its menu; --mlp, --heads and --groups choose others.
     verify times random sub-networks of the menu and prints predicted / measured.
     """
     add = parser.add_argument
@@ -257,9 +270,11 @@ def _generate(parser: Parser) -> None:
     elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --temperature 0.8
     elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --lossless
     elastic-lm generate --model ckpt --unprompted 200 --temperature 1 --json own.jsonl
+    elastic-lm generate --model ckpt --budget latency_ms=4 --latency-table latency.json --prompt "Once"
 
     A prompts file has one prompt per line, or JSON lines with a `prompt` field; its prompts run as one batch.
-    Without --thresholds every token uses the full depth.
+    Without --thresholds every token uses the full depth. --budget runs a sub-network of a model that was
+    trained with configs/flextron.py.
     """
     _model(parser)
     add = parser.add_argument
@@ -279,6 +294,9 @@ def _generate(parser: Parser) -> None:
         "--metric",
         help=f"with --threshold: {METRICS} (default: max_prob)",
     )
+    kinds = ", ".join(BUDGETS)
+    add("--budget", type=_budget, metavar="KIND=N", help=f"what the model that runs may cost: {kinds}")
+    add("--latency-table", metavar="FILE", help="with --budget latency_ms=N: from `latency build`")
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token (default)")
     add("--top-k", type=int, default=0, metavar="K", help="0 = all (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="1 = all (default)")

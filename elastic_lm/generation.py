@@ -14,8 +14,12 @@ from elastic_lm import render
 from elastic_lm.calibrate.thresholds import ConfidenceExit
 from elastic_lm.config import ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.sampler import Sample, Sampler
+from elastic_lm.decode.elastic import Elastic
+from elastic_lm.decode.results import Sample
+from elastic_lm.decode.sampler import Sampler
+from elastic_lm.elastic import Budget, Subnet
 from elastic_lm.held_out import load_with_tokenizer
+from elastic_lm.latency.table import LatencyTable
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 ROWS = 32  # texts written at once where there is no prompt
@@ -37,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
     if args.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
-    model, params, tokenizer, _ = load_with_tokenizer(args.model)
+    budget = read_budget(args.budget, args.latency_table)
+    model, params, tokenizer, folder = load_with_tokenizer(args.model)
     policy = exit_policy(model.config, args.thresholds, args.threshold, args.metric or "max_prob")
     sampler = Sampler(
         model,
@@ -49,7 +54,12 @@ def run(args: argparse.Namespace) -> None:
         lossless=args.lossless,
         draft=args.draft,
         missing=args.missing,
+        elastic=elastic_choices(folder, model.config, args.latency_table) if budget else None,
+        budget=budget,
     )
+    ran = sampler.subnet or Subnet.full(model.config)
+    if budget:
+        print(subnet_line(model.config, ran), file=sys.stderr)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"stop": tuple(args.stop)}
     if args.stream:
         stream(sampler, prompts[0], args.max_new_tokens, settings)
@@ -62,7 +72,44 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         write_json(args.json, prompts, samples)
     if args.json != "-":
-        show(tokenizer, model.config.n_layers, prompts, samples, render.wants_colour(sys.stdout, args.color))
+        colour = render.wants_colour(sys.stdout, args.color)
+        show(tokenizer, len(ran.layers), prompts, samples, colour)
+
+
+def read_budget(given: dict[str, float] | None, latency_table: str | None) -> Budget | None:
+    """The budget of --budget.
+
+    Raises:
+      ValueError: its amount is out of range, or a latency table is missing or not read.
+    """
+    if latency_table and "latency_ms" not in (given or {}):
+        raise ValueError(f"--latency-table {latency_table}: is read for --budget latency_ms=N; add that")
+    if given is None:
+        return None
+    budget = Budget(**given)
+    if budget.kind == "latency_ms" and not latency_table:
+        raise ValueError(
+            f"--budget latency_ms={budget.amount:g}: needs --latency-table FILE; write one: "
+            "elastic-lm latency build --model DIR"
+        )
+    return budget
+
+
+def elastic_choices(folder: str, config: ModelConfig, latency_table: str | None) -> Elastic:
+    """The choices of a checkpoint, with the milliseconds of a latency table where one is named."""
+    found = Elastic.load(folder, config)
+    return found.with_latency(LatencyTable.load(latency_table), latency_table) if latency_table else found
+
+
+def subnet_line(config: ModelConfig, subnet: Subnet) -> str:
+    """How much of a model a sub-network is, in one line."""
+
+    def sizes(of: Subnet) -> tuple[int, int, int]:
+        heads = sum(h * g for h, g in zip(of.heads, of.groups, strict=True))
+        return len(of.layers), sum(of.mlp), heads
+
+    pairs = zip(sizes(subnet), sizes(Subnet.full(config)), ("layers", "neurons", "heads"), strict=True)
+    return "runs " + ", ".join(f"{kept} of {whole} {unit}" for kept, whole, unit in pairs)
 
 
 def check_unprompted(args: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ from elastic_models import EXITS, MODELS, WITH_EXITS, make
 
 from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.cost import Load, counted_table, model_cost
-from elastic_lm.decode.requests import Settings
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.elastic import Budget, Menu, Subnet
 from elastic_lm.models.decoder import Decoder, abstract_params
@@ -137,7 +136,8 @@ def test_cache_bytes_are_those_of_the_arrays(dtype: str) -> None:
     sizes = {"layer_heads": (4, 2, 4, 2), "layer_kv_heads": (2, 1, 2, 1)}
     config = tiny_config(dtype=dtype, head_dim=8, **sizes).with_exits(exits)
     params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), nn.unbox(abstract_params(config)))
-    state, _ = Sampler(Decoder(config), params)._start([[1, 2, 3]] * 3, 5, Settings())
+    sampler = Sampler(Decoder(config), params)
+    state, _ = sampler._start(sampler._call([[1, 2, 3]] * 3), 5)
     arrays = jax.tree.leaves((state.cache, state.exit_cache))
     capacity = arrays[0].shape[2]
     held = model_cost(config, Load(batch=3, context=capacity)).memory_bytes - model_cost(config).memory_bytes

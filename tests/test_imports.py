@@ -35,7 +35,7 @@ ARROWS = {
     "loading": LAYERS | LEAVES,
     "methods": LAYERS | {"slicing"},
     "calibrate": LAYERS | {"methods", "data", "sharding"},
-    "decode": LAYERS | {"calibrate", "data", "sharding"},
+    "decode": LAYERS | {"calibrate", "checkpoint", "data", "methods", "sharding", "slicing"},
     "train": LAYERS | LEAVES | {"methods", "loading"},
     "evaluate": LAYERS | LEAVES | {"methods", "calibrate", "decode", "loading"},
     "render": set(),
@@ -44,7 +44,7 @@ ARROWS = {
 }
 EVERYTHING = set(ARROWS) - {"testing", "__init__"}
 ARROWS["held_out"] = EVERYTHING
-ARROWS["generation"] = EVERYTHING | {"held_out"}
+ARROWS["generation"] = EVERYTHING | {"held_out", "latency"}
 ARROWS["bench"] = EVERYTHING
 ARROWS["latency"] = LAYERS | {"metrics", "slicing", "decode", "bench"}
 ARROWS["quickstart"] = EVERYTHING | {"bench", "generation"}  # its timing, its coloured text

@@ -19,6 +19,7 @@ import numpy as np
 
 from elastic_lm.calibrate.search import NEVER
 from elastic_lm.config import ModelConfig
+from elastic_lm.elastic import Subnet
 
 
 class ExitPolicy(Protocol):
@@ -192,6 +193,66 @@ class DepthSchedule:
         """[J, count] thresholds: 0 for the exits at or above the depth, never for those below."""
         depth = self.first + (self.last - self.first) * np.arange(count) / max(count - 1, 1)
         return np.where(np.asarray(self.layers)[:, None] >= depth, 0.0, NEVER)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptExits:
+    """A policy of a model on a sub-network that lacks some of its exits; the others keep their thresholds."""
+
+    base: ExitPolicy  # of the whole model
+    kept: tuple[int, ...]  # which of the whole model's exits are left, counted from 0
+
+    @property
+    def metric(self) -> str | None:
+        """Metric of the base."""
+        return self.base.metric
+
+    @property
+    def gates(self) -> tuple[float, ...]:
+        """The base's gates of the exits that are left."""
+        row = gate_row(self.base, 1 + max(self.kept, default=-1))
+        return tuple(float(row[i]) for i in self.kept)
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Thresholds of the first token."""
+        return tuple(self.schedule(1)[:, 0].tolist())
+
+    def check(self, config: ModelConfig) -> None:
+        """As the base, of the whole model."""
+        self.base.check(config)
+
+    def schedule(self, count: int) -> np.ndarray:
+        """[J, count] thresholds of the exits that are left."""
+        table = threshold_table(self.base, 1 + max(self.kept, default=-1), count)
+        return table[np.asarray(self.kept, int)]
+
+
+def on_subnet(policy: ExitPolicy | None, config: ModelConfig, subnet: Subnet) -> ExitPolicy | None:
+    """What a policy is on a sub-network.
+
+    Thresholds of exits whose layer is kept stay as they are: what was measured or guaranteed for them is
+    about the whole model.
+
+    Args:
+      policy: of the whole model, checked; None = full depth.
+      config: the whole model.
+      subnet: of it.
+
+    Raises:
+      ValueError: every token is to leave at an exit that is gone.
+    """
+    if policy is None:
+        return None
+    exits = subnet.exits(config)
+    layers = tuple(old.layer for old, _ in exits)
+    if isinstance(policy, StaticExit) and policy.layer not in (*layers, config.n_layers):
+        raise ValueError(
+            f"exit.layer={policy.layer}: the sub-network leaves that layer and its exit out; of the model's "
+            f"exits it has those after layers {layers or 'none'}"
+        )
+    cutting = [old for old, new in exits if new.layer < len(subnet.layers)]
+    return KeptExits(policy, tuple(config.exits.index(e) for e in cutting))
 
 
 def check_layers(layers: tuple[int, ...], config: ModelConfig) -> None:

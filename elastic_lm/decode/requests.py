@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,19 @@ class Settings:
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ValueError(f"{name}={values[bad][0]}: must be {limits}")
         return jnp.asarray(values, dtype)
+
+
+def make_settings(settings: dict[str, Any]) -> Settings:
+    """Builds `Settings`, naming unknown keys.
+
+    Raises:
+      ValueError: a key is not a field of `Settings`.
+    """
+    known = [f.name for f in dataclasses.fields(Settings)]
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"unknown setting {key}={value!r}: known ones are {', '.join(known)}")
+    return Settings(**settings)
 
 
 def per_row(name: str, value: object, batch: int) -> np.ndarray:

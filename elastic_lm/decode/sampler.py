@@ -2,101 +2,59 @@
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.decode.loop import run
-from elastic_lm.decode.policies import ExitPolicy
-from elastic_lm.decode.prefill import prefill
-from elastic_lm.decode.requests import Settings, bucket, make_controls, pad_prompts, per_row
+from elastic_lm.decode.elastic import Elastic
+from elastic_lm.decode.policies import ExitPolicy, on_subnet
+from elastic_lm.decode.requests import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
+from elastic_lm.decode.results import Reader, Sample, TextTokenizer, collect, held_back
 from elastic_lm.decode.state import Controls, DecodeState, Mode
+from elastic_lm.decode.subnets import Served, Subnets, compilations
+from elastic_lm.decode.verify import known
+from elastic_lm.elastic import Budget, Subnet
 from elastic_lm.models.decoder import Decoder, Params
 
 ENDLESS = 2**30  # iterations, where nothing has to be looked at between
-
-# Static: the config, the capacity, the window, the mode. Traced: everything else.
-jit_prefill = jax.jit(prefill, static_argnames=("config", "capacity", "window"))
-jit_run = jax.jit(run, static_argnames=("config", "mode"), donate_argnames="state")
 
 Prompt = str | Sequence[int]
 SAME: Any = object()  # the sampler's own policy
 FIRST_DRAFT = 2  # tokens drafted before the first verification, where lengths adapt
 
 
-class TextTokenizer(Protocol):
-    """What the sampler needs of a tokenizer."""
-
-    def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Token ids of a text, after the beginning-of-text token if `bos` and the tokenizer has one."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What one call cost.
+class Call:
+    """What one call asks for.
 
     Attributes:
-      tokens: emitted tokens of all rows.
-      prompt_tokens: prompt tokens of all rows.
-      seconds: wall-clock time of prefill and decoding, compilation included where it happened.
-      tokens_per_s: tokens / seconds.
-      mean_layers: mean depth at which emitted tokens were chosen.
-      exit_counts: emitted tokens per depth.
-      segment_ticks: how often each segment ran.
-      drafted: tokens that lossless rows drafted and the full model verified.
-      accepted: those that stayed.
-      wasted: those that did not.
+      prompts: token ids per row.
+      how: sampling settings.
+      served: the model that runs.
+      policies: of that model, one per row.
+      lossless: [B] bool rows that are verified.
+      mode: of the loop.
+      reader: reads what is emitted.
     """
 
-    tokens: int
-    prompt_tokens: int
-    seconds: float
-    tokens_per_s: float
-    mean_layers: float
-    exit_counts: dict[int, int]
-    segment_ticks: tuple[int, ...]
-    drafted: int = 0
-    accepted: int = 0
-    wasted: int = 0
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the drafted tokens that stayed; 1 where none were drafted."""
-        return self.accepted / self.drafted if self.drafted else 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One generated continuation.
-
-    Attributes:
-      text: decoded continuation, without the prompt, without the stop token, cut before a stop string.
-      tokens: emitted token ids, up to and including a stop token or the end of a stop string.
-      exit_layers: layers that ran before each emitted token was chosen.
-      stats: what the call that produced it cost (shared by the rows of a batch).
-    """
-
-    text: str
-    tokens: list[int]
-    exit_layers: list[int]
-    stats: Statistics
+    prompts: list[list[int]]
+    how: Settings
+    served: Served
+    policies: list[ExitPolicy | None]
+    lossless: np.ndarray
+    mode: Mode
+    reader: Reader
 
 
 class Sampler:
-    """Generates text with per-token early exits, at any batch size.
+    """Generates text with per-token early exits, at any batch size, by the whole model or a sub-network.
 
-    One prefill and one loop are compiled per bucket (batch size, prompt length, capacity). Thresholds,
-    the metric, the firing rule, active exits and sampling settings are traced: changing them compiles
-    nothing.
+    One prefill and one loop are compiled per bucket (batch size, prompt length, capacity) and sub-network.
+    Thresholds, the metric, the firing rule, active exits and sampling settings are traced: changing them
+    compiles nothing.
     """
 
     def __init__(
@@ -113,6 +71,10 @@ class Sampler:
         draft: int | None = None,
         missing: Literal["exact", "propagate"] = "exact",
         together: bool = False,
+        elastic: Elastic | None = None,
+        budget: Budget | None = None,
+        subnet: Subnet | None = None,
+        keep_subnets: int = 4,
     ):
         """Creates a sampler.
 
@@ -120,7 +82,8 @@ class Sampler:
           model: the decoder; its config is static.
           params: canonical parameters.
           tokenizer: needed for text; token-id prompts work without and give empty text.
-          exit: metric and thresholds; None = always full depth.
+          exit: metric and thresholds, for the exits of the whole model; None = always full depth. A
+            sub-network keeps the thresholds of the exits that it has.
           window: positions per row whose deeper layers may be pending; static.
           fire_share: share of the rows that must wait before a deep tick fires; 0 = latency, 1 = throughput.
           stream_every: loop iterations between looks at the device when streaming or watching stop strings.
@@ -132,9 +95,16 @@ class Sampler:
             windows; "propagate" = keys and values of the state that the token left with (CALM), an
             approximation without deep work.
           together: rows leave early only if all rows that run are confident, as in CALM; for comparison.
+          elastic: chooses sub-networks for budgets.
+          budget: what the model that runs may cost; needs `elastic`. None = the whole model runs.
+          subnet: the sub-network that runs, instead of a budget. Its slice is an ordinary smaller model,
+            which depths, drafts and verification are then about.
+          keep_subnets: sub-networks whose slices and compiled programs stay in memory; the one that was
+            served longest ago goes first. The whole model stays.
 
         Raises:
-          ValueError: the policy does not fit the model's exits, or a setting is out of range.
+          ValueError: the policy does not fit the model's exits, a setting is out of range, or the budget or
+            the sub-network is not one of the model's.
         """
         if window < 1:
             raise ValueError(f"window={window}: must be at least 1")
@@ -148,10 +118,15 @@ class Sampler:
             raise ValueError(f"draft={draft}: must be at least 1 and below window={window}")
         if exit is not None:
             exit.check(model.config)
+        if elastic is not None:
+            elastic.check(model.config)
         self.lossless, self.draft, self.together = lossless, draft, together
         self.missing: Mode = missing
         self.config, self.params, self.tokenizer, self.exit = model.config, params, tokenizer, exit
         self.window, self.fire_share, self.stream_every = window, fire_share, stream_every
+        self.elastic, self.subnet = elastic, subnet
+        self.subnet = self._choose(budget, subnet)
+        self._subnets = Subnets(model.config, params, keep_subnets)
 
     @overload
     def sample(self, prompt: Prompt, max_new_tokens: int = 64, **settings: Any) -> Sample: ...
@@ -169,6 +144,8 @@ class Sampler:
         *,
         exit: Any = SAME,
         lossless: bool | Sequence[bool] | None = None,
+        budget: Budget | None = None,
+        subnet: Subnet | None = None,
         **settings: Any,
     ) -> Sample | list[Sample]:
         """Generates a continuation of one prompt, or of every prompt of a list as one batch.
@@ -179,6 +156,8 @@ class Sampler:
           exit: another policy than the sampler's for this call, or one per row; None = full depth. The
             policies of one batch share a metric.
           lossless: another choice than the sampler's for this call, or one per row.
+          budget: another budget than the sampler's for this call.
+          subnet: another sub-network for this call, instead of a budget; `Subnet.full` = the whole model.
           **settings: fields of `requests.Settings`: temperature, top_k, top_p, min_p, repetition_penalty,
             seed, stop, stop_tokens, ignore_eos.
 
@@ -186,43 +165,84 @@ class Sampler:
           One `Sample`, or a list in the order of the prompts.
 
         Raises:
-          ValueError: an empty or too long prompt, an unknown setting, a value out of range.
+          ValueError: an empty or too long prompt, an unknown setting, a value out of range, or a budget or
+            sub-network that is not one of the model's.
         """
         prompts, single = self._encode(prompt)
-        how = make_settings(settings)
-        policies = self._policies(exit, len(prompts))
-        verified = self._lossless(lossless, len(prompts))
         began = time.perf_counter()
-        state, controls = self._start(prompts, max_new_tokens, how, policies, verified)
-        if how.stop_strings():
-            *_, final = self._advance(state, controls, prompts, how, self._mode(verified))
+        call = self._call(prompts, exit, lossless, budget, subnet, settings)
+        state, controls = self._start(call, max_new_tokens)
+        if call.reader.stops:
+            *_, final = self._advance(call, state, controls)
         else:
-            final = jit_run(self.config, self.params, state, controls, ENDLESS, self._mode(verified))
-        samples = self._collect(final, prompts, how, began)
+            model = call.served
+            final = model.run(model.config, model.params, state, controls, ENDLESS, call.mode)
+        samples = collect(final, prompts, call.reader, began, call.served.subnet)
         return samples[0] if single else samples
 
     def stream(
-        self, prompt: Prompt, max_new_tokens: int = 64, *, exit: Any = SAME, lossless: bool | None = None,
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 64,
+        *,
+        exit: Any = SAME,
+        lossless: bool | None = None,
+        budget: Budget | None = None,
+        subnet: Subnet | None = None,
         **settings: Any,
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Iterator[str]:
         """Yields the continuation of one prompt piece by piece; arguments as in `sample`."""
         prompts, _ = self._encode(prompt)
-        how, verified = make_settings(settings), self._lossless(lossless, 1)
-        state, controls = self._start(prompts, max_new_tokens, how, self._policies(exit, 1), verified)
-        mode = self._mode(verified)
+        call = self._call(prompts, exit, lossless, budget, subnet, settings)
+        state, controls = self._start(call, max_new_tokens)
         shown = ""
-        for reached in self._advance(state, controls, prompts, how, mode):
-            text = self._collect(reached, prompts, how, 0.0)[0].text
-            safe = text if not np.any(reached.alive) else held_back(text, how.stop_strings())
+        for reached in self._advance(call, state, controls):
+            text = collect(reached, prompts, call.reader, 0.0)[0].text
+            safe = text if not np.any(reached.alive) else held_back(text, call.reader.stops)
             if len(safe) > len(shown):
                 yield safe[len(shown) :]
                 shown = safe
 
     @staticmethod
     def compilations() -> int:
-        """Programs compiled so far in this process for prefill and decoding."""
-        programs: tuple[Any, ...] = (jit_prefill, jit_run)
-        return sum(program._cache_size() for program in programs)
+        """Programs compiled so far in this process for prefill and decoding, those of evicted slices too."""
+        return compilations()
+
+    def _choose(self, budget: Budget | None, subnet: Subnet | None) -> Subnet | None:
+        """The sub-network that a call asks for, or the sampler's own; None = the whole model."""
+        if budget is None:
+            chosen = self.subnet if subnet is None else subnet
+        elif subnet is not None:
+            raise ValueError(f"budget={budget}, subnet={subnet}: each says what runs; give one of them")
+        elif self.elastic is None:
+            fix = "sub-networks for budgets are chosen by Sampler(..., elastic=el.Elastic.load(folder))"
+            raise ValueError(f"budget={budget}: {fix}")
+        else:
+            chosen = self.elastic.subnet(budget)
+        if chosen is not None:
+            chosen.check(self.config)
+        return chosen
+
+    def _call(
+        self,
+        prompts: list[list[int]],
+        exit: Any = SAME,
+        lossless: bool | Sequence[bool] | None = None,
+        budget: Budget | None = None,
+        subnet: Subnet | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> Call:
+        """Everything but the prompts checked, the sub-network sliced; arguments as in `sample`."""
+        how, rows = make_settings(settings or {}), len(prompts)
+        policies, verified = self._policies(exit, rows), self._lossless(lossless, rows)
+        reader = Reader(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
+        if reader.stops and self.tokenizer is None:
+            raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
+        served = self._subnets.serve(self._choose(budget, subnet))
+        if served.subnet is not None:
+            policies = [on_subnet(policy, self.config, served.subnet) for policy in policies]
+        mode = "verify" if verified.any() else self.missing
+        return Call(prompts, how, served, policies, verified, mode, reader)
 
     def _policies(self, exit: Any, batch: int) -> list[ExitPolicy | None]:
         """One checked policy per row."""
@@ -247,9 +267,6 @@ class Sampler:
             raise ValueError(f"window={self.window}: lossless decoding needs at least 2")
         return rows
 
-    def _mode(self, lossless_B: np.ndarray) -> Mode:
-        return "verify" if lossless_B.any() else self.missing
-
     def _encode(self, prompt: Any) -> tuple[list[list[int]], bool]:
         if isinstance(prompt, np.ndarray | jax.Array):
             prompt = np.asarray(prompt).tolist()
@@ -265,132 +282,34 @@ class Sampler:
             encoded.append([int(token) for token in item])
         return encoded, single
 
-    def _start(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        how: Settings,
-        policies: Sequence[ExitPolicy | None] | None = None,
-        lossless_B: np.ndarray | None = None,
-    ) -> tuple[DecodeState, Controls]:
-        if how.stop_strings() and self.tokenizer is None:
-            raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
-        policies = self._policies(SAME, len(prompts)) if policies is None else policies
-        lossless_B = self._lossless(None, len(prompts)) if lossless_B is None else lossless_B
-        tokens, lengths = pad_prompts(self.config, prompts, max_new_tokens)
+    def _start(self, call: Call, max_new_tokens: int) -> tuple[DecodeState, Controls]:
+        prompts, model = call.prompts, call.served
+        tokens, lengths = pad_prompts(model.config, prompts, max_new_tokens)
         longest = max(map(len, prompts)) + max_new_tokens
         capacity = bucket(max(longest + self.window, tokens.shape[1]))
         controls = make_controls(
-            self.config, prompts, max_new_tokens, capacity, how, policies,
-            lossless=lossless_B, adapt=self.draft is None, fire_share=self.fire_share, together=self.together,
+            model.config, prompts, max_new_tokens, capacity, call.how, call.policies,
+            lossless=call.lossless, adapt=self.draft is None, fire_share=self.fire_share,
+            together=self.together,
         )  # fmt: skip
         draft = min(self.draft or FIRST_DRAFT, max(self.window - 1, 1))
-        state = jit_prefill(
-            self.config, self.params, tokens, lengths, lengths + max_new_tokens, jnp.int32(draft),
+        state = model.prefill(
+            model.config, model.params, tokens, lengths, lengths + max_new_tokens, jnp.int32(draft),
             capacity=capacity, window=self.window,
         )  # fmt: skip
         return state, controls
 
-    def _advance(
-        self,
-        state: DecodeState,
-        controls: Controls,
-        prompts: list[list[int]],
-        how: Settings,
-        mode: Mode,
-    ) -> Iterator[DecodeState]:
+    def _advance(self, call: Call, state: DecodeState, controls: Controls) -> Iterator[DecodeState]:
         """Runs `stream_every` iterations at a time; rows end at the first stop string."""
+        model, prompts, reader = call.served, call.prompts, call.reader
         while True:
-            state = jit_run(self.config, self.params, state, controls, self.stream_every, mode)
-            if how.stop_strings():
+            state = model.run(model.config, model.params, state, controls, self.stream_every, call.mode)
+            if reader.stops:
                 tokens, lengths = jax.device_get((state.tokens, known(state, controls)))
                 rows = [t[len(p) : n].tolist() for t, p, n in zip(tokens, prompts, lengths, strict=True)]
-                ended = [self._stops_after(*row, how) is not None for row in zip(prompts, rows, strict=True)]
+                ended = [reader.stops_after(*row) is not None for row in zip(prompts, rows, strict=True)]
                 state = dataclasses.replace(state, alive=state.alive & ~jnp.asarray(ended))
             alive = bool(np.any(state.alive))
             yield dataclasses.replace(state, length=known(state, controls))
             if not alive:
                 return
-
-    def _collect(
-        self, state: DecodeState, prompts: list[list[int]], how: Settings, began: float
-    ) -> list[Sample]:
-        """Brings tokens and depths to the host, once."""
-        pulled = (state.tokens, state.exit_layers, state.length, state.ticks, state.drafted, state.accepted)
-        tokens, depths, lengths, ticks, drafted, accepted = jax.device_get(pulled)
-        seconds = time.perf_counter() - began
-        spans = [slice(len(p), int(n)) for p, n in zip(prompts, lengths, strict=True)]
-        emitted = [tokens[i, s].tolist() for i, s in enumerate(spans)]
-        emitted = [ids[: self._stops_after(p, ids, how)] for p, ids in zip(prompts, emitted, strict=True)]
-        layers = [
-            depths[i, s].tolist()[: len(ids)] for i, (s, ids) in enumerate(zip(spans, emitted, strict=True))
-        ]
-        counts = Counter(depth for row in layers for depth in row)
-        total = sum(counts.values())
-        stats = Statistics(
-            tokens=total,
-            prompt_tokens=sum(map(len, prompts)),
-            seconds=seconds,
-            tokens_per_s=total / seconds,
-            mean_layers=sum(depth * n for depth, n in counts.items()) / max(total, 1),
-            exit_counts=dict(sorted(counts.items())),
-            segment_ticks=tuple(ticks.tolist()),
-            drafted=int(drafted.sum()),
-            accepted=int(accepted.sum()),
-            wasted=int((drafted - accepted).sum()),
-        )
-        texts = [self._text(p, ids, how) for p, ids in zip(prompts, emitted, strict=True)]
-        return [Sample(*row, stats) for row in zip(texts, emitted, layers, strict=True)]
-
-    def _stops_after(self, prompt: list[int], emitted: list[int], how: Settings) -> int | None:
-        """Number of emitted tokens whose text first holds a stop string, or None."""
-        stops = how.stop_strings()
-        if not any(stop in self._decode(prompt, emitted, how) for stop in stops):
-            return None
-        prefixes = (self._decode(prompt, emitted[:n], how) for n in range(1, len(emitted) + 1))
-        return next(n for n, text in enumerate(prefixes, 1) if any(stop in text for stop in stops))
-
-    def _decode(self, prompt: list[int], emitted: list[int], how: Settings) -> str:
-        """Text of the emitted tokens in the context of their prompt, without the stop token."""
-        if self.tokenizer is None:
-            return ""
-        ends = (*self.config.eos_ids, *how.stop_tokens)
-        if emitted and emitted[-1] in ends:
-            emitted = emitted[:-1]
-        before = self.tokenizer.decode(prompt)
-        text = self.tokenizer.decode([*prompt, *emitted])
-        return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(emitted)
-
-    def _text(self, prompt: list[int], emitted: list[int], how: Settings) -> str:
-        """Text of the emitted tokens, cut before the first stop string."""
-        text = self._decode(prompt, emitted, how)
-        cuts = [text.find(stop) for stop in how.stop_strings() if stop in text]
-        return text[: min(cuts)] if cuts else text
-
-
-def known(state: DecodeState, controls: Controls) -> jax.Array:
-    """[B] int32 tokens of each row that no verification can take back."""
-    return jnp.where(controls.lossless, jnp.minimum(state.length, state.done[-1] + 1), state.length)
-
-
-def make_settings(settings: dict[str, Any]) -> Settings:
-    """Builds `Settings`, naming unknown keys.
-
-    Raises:
-      ValueError: a key is not a field of `Settings`.
-    """
-    known = [f.name for f in dataclasses.fields(Settings)]
-    for key, value in settings.items():
-        if key not in known:
-            raise ValueError(f"unknown setting {key}={value!r}: known ones are {', '.join(known)}")
-    return Settings(**settings)
-
-
-def held_back(text: str, stops: tuple[str, ...]) -> str:
-    """The part of `text` that later tokens cannot change: no half character, no started stop string."""
-    text = text.rstrip("\ufffd")
-    longest = max((len(s) for s in stops), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(s.startswith(text[-size:]) for s in stops):
-            return text[:-size]
-    return text

@@ -99,6 +99,11 @@ def drafting_room(state: DecodeState, controls: Controls, window: int) -> jax.Ar
     return jnp.where(controls.lossless, jnp.minimum(state.draft + 1, window), window)
 
 
+def known(state: DecodeState, controls: Controls) -> jax.Array:
+    """[B] int32 tokens of each row that no verification can take back."""
+    return jnp.where(controls.lossless, jnp.minimum(state.length, state.done[-1] + 1), state.length)
+
+
 def verify(
     state: DecodeState, controls: Controls, drawn_BW: jax.Array, begin_B: jax.Array, target_B: jax.Array
 ) -> tuple[DecodeState, jax.Array]:

@@ -20,7 +20,8 @@ from elastic_lm.bench.timing import interleave
 from elastic_lm.config import ModelConfig
 from elastic_lm.cost import Load
 from elastic_lm.decode.requests import Settings, bucket, make_controls, pad_prompts
-from elastic_lm.decode.sampler import ENDLESS, jit_prefill, jit_run
+from elastic_lm.decode.sampler import ENDLESS
+from elastic_lm.decode.subnets import jit_prefill, jit_run
 from elastic_lm.elastic import Subnet
 from elastic_lm.latency.table import PHASES, Phase
 from elastic_lm.metrics import Writer

@@ -132,6 +132,20 @@ class LatencyTable:
             require(value == own, f"{source}: menu.{field}", value, fix)
         self.device.check(source)
 
+    def checked(self, config: ModelConfig, menu: Menu, source: str = "latency table") -> CostTable:
+        """Milliseconds per decoded step of the whole batch, where this table is about a model here (`check`).
+
+        Args:
+          config: the whole model; exits do not matter.
+          menu: whose choices are looked up.
+          source: the table's name in messages, e.g. its file.
+
+        Raises:
+          ValueError: it is about another model, menu or device; names the first field that differs.
+        """
+        self.check(config, menu, source)
+        return self.decode
+
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON; a crash never leaves half a file."""
         path = Path(path)

@@ -75,7 +75,8 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
             state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
     whole = {name: tree for name, tree in {**frozen, **state.params}.items() if name != TEACHER}
     params = unstack_layers(whole)
-    save_model(workdir / MODEL_FOLDER, model, params, tokenizer, overwrite=True)
+    menu = method.menu if isinstance(method, ElasticTraining) else None
+    save_model(workdir / MODEL_FOLDER, model, params, tokenizer, menu=menu, overwrite=True)
     return model, params, metrics
 
 

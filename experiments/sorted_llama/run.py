@@ -44,7 +44,8 @@ from elastic_lm.calibrate.thresholds import fit as fit_thresholds
 from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, TrainConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.sampler import Sample, Sampler
+from elastic_lm.decode.results import Sample
+from elastic_lm.decode.sampler import Sampler
 from elastic_lm.embedded import embedded_model
 from elastic_lm.loading import load
 from elastic_lm.methods.ee_tuning import attach_exits

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from elastic_lm.decode.loop import ring_write, variants
-from elastic_lm.decode.requests import Settings
-from elastic_lm.decode.sampler import ENDLESS, jit_run
+from elastic_lm.decode.sampler import ENDLESS
 from elastic_lm.decode.state import segments
+from elastic_lm.decode.subnets import jit_run
 from elastic_lm.models.decoder import Decoder, init_params
 
 
@@ -31,7 +31,7 @@ def full_pass(model, tokens):
 def test_deep_rows_equal_full_pass(model, prompts, mixed, window, share):
     for thresholds in [*mixed, (0.0, 0.0), (2.0, 2.0)]:
         sampler = model.sampler(thresholds, window=window, fire_share=share)
-        state, controls = sampler._start(prompts[:3], 20, Settings())
+        state, controls = sampler._start(sampler._call(prompts[:3]), 20)
         state = jit_run(model.config, model.params, state, controls, 2**30)
         for row in range(3):
             length = int(state.length[row])
@@ -85,7 +85,7 @@ def test_no_cache_is_copied_beside_gates(model, prompts):
 
 def no_copies(sampler, prompts, mode):
     """Compiles the loop and looks for copies of caches in its program."""
-    state, controls = sampler._start(prompts, 8, Settings())
+    state, controls = sampler._start(sampler._call(prompts), 8)
     shape = ",".join(map(str, state.cache[0][0].shape))
     program = (
         jit_run.lower(sampler.config, sampler.params, state, controls, ENDLESS, mode).compile().as_text()

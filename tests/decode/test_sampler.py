@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.decode.sampler import Sampler, held_back
+from elastic_lm.decode.results import held_back
+from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder
 
 

@@ -10,11 +10,12 @@ import pytest
 from conftest import changed
 from test_run import Stopped, metric_lines, stop_at
 
-from elastic_lm.checkpoint import load_model, save_model
+from elastic_lm.checkpoint import load_menu, load_model, save_model
 from elastic_lm.config import ExitConfig, ModelConfig, RunConfig
 from elastic_lm.data.pipeline import train_batches
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.elastic import Subnet
+from elastic_lm.methods.flextron import ElasticTraining
 from elastic_lm.methods.importance import rank
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Params, unstack_layers
@@ -117,6 +118,7 @@ def test_elastic_training_resumes_bit_identically(base: RunConfig, tmp_path: Pat
     assert (same, again) == (model, metrics)
 
     assert model.elastic_groups == 8
+    assert load_menu(tmp_path / "stopped" / "model") == ElasticTraining.of(model, config.train).menu
     loaded, params = load_model(tmp_path / "stopped" / "model")
     assert loaded == model
     chex.assert_trees_all_equal(params, resumed)

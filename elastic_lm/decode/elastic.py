@@ -1,0 +1,124 @@
+"""Budgets: which sub-network of an elastic model may be served for one."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from elastic_lm.config import ModelConfig
+from elastic_lm.cost import CostTable, Load, counted_table
+from elastic_lm.elastic import Budget, Menu, Subnet
+from elastic_lm.methods.search import uniform_subnet
+from elastic_lm.methods.search_space import check_shape
+from elastic_lm.plain import require
+
+MEASURE = (
+    "milliseconds are measured, not counted: elastic-lm latency build --model DIR --out latency.json, then "
+    "elastic.with_latency(el.LatencyTable.load('latency.json'))"
+)
+
+
+class Measured(Protocol):
+    """What is needed of a latency table (`latency.table.LatencyTable`)."""
+
+    def checked(self, config: ModelConfig, menu: Menu, source: str) -> CostTable:
+        """Milliseconds per decoded step; raises ValueError where they are not of this model and device."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Elastic:
+    """An elastic model's choices, what they cost, and who makes them.
+
+    Costs are those of the model without its exits.
+    """
+
+    config: ModelConfig  # the whole model
+    menu: Menu  # the choices that it was made elastic for
+    table: CostTable | None = None  # measured milliseconds (`with_latency`); other costs are counted
+    choose: Callable[[Budget], Subnet] | None = None  # for less than the whole model costs; None = search
+    workload: Load = dataclasses.field(default=Load())  # at which FLOPs and bytes are counted
+
+    def __post_init__(self) -> None:
+        self.menu.sizes(self.config)
+        if self.table is not None:
+            fix = "must be a CostTable; hand a latency table to with_latency, which checks it"
+            require(isinstance(self.table, CostTable), "elastic.table", type(self.table).__name__, fix)
+            check_shape("elastic.table", self.table.attention, self.table.mlp, self.config, self.menu)
+
+    @classmethod
+    def load(cls, folder: str | Path, config: ModelConfig | None = None) -> "Elastic":
+        """Reads what a checkpoint says about its choices.
+
+        Args:
+          folder: checkpoint of an elastic model (`checkpoint.save_model`).
+          config: the model as it was loaded, where that is in another dtype; None = as in the checkpoint.
+
+        Raises:
+          FileNotFoundError: the folder is no checkpoint, or has no menu.
+          ValueError: a file is damaged, or the menu does not fit the model.
+        """
+        from elastic_lm.checkpoint import load_config, load_menu
+
+        return cls(config or load_config(folder), load_menu(folder))
+
+    def with_latency(self, table: Measured, source: str = "latency table") -> "Elastic":
+        """The same with measured milliseconds, for budgets of latency.
+
+        Args:
+          table: of this model, menu and device; budgets are then about its batch and context.
+          source: the table's name in messages, e.g. its file.
+
+        Raises:
+          ValueError: the table is about another model, menu or device.
+        """
+        return dataclasses.replace(self, table=table.checked(self.config, self.menu, source))
+
+    def subnet(self, budget: Budget) -> Subnet:
+        """The sub-network to serve for a budget.
+
+        Args:
+          budget: what it may cost.
+
+        Returns:
+          The whole model where the budget allows it. Else what `choose` says or, without one, the dearest
+          sub-network within the budget whose layers all make the same choices (`search.uniform_subnet`).
+
+        Raises:
+          ValueError: the budget is below the least possible, or of a kind that no table is there for.
+        """
+        table = self.costs(budget.kind)
+        table.check(budget, self.menu)
+        if budget.amount >= table.range(self.menu)[1]:
+            return Subnet.full(self.config)
+        if self.choose is not None:
+            return self.choose(budget)
+        return uniform_subnet(self.config, self.menu, table, budget)
+
+    def costs(self, kind: str) -> CostTable:
+        """Costs of every choice.
+
+        Args:
+          kind: a field of `Budget`.
+
+        Raises:
+          ValueError: it is latency, and there is no table; or the menu offers widths of the whole model.
+        """
+        if self.table is not None and self.table.kind == kind:
+            return self.table
+        require(kind != "latency_ms", "elastic.table", self.table and self.table.kind, MEASURE)
+        return counted_table(self.config, self.menu, kind, self.workload)
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks that this is about a model.
+
+        Args:
+          config: the whole model; its exits do not matter.
+
+        Raises:
+          ValueError: names the first field that differs.
+        """
+        for field in (f.name for f in dataclasses.fields(ModelConfig) if f.name != "exits"):
+            value, own = getattr(self.config, field), getattr(config, field)
+            fix = f"the sampler's model has {own!r}; el.Elastic.load(folder, model.config) takes the latter"
+            require(value == own, f"elastic.config.{field}", value, fix)
