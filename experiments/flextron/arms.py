@@ -1,0 +1,126 @@
+"""The arms of run.py: each trains what it needs and measures sub-networks on held-out text.
+
+An arm is a function of a `Study` that returns rows: `Study.row(...)`, or, where no one sub-network stands
+for a budget, the same keys with `subnet` None, `predicted` as estimated and `relative`, the measured time per
+decoded token relative to the whole model's. Trainings go to `study.folder / NAME`; the elastic model that a
+router starts from is `elastic_model(study)`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from study import MENU, MODEL_FOLDER, Model, Row, Study, losses, own_loss
+
+from elastic_lm.checkpoint import save_model
+from elastic_lm.cost import CostTable
+from elastic_lm.elastic import Menu, Subnet
+from elastic_lm.methods.search import greedy, knapsack, measured_damage, random_subnets, uniform_subnet
+from elastic_lm.slicing import slice_params
+
+Arm = Callable[[Study], list[Row]]
+MLP_ONLY = Menu(mlp=MENU.mlp, heads=(1.0,))
+
+
+def zero_shot(study: Study) -> list[Row]:
+    """Uniform sub-networks of the ranked base, which was never trained to be narrow."""
+    return uniform_rows(study, "zero-shot", study.ranked())
+
+
+def elastic(study: Study) -> list[Row]:
+    """Elastic training; sub-networks chosen uniformly, by search, and at random."""
+    model, s = elastic_model(study), study.settings
+    rows = uniform_rows(study, "elastic", model)
+    damage = measured_damage(study.config, MENU, losses(model, study.damage_text))
+    loss = losses(model, study.held_out)
+    for share in study.affordable(MENU, study.table):
+        given = (study.config, MENU, study.table, study.budget(share))
+        drawn = random_subnets(*given, s.random, seed=study.data.seed)
+        chosen = [("greedy", greedy(*given, damage)), ("knapsack", knapsack(*given, damage))]
+        chosen += [("random", subnet) for subnet in drawn]
+        rows += [study.row("elastic", how, share, subnet, loss(subnet)) for how, subnet in chosen]
+    return rows
+
+
+def elastic_model(study: Study) -> Model:
+    """The elastically trained model, its neurons and heads in the order of the ranked base."""
+    study.ranked()
+    s = study.settings
+    train = dataclasses.replace(
+        study.recipe,
+        method="flextron",
+        init_from=str(study.folder / "ranked" / MODEL_FOLDER),
+        menu_mlp=MENU.mlp,
+        menu_heads=MENU.heads,
+        samples=s.samples,
+        distil=s.distil,
+        teacher=s.teacher if s.distil else "live",
+    )
+    return study.trained("elastic", train)
+
+
+def matformer(study: Study) -> list[Row]:
+    """MatFormer's training: one width of all MLPs per step, the whole one among them."""
+    study.ranked()
+    train = dataclasses.replace(
+        study.recipe,
+        method="flextron",
+        init_from=str(study.folder / "ranked" / MODEL_FOLDER),
+        draw="one_per_step",
+        menu_mlp=MLP_ONLY.mlp,
+        menu_heads=MLP_ONLY.heads,
+    )
+    return uniform_rows(study, "matformer", study.trained("matformer", train), MLP_ONLY)
+
+
+def scratch(study: Study) -> list[Row]:
+    """New models of the sizes of uniform sub-networks, each trained alone."""
+    s, rows = study.settings, []
+    train = dataclasses.replace(study.recipe, optimizer="muon", lr=s.scratch_lr)
+    for share, subnet in alone(study):
+        model = study.trained(f"scratch_{share:g}", train, subnet.sliced(study.config))
+        rows.append(study.row("scratch", "alone", share, subnet, own_loss(model, study.held_out)))
+    return rows
+
+
+def tuned_slices(study: Study) -> list[Row]:
+    """Uniform slices of the ranked base, each fine-tuned alone."""
+    s, rows = study.settings, []
+    for share, subnet in alone(study):
+        start = study.folder / f"slice_{share:g}" / "start"
+        if not start.is_dir():
+            save_model(start, *slice_params(*study.ranked(), subnet), study.tokenizer)
+        train = dataclasses.replace(study.recipe, lr=s.slice_lr, init_from=str(start))
+        model = study.trained(f"slice_{share:g}", train)
+        rows.append(study.row("slice", "alone", share, subnet, own_loss(model, study.held_out)))
+    return rows
+
+
+def alone(study: Study) -> list[tuple[float, Subnet]]:
+    """The uniform sub-networks that models are trained alone for."""
+    given = (study.config, MENU, study.table)
+    return [(share, uniform_subnet(*given, study.budget(share))) for share in study.settings.alone]
+
+
+def uniform_rows(study: Study, arm: str, model: Model, menu: Menu = MENU) -> list[Row]:
+    """The whole model, and the dearest uniform sub-network of every budget that the menu can meet."""
+    loss, table = losses(model, study.held_out), of_menu(study.table, menu)
+    full = Subnet.full(study.config)
+    rows = [study.row(arm, "full", 1.0, full, loss(full))]
+    for share in study.affordable(menu, table):
+        subnet = uniform_subnet(study.config, menu, table, study.budget(share))
+        rows.append(study.row(arm, "uniform", share, subnet, loss(subnet)))
+    return rows
+
+
+def of_menu(table: CostTable, menu: Menu) -> CostTable:
+    """The costs of `MENU` that a menu with the same MLPs and the last of its heads has."""
+    return dataclasses.replace(table, attention=tuple(a[-len(menu.heads) :] for a in table.attention))
+
+
+ARMS: dict[str, Arm] = {
+    "zero_shot": zero_shot,
+    "elastic": elastic,
+    "matformer": matformer,
+    "scratch": scratch,
+    "slices": tuned_slices,
+}

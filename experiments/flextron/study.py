@@ -1,0 +1,189 @@
+"""What every arm of run.py is given: data, menu, latency table and budgets, and how a loss is measured."""
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from elastic_lm.checkpoint import save_model
+from elastic_lm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic_lm.cost import CostTable
+from elastic_lm.data import pipeline
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.elastic import Budget, Menu, Subnet
+from elastic_lm.loading import load
+from elastic_lm.methods.flextron import ElasticTraining
+from elastic_lm.methods.importance import permute, rank
+from elastic_lm.methods.losses import Batch, TokenSums
+from elastic_lm.models.decoder import Params, stack_layers
+from elastic_lm.models.elastic import Choice
+from elastic_lm.train.run import ELASTIC_GROUPS, MODEL_FOLDER, fit
+
+Row = dict[str, Any]
+Model = tuple[ModelConfig, Params]
+
+MENU = Menu(mlp=(0.25, 0.5, 0.75, 1.0), heads=(1 / 3, 2 / 3, 1.0))
+WHOLE = Menu(mlp=(1.0,), heads=(1.0,))  # of a model that is measured as it is
+RANK_BATCHES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Flags that arms read."""
+
+    steps: int
+    lr: float
+    slice_lr: float
+    scratch_lr: float
+    distil: float
+    teacher: str
+    samples: int
+    budgets: tuple[float, ...]  # shares of the whole model's time per decoded token
+    alone: tuple[float, ...]  # those of them that models are trained alone for
+    random: int  # random sub-networks per budget
+    held_out: int  # batches
+    damage: int  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One seed of the study.
+
+    Attributes:
+      base: folder of the pretrained model.
+      folder: of this seed; finished trainings lie in folder / NAME / model.
+      data: text and the shape of a batch, with the seed.
+      table: decoding costs of `MENU` on this device, in milliseconds.
+      settings: the flags.
+    """
+
+    base: str
+    folder: Path
+    data: DataConfig
+    table: CostTable
+    settings: Settings
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        """The ranked model's config."""
+        return elastic_config(self.base)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's."""
+        return Tokenizer.load(self.base)
+
+    @functools.cached_property
+    def held_out(self) -> list[Batch]:
+        """The first batches of the held-out text."""
+        return batches(pipeline.eval_batches(self.data, self.tokenizer), self.settings.held_out)
+
+    @functools.cached_property
+    def damage_text(self) -> list[Batch]:
+        """A few training batches in an order of their own, for searches."""
+        data = dataclasses.replace(self.data, seed=self.data.seed + 1000)
+        return batches(pipeline.train_batches(data, self.tokenizer), self.settings.damage)
+
+    def budget(self, share: float) -> Budget:
+        """A share of the whole model's time."""
+        return Budget(latency_ms=share * self.table.range(MENU)[1])
+
+    def affordable(self, menu: Menu, table: CostTable) -> list[float]:
+        """The budgets that a menu can meet."""
+        least = table.range(menu)[0]
+        return [share for share in self.settings.budgets if self.budget(share).amount >= least]
+
+    def row(self, arm: str, how: str, share: float, subnet: Subnet, loss: float) -> Row:
+        """One measured sub-network; `predicted` is its share of the whole model's time by the table."""
+        whole = self.table.range(MENU)[1]
+        return {
+            "arm": arm,
+            "how": how,
+            "budget": share,
+            "subnet": dataclasses.asdict(subnet),
+            "predicted": self.table.total(self.config, MENU, subnet) / whole,
+            "loss": loss,
+        }
+
+    def trained(self, name: str, train: TrainConfig, model: ModelConfig | None = None) -> Model:
+        """The finished model of one training, from its folder where it is there already."""
+        folder = self.folder / name
+        if not (folder / MODEL_FOLDER).is_dir():
+            data = dataclasses.replace(self.data, tokenizer=self.base)
+            fit(RunConfig(model=model, data=data, train=train), folder)
+        return opened(folder)
+
+    @property
+    def recipe(self) -> TrainConfig:
+        """What all trainings share."""
+        return TrainConfig(
+            steps=self.settings.steps,
+            lr=self.settings.lr,
+            min_lr=0.02,
+            warmup=self.settings.steps // 10,
+            eval_every=0,
+            eval_batches=1,
+            save_every=50,
+            keep=1,
+            seed=self.data.seed,
+        )
+
+    def ranked(self) -> Model:
+        """The base sorted by importance on this seed's first training batches; nothing else is changed."""
+        folder = self.folder / "ranked"
+        if not (folder / MODEL_FOLDER).is_dir():
+            decoder, params = load(self.base)
+            text = batches(pipeline.train_batches(self.data, self.tokenizer), RANK_BATCHES)
+            importance = rank(decoder.config, params, text)
+            config, params = permute(decoder.config, params, importance, groups=ELASTIC_GROUPS)
+            save_model(folder / MODEL_FOLDER, config, params, self.tokenizer)
+        return opened(folder)
+
+
+def elastic_config(base: str) -> ModelConfig:
+    """The config that the base has once it is ranked."""
+    return dataclasses.replace(load(base)[0].config, elastic_groups=ELASTIC_GROUPS)
+
+
+def opened(folder: Path) -> Model:
+    """A finished model."""
+    decoder, params = load(folder / MODEL_FOLDER)
+    return decoder.config, params
+
+
+def batches(source: Iterable[Any], count: int) -> list[Batch]:
+    """The first `count` batches."""
+    return [Batch(**arrays) for arrays in itertools.islice(source, count)]
+
+
+def losses(model: Model, text: Sequence[Batch], menu: Menu = MENU) -> Callable[[Subnet], float]:
+    """Nats per token of any sub-network of a model, by one compiled program."""
+    config, params = model[0], stack_layers(model[1])
+    method = ElasticTraining(config, menu)
+
+    def loss(subnet: Subnet) -> float:
+        choice = Choice.of(config, menu, subnet)
+        sums = jax.device_get([_sums(method, params, choice, batch) for batch in text])
+        return float(sum(s.cross_entropy for s in sums) / sum(s.weight for s in sums))
+
+    return loss
+
+
+def own_loss(model: Model, text: Sequence[Batch]) -> float:
+    """Nats per token of a model as it is."""
+    return losses(model, text, WHOLE)(Subnet.full(model[0]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(method: ElasticTraining, params: Params, choice: Choice, batch: Batch) -> TokenSums:
+    return method.token_sums(params, choice, batch)
+
+
+def key(subnet: dict[str, Any]) -> str:
+    """A sub-network as a key of times.json."""
+    return json.dumps(subnet, separators=(",", ":"))
