@@ -57,8 +57,10 @@ def run(args: argparse.Namespace) -> None:
         elastic=elastic_choices(folder, model.config, args.latency_table) if budget else None,
         budget=budget,
     )
-    ran = sampler.subnet or Subnet.full(model.config)
-    if budget:
+    ran = sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(model.config)
+    if isinstance(sampler.runs, Budget):
+        print(f"{budget}: widths are chosen token by token", file=sys.stderr)
+    elif budget:
         print(subnet_line(model.config, ran), file=sys.stderr)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"stop": tuple(args.stop)}
     if args.stream:

@@ -3,14 +3,17 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.cost import CostTable, Load, counted_table
 from elastic_lm.elastic import Budget, Menu, Subnet
+from elastic_lm.methods.routers import DESCRIPTION, Routers
 from elastic_lm.methods.search import uniform_subnet
 from elastic_lm.methods.search_space import check_shape
-from elastic_lm.plain import require
+from elastic_lm.plain import require, require_choice
+
+Per = Literal["token", "prompt"]
 
 MEASURE = (
     "milliseconds are measured, not counted: elastic-lm latency build --model DIR --out latency.json, then "
@@ -38,9 +41,12 @@ class Elastic:
     table: CostTable | None = None  # measured milliseconds (`with_latency`); other costs are counted
     choose: Callable[[Budget], Subnet] | None = None  # for less than the whole model costs; None = search
     workload: Load = dataclasses.field(default=Load())  # at which FLOPs and bytes are counted
+    routers: Routers | None = None  # learned; choose where `choose` does not
+    per: Per = "token"  # routers that read states: who has widths of its own
 
     def __post_init__(self) -> None:
         self.menu.sizes(self.config)
+        require_choice("elastic.per", self.per, get_args(Per))
         if self.table is not None:
             fix = "must be a CostTable; hand a latency table to with_latency, which checks it"
             require(isinstance(self.table, CostTable), "elastic.table", type(self.table).__name__, fix)
@@ -48,7 +54,7 @@ class Elastic:
 
     @classmethod
     def load(cls, folder: str | Path, config: ModelConfig | None = None) -> "Elastic":
-        """Reads what a checkpoint says about its choices.
+        """Reads what a checkpoint says about its choices, its routers where it has some.
 
         Args:
           folder: checkpoint of an elastic model (`checkpoint.save_model`).
@@ -60,7 +66,9 @@ class Elastic:
         """
         from elastic_lm.checkpoint import load_config, load_menu
 
-        return cls(config or load_config(folder), load_menu(folder))
+        config = config or load_config(folder)
+        found = (Path(folder) / DESCRIPTION).is_file()
+        return cls(config, load_menu(folder), routers=Routers.load(folder, config) if found else None)
 
     def with_latency(self, table: Measured, source: str = "latency table") -> "Elastic":
         """The same with measured milliseconds, for budgets of latency.
@@ -81,11 +89,13 @@ class Elastic:
           budget: what it may cost.
 
         Returns:
-          The whole model where the budget allows it. Else what `choose` says or, without one, the dearest
-          sub-network within the budget whose layers all make the same choices (`search.uniform_subnet`).
+          The whole model where the budget allows it. Else what `choose` or the routers say or, without
+          either, the dearest sub-network within the budget whose layers all make the same choices
+          (`search.uniform_subnet`). Routers of another kind of cost get the same share of it.
 
         Raises:
-          ValueError: the budget is below the least possible, or of a kind that no table is there for.
+          ValueError: the budget is below the least possible, or of a kind that no table is there for, or
+            routers read states, so that no sub-network is fixed.
         """
         table = self.costs(budget.kind)
         table.check(budget, self.menu)
@@ -93,7 +103,18 @@ class Elastic:
             return Subnet.full(self.config)
         if self.choose is not None:
             return self.choose(budget)
+        if self.routers is not None:
+            return dataclasses.replace(self.routers, table=table).subnet(budget)
         return uniform_subnet(self.config, self.menu, table, budget)
+
+    def is_routed(self, budget: Budget) -> bool:
+        """Whether routers that read states choose for a budget: while text is made, not before.
+
+        Raises:
+          ValueError: the budget is of a kind that no table is there for.
+        """
+        reads = self.routers is not None and self.routers.shape.reads == "hidden" and self.choose is None
+        return reads and budget.amount < self.costs(budget.kind).range(self.menu)[1]
 
     def costs(self, kind: str) -> CostTable:
         """Costs of every choice.

@@ -124,8 +124,9 @@ class Sampler:
         self.missing: Mode = missing
         self.config, self.params, self.tokenizer, self.exit = model.config, params, tokenizer, exit
         self.window, self.fire_share, self.stream_every = window, fire_share, stream_every
-        self.elastic, self.subnet = elastic, subnet
-        self.subnet = self._choose(budget, subnet)
+        self.elastic = elastic
+        self.runs: Subnet | Budget | None = None  # where a call says nothing; None = the whole model
+        self.runs = self._choose(budget, subnet)
         self._subnets = Subnets(model.config, params, keep_subnets)
 
     @overload
@@ -171,7 +172,7 @@ class Sampler:
         prompts, single = self._encode(prompt)
         began = time.perf_counter()
         call = self._call(prompts, exit, lossless, budget, subnet, settings)
-        state, controls = self._start(call, max_new_tokens)
+        call, state, controls = self._start(call, max_new_tokens)
         if call.reader.stops:
             *_, final = self._advance(call, state, controls)
         else:
@@ -194,7 +195,7 @@ class Sampler:
         """Yields the continuation of one prompt piece by piece; arguments as in `sample`."""
         prompts, _ = self._encode(prompt)
         call = self._call(prompts, exit, lossless, budget, subnet, settings)
-        state, controls = self._start(call, max_new_tokens)
+        call, state, controls = self._start(call, max_new_tokens)
         shown = ""
         for reached in self._advance(call, state, controls):
             text = collect(reached, prompts, call.reader, 0.0)[0].text
@@ -208,20 +209,30 @@ class Sampler:
         """Programs compiled so far in this process for prefill and decoding, those of evicted slices too."""
         return compilations()
 
-    def _choose(self, budget: Budget | None, subnet: Subnet | None) -> Subnet | None:
-        """The sub-network that a call asks for, or the sampler's own; None = the whole model."""
+    def _choose(self, budget: Budget | None, subnet: Subnet | None) -> Subnet | Budget | None:
+        """What a call asks for, or the sampler's own: a sub-network, a budget for routers, or all (None)."""
         if budget is None:
-            chosen = self.subnet if subnet is None else subnet
+            chosen = self.runs if subnet is None else subnet
         elif subnet is not None:
             raise ValueError(f"budget={budget}, subnet={subnet}: each says what runs; give one of them")
         elif self.elastic is None:
             fix = "sub-networks for budgets are chosen by Sampler(..., elastic=el.Elastic.load(folder))"
             raise ValueError(f"budget={budget}: {fix}")
         else:
-            chosen = self.elastic.subnet(budget)
-        if chosen is not None:
+            chosen = budget if self.elastic.is_routed(budget) else self.elastic.subnet(budget)
+        if isinstance(chosen, Subnet):
             chosen.check(self.config)
+        elif chosen is not None and self.missing == "propagate":
+            raise ValueError("missing='propagate': layers that are routed cannot do that; use 'exact'")
         return chosen
+
+    def _serve(self, budget: Budget | None, subnet: Subnet | None) -> Served:
+        """The model that runs; arguments as in `sample`."""
+        chosen = self._choose(budget, subnet)
+        if isinstance(chosen, Budget):
+            assert self.elastic is not None
+            return self._subnets.route(self.elastic, chosen)
+        return self._subnets.serve(chosen)
 
     def _call(
         self,
@@ -238,7 +249,7 @@ class Sampler:
         reader = Reader(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
         if reader.stops and self.tokenizer is None:
             raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
-        served = self._subnets.serve(self._choose(budget, subnet))
+        served = self._serve(budget, subnet)
         if served.subnet is not None:
             policies = [on_subnet(policy, self.config, served.subnet) for policy in policies]
         mode = "verify" if verified.any() else self.missing
@@ -282,9 +293,11 @@ class Sampler:
             encoded.append([int(token) for token in item])
         return encoded, single
 
-    def _start(self, call: Call, max_new_tokens: int) -> tuple[DecodeState, Controls]:
-        prompts, model = call.prompts, call.served
-        tokens, lengths = pad_prompts(model.config, prompts, max_new_tokens)
+    def _start(self, call: Call, max_new_tokens: int) -> tuple[Call, DecodeState, Controls]:
+        """Prefills the prompts; the call is about the model for them, where they have a say in it."""
+        prompts = call.prompts
+        tokens, lengths = pad_prompts(self.config, prompts, max_new_tokens)
+        model = call.served.for_prompts(tokens, lengths)
         longest = max(map(len, prompts)) + max_new_tokens
         capacity = bucket(max(longest + self.window, tokens.shape[1]))
         controls = make_controls(
@@ -297,7 +310,7 @@ class Sampler:
             model.config, model.params, tokens, lengths, lengths + max_new_tokens, jnp.int32(draft),
             capacity=capacity, window=self.window,
         )  # fmt: skip
-        return state, controls
+        return dataclasses.replace(call, served=model), state, controls
 
     def _advance(self, call: Call, state: DecodeState, controls: Controls) -> Iterator[DecodeState]:
         """Runs `stream_every` iterations at a time; rows end at the first stop string."""

@@ -2,6 +2,7 @@
 
 A sub-network is served as the ordinary smaller model that it is. It owns the arrays that its slice cuts
 (`slicing.slice_params`) and the programs that are compiled for it, and both go when it is evicted.
+Routers that read states have one model for all budgets, whose layers are a second copy of the whole one's.
 """
 
 import collections
@@ -14,10 +15,13 @@ from typing import Any
 import jax
 
 from elastic_lm.config import ModelConfig
+from elastic_lm.decode.elastic import Elastic, Per
 from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill
-from elastic_lm.elastic import Subnet
+from elastic_lm.decode.routed import for_prompts, routed_model, routing
+from elastic_lm.elastic import Budget, Subnet
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.routed_decoder import ROUTING, RoutedConfig
 from elastic_lm.plain import AT_LEAST_1, require
 from elastic_lm.slicing import slice_params
 
@@ -45,6 +49,7 @@ class Served:
       params: its canonical parameters.
       prefill: `prefill.prefill`, jitted.
       run: `loop.run`, jitted; the state is donated.
+      per: who has widths of its own, where routers choose while it decodes.
     """
 
     subnet: Subnet | None
@@ -52,6 +57,14 @@ class Served:
     params: Params
     prefill: Any
     run: Any
+    per: Per = "token"
+
+    def for_prompts(self, tokens_BP: jax.Array, length_B: jax.Array) -> "Served":
+        """The model for these prompts (see `routed.prompt_choices`): itself where they decide nothing."""
+        if self.per == "token" or not isinstance(self.config, RoutedConfig):
+            return self
+        config, params = for_prompts(self.config, self.params, tokens_BP, length_B)
+        return dataclasses.replace(self, config=config, params=params)
 
 
 class Subnets:
@@ -71,6 +84,7 @@ class Subnets:
         require(AT_LEAST_1[0](keep), "keep_subnets", keep, AT_LEAST_1[1])
         self._whole = Served(None, config, params, jit_prefill, jit_run)
         self._keep, self._kept = keep, collections.OrderedDict[Subnet, Served]()
+        self._routed: tuple[RoutedConfig, Params] | None = None
 
     def serve(self, subnet: Subnet | None) -> Served:
         """The model that a sub-network is, sliced now unless it is in memory.
@@ -94,6 +108,23 @@ class Subnets:
             self._kept[subnet] = _sliced(config, params, subnet)
         self._kept.move_to_end(subnet)
         return self._kept[subnet]
+
+    def route(self, elastic: Elastic, budget: Budget) -> Served:
+        """The model whose routers choose while it decodes.
+
+        Args:
+          elastic: with routers that read states.
+          budget: below the whole model's cost.
+
+        Raises:
+          ValueError: the budget cannot be met.
+        """
+        assert elastic.routers is not None
+        if self._routed is None:
+            self._routed = routed_model(self._whole.config, self._whole.params, elastic.routers)
+        config, params = self._routed
+        params = {**params, ROUTING: routing(elastic.routers, elastic.costs(budget.kind), budget)}
+        return Served(None, config, params, jit_prefill, jit_run, elastic.per)
 
 
 def _sliced(config: ModelConfig, params: Params, subnet: Subnet) -> Served:

@@ -15,11 +15,13 @@ from elastic_lm.checkpoint import Checkpoints, check_target, local_folder, save_
 from elastic_lm.config import WITHOUT_EXITS, ModelConfig, RunConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+from elastic_lm.elastic import Menu
 from elastic_lm.loading import load
 from elastic_lm.methods.ee_tuning import EETuning, JointTraining, attach_exits
 from elastic_lm.methods.flextron import TEACHER, ElasticEvaluation, ElasticTraining
 from elastic_lm.methods.losses import Method
 from elastic_lm.methods.pretraining import Pretraining
+from elastic_lm.methods.routing import ROUTERS, SURROGATE, RouterEvaluation, RouterTraining
 from elastic_lm.methods.self_supervised_exits import CachedExits, SelfSupervisedExits
 from elastic_lm.methods.sorted_finetuning import SortedFineTuning, extract
 from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
@@ -31,6 +33,7 @@ from elastic_lm.train.cached import cached_batches, place_taps
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.ranking import rank_state
+from elastic_lm.train.routing import router_training, save_routers
 from elastic_lm.train.state import TrainState, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step, place_batch
 
@@ -73,10 +76,12 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
             state = job.begin(state)
         with closing(make_writer(workdir, train.steps, start)) as writer:
             state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
-    whole = {name: tree for name, tree in {**frozen, **state.params}.items() if name != TEACHER}
-    params = unstack_layers(whole)
-    menu = method.menu if isinstance(method, ElasticTraining) else None
-    save_model(workdir / MODEL_FOLDER, model, params, tokenizer, menu=menu, overwrite=True)
+    trained = {**frozen, **state.params}
+    beside = (TEACHER, ROUTERS, SURROGATE)
+    params = unstack_layers({name: tree for name, tree in trained.items() if name not in beside})
+    save_model(workdir / MODEL_FOLDER, model, params, tokenizer, menu=menu_of(method), overwrite=True)
+    if isinstance(method, RouterTraining):
+        save_routers(workdir / MODEL_FOLDER, method, trained, held_out(config, tokenizer), mesh)
     return model, params, metrics
 
 
@@ -116,6 +121,8 @@ def prepare(
     measured = make_method(for_evaluation(config), model)
     if isinstance(measured, ElasticTraining):
         measured = ElasticEvaluation(measured)
+    if isinstance(measured, RouterTraining):
+        measured = RouterEvaluation(measured)
     job = loop.Job(
         config=config.train,
         mesh=mesh,
@@ -218,6 +225,8 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
         return SortedFineTuning.of(model, train)
     if train.method == "flextron":
         return ElasticTraining.of(model, train)
+    if train.method == "routers":
+        return router_training(train, model)
     if train.method == "self_supervised_exits":
         return SelfSupervisedExits(
             model, train.objective, train.top_k, train.imitation, train.balance_gates, train.loss_chunk
@@ -231,6 +240,13 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
         chunk=train.loss_chunk,
         remat=train.remat,
     )
+
+
+def menu_of(method: Method) -> Menu | None:
+    """The choices that a method makes a model elastic for, or routes; None where there are none."""
+    if isinstance(method, RouterTraining):
+        return method.shape.menu
+    return method.menu if isinstance(method, ElasticTraining) else None
 
 
 def for_evaluation(config: RunConfig) -> RunConfig:

@@ -1,0 +1,50 @@
+"""Routers: which width every layer of an elastic model takes for a budget (Flextron's second stage).
+
+COMMAND   elastic-lm train --config configs/routers.py:runs/elastic/model --workdir runs/routed
+          then el.Sampler(..., budget=...), or elastic-lm generate --model runs/routed/model --budget ...
+HARDWARE  one accelerator, or a CPU for models of a few million parameters
+DURATION  see experiments/flextron; a step of the surrogate is two forward passes
+EXPECTED  `eval_spent/budget_<b>` within 5 % of 1 at the budgets that were trained for
+
+The model is one that configs/flextron.py made; its folder holds the menu. Variants
+(`--config configs/routers.py:FOLDER,NAME`):
+
+  static      one sub-network per budget, trained through the model (default)
+  surrogate   the same, trained on a small network that predicts the loss
+  by_token    every token's state decides as well
+  joint       static, and the model trains along
+
+Budgets are shares of the whole model's cost: parameters, or `--config.train.priced=flops`, `memory_bytes`
+(with `--config.train.context=N`) or `latency_ms` (with `--config.train.latency_table=FILE`).
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "runs/elastic/model") -> ConfigDict:
+    """The recipe; `arg` = the elastic model's folder, then a comma and one of the variants above."""
+    folder, _, variant = arg.partition(",")
+    variants = {
+        "static": {},
+        "surrogate": {"scheme": "surrogate"},
+        "by_token": {"reads": "hidden", "router_width": 32},
+        "joint": {"train_model": True, "lr": 1e-4, "router_lr": 100.0, "distil": 0.5},
+    }
+    if (variant or "static") not in variants:
+        raise ValueError(f"configs/routers.py:{arg}: choose from {', '.join(variants)} after the comma")
+    config = ConfigDict()
+    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.train = {
+        "method": "routers",
+        "init_from": folder or "runs/elastic/model",
+        "steps": 300,
+        "lr": 1e-2,
+        "warmup": 10,
+        "weight_decay": 0.0,
+        "log_every": 20,
+        "eval_every": 0,
+        "eval_batches": 10,
+        "save_every": 100,
+    }
+    config.train.update(variants[variant or "static"])
+    return config

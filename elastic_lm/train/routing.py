@@ -1,0 +1,102 @@
+"""Routers in a training run: what they choose from, what it costs, and where they end up."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from elastic_lm.checkpoint import load_menu
+from elastic_lm.config import ModelConfig, TrainConfig
+from elastic_lm.cost import CostTable, Load, counted_table
+from elastic_lm.elastic import Menu
+from elastic_lm.latency.table import LatencyTable
+from elastic_lm.methods.routers import Routers, RouterShape
+from elastic_lm.methods.routing import ROUTERS, RouterTraining, fit_tilts
+from elastic_lm.models.decoder import Params
+from elastic_lm.plain import require
+from elastic_lm.train.step import place_batch
+
+TILT_BATCHES = 4  # held-out batches on which routers that read states are held to their budgets
+
+
+def router_training(train: TrainConfig, model: ModelConfig) -> RouterTraining:
+    """The method that a training config describes.
+
+    Args:
+      train: its init_from holds the menu, and routers where those are to be trained on.
+      model: the model, without exits.
+
+    Returns:
+      The method.
+
+    Raises:
+      FileNotFoundError: init_from has no menu, or there is no latency table.
+      ValueError: the budgets cannot be met, the table is of another model, menu or device, or the routers in
+        init_from are of another form.
+    """
+    menu = load_menu(train.init_from)
+    table = cost_table(train, model, menu)
+    shape = RouterShape(model, menu, train.budgets, train.reads, train.router_width)
+    return RouterTraining(
+        shape,
+        table,
+        train.steps,
+        train.scheme,
+        initial_routers(train, shape),
+        train.train_model,
+        train.budget_weight,
+        train.distil,
+        train.surrogate_error,
+        train.seed,
+        train.loss_chunk,
+        train.remat,
+    )
+
+
+def cost_table(train: TrainConfig, model: ModelConfig, menu: Menu) -> CostTable:
+    """Costs of a menu, of the kind that the budgets are in; raises as `router_training` does."""
+    if train.priced == "latency_ms":
+        return LatencyTable.load(train.latency_table).checked(model, menu)
+    return counted_table(model, menu, train.priced, Load(context=train.context))
+
+
+def initial_routers(train: TrainConfig, shape: RouterShape) -> Params | None:
+    """Routers beside the model, to be trained on; None where there are none."""
+    try:
+        found = Routers.load(train.init_from, shape.config)
+    except FileNotFoundError:
+        return None
+    for field in ("anchors", "reads", "width"):
+        value, own = getattr(shape, field), getattr(found.shape, field)
+        fix = f"the routers in {train.init_from} have {own!r}; set that, or take a model without routers"
+        require(value == own, f"train.{field.replace('anchors', 'budgets')}", value, fix)
+    return found.params
+
+
+def save_routers(
+    folder: Path,
+    method: RouterTraining,
+    params: Params,
+    held_out: Iterable[Mapping[str, np.ndarray]],
+    mesh: Mesh,
+) -> None:
+    """Writes trained routers beside their model.
+
+    Args:
+      folder: the model's.
+      method: that trained them.
+      params: model, stacked, and routers.
+      held_out: batches on which routers that read states are held to their budgets.
+      mesh: where `params` are.
+    """
+    tilts: tuple[float, ...] = ()
+    if method.shape.reads == "hidden":
+        batches: list[Any] = [place_batch(b, mesh) for b in itertools.islice(held_out, TILT_BATCHES)]
+        require(
+            bool(batches), "data.eval_paths", (), "routers that read states need held-out text: name some"
+        )
+        tilts = fit_tilts(method, params, batches)
+    Routers(method.shape, params[ROUTERS], method.table, tilts).save(folder)

@@ -1,0 +1,126 @@
+"""Routers that read states, decoded: whatever stands beside a row, and one program for all budgets."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from elastic_models import make
+
+from elastic_lm.config import ExitConfig
+from elastic_lm.cost import counted_table
+from elastic_lm.decode.elastic import Elastic
+from elastic_lm.decode.policies import StaticExit
+from elastic_lm.decode.routed import routed_model, routing
+from elastic_lm.decode.sampler import Sampler
+from elastic_lm.elastic import Budget, Menu
+from elastic_lm.methods.routers import Routers, RouterShape
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.routed_decoder import ROUTING, RoutedDecoder, prompt_choices
+from elastic_lm.testing import random_tokens
+
+MENU = Menu((0.25, 0.5, 1.0), (0.5, 1.0))
+EXITS = (ExitConfig(1, "norm", tied=True),)
+NEW = 6
+
+
+@functools.cache
+def routed() -> tuple[Decoder, Any, Elastic]:
+    """A model with an exit, and random routers."""
+    config, params = make("llama", EXITS)
+    shape = RouterShape(config.with_exits(()), MENU, (0.6, 0.8, 1.0), "hidden", 8)
+    trained = shape.init(jax.random.key(2))
+    table = counted_table(config, MENU, "parameters")
+    routers = Routers(shape, trained, table, (-0.5, -0.2, 0.0))
+    return Decoder(config), params, Elastic(config, MENU, routers=routers)
+
+
+def budget(share: float) -> Budget:
+    elastic = routed()[2]
+    return Budget(parameters=share * elastic.costs("parameters").range(MENU)[1])
+
+
+def prompts() -> list[list[int]]:
+    tokens = random_tokens(routed()[0].config, 3, 7).tolist()
+    return [tokens[0], tokens[1][:3], tokens[2][:5]]
+
+
+def sampler(**settings: Any) -> Sampler:
+    model, params, elastic = routed()
+    elastic = dataclasses.replace(elastic, per=settings.pop("per", "token"))
+    return Sampler(model, params, elastic=elastic, budget=budget(0.7), window=4, **settings)
+
+
+def test_greedy_tokens_are_those_of_the_forward_pass() -> None:
+    model, params, elastic = routed()
+    assert elastic.routers is not None
+    config, nested = routed_model(model.config, params, elastic.routers)
+    nested = {**nested, ROUTING: routing(elastic.routers, elastic.costs("parameters"), budget(0.7))}
+    forward = jax.jit(lambda tokens: RoutedDecoder(config).apply({"params": nested}, tokens).logits)
+    tokens = prompts()[0]
+    for emitted in sampler().sample(tokens, NEW, ignore_eos=True).tokens:
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(tokens)] = tokens
+        assert emitted == int(np.argmax(forward(padded)[0, len(tokens) - 1]))
+        tokens = [*tokens, emitted]
+
+
+@pytest.mark.parametrize("per", ["token", "prompt"])
+@pytest.mark.parametrize("exit", [None, StaticExit(make("llama", EXITS)[0], 1)])
+def test_batch_equals_single_rows(per: str, exit: Any) -> None:
+    decode = sampler(per=per, exit=exit)
+    together = decode.sample(prompts(), NEW, ignore_eos=True)
+    for prompt, row in zip(prompts(), together, strict=True):
+        assert decode.sample(prompt, NEW, ignore_eos=True).tokens == row.tokens
+
+
+def test_budgets_change_text_and_compile_nothing() -> None:
+    decode = sampler()
+    first = decode.sample(prompts(), NEW, ignore_eos=True)
+    before = decode.compilations()
+    others = [decode.sample(prompts(), NEW, ignore_eos=True, budget=budget(b)) for b in (0.6, 0.85)]
+    assert decode.compilations() == before
+    assert len({tuple(tuple(s.tokens) for s in samples) for samples in (first, *others)}) > 1
+
+
+def test_whole_budget_is_the_whole_model() -> None:
+    model, params, _ = routed()
+    plain = Sampler(model, params, window=4).sample(prompts(), NEW, ignore_eos=True)
+    found = sampler().sample(prompts(), NEW, ignore_eos=True, budget=budget(1.0))
+    assert [s.tokens for s in found] == [s.tokens for s in plain]
+
+
+def test_prompts_choose_what_their_rows_run() -> None:
+    model, params, elastic = routed()
+    assert elastic.routers is not None
+    config, nested = routed_model(model.config, params, elastic.routers)
+    nested = {**nested, ROUTING: routing(elastic.routers, elastic.costs("parameters"), budget(0.7))}
+    prompt = prompts()[0]
+    chosen = prompt_choices(config, nested, np.asarray([prompt], np.int32), np.asarray([len(prompt)]))
+    subnet = _subnet(chosen)
+    fixed = Sampler(model, params, subnet=subnet, window=4).sample(prompt, NEW, ignore_eos=True)
+    assert sampler(per="prompt").sample(prompt, NEW, ignore_eos=True).tokens == fixed.tokens
+
+
+def _subnet(chosen: dict[str, jax.Array]) -> Any:
+    config = routed()[0].config
+    sizes = MENU.sizes(config)
+    whole = MENU.largest(config)
+    heads = tuple(sizes.heads[i][h] for i, h in enumerate(chosen["heads"][0].tolist()))
+    mlp = tuple(sizes.mlp[i][f] for i, f in enumerate(chosen["mlp"][0].tolist()))
+    return dataclasses.replace(whole, heads=heads, mlp=mlp)
+
+
+def test_errors_say_what_to_do() -> None:
+    model, params, elastic = routed()
+    with pytest.raises(ValueError, match="for every token"):
+        elastic.subnet(budget(0.7))
+    with pytest.raises(ValueError, match="cheapest sub-network"):
+        sampler().sample(prompts()[0], NEW, budget=Budget(parameters=1.0))
+    with pytest.raises(ValueError, match="use 'exact'"):
+        sampler(missing="propagate")
+    with pytest.raises(ValueError, match=r"elastic\.per='row'"):
+        dataclasses.replace(elastic, per="row")
+    assert Sampler(model, params, missing="propagate").runs is None
