@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.elastic import Budget, Menu, Subnet
     from elastic_lm.embedded import embedded_model
-    from elastic_lm.latency.table import LatencyTable
+    from elastic_lm.latency_table import LatencyTable
     from elastic_lm.loading import load
     from elastic_lm.methods.ee_tuning import attach_exits
     from elastic_lm.models.decoder import Decoder
@@ -78,7 +78,7 @@ _HOMES = {
     "Subnet": "elastic",
     "ConfidenceExit": "calibrate.thresholds",
     "DecayedExit": "decode.policies",
-    "LatencyTable": "latency.table",
+    "LatencyTable": "latency_table",
     "DepthSchedule": "decode.policies",
     "RiskControl": "calibrate.risk_control",
     "StaticExit": "decode.policies",

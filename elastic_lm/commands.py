@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from elastic_lm.calibrate.risk_control import Guarantee
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.config import ModelConfig
-    from elastic_lm.latency.table import LatencyTable
+    from elastic_lm.latency_table import LatencyTable
     from elastic_lm.models.decoder import Params
 
 
@@ -272,10 +272,11 @@ def bench(args: argparse.Namespace) -> None:
 
 def latency(args: argparse.Namespace) -> None:
     """Builds a latency table, or checks one."""
-    from elastic_lm.bench import machine, report
+    from elastic_lm import machine
+    from elastic_lm.bench import report
     from elastic_lm.generation import prepare_output
     from elastic_lm.latency import verify
-    from elastic_lm.latency.table import LatencyTable
+    from elastic_lm.latency_table import LatencyTable
     from elastic_lm.metrics import ProgressWriter
 
     _check_latency(args)

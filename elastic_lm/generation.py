@@ -19,7 +19,7 @@ from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.elastic import Budget, Subnet
 from elastic_lm.held_out import load_with_tokenizer
-from elastic_lm.latency.table import LatencyTable
+from elastic_lm.latency_table import LatencyTable
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 ROWS = 32  # texts written at once where there is no prompt

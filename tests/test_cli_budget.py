@@ -13,7 +13,7 @@ from elastic_lm.cost import Load, counted_table, model_cost
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.decode.elastic import Elastic
 from elastic_lm.elastic import Budget, Menu
-from elastic_lm.latency.table import Device, LatencyTable
+from elastic_lm.latency_table import Device, LatencyTable
 from elastic_lm.models.decoder import init_params
 from elastic_lm.testing import tiny_config
 

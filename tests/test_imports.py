@@ -24,6 +24,8 @@ ARROWS = {
     "config": {"rope_config", "train_config", "plain"},
     "elastic": {"config", "plain"},
     "cost": {"config", "elastic", "plain"},
+    "machine": set(),
+    "latency_table": LAYERS | {"machine"},
     "nn": CORE,
     "models": CORE | {"nn"},
     "slicing": LAYERS,
@@ -36,7 +38,7 @@ ARROWS = {
     "methods": LAYERS | {"slicing"},
     "calibrate": LAYERS | {"methods", "data", "sharding"},
     "decode": LAYERS | {"calibrate", "checkpoint", "data", "methods", "sharding", "slicing"},
-    "train": LAYERS | LEAVES | {"methods", "loading"},
+    "train": LAYERS | LEAVES | {"methods", "loading", "latency_table"},
     "evaluate": LAYERS | LEAVES | {"methods", "calibrate", "decode", "loading"},
     "render": set(),
     "embedded": set(),
@@ -46,7 +48,7 @@ EVERYTHING = set(ARROWS) - {"testing", "__init__"}
 ARROWS["held_out"] = EVERYTHING
 ARROWS["generation"] = EVERYTHING | {"held_out", "latency"}
 ARROWS["bench"] = EVERYTHING
-ARROWS["latency"] = LAYERS | {"metrics", "slicing", "decode", "bench"}
+ARROWS["latency"] = LAYERS | {"machine", "latency_table", "metrics", "slicing", "decode", "bench"}
 ARROWS["quickstart"] = EVERYTHING | {"bench", "generation"}  # its timing, its coloured text
 ARROWS["commands"] = EVERYTHING | {"bench", "latency", "quickstart", "held_out", "generation"}
 ARROWS["flags"] = set()

@@ -15,7 +15,7 @@ from elastic_lm.cost import CostTable, Load
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.elastic import Menu, Subnet
 from elastic_lm.latency import build, measure, table, verify
-from elastic_lm.latency.table import Device, LatencyTable
+from elastic_lm.latency_table import Device, LatencyTable
 from elastic_lm.models.decoder import Decoder, init_params
 from elastic_lm.testing import tiny_config
 

@@ -30,15 +30,15 @@ import jax
 import numpy as np
 
 from elastic_lm.bench import early
-from elastic_lm.bench.machine import matvec_bandwidth, usable_cores
 from elastic_lm.bench.report import Options, Row
-from elastic_lm.bench.timing import interleave
+from elastic_lm.bench.timing import interleave, matvec_bandwidth
 from elastic_lm.calibrate.confidence import METRICS
 from elastic_lm.calibrate.thresholds import ConfidenceExit
 from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.decode.requests import bucket
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.hf import export
+from elastic_lm.machine import usable_cores
 from elastic_lm.methods.ee_tuning import without_exits
 from elastic_lm.models.decoder import Decoder, Params, init_params
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import elastic_lm.bench
-from elastic_lm.bench.machine import hardware, versions
+from elastic_lm.machine import hardware, versions
 
 PLUMBING = ("early", "machine", "report", "timing")
 

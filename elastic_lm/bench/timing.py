@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 ROUNDS = 5
 
@@ -49,3 +50,19 @@ def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> 
 def medians(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
     """Median seconds per call of each side, interleaved (see `interleave`)."""
     return {name: statistics.median(seconds) for name, seconds in interleave(sides, rounds).items()}
+
+
+def matvec_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
+    """Bytes per second that one large float32 matrix-vector product reads, median of `repeats`.
+
+    Args:
+      megabytes: size of the matrix; well above any cache.
+      repeats: timed products after one to warm up.
+    """
+    columns = 4096
+    matrix = jnp.ones((megabytes * 2**20 // (4 * columns), columns), jnp.float32)
+    vector = jnp.ones((columns,), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(matrix, vector).block_until_ready()
+    seconds = [time_once(lambda: product(matrix, vector)) for _ in range(repeats)]
+    return matrix.nbytes / statistics.median(seconds)

@@ -22,7 +22,7 @@ MEASURE = (
 
 
 class Measured(Protocol):
-    """What is needed of a latency table (`latency.table.LatencyTable`)."""
+    """What is needed of a latency table (`latency_table.LatencyTable`)."""
 
     def checked(self, config: ModelConfig, menu: Menu, source: str) -> CostTable:
         """Milliseconds per decoded step; raises ValueError where they are not of this model and device."""

@@ -1,1 +1,1 @@
-"""Latency tables: `table` holds and loads them, `build` measures them, `verify` checks their predictions."""
+"""Latency tables (`elastic_lm.latency_table`): `build` measures them, `verify` checks their predictions."""

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
-from elastic_lm.bench.machine import versions
 from elastic_lm.config import ModelConfig
 from elastic_lm.cost import CostTable, Load, attention_cost, base_cost, mlp_cost
 from elastic_lm.elastic import Ints, Menu, Subnet
 from elastic_lm.latency.measure import Progress, measure
-from elastic_lm.latency.table import PHASES, Device, LatencyTable, Phase
+from elastic_lm.latency_table import PHASES, Device, LatencyTable, Phase
+from elastic_lm.machine import versions
 from elastic_lm.models.decoder import Params
 from elastic_lm.plain import require
 

@@ -23,7 +23,7 @@ from elastic_lm.decode.requests import Settings, bucket, make_controls, pad_prom
 from elastic_lm.decode.sampler import ENDLESS
 from elastic_lm.decode.subnets import jit_prefill, jit_run
 from elastic_lm.elastic import Subnet
-from elastic_lm.latency.table import PHASES, Phase
+from elastic_lm.latency_table import PHASES, Phase
 from elastic_lm.metrics import Writer
 from elastic_lm.models.decoder import Params, init_params
 from elastic_lm.plain import require

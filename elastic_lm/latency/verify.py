@@ -21,7 +21,7 @@ from elastic_lm.cost import model_cost
 from elastic_lm.elastic import Subnet
 from elastic_lm.latency.build import programs
 from elastic_lm.latency.measure import Progress, measure
-from elastic_lm.latency.table import LatencyTable
+from elastic_lm.latency_table import LatencyTable
 from elastic_lm.models.decoder import Params
 from elastic_lm.plain import require
 

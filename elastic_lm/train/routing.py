@@ -12,7 +12,7 @@ from elastic_lm.checkpoint import load_menu
 from elastic_lm.config import ModelConfig, TrainConfig
 from elastic_lm.cost import CostTable, Load, counted_table
 from elastic_lm.elastic import Menu
-from elastic_lm.latency.table import LatencyTable
+from elastic_lm.latency_table import LatencyTable
 from elastic_lm.methods.routers import Routers, RouterShape
 from elastic_lm.methods.routing import ROUTERS, RouterTraining, fit_tilts
 from elastic_lm.models.decoder import Params

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from elastic_lm.bench.machine import hardware, versions
 from elastic_lm.calibrate.confidence import METRICS
 from elastic_lm.calibrate.observe import Observations, observe
 from elastic_lm.calibrate.search import outcome
@@ -30,6 +29,7 @@ from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.evaluate.quality import by_depth, shared_threshold_curve
 from elastic_lm.loading import load
+from elastic_lm.machine import hardware, versions
 from elastic_lm.methods.ee_tuning import attach_exits
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.quickstart import measure

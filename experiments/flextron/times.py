@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from study import MENU, elastic_config, key
 
-from elastic_lm.bench.machine import versions
 from elastic_lm.cost import CostTable, Load
 from elastic_lm.elastic import Subnet
 from elastic_lm.latency.build import cost_table, counted_shares, design, fit, programs
 from elastic_lm.latency.measure import GROUP, measure
-from elastic_lm.latency.table import PHASES, Device, LatencyTable, Phase
+from elastic_lm.latency_table import PHASES, Device, LatencyTable, Phase
+from elastic_lm.machine import versions
 from elastic_lm.plain import from_dict
 
 LOAD = Load(batch=1, context=128)

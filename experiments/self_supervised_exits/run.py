@@ -23,7 +23,6 @@ from typing import Any, get_args
 import matplotlib
 import numpy as np
 
-from elastic_lm.bench.machine import hardware, versions
 from elastic_lm.calibrate.confidence import METRICS
 from elastic_lm.calibrate.observe import Observations, observe
 from elastic_lm.calibrate.risk_control import RiskControl, control
@@ -33,6 +32,7 @@ from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, Tr
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.embedded import embedded_model
+from elastic_lm.machine import hardware, versions
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Params
 from elastic_lm.train.run import fit

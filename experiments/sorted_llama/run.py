@@ -36,7 +36,6 @@ import jax.numpy as jnp
 import numpy as np
 from report import plot, tables
 
-from elastic_lm.bench.machine import hardware, versions
 from elastic_lm.calibrate.observe import observe
 from elastic_lm.calibrate.search import outcome
 from elastic_lm.calibrate.thresholds import ConfidenceExit
@@ -48,6 +47,7 @@ from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.embedded import embedded_model
 from elastic_lm.loading import load
+from elastic_lm.machine import hardware, versions
 from elastic_lm.methods.ee_tuning import attach_exits
 from elastic_lm.methods.losses import Batch
 from elastic_lm.methods.sorted_finetuning import extract

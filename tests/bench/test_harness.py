@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from elastic_lm import cli
-from elastic_lm.bench import machine, report, timing
+from elastic_lm.bench import report, timing
 
 
 def test_interleave_alternates_after_one_warm_up() -> None:
@@ -39,7 +39,7 @@ def test_rounds_are_checked() -> None:
 
 
 def test_bandwidth_is_plausible() -> None:
-    assert 1e7 < machine.matvec_bandwidth(megabytes=8, repeats=2) < 1e13
+    assert 1e7 < timing.matvec_bandwidth(megabytes=8, repeats=2) < 1e13
 
 
 def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

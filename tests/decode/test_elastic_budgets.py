@@ -12,7 +12,7 @@ from elastic_lm import checkpoint
 from elastic_lm.cost import CostTable, Load, counted_table, model_cost
 from elastic_lm.decode.elastic import Elastic
 from elastic_lm.elastic import Budget, Menu, Subnet
-from elastic_lm.latency.table import Device, LatencyTable
+from elastic_lm.latency_table import Device, LatencyTable
 from elastic_lm.methods.search import uniform_subnet
 from elastic_lm.models.decoder import Decoder, init_params
 from elastic_lm.slicing import slice_params

@@ -1,16 +1,12 @@
-"""What a measurement ran on: hardware, versions, and the memory bandwidth one matvec reaches."""
+"""What a measurement ran on: hardware and versions."""
 
 import importlib.metadata
 import os
 import platform
-import statistics
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-
-from elastic_lm.bench.timing import time_once
 
 PACKAGES = ("elastic-lm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
@@ -42,22 +38,6 @@ def versions() -> dict[str, str]:
 def usable_cores() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def matvec_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
-    """Bytes per second that one large float32 matrix-vector product reads, median of `repeats`.
-
-    Args:
-      megabytes: size of the matrix; well above any cache.
-      repeats: timed products after one to warm up.
-    """
-    columns = 4096
-    matrix = jnp.ones((megabytes * 2**20 // (4 * columns), columns), jnp.float32)
-    vector = jnp.ones((columns,), jnp.float32)
-    product = jax.jit(jnp.matmul)
-    product(matrix, vector).block_until_ready()
-    seconds = [time_once(lambda: product(matrix, vector)) for _ in range(repeats)]
-    return matrix.nbytes / statistics.median(seconds)
 
 
 def _cpu_name() -> str:

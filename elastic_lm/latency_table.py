@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from elastic_lm.bench.machine import hardware
 from elastic_lm.config import ModelConfig
 from elastic_lm.cost import CostTable, Load
 from elastic_lm.elastic import Menu, Subnet
+from elastic_lm.machine import hardware
 from elastic_lm.plain import from_dict, require
 
 Phase = Literal["decode", "prefill"]
