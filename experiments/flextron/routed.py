@@ -1,0 +1,101 @@
+"""The arms of run.py whose sub-networks routers choose, on the elastically trained model."""
+
+import dataclasses
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from study import MODEL_FOLDER, Row, Study, losses
+
+from elastic_lm.bench.timing import interleave
+from elastic_lm.config import TrainConfig
+from elastic_lm.decode.elastic import Elastic
+from elastic_lm.decode.sampler import Sampler
+from elastic_lm.elastic import Subnet
+from elastic_lm.methods.routers import Routers
+from elastic_lm.methods.routing import ROUTERS, RouterTraining
+from elastic_lm.models.decoder import Decoder, stack_layers
+
+STEPS, LR, WIDTH = 80, 1e-2, 256
+TOKENS, ROUNDS = 64, 7
+
+
+def recipe(study: Study, elastic: str, **fields: Any) -> TrainConfig:
+    """How routers are trained: budgets in milliseconds of this study's table."""
+    return dataclasses.replace(
+        study.recipe,
+        method="routers",
+        init_from=str(study.folder / elastic / MODEL_FOLDER),
+        budgets=(*sorted(study.settings.budgets), 1.0),
+        priced="latency_ms",
+        latency_table=str(study.folder.parent / "latency.json"),
+        steps=STEPS,
+        warmup=5,
+        lr=LR,
+        weight_decay=0.0,
+        **fields,
+    )
+
+
+def static(study: Study) -> list[Row]:
+    """One sub-network per budget, from routers trained end to end and by the surrogate."""
+    rows = []
+    schemes: dict[str, Any] = {"end to end": {}, "surrogate": {"scheme": "surrogate"}}
+    for how, fields in schemes.items():
+        name = f"router_{how.replace(' ', '_')}"
+        model = study.trained(name, recipe(study, "elastic", **fields))
+        loss = losses(model, study.held_out)
+        routers = Routers.load(study.folder / name / MODEL_FOLDER, study.config, study.table)
+        for share in study.settings.budgets:
+            budget = study.budget(share)
+            subnet, own = routers.subnet(budget), routers.own(budget)
+            row = study.row("router", how, share, subnet, loss(subnet))
+            row["own"] = study.table.total(study.config, routers.shape.menu, own) / budget.amount
+            rows.append(row)
+    return rows
+
+
+def by_token(study: Study) -> list[Row]:
+    """Widths chosen for every token, tilted to meet each budget on average over held-out text."""
+    fields: dict[str, Any] = {"reads": "hidden", "router_width": 32}
+    model = study.trained("router_by_token", recipe(study, "elastic", **fields))
+    routers = Routers.load(study.folder / "router_by_token" / MODEL_FOLDER, study.config, study.table)
+    training = RouterTraining(routers.shape, study.table, STEPS)
+    params = {**stack_layers(model[1]), ROUTERS: routers.params}
+    measured = jax.jit(lambda batch, share, tilt: _loss_and_cost(training, params, batch, share, tilt))
+    rows = []
+    for share in study.settings.budgets:
+        tilt = np.interp(share, routers.shape.anchors, routers.tilts)
+        sums = jax.device_get([measured(batch, share, tilt) for batch in study.held_out])
+        entropy, tokens, cost = np.sum(sums, axis=0)
+        row: Row = {"arm": "router", "how": "by token", "budget": share, "subnet": None}
+        row |= {"predicted": float(cost / len(sums)), "loss": float(entropy / tokens)}
+        rows.append(row | {"relative": _relative_time(study, model, routers, share)})
+    return rows
+
+
+def _loss_and_cost(training: RouterTraining, params: Any, batch: Any, share: Any, tilt: Any) -> Any:
+    share_B = jnp.full(batch.tokens.shape[:1], share)
+    hidden, picked = training.forward(params, batch, share_B, tilt=tilt)
+    sums = training.token_sums(params, batch, hidden)
+    return jnp.stack([jnp.sum(sums.loss), jnp.sum(sums.weight), jnp.mean(training.costs(picked))])
+
+
+def _relative_time(study: Study, model: Any, routers: Routers, share: float) -> float:
+    """Measured time per token of generated text against the whole model's, in turns."""
+    elastic = Elastic(study.config, routers.shape.menu, study.table, routers=routers)
+    sampler = Sampler(Decoder(study.config), model[1], elastic=elastic)
+    prompt = np.asarray(study.held_out[0].tokens[0, :64]).tolist()
+    asked: dict[str, Any] = {
+        "whole": {"subnet": Subnet.full(study.config)},
+        "routed": {"budget": study.budget(share)},
+    }
+    sides = {
+        name: lambda fields=fields: sampler.sample(prompt, TOKENS, ignore_eos=True, **fields)
+        for name, fields in asked.items()
+    }
+    times = interleave(sides, ROUNDS)
+    pairs = zip(times["routed"], times["whole"], strict=True)
+    return statistics.median(routed / whole for routed, whole in pairs)
