@@ -10,6 +10,7 @@ from typing import Any
 
 import elastic_lm.bench
 from elastic_lm.bench.machine import hardware, versions
+from elastic_lm.plain import write_text_whole
 
 PLUMBING = ("early", "machine", "report", "timing")
 
@@ -96,6 +97,5 @@ def table(result: dict[str, Any]) -> str:
 
 
 def save(result: dict[str, Any], path: str | Path) -> None:
-    """Writes the result of `run` as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=2) + "\n")
+    """Writes the result of `run` as JSON; a crash never leaves half a file."""
+    write_text_whole(path, json.dumps(result, indent=2) + "\n")
