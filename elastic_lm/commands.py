@@ -333,7 +333,7 @@ def _check_latency(args: argparse.Namespace) -> None:
 
 def _timed_model(args: argparse.Namespace) -> "tuple[ModelConfig, Params | None]":
     """The model that --model names, or one without parameters, which are then random."""
-    from elastic_lm.latency.measure import random_model
+    from elastic_lm.bench.model import random_model
     from elastic_lm.loading import load
 
     if not args.model:

@@ -12,7 +12,7 @@ import elastic_lm.bench
 from elastic_lm.bench.machine import hardware, versions
 from elastic_lm.plain import write_text_whole
 
-PLUMBING = ("early", "machine", "report", "timing")
+PLUMBING = ("early", "machine", "model", "report", "timing")
 
 
 @dataclasses.dataclass(frozen=True)
