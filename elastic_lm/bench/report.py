@@ -25,12 +25,14 @@ class Row:
       ideal: what the bytes or FLOPs predict, or the competitor's number.
       ratio: measured / ideal, so 1 is as good as the ideal or the competitor; larger is better unless the
         benchmark's documentation says otherwise.
+      note: what chance decided about the measurement, where it did.
     """
 
     name: str
     measured: float
     ideal: float
     ratio: float
+    note: str = ""
 
     @classmethod
     def of(cls, name: str, measured: float, ideal: float) -> "Row":
@@ -63,7 +65,8 @@ def run(name: str, options: Options, seen: Callable[[dict[str, Any]], None] | No
       seen: called with the result so far after every row.
 
     Returns:
-      {"rows": [{"name", "measured", "ideal", "ratio"}], "hardware", "versions", "options"}.
+      {"rows": [{"name", "measured", "ideal", "ratio"}], "hardware", "versions", "options"}; rows that have a
+      note have it too.
 
     Raises:
       FileNotFoundError: there is no such model.
@@ -79,7 +82,7 @@ def run(name: str, options: Options, seen: Callable[[dict[str, Any]], None] | No
         "options": dataclasses.asdict(options),
     }
     for row in rows:
-        result["rows"].append(dataclasses.asdict(row))
+        result["rows"].append({key: value for key, value in dataclasses.asdict(row).items() if value != ""})
         if seen:
             seen(result)
     return result
@@ -93,7 +96,9 @@ def table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    notes = [f"{row['name']}: {row['note']}" for row in result["rows"] if "note" in row]
+    cells = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*cells, *notes])
 
 
 def save(result: dict[str, Any], path: str | Path) -> None:
