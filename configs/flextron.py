@@ -1,8 +1,8 @@
 """Elastic training (Flextron's first stage): one model whose narrower sub-networks are models too.
 
 COMMAND   elastic-lm train --config configs/flextron.py --workdir runs/elastic
-          another model: --config.train.init_from=HF_DIR --config.train.menu_heads="(0.5,1.0)", or "(1.0,)"
-          where heads share no key/value groups: heads are chosen inside groups
+          another model: --config.train.init_from=HF_DIR --config.train.menu_heads="(0.5,1.0)"; where heads
+          share no key/value groups, like those of GPT-2: --config configs/flextron.py:mha
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  not measured; each sampled sub-network adds two forward passes and a backward one of its width
 EXPECTED  lower `eval_loss/smallest` and `eval_loss/<width>`; not measured at length yet
@@ -16,6 +16,8 @@ Variants (`--config configs/flextron.py:NAME`):
   frozen      flextron, half of it is KL to the model that training began with
   matformer   one width of the MLPs per step for all layers, the whole one among them
   scratch     matformer on a new model
+  mha         flextron with whole key/value groups to choose from, instead of heads inside them: the way to
+              choose heads where every head has keys and values of its own
 """
 
 from ml_collections import ConfigDict
@@ -32,6 +34,7 @@ def get_config(arg: str = "flextron") -> ConfigDict:
         "live": {"distil": 0.5},
         "frozen": {"distil": 0.5, "teacher": "frozen"},
         "matformer": matformer,
+        "mha": {"menu_heads": (1.0,), "menu_groups": (0.5, 1.0)},
         "scratch": {**matformer, "init_from": "", "lr": 3e-3, "steps": 2000},
     }
     variant = arg or "flextron"

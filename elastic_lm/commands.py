@@ -248,11 +248,10 @@ def bench(args: argparse.Namespace) -> None:
     """Runs a benchmark."""
     from elastic_lm.bench import report
     from elastic_lm.generation import prepare_output
+    from elastic_lm.plain import partial_path
 
     prepare_output(args.json)
-    target = Path(args.json) if args.json else None
-    to_file = target is not None and (target.is_file() or not target.exists())  # and not a pipe
-    partial = target.with_name(target.name + ".partial") if target and to_file else None
+    partial = partial_path(args.json) if args.json else None
 
     def keep(result: dict) -> None:
         row = result["rows"][-1]
@@ -263,11 +262,9 @@ def bench(args: argparse.Namespace) -> None:
 
     result = report.run(args.name, report.Options(args.tiny, args.rounds, args.seed, args.model), keep)
     print(report.table(result))
-    if target:
-        report.save(result, target)
-        print(f"written to {target}", file=sys.stderr)
-    if partial:
-        partial.unlink(missing_ok=True)
+    if args.json:
+        report.save(result, args.json)  # over what was kept
+        print(f"written to {args.json}", file=sys.stderr)
 
 
 def latency(args: argparse.Namespace) -> None:
@@ -337,7 +334,7 @@ def _check_latency(args: argparse.Namespace) -> None:
 
 def _timed_model(args: argparse.Namespace) -> "tuple[ModelConfig, Params | None]":
     """The model that --model names, or one without parameters, which are then random."""
-    from elastic_lm.latency.measure import random_model
+    from elastic_lm.bench.model import random_model
     from elastic_lm.loading import load
 
     if not args.model:

@@ -280,13 +280,14 @@ class RunConfig:
             self.model,
             "describe a model, or name a checkpoint in train.init_from",
         )
+        drawn = self.model.exits if self.model and not self.train.init_from else ()
+        where = "exits" if self.exits else "model.exits"
         require(
-            not self.exits or self.train.method not in WITHOUT_EXITS,
+            not (self.exits or drawn) or self.train.method not in WITHOUT_EXITS,
             "train.method",
             self.train.method,
-            "trains no exits: choose ee_tuning, self_supervised_exits or joint, or leave exits out",
+            f"trains no exits: choose ee_tuning, self_supervised_exits or joint, or leave {where} out",
         )
-        drawn = self.model.exits if self.model and not self.train.init_from else ()
         for e in (*drawn, *self.exits):
             require(
                 not e.gate or self.train.method == "self_supervised_exits",

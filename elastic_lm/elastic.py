@@ -272,28 +272,27 @@ class Menu:
             sizes.d_model[choose("d_model")],
         )
 
-    def indices(self, config: ModelConfig, subnet: Subnet) -> tuple[Ints, Ints, tuple[bool, ...]]:
+    def indices(self, config: ModelConfig, subnet: Subnet) -> tuple[Ints, Ints, Ints, tuple[bool, ...]]:
         """What `nn.elastic` switches on to compute a subnet: all layers' indices into the choices.
 
         Args:
           config: the whole model.
-          subnet: chosen from this menu, with all groups and channels.
+          subnet: chosen from this menu, with all channels.
 
         Returns:
-          (index into the MLP choices, index into the head choices, whether the layer is kept), one entry
-          per layer of the whole model; 0 where the layer is not kept.
+          (index into the MLP choices, the head choices, the group choices, whether the layer is kept), one
+          entry per layer of the whole model; 0 where the layer is not kept.
 
         Raises:
-          ValueError: a size is not on the menu, or groups or channels are left out.
+          ValueError: a size is not on the menu, or channels are left out.
         """
         subnet.check(config)
-        full = Subnet.uniform(config, layers=subnet.layers)
-        fix = "groups and channels are not switched; slice them out with slice_params"
-        require(subnet.groups == full.groups, "subnet.groups", subnet.groups, fix)
-        require(subnet.d_model == full.d_model, "subnet.d_model", subnet.d_model, fix)
-        chosen = dict(zip(subnet.layers, zip(*self.positions(config, subnet)[:2], strict=True), strict=True))
-        mlp, heads = zip(*(chosen.get(i, (0, 0)) for i in range(config.n_layers)), strict=True)
-        return mlp, heads, tuple(i in chosen for i in range(config.n_layers))
+        fix = "channels are not switched; slice them out with slice_params"
+        require(subnet.d_model == config.d_model, "subnet.d_model", subnet.d_model, fix)
+        chosen = dict(zip(subnet.layers, zip(*self.positions(config, subnet), strict=True), strict=True))
+        each = [chosen.get(i, (0, 0, 0)) for i in range(config.n_layers)]
+        mlp, heads, groups = zip(*each, strict=True)
+        return mlp, heads, groups, tuple(i in chosen for i in range(config.n_layers))
 
     def positions(self, config: ModelConfig, subnet: Subnet) -> tuple[Ints, Ints, Ints]:
         """Where on the menu a subnet's sizes are.

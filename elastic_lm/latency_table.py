@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from elastic_lm.config import ModelConfig
 from elastic_lm.cost import CostTable, Load
 from elastic_lm.elastic import Menu, Subnet
 from elastic_lm.machine import hardware
-from elastic_lm.plain import from_dict, require
+from elastic_lm.plain import from_dict, require, write_text_whole
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
@@ -148,12 +147,8 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         """Writes the table as JSON; a crash never leaves half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
         content = {"format": FORMAT, **dataclasses.asdict(self)}
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text_whole(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "LatencyTable":

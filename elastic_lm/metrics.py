@@ -10,6 +10,8 @@ from typing import Protocol
 
 import rich.progress
 
+from elastic_lm.plain import write_text_whole
+
 
 class Writer(Protocol):
     """Receives scalars."""
@@ -32,10 +34,7 @@ class JsonlWriter:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = [line for line in _lines(path) if _step_of(line) <= resume_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        write_text_whole(path, "".join(kept))
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

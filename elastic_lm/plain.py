@@ -1,11 +1,14 @@
-"""Dataclasses from plain values (JSON, config files, overrides) and back; refusals name field and fix."""
+"""Dataclasses from plain values (JSON, config files, overrides) and back, and their files; refusals name
+field and fix."""
 
 import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 AT_LEAST_1 = (lambda value: value >= 1, "must be at least 1")
@@ -66,6 +69,37 @@ def read_json(path: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}; {again}")
     return value
+
+
+def partial_path(path: str | Path) -> Path | None:
+    """Where `write_text_whole` writes a file before it appears.
+
+    Args:
+      path: the file; its folder exists.
+
+    Returns:
+      A path beside it; None for links, pipes and devices, and in folders that take no new files.
+    """
+    path = Path(path)
+    replaceable = not path.is_symlink() and (path.is_file() or not path.exists())
+    takes_files = os.access(path.parent, os.W_OK)
+    return path.with_name(path.name + ".partial") if replaceable and takes_files else None
+
+
+def write_text_whole(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 file that appears complete or not at all; what a crash leaves has a name of its own.
+
+    Args:
+      path: the file; its folder is made where it is missing. Where `partial_path` gives None it is written
+        to as it is.
+      text: what it will hold.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    (partial or path).write_text(text, encoding="utf-8")
+    if partial:
+        partial.replace(path)
 
 
 def from_dict(cls: Any, values: Any, where: str = "") -> Any:

@@ -23,6 +23,7 @@ from elastic_lm.config import ModelConfig
 from elastic_lm.elastic import Subnet
 from elastic_lm.models.decoder import Params
 from elastic_lm.nn.widths import Edit, dimensions, edit_params, grouped_lives, mask_edit, slice_edit
+from elastic_lm.plain import require
 
 
 def slice_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[ModelConfig, Params]:
@@ -86,8 +87,7 @@ def mask_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[Mo
 def _edits(config: ModelConfig, params: Params, subnet: Subnet, make: Callable[..., Edit]) -> dict[int, Edit]:
     """The edit of every kept layer; all of them treat channels alike."""
     subnet.check(config)
-    if "layers" in params:
-        raise ValueError("params are stacked: pass them through models.decoder.unstack_layers first")
+    require("layers" not in params, "params", "stacked", "pass them through models.decoder.unstack_layers")
     sizes = zip(subnet.layers, subnet.mlp, subnet.heads, subnet.groups, strict=True)
     return {i: make(config.layer(i), mlp, heads, groups, subnet.d_model) for i, mlp, heads, groups in sizes}
 

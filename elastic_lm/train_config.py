@@ -34,7 +34,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 SORTED = ("depths", "depth_weights", "depth_scale", "curriculum", "curriculum_period", "layer_dropout")
 SELF_SUPERVISED = ("objective", "top_k", "imitation", "cached_batches", "balance_gates")
-MENU = ("menu_mlp", "menu_heads", "menu_dropped")
+MENU = ("menu_mlp", "menu_heads", "menu_groups", "menu_dropped")
 SAMPLED = ("samples", "smallest_share", "teacher")
 ROUTED = ("budgets", "priced", "latency_table", "context", "scheme", "reads", "router_width", "router_lr")
 ROUTED += ("budget_weight", "train_model", "surrogate_error")
@@ -99,6 +99,7 @@ class TrainConfig:
     balance_gates: bool = True  # self_supervised_exits: right and wrong exits weigh the same for a gate
     menu_mlp: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # flextron: shares of MLP neurons to choose from
     menu_heads: tuple[float, ...] = (1.0,)  # flextron: shares of query heads in every key/value group
+    menu_groups: tuple[float, ...] = (1.0,)  # flextron: shares of key/value groups, with all their heads
     menu_dropped: tuple[int, ...] = ()  # flextron: layers, from 0, left out first to last; () = none
     draw: Draw = "per_layer"  # flextron: random widths of a step; one_per_step: without the full model
     samples: int = 2  # flextron, beside the full model: random sub-networks of a step
@@ -166,7 +167,7 @@ class TrainConfig:
         require_choice("train.teacher", self.teacher, get_args(Teacher))
         distinct = len(set(self.menu_dropped)) == len(self.menu_dropped)
         require(distinct, "train.menu_dropped", self.menu_dropped, "names a layer twice; name each once")
-        for field in ("menu_mlp", "menu_heads", "budgets"):
+        for field in ("menu_mlp", "menu_heads", "menu_groups", "budgets"):
             require_shares(f"train.{field}", getattr(self, field))
         require_choice("train.scheme", self.scheme, get_args(Scheme))
         require_choice("train.reads", self.reads, get_args(Reads))

@@ -1,9 +1,11 @@
 """Descriptions that contradict themselves, and shares typed on the command line."""
 
+import dataclasses
+
 import pytest
 
 from elastic_lm import flags
-from elastic_lm.config import ExitConfig, RunConfig, TrainConfig
+from elastic_lm.config import WITHOUT_EXITS, ExitConfig, RunConfig, TrainConfig
 from elastic_lm.testing import tiny_config
 from elastic_lm.train_config import MethodName
 
@@ -19,6 +21,18 @@ def test_gates_that_no_method_trains_are_refused(method: MethodName) -> None:
     with pytest.raises(ValueError, match=message):
         RunConfig(tiny_config(n_layers=3).with_exits(gated), train=TrainConfig(method=method))
     RunConfig(tiny_config(n_layers=3), gated, train=TrainConfig(method="self_supervised_exits"))
+
+
+@pytest.mark.parametrize("method", sorted(set(WITHOUT_EXITS) - {"routers"}))  # those begin with a model
+def test_exits_that_no_method_trains_are_refused(method: MethodName) -> None:
+    model, exits, train = tiny_config(n_layers=3), (ExitConfig(1, "norm"),), TrainConfig(method=method)
+    message = rf"train\.method='{method}': trains no exits: choose ee_tuning, .*, or leave %s out$"
+    with pytest.raises(ValueError, match=message % "exits"):
+        RunConfig(model, exits, train=train)
+    with pytest.raises(ValueError, match=message % r"model\.exits"):
+        RunConfig(model.with_exits(exits), train=train)
+    RunConfig(model, train=train)
+    RunConfig(model.with_exits(exits), train=dataclasses.replace(train, init_from="model"))  # which decides
 
 
 @pytest.mark.parametrize(("text", "wrong"), [("abc", "'abc'"), ("0", "0"), ("nan", "nan"), ("0.9,x", "'x'")])

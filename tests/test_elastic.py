@@ -94,11 +94,15 @@ def test_menu_gives_sizes_and_samples_from_them() -> None:
 
 
 def test_menu_finds_the_indices_of_a_subnet() -> None:
-    menu = Menu(dropped=(1,))
-    subnet = Subnet((0, 2, 3), (16, 64, 32), (4, 2, 4), (2,) * 3, 32)
-    assert menu.indices(CONFIG, subnet) == ((0, 0, 3, 1), (1, 0, 0, 1), (True, False, True, True))
+    menu = Menu(groups=(0.5, 1.0), dropped=(1,))
+    subnet = Subnet((0, 2, 3), (16, 64, 32), (4, 2, 4), (2, 1, 2), 32)
+    mlp, heads, groups, keep = menu.indices(CONFIG, subnet)
+    assert (mlp, heads, groups) == ((0, 0, 3, 1), (1, 0, 0, 1), (1, 0, 0, 1))
+    assert keep == (True, False, True, True)
     with pytest.raises(ValueError, match=r"subnet.heads\[0\]=1: is not on the menu: choose from \(2, 4\)"):
         menu.indices(CONFIG, dataclasses.replace(subnet, heads=(1, 2, 4)))
+    with pytest.raises(ValueError, match=r"subnet.groups\[1\]=1: is not on the menu: choose from \(2,\)"):
+        Menu().indices(CONFIG, subnet)
     with pytest.raises(ValueError, match=r"subnet.d_model=16: .* not switched"):
         menu.indices(CONFIG, dataclasses.replace(subnet, d_model=16))
 

@@ -30,7 +30,7 @@ ARROWS = {
     "models": CORE | {"nn"},
     "slicing": LAYERS,
     "sharding": LAYERS,
-    "metrics": set(),
+    "metrics": {"plain"},
     "data": CORE | {"methods", "sharding"},  # batches are `methods.losses.Batch`
     "hf": LAYERS | {"sharding"},
     "checkpoint": LAYERS | {"sharding", "data", "hf"},

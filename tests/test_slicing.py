@@ -13,6 +13,7 @@ from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.elastic import Menu, Subnet
 from elastic_lm.methods.ee_tuning import attach_exits
 from elastic_lm.models.decoder import Decoder, Params, default_positions, stack_layers
+from elastic_lm.nn.widths import dimensions
 from elastic_lm.sharding import make_mesh, param_shardings, replicated
 from elastic_lm.slicing import mask_params, slice_params
 from elastic_lm.testing import assert_same_tree, random_params
@@ -81,14 +82,17 @@ def test_what_does_not_fit_is_refused() -> None:
     config, params = make("llama")
     subnet = Subnet((0, 1), (16, 64), (4, 4), (2, 2), 32)
     small, cut = slice_params(config, params, subnet)
-    with pytest.raises(ValueError, match="layers 0 and 1 differ in size"):
+    found = r"layers_1\.mlp\.down\.kernel\.shape=\(32, 64\): is \(32, 16\) in layers_0"
+    with pytest.raises(ValueError, match=f"{found}, and only layers of one size"):
         stack_layers(cut)
-    with pytest.raises(ValueError, match="unstack_layers"):
+    with pytest.raises(ValueError, match=r"params='stacked': pass them through .*unstack_layers"):
         slice_params(config, stack_layers(params), subnet)
     with pytest.raises(ValueError, match=r"subnet.mlp\[0\]=12: must be a multiple of elastic_groups=8"):
         slice_params(config, params, Subnet((0,), (12,), (4,), (2,), 32))
     with pytest.raises(ValueError, match=r"exit.init='copy': layer 1 has sizes \(16, 8, 2\)"):
         attach_exits(small, cut, (ExitConfig(1, "block"),), jax.random.key(0))
+    with pytest.raises(ValueError, match=r"parameter='layers_0/mlp/side/kernel': its widths are not known"):
+        dimensions(("layers_0", "mlp", "side", "kernel"))
 
 
 COLLECTIVES = "all-gather|all-reduce|collective-permute|all-to-all|reduce-scatter"

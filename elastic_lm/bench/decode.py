@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from elastic_lm.bench import early
+from elastic_lm.bench.model import random_model
 from elastic_lm.bench.report import Options, Row
 from elastic_lm.bench.timing import interleave, matvec_bandwidth
 from elastic_lm.calibrate.confidence import METRICS
@@ -64,7 +65,7 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 def _rows(own: early.OwnModel | None, options: Options) -> Iterator[Row]:
-    config, new_tokens = _model(options.tiny)
+    config, new_tokens = random_model(options.tiny), 64 if options.tiny else 128
     half = config.n_layers // 2
     exits = config.with_exits((ExitConfig(half, "norm", tied=True),))
     params = init_params(exits, jax.random.key(options.seed))
@@ -97,12 +98,6 @@ def _rows(own: early.OwnModel | None, options: Options) -> Iterator[Row]:
     yield from early.embedded_rows(options)
     if own:
         yield early.model_row(own, options)
-
-
-def _model(tiny: bool) -> tuple[ModelConfig, int]:
-    if tiny:
-        return ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_mlp=64, max_len=128), 64
-    return ModelConfig(vocab_size=32000, d_model=768, n_layers=12, n_heads=12, d_mlp=2048, max_len=1024), 128
 
 
 def layer_bytes(params: Params, layers: Sequence[int]) -> int:

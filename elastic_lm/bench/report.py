@@ -10,8 +10,9 @@ from typing import Any
 
 import elastic_lm.bench
 from elastic_lm.machine import hardware, versions
+from elastic_lm.plain import write_text_whole
 
-PLUMBING = ("early", "machine", "report", "timing")
+PLUMBING = ("early", "model", "report", "timing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Row:
       ideal: what the bytes or FLOPs predict, or the competitor's number.
       ratio: measured / ideal, so 1 is as good as the ideal or the competitor; larger is better unless the
         benchmark's documentation says otherwise.
+      note: what chance decided about the measurement, where it did.
     """
 
     name: str
     measured: float
     ideal: float
     ratio: float
+    note: str = ""
 
     @classmethod
     def of(cls, name: str, measured: float, ideal: float) -> "Row":
@@ -62,7 +65,8 @@ def run(name: str, options: Options, seen: Callable[[dict[str, Any]], None] | No
       seen: called with the result so far after every row.
 
     Returns:
-      {"rows": [{"name", "measured", "ideal", "ratio"}], "hardware", "versions", "options"}.
+      {"rows": [{"name", "measured", "ideal", "ratio"}], "hardware", "versions", "options"}; rows that have a
+      note have it too.
 
     Raises:
       FileNotFoundError: there is no such model.
@@ -78,7 +82,7 @@ def run(name: str, options: Options, seen: Callable[[dict[str, Any]], None] | No
         "options": dataclasses.asdict(options),
     }
     for row in rows:
-        result["rows"].append(dataclasses.asdict(row))
+        result["rows"].append({key: value for key, value in dataclasses.asdict(row).items() if value != ""})
         if seen:
             seen(result)
     return result
@@ -92,10 +96,11 @@ def table(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    notes = [f"{row['name']}: {row['note']}" for row in result["rows"] if "note" in row]
+    cells = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*cells, *notes])
 
 
 def save(result: dict[str, Any], path: str | Path) -> None:
-    """Writes the result of `run` as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=2) + "\n")
+    """Writes the result of `run` as JSON; a crash never leaves half a file."""
+    write_text_whole(path, json.dumps(result, indent=2) + "\n")

@@ -8,6 +8,10 @@ memory has bytes instead, of the compiled steps: temporaries + arguments + resul
 - train/self_supervised_vs_sft: the same exits trained on the full model's distribution (kl), whose frozen
   layers all run.
 - train/self_supervised_cached_vs_sft: the same from cached taps, without the frozen layers.
+- train/elastic_vs_sft: the whole model and two random sub-networks, one of which is the smallest half of the
+  time; every layer draws its share of the neurons (a quarter to all) and of the heads (half or all). Steps
+  differ in what they draw, so the first 8 steps of a seed are run over and over and timed together; the row's
+  note says what they drew.
 - train/soft8_vs_sft: sorted fine-tuning of 8 nested sub-models. Aim: at most 1.15.
 - train/soft8_memory_vs_sft: the same, bytes. Aim: at most 1.3.
 
@@ -28,18 +32,23 @@ import numpy as np
 from elastic_lm.bench.report import Options, Row
 from elastic_lm.bench.timing import interleave
 from elastic_lm.config import ExitConfig, ModelConfig, TrainConfig
+from elastic_lm.elastic import Menu
 from elastic_lm.methods.ee_tuning import EETuning, without_exits
+from elastic_lm.methods.flextron import ElasticTraining
 from elastic_lm.methods.losses import Batch, Method
 from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.methods.self_supervised_exits import CachedExits, SelfSupervisedExits, cache_taps
 from elastic_lm.methods.sorted_finetuning import SortedFineTuning
 from elastic_lm.models.decoder import Params, init_params, stack_layers
+from elastic_lm.models.elastic import Choice
 from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.state import create_state, state_shardings
 from elastic_lm.train.step import make_train_step, place_batch
 
 SUB_MODELS = 8
+ELASTIC_STEPS = 8  # whose draws are timed together
+MENU = Menu(mlp=(0.25, 0.5, 0.75, 1.0), heads=(1.0,), groups=(0.5, 1.0))  # heads share no groups
 
 
 def rows(options: Options) -> list[Row]:
@@ -67,21 +76,47 @@ def rows(options: Options) -> list[Row]:
     cached = cache_taps(distilled, distilled.split(params)[1], [batch])[0]
     count = min(SUB_MODELS, layers)
     depths = tuple(layers * (i + 1) // count for i in range(count))
+    elastic = Repeating(config, MENU, samples=2, smallest_share=0.5, seed=options.seed)
     methods: dict[str, tuple[Method, Any]] = {
         "sft": (Pretraining(config), batch),
         "ee_tuning": (EETuning(exits), batch),
         "self_supervised": (distilled, batch),
         "self_supervised_cached": (CachedExits(distilled), jax.device_put(cached)),
+        "elastic": (elastic, batch),
         "soft8": (SortedFineTuning(config, depths), batch),
     }
     _, plain = without_exits(exits, params)
     sides, memory = {}, {}
     for name, (method, data) in methods.items():
-        weights = plain if name in ("sft", "soft8") else params
-        sides[name], memory[name] = _step(method, jax.tree.map(jnp.copy, weights), data)
+        weights = plain if name in ("sft", "elastic", "soft8") else params
+        steps = ELASTIC_STEPS if name == "elastic" else 1
+        sides[name], memory[name] = _step(method, jax.tree.map(jnp.copy, weights), data, steps)
     seconds = {name: np.asarray(s) for name, s in interleave(sides, options.rounds).items()}
-    found = [_time(name, seconds[name], seconds["sft"]) for name in methods if name != "sft"]
+    seconds["elastic"] /= ELASTIC_STEPS
+    notes = {"elastic": _drawn(elastic)}
+    found = [
+        _time(name, seconds[name], seconds["sft"], notes.get(name, "")) for name in methods if name != "sft"
+    ]
     return [*found, Row.of("train/soft8_memory_vs_sft", memory["soft8"], memory["sft"])]
+
+
+class Repeating(ElasticTraining):
+    """Elastic training that draws the sub-networks of its first `ELASTIC_STEPS` steps again and again."""
+
+    def choices(self, step: jax.Array | int) -> Choice:
+        """Subnets of a step, [S, L] each."""
+        return super().choices(step % ELASTIC_STEPS)
+
+
+def _drawn(method: ElasticTraining) -> str:
+    """What the timed steps draw."""
+    drawn = jax.device_get(jax.vmap(method.choices)(jnp.arange(ELASTIC_STEPS)))
+    smallest = np.all((drawn.mlp == 0) & (drawn.groups == 0), axis=-1)
+    mlp, heads = np.asarray(method.menu.mlp)[drawn.mlp], np.asarray(method.menu.groups)[drawn.groups]
+    return (
+        f"{smallest.size} sub-networks in {ELASTIC_STEPS} steps, {smallest.sum()} of them the smallest; with "
+        f"{mlp.mean():.2f} of the neurons and {heads.mean():.2f} of the heads on average"
+    )
 
 
 def _model(tiny: bool) -> tuple[ModelConfig, tuple[int, int]]:
@@ -114,8 +149,8 @@ def _batch(config: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:
     return place_batch(arrays, make_mesh())
 
 
-def _step(method: Method, params: Params, batch: Any) -> tuple[Callable[[], Any], float]:
-    """(one optimizer step that goes on from the last, bytes that it needs)."""
+def _step(method: Method, params: Params, batch: Any, steps: int = 1) -> tuple[Callable[[], Any], float]:
+    """(`steps` optimizer steps that go on from the last, bytes that one needs)."""
     optimizer = make_optimizer(TrainConfig())
     trainable, frozen = method.split(params)
     state = create_state(optimizer, trainable)
@@ -128,13 +163,15 @@ def _step(method: Method, params: Params, batch: Any) -> tuple[Callable[[], Any]
     states = [state]
 
     def run() -> Any:
-        states[0], metrics = compiled(states[0], frozen, batch)
+        metrics = None
+        for _ in range(steps):
+            states[0], metrics = compiled(states[0], frozen, batch)
         return states[0].params, metrics
 
     return run, float(size - used.alias_size_in_bytes)
 
 
-def _time(name: str, seconds: np.ndarray, sft: np.ndarray) -> Row:
-    """One row of time; ratios are formed within a round, then the median is taken."""
+def _time(name: str, seconds: np.ndarray, sft: np.ndarray, note: str) -> Row:
+    """One row of time per step; ratios are formed within a round, then the median is taken."""
     ratio = float(np.median(seconds / sft))
-    return Row(f"train/{name}_vs_sft", float(np.median(seconds)), float(np.median(sft)), ratio)
+    return Row(f"train/{name}_vs_sft", float(np.median(seconds)), float(np.median(sft)), ratio, note)

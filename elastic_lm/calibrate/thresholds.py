@@ -16,7 +16,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from elastic_lm.calibrate.strategies import Strategy, exit_thresholds
 from elastic_lm.config import ModelConfig
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Params
-from elastic_lm.plain import from_dict, to_dict
+from elastic_lm.plain import from_dict, to_dict, write_text_whole
 
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 GUARANTEE = "none: averages over the measured tokens, without a finite-sample guarantee for new text"
@@ -124,12 +123,8 @@ class ConfidenceExit:
 
     def save(self, path: str | Path) -> None:
         """Writes the policy as JSON; a crash never leaves half a file."""
-        path = Path(path)
         content = {"format": "elastic_lm thresholds 1", **dataclasses.asdict(self)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text_whole(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "ConfidenceExit":

@@ -183,7 +183,10 @@ def _read_groups(hf: Mapping[str, Any]) -> int:
 
 
 def _refuse_many_sizes(config: ModelConfig) -> None:
-    """transformers has one size for all layers."""
+    """transformers builds all layers of our families from the sizes of one config.
+
+    Its configs can hold sizes of single layers (`per_layer_config`), which these models do not read.
+    """
     if not config.heterogeneous:
         return
     layers: dict[tuple[int, int, int], list[int]] = {}
@@ -194,8 +197,9 @@ def _refuse_many_sizes(config: ModelConfig) -> None:
         for (mlp, heads, kv_heads), which in layers.items()
     )
     raise ValueError(
-        f"layers differ in size, which models of transformers cannot ({found}); export a uniform subnet, or "
-        "save an elastic checkpoint"
+        f"layers differ in size ({found}), and transformers gives every layer of a {config.family} model the "
+        "same: export a uniform subnet, or what slicing.mask_params gives (the whole model's sizes, zeros "
+        "for what is cut), or save an elastic checkpoint"
     )
 
 

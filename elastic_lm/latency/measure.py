@@ -36,13 +36,6 @@ GROUP = 4  # sub-networks that take turns with the full model
 Progress = Callable[[int], Writer]  # number of timed calls -> what shows how many are done
 
 
-def random_model(tiny: bool = False) -> ModelConfig:
-    """What is measured where no model is named: the 12-layer Llama of `bench.decode`, or a tiny one."""
-    if tiny:
-        return ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_mlp=64, max_len=256)
-    return ModelConfig(vocab_size=32000, d_model=768, n_layers=12, n_heads=12, d_mlp=2048, max_len=1024)
-
-
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """Times of some sub-networks.

@@ -1,7 +1,8 @@
 """Elastic training: one model whose narrower sub-networks are models too, for many widths.
 
-A subnet x chooses, in every layer, a share of the MLP neurons and of the query heads in each key/value
-group from a `Menu`, and may leave out layers; it computes what its slice computes (`elastic_lm.slicing`).
+A subnet x chooses, in every layer, a share of the MLP neurons, of the query heads in each key/value group and
+of these groups from a `Menu`, and may leave out layers; it computes what its slice computes
+(`elastic_lm.slicing`). Where heads share no groups, the groups are the heads.
 With z the logits of the whole model, z_s those of subnet x_s, q_s = softmax(z_s), N counted tokens:
 
     minimise over all parameters:    CE(z) + (1/S) sum_{s=1..S} [(1 - d) CE(z_s) + d KL(p || q_s)]
@@ -54,14 +55,14 @@ def draw_choice(key: jax.Array, menu: Menu, n_layers: int, *, uniform: bool = Fa
 
     Args:
       key: typed PRNG key; traced.
-      menu: what may be chosen; static. Groups and channels stay whole.
+      menu: what may be chosen; static. Channels stay whole.
       n_layers: L; static.
       uniform: all layers take the same choice, instead of each its own; static.
 
     Returns:
       The choice, [L] each.
     """
-    mlp, heads, depth = jax.random.split(key, 3)
+    mlp, heads, depth, groups = jax.random.split(key, 4)
     shape = () if uniform else (n_layers,)
 
     def indices(key: jax.Array, shares: tuple[float, ...]) -> jax.Array:
@@ -70,7 +71,8 @@ def draw_choice(key: jax.Array, menu: Menu, n_layers: int, *, uniform: bool = Fa
     left_out = jax.random.randint(depth, (), 0, len(menu.dropped) + 1)
     place = {layer: n for n, layer in enumerate(menu.dropped)}
     place_L = jnp.asarray([place.get(layer, len(place)) for layer in range(n_layers)])
-    return Choice(indices(mlp, menu.mlp), indices(heads, menu.heads), place_L >= left_out)
+    stays_L = place_L >= left_out
+    return Choice(indices(mlp, menu.mlp), indices(heads, menu.heads), stays_L, indices(groups, menu.groups))
 
 
 def draw_choices(
@@ -99,7 +101,8 @@ def draw_choices(
     keys = jax.random.split(drawn, samples)
     choices = jax.vmap(lambda key: draw_choice(key, menu, n_layers, uniform=uniform))(keys)
     stays = jnp.asarray([i not in menu.dropped for i in range(n_layers)])
-    smallest = Choice(jnp.zeros(n_layers, jnp.int32), jnp.zeros(n_layers, jnp.int32), stays)
+    first = jnp.zeros(n_layers, jnp.int32)
+    smallest = Choice(first, first, stays, first)
     taken = jax.random.bernoulli(coin, smallest_share) & (jnp.arange(samples) == 0)
     return jax.tree.map(lambda one, all_: jnp.where(taken[:, None], one, all_), smallest, choices)
 
@@ -113,10 +116,10 @@ def uniform_subnets(config: ModelConfig, menu: Menu) -> dict[str, Subnet]:
 
     Returns:
       {name: subnet}: "final" is the whole model, "smallest" the smallest subnet of all, and
-      "mlp_0.5_heads_1" has half of the neurons and all heads of all layers; where there is nothing to choose
-      the share is left out of the name.
+      "mlp_0.5_heads_1" has half of the neurons and all heads of all layers; where there is nothing to choose,
+      here groups, the share is left out of the name.
     """
-    elastic = [axis for axis in ("mlp", "heads") if len(getattr(menu, axis)) > 1]
+    elastic = [axis for axis in ("mlp", "heads", "groups") if len(getattr(menu, axis)) > 1]
     names: dict[Subnet, str] = {}
     for shares in itertools.product(*(getattr(menu, axis) for axis in elastic)):
         named: dict[str, Any] = dict(zip(elastic, shares, strict=True))
@@ -131,7 +134,7 @@ class ElasticTraining:
     """Trains every parameter on the losses of the whole model and of random subnets (a `losses.Method`)."""
 
     config: ModelConfig  # the model, ranked (`methods.importance`) or new; its exits are not used; static
-    menu: Menu = dataclasses.field(default=Menu())  # groups and channels must stay whole; static
+    menu: Menu = dataclasses.field(default=Menu())  # channels must stay whole; static
     draw: Draw = "per_layer"  # which subnets; one_per_step reads none of the next four fields
     samples: int = 2  # S
     smallest_share: float = 0.5  # probability that x_1 is the smallest
@@ -147,9 +150,9 @@ class ElasticTraining:
         require(self.samples >= 1, "samples", self.samples, "must be at least 1")
         for field in ("smallest_share", "distil"):
             require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "must be in [0, 1]")
-        for field in ("groups", "d_model"):
-            fix = "is not switched in training; set (1.0,)"
-            require(getattr(self.menu, field) == (1.0,), f"menu.{field}", getattr(self.menu, field), fix)
+        width = self.menu.d_model
+        fix = "is one width for all layers, which switches inside the layers cannot choose; set (1.0,)"
+        require(width == (1.0,), "menu.d_model", width, fix)
         self.menu.sizes(self.config)
 
     @classmethod
@@ -166,13 +169,15 @@ class ElasticTraining:
         Raises:
           ValueError: the menu does not fit the model.
         """
-        menu = Menu(train.menu_mlp, train.menu_heads, dropped=train.menu_dropped)
+        menu = Menu(train.menu_mlp, train.menu_heads, train.menu_groups, dropped=train.menu_dropped)
         try:
             menu.sizes(config)
         except ValueError as error:
             message = str(error).replace("menu.", "train.menu_", 1)
-            if any(heads == groups for _, heads, groups in map(config.sizes, range(config.n_layers))):
-                message += "; this model's heads share no key/value groups: set train.menu_heads=(1.0,)"
+            alone = any(heads == groups for _, heads, groups in map(config.sizes, range(config.n_layers)))
+            if alone and message.startswith("train.menu_heads"):
+                message += "; this model's heads share no key/value groups: set train.menu_heads=(1.0,) and "
+                message += "choose heads by train.menu_groups"
             raise ValueError(message) from error
         return cls(
             config,

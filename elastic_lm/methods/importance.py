@@ -25,13 +25,14 @@ Papers: Flextron, arXiv 2406.10260; Nemotron Elastic, arXiv 2511.16664; Minitron
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.methods.losses import Batch
@@ -77,8 +78,9 @@ def rank(config: ModelConfig, params: Params, batches: Iterable[Batch]) -> Impor
       ValueError: there are no batches, or no tokens in them.
     """
     total: dict[str, np.ndarray] = {}
+    scores = _compiled(_scores, _whole(params))
     for batch in batches:
-        for name, value in jax.device_get(_scores(config, params, batch)).items():
+        for name, value in jax.device_get(scores(config, params, batch)).items():
             total[name] = total.get(name, 0.0) + value.astype(np.float64)
     count = int(total.pop("tokens", np.zeros(())))
     require(count > 0, "batches", count, "hold no tokens; give calibration text")
@@ -89,7 +91,18 @@ def rank(config: ModelConfig, params: Params, batches: Iterable[Batch]) -> Impor
     return Importance(part("/mlp/down"), part("/attn/out"), total["channels"])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def _compiled(function: Callable[..., Any], place: NamedSharding | None) -> Any:
+    """`function` of (static config, arrays...), jitted, with its results at `place`; None = anywhere."""
+    return jax.jit(function, static_argnums=0, out_shardings=place)
+
+
+def _whole(params: Params) -> NamedSharding | None:
+    """Where every process can read a result: whole on every device of the mesh that holds `params`."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+
+
 def _scores(config: ModelConfig, params: Params, batch: Batch) -> dict[str, jax.Array]:
     """Sums over one batch: channels, tokens, and one entry per MLP and attention."""
     counted = (batch.segments > 0).astype(jnp.float32)
@@ -152,14 +165,14 @@ def layer_scores(
     change, size = np.zeros(config.n_layers), 0.0
     stays = np.ones(config.n_layers, bool)
     stays[list(removed)] = False
+    changes = _compiled(_changes, _whole(params))
     for batch in batches:
-        found = jax.device_get(_changes(config, params, batch, stays))
+        found = jax.device_get(changes(config, params, batch, stays))
         change, size = change + found[0].astype(np.float64), size + float(found[1])
     require(size > 0, "batches", size, "hold no tokens; give calibration text")
     return np.where(stays, change / size, math.inf)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _changes(
     config: ModelConfig, params: Params, batch: Batch, stays_L: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

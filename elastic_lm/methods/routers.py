@@ -27,7 +27,7 @@ from elastic_lm.methods.search import Damage, knapsack
 from elastic_lm.methods.search_space import Move, Space
 from elastic_lm.models.decoder import Params
 from elastic_lm.nn.router import Router, budget_code, init_router
-from elastic_lm.plain import from_dict, read_json, require, require_choice
+from elastic_lm.plain import from_dict, read_json, require, require_choice, write_text_whole
 from elastic_lm.train_config import Reads
 
 FORMAT = "elastic_lm routers 1"
@@ -188,7 +188,7 @@ class Routers:
         }
         save_file(arrays, folder / WEIGHTS, {"format": FORMAT})
         text = json.dumps({"format": FORMAT, **described}, indent=2) + "\n"
-        (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+        write_text_whole(folder / DESCRIPTION, text)
 
     @classmethod
     def load(cls, folder: str | Path, config: ModelConfig, table: CostTable | None = None) -> "Routers":

@@ -20,6 +20,7 @@ from elastic_lm.nn.block import Block, Rows, Tap, make_norm
 from elastic_lm.nn.exits import Exit, VocabHead
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.partition import partitioned
+from elastic_lm.plain import require
 
 Params = dict[str, Any]
 
@@ -338,11 +339,12 @@ def stack_layers(params: Params) -> Params:
     """
     count = sum(bool(LAYER.fullmatch(name)) for name in params)
     layers = [params[f"layers_{i}"] for i in range(count)]
+    fix = "only layers of one size are stacked for training; cut a uniform subnet, or train the whole model"
     for i, layer in enumerate(layers):
-        if jax.tree.map(jnp.shape, layer) != jax.tree.map(jnp.shape, layers[0]):
-            raise ValueError(
-                f"layers 0 and {i} differ in size: only layers of one size are stacked for training"
-            )
+        pairs = zip(*map(jax.tree_util.tree_leaves_with_path, (layer, layers[0])), strict=True)
+        for (path, leaf), (_, first) in pairs:
+            name = ".".join([f"layers_{i}", *(key.key for key in path), "shape"])
+            require(leaf.shape == first.shape, name, leaf.shape, f"is {first.shape} in layers_0, and {fix}")
     rest = {name: tree for name, tree in params.items() if not LAYER.fullmatch(name)}
     return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 

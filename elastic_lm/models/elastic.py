@@ -21,17 +21,20 @@ class Choice:
       mlp: [L] int32, index into the MLP choices of every layer.
       heads: [L] int32, index into the head choices of every layer.
       keep: [L] bool, False where a layer is left out.
+      groups: [L] int32, index into the choices of key/value groups of every layer; None = all groups.
     """
 
     mlp: jax.Array
     heads: jax.Array
     keep: jax.Array
+    groups: jax.Array | None = None
 
     @classmethod
     def of(cls, config: ModelConfig, menu: Menu, subnet: Subnet) -> "Choice":
         """The choice that computes a subnet; raises as `Menu.indices` does."""
-        mlp, heads, keep = menu.indices(config, subnet)
-        return cls(jnp.asarray(mlp, jnp.int32), jnp.asarray(heads, jnp.int32), jnp.asarray(keep))
+        mlp, heads, groups, keep = menu.indices(config, subnet)
+        mlp, heads, groups = (jnp.asarray(indices, jnp.int32) for indices in (mlp, heads, groups))
+        return cls(mlp, heads, jnp.asarray(keep), groups)
 
 
 def elastic_taps(
@@ -50,7 +53,7 @@ def elastic_taps(
 
     Args:
       config: the whole model; static.
-      menu: what may be chosen; static. Groups and channels are not switched.
+      menu: what may be chosen; static. Channels are not switched.
       params: canonical or stacked parameters.
       tokens_BT: int32 token ids.
       choice: what is chosen; traced, so one program serves all sub-networks.
@@ -67,16 +70,20 @@ def elastic_taps(
     hidden = Decoder(config).bind({"params": params}).embed(tokens_BT, positions_BT)
 
     def layer(i: int, params: Params, hidden: jax.Array, chosen: Choice, window: int | jax.Array) -> Tap:
+        groups = jnp.int32(len(sizes.groups[i]) - 1) if chosen.groups is None else chosen.groups
+
         def run(hidden: jax.Array) -> Tap:
             return elastic_block(
                 config.layer(i),
                 sizes.mlp[i],
                 sizes.heads[i],
+                sizes.groups[i],
                 params,
                 hidden,
                 positions_BT,
                 chosen.mlp,
                 chosen.heads,
+                groups,
                 window=window,
                 segments_BT=segments_BT,
             )[0]

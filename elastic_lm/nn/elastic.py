@@ -1,6 +1,7 @@
 """A layer whose width is chosen while the program runs: one compiled program for all sub-networks.
 
-    y = switch(i, [W_down[:, :f] act(W_up[:f] x)  for f in MLP choices])        and the same for heads
+    y = switch(i, [W_down[:, :f] act(W_up[:f] x)  for f in MLP choices])
+    y = switch(j, [attention of the first a heads of the first k groups  for a in heads, k in groups])
 
 Every branch slices the shared parameters statically, so what runs costs what the choice costs. The backward
 pass computes the branch again: a conditional would keep what any of its branches needs for it, under every
@@ -13,6 +14,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.nn.attention import Attention, KeyValues
@@ -25,28 +27,34 @@ def elastic_block(
     config: ModelConfig,
     mlp: tuple[int, ...],
     heads: tuple[int, ...],
+    groups: tuple[int, ...],
     params: Params,
     x_BTD: jax.Array,
     positions_BT: jax.Array,
     mlp_index: jax.Array,
     heads_index: jax.Array,
+    groups_index: jax.Array,
     *,
     window: int | jax.Array = 0,
     segments_BT: jax.Array | None = None,
     past: KeyValues | None = None,
 ) -> tuple[Tap, Rows]:
-    """`nn.block.Block` with MLP width and heads of a traced choice.
+    """`nn.block.Block` with MLP width, heads and key/value groups of a traced choice.
+
+    New rows have the whole layer's shape under every choice, so caches keep theirs. Those of a group that is
+    left out are zeros, which no token should attend to: a sequence that is decoded keeps its groups.
 
     Args:
       config: homogeneous config of the layer (`ModelConfig.layer`); static.
       mlp: choices of MLP neurons; static.
-      heads: choices of query heads in every key/value group; static. Keys and values are those of the
-        whole layer under every choice, so caches keep their shapes.
+      heads: choices of query heads in every key/value group; static.
+      groups: choices of key/value groups; static.
       params: the layer's parameters.
       x_BTD: input of the layer.
       positions_BT: int32 positions of the tokens.
       mlp_index: int32 scalar, index into `mlp`; traced.
       heads_index: int32 scalar, index into `heads`; traced.
+      groups_index: int32 scalar, index into `groups`; traced.
       window: see `nn.attention.attend`.
       segments_BT: document ids, or None.
       past: cached keys and values, or None.
@@ -57,11 +65,12 @@ def elastic_block(
     attend = functools.partial(
         _attention, config, positions_BT=positions_BT, window=window, segments_BT=segments_BT, past=past
     )
-    attentions = [jax.checkpoint(functools.partial(attend, n)) for n in heads]
+    attentions = [jax.checkpoint(functools.partial(attend, a, k)) for a in heads for k in groups]
+    attention_index = heads_index * len(groups) + groups_index
     mlps = [jax.checkpoint(functools.partial(_mlp, config, f)) for f in mlp]
 
     def attention(x_BTD: jax.Array) -> tuple[jax.Array, Rows]:
-        return jax.lax.switch(heads_index, attentions, params["attn"], x_BTD)
+        return jax.lax.switch(attention_index, attentions, params["attn"], x_BTD)
 
     def feed_forward(x_BTD: jax.Array) -> jax.Array:
         return jax.lax.switch(mlp_index, mlps, params["mlp"], x_BTD)
@@ -71,12 +80,26 @@ def elastic_block(
     return result
 
 
-def _attention(config: ModelConfig, heads: int, params: Params, x_BTD: jax.Array, **kwargs: Any) -> Any:
-    """Attention of the first `heads` query heads of every group."""
-    small = dataclasses.replace(config, n_heads=heads * config.n_kv_heads)
-    edit = slice_edit(config, config.d_mlp, heads, config.n_kv_heads, config.d_model)
+def _attention(
+    config: ModelConfig,
+    heads: int,
+    groups: int,
+    params: Params,
+    x_BTD: jax.Array,
+    *,
+    past: KeyValues | None,
+    **kwargs: Any,
+) -> tuple[jax.Array, Rows]:
+    """Attention of the first `heads` query heads of each of the first `groups` groups."""
+    small = dataclasses.replace(config, n_heads=heads * groups, n_kv_heads=groups)
+    edit = slice_edit(config, config.d_mlp, heads, groups, config.d_model)
     sliced = edit_params(params, edit, ("attn",))
-    return Attention(small, parent=None).apply({"params": sliced}, x_BTD, **kwargs)
+    if past is not None:
+        past = dataclasses.replace(past, k=past.k[:, :groups], v=past.v[:, :groups])
+    result: Any = Attention(small, parent=None).apply({"params": sliced}, x_BTD, past=past, **kwargs)
+    out, (k, v) = result
+    left_out = ((0, 0), (0, config.n_kv_heads - groups), (0, 0), (0, 0))
+    return out, (jnp.pad(k, left_out), jnp.pad(v, left_out))
 
 
 def _mlp(config: ModelConfig, neurons: int, params: Params, x_BTD: jax.Array) -> Any:

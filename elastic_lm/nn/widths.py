@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config import ModelConfig
+from elastic_lm.plain import require
 
 Params = dict[str, Any]
 
@@ -73,8 +74,8 @@ def dimensions(path: tuple[str, ...]) -> tuple[str | None, ...]:
         return GATE.get(name, ())
     if path[-1] in ("scale", "bias") and path[-2].endswith("norm"):
         return () if path[-2] in ("q_norm", "k_norm") else ("channels",)
-    if name not in NAMES:
-        raise ValueError(f"parameter {'/'.join(path)}: its widths are not known; add it to nn.widths.NAMES")
+    fix = "its widths are not known; add it to nn.widths.NAMES"
+    require(name in NAMES, "parameter", "/".join(path), fix)
     return NAMES[name]
 
 

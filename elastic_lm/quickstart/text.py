@@ -1,7 +1,6 @@
 """Text of a quickstart run: three disjoint parts, and prompts from the part nothing was fitted on."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from elastic_lm.data.sources import (
 )
 from elastic_lm.data.stdlib import Split
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.plain import write_text_whole
 
 EVERY = 20  # of 20 consecutive pieces, the last is for testing and the one before it for calibration
 MOST, LEAST = 2048, 256  # bytes per piece of a text file
@@ -75,12 +75,9 @@ def split_text(paths: Sequence[str], folder: Path) -> dict[Split, Path]:
         "test": "".join(pieces[EVERY - 1 :: EVERY]),
     }
     folder = folder / hashlib.sha256("".join(pieces).encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
     for part, text in parts.items():
         if not (folder / f"{part}.txt").is_file():
-            partial = folder / f".{part}.txt.partial"
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, folder / f"{part}.txt")
+            write_text_whole(folder / f"{part}.txt", text)
     return {part: folder / f"{part}.txt" for part in parts}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lm.config import RunConfig
-from elastic_lm.plain import from_dict, to_dict
+from elastic_lm.plain import from_dict, to_dict, write_text_whole
 
 FILE = "run.json"
 MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "save_every", "keep")
@@ -60,10 +60,7 @@ def save_identity(config: RunConfig, workdir: Path) -> None:
       config: the run that starts.
       workdir: its folder; made where it is missing.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / f".{FILE}.partial"
-    partial.write_text(json.dumps(identity(config), indent=2) + "\n")
-    partial.replace(workdir / FILE)
+    write_text_whole(workdir / FILE, json.dumps(identity(config), indent=2) + "\n")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_bandwidth_is_plausible() -> None:
 def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     fake = types.ModuleType("elastic_lm.bench.fake")
     fake.__dict__["rows"] = lambda options: iter(
-        [report.Row.of("fake/one", 3.0, 4.0), report.Row.of("fake/two", 1.0, 1.0)]
+        [report.Row.of("fake/one", 3.0, 4.0), report.Row("fake/two", 1.0, 1.0, 1.0, "two of three")]
     )
     monkeypatch.setitem(sys.modules, "elastic_lm.bench.fake", fake)
     monkeypatch.setattr(report, "names", lambda: ["fake"])
@@ -60,7 +60,9 @@ def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None
     assert {"hardware", "versions"} <= set(saved)
     assert saved["versions"]["jax"]
     assert saved["hardware"]["cores"] >= 1
+    assert saved["rows"][1]["note"] == "two of three"
     assert "fake/one" in report.table(result)
+    assert report.table(result).endswith("\nfake/two: two of three")
 
 
 def test_unknown_benchmark() -> None:

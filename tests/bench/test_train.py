@@ -1,15 +1,20 @@
 """The training benchmark, on a model that only shows that it runs."""
 
+import re
+
+import chex
 import numpy as np
 import pytest
 
 from elastic_lm.bench import train
 from elastic_lm.bench.report import Options
+from elastic_lm.methods.flextron import ElasticTraining
+from elastic_lm.testing import tiny_config
 
 
 def test_rows():
     rows = {row.name: row for row in train.rows(Options(tiny=True, rounds=1))}
-    names = ("ee_tuning", "self_supervised", "self_supervised_cached", "soft8")
+    names = ("ee_tuning", "self_supervised", "self_supervised_cached", "elastic", "soft8")
     assert set(rows) == {*(f"train/{name}_vs_sft" for name in names), "train/soft8_memory_vs_sft"}
     for row in rows.values():
         assert np.isfinite(row.measured)
@@ -17,6 +22,17 @@ def test_rows():
         assert row.ratio > 0
     memory = rows["train/soft8_memory_vs_sft"]
     assert memory.ratio == memory.measured / memory.ideal
+    note = rows["train/elastic_vs_sft"].note
+    assert re.fullmatch(r"16 sub-networks in 8 steps, \d+ of them the smallest; with 0\.\d\d of .*", note)
+
+
+def test_elastic_steps_draw_the_same_again() -> None:
+    config = tiny_config(n_kv_heads=4)
+    method, plain = train.Repeating(config, train.MENU), ElasticTraining(config, train.MENU)
+    for step in range(train.ELASTIC_STEPS):
+        first, again = method.choices(step), method.choices(step + train.ELASTIC_STEPS)
+        chex.assert_trees_all_equal(first, again)
+        chex.assert_trees_all_equal(first, plain.choices(step))
 
 
 def test_a_model_is_refused():

@@ -18,7 +18,7 @@ from hf_models import (
 
 from elastic_lm import hf
 from elastic_lm.elastic import Subnet
-from elastic_lm.slicing import slice_params
+from elastic_lm.slicing import mask_params, slice_params
 
 FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 
@@ -48,13 +48,21 @@ def test_a_folder_remembers_the_order_of_neurons(tmp_path: Path) -> None:
     assert_same_model((ranked, params), hf.load(tmp_path / "ranked"))
 
 
-def test_layers_of_many_sizes_are_refused_by_name(tmp_path: Path) -> None:
+def test_layers_of_many_sizes_are_refused_by_name_and_exported_with_zeros(tmp_path: Path) -> None:
     config, params = hf.load(FOLDER / "llama")
-    mixed = slice_params(config, params, Subnet((0, 1), (24, 40), (1, 2), (2, 2), 32))
-    fix = r"layers 0: d_mlp=24, n_heads=2, n_kv_heads=2; layers 1: d_mlp=40, n_heads=4, n_kv_heads=2\)"
-    with pytest.raises(ValueError, match=rf"layers differ in size.*{fix}; export a uniform subnet"):
+    subnet = Subnet((0, 1), (24, 40), (1, 2), (2, 2), 32)
+    mixed = slice_params(config, params, subnet)
+    sizes = r"layers 0: d_mlp=24, n_heads=2, n_kv_heads=2; layers 1: d_mlp=40, n_heads=4, n_kv_heads=2\)"
+    fix = "every layer of a llama model the same: export a uniform subnet, or what slicing.mask_params"
+    with pytest.raises(ValueError, match=rf"layers differ in size \({sizes}.*{fix}"):
         hf.export(*mixed, tmp_path / "mixed")
     assert not (tmp_path / "mixed").exists()
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    tokens = random_ids(config.vocab_size)
+    masked = mask_params(config, params, subnet)
+    theirs = their_logits(export_and_reload(*masked, tmp_path / "masked"), tokens)
+    assert relative_error(our_logits(*mixed, tokens), theirs) < TOLERANCE
 
 
 def test_a_family_without_head_dim_says_so(tmp_path: Path) -> None:

@@ -55,9 +55,9 @@ def logits(config: ModelConfig, params: Params) -> jax.Array:
     return Decoder(config).bind({"params": params})(batch.tokens, batch.positions, batch.segments).logits
 
 
-def sliced(params: Params, subnet: Subnet) -> jax.Array:
+def sliced(params: Params, subnet: Subnet, config: ModelConfig = CONFIG) -> jax.Array:
     """[B, T, V] of the ordinary model that a subnet is."""
-    return logits(*slice_params(CONFIG, params, subnet))
+    return logits(*slice_params(config, params, subnet))
 
 
 def mean(per_token: jax.Array) -> jax.Array:
@@ -79,15 +79,19 @@ def draws(method: ElasticTraining, step: int) -> Choice:
 
 def subnets(method: ElasticTraining, step: int) -> list[Subnet]:
     """The subnets of a step."""
-    choices, sizes = jax.device_get(draws(method, step)), method.menu.sizes(CONFIG)
+    config = method.config
+    choices, sizes = jax.device_get(draws(method, step)), method.menu.sizes(config)
     found = []
-    for mlp, heads, keep in zip(choices.mlp, choices.heads, choices.keep, strict=True):
+    for mlp, heads, groups, keep in zip(
+        choices.mlp, choices.heads, choices.groups, choices.keep, strict=True
+    ):
         kept = np.flatnonzero(keep).tolist()
         chosen = (
             tuple(sizes.mlp[i][mlp[i]] for i in kept),
             tuple(sizes.heads[i][heads[i]] for i in kept),
+            tuple(sizes.groups[i][groups[i]] for i in kept),
         )
-        found.append(Subnet(tuple(kept), *chosen, (2,) * len(kept), CONFIG.d_model))
+        found.append(Subnet(tuple(kept), *chosen, CONFIG.d_model))
     return found
 
 
@@ -155,6 +159,19 @@ def test_loss_with_a_frozen_teacher() -> None:
     CLOSE(metrics["loss/final"], cross_entropy(logits(CONFIG, now)))
 
 
+ALONE = tiny_config(n_layers=2, n_heads=4, n_kv_heads=4)
+
+
+def test_groups_choose_the_heads_of_a_model_whose_heads_share_none() -> None:
+    method = ElasticTraining(ALONE, Menu((0.5, 1.0), (1.0,), (0.5, 1.0)), smallest_share=0.0, remat=True)
+    weights = random_params(ALONE)
+    step = next(s for s in range(50) if {g for x in subnets(method, s) for g in x.groups} == {2, 4})
+    _, metrics = jax.jit(method.loss)(stack_layers(weights), {}, packed(), jnp.int32(step))
+    each = [cross_entropy(sliced(weights, subnet, ALONE)) for subnet in subnets(method, step)]
+    CLOSE(metrics["loss/sampled"], sum(each) / 2)
+    CLOSE(metrics["loss/final"], cross_entropy(logits(ALONE, weights)))
+
+
 @pytest.mark.parametrize("draw", ["per_layer", "one_per_step"])
 def test_a_menu_of_the_whole_model_is_plain_training(draw: Any) -> None:
     method = ElasticTraining(CONFIG, Menu((1.0,), (1.0,)), draw)
@@ -206,13 +223,13 @@ def many(menu: Menu, layers: int, samples: int, **options: Any) -> Choice:
 
 
 def test_layers_draw_for_themselves_every_choice_as_often() -> None:
-    choices = many(Menu(), 3, 2)
+    choices = many(Menu(groups=(0.5, 1.0)), 3, 2)
     assert choices.mlp.shape == choices.keep.shape == (4000, 2, 3)
-    for index, size in ((choices.mlp, 4), (choices.heads, 2)):
+    for index, size in ((choices.mlp, 4), (choices.heads, 2), (choices.groups, 2)):
         for choice in range(size):
             np.testing.assert_allclose(np.mean(index == choice, axis=0), 1 / size, atol=0.03)
-    columns = np.concatenate([choices.mlp.reshape(4000, 6), choices.heads.reshape(4000, 6)], axis=1)
-    np.testing.assert_allclose(np.corrcoef(columns.T), np.eye(12), atol=0.07)
+    columns = [np.asarray(index).reshape(4000, 6) for index in (choices.mlp, choices.heads, choices.groups)]
+    np.testing.assert_allclose(np.corrcoef(np.concatenate(columns, axis=1).T), np.eye(18), atol=0.07)
     assert np.all(choices.keep)
 
 
@@ -220,9 +237,10 @@ def test_uniform_draws_and_the_smallest() -> None:
     mlp, heads = granularities(many(MENU, 4, 2, smallest_share=0.4, uniform=True))
     smallest = np.mean((mlp == 0) & (heads == 0), axis=0)
     np.testing.assert_allclose(smallest, [0.4 + 0.6 / 6, 1 / 6], atol=0.03)
-    always = many(DROPPING, 2, 1, smallest_share=1.0)
+    always = many(dataclasses.replace(DROPPING, groups=(0.5, 1.0)), 2, 1, smallest_share=1.0)
     assert not np.any(always.mlp)
     assert not np.any(always.heads)
+    assert not np.any(always.groups)
     assert np.all(always.keep == [True, False])
 
 
@@ -256,6 +274,9 @@ def test_names_of_menus_with_one_axis() -> None:
     assert list(uniform_subnets(CONFIG, Menu((0.25, 0.5, 1.0), (1.0,)))) == ["smallest", "mlp_0.5", "final"]
     assert list(uniform_subnets(CONFIG, Menu((1.0,), (0.25, 0.5, 1.0)))) == ["smallest", "heads_0.5", "final"]
     assert list(uniform_subnets(CONFIG, Menu((1.0,), (1.0,)))) == ["final"]
+    both = uniform_subnets(CONFIG, Menu((0.5, 1.0), (1.0,), (0.5, 1.0)))
+    assert list(both) == ["smallest", "mlp_0.5_groups_1", "mlp_1_groups_0.5", "final"]
+    assert both["mlp_1_groups_0.5"] == Subnet.uniform(CONFIG, groups=0.5)
 
 
 def test_only_the_branches_that_are_drawn_run() -> None:
@@ -297,8 +318,8 @@ def test_the_frozen_teacher_is_a_copy() -> None:
     [
         ({"menu": Menu((0.3, 1.0))}, r"menu\.mlp=0\.3: must give a multiple of 8 of 64"),
         ({"menu": Menu(heads=(0.3, 1.0))}, r"menu\.heads=0\.3: .* heads per group"),
-        ({"menu": Menu(groups=(0.5, 1.0))}, r"menu\.groups=\(0\.5, 1\.0\): is not switched"),
-        ({"menu": Menu(d_model=(0.5, 1.0))}, r"menu\.d_model=.* is not switched"),
+        ({"menu": Menu(groups=(0.3, 1.0))}, r"menu\.groups=0\.3: .* key/value groups"),
+        ({"menu": Menu(d_model=(0.5, 1.0))}, r"menu\.d_model=\(0\.5, 1\.0\): is one width for all layers"),
         ({"draw": "all"}, r"draw='all': must be one of per_layer"),
         ({"teacher": "none"}, r"teacher='none': must be one of live"),
         ({"samples": 0}, r"samples=0: must be at least 1"),
@@ -318,10 +339,14 @@ def test_a_training_config_becomes_the_method() -> None:
         "teacher": "frozen",
         "seed": 4,
     }
-    menu = {"menu_mlp": MENU.mlp, "menu_heads": MENU.heads, "menu_dropped": (1,)}
+    menu = {"menu_mlp": MENU.mlp, "menu_heads": MENU.heads, "menu_dropped": (1,), "menu_groups": (0.5, 1.0)}
     train = TrainConfig(method="flextron", draw="uniform", loss_chunk=8, remat=True, **menu, **options)
-    expected = ElasticTraining(CONFIG, DROPPING, "uniform", chunk=8, remat=True, **options)
+    described = dataclasses.replace(DROPPING, groups=(0.5, 1.0))
+    expected = ElasticTraining(CONFIG, described, "uniform", chunk=8, remat=True, **options)
     assert ElasticTraining.of(CONFIG, train) == expected
     wrong = TrainConfig(method="flextron", menu_heads=(0.3, 1.0))
     with pytest.raises(ValueError, match=r"train\.menu_heads=0\.3: .* of 4 heads per group; nearest: 0\.25"):
         ElasticTraining.of(CONFIG, wrong)
+    halved = TrainConfig(method="flextron", menu_heads=(0.5, 1.0))
+    with pytest.raises(ValueError, match=r"menu_heads=0\.5: .*share no .* heads by train\.menu_groups"):
+        ElasticTraining.of(ALONE, halved)

@@ -1,12 +1,17 @@
 """Scores are what their formulas say; sorting by them changes nothing that the model computes."""
 
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ranked_process import inputs
 
 from elastic_lm import hf
 from elastic_lm.config import ExitConfig
@@ -184,6 +189,41 @@ def test_ranking_on_a_mesh_is_that_of_one_device() -> None:
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     here = permute(config, params, one, channels=True)[1]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), jax.device_get(here))
+
+
+def test_processes_that_see_parts_of_a_model_rank_it_alike(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
+    script = str(Path(__file__).with_name("ranked_process.py"))
+    runs = []
+    for i in range(2):
+        command = [sys.executable, script, port, str(i), str(tmp_path / f"{i}.npz")]
+        runs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        for run in runs:
+            _, errors = run.communicate(timeout=240)
+            assert run.returncode == 0, errors[-3000:]
+    finally:
+        for run in runs:
+            run.kill()
+    config, params, batch = inputs()
+    alone = rank(config, params, [batch])
+    sorted_up = np.asarray(permute(config, params, alone, groups=8)[1]["layers_0"]["mlp"]["up"]["kernel"])
+    expected = {
+        "neurons": alone.neurons["layers_0"],
+        "heads": alone.heads["layers_1"],
+        "channels": alone.channels,
+        "layers": layer_scores(config, params, [batch]),
+    }
+    for process in range(2):
+        found = np.load(tmp_path / f"{process}.npz")
+        for name, scores in expected.items():
+            np.testing.assert_allclose(found[name], scores, rtol=1e-4)
+        quarters = [sorted_up[:, f : f + 32, d : d + 16] for f in (0, 32) for d in (0, 16)]
+        for shard in (found["shard_0"], found["shard_1"]):
+            assert any(np.array_equal(shard, quarter) for quarter in quarters)
 
 
 def test_what_does_not_fit_is_refused() -> None:

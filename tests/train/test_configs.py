@@ -92,6 +92,8 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.imitation=2.0", r"train\.imitation=2\.0: must be in \[0, 1\]"),
         ("train.menu_mlp=(0.5, 0.25, 1.0)", r"train\.menu_mlp=\(0\.5, 0\.25, 1\.0\): must be shares"),
         ("train.menu_heads=(0.5,)", r"train\.menu_heads=\(0\.5,\): .*the last one 1\.0"),
+        ("train.menu_groups=(1.0, 0.5)", r"train\.menu_groups=\(1\.0, 0\.5\): must be shares"),
+        ("train.menu_groups=(0.5, 1.0)", r"menu_groups=\(0\.5, 1\.0\): not read with .* only with flextron"),
         ("train.draw=all", r"train\.draw='all': must be one of per_layer"),
         ("train.teacher=other", r"train\.teacher='other': must be one of live"),
         ("train.samples=0", r"train\.samples=0: must be at least 1"),
@@ -183,7 +185,7 @@ def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
         ("sorted_finetuning", "soft lite calm sortednet sft extracted-3 ict"),
         ("layerskip", "rotational gradual scratch"),
         ("self_supervised_exits", "kl topk argmax penalised balcony cached gates"),
-        ("flextron", "flextron uniform live frozen matformer scratch"),
+        ("flextron", "flextron uniform live frozen matformer scratch mha"),
     ],
 )
 def test_recipes_have_the_variants_that_they_name(recipe: str, variants: str) -> None:

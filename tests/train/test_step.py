@@ -1,15 +1,18 @@
 """One step: accumulation, remat and meshes change nothing but the cost; it compiles once."""
 
-from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from elastic_lm.config import ModelConfig, TrainConfig
-from elastic_lm.methods.losses import Batch
+from elastic_lm.elastic import Menu
+from elastic_lm.methods.flextron import ElasticTraining
+from elastic_lm.methods.losses import Batch, Method, Metrics
 from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.models.decoder import Params, init_params, stack_layers
 from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
@@ -36,59 +39,79 @@ def host_batch(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def train(config: ModelConfig, mesh=None, accumulate=1, remat=False, traced: Callable = lambda: None):
+def train(method: Method, config: ModelConfig, mesh: Mesh | None = None, accumulate: int = 1) -> Any:
     """Three steps from the same start; returns final parameters and the last metrics."""
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-
-    class Counted(Pretraining):
-        def loss(self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array):
-            traced()
-            return super().loss(trainable, frozen, batch, step)
-
     shardings = stacked_shardings(param_shardings(config, mesh))
     params = jax.device_put(stack_layers(init_params(config, jax.random.key(0))), shardings)
+    trainable, frozen = method.split(params)
     optimizer = make_optimizer(TRAIN)
-    state = create_state(optimizer, params)
-    step = make_train_step(Counted(config, remat), optimizer, state_shardings(optimizer, params), accumulate)
+    state = create_state(optimizer, trainable)
+    step = make_train_step(method, optimizer, state_shardings(optimizer, trainable), accumulate)
     metrics = {}
     for i in range(STEPS):
-        state, metrics = step(state, {}, place_batch(host_batch(config, i), mesh))
+        state, metrics = step(state, frozen, place_batch(host_batch(config, i), mesh))
     assert int(state.step) == STEPS
     return jax.device_get(state.params), jax.device_get(metrics)
 
 
+CONFIG = tiny_config(n_layers=2)
+PLAIN = Pretraining(CONFIG)
+
+
 @pytest.fixture(scope="module")
-def reference():
-    return train(tiny_config(n_layers=2))
+def reference() -> Any:
+    return train(PLAIN, CONFIG)
 
 
 @pytest.mark.parametrize("accumulate", [2, 8])
-def test_accumulation_equals_the_whole_batch(reference, accumulate: int) -> None:
-    chex.assert_trees_all_close(
-        train(tiny_config(n_layers=2), accumulate=accumulate), reference, rtol=1e-4, atol=1e-5
-    )
+def test_accumulation_equals_the_whole_batch(reference: Any, accumulate: int) -> None:
+    found = train(PLAIN, CONFIG, accumulate=accumulate)
+    chex.assert_trees_all_close(found, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_remat_equals_no_remat(reference) -> None:
-    chex.assert_trees_all_close(train(tiny_config(n_layers=2), remat=True), reference, rtol=1e-5, atol=1e-6)
+def test_remat_equals_no_remat(reference: Any) -> None:
+    found = train(Pretraining(CONFIG, remat=True), CONFIG)
+    chex.assert_trees_all_close(found, reference, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2)])
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-def test_any_mesh_equals_one_device(reference, sizes: tuple[int, int, int]) -> None:
-    found = train(tiny_config(n_layers=2), mesh=make_mesh(*sizes))
+def test_any_mesh_equals_one_device(reference: Any, sizes: tuple[int, int, int]) -> None:
+    found = train(PLAIN, CONFIG, make_mesh(*sizes))
     chex.assert_trees_all_close(found, reference, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-def test_accumulation_on_a_mesh_equals_one_device(reference) -> None:
-    found = train(tiny_config(n_layers=2), mesh=make_mesh(2, 2, 2), accumulate=2)
+def test_accumulation_on_a_mesh_equals_one_device(reference: Any) -> None:
+    found = train(PLAIN, CONFIG, make_mesh(2, 2, 2), accumulate=2)
     chex.assert_trees_all_close(found, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_elastic_training_on_a_mesh_equals_one_device() -> None:
+    """Loss, norm of the gradient and parameters, over draws that cut what the devices share."""
+    config = tiny_config(n_layers=1, n_heads=8, head_dim=4, elastic_groups=8)
+    method = ElasticTraining(config, Menu((0.25, 1.0), (1.0,), (0.5, 1.0)), distil=0.5)
+    drawn = jax.vmap(method.choices)(jnp.arange(STEPS))
+    for index in (drawn.mlp, drawn.groups):
+        assert set(np.asarray(index).ravel().tolist()) == {0, 1}
+    expected, found = train(method, config), train(method, config, make_mesh(2, 2, 2))
+    assert {"loss", "loss/sampled", "kl/sampled", "grad_norm"} <= set(expected[1])
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_step_compiles_once() -> None:
     traces = []
-    train(tiny_config(n_layers=2), traced=lambda: traces.append(1))
+
+    class Counted(Pretraining):
+        def loss(
+            self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+        ) -> tuple[jax.Array, Metrics]:
+            traces.append(1)
+            return super().loss(trainable, frozen, batch, step)
+
+    train(Counted(CONFIG), CONFIG)
     assert len(traces) == 1
 
 
