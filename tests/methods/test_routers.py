@@ -110,7 +110,7 @@ def test_gated_layers_compute_what_the_slice_computes() -> None:
     rng = np.random.default_rng(0)
     for _ in range(2):
         subnet = MENU.sample(config, rng)
-        mlp, heads, keep = MENU.indices(config, subnet)
+        mlp, heads, _, keep = MENU.indices(config, subnet)
         given = Picks(one_hot(heads, 3)[:, None, None], one_hot(mlp, 4)[:, None, None])
         keep_LB = jnp.broadcast_to(jnp.asarray(keep, jnp.float32)[:, None], (4, 2))
         tokens = random_tokens(config, 2, 9)
@@ -199,7 +199,7 @@ def test_the_cost_of_what_is_picked_is_the_tables() -> None:
     training = method("surrogate", "budget")
     for _ in range(4):
         subnet = MENU.sample(config, rng)
-        mlp, heads, keep = MENU.indices(config, subnet)
+        mlp, heads, _, keep = MENU.indices(config, subnet)
         picked = {
             "heads": one_hot(heads, 3)[:, None],
             "mlp": one_hot(mlp, 4)[:, None],
