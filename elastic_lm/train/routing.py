@@ -69,10 +69,10 @@ def initial_routers(train: TrainConfig, shape: RouterShape) -> Params | None:
         found = Routers.load(train.init_from, shape.config)
     except FileNotFoundError:
         return None
-    for field in ("anchors", "reads", "width"):
+    for name, field in (("budgets", "anchors"), ("reads", "reads"), ("router_width", "width")):
         value, own = getattr(shape, field), getattr(found.shape, field)
         fix = f"the routers in {train.init_from} have {own!r}; set that, or take a model without routers"
-        require(value == own, f"train.{field.replace('anchors', 'budgets')}", value, fix)
+        require(value == own, f"train.{name}", value, fix)
     return found.params
 
 

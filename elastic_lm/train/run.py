@@ -11,7 +11,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from elastic_lm.checkpoint import Checkpoints, check_target, local_folder, save_model
+from elastic_lm.checkpoint import (
+    MENU_FILE,
+    Checkpoints,
+    check_target,
+    load_menu,
+    local_folder,
+    save_model,
+)
 from elastic_lm.config import WITHOUT_EXITS, ModelConfig, RunConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
@@ -79,7 +86,7 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     trained = {**frozen, **state.params}
     beside = (TEACHER, ROUTERS, SURROGATE)
     params = unstack_layers({name: tree for name, tree in trained.items() if name not in beside})
-    save_model(workdir / MODEL_FOLDER, model, params, tokenizer, menu=menu_of(method), overwrite=True)
+    save_model(workdir / MODEL_FOLDER, model, params, tokenizer, menu=menu_of(config, method), overwrite=True)
     if isinstance(method, RouterTraining):
         save_routers(workdir / MODEL_FOLDER, method, trained, held_out(config, tokenizer), mesh)
     return model, params, metrics
@@ -242,11 +249,22 @@ def make_method(config: RunConfig, model: ModelConfig) -> Method:
     )
 
 
-def menu_of(method: Method) -> Menu | None:
-    """The choices that a method makes a model elastic for, or routes; None where there are none."""
+def menu_of(config: RunConfig, method: Method) -> Menu | None:
+    """The choices that a model is elastic for once a method has trained it.
+
+    Args:
+      config: the whole run.
+      method: of the run.
+
+    Returns:
+      The method's menu, or that of the initial checkpoint where its layers are all kept; None = neither.
+    """
     if isinstance(method, RouterTraining):
         return method.shape.menu
-    return method.menu if isinstance(method, ElasticTraining) else None
+    if isinstance(method, ElasticTraining):
+        return method.menu
+    kept = (Path(config.train.init_from) / MENU_FILE).is_file() and not config.train.init_layers
+    return load_menu(config.train.init_from) if config.train.init_from and kept else None
 
 
 def for_evaluation(config: RunConfig) -> RunConfig:
