@@ -14,6 +14,7 @@ from study import MENU, MODEL_FOLDER, Model, Row, Study, losses, own_loss
 from elastic_lm.checkpoint import save_model
 from elastic_lm.cost import CostTable
 from elastic_lm.elastic import Menu, Subnet
+from elastic_lm.methods.flextron import uniform_subnets
 from elastic_lm.methods.search import greedy, knapsack, measured_damage, random_subnets, uniform_subnet
 from elastic_lm.slicing import slice_params
 
@@ -22,23 +23,40 @@ MLP_ONLY = Menu(mlp=MENU.mlp, heads=(1.0,))
 
 
 def zero_shot(study: Study) -> list[Row]:
-    """Uniform sub-networks of the ranked base, which was never trained to be narrow."""
-    return uniform_rows(study, "zero-shot", study.ranked())
+    """Sub-networks of the ranked base, which was never trained to be narrow: uniform ones, and knapsack."""
+    model = study.ranked()
+    rows, loss = uniform_rows(study, "zero-shot", model), losses(model, study.held_out)
+    damage = measured_damage(study.config, MENU, losses(model, study.damage_text))
+    for share in study.affordable(MENU, study.table):
+        subnet = knapsack(study.config, MENU, study.table, study.budget(share), damage)
+        rows.append(study.row("zero-shot", "knapsack", share, subnet, loss(subnet)))
+    return rows
 
 
 def elastic(study: Study) -> list[Row]:
     """Elastic training; sub-networks chosen uniformly, by search, and at random."""
-    model, s = elastic_model(study), study.settings
-    rows = uniform_rows(study, "elastic", model)
-    damage = measured_damage(study.config, MENU, losses(model, study.damage_text))
-    loss = losses(model, study.held_out)
+    model = elastic_model(study)
+    rows, loss = uniform_rows(study, "elastic", model), losses(model, study.held_out)
+    trial = losses(model, study.damage_text)
+    damage = measured_damage(study.config, MENU, trial)
     for share in study.affordable(MENU, study.table):
         given = (study.config, MENU, study.table, study.budget(share))
-        drawn = random_subnets(*given, s.random, seed=study.data.seed)
-        chosen = [("greedy", greedy(*given, damage)), ("knapsack", knapsack(*given, damage))]
+        chosen = [
+            ("best uniform", min(uniform_within(study, share), key=trial)),
+            ("greedy", greedy(*given, damage)),
+            ("knapsack", knapsack(*given, damage)),
+        ]
+        drawn = random_subnets(*given, study.settings.random, seed=study.data.seed)
         chosen += [("random", subnet) for subnet in drawn]
         rows += [study.row("elastic", how, share, subnet, loss(subnet)) for how, subnet in chosen]
     return rows
+
+
+def uniform_within(study: Study, share: float) -> list[Subnet]:
+    """All uniform sub-networks of a budget."""
+    subnets = uniform_subnets(study.config, MENU).values()
+    most = study.budget(share).amount
+    return [s for s in subnets if study.table.total(study.config, MENU, s) <= most]
 
 
 def elastic_model(study: Study) -> Model:
@@ -52,6 +70,7 @@ def elastic_model(study: Study) -> Model:
         menu_mlp=MENU.mlp,
         menu_heads=MENU.heads,
         samples=s.samples,
+        smallest_share=s.smallest_share,
         distil=s.distil,
         teacher=s.teacher if s.distil else "live",
     )

@@ -17,8 +17,10 @@ Values = dict[tuple[str, float], list[dict[str, Any]]]  # (method, budget) -> ro
 STRONGER = (  # method, what it is compared with
     ("elastic, uniform", "zero-shot, uniform"),
     ("elastic, uniform", "matformer, uniform"),
-    ("elastic, greedy", "elastic, uniform"),
-    ("elastic, knapsack", "elastic, uniform"),
+    ("elastic, knapsack", "zero-shot, knapsack"),
+    ("elastic, best uniform", "elastic, uniform"),
+    ("elastic, greedy", "elastic, best uniform"),
+    ("elastic, knapsack", "elastic, best uniform"),
     ("elastic, knapsack", "elastic, random"),
     ("elastic, uniform", "slice, alone"),
     ("elastic, knapsack", "slice, alone"),

@@ -7,8 +7,9 @@ HARDWARE  CPU, one core: `taskset -c 0 python ...`
 DURATION  see README.md
 EXPECTED  at equal latency the elastic model is far ahead of slices of the base that was only ranked
 
-    zero-shot   uniform sub-networks of the base, ranked by importance and not trained
-    elastic     Flextron's first stage on the ranked base: uniform, greedy, knapsack and random sub-networks
+    zero-shot   the base, ranked by importance and not trained: uniform sub-networks, and knapsack
+    elastic     Flextron's first stage on the ranked base: uniform sub-networks (the dearest of a budget, or
+                that with the least loss on training text), greedy, knapsack and random ones
     matformer   one MLP width per step on the ranked base; uniform sub-networks
     scratch     new models of the sizes of uniform sub-networks, trained alone (Muon)
     slice       uniform slices of the ranked base, fine-tuned alone
@@ -75,17 +76,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.75, 0.6, 0.45])
     parser.add_argument("--alone", type=float, nargs="+", default=[0.75, 0.45], help="budgets of lone models")
-    parser.add_argument("--steps", type=int, default=100, help="of every training")
-    parser.add_argument("--lr", type=float, default=3e-4, help="of elastic and matformer")
+    parser.add_argument("--steps", type=int, default=60, help="of every training")
+    parser.add_argument("--lr", type=float, default=1.5e-4, help="of elastic and matformer")
     parser.add_argument("--slice-lr", type=float, default=1e-3, help="of slices: nothing has to be kept")
     parser.add_argument("--scratch-lr", type=float, default=5e-3, help="of Muon")
     parser.add_argument("--samples", type=int, default=2, help="random sub-networks per step of elastic")
+    parser.add_argument("--smallest-share", type=float, default=0.1, help="of steps that train the smallest")
     parser.add_argument("--distil", type=float, default=0.5)
     parser.add_argument("--teacher", default="live", choices=["live", "frozen"])
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--held-out", type=int, default=12, help="batches that losses are measured on")
-    parser.add_argument("--damage", type=int, default=3, help="training batches that searches read")
+    parser.add_argument("--held-out", type=int, default=10, help="batches that losses are measured on")
+    parser.add_argument("--damage", type=int, default=2, help="training batches that searches read")
     parser.add_argument("--random", type=int, default=6, help="random sub-networks per budget")
     parser.add_argument("--rounds", type=int, default=41, help="timed runs of every program")
     return parser.parse_args()

@@ -43,6 +43,7 @@ class Settings:
     distil: float
     teacher: str
     samples: int
+    smallest_share: float
     budgets: tuple[float, ...]  # shares of the whole model's time per decoded token
     alone: tuple[float, ...]  # those of them that models are trained alone for
     random: int  # random sub-networks per budget
@@ -166,6 +167,7 @@ def losses(model: Model, text: Sequence[Batch], menu: Menu = MENU) -> Callable[[
     config, params = model[0], stack_layers(model[1])
     method = ElasticTraining(config, menu)
 
+    @functools.cache
     def loss(subnet: Subnet) -> float:
         choice = Choice.of(config, menu, subnet)
         sums = jax.device_get([_sums(method, params, choice, batch) for batch in text])
