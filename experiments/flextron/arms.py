@@ -9,6 +9,7 @@ router starts from is `elastic_model(study)`.
 import dataclasses
 from collections.abc import Callable
 
+from routed import by_token, static
 from study import MENU, MODEL_FOLDER, Model, Row, Study, losses, own_loss
 
 from elastic_lm.checkpoint import save_model
@@ -142,4 +143,6 @@ ARMS: dict[str, Arm] = {
     "matformer": matformer,
     "scratch": scratch,
     "slices": tuned_slices,
+    "static_router": static,
+    "by_token": by_token,
 }

@@ -25,6 +25,10 @@ STRONGER = (  # method, what it is compared with
     ("elastic, uniform", "slice, alone"),
     ("elastic, knapsack", "slice, alone"),
     ("elastic, uniform", "scratch, alone"),
+    ("router, end to end", "elastic, random"),
+    ("router, end to end", "elastic, knapsack"),
+    ("router, surrogate", "elastic, knapsack"),
+    ("router, by token", "router, end to end"),
 )
 
 

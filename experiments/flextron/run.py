@@ -13,8 +13,10 @@ EXPECTED  at equal latency the elastic model is far ahead of slices of the base 
     matformer   one MLP width per step on the ranked base; uniform sub-networks
     scratch     new models of the sizes of uniform sub-networks, trained alone (Muon)
     slice       uniform slices of the ranked base, fine-tuned alone
+    router      sub-networks that routers choose on the elastic model, kept as it is: one per budget (trained
+                end to end, or by the surrogate), and widths for every token
 
-Every training reads the same tokens of a seed. Budgets are shares of the whole model's time per decoded token
+Every training but the routers' reads the same tokens. Budgets are shares of the whole model's time per decoded token
 at batch 1, by a latency table that is built once and kept (OUT/latency.json); in the end the chosen
 sub-networks are timed against the whole model, in turns with it (OUT/times.json). Finished trainings are
 kept in OUT/seed_SEED/NAME and measured arms in OUT/seed_SEED/ARM.json, so the same command goes on after a
