@@ -16,11 +16,11 @@ EXPECTED  at equal latency the elastic model is far ahead of slices of the base 
     router      sub-networks that routers choose on the elastic model, kept as it is: one per budget (trained
                 end to end, or by the surrogate), and widths for every token
 
-Every training but the routers' reads the same tokens. Budgets are shares of the whole model's time per decoded token
-at batch 1, by a latency table that is built once and kept (OUT/latency.json); in the end the chosen
-sub-networks are timed against the whole model, in turns with it (OUT/times.json). Finished trainings are
-kept in OUT/seed_SEED/NAME and measured arms in OUT/seed_SEED/ARM.json, so the same command goes on after a
-stop.
+Every training of a seed reads the same tokens, but that of routers, which has steps of its own. Budgets are
+shares of the whole model's time per decoded token at batch 1, by a latency table that is built once and kept
+(OUT/latency.json); in the end the chosen sub-networks are timed against the whole model, in turns with it
+(OUT/times.json). Finished trainings are kept in OUT/seed_SEED/NAME and measured arms in
+OUT/seed_SEED/ARM.json, so the same command goes on after a stop.
 
 Papers: Flextron, arXiv 2406.10260; MatFormer, arXiv 2310.07707; Nemotron Elastic, arXiv 2511.16664.
 """
