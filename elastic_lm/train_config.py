@@ -118,7 +118,7 @@ class TrainConfig:
     router_lr: float = 1.0  # routers: their learning rate as a multiple of the model's
     budget_weight: float = 10.0  # routers: weight of the relative distance from the budget
     train_model: bool = False  # routers: the model trains with them
-    surrogate_error: float = 0.2  # routers, surrogate: error up to which routers trust it, nats per token
+    surrogate_error: float = 0.5  # routers, surrogate: error up to which routers trust it, nats per token
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end

@@ -86,7 +86,7 @@ class RouterTraining:
     train_model: bool = False  # end_to_end: the model trains too
     budget_weight: float = 10.0  # a
     distil: float = 0.0  # end_to_end: d; p of the whole model in this step, with no gradient through it
-    surrogate_error: float = 0.2  # surrogate: mean error below which the routers train, in nats per token
+    surrogate_error: float = 0.5  # surrogate: mean error below which the routers train, in nats per token
     seed: int = 0  # of the draws and of new routers
     chunk: int = 256  # columns of logits alive at once
     remat: bool = False  # recompute layers in the backward pass

@@ -1,7 +1,7 @@
 """Routers: the widths of a layer chosen from a budget and, if wanted, from what the layer is given.
 
     code(b)_a     piecewise linear in b: 1 at anchor a, 0 at all other anchors
-    r             W_2 leaky_relu(W_1 [code(b); x / rms(x)]), logits of the choices; x only if it is read
+    r             W_2 leaky_relu(W_1 [code(b); x / |x|]), logits of the choices; x only if it is read
     y             one_hot(argmax_i (s r_i + g_i)),  g_i Gumbel noise; its gradient is that of the softmax
                   of (s r + g) / tau (straight-through Gumbel-softmax)
     gated layer   the layer with neurons and heads multiplied by sum_i y_i prefix_i
@@ -102,14 +102,14 @@ def budget_code(budget: jax.Array, anchors: tuple[float, ...]) -> jax.Array:
 
 
 def router_input(code: jax.Array, state: jax.Array) -> jax.Array:
-    """[..., A + D] float32: a code beside a state scaled to unit root mean square.
+    """[..., A + D] float32: a code beside a state of the same length, 1, lest the state drown it.
 
     Args:
       code: [..., A], broadcast against the state.
       state: [..., D].
     """
     state = state.astype(jnp.float32)
-    state = state * jax.lax.rsqrt(jnp.mean(jnp.square(state), axis=-1, keepdims=True) + 1e-6)
+    state = state * jax.lax.rsqrt(jnp.sum(jnp.square(state), axis=-1, keepdims=True) + 1e-6)
     return jnp.concatenate([jnp.broadcast_to(code, (*state.shape[:-1], code.shape[-1])), state], axis=-1)
 
 
