@@ -14,6 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 Runs = list[dict[str, Any]]
 Values = dict[tuple[str, float], list[dict[str, Any]]]  # (method, budget) -> rows of all seeds
+MARKERS = ("o", "s")
+ZOOM = 0.7  # nats above the base that the second panel shows
 STRONGER = (  # method, what it is compared with
     ("elastic, uniform", "zero-shot, uniform"),
     ("elastic, uniform", "matformer, uniform"),
@@ -41,8 +43,16 @@ def main() -> None:
 
 
 def tables(runs: Runs) -> str:
-    """All tables, mean (least-most) over seeds."""
-    return "\n\n".join((full_table(runs), budget_table(runs), ahead(runs)))
+    """All tables, mean (least-most) over seeds, and over draws of random sub-networks."""
+    found = grouped(runs)
+    parts = (
+        full_table(runs),
+        budget_table(found, "nats/token", "loss"),
+        budget_table(found, "time, measured", "relative"),
+        budget_table(found, "time, by the table", "predicted"),
+        ahead_table(runs, found),
+    )
+    return "\n\n".join(parts)
 
 
 def spread(values: list[float]) -> str:
@@ -86,75 +96,74 @@ def full_table(runs: Runs) -> str:
     return markdown(["whole model", "nats/token", "change, seed by seed"], rows)
 
 
-def budget_table(runs: Runs) -> str:
-    """Every method at every budget; random sub-networks are timed by the table alone."""
-    rows = []
-    for (method, budget), found in grouped(runs).items():
-        measured = [row["relative"] for row in found if row["relative"] is not None]
-        rows.append(
-            [
-                method,
-                f"{budget:g}",
-                spread([row["predicted"] for row in found]),
-                spread(measured) if measured else "",
-                spread([row["loss"] for row in found]),
-            ]
-        )
-    return markdown(["method", "budget", "time, predicted", "time, measured", "nats/token"], rows)
+def names(found: Values) -> tuple[list[str], list[float]]:
+    """(methods, budgets from the dearest)."""
+    return list(dict.fromkeys(m for m, _ in found)), sorted({b for _, b in found}, reverse=True)
 
 
-def ahead(runs: Runs) -> str:
-    """Differences of losses at equal budgets, seed by seed."""
-    found = grouped(runs)
+def budget_table(found: Values, title: str, field: str) -> str:
+    """One number of every method at every budget; random sub-networks are not timed."""
+    methods, budgets = names(found)
     lines = []
-    for method, other in STRONGER:
-        for budget in sorted({b for m, b in found if m == method}, reverse=True):
-            if (other, budget) in found:
-                ours, theirs = found[method, budget], found[other, budget]
-                seeds = [run["seed"] for run in runs]
-                listed = ", ".join(f"{seed_mean(ours, s) - seed_mean(theirs, s):+.3f}" for s in seeds)
-                lines.append(f"- budget {budget:g}: {method} minus {other}: {listed}")
-    return "\n".join(lines)
+    for method in methods:
+        each = [[row[field] for row in found.get((method, b), [])] for b in budgets]
+        if any(value is not None for values in each for value in values):
+            lines.append([method, *(spread(values) if values else "" for values in each)])
+    return markdown([title, *(f"budget {b:g}" for b in budgets)], lines)
 
 
-def seed_mean(rows: list[dict[str, Any]], seed: int) -> float:
+def ahead_table(runs: Runs, found: Values) -> str:
+    """Differences of losses at equal budgets, seed by seed."""
+    budgets, lines = names(found)[1], []
+    for pair in STRONGER:
+        shared = [b for b in budgets if all((method, b) in found for method in pair)]
+        cells = {
+            b: [seed_mean(found[pair[0], b], r) - seed_mean(found[pair[1], b], r) for r in runs]
+            for b in shared
+        }
+        listed = [", ".join(f"{d:+.3f}" for d in cells.get(b, [])) for b in budgets]
+        if shared:
+            lines.append([" minus ".join(pair), *listed])
+    return markdown(["difference in nats/token", *(f"budget {b:g}" for b in budgets)], lines)
+
+
+def seed_mean(rows: list[dict[str, Any]], run: dict[str, Any]) -> float:
     """Mean loss of one seed's rows."""
-    return statistics.mean(row["loss"] for row in rows if row["seed"] == seed)
+    return statistics.mean(row["loss"] for row in rows if row["seed"] == run["seed"])
 
 
 def plot(runs: Runs, file: Path) -> None:
-    """Loss over time per token, the whole model's being 1; bars from the least to the most of all seeds."""
+    """Loss over time per token, the whole model's being 1; bars from the least to the most."""
     from matplotlib import pyplot
 
     found = grouped(runs)
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    methods = names(found)[0]
+    base = statistics.mean(full_losses(run)["zero-shot"] for run in runs)
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 5))
     for axes in panels:
-        for method in dict.fromkeys(method for method, _ in found):
-            points = []
-            for (m, _), rows in found.items():
-                if m == method:
-                    times = [r["predicted"] if r["relative"] is None else r["relative"] for r in rows]
-                    points.append((statistics.mean(times), [r["loss"] for r in rows]))
-            points.sort(key=lambda point: point[0])
-            means = [statistics.mean(losses) for _, losses in points]
-            below = [mean - min(losses) for mean, (_, losses) in zip(means, points, strict=True)]
-            above = [max(losses) - mean for mean, (_, losses) in zip(means, points, strict=True)]
-            style = {"marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.2, "label": method}
-            axes.errorbar([x for x, _ in points], means, yerr=[below, above], **style)
-        for arm in full_losses(runs[0]):
-            value = statistics.mean(full_losses(run)[arm] for run in runs)
-            axes.plot([1.0], [value], marker="s", markersize=5, linestyle="", label=f"{arm}, whole model")
+        for n, method in enumerate(methods):
+            points = sorted(point(rows) for (m, _), rows in found.items() if m == method)
+            times, means, least, most = zip(*points, strict=True)
+            below = [mean - low for mean, low in zip(means, least, strict=True)]
+            above = [high - mean for mean, high in zip(means, most, strict=True)]
+            style = {"marker": MARKERS[n // 10], "markersize": 4, "capsize": 3, "linewidth": 1.2}
+            axes.errorbar(times, means, yerr=[below, above], color=f"C{n % 10}", label=method, **style)
+        axes.plot([1.0], [base], "k*", markersize=9, linestyle="", label="base, whole")
         axes.set_xlabel("time per decoded token, whole model = 1")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("held-out nats per token")
-    trained = [row["loss"] for (m, _), rows in found.items() if m.startswith("elastic") for row in rows]
-    base = statistics.mean(full_losses(run)["zero-shot"] for run in runs)
-    panels[1].set_ylim(base - 0.1, max(trained) + 0.1)
-    panels[1].set_title("the same, the elastic model's range")
-    panels[0].legend(fontsize=7)
+    panels[1].set_ylim(base - 0.05, base + ZOOM)
+    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def point(rows: list[dict[str, Any]]) -> tuple[float, float, float, float]:
+    """(mean time, mean loss, least, most) of one method at one budget; times by the table if not measured."""
+    times = [r["predicted"] if r["relative"] is None else r["relative"] for r in rows]
+    losses = [r["loss"] for r in rows]
+    return statistics.mean(times), statistics.mean(losses), min(losses), max(losses)
 
 
 if __name__ == "__main__":
