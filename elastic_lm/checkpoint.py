@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,7 @@ def save_model(
     tokenizer: Tokenizer | None,
     *,
     menu: Menu | None = None,
+    beside: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes an elastic checkpoint: elastic_config.json, params/, menu.json and the tokenizer's files.
@@ -162,6 +163,7 @@ def save_model(
       params: canonical parameters.
       tokenizer: saved beside them; None = no tokenizer.
       menu: the choices that the model was made elastic for, saved beside them; None = no menu.
+      beside: writes further files into the folder before it appears; None = there are none.
       overwrite: replace an earlier checkpoint at `path`.
 
     Raises:
@@ -182,6 +184,8 @@ def save_model(
             for name, described in ((CONFIG_FILE, config), (MENU_FILE, menu)):
                 if described is not None:
                     (partial / name).write_text(json.dumps(to_dict(described), indent=2) + "\n")
+            if beside is not None:
+                beside(partial)
             replace_folder(partial, target)
     finally:
         if first:

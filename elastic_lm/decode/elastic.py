@@ -7,6 +7,7 @@ from typing import Literal, Protocol, get_args
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.cost import CostTable, Load, counted_table
+from elastic_lm.decode.routed import check_routed
 from elastic_lm.elastic import Budget, Menu, Subnet
 from elastic_lm.methods.routers import DESCRIPTION, Routers
 from elastic_lm.methods.search import uniform_subnet
@@ -47,6 +48,14 @@ class Elastic:
     def __post_init__(self) -> None:
         self.menu.sizes(self.config)
         require_choice("elastic.per", self.per, get_args(Per))
+        if self.routers is not None:
+            fix = f"the routers choose from {self.routers.shape.menu}; take their menu, or train others"
+            require(self.routers.shape.menu == self.menu, "elastic.menu", self.menu, fix)
+            sizes = [
+                [c.sizes(i) for i in range(c.n_layers)] for c in (self.config, self.routers.shape.config)
+            ]
+            fix = f"the routers are of a model of {sizes[1]}; train others for this one"
+            require(sizes[0] == sizes[1], "elastic.config, sizes of its layers", sizes[0], fix)
         if self.table is not None:
             fix = "must be a CostTable; hand a latency table to with_latency, which checks it"
             require(isinstance(self.table, CostTable), "elastic.table", type(self.table).__name__, fix)
@@ -111,10 +120,21 @@ class Elastic:
         """Whether routers that read states choose for a budget: while text is made, not before.
 
         Raises:
-          ValueError: the budget is of a kind that no table is there for.
+          ValueError: such routers cannot keep the budget (`routed.check_routed`), or they were fitted to
+            other milliseconds than those of this device.
         """
-        reads = self.routers is not None and self.routers.shape.reads == "hidden" and self.choose is None
-        return reads and budget.amount < self.costs(budget.kind).range(self.menu)[1]
+        if self.routers is None or self.routers.shape.reads != "hidden" or self.choose is not None:
+            return False
+        if budget.kind == "latency_ms":
+            fix = "the routers were fitted to another latency table; train them with this one"
+            own = self.costs(budget.kind)
+            require(own == self.routers.table, "elastic.table", own.range(self.menu), fix)
+        if budget.kind == self.routers.table.kind:
+            whole = self.routers.table.range(self.menu)[1]
+            if budget.amount >= whole:
+                return False
+        check_routed(self.routers, budget)
+        return True
 
     def costs(self, kind: str) -> CostTable:
         """Costs of every choice.
@@ -127,6 +147,8 @@ class Elastic:
         """
         if self.table is not None and self.table.kind == kind:
             return self.table
+        if self.routers is not None and self.routers.table.kind == kind != "latency_ms":
+            return self.routers.table  # at the context that they were trained for
         require(kind != "latency_ms", "elastic.table", self.table and self.table.kind, MEASURE)
         return counted_table(self.config, self.menu, kind, self.workload)
 

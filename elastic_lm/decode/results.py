@@ -9,7 +9,7 @@ from typing import Protocol
 import jax
 
 from elastic_lm.decode.state import DecodeState
-from elastic_lm.elastic import Subnet
+from elastic_lm.elastic import Budget, Subnet
 
 
 class TextTokenizer(Protocol):
@@ -36,7 +36,8 @@ class Statistics:
       mean_layers: mean depth at which emitted tokens were chosen.
       exit_counts: emitted tokens per depth.
       segment_ticks: how often each segment ran.
-      subnet: the sub-network that ran; None = the whole model.
+      subnet: the sub-network that ran; None = the whole model, or widths that routers chose meanwhile.
+      budget: that these routers were given; None = no routers chose meanwhile.
       drafted: tokens that lossless rows drafted and the full model verified.
       accepted: those that stayed.
       wasted: those that did not.
@@ -50,6 +51,7 @@ class Statistics:
     exit_counts: dict[int, int]
     segment_ticks: tuple[int, ...]
     subnet: Subnet | None = None
+    budget: Budget | None = None
     drafted: int = 0
     accepted: int = 0
     wasted: int = 0
@@ -110,7 +112,12 @@ class Reader:
 
 
 def collect(
-    state: DecodeState, prompts: list[list[int]], reader: Reader, began: float, subnet: Subnet | None = None
+    state: DecodeState,
+    prompts: list[list[int]],
+    reader: Reader,
+    began: float,
+    subnet: Subnet | None = None,
+    budget: Budget | None = None,
 ) -> list[Sample]:
     """Brings tokens and depths to the host, once.
 
@@ -119,7 +126,8 @@ def collect(
       prompts: token ids per row.
       reader: reads the emitted tokens.
       began: `time.perf_counter()` when the call began.
-      subnet: what ran; None = the whole model.
+      subnet: see `Statistics`.
+      budget: see `Statistics`.
 
     Returns:
       One sample per row.
@@ -144,6 +152,7 @@ def collect(
         exit_counts=dict(sorted(counts.items())),
         segment_ticks=tuple(ticks.tolist()),
         subnet=subnet,
+        budget=budget,
         drafted=int(drafted.sum()),
         accepted=int(accepted.sum()),
         wasted=int((drafted - accepted).sum()),

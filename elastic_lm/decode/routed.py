@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config import ModelConfig
-from elastic_lm.cost import CostTable
 from elastic_lm.elastic import Budget
 from elastic_lm.methods.routers import Routers
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.routed_decoder import ROUTING, RoutedConfig, prompt_choices, routed_params
 from elastic_lm.nn.router import budget_code
+from elastic_lm.plain import require
 
 # Static: the config. Traced: everything else.
 jit_choices = jax.jit(prompt_choices, static_argnames="config")
@@ -40,22 +40,36 @@ def routed_model(config: ModelConfig, params: Params, routers: Routers) -> tuple
     return routed, routed_params(routed, params, routers.params["layers"], costs)
 
 
-def routing(routers: Routers, table: CostTable, budget: Budget) -> dict[str, Any]:
+def routing(routers: Routers, budget: Budget) -> dict[str, Any]:
     """What tells the routers about a budget, the `ROUTING` of `routed_model`.
 
     Args:
       routers: that read states.
-      table: of the budget's kind.
       budget: what a token may cost on average over text like that which the tilts were fitted on.
 
     Raises:
-      ValueError: the budget cannot be met.
+      ValueError: see `check_routed`.
     """
-    menu, anchors = routers.shape.menu, routers.shape.anchors
-    table.check(budget, menu)
-    share = budget.amount / table.range(menu)[1]
+    check_routed(routers, budget)
+    anchors = routers.shape.anchors
+    share = budget.amount / routers.table.range(routers.shape.menu)[1]
     tilt = np.interp(share, anchors, routers.tilts)
     return {"code": budget_code(jnp.float32(share), anchors), "tilt": jnp.float32(tilt)}
+
+
+def check_routed(routers: Routers, budget: Budget) -> None:
+    """Checks that routers that read states can keep a budget.
+
+    Raises:
+      ValueError: it is of another kind than their tilts were fitted for, or below what they were trained for.
+    """
+    table, menu = routers.table, routers.shape.menu
+    fix = f"these routers were fitted to budgets of {table.kind}; ask for that, or train others"
+    require(budget.kind == table.kind, f"budget.{budget.kind}", budget.amount, fix)
+    table.check(budget, menu)
+    least = routers.shape.anchors[0] * table.range(menu)[1]
+    fix = f"these routers were trained for {least:.6g} and more; train others with a lower train.budgets"
+    require(budget.amount >= least * (1 - 1e-6), f"budget.{budget.kind}", budget.amount, fix)
 
 
 def for_prompts(

@@ -1,6 +1,7 @@
 """`Sampler`: text in, text out, with the depth of every token."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
@@ -24,6 +25,7 @@ ENDLESS = 2**30  # iterations, where nothing has to be looked at between
 Prompt = str | Sequence[int]
 SAME: Any = object()  # the sampler's own policy
 FIRST_DRAFT = 2  # tokens drafted before the first verification, where lengths adapt
+BUDGETS = 64  # whose sub-networks are remembered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Call:
     lossless: np.ndarray
     mode: Mode
     reader: Reader
+
+
+def choose(elastic: Elastic, budget: Budget) -> Subnet | Budget:
+    """The sub-network for a budget; the budget itself where routers choose while text is made."""
+    return budget if elastic.is_routed(budget) else elastic.subnet(budget)
 
 
 class Sampler:
@@ -125,6 +132,7 @@ class Sampler:
         self.config, self.params, self.tokenizer, self.exit = model.config, params, tokenizer, exit
         self.window, self.fire_share, self.stream_every = window, fire_share, stream_every
         self.elastic = elastic
+        self._chosen = functools.lru_cache(BUDGETS)(functools.partial(choose, elastic)) if elastic else None
         self.runs: Subnet | Budget | None = None  # where a call says nothing; None = the whole model
         self.runs = self._choose(budget, subnet)
         self._subnets = Subnets(model.config, params, keep_subnets)
@@ -178,7 +186,7 @@ class Sampler:
         else:
             model = call.served
             final = model.run(model.config, model.params, state, controls, ENDLESS, call.mode)
-        samples = collect(final, prompts, call.reader, began, call.served.subnet)
+        samples = collect(final, prompts, call.reader, began, call.served.subnet, call.served.budget)
         return samples[0] if single else samples
 
     def stream(
@@ -215,11 +223,11 @@ class Sampler:
             chosen = self.runs if subnet is None else subnet
         elif subnet is not None:
             raise ValueError(f"budget={budget}, subnet={subnet}: each says what runs; give one of them")
-        elif self.elastic is None:
+        elif self._chosen is None:
             fix = "sub-networks for budgets are chosen by Sampler(..., elastic=el.Elastic.load(folder))"
             raise ValueError(f"budget={budget}: {fix}")
         else:
-            chosen = budget if self.elastic.is_routed(budget) else self.elastic.subnet(budget)
+            chosen = self._chosen(budget)
         if isinstance(chosen, Subnet):
             chosen.check(self.config)
         elif chosen is not None and self.missing == "propagate":

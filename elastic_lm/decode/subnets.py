@@ -50,6 +50,7 @@ class Served:
       prefill: `prefill.prefill`, jitted.
       run: `loop.run`, jitted; the state is donated.
       per: who has widths of its own, where routers choose while it decodes.
+      budget: of these routers; None = no routers choose while it decodes.
     """
 
     subnet: Subnet | None
@@ -58,6 +59,7 @@ class Served:
     prefill: Any
     run: Any
     per: Per = "token"
+    budget: Budget | None = None
 
     def for_prompts(self, tokens_BP: jax.Array, length_B: jax.Array) -> "Served":
         """The model for these prompts (see `routed.prompt_choices`): itself where they decide nothing."""
@@ -123,8 +125,8 @@ class Subnets:
         if self._routed is None:
             self._routed = routed_model(self._whole.config, self._whole.params, elastic.routers)
         config, params = self._routed
-        params = {**params, ROUTING: routing(elastic.routers, elastic.costs(budget.kind), budget)}
-        return Served(None, config, params, jit_prefill, jit_run, elastic.per)
+        params = {**params, ROUTING: routing(elastic.routers, budget)}
+        return Served(None, config, params, jit_prefill, jit_run, elastic.per, budget)
 
 
 def _sliced(config: ModelConfig, params: Params, subnet: Subnet) -> Served:

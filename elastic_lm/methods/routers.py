@@ -3,8 +3,8 @@
 For a budget the routers give log-probabilities of every choice, and each layer takes the likeliest. That may
 miss the budget by what training left open, more so between the budgets that were trained for or with the
 latencies of another device. So what is taken is the likeliest sub-network within the budget, a knapsack whose
-values are log-probabilities; then single choices grow, those that lose the least per cost first, as long as
-any fits. A budget is never exceeded, and less than the smallest step to a dearer choice is left over.
+values are log-probabilities; then single choices grow, those that lose the least per cost first, until none
+that is left fits. A budget is never exceeded.
 """
 
 import dataclasses
@@ -50,14 +50,15 @@ class RouterShape:
         require(self.width >= 1, "width", self.width, "must be at least 1")
         increasing = list(self.anchors) == sorted(set(self.anchors)) and self.anchors[-1:] == (1.0,)
         fix = "must be shares of the whole model's cost in (0, 1], increasing, the last one 1.0"
-        require(increasing and self.anchors[0] > 0, "budgets", self.anchors, fix)
+        require(increasing and self.anchors[0] > 0, "anchors", self.anchors, fix)
         for field in ("groups", "d_model"):
-            fix = "is not routed; set (1.0,)"
+            fix = "routers choose heads, neurons and layers; make the model elastic with (1.0,) here"
             require(getattr(self.menu, field) == (1.0,), f"menu.{field}", getattr(self.menu, field), fix)
         fix = "routers that read states choose widths alone; set ()"
         require(self.reads == "budget" or not self.menu.dropped, "menu.dropped", self.menu.dropped, fix)
-        same = not self.config.heterogeneous
-        require(same, "config.layer_mlp", self.config.layer_mlp, "routers need layers of one size")
+        c, fix = self.config, "routers need layers of one size"
+        sizes = [c.sizes(i) for i in range(c.n_layers)]
+        require(not c.heterogeneous, "sizes of the layers (neurons, heads, groups)", sizes, fix)
         self.menu.sizes(self.config)
 
     @property
@@ -113,12 +114,14 @@ class RouterShape:
 
 
 def _damage(config: ModelConfig, menu: Menu, scores: list[np.ndarray]) -> Damage:
-    """How much less likely every choice is than the largest one."""
+    """How much less likely every choice is than the largest one; a layer that is left out takes any."""
     lost = [tuple((score[-1] - score).tolist()) for score in scores[:-1]]
     attention = tuple(tuple((d,) for d in choices) for choices in lost[::2])
-    steps = -np.diff(scores[-1])
-    order = {layer: float(steps[n]) for n, layer in enumerate(menu.dropped)}
-    return Damage(attention, tuple(lost[1::2]), tuple(order.get(i, math.inf) for i in range(config.n_layers)))
+    gone = {
+        layer: float(scores[-1][n] - scores[-1][n + 1]) + min(lost[2 * layer]) + min(lost[2 * layer + 1])
+        for n, layer in enumerate(menu.dropped)
+    }
+    return Damage(attention, tuple(lost[1::2]), tuple(gone.get(i, math.inf) for i in range(config.n_layers)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +132,11 @@ class Routers:
     params: Params  # from `RouterShape.init`, trained
     table: CostTable  # costs of the menu's choices, of the kind of the budgets
     tilts: tuple[float, ...] = ()  # where states are read: of every anchor, see `routing.fit_tilts`
+
+    def __post_init__(self) -> None:
+        due = len(self.shape.anchors) if self.shape.reads == "hidden" else 0
+        fix = f"needs {due}: one per anchor where states are read, else none"
+        require(len(self.tilts) == due, "tilts", self.tilts, fix)
 
     def subnet(self, budget: Budget) -> Subnet:
         """The sub-network for a budget, never above it (see the top of this file).
@@ -143,7 +151,11 @@ class Routers:
         config, menu = self.shape.config, self.shape.menu
         space, scores = Space(config, menu, self.table, budget), self._scores(budget)
         damage = _damage(config, menu, scores)
-        genes = space.genes(knapsack(config, menu, self.table, budget, damage, resolution=RESOLUTION))
+        found = knapsack(config, menu, self.table, budget, damage, resolution=RESOLUTION)
+        likeliest = tuple(int(np.argmax(score)) for score in scores)  # of layers that come back
+        kept = [m // 2 in found.layers for m in range(2 * config.n_layers)] + [True]
+        each = zip(space.genes(found), likeliest, kept, strict=True)
+        genes = tuple(gene if stays else likely for gene, likely, stays in each)
 
         def price(move: Move) -> float:
             return (scores[move.place][genes[move.place]] - scores[move.place][move.value]) / move.cost

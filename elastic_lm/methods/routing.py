@@ -5,7 +5,7 @@ Every row of a batch draws a budget from the anchors; x is the sub-network that 
 noise, c(x) its cost as a share of the whole model's, from a `CostTable`, measured or counted:
 
     miss(x, b)  = |c(x) / b - 1|, 0 where it is below DEAD_ZONE and b < 1
-                  + WHOLE sum (y - largest choice)^2                        where b = 1, the whole model
+                  + WHOLE (mean over layers of (1 - y_largest)^2, summed over what is chosen)     where b = 1
 
     end_to_end    minimise over routers (and, jointly, the model)
                       (1 - d) CE(z_x) + d KL(p || q_x) + a miss(x, b)
@@ -60,7 +60,8 @@ DEAD_ZONE = 0.05  # relative miss of a budget that costs nothing
 WHOLE = 10.0  # weight of choices that are not the largest where the budget is the whole model
 TAU = (1.0, 0.05)  # temperature of the straight-through gradient, from the first to the last step
 SCALE = (1.0, 10.0)  # of the logits against the noise
-WIDEST, HALVINGS = 1000.0, 24  # of the interval that a tilt is looked for in
+STEEPEST = 100.0  # logits by which the widest tilt tells the menu's nearest costs apart
+HALVINGS = 24  # of the interval that a tilt is looked for in
 
 
 class Surrogate(nn.Module):
@@ -109,7 +110,7 @@ class RouterTraining:
             menu = self.shape.menu
             inputs = self.shape.config.n_layers * (len(menu.heads) + len(menu.mlp)) + len(menu.dropped) + 1
             new[SURROGATE] = init_router(Surrogate(self.shape.width), inputs, surrogate)
-        mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+        mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
         new = new if mesh is None else jax.device_put(new, NamedSharding(mesh, PartitionSpec()))
         return ({**params, **new}, {}) if self.train_model else (new, params)
 
@@ -139,13 +140,13 @@ class RouterTraining:
         hidden, picked = self.forward(params, batch, budget_B, noise, scale, tau)
         off_B, whole_B = self.misses(picked, budget_B)
         charged_B = jnp.where((off_B < DEAD_ZONE) & (budget_B < 1), 0.0, off_B) + WHOLE * whole_B
-        miss = self.budget_weight * jnp.mean(charged_B)
-        metrics = {"budget/miss": jnp.mean(off_B)}
+        miss = self.budget_weight * row_mean(charged_B, batch)
+        metrics = {"budget/miss": row_mean(off_B, batch)}
         if self.scheme == "end_to_end":
             loss, entropy = self._quality(params, batch, hidden)
             return loss + miss, {"loss": loss + miss, "loss/picked": entropy, **metrics}
         rise_B, entropy = self._rise(params, batch, hidden)
-        loss, surrogate = self._surrogate_loss(params[SURROGATE], picked, rise_B, miss)
+        loss, surrogate = self._surrogate_loss(params[SURROGATE], batch, picked, rise_B, miss)
         return loss, {"loss": loss, "loss/picked": entropy, **metrics, **surrogate}
 
     def forward(
@@ -253,7 +254,12 @@ class RouterTraining:
         return (picked.loss - whole.loss) / jnp.maximum(picked.weight, 1.0), entropy
 
     def _surrogate_loss(
-        self, surrogate: Params, picked: dict[str, jax.Array], rise_B: jax.Array, miss: jax.Array
+        self,
+        surrogate: Params,
+        batch: Batch,
+        picked: dict[str, jax.Array],
+        rise_B: jax.Array,
+        miss: jax.Array,
     ) -> tuple[jax.Array, Metrics]:
         network = Surrogate(self.shape.width)
         flat = [jnp.moveaxis(picked[name], 1, 0).reshape(rise_B.shape[0], -1) for name in ("heads", "mlp")]
@@ -261,10 +267,10 @@ class RouterTraining:
         held = jax.lax.stop_gradient
         predicted_B: Any = network.apply({"params": surrogate}, held(picked_BI))
         wished_B: Any = network.apply({"params": held(surrogate)}, picked_BI)
-        error = jnp.mean(jnp.abs(held(predicted_B) - rise_B))
+        error = row_mean(jnp.abs(held(predicted_B) - rise_B), batch)
         trusted = error < self.surrogate_error
-        routers = jnp.where(trusted, jnp.mean(wished_B) + miss, 0.0)
-        loss = jnp.mean(jnp.square(predicted_B - rise_B)) + routers
+        routers = jnp.where(trusted, row_mean(wished_B, batch) + miss, 0.0)
+        loss = row_mean(jnp.square(predicted_B - rise_B), batch) + routers
         return loss, {"surrogate/error": error, "surrogate/trusted": trusted.astype(jnp.float32)}
 
     def _whole(self, params: Params, batch: Batch) -> jax.Array:
@@ -330,7 +336,7 @@ class RouterEvaluation:
             hidden, picked = self.method.forward(params, batch, budget_B)
             sums = self.method.token_sums(params, batch, hidden)
             entropy = jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.weight), 1.0)
-            return entropy, jnp.mean(self.method.costs(picked)) / budget
+            return entropy, row_mean(self.method.costs(picked), batch) / budget
 
         losses, spent = jax.lax.map(one, budgets)
         names = [f"budget_{b:.4g}" for b in (*anchors, *between)]
@@ -340,30 +346,38 @@ class RouterEvaluation:
         return mean, {"loss": mean, **metrics}
 
 
+def row_mean(x_B: jax.Array, batch: Batch) -> jax.Array:
+    """Mean over rows by their tokens; rows of padding do not count."""
+    tokens_B = jnp.sum(batch.segments > 0, axis=1)
+    return jnp.sum(x_B * tokens_B) / jnp.maximum(jnp.sum(tokens_B), 1)
+
+
 def fit_tilts(method: RouterTraining, params: Params, batches: Sequence[Batch]) -> tuple[float, ...]:
     """Tilts with which routers that read states spend each anchor on average over some text.
 
     Args:
       method: whose routers read states.
       params: model, stacked, and trained routers.
-      batches: text that budgets are to be met on.
+      batches: text that budgets are to be met on; batches count alike.
 
     Returns:
       One tilt per anchor, found by halving an interval: what is spent is at most the anchor, and as near to
       it as the interval is small; 0 for the whole model.
     """
+    steps = np.concatenate([np.diff(np.asarray(shares)).ravel() for shares in method.shares])
+    widest = STEEPEST / np.min(steps[steps > 0], initial=1.0)
 
     @jax.jit
     def spent(params: Params, batch: Batch, budget: jax.Array, tilt: jax.Array) -> jax.Array:
         budget_B = jnp.full(batch.tokens.shape[:1], budget)
-        return jnp.mean(method.costs(method.forward(params, batch, budget_B, tilt=tilt)[1]))
+        return row_mean(method.costs(method.forward(params, batch, budget_B, tilt=tilt)[1]), batch)
 
     def fit(anchor: float) -> float:
-        low, high = -WIDEST, WIDEST
+        low, high = -widest, widest
         for _ in range(HALVINGS):
             tilt = (low + high) / 2
             fits = np.mean([spent(params, batch, anchor, tilt) for batch in batches]) <= anchor
             low, high = (tilt, high) if fits else (low, tilt)
-        return low
+        return float(low)
 
     return (*(fit(anchor) for anchor in method.shape.anchors[:-1]), 0.0)

@@ -2,8 +2,6 @@
 
 import itertools
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -76,17 +74,23 @@ def initial_routers(train: TrainConfig, shape: RouterShape) -> Params | None:
     return found.params
 
 
-def save_routers(
-    folder: Path,
-    method: RouterTraining,
-    params: Params,
-    held_out: Iterable[Mapping[str, np.ndarray]],
-    mesh: Mesh,
-) -> None:
-    """Writes trained routers beside their model.
+def check_held_out(method: RouterTraining, held_out: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Checks that routers that read states have text to be held to their budgets on.
+
+    Raises:
+      ValueError: they have none.
+    """
+    if method.shape.reads == "hidden" and next(iter(held_out), None) is None:
+        fix = "such routers are held to budgets on held-out text: name more in data.eval_paths"
+        raise ValueError(f"train.reads={method.shape.reads!r}: {fix}")
+
+
+def finished_routers(
+    method: RouterTraining, params: Params, held_out: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+) -> Routers:
+    """Trained routers, those that read states tilted towards their budgets.
 
     Args:
-      folder: the model's.
       method: that trained them.
       params: model, stacked, and routers.
       held_out: batches on which routers that read states are held to their budgets.
@@ -94,9 +98,6 @@ def save_routers(
     """
     tilts: tuple[float, ...] = ()
     if method.shape.reads == "hidden":
-        batches: list[Any] = [place_batch(b, mesh) for b in itertools.islice(held_out, TILT_BATCHES)]
-        require(
-            bool(batches), "data.eval_paths", (), "routers that read states need held-out text: name some"
-        )
+        batches = [place_batch(batch, mesh) for batch in itertools.islice(held_out, TILT_BATCHES)]
         tilts = fit_tilts(method, params, batches)
-    Routers(method.shape, params[ROUTERS], method.table, tilts).save(folder)
+    return Routers(method.shape, params[ROUTERS], method.table, tilts)

@@ -40,7 +40,7 @@ from elastic_lm.train.cached import cached_batches, place_taps
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.ranking import rank_state
-from elastic_lm.train.routing import router_training, save_routers
+from elastic_lm.train.routing import check_held_out, finished_routers, router_training
 from elastic_lm.train.state import TrainState, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step, place_batch
 
@@ -86,9 +86,18 @@ def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, di
     trained = {**frozen, **state.params}
     beside = (TEACHER, ROUTERS, SURROGATE)
     params = unstack_layers({name: tree for name, tree in trained.items() if name not in beside})
-    save_model(workdir / MODEL_FOLDER, model, params, tokenizer, menu=menu_of(config, method), overwrite=True)
+    routers = None
     if isinstance(method, RouterTraining):
-        save_routers(workdir / MODEL_FOLDER, method, trained, held_out(config, tokenizer), mesh)
+        routers = finished_routers(method, trained, held_out(config, tokenizer), mesh)
+    save_model(
+        workdir / MODEL_FOLDER,
+        model,
+        params,
+        tokenizer,
+        menu=menu_of(config, method),
+        beside=None if routers is None else routers.save,
+        overwrite=True,
+    )
     return model, params, metrics
 
 
@@ -129,6 +138,7 @@ def prepare(
     if isinstance(measured, ElasticTraining):
         measured = ElasticEvaluation(measured)
     if isinstance(measured, RouterTraining):
+        check_held_out(measured, held_out(config, tokenizer))
         measured = RouterEvaluation(measured)
     job = loop.Job(
         config=config.train,

@@ -52,7 +52,7 @@ def test_greedy_tokens_are_those_of_the_forward_pass() -> None:
     model, params, elastic = routed()
     assert elastic.routers is not None
     config, nested = routed_model(model.config, params, elastic.routers)
-    nested = {**nested, ROUTING: routing(elastic.routers, elastic.costs("parameters"), budget(0.7))}
+    nested = {**nested, ROUTING: routing(elastic.routers, budget(0.7))}
     forward = jax.jit(lambda tokens: RoutedDecoder(config).apply({"params": nested}, tokens).logits)
     tokens = PROMPTS[0]
     for emitted in sampler().sample(tokens, NEW, ignore_eos=True).tokens:
@@ -91,7 +91,7 @@ def test_prompts_choose_what_their_rows_run() -> None:
     model, params, elastic = routed()
     assert elastic.routers is not None
     config, nested = routed_model(model.config, params, elastic.routers)
-    nested = {**nested, ROUTING: routing(elastic.routers, elastic.costs("parameters"), budget(0.7))}
+    nested = {**nested, ROUTING: routing(elastic.routers, budget(0.7))}
     prompt = PROMPTS[0]
     chosen = prompt_choices(config, nested, np.asarray([prompt], np.int32), np.asarray([len(prompt)]))
     subnet = _subnet(chosen)
@@ -114,6 +114,19 @@ def test_errors_say_what_to_do() -> None:
         elastic.subnet(budget(0.7))
     with pytest.raises(ValueError, match="cheapest sub-network"):
         sampler().sample(PROMPTS[0], NEW, budget=Budget(parameters=1.0))
+    with pytest.raises(ValueError, match="cheapest sub-network"):
+        Sampler(model, params, elastic=elastic, budget=Budget(parameters=1.0))
+    assert elastic.routers is not None
+    few = dataclasses.replace(elastic.routers.shape, anchors=(0.8, 0.9, 1.0))
+    other = dataclasses.replace(elastic, routers=dataclasses.replace(elastic.routers, shape=few))
+    with pytest.raises(ValueError, match=r"trained for .* and more; .* lower train\.budgets"):
+        other.is_routed(budget(0.7))
+    with pytest.raises(ValueError, match="fitted to budgets of parameters"):
+        elastic.is_routed(Budget(flops=1e9))
+    with pytest.raises(ValueError, match=r"elastic\.menu=.*take their menu"):
+        dataclasses.replace(elastic, menu=Menu((0.25, 1.0), (0.5, 1.0)))
+    with pytest.raises(ValueError, match=r"tilts=\(\): needs 3"):
+        dataclasses.replace(elastic.routers, tilts=())
     with pytest.raises(ValueError, match="use 'exact'"):
         sampler(missing="propagate")
     with pytest.raises(ValueError, match=r"elastic\.per='row'"):

@@ -177,10 +177,31 @@ def test_routers_learn_to_meet_budgets_by_themselves(scheme: str) -> None:
 def test_routers_of_states_spend_their_budget_on_average() -> None:
     training, learned, _ = trained("end_to_end", "hidden")
     params = {**stack_layers(model()[1]), **learned}
-    tilts = fit_tilts(training, params, [batch()])
+    data = batch()
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), data)
+    tilts = fit_tilts(training, params, [padded])  # rows of padding do not count
     for anchor, tilt in zip(ANCHORS, tilts, strict=True):
         picked = training.forward(params, batch(), jnp.full((8,), anchor), tilt=tilt)[1]
         assert 0.95 <= float(jnp.mean(training.costs(picked))) / anchor <= 1.001
+
+
+def test_the_likeliest_sub_network_is_served_where_it_fits() -> None:
+    config, shape = model()[0], routers().shape
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        drawn = jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shape.init(jax.random.key(0))
+        )
+        found = Routers(shape, drawn, table())
+        for share in (0.6, 0.8, 0.95):
+            own, served = found.own(budget(share)), found.subnet(budget(share))
+            costs = [table().total(config, MENU, s) / whole() for s in (own, served)]
+            if costs[0] <= share:
+                assert set(own.layers) <= set(served.layers)
+                assert costs[0] <= costs[1] <= share
+                grown = zip(own.layers, own.mlp, own.heads, strict=True)
+                at = {i: (f, h) for i, f, h in zip(served.layers, served.mlp, served.heads, strict=True)}
+                assert all(f <= at[i][0] and h <= at[i][1] for i, f, h in grown)
 
 
 def test_whole_budget_is_the_whole_model() -> None:
@@ -267,7 +288,7 @@ def test_errors_say_what_to_do(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="end_to_end"):
         method("surrogate", "budget", train_model=True)
     by_token = Routers(
-        RouterShape(config, Menu(), ANCHORS, "hidden"), {}, counted_table(config, Menu(), "flops")
+        RouterShape(config, Menu(), ANCHORS, "hidden"), {}, counted_table(config, Menu(), "flops"), (0.0,) * 5
     )
     with pytest.raises(ValueError, match="choose widths alone"):
         RouterShape(config, MENU, ANCHORS, "hidden")

@@ -71,7 +71,7 @@ def test_routers_of_states_are_tilted_on_held_out_text(elastic: RunConfig, tmp_p
     assert len(routers.tilts) == 3
     assert routers.tilts[-1] == 0
     without = dataclasses.replace(elastic.data, eval_paths=())
-    with pytest.raises(ValueError, match=r"data\.eval_paths=\(\): routers that read states need held-out"):
+    with pytest.raises(ValueError, match=r"train\.reads='hidden': .* name more in data\.eval_paths"):
         fit(dataclasses.replace(changed(elastic, reads="hidden"), data=without), tmp_path / "blind")
 
 
