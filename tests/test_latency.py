@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from elastic_lm import cli
+from elastic_lm import latency_table as table
 from elastic_lm.config import ExitConfig, ModelConfig
 from elastic_lm.cost import CostTable, Load
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.elastic import Menu, Subnet
-from elastic_lm.latency import build, measure, table, verify
+from elastic_lm.latency import build, measure, verify
 from elastic_lm.latency_table import Device, LatencyTable
 from elastic_lm.models.decoder import Decoder, init_params
 from elastic_lm.testing import tiny_config
