@@ -5,7 +5,8 @@ COMMAND   python experiments/flextron/run.py --out runs/flextron_embedded
               --out runs/flextron_english
 HARDWARE  CPU, one core: `taskset -c 0 python ...`
 DURATION  see README.md
-EXPECTED  at equal latency the elastic model is far ahead of slices of the base that was only ranked
+EXPECTED  choosing widths layer by layer is worth far more than 60 steps of training: knapsack on the base
+          that was only ranked is ahead of the best uniform sub-network of the elastic model; see README.md
 
     zero-shot   the base, ranked by importance and not trained: uniform sub-networks, and knapsack
     elastic     Flextron's first stage on the ranked base: uniform sub-networks (the dearest of a budget, or
