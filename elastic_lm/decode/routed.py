@@ -9,7 +9,7 @@ import numpy as np
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.elastic import Budget
-from elastic_lm.methods.routers import Routers
+from elastic_lm.methods.routers import Routers, shares
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.routed_decoder import ROUTING, RoutedConfig, prompt_choices, routed_params
 from elastic_lm.nn.router import budget_code
@@ -30,13 +30,9 @@ def routed_model(config: ModelConfig, params: Params, routers: Routers) -> tuple
     Returns:
       (config, parameters without `ROUTING`).
     """
-    shape, table = routers.shape, routers.table
+    shape = routers.shape
     routed = RoutedConfig.of(config, shape.menu, router_width=shape.width)
-    whole = table.range(shape.menu)[1]
-    costs = {
-        "heads": jnp.asarray([[h[-1] for h in a] for a in table.attention]) / whole,
-        "mlp": jnp.asarray(table.mlp) / whole,
-    }
+    costs = shares(routers.table, shape.menu)
     return routed, routed_params(routed, params, routers.params["layers"], costs)
 
 

@@ -26,7 +26,7 @@ from elastic_lm.elastic import Budget, Menu, Subnet
 from elastic_lm.methods.search import Damage, knapsack
 from elastic_lm.methods.search_space import Move, Space
 from elastic_lm.models.decoder import Params
-from elastic_lm.nn.router import Router, budget_code, init_router
+from elastic_lm.nn.router import Router, budget_code, init_router, layer_router
 from elastic_lm.plain import from_dict, read_json, require, require_choice, write_text_whole
 from elastic_lm.train_config import Reads
 
@@ -62,11 +62,6 @@ class RouterShape:
         self.menu.sizes(self.config)
 
     @property
-    def layer_router(self) -> Router:
-        """The router of one layer."""
-        return Router(self.width, (("heads", len(self.menu.heads)), ("mlp", len(self.menu.mlp))))
-
-    @property
     def depth_router(self) -> Router:
         """The router of the number of layers that are left out; reads the budget alone."""
         return Router(self.width, (("dropped", len(self.menu.dropped) + 1),))
@@ -79,13 +74,13 @@ class RouterShape:
         """
         layers, depth = jax.random.split(key)
         inputs = len(self.anchors) + (self.config.d_model if self.reads == "hidden" else 0)
-        keys = jax.random.split(layers, self.config.n_layers)
-        stacked = jax.vmap(lambda key: init_router(self.layer_router, inputs, key))(keys)
+        keys, router = jax.random.split(layers, self.config.n_layers), layer_router(self.menu, self.width)
+        stacked = jax.vmap(lambda key: init_router(router, inputs, key))(keys)
         return {"layers": stacked, "depth": init_router(self.depth_router, len(self.anchors), depth)}
 
     def layer_logits(self, params: Params, code: jax.Array) -> dict[str, jax.Array]:
         """Logits of one layer's choices, see `Router`."""
-        logits: Any = self.layer_router.apply({"params": params}, code)
+        logits: Any = layer_router(self.menu, self.width).apply({"params": params}, code)
         return logits
 
     def all_logits(self, params: Params, code_BA: jax.Array) -> tuple[dict[str, jax.Array] | None, jax.Array]:
@@ -111,6 +106,21 @@ class RouterShape:
         most = len(place)
         place_L = np.asarray([place.get(i, most) for i in range(self.config.n_layers)])
         return (place_L >= np.arange(most + 1)[:, None]).astype(np.float32)
+
+
+def shares(table: CostTable, menu: Menu) -> dict[str, jax.Array]:
+    """Costs of the choices with all groups, as shares of the whole model's.
+
+    Args:
+      table: costs of the menu's choices.
+      menu: what may be chosen.
+
+    Returns:
+      {"heads", "mlp": [L, choices] float32}.
+    """
+    whole = table.range(menu)[1]
+    heads = jnp.asarray([[groups[-1] for groups in layer] for layer in table.attention])
+    return {"heads": heads / whole, "mlp": jnp.asarray(table.mlp) / whole}
 
 
 def _damage(config: ModelConfig, menu: Menu, scores: list[np.ndarray]) -> Damage:

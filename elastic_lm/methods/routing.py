@@ -39,7 +39,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from elastic_lm.cost import CostTable
 from elastic_lm.elastic import Budget
 from elastic_lm.methods.losses import Batch, Metrics, TokenSums, sum_over_chunks, token_sums
-from elastic_lm.methods.routers import RouterShape
+from elastic_lm.methods.routers import RouterShape, shares
 from elastic_lm.methods.self_supervised_exits import imitation_loss
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.models.routed import routed_hidden
@@ -199,7 +199,7 @@ class RouterTraining:
 
         if shape.reads == "hidden":
             each = [None if k is None else jax.random.split(k, len(keep_LB)) for k in (heads_key, mlp_key)]
-            tilts = [tilt * costs for costs in self.shares]
+            tilts = [tilt * costs for costs in self._shares()]
             hidden, mean = run(of_state, (routers["layers"], *tilts, *each), keep_LB)
             return hidden, {"heads": mean.heads, "mlp": mean.mlp, "dropped": dropped_BC}
         assert layers is not None
@@ -217,21 +217,19 @@ class RouterTraining:
         far_B = far_B + jnp.square(1 - picked["dropped"][:, 0])
         return jnp.abs(self.costs(picked) / budget_B - 1), jnp.where(budget_B >= 1, far_B, 0.0)
 
-    @property
-    def shares(self) -> tuple[jax.Array, jax.Array]:
-        """Costs of the choices as shares of the whole model's: ([L, choices of heads], [L, of neurons])."""
-        whole = self.table.range(self.shape.menu)[1]
-        attention = jnp.asarray([[h[-1] for h in a] for a in self.table.attention])
-        return attention / whole, jnp.asarray(self.table.mlp) / whole
-
     def costs(self, picked: dict[str, jax.Array]) -> jax.Array:
         """[B] cost of what was picked, as a share of the whole model's."""
         whole = self.table.range(self.shape.menu)[1]
-        attention, mlp = self.shares
+        attention, mlp = self._shares()
         layers_LB = jnp.einsum("lbc,lc->lb", picked["heads"], attention)
         layers_LB = layers_LB + jnp.einsum("lbc,lc->lb", picked["mlp"], mlp)
         keep_LB = (picked["dropped"] @ self.shape.kept).T
         return self.table.fixed / whole + jnp.sum(keep_LB * layers_LB, axis=0)
+
+    def _shares(self) -> tuple[jax.Array, jax.Array]:
+        """Shares of the choices of heads and of neurons."""
+        costs = shares(self.table, self.shape.menu)
+        return costs["heads"], costs["mlp"]
 
     def token_sums(self, params: Params, batch: Batch, hidden: jax.Array) -> TokenSums:
         """[B] sums of every row, from the state after the last layer."""
@@ -364,7 +362,8 @@ def fit_tilts(method: RouterTraining, params: Params, batches: Sequence[Batch]) 
       One tilt per anchor, found by halving an interval: what is spent is at most the anchor, and as near to
       it as the interval is small; 0 for the whole model.
     """
-    steps = np.concatenate([np.diff(np.asarray(shares)).ravel() for shares in method.shares])
+    costs_of = shares(method.table, method.shape.menu)
+    steps = np.concatenate([np.diff(np.asarray(costs)).ravel() for costs in costs_of.values()])
     widest = STEEPEST / np.min(steps[steps > 0], initial=1.0)
 
     @jax.jit

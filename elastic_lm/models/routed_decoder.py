@@ -21,7 +21,7 @@ from elastic_lm.models.decoder import Decoder, Params, default_positions
 from elastic_lm.nn.attention import KeyValues
 from elastic_lm.nn.block import Rows, Tap
 from elastic_lm.nn.nested import nest, nested_block
-from elastic_lm.nn.router import Router, router_input
+from elastic_lm.nn.router import layer_router, router_input
 
 ROUTING = "routing"  # key of what decides: {"code", "tilt"}, or the choices {"heads", "mlp": [B, L]}
 
@@ -39,12 +39,6 @@ class RoutedConfig(ModelConfig):
         """The routed form of a model; `fields` are those above."""
         own = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
         return cls(**own, menu=menu, **fields)
-
-    @property
-    def router(self) -> Router:
-        """The router of one layer."""
-        choices = (("heads", len(self.menu.heads)), ("mlp", len(self.menu.mlp)))
-        return Router(self.router_width, choices, parent=None)
 
 
 class RoutedDecoder(Decoder):
@@ -108,7 +102,8 @@ def layer_logits(
     Returns:
       {"heads", "mlp": [B, T, choices] float32}.
     """
-    logits: Any = config.router.apply({"params": layer["router"]}, router_input(routing["code"], hidden_BTD))
+    router, code = layer_router(config.menu, config.router_width), routing["code"]
+    logits: Any = router.apply({"params": layer["router"]}, router_input(code, hidden_BTD))
     return {name: r + routing["tilt"] * layer["costs"][name] for name, r in logits.items()}
 
 

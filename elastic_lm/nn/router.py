@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config import ModelConfig
-from elastic_lm.elastic import Ints
+from elastic_lm.elastic import Ints, Menu
 from elastic_lm.nn.attention import Attention
 from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.linear import Linear
@@ -65,6 +65,16 @@ class Router(nn.Module):
         """
         x = nn.leaky_relu(Linear((self.width,), (None, None), name="hidden")(code), SLOPE)
         return {name: Linear((n,), (None, None), name=name)(x) for name, n in self.choices}
+
+
+def layer_router(menu: Menu, width: int) -> Router:
+    """The router of one layer: of its heads and of its neurons.
+
+    Args:
+      menu: what may be chosen.
+      width: of the hidden layer.
+    """
+    return Router(width, (("heads", len(menu.heads)), ("mlp", len(menu.mlp))), parent=None)
 
 
 def init_router(router: nn.Module, inputs: int, key: jax.Array) -> Params:

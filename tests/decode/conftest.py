@@ -17,12 +17,8 @@ from elastic_lm.testing import tiny_config
 
 
 @pytest.fixture(autouse=True, scope="session")
-def compiled_programs_are_kept(tmp_path_factory: pytest.TempPathFactory):
+def compiled_programs_are_kept(programs_on_disk: None) -> None:
     """Samplers of one shape of model and batch compile once per session."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from elastic_lm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -13,12 +12,8 @@ LINE = "def f{0}(x):\n    return x * {0} + {1}\n\n"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def compiled_programs_are_kept(tmp_path_factory: pytest.TempPathFactory):
+def compiled_programs_are_kept(programs_on_disk: None) -> None:
     """Runs with one shape of model and batch compile once per session."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture
