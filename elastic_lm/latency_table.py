@@ -125,10 +125,16 @@ class LatencyTable:
             value, own = getattr(self.model, field), getattr(config, field)
             fix = f"this model has {own!r}; name the table's model with --model, or {REBUILD}"
             require(value == own, f"{source}: model.{field}", value, fix)
+        menu = menu or self.menu
+        sizes, own_sizes = self.menu.sizes(self.model), menu.sizes(config)
         for field in CHOICES:
-            value, own = getattr(self.menu, field), getattr(menu or self.menu, field)
+            value, own = getattr(self.menu, field), getattr(menu, field)
             fix = f"this menu has {own}; {REBUILD} --{field} {_listed(own)}"
-            require(value == own, f"{source}: menu.{field}", value, fix)
+            same = getattr(sizes, field) == getattr(own_sizes, field)
+            require(same, f"{source}: menu.{field}", value, fix)
+        fix = f"this menu drops layers {menu.dropped}, of which no time is known; {REBUILD} with --model"
+        measured = bool(self.menu.dropped) or not menu.dropped
+        require(measured, f"{source}: menu.dropped", self.menu.dropped, fix)
         self.device.check(source)
 
     def checked(self, config: ModelConfig, menu: Menu, source: str = "latency table") -> CostTable:
@@ -206,4 +212,4 @@ def _line(name: str, table: LatencyTable, cost: Callable[[CostTable], float]) ->
 
 
 def _listed(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values)
+    return ",".join(f"{value:.12g}" for value in values)

@@ -90,7 +90,8 @@ def test_totals_of_unseen_subnets_are_recovered(timer, config: ModelConfig, nois
 
 def test_what_choices_save_and_what_is_fixed_are_recovered(timer):
     timer(menu=MENU)
-    found, truth = built().decode, true_costs(LLAMA, MENU, "decode")
+    menu = dataclasses.replace(MENU, dropped=(5,))  # only programs that lack layers tell what is fixed
+    found, truth = built(menu=menu).decode, true_costs(LLAMA, MENU, "decode")
     assert found.fixed == pytest.approx(truth.fixed, rel=1e-2)
     saved = np.asarray(truth.mlp[0])[-1] - np.asarray(truth.mlp[0])
     np.testing.assert_allclose(np.asarray(found.mlp[0])[-1] - np.asarray(found.mlp[0]), saved, atol=1e-3)
@@ -111,6 +112,9 @@ def test_a_dozen_programs_cover_a_homogeneous_model():
     subnets = build.programs(LLAMA, Menu(), seed=0)
     assert subnets[0] == Subnet.full(LLAMA)
     assert len(subnets) == len(set(subnets)) <= 12
+    assert all(len(s.layers) == 12 for s in subnets)
+    dropping = build.programs(LLAMA, Menu(dropped=(3,)), seed=0)
+    assert {len(s.layers) for s in dropping} == {3, 6, 11, 12}
     one_layer = tiny_config(n_layers=1)
     assert build.programs(one_layer, Menu((1.0,), (1.0,)), seed=0) == [Subnet.full(one_layer)]
 
@@ -131,7 +135,9 @@ def test_saved_and_loaded_is_the_same(small: LatencyTable, tmp_path: pathlib.Pat
     again = LatencyTable.load(tmp_path / "new" / "t.json")
     assert again == small
     assert again.text() == small.text()
-    again.check(small.model.with_exits((ExitConfig(1),)), Menu(dropped=(1,)))
+    again.check(small.model.with_exits((ExitConfig(1),)))
+    rounded = Menu(mlp=(0.250001, 0.5, 0.75, 1.0))  # of the same neurons
+    again.check(small.model, rounded)
 
 
 def test_text_names_every_choice_once(small: LatencyTable):
@@ -179,6 +185,9 @@ def test_another_model_or_menu_is_refused(small: LatencyTable):
         small.check(tiny_config(d_mlp=128), source="t.json")
     with pytest.raises(ValueError, match=r"model.dtype='float32': this model has 'bfloat16'"):
         small.check(tiny_config(dtype="bfloat16"))
+    message = r"t.json: menu.dropped=\(\): this menu drops layers \(1,\), of which no time is known"
+    with pytest.raises(ValueError, match=message):
+        small.check(small.model, Menu(dropped=(1,)), "t.json")
     message = r"t.json: menu.heads=\(0.5, 1.0\): this menu has \(1.0,\); .*latency build --heads 1"
     with pytest.raises(ValueError, match=message):
         small.check(small.model, Menu(heads=(1.0,)), source="t.json")

@@ -1,14 +1,17 @@
 """Builds latency tables: which programs are timed, and how times become costs of modules.
 
 Layers of equal sizes and window form a class and share their costs. Timed are the sub-networks whose layers
-of one class all take one choice, those that lack some layers of a class, the smallest one, and random ones.
+of one class all take one choice, the smallest one, random ones and, where the menu drops layers, those that
+lack some layers of a class. Without that they would mislead: half of a small model may lie in a cache that
+the whole one does not fit, so that its time says little about narrow models.
 With A the shares of each class that take each choice, r the times relative to the full model's, and p the
 shares of bytes (decoding) or FLOPs (prefill) that are counted, the costs are
 
     argmin_{x >= 0}  |A x / r - 1|^2 + PRIOR |x - p|^2
 
 The prior is so weak that it only decides what times leave open: all layers have an attention and an MLP, so
-that how a layer's least time splits between the two shows in no time of a whole program.
+that how a layer's least time splits between the two shows in no time of a whole program. Nor does what all
+programs share where all have all layers.
 """
 
 import datetime
@@ -28,7 +31,7 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.plain import require
 
 PRIOR = 1e-4
-RANDOM = 4  # random sub-networks beside the chosen ones
+RANDOM = 6  # random sub-networks beside the chosen ones
 
 
 def build(
@@ -115,8 +118,11 @@ def programs(config: ModelConfig, menu: Menu, seed: int) -> list[Subnet]:
     found = [full]
     for layers in layer_classes(config):
         found += [_with(config, menu, layers, choice) for choice in grid]
-        found += [_without(config, layers[: math.ceil(len(layers) / 2)])]
-    found += [_without(config, range(config.n_layers // 4, config.n_layers)), menu.smallest(config)]
+        if menu.dropped:
+            found += [_without(config, layers[: math.ceil(len(layers) / 2)])]
+    if menu.dropped:
+        found += [_without(config, range(config.n_layers // 4, config.n_layers))]
+    found += [menu.smallest(config)]
     found += [menu.sample(config, rng) for _ in range(RANDOM)]
     return list(dict.fromkeys(found))
 
