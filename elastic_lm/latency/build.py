@@ -31,7 +31,7 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.plain import require
 
 PRIOR = 1e-4
-RANDOM = 6  # random sub-networks beside the chosen ones
+RANDOM = 6  # random sub-networks per class of layers, beside the chosen ones
 
 
 def build(
@@ -115,15 +115,15 @@ def programs(config: ModelConfig, menu: Menu, seed: int) -> list[Subnet]:
     full, rng = menu.largest(config), np.random.default_rng(seed)
     grid = [(len(menu.mlp) - 1, h, g) for h in range(len(menu.heads)) for g in range(len(menu.groups))]
     grid += [(f, len(menu.heads) - 1, len(menu.groups) - 1) for f in range(len(menu.mlp))]
-    found = [full]
-    for layers in layer_classes(config):
+    found, classes = [full], layer_classes(config)
+    for layers in classes:
         found += [_with(config, menu, layers, choice) for choice in grid]
         if menu.dropped:
             found += [_without(config, layers[: math.ceil(len(layers) / 2)])]
     if menu.dropped:
         found += [_without(config, range(config.n_layers // 4, config.n_layers))]
     found += [menu.smallest(config)]
-    found += [menu.sample(config, rng) for _ in range(RANDOM)]
+    found += [menu.sample(config, rng) for _ in range(RANDOM * len(classes))]
     return list(dict.fromkeys(found))
 
 
