@@ -297,6 +297,8 @@ def _generate(parser: Parser) -> None:
     kinds = ", ".join(BUDGETS)
     add("--budget", type=_budget, metavar="KIND=N", help=f"what the model that runs may cost: {kinds}")
     add("--latency-table", metavar="FILE", help="with --budget latency_ms=N: from `latency build`")
+    counted = "with --budget flops=N or memory_bytes=N: positions before the decoded token (default: 0)"
+    add("--context", type=int, metavar="N", help=counted)
     add("--temperature", type=float, default=0.0, help="0 = always the likeliest token (default)")
     add("--top-k", type=int, default=0, metavar="K", help="0 = all (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="1 = all (default)")

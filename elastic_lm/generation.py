@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from elastic_lm import render
 from elastic_lm.calibrate.thresholds import ConfidenceExit
 from elastic_lm.config import ModelConfig
+from elastic_lm.cost import Load
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.elastic import Elastic
 from elastic_lm.decode.results import Sample
@@ -20,6 +21,7 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.elastic import Budget, Subnet
 from elastic_lm.held_out import load_with_tokenizer
 from elastic_lm.latency_table import LatencyTable
+from elastic_lm.plain import require
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 ROWS = 32  # texts written at once where there is no prompt
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
     if args.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
-    budget = read_budget(args.budget, args.latency_table)
+    budget = read_budget(args.budget, args.latency_table, args.context)
     model, params, tokenizer, folder = load_with_tokenizer(args.model)
     policy = exit_policy(model.config, args.thresholds, args.threshold, args.metric or "max_prob")
     sampler = Sampler(
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         lossless=args.lossless,
         draft=args.draft,
         missing=args.missing,
-        elastic=elastic_choices(folder, model.config, args.latency_table) if budget else None,
+        elastic=elastic_choices(folder, model.config, budget, args) if budget else None,
         budget=budget,
     )
     ran = sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(model.config)
@@ -78,12 +80,16 @@ def run(args: argparse.Namespace) -> None:
         show(tokenizer, len(ran.layers), prompts, samples, colour)
 
 
-def read_budget(given: dict[str, float] | None, latency_table: str | None) -> Budget | None:
+def read_budget(
+    given: dict[str, float] | None, latency_table: str | None, context: int | None = None
+) -> Budget | None:
     """The budget of --budget.
 
     Raises:
-      ValueError: its amount is out of range, or a latency table is missing or not read.
+      ValueError: its amount is out of range, or a latency table is missing, or it or the context not read.
     """
+    if context is not None and not {"flops", "memory_bytes"} & set(given or {}):
+        raise ValueError(f"--context {context}: is read for --budget flops=N or memory_bytes=N; add one")
     if latency_table and "latency_ms" not in (given or {}):
         raise ValueError(f"--latency-table {latency_table}: is read for --budget latency_ms=N; add that")
     if given is None:
@@ -97,10 +103,21 @@ def read_budget(given: dict[str, float] | None, latency_table: str | None) -> Bu
     return budget
 
 
-def elastic_choices(folder: str, config: ModelConfig, latency_table: str | None) -> Elastic:
-    """The choices of a checkpoint, with the milliseconds of a latency table where one is named."""
+def elastic_choices(folder: str, config: ModelConfig, budget: Budget, args: argparse.Namespace) -> Elastic:
+    """The choices of a checkpoint, with the latency table or the context that the flags name.
+
+    Raises:
+      ValueError: a context is named, and the checkpoint's routers were trained for another one.
+    """
     found = Elastic.load(folder, config)
-    return found.with_latency(LatencyTable.load(latency_table), latency_table) if latency_table else found
+    if args.latency_table:
+        return found.with_latency(LatencyTable.load(args.latency_table), args.latency_table)
+    if args.context is not None:
+        routed = found.routers is not None and found.routers.table.kind == budget.kind
+        fix = "the routers of this model keep to the context that they were trained for; leave it out"
+        require(not routed, "--context", args.context, fix)
+        return dataclasses.replace(found, workload=Load(context=args.context))
+    return found
 
 
 def subnet_line(config: ModelConfig, subnet: Subnet) -> str:

@@ -49,6 +49,19 @@ def test_kinds_are_the_budgets() -> None:
     assert tuple(f.name for f in dataclasses.fields(Budget)) == flags.BUDGETS
 
 
+def test_bytes_are_counted_at_a_context(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = counted_table(CONFIG, MENU, "memory_bytes", Load(context=64))
+    amount = 0.8 * at.range(MENU)[1]
+    assert generate(model, "--budget", f"memory_bytes={amount}", "--context", 64, "--json", "-") == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    elastic = dataclasses.replace(Elastic.load(model), workload=Load(context=64))
+    chosen = elastic.subnet(Budget(memory_bytes=amount))
+    assert row["stats"]["subnet"] == json.loads(json.dumps(dataclasses.asdict(chosen)))
+    assert chosen != Elastic.load(model).subnet(Budget(memory_bytes=amount))
+    assert generate(model, "--budget", "parameters=9e9", "--context", 64) == 2
+    assert "--context 64: is read for --budget flops=N or memory_bytes=N" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["parameters", "latency_ms"])
 def test_generate_serves_a_budget(
     model: pathlib.Path, table: pathlib.Path, capsys: pytest.CaptureFixture[str], kind: str
