@@ -124,7 +124,7 @@ class JsonLines:
           ValueError: a file is empty or not a gzip file.
         """
         self._fields = (prompt_field, text_field) if prompt_field else (text_field,)
-        self._lines = [line for file in files for line in _lines(file)]
+        self._lines = [line for file in files for line in json_lines(file)]
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -157,8 +157,12 @@ def _cut(data: bytes | mmap.mmap, span: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def _lines(file: Path) -> list[tuple[Path, int, int, int]]:
-    """(file, line number from 1, start, stop) of every line that is not blank."""
+def json_lines(file: Path) -> list[tuple[Path, int, int, int]]:
+    """(file, line number from 1, start, stop) of every line that is not blank.
+
+    Raises:
+      ValueError: the file is empty or not a gzip file.
+    """
     data = np.frombuffer(read_bytes(file), np.uint8)
     ends = np.append(np.flatnonzero(data == ord("\n")), len(data))
     starts = np.append(0, ends[:-1] + 1)

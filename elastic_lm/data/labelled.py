@@ -1,0 +1,145 @@
+"""Labelled records to padded batches: source -> shuffle, repeat -> tokenise -> batch, all in grain.
+
+The iterator's position is part of a training checkpoint, so a resumed run reads the very next batch.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from elastic_lm.data.records import Record, Records, text_of
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.plain import require
+from elastic_lm.task_config import TaskConfig
+
+WIDTH = 32  # batches are padded to a multiple of so many tokens, each multiple being one compiled program
+Example = dict[str, Any]
+
+
+def classes(config: TaskConfig) -> tuple[str, ...]:
+    """Names of the classes, in the order of their numbers.
+
+    Args:
+      config: the task; where it names no labels the training files are read.
+
+    Returns:
+      () for regression; numbers in the files come in the order of their values.
+
+    Raises:
+      FileNotFoundError: a file does not exist.
+      ValueError: a record has no label, or all have the same.
+    """
+    if config.problem != "classification" or config.labels:
+        return config.labels
+    records = Records(config.paths)
+    found = {text_of(*records[i], config.label_field) for i in range(len(records))}
+    require(len(found) > 1, f"task.label_field={config.label_field}", sorted(found), "is the same everywhere")
+    return tuple(sorted(found, key=_number_first))
+
+
+def train_batches(config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str]) -> grain.IterDataset:
+    """Endless shuffled batches of the training files.
+
+    Args:
+      config: where the records are, and how many make a batch.
+      tokenizer: of the model.
+      labels: from `classes`.
+
+    Returns:
+      A dataset of dicts with the fields of `methods.task_tuning.TaskBatch`: NumPy arrays of batch_size rows.
+    """
+    rows = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
+    stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels))))
+    return stream.batch(config.batch_size, drop_remainder=True, batch_fn=_padder(config, tokenizer))
+
+
+def eval_batches(config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str]) -> grain.IterDataset:
+    """One pass over the held-out files in their order; the last batch is filled up with rows of weight 0."""
+    rows = grain.MapDataset.source(Records(config.eval_paths))
+    stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels))))
+    return stream.batch(config.batch_size, batch_fn=_padder(config, tokenizer))
+
+
+def example(
+    config: TaskConfig, tokenizer: Tokenizer, labels: tuple[str, ...], item: tuple[str, Record]
+) -> Example:
+    """One record as ids, token types and target.
+
+    Args:
+      config: fields to read.
+      tokenizer: of the model.
+      labels: from `classes`.
+      item: (where the record stands, its fields).
+
+    Returns:
+      {"ids", "types": lists of ints, "target": class number or number}.
+
+    Raises:
+      ValueError: a field is missing, or the label is no class or no number; names the record.
+    """
+    where, record = item
+    ids, types = tokenizer.encode_pair(*texts(config, where, record), max_len=config.max_len)
+    label = text_of(where, record, config.label_field)
+    if config.problem == "classification":
+        fix = f"is no class of the task; choose from {', '.join(labels)}, or name them in task.labels"
+        require(label in labels, f"{where}: {config.label_field}", label, fix)
+        return {"ids": ids, "types": types, "target": labels.index(label)}
+    return {"ids": ids, "types": types, "target": _number(f"{where}: {config.label_field}", label)}
+
+
+def texts(config: TaskConfig, where: str, record: Record) -> tuple[str, str | None]:
+    """(first text, second text or None) of a record."""
+    second = text_of(where, record, config.pair_field) if config.pair_field else None
+    return text_of(where, record, config.text_field), second
+
+
+def pad(rows: Sequence[Sequence[int]], width: int, fill: int) -> np.ndarray:
+    """[rows, width] int32, each row filled up on the right."""
+    padded = np.full((len(rows), width), fill, np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+def _padder(config: TaskConfig, tokenizer: Tokenizer) -> Any:
+    """What makes a batch of examples."""
+    dtype = np.int32 if config.problem == "classification" else np.float32
+
+    def batch(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        longest = max(len(e["ids"]) for e in examples)
+        width = min(-(-longest // WIDTH) * WIDTH, max(config.max_len, longest))
+        missing = config.batch_size - len(examples)
+        filled = [*examples, *examples[:1] * missing]
+        return {
+            "tokens": pad([e["ids"] for e in filled], width, tokenizer.pad_id or 0),
+            "mask": pad([[1] * len(e["ids"]) for e in filled], width, 0).astype(bool),
+            "types": pad([e["types"] for e in filled], width, 0),
+            "targets": np.asarray([e["target"] for e in filled], dtype),
+            "weights": np.asarray([1.0] * len(examples) + [0.0] * missing, np.float32),
+        }
+
+    return batch
+
+
+def _stream(rows: grain.MapDataset) -> grain.IterDataset:
+    return rows.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=256))
+
+
+def _number(where: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    require(math.isfinite(value), where, text, "must be a number, which regression learns")
+    return value
+
+
+def _number_first(label: str) -> tuple[float, str]:
+    try:
+        return float(label), label
+    except ValueError:
+        return math.inf, label
