@@ -7,11 +7,13 @@ from typing import Any
 import jax
 
 from elastic_lm.config import ModelConfig
-from elastic_lm.models import decoder
+from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.models import decoder, encoder
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.encoder import Encoder
 
-Config = ModelConfig
-Model = Decoder
+Config = ModelConfig | EncoderConfig
+Model = Decoder | Encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Kind:
 
 
 DECODER = Kind("decoder", ModelConfig, Decoder, decoder.abstract_params, decoder.init_params)
-KINDS = {kind.name: kind for kind in (DECODER,)}
+ENCODER = Kind("encoder", EncoderConfig, Encoder, encoder.abstract_params, encoder.init_params)
+KINDS = {kind.name: kind for kind in (DECODER, ENCODER)}
 
 
 def kind_of(config: Config) -> Kind:
