@@ -57,16 +57,21 @@ def export(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     """Trains what a config file describes."""
     from elastic_lm.checkpoint import QUICKSTART_MARK
+    from elastic_lm.config import ModelConfig, RunConfig
     from elastic_lm.train.configs import load_config
     from elastic_lm.train.run import fit
+    from elastic_lm.train.tasks import fit_task
 
     if (Path(args.workdir) / QUICKSTART_MARK).exists():
         raise ValueError(
             f"--workdir {args.workdir}: the next `elastic-lm quickstart` replaces it; choose another"
         )
-    model, _, metrics = fit(load_config(args.config, args.overrides), args.workdir)
+    config = load_config(args.config, args.overrides)
+    model, _, metrics = (
+        fit(config, args.workdir) if isinstance(config, RunConfig) else fit_task(config, args.workdir)
+    )
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    exits = f", {len(model.exits)} exits" if model.exits else ""
+    exits = f", {len(model.exits)} exits" if isinstance(model, ModelConfig) and model.exits else ""
     print(f"{args.workdir}/model: {model.n_layers} layers{exits}; held out: {numbers or 'no text'}")
 
 

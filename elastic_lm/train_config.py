@@ -17,7 +17,14 @@ from elastic_lm.plain import (
 )
 
 MethodName = Literal[
-    "pretraining", "ee_tuning", "joint", "sorted_finetuning", "self_supervised_exits", "flextron", "routers"
+    "pretraining",
+    "ee_tuning",
+    "joint",
+    "sorted_finetuning",
+    "self_supervised_exits",
+    "flextron",
+    "routers",
+    "task_tuning",
 ]
 DepthWeights = Literal["uniform", "linear", "sum", "sqrt", "inverse", "inverse_sqrt", "layerskip"]
 Curriculum = Literal["all", "sampled", "rotational", "gradual"]
@@ -29,6 +36,7 @@ Reads = Literal["budget", "hidden"]
 Priced = Literal["parameters", "flops", "memory_bytes", "latency_ms"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Optimizer = Literal["adamw", "muon"]
+Tuned = Literal["all", "head"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,7 +53,8 @@ READ_WITH = (
     (SELF_SUPERVISED, "method", ("self_supervised_exits",)),
     ((*MENU, "draw", *SAMPLED, "elastic_groups", "rank_batches"), "method", ("flextron",)),
     (ROUTED, "method", ("routers",)),
-    (("distil",), "method", ("flextron", "routers")),
+    (("distil",), "method", ("flextron", "routers", "task_tuning")),
+    (("teacher_from", "temperature", "z_loss", "tuned"), "method", ("task_tuning",)),
     (("remat",), "method", ("pretraining", "ee_tuning", "joint", "sorted_finetuning", "flextron", "routers")),
     (("curriculum_period",), "curriculum", ("rotational", "gradual")),
     (("top_k",), "objective", ("kl",)),
@@ -104,7 +113,7 @@ class TrainConfig:
     draw: Draw = "per_layer"  # flextron: random widths of a step; one_per_step: without the full model
     samples: int = 2  # flextron, beside the full model: random sub-networks of a step
     smallest_share: float = 0.5  # flextron: probability that one of them is the smallest there is
-    distil: float = 0.0  # flextron, routers: weight of KL to the full model, the rest is cross-entropy
+    distil: float = 0.0  # flextron, routers, task_tuning: weight of KL to the full model or teacher_from
     teacher: Teacher = "live"  # flextron, KL to: the full model of the step, or a copy of the first one
     elastic_groups: int = 0  # flextron: storage groups of neurons; 0 = the model's own, or 16
     rank_batches: int = 16  # flextron: batches that rank neurons and heads of init_from, unless it is ranked
@@ -119,6 +128,10 @@ class TrainConfig:
     budget_weight: float = 10.0  # routers: weight of the relative distance from the budget
     train_model: bool = False  # routers: the model trains with them
     surrogate_error: float = 0.5  # routers, surrogate: error up to which routers trust it, nats per token
+    teacher_from: str = ""  # task_tuning: folder of the model that it learns from; "" = none
+    temperature: float = 1.0  # task_tuning: divides both models' logits for KL
+    tuned: Tuned = "all"  # task_tuning: every parameter, or the task's head (with its pooler) alone
+    z_loss: float = 0.0  # task_tuning: weight of logsumexp^2; 1e-4 makes energies comparable
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
@@ -165,6 +178,7 @@ class TrainConfig:
         require_choice("train.objective", self.objective, get_args(Objective))
         require_choice("train.draw", self.draw, get_args(Draw))
         require_choice("train.teacher", self.teacher, get_args(Teacher))
+        require_choice("train.tuned", self.tuned, get_args(Tuned))
         distinct = len(set(self.menu_dropped)) == len(self.menu_dropped)
         require(distinct, "train.menu_dropped", self.menu_dropped, "names a layer twice; name each once")
         for field in ("menu_mlp", "menu_heads", "menu_groups", "budgets"):
@@ -182,9 +196,9 @@ class TrainConfig:
         require(increasing, "train.depths", self.depths, fix)
         counts = ("curriculum_period", "dropout_ramp", "top_k", "cached_batches", "elastic_groups")
         require_each(self, "train.", counts, *NOT_NEGATIVE)
-        positive = ("depth_scale", "router_lr", "surrogate_error")
+        positive = ("depth_scale", "router_lr", "surrogate_error", "temperature")
         require_each(self, "train.", positive, *POSITIVE)
-        require_each(self, "train.", ("budget_weight", "context"), *NOT_NEGATIVE)
+        require_each(self, "train.", ("budget_weight", "context", "z_loss"), *NOT_NEGATIVE)
         shares = ("layer_dropout", "imitation", "smallest_share", "distil")
         require_each(self, "train.", shares, lambda v: 0 <= v <= 1, "must be in [0, 1]")
         require(
@@ -202,6 +216,10 @@ class TrainConfig:
         require(not ramp or self.layer_dropout > 0, "train.dropout_ramp", ramp, fix)
         fix = "not read with train.distil=0.0; raise that, or set 'live'"
         require(self.teacher == "live" or self.distil > 0, "train.teacher", self.teacher, fix)
+        if self.method == "task_tuning":
+            together = (self.distil > 0) == bool(self.teacher_from)
+            fix = f"goes with train.teacher_from={self.teacher_from!r}: give both, or neither"
+            require(together, "train.distil", self.distil, fix)
         if not self.init_from:
             fix = "not read with train.init_from='', which is not ranked; name a model, or set"
             require_defaults(self, "train.", ("rank_batches",), fix)

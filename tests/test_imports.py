@@ -11,7 +11,7 @@ import elastic_lm
 PACKAGE = pathlib.Path(elastic_lm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = {"config", "encoder_config", "rope_config", "train_config", "plain", "elastic", "cost"}
+CORE = {"config", "encoder_config", "task_config", "rope_config", "train_config", "plain", "elastic", "cost"}
 LAYERS = CORE | {"nn", "models"}
 LEAVES = {"hf", "checkpoint", "sharding", "data", "metrics"}
 
@@ -23,6 +23,7 @@ ARROWS = {
     "train_config": {"plain"},
     "config": {"rope_config", "train_config", "plain"},
     "encoder_config": {"config", "train_config", "plain"},
+    "task_config": {"config", "encoder_config", "train_config", "plain"},
     "elastic": {"config", "plain"},
     "cost": {"config", "elastic", "plain"},
     "machine": set(),

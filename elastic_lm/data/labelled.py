@@ -113,7 +113,7 @@ def _padder(config: TaskConfig, tokenizer: Tokenizer) -> Any:
         longest = max(len(e["ids"]) for e in examples)
         width = min(-(-longest // WIDTH) * WIDTH, max(config.max_len, longest))
         missing = config.batch_size - len(examples)
-        filled = [*examples, *examples[:1] * missing]
+        filled = [*examples, *[examples[0]] * missing]
         return {
             "tokens": pad([e["ids"] for e in filled], width, tokenizer.pad_id or 0),
             "mask": pad([[1] * len(e["ids"]) for e in filled], width, 0).astype(bool),

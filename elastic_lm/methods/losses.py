@@ -1,7 +1,7 @@
 """What every training method shares: the batch it reads, its interface, and chunked cross-entropy."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import flax.struct
 import jax
@@ -32,26 +32,29 @@ class Batch:
     segments: jax.Array
 
 
-class Method(Protocol):
-    """A training method: which parameters train, and the loss."""
+AnyBatch = TypeVar("AnyBatch", contravariant=True)
+
+
+class Method(Protocol[AnyBatch]):
+    """A training method: which parameters train, and the loss of a batch of its kind."""
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Splits parameters into (trainable, frozen), two trees with disjoint top-level keys."""
         ...
 
     def loss(
-        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+        self, trainable: Params, frozen: Params, batch: AnyBatch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """What is minimised; pure and traced.
 
         Args:
           trainable: first result of `split`; the gradient is taken with respect to it.
           frozen: second result of `split`.
-          batch: packed [B, T] tokens, targets and weights.
+          batch: rows, with the `weights` of what counts.
           step: int32 scalar, optimizer steps done; the largest int32 in evaluation.
 
         Returns:
-          (scalar float32, float32 scalars by name), each per counted token of the batch.
+          (scalar float32, float32 scalars by name), each per counted token or row of the batch.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Config files: `configs/x.py:argument` and `train.lr=3e-4` to one validated `RunConfig`."""
+"""Config files: `configs/x.py:argument` and `train.lr=3e-4` to one validated `RunConfig` or `TaskRun`."""
 
 import ast
 import runpy
@@ -8,11 +8,12 @@ from typing import Any
 
 from elastic_lm.config import RunConfig
 from elastic_lm.plain import from_dict
+from elastic_lm.task_config import TaskRun
 
 PREFIX = "--config."
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun:
     """Runs a config file and applies overrides.
 
     Args:
@@ -22,7 +23,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         true, false, none, or else strings.
 
     Returns:
-      The run.
+      The run; one of a task where the config has a `task` section.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -34,7 +35,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         if not equals or (override.startswith("-") and not override.startswith(PREFIX)):
             raise ValueError(f"{override!r} is not an override: write {PREFIX}section.key=value")
         _assign(values, key, _parse(text))
-    return from_dict(RunConfig, values)
+    return from_dict(TaskRun if "task" in values else RunConfig, values)
 
 
 def _run_file(path: str) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from typing import Any
 
 from elastic_lm.config import RunConfig
 from elastic_lm.plain import from_dict, to_dict, write_text_whole
+from elastic_lm.task_config import TaskRun
 
+AnyRun = RunConfig | TaskRun
 FILE = "run.json"
 MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "save_every", "keep")
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
+def identity(config: AnyRun) -> dict[str, Any]:
     """The part of a config that makes a run the same run, as JSON values."""
     values = to_dict(config)
     del values["mesh"]
@@ -20,7 +22,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def check_identity(config: RunConfig, workdir: Path) -> None:
+def check_identity(config: AnyRun, workdir: Path) -> None:
     """Refuses a workdir that holds another run.
 
     Args:
@@ -42,18 +44,18 @@ def check_identity(config: RunConfig, workdir: Path) -> None:
             )
 
 
-def _stored(file: Path, config: RunConfig) -> dict[str, Any]:
+def _stored(file: Path, config: AnyRun) -> dict[str, Any]:
     """The identity in `file`; fields that it does not know yet have their defaults."""
     try:
         values = json.loads(file.read_text())
         now = to_dict(config)["train"]
         values["train"] |= {key: now[key] for key in MAY_CHANGE}
-        return identity(from_dict(RunConfig, values))
+        return identity(from_dict(type(config), values))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file}: does not describe a run ({error}); choose another workdir") from error
 
 
-def save_identity(config: RunConfig, workdir: Path) -> None:
+def save_identity(config: AnyRun, workdir: Path) -> None:
     """Writes run.json, complete or not at all.
 
     Args:

@@ -37,9 +37,11 @@ class Job:
     train_step: TrainStep
     eval_step: EvalStep
     held_out: Callable[[], Iterable[Arrays]]  # batches of one evaluation
-    tokens_per_step: int
+    per_step: int  # tokens, or whatever `rate` says
     place: Callable[[Any, Mesh], Any] = place_batch  # puts a training batch on the mesh
+    place_held_out: Callable[[Any, Mesh], Any] = place_batch
     begin: Callable[[TrainState], TrainState] | None = None  # changes the state of a run at its first start
+    rate: str = "tokens_per_s"  # name of what is counted per second
 
 
 @dataclasses.dataclass
@@ -49,10 +51,9 @@ class _Window:
     began: float = dataclasses.field(default_factory=time.monotonic)
     rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def summary(self, tokens_per_step: int) -> dict[str, float]:
+    def summary(self, per_step: int, rate: str) -> dict[str, float]:
         mean = {name: sum(r[name] for r in self.rows) / len(self.rows) for name in self.rows[0]}
-        rate = len(self.rows) * tokens_per_step / (time.monotonic() - self.began)
-        return {**mean, "tokens_per_s": rate}
+        return {**mean, rate: len(self.rows) * per_step / (time.monotonic() - self.began)}
 
 
 def resume(
@@ -118,7 +119,7 @@ def run(
         window.rows.append(_finite(step, pending))
         pending = None
         if step % config.log_every == 0 or last:
-            writer.write(step, window.summary(job.tokens_per_step))
+            writer.write(step, window.summary(job.per_step, job.rate))
             window = _Window()
         paused = time.monotonic()
         saves = last or step % config.save_every == 0
@@ -147,7 +148,7 @@ def evaluate(job: Job, trainable: Params, frozen: Params) -> dict[str, float]:
     totals: dict[str, float] = {}
     tokens = 0.0
     for arrays in itertools.islice(job.held_out(), job.config.eval_batches or None):
-        metrics, count = job.eval_step(trainable, frozen, place_batch(arrays, job.mesh))
+        metrics, count = job.eval_step(trainable, frozen, job.place_held_out(arrays, job.mesh))
         tokens += float(count)
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * float(count)

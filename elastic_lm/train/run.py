@@ -146,7 +146,7 @@ def prepare(
         train_step=make_train_step(stepped, optimizer, places, config.train.accumulate),
         eval_step=make_eval_step(measured),
         held_out=functools.partial(held_out, config, tokenizer),
-        tokens_per_step=config.data.batch_size * config.data.seq_len,
+        per_step=config.data.batch_size * config.data.seq_len,
         place=place_taps if isinstance(stepped, CachedExits) else place_batch,
         begin=ranking if unsorted and config.train.init_from else None,
     )

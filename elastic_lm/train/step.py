@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation step, compiled once, for any `losses.Method`."""
+"""One optimizer step and one evaluation step, compiled once, for any `losses.Method` and its batches."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,12 +15,12 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.sharding import batch_sharding
 from elastic_lm.train.state import TrainState
 
-TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Params, Params, Batch], tuple[Metrics, jax.Array]]
+TrainStep = Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Params, Params, Any], tuple[Metrics, jax.Array]]
 
 
 def make_train_step(
-    method: Method, optimizer: optax.GradientTransformation, shardings: TrainState, accumulate: int = 1
+    method: Method[Any], optimizer: optax.GradientTransformation, shardings: TrainState, accumulate: int = 1
 ) -> TrainStep:
     """Compiles (state, frozen, batch) -> (state, metrics); the state's memory is reused.
 
@@ -35,7 +35,7 @@ def make_train_step(
       The compiled step. Metrics are those of the method plus `grad_norm` before clipping.
     """
 
-    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         gradients, metrics = _gradients(method, state, frozen, batch, accumulate)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -45,10 +45,10 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_eval_step(method: Method) -> EvalStep:
+def make_eval_step(method: Method[Any]) -> EvalStep:
     """Compiles (trainable, frozen, batch) -> (metrics, counted tokens)."""
 
-    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> tuple[Metrics, jax.Array]:
+    def eval_step(trainable: Params, frozen: Params, batch: Any) -> tuple[Metrics, jax.Array]:
         _, metrics = method.loss(trainable, frozen, batch, jnp.asarray(jnp.iinfo(jnp.int32).max))
         return metrics, jnp.sum(batch.weights)
 
@@ -67,7 +67,7 @@ def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
 
 
 def _gradients(
-    method: Method, state: TrainState, frozen: Params, batch: Batch, accumulate: int
+    method: Method[Any], state: TrainState, frozen: Params, batch: Any, accumulate: int
 ) -> tuple[Params, Metrics]:
     grad = jax.value_and_grad(method.loss, has_aux=True)
     if accumulate == 1:
@@ -76,7 +76,7 @@ def _gradients(
     parts = jax.tree.map(lambda x: _split_rows(x, accumulate), batch)
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
-    def one(part: Batch) -> Any:
+    def one(part: Any) -> Any:
         (_, metrics), gradients = grad(state.params, frozen, part, state.step)
         share = jnp.sum(part.weights) / total
         return jax.tree.map(lambda x: share.astype(x.dtype) * x, (gradients, metrics))

@@ -23,8 +23,13 @@ class Stopped(Exception):
     """Stands for a process that dies."""
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Makes the loop die just before it reads the batch of `step`."""
+def stop_at(
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    module=run,
+    names: tuple[str, ...] = ("place_batch", "place_taps"),
+) -> None:
+    """Makes the loop die just before it places the batch of `step` by one of `names` of a module."""
     calls = iter(range(1, 10**6))
 
     def dying(place, *args):
@@ -32,8 +37,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Stopped
         return place(*args)
 
-    for name in ("place_batch", "place_taps"):
-        monkeypatch.setattr(run, name, functools.partial(dying, getattr(run, name)))
+    for name in names:
+        monkeypatch.setattr(module, name, functools.partial(dying, getattr(module, name)))
 
 
 def metric_lines(workdir: Path) -> list[dict]:

@@ -1,0 +1,118 @@
+"""Fine-tuning an encoder on labelled records, alone or towards a larger model's answers.
+
+With f the logits of a record, y its class, g the logits of the model it learns from, T a temperature:
+
+    L = (1 - d) CE(y, f) + d T^2 KL(softmax(g/T) || softmax(f/T)) + z logsumexp(f)^2
+
+d = 0 is plain fine-tuning (BERT, arXiv 1810.04805, sec. 4), d > 0 distillation (Hinton et al., arXiv
+1503.02531, sec. 2). Neither CE nor KL sees a constant that is added to all logits, while energy does: z, of
+the order of 1e-4, keeps the normaliser near 0, so that energies of different records can be compared (E-LANG,
+arXiv 2203.00748, routes by them). Regression: L = (1 - d) (f - y)^2 + d (f - g)^2.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.methods.losses import Metrics
+from elastic_lm.models.encoder import Encoder
+
+TEACHER = "teacher"  # key of the frozen model's parameters
+HEAD = ("pooler", "head")  # keys of what a task's head is made of
+Params = Mapping[str, Any]
+
+
+@flax.struct.dataclass
+class TaskBatch:
+    """Padded records with their targets.
+
+    Attributes:
+      tokens: [B, T] int32.
+      mask: [B, T] bool, False where a row is filled up.
+      types: [B, T] int32, 0 for the first text of a pair and 1 for the second.
+      targets: [B] int32 classes, or float32 numbers of a regression.
+      weights: [B] float32, how much each record counts (0 = filled up).
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    types: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskTuning:
+    """Trains an encoder with a task head, or the head alone (a method like those of `losses.Method`)."""
+
+    config: EncoderConfig  # the model; static
+    teacher: EncoderConfig | None = None  # the model that it learns from; static
+    distil: float = 0.0  # d
+    temperature: float = 1.0  # T
+    z_loss: float = 0.0  # z
+    head_only: bool = False  # embeddings and layers stay as they are
+
+    def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything trains but the teacher, which is under `TEACHER`; or only what is under `HEAD`."""
+        trains = [name for name in params if (name in HEAD if self.head_only else name != TEACHER)]
+        frozen = {name: tree for name, tree in params.items() if name not in trains}
+        return {name: params[name] for name in trains}, frozen
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: TaskBatch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Mean of L per counted record (see the top of this file).
+
+        Args:
+          trainable: first result of `split`.
+          frozen: second result of `split`.
+          batch: records.
+          step: not used.
+
+        Returns:
+          (scalar float32, metrics `loss` and `accuracy`, or `loss` alone for a regression).
+        """
+        logits_BC = task_logits(self.config, {**frozen, **trainable}, batch)
+        total_B = (1 - self.distil) * task_loss(self.config, logits_BC, batch.targets)
+        if self.teacher is not None:
+            teacher_BC = jax.lax.stop_gradient(task_logits(self.teacher, frozen[TEACHER], batch))
+            total_B += self.distil * distance(self.config, teacher_BC, logits_BC, self.temperature)
+        if self.z_loss:
+            total_B += self.z_loss * jnp.square(jax.nn.logsumexp(logits_BC, axis=-1))
+        count = jnp.maximum(jnp.sum(batch.weights), 1.0)
+        metrics = {"loss": jnp.sum(total_B * batch.weights) / count}
+        if self.config.problem == "classification":
+            right_B = jnp.argmax(logits_BC, axis=-1) == batch.targets
+            metrics["accuracy"] = jnp.sum(right_B * batch.weights) / count
+        return metrics["loss"], metrics
+
+
+def task_logits(config: EncoderConfig, params: Params, batch: TaskBatch) -> jax.Array:
+    """[B, C] float32 logits of an encoder's task head."""
+    types_BT = jnp.minimum(batch.types, max(config.type_vocab_size - 1, 0))
+    own = {name: tree for name, tree in params.items() if name != TEACHER}
+    output: Any = Encoder(config).apply({"params": own}, batch.tokens, batch.mask, types_BT)
+    return output.logits
+
+
+def task_loss(config: EncoderConfig, logits_BC: jax.Array, targets_B: jax.Array) -> jax.Array:
+    """[B] float32: cross-entropy in nats, or squared error of a regression."""
+    if config.problem == "regression":
+        return jnp.square(logits_BC[:, 0] - targets_B)
+    chosen_B = jnp.take_along_axis(logits_BC, targets_B[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits_BC, axis=-1) - chosen_B
+
+
+def distance(
+    config: EncoderConfig, teacher_BC: jax.Array, logits_BC: jax.Array, temperature: float
+) -> jax.Array:
+    """[B] float32: T^2 KL(softmax(g/T) || softmax(f/T)) in nats, or squared difference of a regression."""
+    if config.problem == "regression":
+        return jnp.square(logits_BC[:, 0] - teacher_BC[:, 0])
+    aim, own = (jax.nn.log_softmax(x / temperature) for x in (teacher_BC, logits_BC))
+    return temperature**2 * jnp.sum(jnp.exp(aim) * (aim - own), axis=-1)

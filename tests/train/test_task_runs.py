@@ -1,0 +1,189 @@
+"""Whole runs that learn a task from labelled records."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from test_run import Stopped, stop_at
+from tokenizers import models, pre_tokenizers, processors
+
+from elastic_lm import cli
+from elastic_lm.data import labelled
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.loading import load
+from elastic_lm.methods.task_tuning import TaskBatch, task_logits
+from elastic_lm.plain import to_dict
+from elastic_lm.task_config import TaskConfig, TaskRun
+from elastic_lm.train import tasks
+from elastic_lm.train.configs import load_config
+from elastic_lm.train.tasks import fit_task
+from elastic_lm.train_config import TrainConfig
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "very", "not"]
+WORDS += ["the", "a", "an", "it", "is", "was"]
+ENCODER = EncoderConfig(vocab_size=len(WORDS), d_model=32, n_layers=2, n_heads=2, d_mlp=64, max_len=32)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A BERT-like tokenizer.json of a few words."""
+    backend = tokenizers.Tokenizer(models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    backend.add_special_tokens(WORDS[:4])
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def write_records(file: Path, count: int, seed: int) -> Path:
+    """Reviews of random words; the label says whether "good" or "bad" is among them."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        words = rng.choice(WORDS[6:], rng.integers(2, 9)).tolist()
+        label = int(rng.integers(2))
+        words.insert(int(rng.integers(len(words) + 1)), ("bad", "good")[label])
+        rows.append({"review": " ".join(words), "again": "the film", "label": ("neg", "pos")[label]})
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TaskRun:
+    task = TaskConfig(
+        paths=(str(write_records(tmp_path / "train.jsonl", 200, 0)),),
+        eval_paths=(str(write_records(tmp_path / "dev.jsonl", 50, 1)),),
+        text_field="review",
+        pair_field="again",
+        max_len=32,
+        batch_size=16,
+        tokenizer=str(write_tokenizer(tmp_path)),
+    )
+    train = TrainConfig(
+        method="task_tuning", steps=60, lr=5e-3, warmup=5, eval_every=0, eval_batches=0, save_every=20
+    )
+    return TaskRun(task, train, ENCODER)
+
+
+def changed(run: TaskRun, **train) -> TaskRun:
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, **train))
+
+
+def test_a_task_is_learned_resumed_and_taught_on(
+    run: TaskRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, params, metrics = fit_task(run, tmp_path / "straight")
+    assert metrics["accuracy"] == 1.0
+    assert (config.n_labels, config.labels) == (2, ("neg", "pos"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 30, tasks, ("place_records",))
+        with pytest.raises(Stopped):
+            fit_task(run, tmp_path / "stopped")
+    _, again, _ = fit_task(run, tmp_path / "stopped")
+    chex.assert_trees_all_equal(again, params)
+    model, loaded = load(tmp_path / "straight" / "model")
+    assert model.config == config
+    chex.assert_trees_all_equal(loaded, params)
+
+    small = dataclasses.replace(ENCODER, d_model=16, n_layers=1, d_mlp=32)
+    teacher = str(tmp_path / "straight" / "model")
+    taught = dataclasses.replace(
+        changed(run, teacher_from=teacher, distil=1.0, temperature=2.0, steps=150, lr=1e-2), encoder=small
+    )
+    student, own, metrics = fit_task(taught, tmp_path / "taught")
+    assert metrics["accuracy"] == 1.0
+    batch = next(iter(labelled.eval_batches(run.task, Tokenizer.load(run.task.tokenizer), config.labels)))
+    placed = TaskBatch(**batch)
+    wide, narrow = task_logits(config, params, placed), task_logits(student, own, placed)
+    probabilities = jax.nn.softmax(wide / 2.0), jax.nn.softmax(narrow / 2.0)
+    assert float(np.abs(probabilities[0] - probabilities[1]).max()) < 0.1
+
+    head_only = dataclasses.replace(run.train, init_from=teacher, init_layers=1, tuned="head", steps=20)
+    exit_ = dataclasses.replace(run, train=head_only, encoder=None)
+    shallow, head, metrics = fit_task(exit_, tmp_path / "exit")
+    assert shallow.n_layers == 1
+    assert "layers_1" not in head
+    for name in ("embed", "layers_0"):
+        chex.assert_trees_all_equal(head[name], params[name])
+    assert float(np.abs(head["head"]["kernel"] - params["head"]["kernel"]).max()) > 0
+
+    other = dataclasses.replace(run.task, labels=("pos", "neg"))
+    with pytest.raises(ValueError, match=r"train\.teacher_from=.*answers .*, not .*tune it on the task"):
+        fit_task(dataclasses.replace(taught, task=other), tmp_path / "other")
+
+
+def test_the_command_learns_from_a_config_file(run: TaskRun, tmp_path: Path) -> None:
+    values = to_dict(changed(run, steps=6, warmup=1))
+    values["task"] |= {"labels": (), "pair_field": ""}
+    (tmp_path / "recipe.py").write_text(f"def get_config(arg=''):\n    return {values!r}\n")
+    assert isinstance(load_config(str(tmp_path / "recipe.py")), TaskRun)
+    command = ["train", "--config", str(tmp_path / "recipe.py"), "--workdir", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["records_per_s"] > 0
+    assert "eval_accuracy" in lines[-1]
+
+
+def test_batches_are_padded_and_weighed(run: TaskRun) -> None:
+    tokenizer = Tokenizer.load(run.task.tokenizer)
+    batches = list(labelled.eval_batches(run.task, tokenizer, ("neg", "pos")))
+    assert [b["tokens"].shape for b in batches] == [(16, 32)] * 4
+    assert sum(b["weights"].sum() for b in batches) == 50
+    first = batches[0]
+    row = first["tokens"][0][first["mask"][0]]
+    assert row[0] == 2
+    assert list(row).count(3) == 2
+    assert first["types"][0].sum() == 3  # "the film [SEP]"
+    assert not first["tokens"][~first["mask"]].any()
+    words = {4: 1, 5: 0}  # "good" and "bad"
+    found = [next(words[t] for t in tokens if t in words) for tokens in first["tokens"].tolist()]
+    assert found == first["targets"].tolist()
+
+
+def test_numbers_are_classes_in_their_order_or_targets(run: TaskRun, tmp_path: Path) -> None:
+    file = tmp_path / "numbers.csv"
+    file.write_text("review,label\ngood,10\nbad,9\ngood,9\n")
+    task = dataclasses.replace(run.task, paths=(str(file),), eval_paths=(str(file),), pair_field="")
+    assert labelled.classes(task) == ("9", "10")
+    numbers = dataclasses.replace(task, problem="regression")
+    batch = next(iter(labelled.eval_batches(numbers, Tokenizer.load(task.tokenizer), ())))
+    assert batch["targets"][:3].tolist() == [10.0, 9.0, 9.0]
+    assert batch["targets"].dtype == np.float32
+    file.write_text("review,label\ngood,ten\nbad,9\n")
+    with pytest.raises(ValueError, match=r"numbers.csv line 2: label='ten': must be a number"):
+        list(labelled.eval_batches(numbers, Tokenizer.load(task.tokenizer), ()))
+    with pytest.raises(ValueError, match=r"line 2: label='ten': is no class of the task; choose from 9, 10"):
+        list(labelled.eval_batches(task, Tokenizer.load(task.tokenizer), ("9", "10")))
+    file.write_text("review,label\ngood,1\nbad,1\n")
+    with pytest.raises(ValueError, match=r"task\.label_field=label=\['1'\]: is the same everywhere"):
+        labelled.classes(task)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train": {"method": "pretraining"}}, r"train\.method='pretraining': a config with a task section"),
+        ({"encoder": None}, r"train\.init_from='': name a model to start from"),
+        ({"train": {"distil": 0.5}}, r"train\.distil=0\.5: goes with train\.teacher_from=''"),
+        ({"task": {"tokenizer": ""}}, r"task\.tokenizer='': a new model has none"),
+        ({"task": {"problem": "regression", "labels": ("a", "b")}}, r"task\.labels=.*: not read with"),
+        ({"task": {"labels": ("a", "a")}}, r"task\.labels=.*names a class twice"),
+        ({"task": {"paths": ()}}, r"task\.paths=\(\): name the training files"),
+        ({"train": {"accumulate": 3}}, r"train\.accumulate=3: must divide task\.batch_size=16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(run: TaskRun, fields: dict, message: str) -> None:
+    def refused() -> None:
+        parts = {
+            name: dataclasses.replace(getattr(run, name), **value) if isinstance(value, dict) else value
+            for name, value in fields.items()
+        }
+        dataclasses.replace(run, **parts)
+
+    with pytest.raises(ValueError, match=message):
+        refused()
