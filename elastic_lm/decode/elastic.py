@@ -76,6 +76,8 @@ class Elastic:
         from elastic_lm.checkpoint import load_config, load_menu
 
         config = config or load_config(folder)
+        fix = "only decoders are elastic in width: name the checkpoint of one"
+        require(isinstance(config, ModelConfig), "elastic.config", type(config).__name__, fix)
         found = (Path(folder) / DESCRIPTION).is_file()
         return cls(config, load_menu(folder), routers=Routers.load(folder, config) if found else None)
 
