@@ -11,9 +11,11 @@ from elastic_lm.hf.llama import LLAMA
 from elastic_lm.hf.mistral import MISTRAL
 from elastic_lm.hf.nemotron import NEMOTRON
 from elastic_lm.hf.qwen import QWEN2, QWEN3
+from elastic_lm.hf.t5 import T5
 
 FAMILIES = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GPT2, GPT_NEOX, NEMOTRON)
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GPT2, GPT_NEOX, NEMOTRON, T5)
 }
 
 

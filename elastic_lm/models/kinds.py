@@ -7,11 +7,13 @@ from typing import Any
 import jax
 
 from elastic_lm.config import ModelConfig
-from elastic_lm.models import decoder
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.models import decoder, encoder_decoder
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.encoder_decoder import EncoderDecoder
 
-Config = ModelConfig
-Model = Decoder
+Config = ModelConfig | EncoderDecoderConfig
+Model = Decoder | EncoderDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,14 @@ class Kind:
 
 
 DECODER = Kind("decoder", ModelConfig, Decoder, decoder.abstract_params, decoder.init_params)
-KINDS = {kind.name: kind for kind in (DECODER,)}
+ENCODER_DECODER = Kind(
+    "encoder_decoder",
+    EncoderDecoderConfig,
+    EncoderDecoder,
+    encoder_decoder.abstract_params,
+    encoder_decoder.init_params,
+)
+KINDS = {kind.name: kind for kind in (DECODER, ENCODER_DECODER)}
 
 
 def kind_of(config: Config) -> Kind:
