@@ -70,7 +70,7 @@ def _stacks(config: EncoderDecoderConfig) -> dict[str, Tensor]:
 
 
 def _complete(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
-    """The config, untied where an unscaled model stores a head of its own (T5 1.1 as transformers 5 saves it)."""
+    """The config, untied where an unscaled model has its own head (T5 1.1 as transformers 5 saves it)."""
     own_head = HEAD in names and EMBEDDING in names and not config.scaled_head
     return dataclasses.replace(config, tied=False) if own_head else config
 
