@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from elastic_lm.decode.text_to_text import TextToText
     from elastic_lm.elastic import Budget, Menu, Subnet
     from elastic_lm.embedded import embedded_model
+    from elastic_lm.encoder_config import EncoderConfig
     from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
     from elastic_lm.latency_table import LatencyTable
     from elastic_lm.loading import load
     from elastic_lm.methods.ee_tuning import attach_exits
     from elastic_lm.models.decoder import Decoder
+    from elastic_lm.models.encoder import Encoder, attach_task_head
     from elastic_lm.models.encoder_decoder import EncoderDecoder
     from elastic_lm.slicing import slice_params
 
@@ -49,6 +51,8 @@ __all__ = [
     "Decoder",
     "DepthSchedule",
     "Elastic",
+    "Encoder",
+    "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
     "ExitConfig",
@@ -63,6 +67,7 @@ __all__ = [
     "TextToText",
     "Tokenizer",
     "attach_exits",
+    "attach_task_head",
     "calibrate",
     "checkpoint",
     "data",
@@ -79,6 +84,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Encoder": "models.encoder",
+    "EncoderConfig": "encoder_config",
+    "attach_task_head": "models.encoder",
     "Budget": "elastic",
     "Menu": "elastic",
     "Subnet": "elastic",

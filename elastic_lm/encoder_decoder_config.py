@@ -65,6 +65,11 @@ class EncoderDecoderConfig:
             require(all(0 <= i < self.vocab_size for i in ids), field, value, fix)
 
     @property
+    def n_kv_heads(self) -> int:
+        """Key/value heads: as many as query heads."""
+        return self.n_heads
+
+    @property
     def layer(self) -> ModelConfig:
         """One layer in the words of the decoder families, whose attention, MLP and norm it shares."""
         return ModelConfig(

@@ -1,4 +1,4 @@
-"""Pairs of texts to padded batches: source -> shuffle, repeat -> tokenise -> group by length -> batch, in grain.
+"""Pairs of texts to padded batches: shuffle, repeat -> tokenise -> group by length -> batch, in grain.
 
 The iterator's position is part of a training checkpoint, so a resumed run reads the very next batch.
 """
@@ -174,7 +174,7 @@ def bucket(length: int, longest: int) -> int:
     return min(max(SHORTEST, 1 << (length - 1).bit_length()), longest)
 
 
-class _ByLength(grain.transforms.FlatMap):
+class _ByLength(grain.experimental.FlatMapTransform):
     """Windows of pairs to batches of similar lengths, in an order that does not follow the lengths."""
 
     max_fan_out = WINDOW

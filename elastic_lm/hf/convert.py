@@ -9,6 +9,7 @@ from elastic_lm.config import DTYPES, Activation, ExitConfig, ModelConfig
 from elastic_lm.hf.families import find_family
 from elastic_lm.hf.family import ACTIVATIONS, REQUIRED, Family, Field, typed
 from elastic_lm.hf.rope import rope_to_hf
+from elastic_lm.hf.table import tensor_names
 from elastic_lm.models.kinds import Config
 from elastic_lm.plain import from_dict, require, to_dict
 
@@ -79,15 +80,16 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         value = getattr(config, field.ours)
         hf[field.theirs] = None if value == field.off else value
     hf[family.activation[0]] = _activation_name(family, config.activation)
+    held = vars(config)
     if family.has("eos_ids"):
-        ids = config.eos_ids
+        ids = held["eos_ids"]
         hf["eos_token_id"] = list(ids) if len(ids) > 1 else next(iter(ids), None)
     hf["torch_dtype"] = config.param_dtype
     hf |= family.write(config)
-    if family.has("exits") and config.exits:
-        hf["elastic"] = {"version": ELASTIC_VERSION, "exits": [to_dict(e) for e in config.exits]}
-    if family.has("elastic_groups") and config.elastic_groups:
-        hf["elastic"] = {"version": ELASTIC_VERSION, **hf.get("elastic", {}), "groups": config.elastic_groups}
+    if exits := held.get("exits"):
+        hf["elastic"] = {"version": ELASTIC_VERSION, "exits": [to_dict(e) for e in exits]}
+    if groups := held.get("elastic_groups"):
+        hf["elastic"] = {"version": ELASTIC_VERSION, **hf.get("elastic", {}), "groups": groups}
     _check_expressible(config, hf)
     return hf
 
@@ -209,7 +211,10 @@ def _refuse_many_sizes(config: ModelConfig) -> None:
 
 def _check_expressible(config: Config, hf: Mapping[str, Any]) -> None:
     """Reads `hf` back and refuses when something was lost on the way."""
-    ours, back = _comparable(config), _comparable(config_from_hf(hf))
+    family, again = find_family(config.family), config_from_hf(hf)
+    if not isinstance(config, ModelConfig):
+        again = family.complete(again, tensor_names(config))
+    ours, back = _comparable(config), _comparable(again)
     lost = [f"{key}={ours[key]!r} (would become {back[key]!r})" for key in ours if ours[key] != back[key]]
     if lost:
         raise ValueError(

@@ -19,7 +19,7 @@ from elastic_lm.hf.table import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.kinds import Config
 
-# Buffers that old checkpoints carry and that are computed here.
+# What old checkpoints carry and nothing reads: buffers that are computed here, mostly.
 BUFFERS = (
     ".rotary_emb.inv_freq",
     ".attn.bias",
@@ -27,6 +27,10 @@ BUFFERS = (
     ".attention.bias",
     ".attention.masked_bias",
     ".EncDecAttention.relative_attention_bias.weight",  # of T5's first releases, which nothing read
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+    ".pooler.dense.weight",  # RoBERTa's classifiers were saved with a pooler that they do not read
+    ".pooler.dense.bias",
 )
 
 
@@ -129,7 +133,7 @@ def _complete(config: Config, tensors: TensorFiles) -> Config:
 def _resolve_tying(config: Config, tensors: TensorFiles) -> Config:
     """Unties a model that claims to be tied but stores an embedding and a head that differ."""
     family = find_family(config.family)
-    if not family.has("tied") or not config.tied:
+    if not getattr(config, "tied", False):
         return config
     embed = _stored(family.root["embed/table"].names[0], family, tensors)
     head = _head_name(family, tensors)
@@ -155,7 +159,7 @@ def _head_name(family: Family, tensors: TensorFiles) -> str | None:
 def _match(folder: Path, config: Config, tensors: TensorFiles) -> list[Binding]:
     """Bindings under the names that the folder uses, after checking names and shapes of all tensors."""
     family = find_family(config.family)
-    tied = family.has("tied") and config.tied
+    tied = getattr(config, "tied", False)
     table, missing = [], []
     for binding in bindings(config):
         names = [_stored(name, family, tensors) for name in binding.names]

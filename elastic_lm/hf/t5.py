@@ -11,7 +11,7 @@ from typing import Any
 
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.hf.family import ACTIVATIONS, Family, Field, Tensor, typed
-from elastic_lm.hf.layouts import GATE_UP, HEADS, PER_HEAD
+from elastic_lm.hf.layouts import GATE_UP, HEADS, KEY_VALUE, QKV
 from elastic_lm.plain import require
 
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
@@ -39,7 +39,7 @@ def _layer(config: EncoderDecoderConfig, prefix: str, decodes: bool, first: bool
     q, k, v, o = _attention(f"{prefix}.layer.0.SelfAttention")
     tensors = {
         "attn_norm/scale": Tensor((f"{prefix}.layer.0.layer_norm.weight",)),
-        "attn/qkv/kernel": Tensor((q, k, v), PER_HEAD),
+        "attn/qkv/kernel": Tensor((q, k, v), QKV),
         "attn/out/kernel": Tensor((o,)),
     }
     if first:
@@ -50,7 +50,7 @@ def _layer(config: EncoderDecoderConfig, prefix: str, decodes: bool, first: bool
         tensors |= {
             "cross_norm/scale": Tensor((f"{prefix}.layer.1.layer_norm.weight",)),
             "cross/q/kernel": Tensor((q,), HEADS),
-            "cross/kv/kernel": Tensor((k, v), PER_HEAD),
+            "cross/kv/kernel": Tensor((k, v), KEY_VALUE),
             "cross/out/kernel": Tensor((o,)),
         }
     return tensors | _mlp(config, f"{prefix}.layer.{1 + decodes}")

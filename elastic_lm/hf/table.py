@@ -82,6 +82,16 @@ def bindings(config: Config) -> list[Binding]:
     return [_bind(config, family, root, tuple(key.key for key in path), leaf) for path, leaf in leaves]
 
 
+def tensor_names(config: Config) -> set[str]:
+    """Names of all tensors that hold the model, without the prefix of the base model.
+
+    Args:
+      config: as in `bindings`.
+    """
+    prefix = find_family(config.family).prefix
+    return {name.removeprefix(prefix) for binding in bindings(config) for name in binding.names}
+
+
 def _bind(
     config: Config, family: Family, root: Mapping[str, Tensor], path: tuple[str, ...], leaf: Any
 ) -> Binding:
@@ -93,7 +103,8 @@ def _bind(
         )
     names = tuple(prefix + name for name in tensor.names)
     shapes = tuple(tensor.layout.shapes(config, leaf.shape))
-    return Binding(path, leaf.shape, names, shapes, tensor.layout, tensor.alias)
+    alias = tensor.alias and prefix + tensor.alias
+    return Binding(path, leaf.shape, names, shapes, tensor.layout, alias)
 
 
 def _lookup(family: Family, root: Mapping[str, Tensor], path: tuple[str, ...]) -> tuple[str, Tensor | None]:

@@ -1,7 +1,7 @@
 """Training an encoder-decoder model on pairs of texts (T5, arXiv 1910.10683, sec. 2.1 and 3.1.2).
 
-With z the logits of the target y given source x and the target before, N the number of counted tokens, p and q
-the teacher's and the model's softmax at temperature T:
+With z the logits of the target y given the source and the target before, N the number of counted tokens, p
+and q the teacher's and the model's softmax at temperature T:
 
     L = (1/N) sum_t [(1 - d) CE(z_t, y_t) + d T^2 KL(p_t || q_t) + c logsumexp(z_t)^2]
 

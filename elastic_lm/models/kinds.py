@@ -7,13 +7,15 @@ from typing import Any
 import jax
 
 from elastic_lm.config import ModelConfig
+from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
-from elastic_lm.models import decoder, encoder_decoder
+from elastic_lm.models import decoder, encoder, encoder_decoder
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.encoder import Encoder
 from elastic_lm.models.encoder_decoder import EncoderDecoder
 
-Config = ModelConfig | EncoderDecoderConfig
-Model = Decoder | EncoderDecoder
+Config = ModelConfig | EncoderConfig | EncoderDecoderConfig
+Model = Decoder | Encoder | EncoderDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Kind:
 
 
 DECODER = Kind("decoder", ModelConfig, Decoder, decoder.abstract_params, decoder.init_params)
+ENCODER = Kind("encoder", EncoderConfig, Encoder, encoder.abstract_params, encoder.init_params)
 ENCODER_DECODER = Kind(
     "encoder_decoder",
     EncoderDecoderConfig,
@@ -43,7 +46,7 @@ ENCODER_DECODER = Kind(
     encoder_decoder.abstract_params,
     encoder_decoder.init_params,
 )
-KINDS = {kind.name: kind for kind in (DECODER, ENCODER_DECODER)}
+KINDS = {kind.name: kind for kind in (DECODER, ENCODER, ENCODER_DECODER)}
 
 
 def kind_of(config: Config) -> Kind:
