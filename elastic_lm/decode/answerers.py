@@ -1,178 +1,65 @@
-"""Black boxes as models of a cascade: a function of a row, or a service behind HTTP."""
+"""What a cascade asks of its models, and what they answer."""
 
-import http.client
-import json
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from elastic_lm.decode.answers import Answer, Row, failed
-from elastic_lm.plain import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require, require_choice
-
-STYLES = ("rows", "openai")
-BUSY = (408, 425, 429)  # statuses beside 5xx after which trying again may help
+Row = Mapping[str, Any]  # fields by name; what an answerer reads of them is its own affair
 
 
-class Function:
-    """A Python function as a model."""
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One model's answer to one row."""
 
-    def __init__(self, function: Callable[..., Any], *, cost: float = 0.0, batches: bool = False) -> None:
-        """Wraps a function.
+    output: Any = None  # label, number or text
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # `calibrate.routing_scores`
+    cost: float = 0.0  # FLOPs of this row, padding not counted
+    seconds: float = dataclasses.field(default=0.0, compare=False)  # this row's part of its batch's time
+    error: str | None = None  # why there is no output
+    state: Any = dataclasses.field(default=None, compare=False, repr=False)  # what `Resumes` goes on from
 
-        Args:
-          function: from a row to its output, or to an `Answer` with scores and cost. What it raises is the
-            error of that row.
-          cost: FLOPs of a row, where the function does not answer with an `Answer`.
-          batches: the function takes a list of rows and gives a list; what it raises is every row's error.
-        """
-        require(NOT_NEGATIVE[0](cost), "cost", cost, NOT_NEGATIVE[1])
-        self._function, self._cost, self._batches = function, cost, batches
+
+class Answerer(Protocol):
+    """A model, or anything else that answers rows."""
 
     def answer(self, rows: Sequence[Row]) -> list[Answer]:
-        """See `answers.Answerer`."""
-        return self._whole(rows) if self._batches else [self._one(row) for row in rows]
-
-    def _one(self, row: Row) -> Answer:
-        began = time.perf_counter()
-        try:
-            output = self._function(row)
-        except Exception as error:
-            return failed(error, time.perf_counter() - began)
-        return self._answer(output, time.perf_counter() - began)
-
-    def _whole(self, rows: Sequence[Row]) -> list[Answer]:
-        began = time.perf_counter()
-        try:
-            outputs = list(self._function(list(rows)))
-            require(len(outputs) == len(rows), "outputs", len(outputs), f"give one per row ({len(rows)})")
-        except Exception as error:
-            return [failed(error, (time.perf_counter() - began) / len(rows)) for _ in rows]
-        each = (time.perf_counter() - began) / max(len(rows), 1)
-        return [self._answer(output, each) for output in outputs]
-
-    def _answer(self, output: Any, seconds: float) -> Answer:
-        return output if isinstance(output, Answer) else Answer(output, cost=self._cost, seconds=seconds)
-
-
-class Endpoint:
-    """A model behind HTTP: one POST of JSON per row, several at a time.
-
-    Style "rows": the body is {"row": the row} and the reply {"output": ..., "scores": {name: number},
-    "cost": number}, the last two as wanted. Style "openai" is a completion: the body is {"model", "prompt",
-    "max_tokens", "temperature": 0} with the row's text as prompt, and the output is choices[0].text.
-
-    Connections that fail, timeouts, and the statuses 408, 425, 429 and 5xx are tried again, each time after
-    twice the wait; other statuses are errors at once. After a row for which that was in vain the service
-    counts as down: rows get one try, until one succeeds.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        timeout: float = 30.0,
-        retries: int = 2,
-        backoff: float = 0.5,
-        workers: int = 8,
-        style: Literal["rows", "openai"] = "rows",
-        text_field: str = "text",
-        options: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
-        cost: float = 0.0,
-    ) -> None:
-        """Describes a service; nothing is sent yet.
+        """Answers rows, independently of each other.
 
         Args:
-          url: where rows are posted to, http or https.
-          timeout: seconds until a try counts as failed.
-          retries: further tries per row.
-          backoff: seconds before the first of them.
-          workers: rows under way at once.
-          style: "rows" or "openai".
-          text_field: openai: field of the row that is the prompt.
-          options: openai: further fields of the body, such as model and max_tokens.
-          headers: of every request, such as Authorization.
-          cost: FLOPs of a row, where the reply has none.
+          rows: any number of them.
 
-        Raises:
-          ValueError: an argument is out of range.
+        Returns:
+          One answer per row, in order; a row that fails gets one with an `error`.
         """
-        require(url.startswith(("http://", "https://")), "url", url, "must begin with http:// or https://")
-        require(POSITIVE[0](timeout), "timeout", timeout, POSITIVE[1])
-        for name, value in (("retries", retries), ("backoff", backoff), ("cost", cost)):
-            require(NOT_NEGATIVE[0](value), name, value, NOT_NEGATIVE[1])
-        require(AT_LEAST_1[0](workers), "workers", workers, AT_LEAST_1[1])
-        require_choice("style", style, STYLES)
-        self.url, self._timeout, self._retries, self._backoff = url, timeout, retries, backoff
-        self._workers, self._style, self._field, self._cost = workers, style, text_field, cost
-        self._options, self._headers = dict(options or {}), dict(headers or {})
-        self._down = False
-
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
-        """See `answers.Answerer`."""
-        with ThreadPoolExecutor(min(self._workers, max(len(rows), 1))) as pool:
-            return list(pool.map(self._one, rows))
-
-    def _one(self, row: Row) -> Answer:
-        began = time.perf_counter()
-        try:
-            body = json.dumps(self._body(row)).encode()
-            return self._read(self._post(body), time.perf_counter() - began)
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            return Answer(error=f"{self.url}: {_reason(error)}", seconds=time.perf_counter() - began)
-
-    def _body(self, row: Row) -> dict[str, Any]:
-        if self._style == "rows":
-            return {"row": dict(row)}
-        require(isinstance(row.get(self._field), str), self._field, row.get(self._field), "must be a text")
-        return {"temperature": 0, **self._options, "prompt": row[self._field]}
-
-    def _post(self, body: bytes) -> bytes:
-        """The reply, after as many tries as it takes."""
-        tries = 1 if self._down else 1 + self._retries
-        for i in range(tries):
-            if i:
-                time.sleep(self._backoff * 2 ** (i - 1))
-            try:
-                reply = self._try(body)
-            except OSError as error:
-                if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in BUSY:
-                    raise
-                if i + 1 == tries:
-                    self._down = True
-                    raise ConnectionError(f"no answer after {tries} tries: {_reason(error)}") from error
-            else:
-                self._down = False
-                return reply
-        raise AssertionError("unreachable")
-
-    def _try(self, body: bytes) -> bytes:
-        headers = {"Content-Type": "application/json", **self._headers}
-        request = urllib.request.Request(self.url, body, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as reply:
-                return reply.read()
-        except http.client.HTTPException as error:
-            raise ConnectionError(f"the reply broke off: {type(error).__name__} {error}") from error
-
-    def _read(self, reply: bytes, seconds: float) -> Answer:
-        try:
-            content = json.loads(reply)
-            if self._style == "openai":
-                return Answer(content["choices"][0]["text"], cost=self._cost, seconds=seconds)
-            scores = {str(name): float(value) for name, value in content.get("scores", {}).items()}
-            return Answer(content["output"], scores, float(content.get("cost", self._cost)), seconds)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            wanted = '"output"' if self._style == "rows" else "choices[0].text"
-            raise ValueError(f"the reply has no {wanted}: {reply[:80]!r}") from error
+        ...
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP status {error.code} {error.reason}"
-    if isinstance(error, urllib.error.URLError):
-        return str(error.reason)
-    return str(error) or type(error).__name__
+@runtime_checkable
+class Bucketed(Protocol):
+    """An answerer whose rows should be batched with their like."""
+
+    def bucket(self, row: Row) -> Hashable:
+        """Rows of one bucket run as one program of one shape; None = the answerer cannot tell."""
+        ...
+
+
+@runtime_checkable
+class Resumes(Protocol):
+    """A Super that goes on from what the Swift computed instead of beginning again."""
+
+    def resume(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+        """Answers rows that the Swift has begun.
+
+        Args:
+          rows: as in `answer`.
+          begun: the Swift's answers to them, with their `state`.
+
+        Returns:
+          What `answer` gives, at the cost of what is left to do.
+        """
+        ...
+
+
+def failed(error: BaseException, seconds: float = 0.0) -> Answer:
+    """The answer to a row that raised."""
+    return Answer(error=f"{type(error).__name__}: {error}", seconds=seconds)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from elastic_lm.calibrate.routing_rule import RoutingRule
 from elastic_lm.calibrate.routing_scores import PLAIN, score_of
-from elastic_lm.decode.answers import Answer, Answerer, Resumes, Row
+from elastic_lm.decode.answerers import Answer, Answerer, Resumes, Row
 from elastic_lm.decode.gathering import Gathering, Waiting
 from elastic_lm.decode.routing_results import Routed, Tally
 from elastic_lm.methods.energy_routing import keeps

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Hashable
 
-from elastic_lm.decode.answers import Answer, Answerer, Bucketed, Row
+from elastic_lm.decode.answerers import Answer, Answerer, Bucketed, Row
 
 
 @dataclasses.dataclass(frozen=True)

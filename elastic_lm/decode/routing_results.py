@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elastic_lm.decode.answers import Answer
+from elastic_lm.decode.answerers import Answer
 
 REMEMBERED = 4096  # latencies, a random sample of all
 

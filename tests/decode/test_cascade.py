@@ -7,8 +7,8 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm.calibrate.routing_scores import Scoring, random_score
-from elastic_lm.decode.answerers import Function
-from elastic_lm.decode.answers import Answer, Row
+from elastic_lm.decode.answerers import Answer, Row
+from elastic_lm.decode.black_boxes import Function
 from elastic_lm.decode.cascade import Cascade
 from elastic_lm.decode.gathering import Gathering, Waiting
 

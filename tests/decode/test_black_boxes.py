@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
-from elastic_lm.decode.answerers import Endpoint, Function
-from elastic_lm.decode.answers import Answer
+from elastic_lm.decode.answerers import Answer
+from elastic_lm.decode.black_boxes import Endpoint, Function
 from elastic_lm.decode.cascade import Cascade
 
 QUICK = {"timeout": 5.0, "backoff": 0.01}
