@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.elastic import Budget, Menu, Subnet
     from elastic_lm.embedded import embedded_model
+    from elastic_lm.encoder_config import EncoderConfig
     from elastic_lm.latency_table import LatencyTable
     from elastic_lm.loading import load
     from elastic_lm.methods.ee_tuning import attach_exits
     from elastic_lm.models.decoder import Decoder
+    from elastic_lm.models.encoder import Encoder, attach_task_head
     from elastic_lm.slicing import slice_params
 
 __version__ = "0.1.0"
@@ -49,6 +51,8 @@ __all__ = [
     "Decoder",
     "DepthSchedule",
     "Elastic",
+    "Encoder",
+    "EncoderConfig",
     "ExitConfig",
     "LatencyTable",
     "Menu",
@@ -61,6 +65,7 @@ __all__ = [
     "Subnet",
     "Tokenizer",
     "attach_exits",
+    "attach_task_head",
     "calibrate",
     "checkpoint",
     "data",
@@ -77,6 +82,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Encoder": "models.encoder",
+    "EncoderConfig": "encoder_config",
+    "attach_task_head": "models.encoder",
     "Budget": "elastic",
     "Menu": "elastic",
     "Subnet": "elastic",

@@ -15,11 +15,11 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from elastic_lm.config import ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.elastic import Menu
 from elastic_lm.hf.files import replace_folder
-from elastic_lm.models.decoder import Params, abstract_params
+from elastic_lm.models.decoder import Params
+from elastic_lm.models.kinds import KINDS, Config, abstract_params, kind_of
 from elastic_lm.plain import from_dict, read_json, to_dict
 from elastic_lm.sharding import Rules, make_mesh, param_shardings
 
@@ -145,7 +145,7 @@ def _tuples(state: Any) -> Any:
 
 def save_model(
     path: str | Path,
-    config: ModelConfig,
+    config: Config,
     params: Params,
     tokenizer: Tokenizer | None,
     *,
@@ -181,9 +181,9 @@ def save_model(
         if first:
             if tokenizer is not None:
                 tokenizer.save(partial)
-            for name, described in ((CONFIG_FILE, config), (MENU_FILE, menu)):
-                if described is not None:
-                    (partial / name).write_text(json.dumps(to_dict(described), indent=2) + "\n")
+            (partial / CONFIG_FILE).write_text(_json({"kind": kind_of(config).name, **to_dict(config)}))
+            if menu is not None:
+                (partial / MENU_FILE).write_text(_json(to_dict(menu)))
             if beside is not None:
                 beside(partial)
             replace_folder(partial, target)
@@ -230,7 +230,7 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
 
 def load_model(
     path: str | Path, mesh: Mesh | None = None, rules: Rules | None = None
-) -> tuple[ModelConfig, Params]:
+) -> tuple[Config, Params]:
     """Reads an elastic checkpoint onto any mesh, whatever it was saved from.
 
     Args:
@@ -260,7 +260,7 @@ def load_model(
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
 
 
-def load_config(path: str | Path) -> ModelConfig:
+def load_config(path: str | Path) -> Config:
     """Reads what an elastic checkpoint says about its model.
 
     Args:
@@ -273,7 +273,11 @@ def load_config(path: str | Path) -> ModelConfig:
     file = epath.Path(path).absolute() / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} is not an elastic checkpoint: it has no {CONFIG_FILE}")
-    return _read(ModelConfig, file, "model.")
+    values = read_json(file)
+    name = values.pop("kind", "decoder")  # older checkpoints hold decoders and do not say so
+    if name not in KINDS:
+        raise ValueError(f"{file}: kind={name!r}: must be one of {', '.join(KINDS)}; update elastic_lm")
+    return _described(KINDS[name].config, values, file, "model.")
 
 
 def load_menu(path: str | Path) -> Menu:
@@ -290,16 +294,19 @@ def load_menu(path: str | Path) -> Menu:
     if not file.is_file():
         fix = "train an elastic model with configs/flextron.py, or give a Menu: el.Elastic(config, menu)"
         raise FileNotFoundError(f"{file.parent} has no {MENU_FILE}: {fix}")
-    return _read(Menu, file, "menu.")
+    return _described(Menu, read_json(file), file, "menu.")
 
 
-def _read(cls: Any, file: epath.Path, where: str) -> Any:
-    """The dataclass `cls` that a JSON file describes."""
-    values = read_json(file)
+def _described(cls: Any, values: dict[str, Any], file: epath.Path, where: str) -> Any:
+    """The dataclass `cls` that a file's values describe."""
     try:
         return from_dict(cls, values, where)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
 
 
 def local_folder(path: str | Path) -> Path:

@@ -39,15 +39,18 @@ def convert(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Elastic checkpoint to Hugging Face folder."""
     from elastic_lm import hf
-    from elastic_lm.loading import load
+    from elastic_lm.loading import load, load_decoder
     from elastic_lm.methods.ee_tuning import without_exits
 
-    model, params = load(args.source, dtype=args.dtype)
-    config = model.config
     if args.without_exits:
-        config, params = without_exits(config, params)
+        decoder, params = load_decoder(args.source, dtype=args.dtype)
+        config, params = without_exits(decoder.config, params)
+    else:
+        model, params = load(args.source, dtype=args.dtype)
+        config = model.config
     hf.export(config, params, args.target, _tokenizer(args.source), overwrite=args.overwrite)
-    exits = f" and {len(config.exits)} exits" if config.exits else ""
+    count = len(getattr(config, "exits", ()))
+    exits = f" and {count} exits" if count else ""
     print(f"{args.source} -> {args.target}: {config.family}, {_count(params)} parameters{exits}")
 
 
@@ -335,11 +338,11 @@ def _check_latency(args: argparse.Namespace) -> None:
 def _timed_model(args: argparse.Namespace) -> "tuple[ModelConfig, Params | None]":
     """The model that --model names, or one without parameters, which are then random."""
     from elastic_lm.bench.model import random_model
-    from elastic_lm.loading import load
+    from elastic_lm.loading import load_decoder
 
     if not args.model:
         return random_model(args.tiny), None
-    model, params = load(args.model)
+    model, params = load_decoder(args.model)
     return model.config, params
 
 

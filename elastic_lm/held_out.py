@@ -12,7 +12,7 @@ from elastic_lm.data.sources import JSONL_SUFFIXES, TEXT_SUFFIXES, find_files
 from elastic_lm.data.stdlib import Split, stdlib_files
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.embedded import embedded_model
-from elastic_lm.loading import load
+from elastic_lm.loading import load_decoder
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Decoder, Params
 
@@ -26,7 +26,7 @@ def load_with_tokenizer(folder: str | None) -> tuple[Decoder, Params, Tokenizer,
       (model, canonical parameters, tokenizer, the folder).
     """
     path = folder or str(embedded_model())
-    model, params = load(path)
+    model, params = load_decoder(path)
     return model, params, Tokenizer.load(path), path
 
 

@@ -8,13 +8,14 @@ import jax
 from elastic_lm import hf
 from elastic_lm.config import DTYPES
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.kinds import Config, Model, kind_of, make_model
 
 CHECKPOINT = "elastic_config.json"
 
 
 def load(
     path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
-) -> tuple[Decoder, Params]:
+) -> tuple[Model, Params]:
     """Loads a Hugging Face folder or a checkpoint of this package.
 
     Args:
@@ -30,7 +31,37 @@ def load(
       FileNotFoundError: there is nothing at `path`, or it is neither kind of folder.
       ValueError: see `hf.load`.
     """
-    folder = Path(path)
+    config, params = _load(Path(path), dtype, mesh)
+    return make_model(config), params
+
+
+def load_decoder(
+    path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Decoder, Params]:
+    """`load` where only a decoder will do.
+
+    Args:
+      path: see `load`.
+      dtype: see `load`.
+      mesh: see `load`.
+
+    Returns:
+      (model, canonical parameters).
+
+    Raises:
+      FileNotFoundError: see `load`.
+      ValueError: see `load`; or the folder holds another kind of model.
+    """
+    model, params = load(path, dtype=dtype, mesh=mesh)
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"{path}: holds an {kind_of(model.config).name} (family={model.config.family!r}), where a "
+            "decoder is needed; name the folder of a decoder-only language model"
+        )
+    return model, params
+
+
+def _load(folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None) -> tuple[Config, Params]:
     if (folder / CHECKPOINT).is_file():
         return _load_checkpoint(folder, dtype, mesh)
     if not (folder / "config.json").is_file():
@@ -40,13 +71,12 @@ def load(
             f"(with {CHECKPOINT}); found {found}. Models are not downloaded: fetch one first, for example "
             "with `hf download NAME --local-dir DIR`"
         )
-    config, params = hf.load(folder, dtype=dtype, mesh=mesh)
-    return Decoder(config), params
+    return hf.load(folder, dtype=dtype, mesh=mesh)
 
 
 def _load_checkpoint(
     folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None
-) -> tuple[Decoder, Params]:
+) -> tuple[Config, Params]:
     from elastic_lm.checkpoint import load_model
 
     config, params = load_model(folder, mesh=mesh)
@@ -55,4 +85,4 @@ def _load_checkpoint(
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return Decoder(config), params
+    return config, params

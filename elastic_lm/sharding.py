@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from elastic_lm.config import ModelConfig
-from elastic_lm.models.decoder import LAYER, Params, abstract_params
+from elastic_lm.models.decoder import LAYER, Params
+from elastic_lm.models.kinds import Config, abstract_params
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -75,7 +75,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules | None = None) -> Params:
+def param_shardings(config: Config, mesh: Mesh, rules: Rules | None = None) -> Params:
     """Sharding of every canonical parameter.
 
     Args:

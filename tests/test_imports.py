@@ -11,7 +11,7 @@ import elastic_lm
 PACKAGE = pathlib.Path(elastic_lm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = {"config", "rope_config", "train_config", "plain", "elastic", "cost"}
+CORE = {"config", "encoder_config", "rope_config", "train_config", "plain", "elastic", "cost"}
 LAYERS = CORE | {"nn", "models"}
 LEAVES = {"hf", "checkpoint", "sharding", "data", "metrics"}
 
@@ -22,6 +22,7 @@ ARROWS = {
     "rope_config": {"plain"},
     "train_config": {"plain"},
     "config": {"rope_config", "train_config", "plain"},
+    "encoder_config": {"config", "train_config", "plain"},
     "elastic": {"config", "plain"},
     "cost": {"config", "elastic", "plain"},
     "machine": set(),

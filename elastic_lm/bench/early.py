@@ -39,7 +39,7 @@ from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.policies import ExitPolicy
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.embedded import embedded_model
-from elastic_lm.loading import load
+from elastic_lm.loading import load_decoder
 from elastic_lm.methods.ee_tuning import without_exits
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Decoder, Params, init_params
@@ -146,7 +146,7 @@ def own_model(folder: str) -> OwnModel:
       FileNotFoundError: the folder, or a file in it, does not exist.
       ValueError: it cannot be read, has no exits, or is too short for the prompts.
     """
-    model, params = load(folder)
+    model, params = load_decoder(folder)
     if not model.config.exits:
         raise ValueError(f"--model {folder}: has no exits to draft with; attach and tune them first")
     tokenizer = Tokenizer.load(folder)
@@ -178,7 +178,7 @@ def model_row(own: OwnModel, options: Options) -> Row:
 
 def _tuned(folder: Path, steps: int = 60) -> tuple[ModelConfig, Params]:
     """The embedded model with an exit after a quarter of its layers."""
-    base = load(embedded_model())[0].config
+    base = load_decoder(embedded_model())[0].config
     run = RunConfig(
         exits=(ExitConfig(max(1, base.n_layers // 4), "norm"),),
         data=DataConfig(source="stdlib", seq_len=256, batch_size=16),
@@ -195,7 +195,7 @@ def _tuned(folder: Path, steps: int = 60) -> tuple[ModelConfig, Params]:
         ),
     )
     fit(run, folder)
-    model, params = load(folder / MODEL_FOLDER)
+    model, params = load_decoder(folder / MODEL_FOLDER)
     return model.config, params
 
 

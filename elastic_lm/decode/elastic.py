@@ -75,9 +75,12 @@ class Elastic:
         """
         from elastic_lm.checkpoint import load_config, load_menu
 
-        config = config or load_config(folder)
-        found = (Path(folder) / DESCRIPTION).is_file()
-        return cls(config, load_menu(folder), routers=Routers.load(folder, config) if found else None)
+        found = config or load_config(folder)
+        if not isinstance(found, ModelConfig):
+            raise ValueError(f"{folder}: holds no decoder, and only those are elastic in width; name one")
+        config = found
+        routed = (Path(folder) / DESCRIPTION).is_file()
+        return cls(config, load_menu(folder), routers=Routers.load(folder, config) if routed else None)
 
     def with_latency(self, table: Measured, source: str = "latency table") -> "Elastic":
         """The same with measured milliseconds, for budgets of latency.

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face <-> ModelConfig, driven by the family's table."""
+"""config.json of Hugging Face <-> a model's config, driven by the family's table."""
 
 import dataclasses
 import re
@@ -9,20 +9,22 @@ from elastic_lm.config import DTYPES, Activation, ExitConfig, ModelConfig
 from elastic_lm.hf.families import find_family
 from elastic_lm.hf.family import ACTIVATIONS, REQUIRED, Family, Field, typed
 from elastic_lm.hf.rope import rope_to_hf
+from elastic_lm.hf.table import tensor_names
+from elastic_lm.models.kinds import Config
 from elastic_lm.plain import from_dict, require, to_dict
 
 ELASTIC_VERSION = 1
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """Describes the model of a parsed config.json.
 
     Args:
       hf: config.json of a supported family, in the style of transformers 4 or 5.
 
     Returns:
-      The ModelConfig. `dtype` and `param_dtype` are those of the file (float32 if it does not say);
-      exits come from the `elastic` block, if there is one.
+      The config, of the family's class. `dtype` and `param_dtype` are those of the file (float32 if it
+      does not say); exits come from the `elastic` block, if there is one.
 
     Raises:
       ValueError: the model_type is not supported, a key is missing or has a value of the wrong type,
@@ -36,28 +38,27 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(_in_their_words(family, str(error))) from error
 
 
-def _read_model(family: Family, hf: Mapping[str, Any]) -> ModelConfig:
+def _read_model(family: Family, hf: Mapping[str, Any]) -> Config:
     values: dict[str, Any] = dict(family.fixed)
     for field in family.fields:
-        value = _read_field(field, hf)
+        value = _read_field(family, field, hf)
         if value is not None:
             values[field.ours] = value
-    values.setdefault("max_len", ModelConfig.max_len)
+    if family.config_class is ModelConfig:
+        values.setdefault("max_len", ModelConfig.max_len)
     values |= family.read(hf, values)
+    values["activation"] = _read_activation(family, hf)
+    if family.has("eos_ids"):
+        values["eos_ids"] = read_eos(hf, family.eos_default)
+    if family.has("exits"):
+        values["exits"] = _read_exits(hf)
+    if family.has("elastic_groups"):
+        values["elastic_groups"] = _read_groups(hf)
     dtype = _read_dtype(hf)
-    return ModelConfig(
-        **values,
-        activation=_read_activation(family, hf),
-        eos_ids=read_eos(hf, family.eos_default),
-        exits=_read_exits(hf),
-        elastic_groups=_read_groups(hf),
-        dtype=dtype,
-        param_dtype=dtype,
-        family=family.model_type,
-    )
+    return family.config_class(**values, dtype=dtype, param_dtype=dtype, family=family.model_type)
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def config_to_hf(config: Config) -> dict[str, Any]:
     """Writes the config.json of `config.family`, readable by transformers 4 and 5.
 
     Args:
@@ -71,19 +72,23 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         layers that differ in size.
     """
     family = find_family(config.family)
-    _refuse_many_sizes(config)
+    if isinstance(config, ModelConfig):
+        _refuse_many_sizes(config)
     hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     for field in family.fields:
         value = getattr(config, field.ours)
         hf[field.theirs] = None if value == field.off else value
     hf[family.activation[0]] = _activation_name(family, config.activation)
-    hf["eos_token_id"] = list(config.eos_ids) if len(config.eos_ids) > 1 else next(iter(config.eos_ids), None)
+    held = vars(config)
+    if family.has("eos_ids"):
+        ids = held["eos_ids"]
+        hf["eos_token_id"] = list(ids) if len(ids) > 1 else next(iter(ids), None)
     hf["torch_dtype"] = config.param_dtype
     hf |= family.write(config)
-    if config.exits:
-        hf["elastic"] = {"version": ELASTIC_VERSION, "exits": [to_dict(e) for e in config.exits]}
-    if config.elastic_groups:
-        hf["elastic"] = {"version": ELASTIC_VERSION, **hf.get("elastic", {}), "groups": config.elastic_groups}
+    if exits := held.get("exits"):
+        hf["elastic"] = {"version": ELASTIC_VERSION, "exits": [to_dict(e) for e in exits]}
+    if groups := held.get("elastic_groups"):
+        hf["elastic"] = {"version": ELASTIC_VERSION, **hf.get("elastic", {}), "groups": groups}
     _check_expressible(config, hf)
     return hf
 
@@ -108,12 +113,12 @@ def _refuse(family: Family, hf: Mapping[str, Any]) -> None:
             )
 
 
-def _read_field(field: Field, hf: Mapping[str, Any]) -> Any:
+def _read_field(family: Family, field: Field, hf: Mapping[str, Any]) -> Any:
     """Value of one field, or None where our own default applies."""
     value = hf.get(field.theirs, field.default)
     if value is REQUIRED or (value is None and field.default is REQUIRED):
         raise ValueError(f"{field.theirs} is missing; add it")
-    hint = next(f for f in dataclasses.fields(ModelConfig) if f.name == field.ours).type
+    hint = next(f for f in dataclasses.fields(family.config_class) if f.name == field.ours).type
     value = typed({field.theirs: value}, field.theirs, {bool: bool, float: float}.get(hint, int), None)
     require(field.default is not REQUIRED or value >= 1, field.theirs, value, "must be at least 1")
     return float(value) if hint is float and value is not None else value
@@ -203,9 +208,12 @@ def _refuse_many_sizes(config: ModelConfig) -> None:
     )
 
 
-def _check_expressible(config: ModelConfig, hf: Mapping[str, Any]) -> None:
+def _check_expressible(config: Config, hf: Mapping[str, Any]) -> None:
     """Reads `hf` back and refuses when something was lost on the way."""
-    ours, back = _comparable(config), _comparable(config_from_hf(hf))
+    family, again = find_family(config.family), config_from_hf(hf)
+    if not isinstance(config, ModelConfig):
+        again = family.complete(again, tensor_names(config))
+    ours, back = _comparable(config), _comparable(again)
     lost = [f"{key}={ours[key]!r} (would become {back[key]!r})" for key in ours if ours[key] != back[key]]
     if lost:
         raise ValueError(
@@ -214,10 +222,12 @@ def _check_expressible(config: ModelConfig, hf: Mapping[str, Any]) -> None:
         )
 
 
-def _comparable(config: ModelConfig) -> dict[str, Any]:
+def _comparable(config: Config) -> dict[str, Any]:
     """Fields that decide what the model computes, in a form with one spelling for each meaning."""
     values = to_dict(config)
     del values["dtype"]
+    if not isinstance(config, ModelConfig):
+        return values
     values["windows"] = [config.window(i) for i in range(config.n_layers)]
     values["attn_scale"] = config.query_scale
     values["rope"] = config.position == "rope" and rope_to_hf(

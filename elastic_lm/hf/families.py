@@ -3,6 +3,8 @@
 import difflib
 from typing import Any
 
+from elastic_lm.hf.bert import BERT
+from elastic_lm.hf.distilbert import DISTILBERT
 from elastic_lm.hf.family import Family
 from elastic_lm.hf.gemma2 import GEMMA2
 from elastic_lm.hf.gpt2 import GPT2
@@ -11,10 +13,11 @@ from elastic_lm.hf.llama import LLAMA
 from elastic_lm.hf.mistral import MISTRAL
 from elastic_lm.hf.nemotron import NEMOTRON
 from elastic_lm.hf.qwen import QWEN2, QWEN3
+from elastic_lm.hf.roberta import ROBERTA
 
-FAMILIES = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GPT2, GPT_NEOX, NEMOTRON)
-}
+DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GPT2, GPT_NEOX, NEMOTRON)
+ENCODERS = (BERT, DISTILBERT, ROBERTA)
+FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS)}
 
 
 def find_family(model_type: Any) -> Family:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from elastic_lm.config import Activation, ModelConfig
@@ -89,7 +89,7 @@ class Field:
     """One number or switch of config.json.
 
     Attributes:
-      ours: field of ModelConfig.
+      ours: field of the family's config.
       theirs: key of config.json.
       default: value where the key is missing; `REQUIRED` refuses that. `null` in the file means
         our own default.
@@ -108,18 +108,23 @@ class Family:
 
     Attributes:
       model_type: as in config.json.
-      architecture: transformers' class of the causal language model.
+      architecture: transformers' class of the language model, where `write` does not say otherwise.
       prefix: in front of every tensor of the base model; checkpoints of the base model alone lack it.
       layer: prefix of a layer's tensors, with {} for its number counted from 0.
       root: parameters outside the layers, by path; names are complete.
       layers: parameters of one layer, by path; names come after `layer`.
       fields: the entries of config.json that map one to one.
-      fixed: ModelConfig fields that hold for the whole family.
+      fixed: fields of the config that hold for the whole family.
       activation: (key of config.json, name where the key is missing).
       eos_default: token that ends a text where config.json does not say, or None.
-      read: (config.json, ModelConfig fields read so far) -> further ModelConfig fields.
-      write: ModelConfig -> further entries of config.json.
+      read: (config.json, fields of the config read so far) -> further fields.
+      write: config -> further entries of config.json.
       refuse: (key, values it may have) for features without a counterpart here; missing is fine.
+      config_class: describes the family's models, and with that says which kind they are (`models.kinds`).
+      varying: config -> parameters outside the layers whose tensors depend on it, as in `root`.
+      complete: (config, names of the folder's tensors, without `prefix`) -> the config with what only
+        the tensors tell.
+      copies: tensors that a checkpoint may hold beside the one they repeat, by name: {copy: original}.
     """
 
     model_type: str
@@ -133,10 +138,18 @@ class Family:
     activation: tuple[str, str]
     eos_default: int | None
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
-    write: Callable[[ModelConfig], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
     refuse: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    config_class: type = ModelConfig
+    varying: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
+    complete: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def head(self) -> Tensor:
+    def head(self) -> Tensor | None:
         """The vocabulary head, which tied checkpoints may store instead of the embedding."""
-        return self.root["head/kernel"]
+        return self.root.get("head/kernel") if self.has("tied") else None
+
+    def has(self, field: str) -> bool:
+        """Whether the family's configs have this field."""
+        return any(f.name == field for f in dataclasses.fields(self.config_class))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from elastic_lm.config import ModelConfig
+from elastic_lm.models.kinds import Config
 
 Shape = tuple[int, ...]
 
@@ -25,18 +25,18 @@ class Layout:
       split: (config, parameter) -> checkpoint's tensors.
     """
 
-    shapes: Callable[[ModelConfig, Shape], list[Shape]]
+    shapes: Callable[[Config, Shape], list[Shape]]
     join: Callable[[Sequence[np.ndarray], Shape], np.ndarray]
-    split: Callable[[ModelConfig, np.ndarray], list[np.ndarray]]
+    split: Callable[[Config, np.ndarray], list[np.ndarray]]
 
 
-def _qkv_rows(config: ModelConfig) -> list[int]:
+def _qkv_rows(config: Config) -> list[int]:
     """Output features of the query, key and value projections."""
     c = config
     return [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
 
 
-def _qkv_shapes(config: ModelConfig, shape: Shape) -> list[Shape]:
+def _qkv_shapes(config: Config, shape: Shape) -> list[Shape]:
     return [(rows, *shape[3:]) for rows in _qkv_rows(config)]
 
 
@@ -46,12 +46,12 @@ def _join_qkv(tensors: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
     return np.concatenate(per_head, axis=1)
 
 
-def _split_qkv(config: ModelConfig, leaf: np.ndarray) -> list[np.ndarray]:
+def _split_qkv(config: Config, leaf: np.ndarray) -> list[np.ndarray]:
     parts = leaf[:, :-2], leaf[:, -2:-1], leaf[:, -1:]
     return [part.reshape(-1, *leaf.shape[3:]) for part in parts]
 
 
-def _conv_qkv_shapes(config: ModelConfig, shape: Shape) -> list[Shape]:
+def _conv_qkv_shapes(config: Config, shape: Shape) -> list[Shape]:
     return [(*shape[3:], sum(_qkv_rows(config)))]
 
 
@@ -62,7 +62,7 @@ def _join_conv_qkv(tensors: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
     return _join_qkv(np.split(tensors[0].T, borders), shape)
 
 
-def _split_conv_qkv(config: ModelConfig, leaf: np.ndarray) -> list[np.ndarray]:
+def _split_conv_qkv(config: Config, leaf: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate(_split_qkv(config, leaf)).T]
 
 

@@ -10,27 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config import DTYPES, ModelConfig
+from elastic_lm.config import DTYPES
 from elastic_lm.hf.convert import config_from_hf, read_eos
 from elastic_lm.hf.families import find_family
 from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
 from elastic_lm.hf.table import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.kinds import Config
 
-# Buffers that old checkpoints carry and that are computed here.
+# What old checkpoints carry and nothing reads: buffers that are computed here, mostly.
 BUFFERS = (
     ".rotary_emb.inv_freq",
     ".attn.bias",
     ".attn.masked_bias",
     ".attention.bias",
     ".attention.masked_bias",
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+    ".pooler.dense.weight",  # RoBERTa's classifiers were saved with a pooler that they do not read
+    ".pooler.dense.bias",
 )
 
 
 def load(
     path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
-) -> tuple[ModelConfig, Params]:
+) -> tuple[Config, Params]:
     """Loads a model of a supported family from its Hugging Face folder.
 
     Every parameter is assembled from its tensors, cast and put in place before the next is read, so
@@ -54,8 +59,9 @@ def load(
     folder = Path(path)
     _check_folder(folder)
     config = _read_config(folder, dtype)
-    exits = [folder / EXITS_FILE] if config.exits else []
+    exits = [folder / EXITS_FILE] if getattr(config, "exits", ()) else []
     tensors = TensorFiles.of_folder(folder, exits)
+    config = _complete(config, tensors)
     config = _resolve_tying(config, tensors)
     table = _match(folder, config, tensors)
     place = _placement(config, mesh)
@@ -77,14 +83,16 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: not a folder; pass the folder that holds config.json")
 
 
-def _read_config(folder: Path, dtype: str | None) -> ModelConfig:
+def _read_config(folder: Path, dtype: str | None) -> Config:
     path = folder / "config.json"
     hf = read_json(path)
     try:
         config = config_from_hf(hf)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    config = dataclasses.replace(config, **_generation_ids(folder / "generation_config.json"))
+    family = find_family(config.family)
+    ids = _generation_ids(folder / "generation_config.json")
+    config = dataclasses.replace(config, **{field: i for field, i in ids.items() if family.has(field)})
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else config.param_dtype
     if dtype not in DTYPES:
@@ -93,7 +101,7 @@ def _read_config(folder: Path, dtype: str | None) -> ModelConfig:
 
 
 def _generation_ids(path: Path) -> dict[str, Any]:
-    """The fields of ModelConfig that begin and end a text, as far as the file has them."""
+    """The fields of a config that begin and end a text, as far as the file has them."""
     hf = read_json(path) if path.is_file() else {}
     try:
         ids = {"bos_token_id": typed(hf, "bos_token_id", int, None), "eos_token_id": read_eos(hf, None)}
@@ -110,12 +118,20 @@ def _stored(name: str | None, family: Family, tensors: TensorFiles) -> str | Non
     return next((n for n in (name, name.removeprefix(family.prefix)) if n in tensors.files), None)
 
 
-def _resolve_tying(config: ModelConfig, tensors: TensorFiles) -> ModelConfig:
+def _complete(config: Config, tensors: TensorFiles) -> Config:
+    """The config with what only the names of the tensors tell."""
+    family = find_family(config.family)
+    return family.complete(config, {name.removeprefix(family.prefix) for name in tensors.files})
+
+
+def _resolve_tying(config: Config, tensors: TensorFiles) -> Config:
     """Unties a model that claims to be tied but stores an embedding and a head that differ."""
     family = find_family(config.family)
+    if not getattr(config, "tied", False):
+        return config
     embed = _stored(family.root["embed/table"].names[0], family, tensors)
     head = _head_name(family, tensors)
-    if not config.tied or embed is None or head is None:
+    if embed is None or head is None:
         return config
     if np.array_equal(tensors.read(embed), tensors.read(head)):
         return config
@@ -129,18 +145,21 @@ def _resolve_tying(config: ModelConfig, tensors: TensorFiles) -> ModelConfig:
 
 def _head_name(family: Family, tensors: TensorFiles) -> str | None:
     head = family.head
+    if head is None:
+        return None
     return _stored(head.names[0], family, tensors) or _stored(head.alias, family, tensors)
 
 
-def _match(folder: Path, config: ModelConfig, tensors: TensorFiles) -> list[Binding]:
+def _match(folder: Path, config: Config, tensors: TensorFiles) -> list[Binding]:
     """Bindings under the names that the folder uses, after checking names and shapes of all tensors."""
     family = find_family(config.family)
+    tied = getattr(config, "tied", False)
     table, missing = [], []
     for binding in bindings(config):
         names = [_stored(name, family, tensors) for name in binding.names]
         if None in names and binding.alias:
             names = [_stored(binding.alias, family, tensors)]
-        if None in names and binding.path[0] == "embed" and config.tied:
+        if None in names and binding.path[0] == "embed" and tied:
             names = [_head_name(family, tensors)]
         missing += [b for b, n in zip(binding.names, names, strict=True) if n is None]
         table.append(dataclasses.replace(binding, names=tuple(n for n in names if n is not None)))
@@ -149,10 +168,27 @@ def _match(folder: Path, config: ModelConfig, tensors: TensorFiles) -> list[Bind
     for binding in table:
         _check_shapes(folder, binding, tensors)
     used = {name for binding in table for name in binding.names}
-    if config.tied:
+    if tied:
         used.add(_head_name(family, tensors) or "")
+    used |= _copies(family, tensors)
     _report_extra(family, tensors, sorted(set(tensors.files) - used))
     return table
+
+
+def _copies(family: Family, tensors: TensorFiles) -> set[str]:
+    """Tensors that repeat another one, as far as the folder has them."""
+    found = set()
+    for copy, original in family.copies.items():
+        name, kept = _stored(copy, family, tensors), _stored(original, family, tensors)
+        if name is None or kept is None:
+            continue
+        if not np.array_equal(tensors.read(name), tensors.read(kept)):
+            raise ValueError(
+                f"{tensors.files[name]}: tensor {name!r} must be the same as {kept!r} in model_type "
+                f"{family.model_type!r}, but their values differ; remove it, or make them equal"
+            )
+        found.add(name)
+    return found
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
@@ -163,7 +199,7 @@ def _listed(names: list[str], limit: int = 8) -> str:
 def _report_missing(folder: Path, family: Family, tensors: TensorFiles, missing: list[str]) -> None:
     config = folder / "config.json"
     fix = f"{config} describes a model that has them: correct it, or add the tensors"
-    if missing == list(family.head.names):
+    if family.head and missing == list(family.head.names):
         fix = f"set tie_word_embeddings to true in {config} if the head is the embedding"
     if all(name.startswith("elastic.") for name in missing):
         fix = f"export the model again, or remove the elastic block from {config}"
@@ -185,7 +221,8 @@ def _report_extra(family: Family, tensors: TensorFiles, extra: list[str]) -> Non
     """Refuses unknown tensors inside the model, where they would change its output; warns of others."""
     extra = [name for name in extra if not name.endswith(BUFFERS)]
     layers = family.layer.split("{}")[0].removeprefix(family.prefix)
-    roots = (family.prefix, layers, "elastic.", family.head.names[0])
+    heads = family.head.names[:1] if family.head else ()
+    roots = tuple(filter(None, (family.prefix, layers, "elastic.", *heads)))
     inside = [name for name in extra if name.startswith(roots)]
     if inside:
         raise ValueError(
@@ -201,7 +238,7 @@ def _report_extra(family: Family, tensors: TensorFiles, extra: list[str]) -> Non
 
 
 def _placement(
-    config: ModelConfig, mesh: jax.sharding.Mesh | None
+    config: Config, mesh: jax.sharding.Mesh | None
 ) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     """Returns what casts an assembled parameter and puts it where it belongs."""
     dtype = jnp.dtype(config.param_dtype)

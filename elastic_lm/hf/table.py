@@ -14,16 +14,17 @@ where <layer> counts the layers below the exit (`ExitConfig.layer`).
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from elastic_lm.config import ModelConfig
 from elastic_lm.hf.families import find_family
 from elastic_lm.hf.family import Family, Tensor
 from elastic_lm.hf.layouts import Layout, Shape
-from elastic_lm.models.decoder import LAYER, abstract_params
+from elastic_lm.models.decoder import LAYER
+from elastic_lm.models.kinds import Config, abstract_params
 
 EXIT = re.compile(r"exit_(\d+)")
 EXIT_PREFIX = "elastic.exits.{}."
@@ -66,22 +67,35 @@ class Binding:
         return EXIT.fullmatch(self.path[0]) is not None
 
 
-def bindings(config: ModelConfig) -> list[Binding]:
+def bindings(config: Config) -> list[Binding]:
     """Every parameter of the model in the order of its tree.
 
     Args:
-      config: the model, with `family` and `exits`; static.
+      config: the model, with `family` (and `exits`); static.
 
     Raises:
       ValueError: the family has no tensor for a parameter.
     """
     family = find_family(config.family)
+    root = {**family.root, **family.varying(config)}
     leaves, _ = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract_params(config)))
-    return [_bind(config, family, tuple(key.key for key in path), leaf) for path, leaf in leaves]
+    return [_bind(config, family, root, tuple(key.key for key in path), leaf) for path, leaf in leaves]
 
 
-def _bind(config: ModelConfig, family: Family, path: tuple[str, ...], leaf: Any) -> Binding:
-    prefix, tensor = _lookup(family, path)
+def tensor_names(config: Config) -> set[str]:
+    """Names of all tensors that hold the model, without the prefix of the base model.
+
+    Args:
+      config: as in `bindings`.
+    """
+    prefix = find_family(config.family).prefix
+    return {name.removeprefix(prefix) for binding in bindings(config) for name in binding.names}
+
+
+def _bind(
+    config: Config, family: Family, root: Mapping[str, Tensor], path: tuple[str, ...], leaf: Any
+) -> Binding:
+    prefix, tensor = _lookup(family, root, path)
     if tensor is None:
         raise ValueError(
             f"parameter {'/'.join(path)} {leaf.shape} has no tensor in family={family.model_type!r}; "
@@ -89,15 +103,16 @@ def _bind(config: ModelConfig, family: Family, path: tuple[str, ...], leaf: Any)
         )
     names = tuple(prefix + name for name in tensor.names)
     shapes = tuple(tensor.layout.shapes(config, leaf.shape))
-    return Binding(path, leaf.shape, names, shapes, tensor.layout, tensor.alias)
+    alias = tensor.alias and prefix + tensor.alias
+    return Binding(path, leaf.shape, names, shapes, tensor.layout, alias)
 
 
-def _lookup(family: Family, path: tuple[str, ...]) -> tuple[str, Tensor | None]:
+def _lookup(family: Family, root: Mapping[str, Tensor], path: tuple[str, ...]) -> tuple[str, Tensor | None]:
     """Prefix of the names and the table's entry for the parameter at `path`."""
     if layer := LAYER.fullmatch(path[0]):
         return family.layer.format(layer[1]), family.layers.get("/".join(path[1:]))
     if not (exit_ := EXIT.fullmatch(path[0])):
-        return "", family.root.get("/".join(path))
+        return "", root.get("/".join(path))
     prefix = EXIT_PREFIX.format(exit_[1])
     if path[1] == "block":
         return prefix + "block.", family.layers.get("/".join(path[2:]))

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import save_file
 
-from elastic_lm.config import ModelConfig
 from elastic_lm.hf.convert import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS, replace_folder
 from elastic_lm.hf.table import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.kinds import Config
 
 WRITTEN = (
     "config.json",
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
 
 
 def export(
-    config: ModelConfig,
+    config: Config,
     params: Params,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
@@ -74,8 +74,9 @@ def export(
         _write_weights(config, leaves, partial, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(partial)
-        ids = {"bos_token_id": entries["bos_token_id"], "eos_token_id": entries["eos_token_id"]}
-        _write_json(partial / "generation_config.json", ids)
+        ids = {key: entries[key] for key in ("bos_token_id", "eos_token_id") if key in entries}
+        if ids:
+            _write_json(partial / "generation_config.json", ids)
         _write_json(partial / "config.json", entries)
         for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
             shutil.copymode(partial / "config.json", shard)
@@ -118,7 +119,7 @@ def _leaf(params: Params, binding: Binding) -> Any:
 
 
 def _write_weights(
-    config: ModelConfig, leaves: list[tuple[Binding, Any]], folder: Path, max_shard_bytes: int
+    config: Config, leaves: list[tuple[Binding, Any]], folder: Path, max_shard_bytes: int
 ) -> None:
     backbone = [pair for pair in leaves if not pair[0].is_exit]
     exits = [pair for pair in leaves if pair[0].is_exit]
@@ -148,7 +149,7 @@ def _shards(leaves: list[tuple[Binding, Any]], limit: int) -> Iterator[list[tupl
     yield shard
 
 
-def _save(config: ModelConfig, leaves: list[tuple[Binding, Any]], path: Path) -> list[str]:
+def _save(config: Config, leaves: list[tuple[Binding, Any]], path: Path) -> list[str]:
     """Writes one file and returns the names of its tensors."""
     tensors = {}
     for binding, leaf in leaves:

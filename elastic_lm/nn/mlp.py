@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config import ModelConfig
+from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.nn.linear import Linear
 
 
@@ -41,7 +42,7 @@ class MLP(nn.Module):
     gate it is [F, D].
     """
 
-    config: ModelConfig
+    config: ModelConfig | EncoderConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, gate_BTF: jax.Array | None = None) -> jax.Array:

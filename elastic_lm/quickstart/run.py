@@ -21,7 +21,7 @@ from elastic_lm.data.stdlib import Split
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.embedded import embedded_model
-from elastic_lm.loading import load
+from elastic_lm.loading import load_decoder
 from elastic_lm.methods.ee_tuning import without_exits
 from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Decoder, Params
@@ -118,7 +118,7 @@ def _base(options: Options) -> ModelConfig:
     """The model that exits are attached to, known before anything is trained."""
     if options.from_scratch:
         return train.small_model(options.tiny)
-    return load(options.hf_dir or embedded_model())[0].config
+    return load_decoder(options.hf_dir or embedded_model())[0].config
 
 
 def _source(options: Options) -> str:

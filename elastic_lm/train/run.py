@@ -23,7 +23,7 @@ from elastic_lm.config import WITHOUT_EXITS, ModelConfig, RunConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.elastic import Menu
-from elastic_lm.loading import load
+from elastic_lm.loading import load_decoder
 from elastic_lm.methods.ee_tuning import EETuning, JointTraining, attach_exits
 from elastic_lm.methods.flextron import TEACHER, ElasticEvaluation, ElasticTraining
 from elastic_lm.methods.losses import Method
@@ -194,7 +194,9 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
     """
     key = jax.random.key(config.train.seed)
     if config.train.init_from:
-        decoder, params = load(config.train.init_from, dtype=config.train.param_dtype or None, mesh=mesh)
+        decoder, params = load_decoder(
+            config.train.init_from, dtype=config.train.param_dtype or None, mesh=mesh
+        )
         model = decoder.config
         if config.train.init_layers:
             model, params = extract(model, params, config.train.init_layers)

@@ -140,7 +140,7 @@ def test_wrong_shapes_and_dtypes(folder: Path) -> None:
     ("changes", "words"),
     [
         ({"model_type": "qwen2_moe"}, ("'qwen2_moe'", "closest is 'qwen2'", "gpt_neox, nemotron")),
-        ({"model_type": "bert"}, ("'bert'", "Supported: llama")),
+        ({"model_type": "mamba"}, ("'mamba'", "Supported: llama")),
         ({"model_type": None}, ("model_type=None", "Supported: llama")),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, ("rope_scaling", "'longrope'", "yarn")),
         ({"rope_scaling": {"type": "linear"}}, ("rope_scaling", "factor")),
