@@ -31,14 +31,17 @@ if TYPE_CHECKING:
     from elastic_lm.decode.elastic import Elastic
     from elastic_lm.decode.policies import DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.decode.sampler import Sampler
+    from elastic_lm.decode.text_to_text import TextToText
     from elastic_lm.elastic import Budget, Menu, Subnet
     from elastic_lm.embedded import embedded_model
     from elastic_lm.encoder_config import EncoderConfig
+    from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
     from elastic_lm.latency_table import LatencyTable
     from elastic_lm.loading import load
     from elastic_lm.methods.ee_tuning import attach_exits
     from elastic_lm.models.decoder import Decoder
     from elastic_lm.models.encoder import Encoder, attach_task_head
+    from elastic_lm.models.encoder_decoder import EncoderDecoder
     from elastic_lm.slicing import slice_params
 
 __version__ = "0.1.0"
@@ -53,6 +56,8 @@ __all__ = [
     "Elastic",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "ExitConfig",
     "LatencyTable",
     "Menu",
@@ -63,6 +68,7 @@ __all__ = [
     "Sampler",
     "StaticExit",
     "Subnet",
+    "TextToText",
     "Tokenizer",
     "attach_exits",
     "attach_task_head",
@@ -98,10 +104,13 @@ _HOMES = {
     "StaticExit": "decode.policies",
     "Decoder": "models.decoder",
     "Elastic": "decode.elastic",
+    "EncoderDecoder": "models.encoder_decoder",
+    "EncoderDecoderConfig": "encoder_decoder_config",
     "ExitConfig": "config",
     "ModelConfig": "config",
     "RopeConfig": "config",
     "Sampler": "decode.sampler",
+    "TextToText": "decode.text_to_text",
     "Tokenizer": "data.tokenizer",
     "attach_exits": "methods.ee_tuning",
     "embedded_model": "embedded",

@@ -11,7 +11,8 @@ import elastic_lm
 PACKAGE = pathlib.Path(elastic_lm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = {"config", "encoder_config", "rope_config", "train_config", "plain", "elastic", "cost"}
+CONFIGS = {"config", "encoder_config", "encoder_decoder_config", "rope_config", "train_config"}
+CORE = CONFIGS | {"plain", "elastic", "cost"}
 LAYERS = CORE | {"nn", "models"}
 LEAVES = {"hf", "checkpoint", "sharding", "data", "metrics"}
 
@@ -23,6 +24,7 @@ ARROWS = {
     "train_config": {"plain"},
     "config": {"rope_config", "train_config", "plain"},
     "encoder_config": {"config", "train_config", "plain"},
+    "encoder_decoder_config": {"config", "train_config", "plain"},
     "elastic": {"config", "plain"},
     "cost": {"config", "elastic", "plain"},
     "machine": set(),

@@ -48,7 +48,7 @@ def write(cache: LayerCache, rows: LayerCache, start_B: jax.Array) -> LayerCache
     Args:
       cache: of one layer, [B, K, S, H] each.
       rows: [B, K, T, H] each, of any float dtype.
-      start_B: int32; the caller keeps start_B + T within S.
+      start_B: int32, or a scalar for all rows; the caller keeps start_B + T within S.
 
     Returns:
       The cache with these entries replaced.
@@ -58,8 +58,9 @@ def write(cache: LayerCache, rows: LayerCache, start_B: jax.Array) -> LayerCache
 
 def _write(cache_BKSH: jax.Array, rows_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
     rows_BKTH = rows_BKTH.astype(cache_BKSH.dtype)
-    if cache_BKSH.shape[0] == 1:
-        return jax.lax.dynamic_update_slice(cache_BKSH, rows_BKTH, (0, 0, start_B[0], 0))
+    if start_B.ndim == 0 or cache_BKSH.shape[0] == 1:
+        start = start_B.reshape(())
+        return jax.lax.dynamic_update_slice(cache_BKSH, rows_BKTH, (0, 0, start, 0))
     return jax.vmap(lambda c, r, i: jax.lax.dynamic_update_slice(c, r, (0, i, 0)))(
         cache_BKSH, rows_BKTH, start_B
     )

@@ -156,14 +156,14 @@ def make_controls(
         together=jnp.asarray(together),
         lossless=jnp.asarray(lossless),
         adapt=jnp.asarray(adapt),
-        stop_tokens=stop_array(config, how),
+        stop_tokens=stop_array(config.eos_ids, how),
         sampling=how.arrays(batch),
     )
 
 
-def stop_array(config: ModelConfig, settings: Settings) -> jax.Array:
-    """[E] int32 tokens that end a row, padded with -1."""
-    own = () if settings.ignore_eos else config.eos_ids
+def stop_array(eos_ids: tuple[int, ...], settings: Settings) -> jax.Array:
+    """[E] int32 tokens that end a row, the model's own among them, padded with -1."""
+    own = () if settings.ignore_eos else eos_ids
     stops = (*own, *settings.stop_tokens)
     slots = STOP_SLOTS
     while slots < len(stops):
@@ -198,11 +198,44 @@ def pad_prompts(
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     for i, ids in enumerate(prompts):
         _check_prompt(config, i, ids, max_new_tokens)
-    width = bucket(max(map(len, prompts)))
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for i, ids in enumerate(prompts):
-        tokens[i, : len(ids)] = ids
-    return jnp.asarray(tokens), jnp.asarray([len(ids) for ids in prompts], jnp.int32)
+    tokens, lengths = pad_rows(prompts, len(prompts), bucket(max(map(len, prompts))))
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids as one array, filled up with zeros on the right and with rows of length 0.
+
+    Args:
+      rows: token ids.
+      count: rows of the array, at least as many.
+      width: columns of the array, at least as many as the longest row has.
+
+    Returns:
+      (tokens [count, width] int32, lengths [count] int32).
+    """
+    tokens, lengths = np.zeros((count, width), np.int32), np.zeros((count,), np.int32)
+    for i, ids in enumerate(rows):
+        tokens[i, : len(ids)], lengths[i] = ids, len(ids)
+    return tokens, lengths
+
+
+def check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Refuses token ids outside the vocabulary.
+
+    Args:
+      what: what holds them, for the message.
+      ids: at least one.
+      vocab_size: of the model.
+
+    Raises:
+      ValueError: names the worst one.
+    """
+    worst = max(ids) if min(ids) >= 0 else min(ids)
+    if not 0 <= worst < vocab_size:
+        raise ValueError(
+            f"{what} holds token id {worst}, outside the vocabulary of {vocab_size}: "
+            "is this the model's own tokenizer?"
+        )
 
 
 def _check_prompt(config: ModelConfig, row: int, ids: Sequence[int], max_new_tokens: int) -> None:
@@ -213,9 +246,4 @@ def _check_prompt(config: ModelConfig, row: int, ids: Sequence[int], max_new_tok
             f"prompt {row} has {len(ids)} tokens and max_new_tokens={max_new_tokens}, together more than "
             f"the model's max_len={config.max_len}: shorten the prompt or emit fewer tokens"
         )
-    worst = max(ids) if min(ids) >= 0 else min(ids)
-    if not 0 <= worst < config.vocab_size:
-        raise ValueError(
-            f"prompt {row} holds token id {worst}, outside the vocabulary of {config.vocab_size}: "
-            "is this the model's own tokenizer?"
-        )
+    check_ids(f"prompt {row}", ids, config.vocab_size)

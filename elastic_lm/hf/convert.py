@@ -47,7 +47,8 @@ def _read_model(family: Family, hf: Mapping[str, Any]) -> Config:
     if family.config_class is ModelConfig:
         values.setdefault("max_len", ModelConfig.max_len)
     values |= family.read(hf, values)
-    values["activation"] = _read_activation(family, hf)
+    if "activation" not in values:
+        values["activation"] = _read_activation(family, hf)
     if family.has("eos_ids"):
         values["eos_ids"] = read_eos(hf, family.eos_default)
     if family.has("exits"):

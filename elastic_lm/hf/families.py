@@ -14,10 +14,11 @@ from elastic_lm.hf.mistral import MISTRAL
 from elastic_lm.hf.nemotron import NEMOTRON
 from elastic_lm.hf.qwen import QWEN2, QWEN3
 from elastic_lm.hf.roberta import ROBERTA
+from elastic_lm.hf.t5 import T5
 
 DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GPT2, GPT_NEOX, NEMOTRON)
 ENCODERS = (BERT, DISTILBERT, ROBERTA)
-FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS)}
+FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS, T5)}
 
 
 def find_family(model_type: Any) -> Family:

@@ -124,7 +124,9 @@ class Family:
       varying: config -> parameters outside the layers whose tensors depend on it, as in `root`.
       complete: (config, names of the folder's tensors, without `prefix`) -> the config with what only
         the tensors tell.
-      copies: tensors that a checkpoint may hold beside the one they repeat, by name: {copy: original}.
+      copies: tensors that a checkpoint may hold beside the one they repeat, or in its place, by name:
+        {copy: original}.
+      inside: beginnings of further names that only tensors of the model have.
     """
 
     model_type: str
@@ -144,6 +146,7 @@ class Family:
     varying: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     complete: Callable[[Any, Collection[str]], Any] = lambda config, names: config
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    inside: tuple[str, ...] = ()
 
     @property
     def head(self) -> Tensor | None:

@@ -26,6 +26,7 @@ BUFFERS = (
     ".attn.masked_bias",
     ".attention.bias",
     ".attention.masked_bias",
+    ".EncDecAttention.relative_attention_bias.weight",  # of T5's first releases, which nothing read
     "embeddings.position_ids",
     "embeddings.token_type_ids",
     ".pooler.dense.weight",  # RoBERTa's classifiers were saved with a pooler that they do not read
@@ -104,10 +105,15 @@ def _generation_ids(path: Path) -> dict[str, Any]:
     """The fields of a config that begin and end a text, as far as the file has them."""
     hf = read_json(path) if path.is_file() else {}
     try:
-        ids = {"bos_token_id": typed(hf, "bos_token_id", int, None), "eos_token_id": read_eos(hf, None)}
+        ids = {key: typed(hf, key, int, None) for key in ("bos_token_id", "decoder_start_token_id")}
+        ids["eos_token_id"] = read_eos(hf, None)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    fields = {"bos_token_id": "bos_id", "eos_token_id": "eos_ids"}
+    fields = {
+        "bos_token_id": "bos_id",
+        "eos_token_id": "eos_ids",
+        "decoder_start_token_id": "decoder_start_id",
+    }
     return {ours: ids[theirs] for theirs, ours in fields.items() if hf.get(theirs) is not None}
 
 
@@ -159,6 +165,8 @@ def _match(folder: Path, config: Config, tensors: TensorFiles) -> list[Binding]:
         names = [_stored(name, family, tensors) for name in binding.names]
         if None in names and binding.alias:
             names = [_stored(binding.alias, family, tensors)]
+        if None in names and binding.names[0] in family.copies.values():
+            names = [_any_copy(binding.names[0], family, tensors)]
         if None in names and binding.path[0] == "embed" and tied:
             names = [_head_name(family, tensors)]
         missing += [b for b, n in zip(binding.names, names, strict=True) if n is None]
@@ -173,6 +181,12 @@ def _match(folder: Path, config: Config, tensors: TensorFiles) -> list[Binding]:
     used |= _copies(family, tensors)
     _report_extra(family, tensors, sorted(set(tensors.files) - used))
     return table
+
+
+def _any_copy(original: str, family: Family, tensors: TensorFiles) -> str | None:
+    """A tensor that stands in for the one that it repeats."""
+    stored = [_stored(copy, family, tensors) for copy, of in family.copies.items() if of == original]
+    return next(filter(None, stored), None)
 
 
 def _copies(family: Family, tensors: TensorFiles) -> set[str]:
@@ -222,7 +236,7 @@ def _report_extra(family: Family, tensors: TensorFiles, extra: list[str]) -> Non
     extra = [name for name in extra if not name.endswith(BUFFERS)]
     layers = family.layer.split("{}")[0].removeprefix(family.prefix)
     heads = family.head.names[:1] if family.head else ()
-    roots = tuple(filter(None, (family.prefix, layers, "elastic.", *heads)))
+    roots = tuple(filter(None, (family.prefix, layers, "elastic.", *heads, *family.inside)))
     inside = [name for name in extra if name.startswith(roots)]
     if inside:
         raise ValueError(

@@ -25,6 +25,7 @@ WRITTEN = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "pad_token_id")
 
 
 class Tokenizer(Protocol):
@@ -74,7 +75,7 @@ def export(
         _write_weights(config, leaves, partial, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(partial)
-        ids = {key: entries[key] for key in ("bos_token_id", "eos_token_id") if key in entries}
+        ids = {key: entries[key] for key in GENERATION_IDS if key in entries}
         if ids:
             _write_json(partial / "generation_config.json", ids)
         _write_json(partial / "config.json", entries)

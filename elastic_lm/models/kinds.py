@@ -8,12 +8,14 @@ import jax
 
 from elastic_lm.config import ModelConfig
 from elastic_lm.encoder_config import EncoderConfig
-from elastic_lm.models import decoder, encoder
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.models import decoder, encoder, encoder_decoder
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.encoder import Encoder
+from elastic_lm.models.encoder_decoder import EncoderDecoder
 
-Config = ModelConfig | EncoderConfig
-Model = Decoder | Encoder
+Config = ModelConfig | EncoderConfig | EncoderDecoderConfig
+Model = Decoder | Encoder | EncoderDecoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,14 @@ class Kind:
 
 DECODER = Kind("decoder", ModelConfig, Decoder, decoder.abstract_params, decoder.init_params)
 ENCODER = Kind("encoder", EncoderConfig, Encoder, encoder.abstract_params, encoder.init_params)
-KINDS = {kind.name: kind for kind in (DECODER, ENCODER)}
+ENCODER_DECODER = Kind(
+    "encoder_decoder",
+    EncoderDecoderConfig,
+    EncoderDecoder,
+    encoder_decoder.abstract_params,
+    encoder_decoder.init_params,
+)
+KINDS = {kind.name: kind for kind in (DECODER, ENCODER, ENCODER_DECODER)}
 
 
 def kind_of(config: Config) -> Kind:

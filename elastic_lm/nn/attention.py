@@ -1,6 +1,7 @@
 """Grouped-query attention over one or several stretches of keys and values."""
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -41,6 +42,7 @@ def attend(
     window: int | jax.Array = 0,
     softcap: float = 0.0,
     segments_BT: jax.Array | None = None,
+    biases: Sequence[jax.Array] | None = None,
 ) -> jax.Array:
     """Causal attention of queries over the concatenation of `parts`, without concatenating them.
 
@@ -52,6 +54,7 @@ def attend(
       window: a query sees only the last `window` positions; 0 = all. Static or traced.
       softcap: logits pass softcap * tanh(x / softcap); 0 = off; static.
       segments_BT: document ids of the queries, matched against `KeyValues.segments`.
+      biases: [N, T, S] float32, one per part, added to the logits of every row; None = none.
 
     Returns:
       [B, T, N, H] in the dtype of `q_BTNH`; probabilities are float32.
@@ -61,10 +64,11 @@ def attend(
     q_BKGTH = jnp.moveaxis(q_BTNH.reshape(b, t, -1, groups, h), 1, 3)
     q_BKMH = q_BKGTH.reshape(b, -1, groups * t, h)  # M = G * T: one product per kv head
     logits = []
-    for part in parts:
+    for i, part in enumerate(parts):
         s = jnp.einsum("bkmh,bksh->bkms", q_BKMH, part.k, preferred_element_type=jnp.float32) * scale
         s = softcap * jnp.tanh(s / softcap) if softcap else s
         s = s.reshape(b, -1, groups, t, part.k.shape[2])
+        s = s if biases is None else s + biases[i].reshape(s.shape[1:])
         seen_BTS = visible(positions_BT, part.positions, window, segments_BT, part.segments)
         logits.append(jnp.where(seen_BTS[:, None, None], s, jnp.finfo(jnp.float32).min))
     top = [jnp.max(s, axis=-1, keepdims=True) for s in logits]
@@ -130,6 +134,7 @@ class Attention(nn.Module):
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
         gate_BTN: jax.Array | None = None,
+        biases: Sequence[jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Attends over `past` and the new tokens; returns the output and the new rows of k and v.
 
@@ -140,6 +145,7 @@ class Attention(nn.Module):
           segments_BT: document ids of the new tokens, or None.
           past: cached keys and values, or None.
           gate_BTN: multiplies what query heads give (see `nn.router`), or None.
+          biases: see `attend`; of `past` and of the new tokens, or of these alone without a past.
 
         Returns:
           ([B, T, D], (k [B, K, T, H], v [B, K, T, H])).
@@ -168,6 +174,7 @@ class Attention(nn.Module):
             window=window,
             softcap=c.attn_softcap,
             segments_BT=segments_BT,
+            biases=biases,
         )
         out = out if gate_BTN is None else out * gate_BTN[..., None]
         out = out.reshape(b, t, math.prod(out.shape[2:]))

@@ -1,0 +1,60 @@
+"""What the logits of a token say about it: E-LANG's energy and the usual confidences, in float32.
+
+With z the logits at one position, T a temperature and p = softmax(z), p1 >= p2 the two largest:
+
+    energy = -T logsumexp(z / T)     max_prob = p1     entropy = -sum_v p_v ln p_v     margin = p1 - p2
+
+A low energy is a high likelihood of the input (arXiv 2203.00748, sec. 3.2). Unlike the other three, it moves
+with an offset of all logits.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.calibrate.confidence import margin, max_prob
+
+
+@flax.struct.dataclass
+class TokenScores:
+    """Scores of tokens, each [...] float32.
+
+    Attributes:
+      energy: lower is surer.
+      max_prob: in [0, 1], higher is surer.
+      entropy: in nats, lower is surer.
+      margin: in [0, 1], higher is surer.
+    """
+
+    energy: jax.Array
+    max_prob: jax.Array
+    entropy: jax.Array
+    margin: jax.Array
+
+
+def energy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
+    """Free energy -T logsumexp(z / T) (E-LANG, arXiv 2203.00748, eq. 2).
+
+    Args:
+      logits: [..., V] of any float dtype.
+      temperature: T, positive; may be traced.
+
+    Returns:
+      [...] float32.
+    """
+    return -temperature * jax.nn.logsumexp(logits.astype(jnp.float32) / temperature, axis=-1)
+
+
+def token_scores(logits: jax.Array, temperature: float | jax.Array = 1.0) -> TokenScores:
+    """All scores of tokens.
+
+    Args:
+      logits: [..., V] of any float dtype.
+      temperature: of the energy alone.
+
+    Returns:
+      TokenScores of [...] float32.
+    """
+    logits = logits.astype(jnp.float32)
+    entropy = jnp.sum(jax.scipy.special.entr(jax.nn.softmax(logits, axis=-1)), axis=-1)
+    return TokenScores(energy(logits, temperature), max_prob(logits), entropy, margin(logits))

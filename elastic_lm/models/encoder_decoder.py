@@ -1,0 +1,279 @@
+"""The encoder-decoder language model (T5): encode the source once, then predict the target, read top-down."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.models.decoder import Embedding, Params
+from elastic_lm.nn.attention import KeyValues
+from elastic_lm.nn.block import Rows, make_norm
+from elastic_lm.nn.encoder_decoder import Layer, seen_by_all
+from elastic_lm.nn.exits import VocabHead
+from elastic_lm.nn.linear import Linear, linear
+from elastic_lm.plain import AT_LEAST_1, require
+
+
+class Stack(nn.Module):
+    """The layers of an encoder or a decoder, and the norm of what leaves them.
+
+    Attributes:
+      config: the model; static.
+      decodes: which of the two; static.
+    """
+
+    config: EncoderDecoderConfig
+    decodes: bool
+
+    def setup(self) -> None:
+        c = self.config
+        count = c.n_decoder_layers if self.decodes else c.n_layers
+        self.layers = [Layer(c, self.decodes, i == 0, name=f"layers_{i}") for i in range(count)]
+        self.final_norm = make_norm(c.layer, "final_norm")
+
+    def __call__(
+        self,
+        hidden_BTD: jax.Array,
+        positions_BT: jax.Array,
+        place_T: jax.Array,
+        *,
+        past: Sequence[KeyValues] | None = None,
+        source: Sequence[KeyValues] | None = None,
+    ) -> tuple[jax.Array, list[Rows]]:
+        """Runs every layer; arguments as in `Layer`, one entry per layer.
+
+        Args:
+          hidden_BTD: embedded tokens.
+          positions_BT: int32; decide who sees whom.
+          place_T: int32 places in the text, between which distances are measured.
+          past: cached keys and values; entry s is of place s.
+          source: keys and values of the source.
+
+        Returns:
+          (normalised state [B, T, D], new keys and values per layer).
+        """
+        bias = self.layers[0].bias
+        biases = [bias(place_T, place_T)]
+        if past:
+            biases.insert(0, bias(place_T, jnp.arange(past[0].k.shape[2], dtype=jnp.int32)))
+        rows = []
+        for i, layer in enumerate(self.layers):
+            hidden_BTD, new = layer(
+                hidden_BTD,
+                positions_BT,
+                biases,
+                past=past[i] if past else None,
+                source=source[i] if source else None,
+            )
+            rows.append(new)
+        return self.final_norm(hidden_BTD), rows
+
+    def source(self, hidden_BSD: jax.Array, mask_BS: jax.Array) -> list[KeyValues]:
+        """What every layer of a decoder sees of the source; arguments as in `EncoderDecoder.source`."""
+        positions_BS = seen_by_all(mask_BS)
+        return [KeyValues(*layer.cross.rows(hidden_BSD), positions_BS) for layer in self.layers]
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder-decoder transformer.
+
+    Attributes:
+      config: architecture; static.
+    """
+
+    config: EncoderDecoderConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = Embedding(c.vocab_size, c.d_model, ("vocab", "embed"), c.param_dtype, name="embed")
+        self.encoder = Stack(c, decodes=False, name="encoder")
+        self.decoder = Stack(c, decodes=True, name="decoder")
+        if not c.tied:
+            self.head = VocabHead(c.layer, name="head")
+        if c.n_labels:
+            self.encoder_head = Linear((c.n_labels,), (None, "embed"), True, c.param_dtype)
+
+    def __call__(
+        self, source_BS: jax.Array, target_BT: jax.Array, source_mask_BS: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits of every target position, given the source and the target before it.
+
+        Args:
+          source_BS: int32 token ids.
+          target_BT: int32 token ids, shifted right: the first one is `decoder_start_id`.
+          source_mask_BS: bool (or 0 and 1), true for tokens that count; None = all.
+
+        Returns:
+          [B, T, V] float32.
+        """
+        hidden = self.encode(source_BS, source_mask_BS)
+        if self.is_initializing() and self.config.n_labels:
+            self.encoder_logits(hidden, source_mask_BS)
+        return self.logits(self.decode(target_BT, self.source(hidden, source_mask_BS)))
+
+    def encode(self, source_BS: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
+        """The encoder's output [B, S, D]; arguments as in `__call__`. What padding gives means nothing."""
+        mask_BS = default_mask(source_BS, mask_BS)
+        place_S = jnp.arange(source_BS.shape[1], dtype=jnp.int32)
+        return self.encoder(self.embed(source_BS), seen_by_all(mask_BS), place_S)[0]
+
+    def source(self, hidden_BSD: jax.Array, mask_BS: jax.Array | None = None) -> list[KeyValues]:
+        """What the decoder's layers see of a source, computed once for all its steps.
+
+        Args:
+          hidden_BSD: from `encode`.
+          mask_BS: as in `__call__`.
+
+        Returns:
+          Keys and values [B, N, S, H] per decoder layer.
+        """
+        return self.decoder.source(hidden_BSD, default_mask(hidden_BSD, mask_BS))
+
+    def decode(self, target_BT: jax.Array, source: Sequence[KeyValues]) -> jax.Array:
+        """The decoder's output [B, T, D] for whole targets.
+
+        Args:
+          target_BT: as in `__call__`.
+          source: from `source`.
+        """
+        place_T = jnp.arange(target_BT.shape[1], dtype=jnp.int32)
+        positions_BT = jnp.broadcast_to(place_T, target_BT.shape)
+        return self.decoder(self.embed(target_BT), positions_BT, place_T, source=source)[0]
+
+    def step(
+        self, token_B: jax.Array, place: jax.Array, past: Sequence[KeyValues], source: Sequence[KeyValues]
+    ) -> tuple[jax.Array, list[Rows]]:
+        """Predicts what follows one more token of every row.
+
+        Args:
+          token_B: int32 newest tokens.
+          place: int32 scalar, where they stand in their targets; 0 = the start.
+          past: cached keys and values per decoder layer; those of place s in entry s.
+          source: from `source`.
+
+        Returns:
+          (logits [B, V] float32, keys and values of these tokens [B, N, 1, H] per decoder layer).
+        """
+        positions_B1 = jnp.broadcast_to(place, (*token_B.shape, 1))
+        hidden = self.embed(token_B[:, None])
+        hidden, rows = self.decoder(hidden, positions_B1, place[None], past=past, source=source)
+        return self.logits(hidden)[:, 0], rows
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Token embeddings [B, T, D], of sources and targets alike."""
+        return self.embedding()[tokens_BT].astype(self.config.dtype)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """[B, T, V] float32 logits of the decoder's output."""
+        c = self.config
+        if c.scaled_head:
+            hidden_BTD = hidden_BTD * jnp.asarray(c.d_model**-0.5, hidden_BTD.dtype)
+        kernel_VD = self.embedding() if c.tied else self.head()
+        return linear(hidden_BTD, kernel_VD, dtype=jnp.float32)
+
+    def encoder_logits(self, hidden_BSD: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
+        """Class logits of a source from the mean of the encoder's output, before anything is decoded.
+
+        The encoder-side head of E-LANG (arXiv 2203.00748), whose energy routes.
+
+        Args:
+          hidden_BSD: from `encode`.
+          mask_BS: as in `__call__`.
+
+        Returns:
+          [B, n_labels] float32.
+
+        Raises:
+          ValueError: the model has no such head.
+        """
+        fix = "the model has no head on its encoder: attach one with attach_encoder_head"
+        require(self.config.n_labels >= 1, "n_labels", self.config.n_labels, fix)
+        weight_BS1 = default_mask(hidden_BSD, mask_BS).astype(jnp.float32)[..., None]
+        total_BD = jnp.sum(hidden_BSD * weight_BS1, axis=1)
+        mean_BD = total_BD / jnp.maximum(jnp.sum(weight_BS1, axis=1), 1.0)
+        return self.encoder_head(mean_BD)
+
+
+def default_mask(like_BS: jax.Array, mask_BS: jax.Array | None) -> jax.Array:
+    """[B, S] bool: `mask_BS`, or True for every token."""
+    return jnp.ones(like_BS.shape[:2], bool) if mask_BS is None else mask_BS.astype(bool)
+
+
+def abstract_params(config: EncoderDecoderConfig) -> Params:
+    """Shapes, dtypes and logical axis names of the parameters, without memory.
+
+    Returns:
+      A tree of `flax.linen.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
+    """
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    return jax.eval_shape(EncoderDecoder(config).init, jax.random.key(0), tokens, tokens)["params"]
+
+
+def init_params(config: EncoderDecoderConfig, key: jax.Array) -> Params:
+    """Draws parameters from normal distributions with T5's deviations, norms the identity.
+
+    Embedding 1; query (D H)^-1/2, so that logits need no scale; every other kernel its inputs^-1/2;
+    biases of distance D^-1/2.
+
+    Args:
+      config: architecture; static.
+      key: typed PRNG key. Every tensor's draw depends on the key and the tensor's place in the tree alone.
+
+    Returns:
+      Canonical parameters, unboxed.
+    """
+    shapes = nn.unbox(abstract_params(config))
+    paths = jax.tree_util.tree_leaves_with_path(shapes)
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        keys = [jax.random.fold_in(key, i) for i in range(len(paths))]
+        return [
+            _draw(config, key, [k.key for k in path], leaf)
+            for key, (path, leaf) in zip(keys, paths, strict=True)
+        ]
+
+    return jax.tree.unflatten(jax.tree.structure(shapes), jax.jit(draw)(key))
+
+
+def _draw(
+    config: EncoderDecoderConfig, key: jax.Array, path: list[str], leaf: jax.ShapeDtypeStruct
+) -> jax.Array:
+    if path[-1] in ("scale", "bias"):
+        return jnp.full(leaf.shape, float(path[-1] == "scale"), leaf.dtype)
+    deviation = {"embed": 1.0, "relative_bias": config.d_model**-0.5}.get(path[-2], leaf.shape[-1] ** -0.5)
+    noise = deviation * jax.random.normal(key, leaf.shape)
+    if path[-2] == "qkv":
+        noise = noise.at[:, 0].multiply(config.head_dim**-0.5)
+    if path[-2] == "q":
+        noise = noise * config.head_dim**-0.5
+    return noise.astype(leaf.dtype)
+
+
+def attach_encoder_head(
+    config: EncoderDecoderConfig, params: Params, n_labels: int, key: jax.Array
+) -> tuple[EncoderDecoderConfig, Params]:
+    """Adds a linear classification head on the encoder's mean state (E-LANG, arXiv 2203.00748).
+
+    Args:
+      config: a model without one.
+      params: its parameters, which are not copied.
+      n_labels: classes.
+      key: typed PRNG key of the draw.
+
+    Returns:
+      (config, parameters) with the head, whose kernel is drawn with deviation D^-1/2 and whose bias is 0.
+
+    Raises:
+      ValueError: the model has a head, or there are no classes.
+    """
+    require(not config.n_labels, "n_labels", config.n_labels, "the model has a head on its encoder already")
+    require(AT_LEAST_1[0](n_labels), "n_labels", n_labels, AT_LEAST_1[1])
+    kernel = config.d_model**-0.5 * jax.random.normal(key, (n_labels, config.d_model))
+    head = {
+        "kernel": kernel.astype(config.param_dtype),
+        "bias": jnp.zeros((n_labels,), config.param_dtype),
+    }
+    return dataclasses.replace(config, n_labels=n_labels), {**params, "encoder_head": head}
