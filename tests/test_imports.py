@@ -27,6 +27,8 @@ ARROWS = {
     "encoder_decoder_config": {"config", "train_config", "plain"},
     "elastic": {"config", "plain"},
     "cost": {"config", "elastic", "plain"},
+    "sequence_cost": CONFIGS | {"cost"},
+    "jsonl": {"plain"},
     "machine": set(),
     "latency_table": LAYERS | {"machine"},
     "nn": CORE,
@@ -40,7 +42,7 @@ ARROWS = {
     "loading": LAYERS | LEAVES,
     "methods": LAYERS | {"slicing"},
     "calibrate": LAYERS | {"methods", "data", "sharding"},
-    "decode": LAYERS | {"calibrate", "checkpoint", "data", "methods", "sharding", "slicing"},
+    "decode": LAYERS | {"sequence_cost", "calibrate", "checkpoint", "data", "methods", "sharding", "slicing"},
     "train": LAYERS | LEAVES | {"methods", "loading", "latency_table"},
     "evaluate": LAYERS | LEAVES | {"methods", "calibrate", "decode", "loading"},
     "render": set(),
@@ -50,11 +52,21 @@ ARROWS = {
 EVERYTHING = set(ARROWS) - {"testing", "__init__"}
 ARROWS["held_out"] = EVERYTHING
 ARROWS["generation"] = EVERYTHING | {"held_out", "latency"}
+ARROWS["routing_models"] = EVERYTHING
+ARROWS["routing_commands"] = EVERYTHING | {"routing_models", "generation"}
 ARROWS["bench"] = EVERYTHING
 ARROWS["latency"] = LAYERS | {"machine", "latency_table", "metrics", "slicing", "decode", "bench"}
 ARROWS["quickstart"] = EVERYTHING | {"bench", "generation"}  # its timing, its coloured text
-ARROWS["commands"] = EVERYTHING | {"bench", "latency", "quickstart", "held_out", "generation"}
-ARROWS["flags"] = set()
+ARROWS["commands"] = EVERYTHING | {
+    "bench",
+    "latency",
+    "quickstart",
+    "held_out",
+    "generation",
+    "routing_commands",
+}
+ARROWS["routing_flags"] = set()
+ARROWS["flags"] = {"routing_flags"}
 ARROWS["cli"] = {"flags", "commands"}
 ARROWS["__main__"] = {"cli"}
 

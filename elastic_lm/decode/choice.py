@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.calibrate.routing_scores import PLAIN, Scoring, logit_scores
-from elastic_lm.decode.answerers import Answer, Row, failed
+from elastic_lm.decode.answerers import Answer, Row
+from elastic_lm.decode.batches import answer_alike, filled, shape_or_none
 from elastic_lm.decode.reading import Part, Reading, apart, padded, read, together, width_of
 from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.elastic import Subnet
@@ -28,6 +29,7 @@ from elastic_lm.plain import AT_LEAST_1, require, require_choice
 from elastic_lm.sequence_cost import head_flops
 
 NORMALISED = ("tokens", "bytes", "none")
+Shape = tuple[int, int]  # columns of the program, layers that have run before
 
 _scores = jax.jit(logit_scores, static_argnames="scoring")  # one program per number of choices
 
@@ -107,36 +109,22 @@ class Choice:
 
     def bucket(self, row: Row) -> int | None:
         """Columns of the program that reads a row; None = the row will fail."""
-        try:
-            return self._question(row).width
-        except (ValueError, TypeError, LookupError):
-            return None
+        shape = shape_or_none((row, None), self._encode)
+        return shape[0] if shape else None
 
     def answer(self, rows: Sequence[Row]) -> list[Answer]:
         """See `answerers.Answerer`."""
-        return self._answer(rows, [None] * len(rows))
+        return answer_alike([(row, None) for row in rows], self._encode, self._read, max(len(rows), 1))
 
     def resume(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
         """See `answerers.Resumes`; states are `Begun`, of the same whole model."""
-        return self._answer(rows, [answer.state for answer in begun])
+        given = [(row, answer.state) for row, answer in zip(rows, begun, strict=True)]
+        return answer_alike(given, self._encode, self._read, max(len(rows), 1))
 
-    def _answer(self, rows: Sequence[Row], begun: Sequence[Begun | None]) -> list[Answer]:
-        answers: list[Answer | None] = [None] * len(rows)
-        alike: dict[tuple[int, int], list[tuple[int, Question, Begun | None]]] = {}
-        for i, (row, state) in enumerate(zip(rows, begun, strict=True)):
-            try:
-                question = self._question(row)
-            except (ValueError, TypeError, LookupError) as error:
-                answers[i] = failed(error)
-                continue
-            key = (question.width, state.layers if state else 0)
-            alike.setdefault(key, []).append((i, question, state))
-        for (width, layers), group in alike.items():
-            part = dataclasses.replace(self._part, begun=layers)
-            found = self._read(part, width, [(question, state) for _, question, state in group])
-            for (i, _, _), answer in zip(group, found, strict=True):
-                answers[i] = answer
-        return [answer for answer in answers if answer is not None]
+    def _encode(self, given: tuple[Row, Begun | None]) -> tuple[Shape, tuple[Question, Begun | None]]:
+        row, state = given
+        question = self._question(row)
+        return (question.width, state.layers if state else 0), (question, state)
 
     def _question(self, row: Row) -> Question:
         prompt, choices = (row[name] for name in self._fields)
@@ -156,9 +144,10 @@ class Choice:
         width = width_of(self._part.model, max(map(len, sequences)))
         return Question(sequences, len(start), counts[self._normalise], width)
 
-    def _read(self, part: Part, width: int, group: Sequence[tuple[Question, Begun | None]]) -> list[Answer]:
+    def _read(self, shape: Shape, group: list[tuple[Question, Begun | None]]) -> list[Answer]:
         """Answers to questions of one width, all begun to the same layer."""
         began = time.perf_counter()
+        width, part = shape[0], dataclasses.replace(self._part, begun=shape[1])
         sequences = [ids for question, _ in group for ids in question.sequences]
         entering = [hidden for _, state in group if state for hidden in state.hidden]
         log_probs, hidden = [], []
@@ -178,8 +167,7 @@ class Choice:
         self, part: Part, width: int, sequences: list[list[int]], entering: list[jax.Array]
     ) -> Reading:
         tokens = jnp.asarray(padded(sequences, self._batch_size, width))
-        filled = [*entering, *entering[:1] * (self._batch_size - len(entering))]
-        state = together(filled) if entering else None
+        state = together(filled(entering, self._batch_size)) if entering else None
         return read(part, self._params, tokens, state, scoring=self.scoring, keep=self._keep)
 
     def _choose(

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.calibrate.routing_scores import PLAIN, Scoring, pooled_scores
-from elastic_lm.decode.answerers import Answer, Row, failed
+from elastic_lm.decode.answerers import Answer, Row
+from elastic_lm.decode.batches import answer_alike, filled, shape_or_none
 from elastic_lm.decode.prefill import Begun
 from elastic_lm.decode.reading import Part, Reading, apart, padded, read, together, width_of
 from elastic_lm.decode.requests import bucket, make_settings
@@ -25,9 +26,9 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.elastic import Budget, Subnet
 from elastic_lm.models.decoder import Params
 from elastic_lm.plain import AT_LEAST_1, require
-from elastic_lm.sequence_cost import generation_flops, head_flops
+from elastic_lm.sequence_cost import generation_flops, head_flops, layer_flops
 
-Bucket = tuple[int, int]  # columns of the prompt, positions of the caches
+Shape = tuple[int, int, int]  # columns of the prompt, positions of the caches, layers that have run before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,69 +94,46 @@ class Generator:
         self._field, self.scoring, self._batch_size = prompt_field, scoring, batch_size
         self._scored, self._keep = scored, keep_state and scored
 
-    def bucket(self, row: Row) -> Bucket | None:
+    def bucket(self, row: Row) -> Shape | None:
         """The shape of the programs that generate from a row; None = the row will fail."""
-        try:
-            return self._bucket(self._encode(row))
-        except (ValueError, TypeError, LookupError):
-            return None
+        return shape_or_none((row, None), self._encode)
 
     def answer(self, rows: Sequence[Row]) -> list[Answer]:
         """See `answerers.Answerer`."""
-        return self._answer(rows, [None] * len(rows))
+        return answer_alike([(row, None) for row in rows], self._encode, self._batch, self._batch_size)
 
     def resume(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
         """See `answerers.Resumes`; states are `State`, of the first layers of this sampler's whole model."""
-        return self._answer(rows, [answer.state for answer in begun])
+        given = [(row, answer.state) for row, answer in zip(rows, begun, strict=True)]
+        return answer_alike(given, self._encode, self._batch, self._batch_size)
 
-    def _answer(self, rows: Sequence[Row], begun: Sequence[State | None]) -> list[Answer]:
-        answers: dict[int, Answer] = {}
-        alike: dict[tuple[Bucket, int], list[int]] = {}
-        prompts: dict[int, list[int]] = {}
-        for i, (row, state) in enumerate(zip(rows, begun, strict=True)):
-            try:
-                prompts[i] = self._encode(row)
-            except (ValueError, TypeError, LookupError) as error:
-                answers[i] = failed(error)
-                continue
-            key = (self._bucket(prompts[i]), state.layers if state else 0)
-            alike.setdefault(key, []).append(i)
-        for (shape, _), group in alike.items():
-            for first in range(0, len(group), self._batch_size):
-                batch = group[first : first + self._batch_size]
-                states = [state for i in batch if (state := begun[i])]
-                found = self._batch([prompts[i] for i in batch], states, shape[0])
-                answers.update(zip(batch, found, strict=True))
-        return [answers[i] for i in range(len(rows))]
-
-    def _encode(self, row: Row) -> list[int]:
+    def _encode(self, given: tuple[Row, State | None]) -> tuple[Shape, tuple[list[int], State | None]]:
+        row, state = given
         assert self._sampler.tokenizer is not None
         ids = self._sampler.tokenizer.encode(row[self._field], bos=True)
         require(bool(ids), self._field, row[self._field], "needs at least one token")
+        longest = len(ids) + self._most
         fix = f"with max_new_tokens={self._most} these are more than max_len={self._sampler.config.max_len}"
-        require(len(ids) + self._most <= self._sampler.config.max_len, "prompt tokens", len(ids), fix)
-        return ids
+        require(longest <= self._sampler.config.max_len, "prompt tokens", len(ids), fix)
+        shape = bucket(len(ids)), bucket(longest + self._sampler.window), state.layers if state else 0
+        return shape, (ids, state)
 
-    def _bucket(self, prompt: list[int]) -> Bucket:
-        return bucket(len(prompt)), bucket(len(prompt) + self._most + self._sampler.window)
-
-    def _batch(self, prompts: list[list[int]], states: list[State], width: int) -> list[Answer]:
-        """Answers to at most a batch of prompts of one bucket, all begun or none."""
+    def _batch(self, shape: Shape, rows: list[tuple[list[int], State | None]]) -> list[Answer]:
+        """Answers to at most a batch of prompts of one shape, all begun or none."""
         began = time.perf_counter()
-        missing = self._batch_size - len(prompts)
-        begun = _begun([*states, *states[:1] * missing], width) if states else None
-        filled = [*prompts, *prompts[:1] * missing]
-        seeds = [(zlib.crc32(np.asarray(ids).tobytes()) + self._seed) % 2**32 for ids in filled]
+        prompts, states = [ids for ids, _ in rows], [state for _, state in rows if state]
+        begun = _begun(filled(states, self._batch_size), shape[0]) if states else None
+        every = filled(prompts, self._batch_size)
+        seeds = [(zlib.crc32(np.asarray(ids).tobytes()) + self._seed) % 2**32 for ids in every]
         named: dict[str, Any] = {**self._settings, "seed": seeds, "begun": begun}
-        samples = self._sampler.sample(filled, self._most, **named)[: len(prompts)]
+        samples = self._sampler.sample(every, self._most, **named)[: len(prompts)]
         scores, hidden = self._score(prompts, samples) if self._scored else ([{}] * len(prompts), [])
         each = (time.perf_counter() - began) / len(prompts)
-        saved = states[0].layers if states else 0
         return [
             Answer(
                 sample.text,
                 scores[i],
-                float(self._flops(len(prompt), len(sample.tokens), saved)),
+                float(self._flops(len(prompt), len(sample.tokens), shape[2])),
                 each,
                 state=State(self._reads.layers, *hidden[i]) if self._keep else None,
             )
@@ -165,8 +143,7 @@ class Generator:
     def _flops(self, prompt: int, emitted: int, saved: int) -> int:
         """Of a row: what generates, without the layers that ran over the prompt before, and what scores."""
         total = generation_flops(self._runs.model, prompt, emitted)
-        total -= dataclasses.replace(self._runs, exit=None).flops(prompt) if saved else 0
-        total += dataclasses.replace(self._runs, begun=saved).flops(prompt) if saved else 0
+        total -= layer_flops(self._runs.model, prompt, 0, saved)
         if self._scored:
             read_tokens = prompt + emitted
             total += self._reads.flops(read_tokens) + head_flops(self._reads.model, read_tokens)
