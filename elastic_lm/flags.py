@@ -58,19 +58,8 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog="elastic-lm", description=DESCRIPTION, epilog=EPILOG)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     commands: dict[str, Parser] = {}
-    adders = (
-        _quickstart,
-        _convert,
-        _export,
-        _train,
-        _calibrate,
-        _latency,
-        _generate,
-        _evaluate,
-        _route,
-        _bench,
-    )
-    for add in adders:
+    of_models = (_convert, _export, _train, _calibrate, _latency, _generate, _evaluate, _route)
+    for add in (_quickstart, *of_models, _bench):
         name = add.__name__.lstrip("_")
         description = inspect.cleandoc(add.__doc__ or "")
         command = choices.add_parser(name, help=description.splitlines()[0], description=description)

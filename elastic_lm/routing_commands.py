@@ -41,7 +41,7 @@ def fit_command(args: argparse.Namespace) -> None:
     rows = list(read_rows(args.data))
     require(bool(rows), "--data", args.data, "holds no row")
     _check_labels(rows, args)
-    scoring = Scoring(args.temperature or 1.0, args.centre or "none")
+    scoring = Scoring(1.0 if args.temperature is None else args.temperature, args.centre or "none")
     swift, super_ = make_pair(args, rows[0], scoring)
     score = args.score or "energy"
     cascade = Cascade(swift, super_, _always_super(score, scoring, args.seed), batch_size=args.batch_size)
@@ -93,8 +93,8 @@ def measured(
     Raises:
       ValueError: none is left, or costs are asked for that nobody knows.
     """
+    errors = [error for r in results if (error := r.error or r.swift.error) is not None]
     good = [r for r in results if r.error is None and r.swift.error is None]
-    errors = [r.error or r.swift.error for r in results if r not in good] if len(good) < len(results) else []
     if errors:
         print(f"{len(errors)} of {len(results)} rows failed and are left out: {errors[0]}", file=sys.stderr)
     if not good:
@@ -125,9 +125,8 @@ def _costs(answers: list[Answer], args: argparse.Namespace, model: str) -> Any:
         return float(np.median([answer.seconds for answer in answers]))
     costs = [answer.cost for answer in answers]
     if not any(costs) and model == "super":
-        raise ValueError(
-            "--super-cost 0: the service does not say what a row costs; give it, or --cost seconds"
-        )
+        fix = "the service does not say what a row costs; give it, or --cost seconds"
+        raise ValueError(f"--super-cost {args.super_cost:g}: {fix}")
     return costs
 
 
@@ -165,9 +164,8 @@ def table(rule: RoutingRule) -> str:
     for point in sorted({*spread, rule.curve[-1], rule.measured}, key=lambda p: p.threshold):
         shown = f"{point.threshold:.6g}" if abs(point.threshold) < ALWAYS_SUPER else "all"
         mark = " *" if point == rule.measured else ""
-        lines.append(
-            f"{shown:>16} {point.share_super:>10.2%} {point.accuracy:>10.4f} {point.cost:>14.4g}{mark}"
-        )
+        numbers = f"{point.share_super:>10.2%} {point.accuracy:>10.4f} {point.cost:>14.4g}"
+        lines.append(f"{shown:>16} {numbers}{mark}")
     lines.append(f"{data['rows']} rows: Swift alone {data['swift']:.4f}, Super alone {data['super']:.4f}")
     if rule.guarantee:
         start = "guaranteed: " if rule.guarantee.achieved else ""

@@ -14,7 +14,7 @@ the least cost that reaches an accuracy, or the Super's own; the most accurate w
 """
 RUN = """\
 elastic-lm route run --swift small --super large --rule rule.json --data in.jsonl --out out.jsonl
-elastic-lm route run --swift small --super http://host:8000/answer --rule rule.json --data in.jsonl.gz --out o.jsonl
+elastic-lm route run --swift small --super http://host/answer --rule rule.json --data in.gz --out out.gz
 elastic-lm route run --swift small --super large --threshold 1.31044 --data in.jsonl --out out.jsonl
 
 Run it again after it was stopped: it goes on where it was. Each line of the output has the row's index,
@@ -41,9 +41,7 @@ def add_route(parser: argparse.ArgumentParser, share: Callable[[str], float]) ->
     _goals(fit, share)
     add = run.add_argument
     add("--rule", metavar="FILE", help="from `route fit`")
-    add(
-        "--threshold", type=float, metavar="T", help="instead of a rule: the least score that the Swift keeps"
-    )
+    add("--threshold", type=float, metavar="T", help="instead: the least score that the Swift keeps")
     add("--out", required=True, metavar="FILE", help="JSON lines, or .gz of them")
 
 
@@ -55,13 +53,20 @@ def _models(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=32, metavar="N", help="of generated answers (default: 32)")
     add("--batch-size", type=int, default=16, metavar="N", help="rows per batch (default: 16)")
     add(
-        "--normalise", choices=("tokens", "bytes", "none"), default="tokens", help="likelihoods of choices by"
+        "--normalise",
+        choices=("tokens", "bytes", "none"),
+        default="tokens",
+        help="likelihoods of choices per",
     )
     add("--timeout", type=float, default=30.0, metavar="S", help="of a service, seconds (default: 30)")
     add("--retries", type=int, default=2, metavar="N", help="of a service, per row (default: 2)")
     add("--style", choices=("rows", "openai"), default="rows", help="of a service: see decode.black_boxes")
     add(
-        "--super-cost", type=float, default=0.0, metavar="FLOPS", help="of a row by a Super that is a service"
+        "--super-cost",
+        type=float,
+        default=0.0,
+        metavar="FLOPS",
+        help="of a row, where the Super is a service",
     )
 
 

@@ -57,14 +57,7 @@ ARROWS["routing_commands"] = EVERYTHING | {"routing_models", "generation"}
 ARROWS["bench"] = EVERYTHING
 ARROWS["latency"] = LAYERS | {"machine", "latency_table", "metrics", "slicing", "decode", "bench"}
 ARROWS["quickstart"] = EVERYTHING | {"bench", "generation"}  # its timing, its coloured text
-ARROWS["commands"] = EVERYTHING | {
-    "bench",
-    "latency",
-    "quickstart",
-    "held_out",
-    "generation",
-    "routing_commands",
-}
+ARROWS["commands"] = ARROWS["quickstart"] | {"latency", "quickstart", "held_out", "routing_commands"}
 ARROWS["routing_flags"] = set()
 ARROWS["flags"] = {"routing_flags"}
 ARROWS["cli"] = {"flags", "commands"}
