@@ -23,9 +23,11 @@ if TYPE_CHECKING:
         train,
     )
     from elastic_lm.calibrate.risk_control import RiskControl
+    from elastic_lm.calibrate.routing_rule import RoutingRule
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.config import ExitConfig, ModelConfig, RopeConfig
     from elastic_lm.data.tokenizer import Tokenizer
+    from elastic_lm.decode.cascade import Cascade
     from elastic_lm.decode.elastic import Elastic
     from elastic_lm.decode.policies import DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.decode.sampler import Sampler
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "Cascade",
     "ConfidenceExit",
     "DecayedExit",
     "Decoder",
@@ -61,6 +64,7 @@ __all__ = [
     "ModelConfig",
     "RiskControl",
     "RopeConfig",
+    "RoutingRule",
     "Sampler",
     "StaticExit",
     "Subnet",
@@ -90,11 +94,13 @@ _HOMES = {
     "Budget": "elastic",
     "Menu": "elastic",
     "Subnet": "elastic",
+    "Cascade": "decode.cascade",
     "ConfidenceExit": "calibrate.thresholds",
     "DecayedExit": "decode.policies",
     "LatencyTable": "latency_table",
     "DepthSchedule": "decode.policies",
     "RiskControl": "calibrate.risk_control",
+    "RoutingRule": "calibrate.routing_rule",
     "StaticExit": "decode.policies",
     "Decoder": "models.decoder",
     "Elastic": "decode.elastic",

@@ -252,6 +252,13 @@ def generate(args: argparse.Namespace) -> None:
     generation.run(args)
 
 
+def route(args: argparse.Namespace) -> None:
+    """Fits the rule of a cascade, or answers rows by one."""
+    from elastic_lm import routing_commands
+
+    routing_commands.run(args)
+
+
 def bench(args: argparse.Namespace) -> None:
     """Runs a benchmark."""
     from elastic_lm.bench import report

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from elastic_lm.routing_flags import add_route
+
 DESCRIPTION = """\
 Pretrained language models whose compute is a dial.
 
@@ -40,10 +42,15 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Reports arguments that no option takes, with the closest known option."""
-        known = [name for action in self._actions for name in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], self._options(), n=1)
         hint = f": did you mean {near[0]}?" if near else ""
         self.error(f"unknown argument {unknown[0]}{hint}")
+
+    def _options(self) -> list[str]:
+        """Names of all options, those of sub-commands too."""
+        own = [name for action in self._actions for name in action.option_strings]
+        actions = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        return own + [name for a in actions for parser in a.choices.values() for name in parser._options()]
 
 
 def build_parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -51,7 +58,8 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog="elastic-lm", description=DESCRIPTION, epilog=EPILOG)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     commands: dict[str, Parser] = {}
-    for add in (_quickstart, _convert, _export, _train, _calibrate, _latency, _generate, _evaluate, _bench):
+    of_models = (_convert, _export, _train, _calibrate, _latency, _generate, _evaluate, _route)
+    for add in (_quickstart, *of_models, _bench):
         name = add.__name__.lstrip("_")
         description = inspect.cleandoc(add.__doc__ or "")
         command = choices.add_parser(name, help=description.splitlines()[0], description=description)
@@ -340,6 +348,18 @@ def _evaluate(parser: Parser) -> None:
     add("--tokens", type=int, default=20_000, metavar="N", help="tokens to read (default: 20000)")
     add("--seq-len", type=int, default=256, metavar="T", help="tokens per row (default: 256)")
     add("--json", metavar="FILE", help="write the numbers here too; - = stdout only")
+
+
+def _route(parser: Parser) -> None:
+    """A small model answers rows, a large one those that the small one is not sure of.
+
+    elastic-lm route fit --swift small --super large --data val.jsonl --super-accuracy --out rule.json
+    elastic-lm route run --swift small --super large --rule rule.json --data in.jsonl --out out.jsonl
+
+    Classifiers, encoder-decoders and decoders (text, or multiple choice where rows have choices); the Super
+    may be a service behind HTTP.
+    """
+    add_route(parser, _fraction)
 
 
 def _bench(parser: Parser) -> None:

@@ -28,6 +28,7 @@ COMMANDS = (
     "latency",
     "generate",
     "evaluate",
+    "route",
     "bench",
 )
 

@@ -28,6 +28,8 @@ ARROWS = {
     "task_config": {"config", "encoder_config", "encoder_decoder_config", "train_config", "plain"},
     "elastic": {"config", "plain"},
     "cost": {"config", "elastic", "plain"},
+    "sequence_cost": CONFIGS | {"cost"},
+    "jsonl": {"plain"},
     "machine": set(),
     "latency_table": LAYERS | {"machine"},
     "nn": CORE,
@@ -41,7 +43,7 @@ ARROWS = {
     "loading": LAYERS | LEAVES,
     "methods": LAYERS | {"slicing"},
     "calibrate": LAYERS | {"methods", "data", "sharding"},
-    "decode": LAYERS | {"calibrate", "checkpoint", "data", "methods", "sharding", "slicing"},
+    "decode": LAYERS | {"sequence_cost", "calibrate", "checkpoint", "data", "methods", "sharding", "slicing"},
     "train": LAYERS | LEAVES | {"methods", "loading", "latency_table"},
     "evaluate": LAYERS | LEAVES | {"methods", "calibrate", "decode", "loading"},
     "render": set(),
@@ -51,11 +53,14 @@ ARROWS = {
 EVERYTHING = set(ARROWS) - {"testing", "__init__"}
 ARROWS["held_out"] = EVERYTHING
 ARROWS["generation"] = EVERYTHING | {"held_out", "latency"}
+ARROWS["routing_models"] = EVERYTHING
+ARROWS["routing_commands"] = EVERYTHING | {"routing_models", "generation"}
 ARROWS["bench"] = EVERYTHING
 ARROWS["latency"] = LAYERS | {"machine", "latency_table", "metrics", "slicing", "decode", "bench"}
 ARROWS["quickstart"] = EVERYTHING | {"bench", "generation"}  # its timing, its coloured text
-ARROWS["commands"] = EVERYTHING | {"bench", "latency", "quickstart", "held_out", "generation"}
-ARROWS["flags"] = set()
+ARROWS["commands"] = ARROWS["quickstart"] | {"latency", "quickstart", "held_out", "routing_commands"}
+ARROWS["routing_flags"] = set()
+ARROWS["flags"] = {"routing_flags"}
 ARROWS["cli"] = {"flags", "commands"}
 ARROWS["__main__"] = {"cli"}
 

@@ -1,5 +1,8 @@
 """Prefill: one full-depth pass over the padded prompts that fills every cache."""
 
+from collections.abc import Sequence
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +11,19 @@ from elastic_lm.decode import cache
 from elastic_lm.decode.state import FREE, DecodeState, segments
 from elastic_lm.models.decoder import Params, default_positions
 from elastic_lm.models.routed_decoder import decoder_of
+
+
+@flax.struct.dataclass
+class Begun:
+    """What the first layers of a model gave for a batch of padded prompts.
+
+    Attributes:
+      hidden: [B, P, D] state that enters the next layer.
+      rows: keys and values of each layer that ran, [B, K, P, H] each.
+    """
+
+    hidden: jax.Array
+    rows: tuple[cache.LayerCache, ...]
 
 
 def prefill(
@@ -39,7 +55,6 @@ def prefill(
     Returns:
       DecodeState ready for `loop.run`.
     """
-    b, p = tokens_BP.shape
     decoder = decoder_of(config).bind({"params": params})
     positions = default_positions(tokens_BP, None)
     hidden = decoder.embed(tokens_BP, positions)
@@ -52,7 +67,74 @@ def prefill(
         if stop < config.n_layers:
             _, own = decoder.exit_state(j, tap, positions)
             exit_caches.append(None if own is None else cache.from_prefill(own, capacity))
-    n_exits = len(exit_caches)
+    return start_state(
+        config, tokens_BP, length_B, limit_B, draft, caches, exit_caches, capacity=capacity, window=window
+    )
+
+
+def prefill_begun(
+    config: ModelConfig,
+    params: Params,
+    begun: Begun,
+    tokens_BP: jax.Array,
+    length_B: jax.Array,
+    limit_B: jax.Array,
+    draft: jax.Array,
+    *,
+    capacity: int,
+    window: int,
+) -> DecodeState:
+    """`prefill` of prompts whose first layers have run already; the others go on from there.
+
+    Args:
+      config: static; without exits.
+      params: canonical parameters.
+      begun: what the first layers gave for the padded prompts.
+      tokens_BP: see `prefill`, as the other arguments.
+      length_B: see `prefill`.
+      limit_B: see `prefill`.
+      draft: see `prefill`.
+      capacity: see `prefill`.
+      window: see `prefill`.
+
+    Returns:
+      What `prefill` gives.
+    """
+    decoder = decoder_of(config).bind({"params": params})
+    done = len(begun.rows)
+    _, rows = decoder.run_layers(begun.hidden, default_positions(tokens_BP, None), done, config.n_layers)
+    caches = [cache.from_prefill(r, capacity) for r in (*begun.rows, *rows)]
+    return start_state(
+        config, tokens_BP, length_B, limit_B, draft, caches, [], capacity=capacity, window=window
+    )
+
+
+def start_state(
+    config: ModelConfig,
+    tokens_BP: jax.Array,
+    length_B: jax.Array,
+    limit_B: jax.Array,
+    draft: jax.Array,
+    caches: Sequence[cache.LayerCache],
+    exit_caches: Sequence[cache.LayerCache | None],
+    *,
+    capacity: int,
+    window: int,
+) -> DecodeState:
+    """The decode state around filled caches; arguments as in `prefill`.
+
+    Args:
+      config: static.
+      tokens_BP: int32 prompts.
+      length_B: int32 prompt lengths.
+      limit_B: int32 length at which each row ends.
+      draft: int32 scalar.
+      caches: one per layer.
+      exit_caches: one per exit before the last layer; None where it has no block.
+      capacity: positions per cache; static.
+      window: pending positions per row; static.
+    """
+    (b, p), n_exits = tokens_BP.shape, len(exit_caches)
     return DecodeState(
         tokens=jnp.pad(tokens_BP, [(0, 0), (0, capacity - p)]),
         exit_layers=jnp.zeros((b, capacity), jnp.int32),

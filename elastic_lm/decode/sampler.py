@@ -12,13 +12,15 @@ import numpy as np
 
 from elastic_lm.decode.elastic import Elastic
 from elastic_lm.decode.policies import ExitPolicy, on_subnet
+from elastic_lm.decode.prefill import Begun
 from elastic_lm.decode.requests import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
 from elastic_lm.decode.results import Reader, Sample, TextTokenizer, collect, held_back
 from elastic_lm.decode.state import Controls, DecodeState, Mode
-from elastic_lm.decode.subnets import Served, Subnets, compilations
+from elastic_lm.decode.subnets import Served, Subnets, compilations, jit_prefill_begun
 from elastic_lm.decode.verify import known
 from elastic_lm.elastic import Budget, Subnet
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.plain import require
 
 ENDLESS = 2**30  # iterations, where nothing has to be looked at between
 
@@ -82,6 +84,7 @@ class Sampler:
         budget: Budget | None = None,
         subnet: Subnet | None = None,
         keep_subnets: int = 4,
+        slice_inside: bool = False,
     ):
         """Creates a sampler.
 
@@ -108,6 +111,8 @@ class Sampler:
             which depths, drafts and verification are then about.
           keep_subnets: sub-networks whose slices and compiled programs stay in memory; the one that was
             served longest ago goes first. The whole model stays.
+          slice_inside: sub-networks are sliced inside their programs, whenever these run, and hold no memory
+            beside the whole model's.
 
         Raises:
           ValueError: the policy does not fit the model's exits, a setting is out of range, or the budget or
@@ -135,7 +140,7 @@ class Sampler:
         self._chosen = functools.lru_cache(BUDGETS)(functools.partial(choose, elastic)) if elastic else None
         self.runs: Subnet | Budget | None = None  # where a call says nothing; None = the whole model
         self.runs = self._choose(budget, subnet)
-        self._subnets = Subnets(model.config, params, keep_subnets)
+        self._subnets = Subnets(model.config, params, keep_subnets, slice_inside)
 
     @overload
     def sample(self, prompt: Prompt, max_new_tokens: int = 64, **settings: Any) -> Sample: ...
@@ -155,6 +160,7 @@ class Sampler:
         lossless: bool | Sequence[bool] | None = None,
         budget: Budget | None = None,
         subnet: Subnet | None = None,
+        begun: Begun | None = None,
         **settings: Any,
     ) -> Sample | list[Sample]:
         """Generates a continuation of one prompt, or of every prompt of a list as one batch.
@@ -167,6 +173,7 @@ class Sampler:
           lossless: another choice than the sampler's for this call, or one per row.
           budget: another budget than the sampler's for this call.
           subnet: another sub-network for this call, instead of a budget; `Subnet.full` = the whole model.
+          begun: what the first layers of the whole model, which has no exits, gave for the padded prompts.
           **settings: fields of `requests.Settings`: temperature, top_k, top_p, min_p, repetition_penalty,
             seed, stop, stop_tokens, ignore_eos.
 
@@ -180,7 +187,7 @@ class Sampler:
         prompts, single = self._encode(prompt)
         began = time.perf_counter()
         call = self._call(prompts, exit, lossless, budget, subnet, settings)
-        call, state, controls = self._start(call, max_new_tokens)
+        call, state, controls = self._start(call, max_new_tokens, begun)
         if call.reader.stops:
             *_, final = self._advance(call, state, controls)
         else:
@@ -301,7 +308,9 @@ class Sampler:
             encoded.append([int(token) for token in item])
         return encoded, single
 
-    def _start(self, call: Call, max_new_tokens: int) -> tuple[Call, DecodeState, Controls]:
+    def _start(
+        self, call: Call, max_new_tokens: int, begun: Begun | None = None
+    ) -> tuple[Call, DecodeState, Controls]:
         """Prefills the prompts; the call is about the model for them, where they have a say in it."""
         prompts = call.prompts
         tokens, lengths = pad_prompts(self.config, prompts, max_new_tokens)
@@ -314,10 +323,13 @@ class Sampler:
             together=self.together,
         )  # fmt: skip
         draft = min(self.draft or FIRST_DRAFT, max(self.window - 1, 1))
-        state = model.prefill(
-            model.config, model.params, tokens, lengths, lengths + max_new_tokens, jnp.int32(draft),
-            capacity=capacity, window=self.window,
-        )  # fmt: skip
+        shapes = {"capacity": capacity, "window": self.window}
+        rest = tokens, lengths, lengths + max_new_tokens, jnp.int32(draft)
+        if begun is None:
+            state = model.prefill(model.config, model.params, *rest, **shapes)
+        else:
+            require(not model.config.exits, "exit", model.config.exits, "begun prompts go on without exits")
+            state = jit_prefill_begun(model.config, model.params, begun, *rest, **shapes)
         return dataclasses.replace(call, served=model), state, controls
 
     def _advance(self, call: Call, state: DecodeState, controls: Controls) -> Iterator[DecodeState]:

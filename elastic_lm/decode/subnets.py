@@ -17,7 +17,7 @@ import jax
 from elastic_lm.config import ModelConfig
 from elastic_lm.decode.elastic import Elastic, Per
 from elastic_lm.decode.loop import run
-from elastic_lm.decode.prefill import prefill
+from elastic_lm.decode.prefill import prefill, prefill_begun
 from elastic_lm.decode.routed import for_prompts, routed_model, routing
 from elastic_lm.elastic import Budget, Subnet
 from elastic_lm.models.decoder import Params
@@ -37,6 +37,7 @@ def _jit_run(function: Callable[..., Any]) -> Any:
 
 
 jit_prefill, jit_run = _jit_prefill(prefill), _jit_run(run)  # of whole models, for the life of the process
+jit_prefill_begun = _jit_prefill(prefill_begun)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,19 +73,21 @@ class Served:
 class Subnets:
     """The whole model and at most `keep` sub-networks of it, the least recently served of which go first."""
 
-    def __init__(self, config: ModelConfig, params: Params, keep: int) -> None:
+    def __init__(self, config: ModelConfig, params: Params, keep: int, inside: bool = False) -> None:
         """Creates the store; nothing is sliced yet.
 
         Args:
           config: the whole model.
           params: its canonical parameters, which are not copied.
           keep: sub-networks whose arrays and programs stay in memory.
+          inside: arrays are sliced inside the programs, whenever these run, and none stay in memory.
 
         Raises:
           ValueError: `keep` is below 1.
         """
         require(AT_LEAST_1[0](keep), "keep_subnets", keep, AT_LEAST_1[1])
         self._whole = Served(None, config, params, jit_prefill, jit_run)
+        self._slice = _sliced_inside if inside else _sliced
         self._keep, self._kept = keep, collections.OrderedDict[Subnet, Served]()
         self._routed: tuple[RoutedConfig, Params] | None = None
 
@@ -107,7 +110,7 @@ class Subnets:
             subnet.check(config)
             while len(self._kept) >= self._keep:  # first, so that no more are in memory at any time
                 self._kept.popitem(last=False)
-            self._kept[subnet] = _sliced(config, params, subnet)
+            self._kept[subnet] = self._slice(config, params, subnet)
         self._kept.move_to_end(subnet)
         return self._kept[subnet]
 
@@ -133,6 +136,22 @@ def _sliced(config: ModelConfig, params: Params, subnet: Subnet) -> Served:
     """A sub-network with programs of its own: jax keeps those of one function together."""
     own = (_jit_prefill(functools.partial(prefill)), _jit_run(functools.partial(run)))
     served = Served(subnet, *slice_params(config, params, subnet), *own)
+    _compiled.watch(served)
+    return served
+
+
+def _sliced_inside(config: ModelConfig, params: Params, subnet: Subnet) -> Served:
+    """A sub-network that owns no arrays: its programs take the whole model's and slice them first."""
+
+    def inside(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def program(own: ModelConfig, whole: Params, *rest: Any, **named: Any) -> Any:
+            return function(own, slice_params(config, whole, subnet)[1], *rest, **named)
+
+        return program
+
+    own = (_jit_prefill(inside(prefill)), _jit_run(inside(run)))
+    served = Served(subnet, subnet.sliced(config), params, *own)
     _compiled.watch(served)
     return served
 

@@ -1,4 +1,4 @@
-"""The two pictures of a model with exits: quality against speed, and where tokens leave."""
+"""Pictures: of a model with exits quality against speed, and where tokens leave; of a cascade its curve."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from elastic_lm.calibrate.routing import RoutingPoint
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d6a9f")
 
@@ -78,6 +80,40 @@ def exit_depths(
     axes.set_xlabel(f"layers run before the token was chosen (of {n_layers})")
     axes.set_ylabel(f"share of {total} tokens (%)")
     axes.margins(y=0.12)
+    figure.savefig(path, dpi=150)
+
+
+def routing(
+    points: Sequence[RoutingPoint],
+    chosen: RoutingPoint | None,
+    path: str | Path,
+    *,
+    unit: str = "flops",
+    title: str = "Swift and Super: accuracy against cost",
+) -> None:
+    """Draws accuracy over mean cost, from the Swift alone to the Super alone.
+
+    Args:
+      points: of a rule's curve.
+      chosen: marked, with its share of rows; None = nothing is.
+      path: PNG file to write.
+      unit: of the costs.
+      title: above the axes.
+    """
+    figure, axes = _figure(title)
+    axes.plot([p.cost for p in points], [100 * p.accuracy for p in points], color=COLOURS[0])
+    for point, name in ((points[0], "Swift alone"), (points[-1], "Swift and Super always")):
+        place = (point.cost, 100 * point.accuracy)
+        axes.plot(*place, "o", color="#888888")
+        axes.annotate(name, place, (6, -12), textcoords="offset points", fontsize=8)
+    if chosen is not None:
+        place = (chosen.cost, 100 * chosen.accuracy)
+        axes.plot(*place, "o", color=COLOURS[1])
+        text = f"{chosen.share_super:.1%} to the Super"
+        axes.annotate(text, place, (6, 6), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(f"mean {unit} per row")
+    axes.set_ylabel("accuracy (%)")
+    axes.margins(0.15)
     figure.savefig(path, dpi=150)
 
 

@@ -1,0 +1,65 @@
+"""What a cascade asks of its models, and what they answer."""
+
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+Row = Mapping[str, Any]  # fields by name; what an answerer reads of them is its own affair
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One model's answer to one row."""
+
+    output: Any = None  # label, number or text
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # `calibrate.routing_scores`
+    cost: float = 0.0  # FLOPs of this row, padding not counted
+    seconds: float = dataclasses.field(default=0.0, compare=False)  # this row's part of its batch's time
+    error: str | None = None  # why there is no output
+    state: Any = dataclasses.field(default=None, compare=False, repr=False)  # what `Resumes` goes on from
+
+
+class Answerer(Protocol):
+    """A model, or anything else that answers rows."""
+
+    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+        """Answers rows, independently of each other.
+
+        Args:
+          rows: any number of them.
+
+        Returns:
+          One answer per row, in order; a row that fails gets one with an `error`.
+        """
+        ...
+
+
+@runtime_checkable
+class Bucketed(Protocol):
+    """An answerer whose rows should be batched with their like."""
+
+    def bucket(self, row: Row) -> Hashable:
+        """Rows of one bucket run as one program of one shape; None = the answerer cannot tell."""
+        ...
+
+
+@runtime_checkable
+class Resumes(Protocol):
+    """A Super that goes on from what the Swift computed instead of beginning again."""
+
+    def resume(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+        """Answers rows that the Swift has begun.
+
+        Args:
+          rows: as in `answer`.
+          begun: the Swift's answers to them, with their `state`.
+
+        Returns:
+          What `answer` gives, at the cost of what is left to do.
+        """
+        ...
+
+
+def failed(error: BaseException, seconds: float = 0.0) -> Answer:
+    """The answer to a row that raised."""
+    return Answer(error=f"{type(error).__name__}: {error}", seconds=seconds)

@@ -1,0 +1,162 @@
+"""The cascade: a Swift model answers every row, a Super model those that the Swift is not sure of.
+
+    answer(x) = Swift(x) if score(x) >= t else Super(x)              (E-LANG, arXiv 2203.00748)
+
+Rows come as a stream and results leave in its order. Both models see whole batches: rows wait, by bucket,
+until `batch_size` of their like have come, or until too many rows are held because of them. What a row is
+answered is what its model alone would answer, whatever it is batched with.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from elastic_lm.calibrate.routing_rule import RoutingRule
+from elastic_lm.calibrate.routing_scores import PLAIN, score_of
+from elastic_lm.decode.answerers import Answer, Answerer, Resumes, Row
+from elastic_lm.decode.gathering import Gathering, Waiting
+from elastic_lm.decode.routing_results import Routed, Tally
+from elastic_lm.methods.energy_routing import keeps
+from elastic_lm.plain import AT_LEAST_1, require
+
+HELD_BATCHES = 64  # batches' worth of rows that may be held at once
+
+
+class Cascade:
+    """A Swift and a Super model behind one rule."""
+
+    def __init__(
+        self,
+        swift: Answerer,
+        super_: Answerer,
+        rule: RoutingRule | float,
+        *,
+        score: str = "energy",
+        batch_size: int = 32,
+        super_batch_size: int | None = None,
+        most_held: int | None = None,
+    ) -> None:
+        """Creates a cascade; nothing runs yet.
+
+        Args:
+          swift: the small model. Its answers have the score that the rule reads.
+          super_: the large one. One that `Resumes` goes on from the Swift's state.
+          rule: from `calibrate.routing_rule.fit` or a file; a number is a threshold of `score`.
+          score: what a threshold that is a number is compared with; a rule has its own.
+          batch_size: rows per batch of the Swift.
+          super_batch_size: rows per batch of the Super; None = the same.
+          most_held: rows read and not given back yet, which bounds memory; None = 64 batches.
+
+        Raises:
+          ValueError: a number is out of range, or the rule was fitted on other energies than the Swift's.
+        """
+        scoring = getattr(swift, "scoring", None)
+        if not isinstance(rule, RoutingRule):
+            own = scoring or PLAIN
+            rule = RoutingRule(float(rule), score, temperature=own.temperature, centre=own.centre)
+        rule.check(scoring)
+        super_size = batch_size if super_batch_size is None else super_batch_size
+        most_held = HELD_BATCHES * max(batch_size, super_size) if most_held is None else most_held
+        sizes = {"batch_size": batch_size, "super_batch_size": super_size, "most_held": most_held}
+        for name, value in sizes.items():
+            require(AT_LEAST_1[0](value), name, value, AT_LEAST_1[1])
+        self.swift, self.super_, self.rule = swift, super_, rule
+        self.batch_size, self.super_batch_size, self.most_held = batch_size, super_size, most_held
+
+    def run(self, rows: Iterable[Row], start: int = 0) -> "Run":
+        """Routes a stream of rows.
+
+        Args:
+          rows: read as they are needed, `most_held` ahead at most.
+          start: number of the first row.
+
+        Returns:
+          An iterator over the results, in the order of the rows; `statistics()` tells how it went so far.
+        """
+        return Run(self, rows, start)
+
+    def answer(self, rows: Sequence[Row]) -> list[Routed]:
+        """`run` for rows that are all there."""
+        return list(self.run(rows))
+
+
+class Run(Iterator[Routed]):
+    """One pass of a cascade over a stream."""
+
+    def __init__(self, cascade: Cascade, rows: Iterable[Row], start: int) -> None:
+        self._cascade, self._rule = cascade, cascade.rule
+        self._swift = Gathering(cascade.swift, cascade.batch_size)
+        self._super = Gathering(cascade.super_, cascade.super_batch_size)
+        self._done: dict[int, Routed] = {}
+        self._held = 0
+        self._next = start
+        self._tally = Tally()
+        self._results = self._stream(enumerate(rows, start))
+
+    def __next__(self) -> Routed:
+        return next(self._results)
+
+    def statistics(self):
+        """What the results given back so far cost, as `routing_results.Statistics`."""
+        return self._tally.statistics()
+
+    def _stream(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Routed]:
+        for index, row in rows:
+            self._held += 1
+            self._ask_swift(self._swift.add(Waiting(index, row, time.perf_counter())))
+            while self._held >= self._cascade.most_held and self._next not in self._done:
+                self._hurry()
+            yield from self._ready()
+        while self._held:
+            if self._next not in self._done:
+                self._hurry()
+            yield from self._ready()
+
+    def _ready(self) -> Iterator[Routed]:
+        """Results whose turn it is."""
+        while self._next in self._done:
+            result = self._done.pop(self._next)
+            self._held -= 1
+            self._next += 1
+            self._tally.add(result)
+            yield result
+
+    def _hurry(self) -> None:
+        """Runs the batch that the oldest row waits for, as full as it is."""
+        if batch := self._swift.batch_of(self._next):
+            self._ask_swift(batch)
+        else:
+            self._ask_super(self._super.batch_of(self._next))
+
+    def _ask_swift(self, batch: list[Waiting]) -> None:
+        """Answers a batch; what the rule does not keep waits for the Super."""
+        for waiting, answer in zip(batch, self._ask(self._cascade.swift, "swift", batch), strict=True):
+            score = None
+            if answer.error is None:
+                score = score_of(answer.scores, self._rule.score, self._rule.seed, waiting.index)
+            if score is not None and keeps(score, self._rule.threshold):
+                self._finish(waiting, Routed(waiting.index, "swift", answer, answer, score))
+            else:
+                self._ask_super(self._super.add(waiting.begun(answer, score)))
+
+    def _ask_super(self, batch: list[Waiting]) -> None:
+        for waiting, answer in zip(batch, self._ask(self._cascade.super_, "super", batch), strict=True):
+            assert waiting.swift is not None
+            self._finish(waiting, Routed(waiting.index, "super", answer, waiting.swift, waiting.score))
+
+    def _ask(self, answerer: Answerer, name: str, batch: list[Waiting]) -> list[Answer]:
+        if not batch:
+            return []
+        rows = [waiting.row for waiting in batch]
+        begun = [w.swift for w in batch if w.swift is not None and w.swift.state is not None]
+        began = time.perf_counter()
+        if isinstance(answerer, Resumes) and len(begun) == len(batch):
+            answers = answerer.resume(rows, begun)
+        else:
+            answers = answerer.answer(rows)
+        self._tally.took(name, time.perf_counter() - began)
+        fix = f"answer one per row ({len(rows)}), with an error where it fails"
+        require(len(answers) == len(rows), f"{name} answers", len(answers), fix)
+        return answers
+
+    def _finish(self, waiting: Waiting, result: Routed) -> None:
+        self._done[waiting.index] = result.finished(time.perf_counter() - waiting.began)

@@ -1,0 +1,178 @@
+"""One forward pass over known tokens: what a model, or a part of it, thinks of each of them.
+
+A part is the whole model, its layers up to an exit, or a sub-network; and it may go on from a state that an
+earlier part left. Programs take the whole model's parameters in every case: a sub-network is sliced inside
+them, so that no second model lies in memory.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic_lm.calibrate.routing_scores import Scoring, logit_scores
+from elastic_lm.config import ModelConfig
+from elastic_lm.decode.cache import LayerCache
+from elastic_lm.decode.requests import bucket
+from elastic_lm.elastic import Subnet
+from elastic_lm.models.decoder import Decoder, Params, default_positions, vocab_logits
+from elastic_lm.plain import require
+from elastic_lm.sequence_cost import layer_flops
+from elastic_lm.slicing import slice_params
+
+CHUNK = 64  # columns of logits alive at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What of a checkpoint reads; static under jit."""
+
+    config: ModelConfig  # of the whole checkpoint
+    exit: int | None = None  # layer whose exit reads; None = the last layer
+    subnet: Subnet | None = None  # sliced inside the program; None = nothing is left out
+    begun: int = 0  # layers that have run before
+
+    def __post_init__(self) -> None:
+        if self.subnet is not None:
+            self.subnet.check(self.config)
+        c = self.model
+        layers = tuple(e.layer for e in c.exits)
+        fix = f"the model that reads has exits after layers {layers or 'none'}"
+        require(self.exit is None or self.exit in layers, "exit", self.exit, fix)
+        fix = f"{self.begun} of them have run already"
+        require(0 <= self.begun < self.layers, "layers", self.layers, fix)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model that reads: the whole one, or what slicing makes of it."""
+        return self.config if self.subnet is None else self.subnet.sliced(self.config)
+
+    @property
+    def layers(self) -> int:
+        """Layers of it up to where it reads."""
+        return self.model.n_layers if self.exit is None else self.exit
+
+    def flops(self, tokens: int) -> int:
+        """FLOPs of its layers that have not run before, over one sequence of so many tokens."""
+        return layer_flops(self.model, tokens, self.begun, self.layers)
+
+
+@flax.struct.dataclass
+class Reading:
+    """What a part thinks of a batch of sequences.
+
+    Attributes:
+      log_prob: [B, T] float32, nats of the token that follows each position.
+      scores: {kind: [B, T] float32} of the distributions at each position.
+      hidden: [B, T, D] state after the last layer that ran.
+      rows: keys and values of each layer that ran, [B, K, T, H] each.
+    """
+
+    log_prob: jax.Array
+    scores: dict[str, jax.Array]
+    hidden: jax.Array
+    rows: tuple[LayerCache, ...]
+
+
+@functools.partial(jax.jit, static_argnames=("part", "scoring", "keep"))
+def read(
+    part: Part,
+    params: Params,
+    tokens_BT: jax.Array,
+    entering_BTD: jax.Array | None = None,
+    *,
+    scoring: Scoring,
+    keep: bool = False,
+) -> Reading:
+    """Runs a part over known tokens.
+
+    Args:
+      part: static.
+      params: canonical parameters of the whole checkpoint.
+      tokens_BT: int32, padded on the right with anything.
+      entering_BTD: state that enters the first layer to run; None = the embedded tokens.
+      scoring: of the energy; static.
+      keep: give back states and rows too, to go on from; static.
+
+    Returns:
+      Reading; with arrays of no size as states and rows unless `keep`.
+    """
+    config = part.model
+    if part.subnet is not None:
+        params = slice_params(part.config, params, part.subnet)[1]
+    decoder = Decoder(config).bind({"params": params})
+    positions = default_positions(tokens_BT, None)
+    hidden = decoder.embed(tokens_BT, positions) if entering_BTD is None else entering_BTD
+    tap, rows = decoder.run_layers(hidden, positions, part.begun, part.layers)
+    if part.exit is None:
+        features, kernel, temperature = decoder.final_features(tap.hidden), decoder.final_kernel(), 1.0
+    else:
+        index = [e.layer for e in config.exits].index(part.exit)
+        features, kernel = decoder.exit_features(index, tap, positions), decoder.exit_kernel(index)
+        temperature = config.exits[index].temperature
+
+    def columns(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = vocab_logits(config, xs[0], kernel, temperature)
+        target = jnp.take_along_axis(logits, xs[1][..., None], axis=-1)[..., 0]
+        return target - jax.nn.logsumexp(logits, axis=-1), logit_scores(logits, scoring)
+
+    following = jnp.roll(tokens_BT, -1, axis=1)
+    log_prob, scores = _over_columns(columns, (features, following))
+    kept = (tap.hidden, tuple(rows)) if keep else (jnp.zeros(0), ())
+    return Reading(log_prob, scores, *kept)
+
+
+def _over_columns(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """`function` of [B, T, ...] arrays, `CHUNK` columns after the other."""
+    b, t = jax.tree.leaves(arrays)[0].shape[:2]
+    chunk = min(CHUNK, t)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(function, jax.tree.map(split, arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t], parts)
+
+
+def padded(sequences: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:
+    """[rows, width] int32: sequences, filled up on the right and below with zeros.
+
+    Args:
+      sequences: at most `rows` lists of at most `width` token ids.
+      rows: of every batch.
+      width: of the bucket.
+    """
+    tokens = np.zeros((rows, width), np.int32)
+    for row, ids in zip(tokens, sequences, strict=False):
+        row[: len(ids)] = ids
+    return tokens
+
+
+def width_of(config: ModelConfig, tokens: int) -> int:
+    """Columns of the program that reads a sequence of so many tokens.
+
+    Raises:
+      ValueError: the model does not read so many.
+    """
+    fix = f"is more than max_len={config.max_len} of the model: shorten the row"
+    require(tokens <= config.max_len, "tokens", tokens, fix)
+    return min(bucket(tokens), config.max_len)
+
+
+@jax.jit
+def apart(tree: Any) -> list[Any]:
+    """The rows of a tree of [B, ...] arrays, one tree each, in one program."""
+    rows = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(rows)]
+
+
+@jax.jit
+def together(rows: list[Any]) -> Any:
+    """Inverse of `apart`."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *rows)

@@ -1,0 +1,124 @@
+"""An encoder-decoder model as a model of a cascade (E-LANG with T5, arXiv 2203.00748)."""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic_lm.calibrate.routing_scores import PLAIN, Scoring, logit_scores, pooled_scores
+from elastic_lm.decode.answerers import Answer, Row
+from elastic_lm.decode.batches import answer_alike, filled, shape_or_none
+from elastic_lm.decode.requests import bucket
+from elastic_lm.decode.text_to_text import Text2TextResult, TextToText
+from elastic_lm.plain import AT_LEAST_1, require
+from elastic_lm.sequence_cost import text_to_text_flops
+
+_label_scores = jax.jit(logit_scores)
+
+
+class TextAnswerer:
+    """An encoder-decoder model that answers rows with texts, or with the likeliest of some labels.
+
+    Scores of a text are pooled over its tokens. Among labels, the energy is that of the first target
+    position over the whole vocabulary, and the other scores are those of the labels' probabilities.
+    """
+
+    def __init__(
+        self,
+        model: TextToText,
+        max_new_tokens: int = 32,
+        *,
+        template: str = "{text}",
+        labels: Sequence[str] | None = None,
+        scoring: Scoring = PLAIN,
+        batch_size: int = 16,
+    ) -> None:
+        """Creates an answerer; nothing is compiled yet.
+
+        Args:
+          model: with its tokenizer.
+          max_new_tokens: tokens of an answer at most.
+          template: makes a row's source of its fields, as `str.format` does: "sst2 sentence: {text}".
+          labels: the only texts that may be answered; the output is then the index of one.
+          scoring: of the energy; only its temperature can be chosen here.
+          batch_size: rows per program; the last batch is filled up.
+
+        Raises:
+          ValueError: an argument is out of range, or energies are to be centred.
+        """
+        require(model.tokenizer is not None, "model.tokenizer", None, "give it a tokenizer")
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            require(AT_LEAST_1[0](value), name, value, AT_LEAST_1[1])
+        fix = "energies of encoder-decoder models are not centred; fit thresholds per checkpoint"
+        require(scoring.centre == "none", "centre", scoring.centre, fix)
+        self.scoring, self.names = scoring, tuple(labels or ())
+        self._model, self._most, self._template = model, max_new_tokens, template
+        self._batch_size = batch_size
+
+    def bucket(self, row: Row) -> int | None:
+        """Columns of the program that reads a row; None = the row will fail."""
+        return shape_or_none(row, self._encode)
+
+    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+        """See `answerers.Answerer`."""
+        return answer_alike(
+            rows, self._encode, self._choose if self.names else self._generate, self._batch_size
+        )
+
+    def _encode(self, row: Row) -> tuple[int, list[int]]:
+        assert self._model.tokenizer is not None
+        source = self._template.format_map(row)
+        require(bool(source), "source", source, "is empty: give at least one character")
+        ids = [*self._model.tokenizer.encode(source), *self._model.config.eos_ids[:1]]
+        return bucket(len(ids)), ids
+
+    def _generate(self, width: int, sources: list[list[int]]) -> list[Answer]:
+        began = time.perf_counter()
+        results = self._model.generate(
+            filled(sources, self._batch_size), self._most, energy_temperature=self.scoring.temperature
+        )[: len(sources)]
+        scores = self._pooled(results)
+        each = (time.perf_counter() - began) / len(sources)
+        return [
+            Answer(result.text, own, self._flops(ids, len(result.tokens)), each)
+            for ids, result, own in zip(sources, results, scores, strict=True)
+        ]
+
+    def _pooled(self, results: list[Text2TextResult]) -> list[dict[str, float]]:
+        shape = (self._batch_size, bucket(self._most))
+        kinds = {kind: np.zeros(shape, np.float32) for kind in ("energy", "max_prob", "entropy", "margin")}
+        counted = np.zeros(shape, bool)
+        for i, r in enumerate(results):
+            entropy = 1.0 - r.entropy / np.log(self._model.config.vocab_size)
+            own = {"energy": -r.energy, "max_prob": r.max_prob, "entropy": entropy, "margin": r.margin}
+            counted[i, : len(r.tokens)] = True
+            for kind, values in own.items():
+                kinds[kind][i, : len(values)] = values
+        pooled = jax.device_get(_pooled(kinds, counted))
+        return [{name: float(values[i]) for name, values in pooled.items()} for i in range(len(results))]
+
+    def _choose(self, width: int, sources: list[list[int]]) -> list[Answer]:
+        began = time.perf_counter()
+        found = self._model.classify(
+            filled(sources, self._batch_size), self.names, energy_temperature=self.scoring.temperature
+        )
+        scores = {**jax.device_get(_label_scores(jnp.asarray(found.log_probs))), "energy": -found.energy}
+        each = (time.perf_counter() - began) / len(sources)
+        return [
+            Answer(
+                found.labels[i],
+                {name: float(values[i]) for name, values in scores.items()},
+                self._flops(ids, 1),
+                each,
+            )
+            for i, ids in enumerate(sources)
+        ]
+
+    def _flops(self, source: list[int], emitted: int) -> float:
+        """Of encoding a source and emitting so many tokens; E-LANG counts one where labels are scored."""
+        return float(text_to_text_flops(self._model.config, len(source), emitted))
+
+
+_pooled = jax.jit(pooled_scores)

@@ -1,0 +1,105 @@
+"""From what `elastic-lm route` is given, a folder or an address, to a model of a cascade."""
+
+import argparse
+from typing import Any, cast
+
+from elastic_lm.calibrate.routing_scores import Scoring
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.decode.answerers import Answerer, Row
+from elastic_lm.decode.black_boxes import Endpoint
+from elastic_lm.decode.choice import Choice
+from elastic_lm.decode.classifier import Classifier
+from elastic_lm.decode.generator import Generator
+from elastic_lm.decode.nested import nested_choice, nested_generator
+from elastic_lm.decode.sampler import Sampler
+from elastic_lm.decode.text_answerer import TextAnswerer
+from elastic_lm.decode.text_to_text import TextToText
+from elastic_lm.loading import load, load_decoder
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.encoder import Encoder
+
+
+def is_url(place: str) -> bool:
+    """Whether a model is a service rather than a folder."""
+    return place.startswith(("http://", "https://"))
+
+
+def make_pair(args: argparse.Namespace, row: Row, scoring: Scoring) -> tuple[Answerer, Answerer]:
+    """The Swift and the Super that flags name.
+
+    Args:
+      args: flags of `routing_flags`.
+      row: one of the data; choices in it make a decoder choose.
+      scoring: of the Swift's energy.
+
+    Raises:
+      ValueError: a flag does not fit the models; names it.
+    """
+    if args.swift_exit is not None:
+        if args.swift or is_url(args.super_):
+            raise ValueError(f"--swift-exit {args.swift_exit}: is an exit of the Super; leave --swift out")
+        return _nested(args, row, scoring)
+    if not args.swift:
+        raise ValueError("--swift: name the small model, or --swift-exit of the Super")
+    swift = make_answerer(args, args.swift, row, scoring, cost=0.0)
+    return swift, make_answerer(args, args.super_, row, Scoring(), cost=args.super_cost, scored=False)
+
+
+def make_answerer(
+    args: argparse.Namespace, place: str, row: Row, scoring: Scoring, *, cost: float, scored: bool = True
+) -> Answerer:
+    """One model, of the kind that its folder holds.
+
+    Args:
+      args: flags of `routing_flags`.
+      place: folder or address.
+      row: see `make_pair`.
+      scoring: of its energy.
+      cost: FLOPs of a row, where the model is a service.
+      scored: whether anything reads its scores.
+    """
+    if is_url(place):
+        options = {"max_tokens": args.max_new_tokens} if args.style == "openai" else None
+        how: dict[str, Any] = {"style": args.style, "text_field": args.text_field, "options": options}
+        return Endpoint(place, timeout=args.timeout, retries=args.retries, cost=cost, **how)
+    model, params = load(place)
+    tokenizer = Tokenizer.load(place)
+    shared: dict[str, Any] = {"scoring": scoring, "batch_size": args.batch_size}
+    if isinstance(model, Encoder):
+        fields = {"text_field": args.text_field, "pair_field": args.pair_field}
+        return Classifier(model, params, tokenizer, **fields, **shared)
+    if not isinstance(model, Decoder):
+        template = args.template or f"{{{args.text_field}}}"
+        labels = args.labels.split(",") if args.labels else None
+        texts = TextToText(model, params, tokenizer)
+        return TextAnswerer(texts, args.max_new_tokens, template=template, labels=labels, **shared)
+    if args.choices_field in row:
+        return Choice(model, params, tokenizer, **_choice_flags(args), **shared)
+    shared |= {"prompt_field": args.text_field, "scored": scored}
+    return Generator(Sampler(*_whole(model, params), tokenizer, window=1), args.max_new_tokens, **shared)
+
+
+def _nested(args: argparse.Namespace, row: Row, scoring: Scoring) -> tuple[Answerer, Answerer]:
+    model, params = load_decoder(args.super_)
+    tokenizer = Tokenizer.load(args.super_)
+    how: dict[str, Any] = {"exit": args.swift_exit, "scoring": scoring, "batch_size": args.batch_size}
+    if args.choices_field in row:
+        return nested_choice(model, params, tokenizer, **_choice_flags(args), **how)
+    how["prompt_field"] = args.text_field
+    return nested_generator(model, params, tokenizer, args.max_new_tokens, **how)
+
+
+def _choice_flags(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "prompt_field": args.text_field,
+        "choices_field": args.choices_field,
+        "normalise": args.normalise,
+    }
+
+
+def _whole(model: Decoder, params: Params) -> tuple[Decoder, Params]:
+    """A decoder without its exits, which full depth does not run."""
+    exits = {e.name for e in model.config.exits}
+    return Decoder(model.config.with_exits(())), cast(
+        Params, {name: tree for name, tree in params.items() if name not in exits}
+    )

@@ -1,0 +1,134 @@
+"""Text and its scores: against the sampler alone and a plain forward pass; Swifts inside the Super."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from letters import Letters
+
+from elastic_lm import testing
+from elastic_lm.calibrate.routing_scores import SCORES, Scoring
+from elastic_lm.decode.cascade import Cascade
+from elastic_lm.decode.generator import Generator
+from elastic_lm.decode.nested import exit_model, nested_generator
+from elastic_lm.decode.sampler import Sampler
+from elastic_lm.elastic import Subnet
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.sequence_cost import generation_flops, head_flops, layer_flops
+
+CONFIG = testing.tiny_config(exits=(1,), n_layers=2)
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def params():
+    return testing.random_params(CONFIG, scale=0.2)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    rng = np.random.default_rng(0)
+    return [{"prompt": "".join(rng.choice(list("ABCDEFGHIJKLMNOP"), n))} for n in (3, 9, 1, 40, 12, 30, 5)]
+
+
+@pytest.fixture(scope="module")
+def whole(params) -> Sampler:
+    config = CONFIG.with_exits(())
+    return Sampler(Decoder(config), {k: v for k, v in params.items() if k != "exit_1"}, Letters(), window=1)
+
+
+@pytest.fixture(scope="module")
+def alone(whole: Sampler, rows) -> list:
+    return [whole.sample(row["prompt"], NEW) for row in rows]
+
+
+def test_text_and_scores(whole: Sampler, rows, alone, params) -> None:
+    generator = Generator(whole, NEW, batch_size=4, scoring=Scoring(2.0, "mean"))
+    answers = generator.answer(rows)
+    for row, answer, sample in zip(rows, answers, alone, strict=True):
+        assert answer.output == sample.text
+        assert set(answer.scores) == set(SCORES) - {"random"}
+        prompt = Letters().encode(row["prompt"], bos=True)
+        tokens = [*prompt, *sample.tokens]
+        logits = testing.all_logits(CONFIG, params, jnp.asarray([tokens + [0] * (64 - len(tokens))]))[2][0]
+        centred = logits - logits.mean(-1, keepdims=True)
+        energy = np.asarray(2 * jax.nn.logsumexp(centred / 2, -1))
+        drawn, read = energy[len(prompt) - 1 : len(tokens) - 1], energy[: len(prompt)]
+        assert answer.scores["energy"] == pytest.approx(drawn.mean(), rel=1e-5)
+        assert answer.scores["energy_min"] == pytest.approx(drawn.min(), rel=1e-5)
+        assert answer.scores["prompt_energy"] == pytest.approx(read.mean(), rel=1e-5)
+        top = np.asarray(jax.nn.softmax(logits).max(-1))[len(prompt) - 1 : len(tokens) - 1]
+        assert answer.scores["max_prob_min"] == pytest.approx(top.min(), rel=1e-4)
+        n = len(tokens)
+        cost = generation_flops(CONFIG, len(prompt), NEW) + layer_flops(CONFIG, n) + head_flops(CONFIG, n)
+        assert answer.cost == cost
+    programs = Sampler.compilations()
+    assert [generator.answer([row])[0] for row in rows] == answers
+    assert Sampler.compilations() == programs
+    unscored = Generator(whole, NEW, batch_size=4, scored=False).answer(rows)
+    assert [(a.output, dict(a.scores)) for a in unscored] == [(a.output, {}) for a in answers]
+
+
+def test_draws_go_by_the_row_not_the_batch(whole: Sampler, rows) -> None:
+    hot = Generator(whole, NEW, batch_size=4, scored=False, temperature=1.5, seed=1)
+    answers = hot.answer(rows)
+    assert hot.answer(rows[::-1])[::-1] == answers
+    assert Generator(whole, NEW, batch_size=4, scored=False, temperature=1.5, seed=2).answer(rows) != answers
+
+
+def test_an_exit_is_a_swift_that_the_super_goes_on_from(params, rows, alone) -> None:
+    swift, super_ = nested_generator(Decoder(CONFIG), params, Letters(), NEW, exit=1, batch_size=4)
+    first, again = swift.answer(rows), super_.answer(rows)
+    small = Sampler(*exit_model(CONFIG, params, 1), Letters(), window=1)
+    assert [a.output for a in first] == [small.sample(row["prompt"], NEW).text for row in rows]
+    assert [a.output for a in again] == [s.text for s in alone]
+    assert [a.output for a in first] != [a.output for a in again]
+    order = [3, 0, 6]
+    resumed = super_.resume([rows[i] for i in order], [first[i] for i in order])
+    for i, answer in zip(order, resumed, strict=True):
+        assert answer.output == again[i].output
+        assert again[i].cost - answer.cost == layer_flops(CONFIG, len(rows[i]["prompt"]) + 1, 0, 1)
+    cut = float(np.median([a.scores["energy"] for a in first]))
+    for result in Cascade(swift, super_, cut, batch_size=3).answer(rows):
+        kept = first[result.index].scores["energy"] >= cut
+        assert result.output == (first if kept else again)[result.index].output
+
+
+def test_one_models_weights_lie_in_memory(params, rows) -> None:
+    before, size = held(), sum(x.nbytes for x in jax.tree.leaves(params))
+    subnet = Subnet.uniform(CONFIG, mlp=0.5, heads=0.5)
+    swift, _ = nested_generator(Decoder(CONFIG), params, Letters(), NEW, subnet=subnet, batch_size=4)
+    rows = [row for row in rows if len(row["prompt"]) < 20]
+    first = swift.answer(rows)
+    assert held() - before <= 0.02 * size
+    kept = Sampler(Decoder(CONFIG.with_exits(())), params, Letters(), window=1, subnet=subnet)
+    assert [a.output for a in first] == [s.text for s in kept.sample([row["prompt"] for row in rows], NEW)]
+    exit_model(CONFIG, params, 1)
+    assert held() - before > 0.2 * size  # what was sliced for `kept` counts; an exit adds nothing
+
+
+def held() -> int:
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_rows_that_cannot_be_read_fail_alone(whole: Sampler, rows) -> None:
+    generator = Generator(whole, NEW, batch_size=4, scored=False)
+    answers = generator.answer([{}, {"prompt": None}, {"prompt": "x" * 125}, rows[0]])
+    assert [a.error is None for a in answers] == [False] * 3 + [True]
+    assert "max_len=128" in str(answers[2].error)
+    assert generator.bucket({}) is None
+
+
+def test_refusals(whole: Sampler, params) -> None:
+    bare = Sampler(Decoder(CONFIG), params)
+    for given, message in (
+        ((whole, 0), "max_new_tokens=0"),
+        ((bare, 4), "tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Generator(*given)
+    with pytest.raises(ValueError, match="unknown setting tempature"):
+        Generator(whole, tempature=1.0)
+    config = testing.tiny_config(n_layers=2)
+    with pytest.raises(ValueError, match="exit=1: the model that reads has exits after layers none"):
+        nested_generator(Decoder(config), params, Letters(), exit=1)
