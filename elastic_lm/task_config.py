@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from elastic_lm.config import MeshConfig
 from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.plain import AT_LEAST_1, SEED, require, require_choice, require_each
 from elastic_lm.train_config import TrainConfig
 
@@ -52,20 +53,27 @@ class TaskRun:
 
     task: TaskConfig
     train: TrainConfig
-    encoder: EncoderConfig | None = None  # a new encoder; None = that of train.init_from
+    encoder: EncoderConfig | None = None  # a new encoder; None = the model of train.init_from
+    encoder_decoder: EncoderDecoderConfig | None = None  # a new encoder-decoder, likewise
     mesh: MeshConfig = dataclasses.field(default=MeshConfig())
 
     def __post_init__(self) -> None:
         method = self.train.method
         fix = "a config with a task section has task_tuning"
         require(method == "task_tuning", "train.method", method, fix)
-        given = bool(self.train.init_from), self.encoder is not None
-        fix = "name a model to start from here, or describe a new one under encoder: one of the two"
-        require(sum(given) == 1, "train.init_from", self.train.init_from, fix)
-        fix = "a new model has none of its own: name a folder or a tokenizer.json"
-        require(given[0] or bool(self.task.tokenizer), "task.tokenizer", self.task.tokenizer, fix)
+        new = [model for model in (self.encoder, self.encoder_decoder) if model is not None]
+        fix = "name a model to start from, or describe one under encoder or encoder_decoder: one of them"
+        require(bool(self.train.init_from) + len(new) == 1, "train.init_from", self.train.init_from, fix)
+        fix = "a new encoder has none of its own: name a folder or a tokenizer.json"
+        known = self.encoder is None or bool(self.task.tokenizer)
+        require(known, "task.tokenizer", self.task.tokenizer, fix)
         writes = self.task.problem == "text_to_text"
-        fix = "an encoder writes no text"
-        require(not (writes and self.encoder), "task.problem", self.task.problem, fix)
+        fix = "an encoder writes no text, and an encoder-decoder is made to: change one of the two"
+        right = not new or writes == (self.encoder is None)
+        require(right, "task.problem", self.task.problem, fix)
+        fix = "text_to_text tunes every parameter; set 'all'"
+        require(not writes or self.train.tuned == "all", "train.tuned", self.train.tuned, fix)
+        layers, fix = self.train.init_layers, "layers are kept of encoders only; set 0"
+        require(not writes or not layers, "train.init_layers", layers, fix)
         rows, parts = self.task.batch_size, self.train.accumulate
         require(rows % parts == 0, "train.accumulate", parts, f"must divide task.batch_size={rows}")

@@ -3,72 +3,25 @@
 The iterator's position is part of a training checkpoint, so a resumed run reads the very next batch.
 """
 
-import csv
-import dataclasses
 import functools
-import io
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from elastic_lm.data.sources import JSONL_SUFFIXES, Document, JsonLines, find_files, read_bytes
+from elastic_lm.data.records import Record, Records, text_of
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
-from elastic_lm.plain import AT_LEAST_1, SEED, require, require_each
+from elastic_lm.plain import require
+from elastic_lm.task_config import TaskConfig
 
-CSV_SUFFIXES = (".csv", ".csv.gz")
 WINDOW = 16  # batches whose pairs are grouped by length
 SHORTEST = 8  # columns of the narrowest batch
 
 Pair = dict[str, list[int]]  # token ids of "source" and "target"
 
 
-@dataclasses.dataclass(frozen=True)
-class PairsConfig:
-    """Where pairs of texts come from and how they become batches."""
-
-    paths: tuple[str, ...]  # training files (.jsonl, .json, .csv, also .gz), or folders of them
-    eval_paths: tuple[str, ...] = ()  # held-out files or folders
-    source_field: str = "source"  # key or column of what is read
-    target_field: str = "target"  # key or column of what is learned
-    source_len: int = 512  # tokens of a source at most, its end token included; the rest is cut off
-    target_len: int = 128  # tokens of a target at most, likewise
-    batch_size: int = 16  # pairs per optimizer step, over all devices
-    seed: int = 0  # of the shuffle
-
-    def __post_init__(self) -> None:
-        require(bool(self.paths), "data.paths", self.paths, "name at least one file or folder")
-        require_each(self, "data.", ("source_len", "target_len", "batch_size"), *AT_LEAST_1)
-        require_each(self, "data.", ("seed",), *SEED)
-
-
-class CsvRows:
-    """Rows of CSV files with a header, each with a source and a target, kept in memory."""
-
-    def __init__(self, files: Sequence[Path], source_field: str, target_field: str) -> None:
-        """Reads the files.
-
-        Args:
-          files: UTF-8 CSV with commas and a header, plain or .gz.
-          source_field: column of sources.
-          target_field: column of targets.
-
-        Raises:
-          ValueError: a file is empty or no CSV, lacks a column, or a row lacks a cell; names file and line.
-        """
-        self._rows = [row for file in files for row in _csv_rows(file, (source_field, target_field))]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Document:
-        return self._rows[index]
-
-
-def train_pairs(config: PairsConfig, model: EncoderDecoderConfig, tokenizer: Tokenizer) -> grain.IterDataset:
+def train_pairs(config: TaskConfig, model: EncoderDecoderConfig, tokenizer: Tokenizer) -> grain.IterDataset:
     """Endless shuffled batches of the training files, padded to few different lengths.
 
     Pairs are shuffled by the seed, anew in every pass; those of `WINDOW` batches are grouped by the powers of
@@ -86,7 +39,7 @@ def train_pairs(config: PairsConfig, model: EncoderDecoderConfig, tokenizer: Tok
       FileNotFoundError: a file or folder does not exist.
       ValueError: a file is empty or malformed.
     """
-    pairs = _documents(config, config.paths).seed(config.seed).shuffle().repeat()
+    pairs = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
     pairs = pairs.map(functools.partial(encode_pair, config, model, tokenizer))
     stream = pairs.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
     windows = stream.batch(WINDOW * config.batch_size, drop_remainder=True, batch_fn=list)
@@ -94,7 +47,7 @@ def train_pairs(config: PairsConfig, model: EncoderDecoderConfig, tokenizer: Tok
     return batches.map(functools.partial(pad_pairs, config, model))
 
 
-def eval_pairs(config: PairsConfig, model: EncoderDecoderConfig, tokenizer: Tokenizer) -> grain.IterDataset:
+def eval_pairs(config: TaskConfig, model: EncoderDecoderConfig, tokenizer: Tokenizer) -> grain.IterDataset:
     """One pass over the held-out files in their order; the last batch is filled up with rows of weight 0.
 
     Args:
@@ -109,37 +62,50 @@ def eval_pairs(config: PairsConfig, model: EncoderDecoderConfig, tokenizer: Toke
       FileNotFoundError: a file or folder does not exist.
       ValueError: there are no held-out files, or one is empty or malformed.
     """
-    require(bool(config.eval_paths), "data.eval_paths", config.eval_paths, "name held-out files")
-    pairs = _documents(config, config.eval_paths).map(
-        functools.partial(encode_pair, config, model, tokenizer)
-    )
+    require(bool(config.eval_paths), "task.eval_paths", config.eval_paths, "name held-out files")
+    records = grain.MapDataset.source(Records(config.eval_paths))
+    pairs = records.map(functools.partial(encode_pair, config, model, tokenizer))
     batches = pairs.batch(config.batch_size, batch_fn=list).to_iter_dataset()
     return batches.map(functools.partial(pad_pairs, config, model))
 
 
 def encode_pair(
-    config: PairsConfig, model: EncoderDecoderConfig, tokenizer: Tokenizer, document: Document
+    config: TaskConfig, model: EncoderDecoderConfig, tokenizer: Tokenizer, item: tuple[str, Record]
 ) -> Pair:
     """Token ids of a pair, each text with its end token, cut to the lengths of `config`.
 
     Args:
-      config: gives the lengths.
+      config: gives the fields, the prefix and the lengths.
       model: gives the end token.
       tokenizer: of the model.
-      document: source as prompt, target as text.
+      item: (where the record stands, its fields).
+
+    Raises:
+      ValueError: a field is missing; names the record.
     """
     ends = list(model.eos_ids[:1])
 
     def encode(text: str, longest: int) -> list[int]:
         return [*tokenizer.encode(text)[: longest - len(ends)], *ends]
 
-    return {
-        "source": encode(document.prompt, config.source_len),
-        "target": encode(document.text, config.target_len),
-    }
+    source, target = pair_of(config, item)
+    return {"source": encode(source, config.max_len), "target": encode(target, config.max_target)}
 
 
-def pad_pairs(config: PairsConfig, model: EncoderDecoderConfig, pairs: list[Pair]) -> dict[str, np.ndarray]:
+def pair_of(config: TaskConfig, item: tuple[str, Record]) -> tuple[str, str]:
+    """(what is read, what is written) of a record."""
+    source = config.prefix + text_of(*item, config.text_field)
+    return source, text_of(*item, config.label_field)
+
+
+def pair_texts(config: TaskConfig) -> Iterator[str]:
+    """Both texts of every training record, to learn a tokenizer from."""
+    records = Records(config.paths)
+    for i in range(len(records)):
+        yield from pair_of(config, records[i])
+
+
+def pad_pairs(config: TaskConfig, model: EncoderDecoderConfig, pairs: list[Pair]) -> dict[str, np.ndarray]:
     """A batch of pairs.
 
     Args:
@@ -150,8 +116,8 @@ def pad_pairs(config: PairsConfig, model: EncoderDecoderConfig, pairs: list[Pair
     Returns:
       The fields of `sequence_to_sequence.PairBatch`; S and T are powers of two, or the largest lengths.
     """
-    s = max(bucket(len(pair["source"]), config.source_len) for pair in pairs)
-    t = max(bucket(len(pair["target"]), config.target_len) for pair in pairs)
+    s = max(bucket(len(pair["source"]), config.max_len) for pair in pairs)
+    t = max(bucket(len(pair["target"]), config.max_target) for pair in pairs)
     b = config.batch_size
     source, mask = np.full((b, s), model.pad_id, np.int32), np.zeros((b, s), bool)
     target, weights = np.full((b, t), model.pad_id, np.int32), np.zeros((b, t), np.float32)
@@ -179,7 +145,7 @@ class _ByLength(grain.experimental.FlatMapTransform):
 
     max_fan_out = WINDOW
 
-    def __init__(self, config: PairsConfig) -> None:
+    def __init__(self, config: TaskConfig) -> None:
         self._config = config
         self._order = np.random.default_rng(config.seed).permutation(WINDOW)
 
@@ -189,40 +155,7 @@ class _ByLength(grain.experimental.FlatMapTransform):
 
         def size(pair: Pair) -> tuple[int, int]:
             source, target = pair["source"], pair["target"]
-            return bucket(len(source), c.source_len), bucket(len(target), c.target_len)
+            return bucket(len(source), c.max_len), bucket(len(target), c.max_target)
 
         pairs = sorted(element, key=size)
         return [pairs[i * c.batch_size : (i + 1) * c.batch_size] for i in self._order]
-
-
-def _documents(config: PairsConfig, paths: Sequence[str]) -> grain.MapDataset:
-    """The pairs of all files, each a `Document` with the source as prompt."""
-    files = find_files(paths, (*JSONL_SUFFIXES, *CSV_SUFFIXES))
-    tables = [file for file in files if file.name.endswith(CSV_SUFFIXES)]
-    lines = [file for file in files if file not in tables]
-    sources = []
-    if lines:
-        sources.append(JsonLines(lines, config.target_field, config.source_field))
-    if tables:
-        sources.append(CsvRows(tables, config.source_field, config.target_field))
-    return grain.MapDataset.concatenate([grain.MapDataset.source(source) for source in sources])
-
-
-def _csv_rows(file: Path, fields: tuple[str, str]) -> list[Document]:
-    text = bytes(read_bytes(file)).decode("utf-8-sig", errors="replace")
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    rows = []
-    try:
-        for row in reader:
-            where = f"{file} line {reader.line_num}"
-            for field in fields:
-                if not isinstance(row.get(field), str):
-                    found = ", ".join(filter(None, reader.fieldnames or ()))
-                    raise ValueError(f"{where} has no text under {field!r}; columns: {found}")
-            source, target = (row[field] for field in fields)
-            rows.append(Document(source, target, True, True, where))
-    except csv.Error as error:
-        raise ValueError(f"{file} line {reader.line_num} is not CSV: {error}") from error
-    if not rows:
-        raise ValueError(f"{file} has no rows below its header: remove it from the data paths")
-    return rows

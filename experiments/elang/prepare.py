@@ -1,0 +1,74 @@
+"""Task data for the study, in the layout that configs/glue.py reads.
+
+    python experiments/elang/prepare.py --source FOLDER --out data/elang
+
+`FOLDER` holds public task files as JSON lines: GLUE's SST-2, MRPC and CoLA, BoolQ with its passage and
+question in one text, and Multi30k's English-German captions. Sentiment, as text to continue, is made of
+SST-2 for decoder-only models.
+"""
+
+import argparse
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+COPIED = tuple(f"glue_{task}_{split}" for task in ("sst2", "mrpc", "cola") for split in ("train", "dev"))
+ANSWERS = ("negative", "positive")
+MARK = "\nQuestion: "
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Records of a packed file of JSON lines."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Records as JSON lines."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{path}: {len(lines)} records")
+
+
+def boolq(row: dict[str, Any]) -> dict[str, Any]:
+    """Question, passage and label of a record with both in one text."""
+    passage, _, question = row["query"].rpartition(MARK)
+    question = question.removesuffix("\nAnswer:")
+    return {"question": question, "passage": passage, "label": ("true", "false")[row["gold"]]}
+
+
+def sentiment(row: dict[str, Any]) -> dict[str, Any]:
+    """A sentence to continue with its sentiment."""
+    prompt = f"Review: {row['sentence'].strip()}\nSentiment:"
+    return {
+        "prompt": prompt,
+        "response": f" {ANSWERS[row['label']]}",
+        "choices": [f" {a}" for a in ANSWERS],
+        "gold": row["label"],
+    }
+
+
+def main() -> None:
+    """Writes every file of the study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--source", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tasks, texts = args.source / "eval", args.source / "text"
+    for name in COPIED:
+        write(args.out / f"{name}.jsonl", read(tasks / f"{name}.jsonl.gz"))
+    write(args.out / "superglue_boolq_train.jsonl", map(boolq, read(tasks / "boolq_train.jsonl.gz")))
+    held_out = read(tasks / "superglue_boolq_val_orig.jsonl.gz")
+    write(args.out / "superglue_boolq_val.jsonl", held_out)
+    for split in ("train", "dev"):
+        rows = read(tasks / f"glue_sst2_{split}.jsonl.gz")
+        write(args.out / f"sentiment_{split}.jsonl", map(sentiment, rows))
+    for split in ("train", "val", "test_2016_flickr"):
+        write(args.out / f"multi30k_{split}.jsonl", read(texts / f"multi30k_en-de_{split}.jsonl.gz"))
+
+
+if __name__ == "__main__":
+    main()

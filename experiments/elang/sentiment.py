@@ -1,0 +1,91 @@
+"""Decoder-only models in the study: reviews are continued with their sentiment, of two choices.
+
+The Super is a base model tuned on the reviews. Swift is the base's lowest layers, tuned likewise, or an exit
+of the Super, tuned on the frozen Super with the same reviews, whose states the Super goes on from.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from encoders import HELD_BACK, split
+from study import Columns, answered, settled
+
+from elastic_lm.config import DataConfig, ExitConfig, RunConfig
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.decode.choice import Choice
+from elastic_lm.decode.nested import nested_choice
+from elastic_lm.loading import load
+from elastic_lm.train.run import MODEL_FOLDER, fit
+from elastic_lm.train_config import TrainConfig
+
+STEPS, EXIT_STEPS = 600, 200
+NAME = "sentiment"
+HOW: dict[str, Any] = {"separator": "", "batch_size": 32}
+
+
+def measured(data: Path, out: Path, base: str, seed: int, layers: int) -> dict[str, Columns]:
+    """Trains what is missing and answers all rows.
+
+    Args:
+      data: from prepare.py.
+      out: folder of the study.
+      base: folder of a decoder-only model.
+      seed: of the split and the order.
+      layers: of both Swifts.
+
+    Returns:
+      {"separate", "nested": columns}.
+    """
+    folder = out / NAME / f"seed_{seed}"
+    split(data / f"{NAME}_train.jsonl", folder, seed)
+    whole = trained(folder, seed, "super", init_from=base, steps=STEPS, lr=1e-3)
+    small = trained(folder, seed, "swift", init_from=base, init_layers=layers, steps=STEPS, lr=2e-3)
+    exit_ = (ExitConfig(layers, "norm"),)
+    fields = {"method": "ee_tuning", "init_from": whole, "steps": EXIT_STEPS, "lr": 2e-3}
+    both = trained(folder, seed, "exit", exit_, **fields)
+    pairs = {
+        "separate": lambda: {"swift": choice(small), "super": choice(whole)},
+        "nested": lambda: nested(both, layers),
+    }
+    return {
+        how: settled(folder / f"{how}.json", functools.partial(columns, data, folder, make, seed))
+        for how, make in pairs.items()
+    }
+
+
+def trained(folder: Path, seed: int, name: str, exits: tuple[ExitConfig, ...] = (), **fields: Any) -> str:
+    """Folder of a finished model."""
+    model = folder / name / MODEL_FOLDER
+    if not model.is_dir():
+        paths = {"paths": (str(folder / "train.jsonl"),), "eval_paths": (str(folder / "fit.jsonl"),)}
+        shape = {"seq_len": 256, "batch_size": 8, "packing": "first_fit", "seed": seed}
+        steps = fields["steps"]
+        train = TrainConfig(warmup=steps // 10, eval_every=0, save_every=100, keep=1, seed=seed, **fields)
+        run = RunConfig(exits=exits, data=DataConfig(source="instruction", **paths, **shape), train=train)
+        fit(run, folder / name)
+    return str(model)
+
+
+def choice(folder: str) -> Choice:
+    """A model that chooses the sentiment."""
+    model, params = load(folder)
+    return Choice(model, params, Tokenizer.load(folder), **HOW)
+
+
+def nested(folder: str, layer: int) -> dict[str, Choice]:
+    """An exit and the model that it is part of."""
+    model, params = load(folder)
+    swift, super_ = nested_choice(model, params, Tokenizer.load(folder), exit=layer, **HOW)
+    return {"swift": swift, "super": super_}
+
+
+def columns(data: Path, folder: Path, make: Any, seed: int) -> Columns:
+    """Scores, right or wrong, and costs of the rows that choose thresholds and of the test rows."""
+    files = {"fit": folder / "fit.jsonl", "test": data / f"{NAME}_dev.jsonl"}
+    rows = {
+        name: [json.loads(line) for line in file.read_text().splitlines()][:HELD_BACK]
+        for name, file in files.items()
+    }
+    return answered(make(), rows, lambda row, output: float(output == row["gold"]), seed)
