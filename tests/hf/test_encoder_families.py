@@ -106,6 +106,16 @@ def test_every_head_agrees_in_both_directions(model_type: str, head: str, tmp_pa
         np.testing.assert_array_equal(weight.numpy(), model.state_dict()[name].numpy(), err_msg=name)
 
 
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_missing_keys_mean_what_they_mean_to_transformers(model_type: str) -> None:
+    theirs = pytest.importorskip("transformers").AutoConfig.for_model(model_type)
+    stated = json.loads(theirs.to_json_string(use_diff=False))
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    needed = ("model_type", *sizes, "dim", "n_layers", "n_heads", "hidden_dim")
+    bare = {key: value for key, value in stated.items() if key in needed}
+    assert hf.config_from_hf(bare) == hf.config_from_hf(stated)
+
+
 def test_what_config_json_says_of_labels(folder: Path, tmp_path: Path) -> None:
     config, params = hf.load(folder)
     assert (config.n_labels, config.labels) == (3, ("no", "perhaps", "yes"))
