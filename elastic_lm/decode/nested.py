@@ -12,14 +12,20 @@ cut inside the programs. One model's weights lie in memory either way.
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from elastic_lm.config import ModelConfig
+from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.choice import Choice
+from elastic_lm.decode.classifier import Classifier
 from elastic_lm.decode.generator import Generator
 from elastic_lm.decode.reading import Part
 from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.elastic import Subnet
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.encoder import Encoder
 from elastic_lm.plain import require
 
 
@@ -97,6 +103,44 @@ def nested_generator(
     sampler = Sampler(*exit_model(model.config, params, exit), tokenizer, window=window)
     reads = (Part(model.config, exit), params)
     return Generator(sampler, max_new_tokens, reads=reads, keep_state=True, **how), super_
+
+
+def nested_classifier(
+    model: Encoder,
+    params: Params,
+    exit: tuple[Encoder, Params],
+    tokenizer: Tokenizer,
+    **how: Any,
+) -> tuple[Classifier, Classifier]:
+    """Swift and Super for labels, of one encoder.
+
+    Args:
+      model: the whole encoder with its task head; static.
+      params: its canonical parameters, which are not copied.
+      exit: a model of the lowest layers of this one with a head of its own, as `train` makes it with
+        `tuned="head"`. Only its pooler and head are kept, the rest is read from `params`.
+      tokenizer: of the model.
+      **how: other arguments of `Classifier`, for both.
+
+    Returns:
+      (Swift, Super). The Super's answers to rows that the Swift has begun equal those from scratch.
+
+    Raises:
+      ValueError: the exit has as many layers as the model, or its layers are not those of the model.
+    """
+    small, own = exit
+    layers, most = small.config.n_layers, model.config.n_layers
+    require(layers < most, "exit.n_layers", layers, f"must leave some of the {most} layers to the Super")
+    heads = ("pooler", "head")
+    shared = {name: tree for name, tree in own.items() if name not in (*heads, "token_head")}
+    fix = "differs from the model's: train the exit on it with init_layers and tuned='head'"
+    for name, tree in shared.items():
+        same = jax.tree.map(lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), tree, params[name])
+        require(all(jax.tree.leaves(same)), "exit", name, fix)
+    swift = {**{name: params[name] for name in shared}, **{name: own[name] for name in heads}}
+    kept = dataclasses.replace(small.config, mlm=False)
+    given = Classifier(Encoder(kept), swift, tokenizer, keep_state=True, **how)
+    return given, Classifier(model, params, tokenizer, **how)
 
 
 def exit_model(config: ModelConfig, params: Params, layer: int) -> tuple[Decoder, Params]:
