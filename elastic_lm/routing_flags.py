@@ -56,7 +56,7 @@ def _models(parser: argparse.ArgumentParser) -> None:
         "--normalise",
         choices=("tokens", "bytes", "none"),
         default="tokens",
-        help="likelihoods of choices per",
+        help="choices per",
     )
     add("--timeout", type=float, default=30.0, metavar="S", help="of a service, seconds (default: 30)")
     add("--retries", type=int, default=2, metavar="N", help="of a service, per row (default: 2)")
@@ -66,7 +66,7 @@ def _models(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="FLOPS",
-        help="of a row, where the Super is a service",
+        help="of a row, by a service",
     )
 
 

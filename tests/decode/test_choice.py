@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from letters import Letters
+from small_models import Letters
 
 from elastic_lm import slicing, testing
 from elastic_lm.calibrate.routing_scores import Scoring

@@ -1,0 +1,59 @@
+"""An encoder-decoder as a model of a cascade: against `TextToText` alone."""
+
+import numpy as np
+import pytest
+from small_models import Letters, drawn
+
+import elastic_lm as el
+from elastic_lm.calibrate.routing_scores import Scoring
+from elastic_lm.decode.text_answerer import TextAnswerer
+from elastic_lm.sequence_cost import text_to_text_flops
+
+CONFIG = el.EncoderDecoderConfig(
+    vocab_size=64, d_model=16, n_layers=1, n_heads=2, d_mlp=32, relative_buckets=8, relative_max_distance=16
+)
+ROWS = [{"q": "A" * n + "BC", "n": n} for n in (1, 5, 9, 40, 3)]
+
+
+@pytest.fixture(scope="module")
+def model() -> el.TextToText:
+    return el.TextToText(el.EncoderDecoder(CONFIG), drawn(CONFIG), Letters())
+
+
+def test_texts_and_scores(model: el.TextToText) -> None:
+    answerer = TextAnswerer(model, 5, template="say {q}:", scoring=Scoring(2.0), batch_size=2)
+    answers = answerer.answer(ROWS)
+    for row, answer in zip(ROWS, answers, strict=True):
+        (alone,) = model.generate([f"say {row['q']}:"], 5, energy_temperature=2.0)
+        assert answer.output == alone.text
+        assert answer.scores["energy"] == pytest.approx(-alone.energy.mean(), rel=1e-5)
+        assert answer.scores["energy_min"] == pytest.approx(-alone.energy.max(), rel=1e-5)
+        assert answer.scores["max_prob_min"] == pytest.approx(alone.max_prob.min(), rel=1e-5)
+        surest = 1 - alone.entropy.mean() / np.log(64)
+        assert answer.scores["entropy"] == pytest.approx(surest, abs=1e-5)
+        assert answer.cost == text_to_text_flops(CONFIG, len(row["q"]) + 6, len(alone.tokens))
+    programs = el.TextToText.compilations()
+    assert [answerer.answer([row])[0] for row in ROWS] == answers
+    assert el.TextToText.compilations() == programs
+    assert [answerer.bucket(row) for row in ROWS] == [32, 32, 32, 64, 32]
+
+
+def test_labels(model: el.TextToText) -> None:
+    answerer = TextAnswerer(model, template="{q}", labels=("YES", "NO"), batch_size=2)
+    answers = answerer.answer(ROWS)
+    for row, answer in zip(ROWS[:2], answers, strict=False):
+        alone = model.classify([row["q"]], ("YES", "NO"))
+        assert answer.output == alone.labels[0]
+        assert answer.scores["energy"] == pytest.approx(-alone.energy[0], rel=1e-5)
+        share = np.exp(alone.log_probs[0] - np.logaddexp.reduce(alone.log_probs[0]))
+        assert answer.scores["max_prob"] == pytest.approx(share.max(), rel=1e-5)
+
+
+def test_rows_that_cannot_be_read_fail_alone(model: el.TextToText) -> None:
+    answers = TextAnswerer(model, 5, template="{q}", batch_size=2).answer([{}, {"q": ""}, ROWS[0]])
+    assert [answer.error is None for answer in answers] == [False, False, True]
+    assert "'q'" in str(answers[0].error)
+    with pytest.raises(ValueError, match="centre='mean'"):
+        TextAnswerer(model, scoring=Scoring(centre="mean"))
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        TextAnswerer(model, 0)

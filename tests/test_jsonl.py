@@ -1,0 +1,86 @@
+"""Rows from files, and an output that goes on where a killed process left it."""
+
+import gzip
+import json
+import pathlib
+
+import pytest
+
+from elastic_lm.jsonl import Journal, count_rows, read_rows
+
+RUN = {"swift": "a", "threshold": 1.5}
+
+
+@pytest.fixture(params=["out.jsonl", "out.jsonl.gz"])
+def path(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "folder" / request.param
+
+
+def lines(path: pathlib.Path) -> list[int]:
+    return [row["index"] for row in read_rows(path)]
+
+
+def write(path: pathlib.Path, *batches: range) -> None:
+    journal = Journal(path, RUN)
+    for batch in batches:
+        journal.append([{"index": i, "output": "x" * i} for i in batch])
+    journal.close()
+
+
+def test_every_end_of_a_process_keeps_whole_rows(path: pathlib.Path) -> None:
+    write(path, range(3), range(3, 7))
+    data = path.read_bytes()
+    for size in range(len(data) + 1):  # killed after any byte
+        path.write_bytes(data[:size])
+        journal = Journal(path, RUN)
+        kept = journal.rows
+        journal.append([{"index": i} for i in range(kept, 9)])
+        journal.close()
+        assert lines(path) == list(range(9))
+    assert kept == 7
+
+
+def test_another_run_is_refused(path: pathlib.Path) -> None:
+    write(path, range(3))
+    with pytest.raises(ValueError, match=r"was begun with threshold=1.5, now threshold=2; choose another"):
+        Journal(path, {**RUN, "threshold": 2})
+    (path.parent / f"{path.name}.run.json").unlink()
+    with pytest.raises(ValueError, match="was not written by a run like this"):
+        Journal(path, RUN)
+
+
+def test_damage_is_named(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "out.jsonl"
+    write(path, range(3))
+    path.write_text(path.read_text().replace('"index": 1', '"index": 7'))
+    with pytest.raises(ValueError, match="row 1 is damaged or missing"):
+        Journal(path, RUN)
+
+
+def test_rows_and_what_is_none(tmp_path: pathlib.Path) -> None:
+    plain, packed = tmp_path / "in.jsonl", tmp_path / "in.jsonl.gz"
+    text = '{"a": 1}\n\n{"a": "é"}'
+    plain.write_text(text, encoding="utf-8")
+    packed.write_bytes(gzip.compress(text.encode()))
+    for path in (plain, packed):
+        assert list(read_rows(path)) == [{"a": 1}, {"a": "é"}]
+        assert count_rows(path) == 2
+    plain.write_text('{"a": 1}\n[1]\n')
+    with pytest.raises(ValueError, match=r"in.jsonl line 2.*must be a JSON object"):
+        list(read_rows(plain))
+    plain.write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(ValueError, match=r"in.jsonl line 2: not JSON"):
+        list(read_rows(plain))
+    packed.write_bytes(packed.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="not a complete gzip file"):
+        list(read_rows(packed))
+    with pytest.raises(FileNotFoundError):
+        list(read_rows(tmp_path / "none"))
+
+
+def test_other_outputs_are_written_as_text(tmp_path: pathlib.Path) -> None:
+    journal = Journal(tmp_path / "out.jsonl", RUN)
+    journal.append([])
+    journal.append([{"index": 0, "output": pathlib.PurePosixPath("x")}])
+    journal.close()
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"index": 0, "output": "x"}

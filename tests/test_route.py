@@ -1,0 +1,201 @@
+"""`elastic-lm route`: rules fitted and files answered, killed runs, Supers that fail, and bad input."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import routed_process
+
+from elastic_lm import checkpoint, cli, testing
+from elastic_lm.calibrate.routing_rule import RoutingRule
+from elastic_lm.data.tokenizer import train_bpe
+from elastic_lm.decode.answerers import Answer
+from elastic_lm.decode.black_boxes import Endpoint, Function
+from elastic_lm.decode.cascade import Cascade
+from elastic_lm.jsonl import Journal, read_rows
+from elastic_lm.routing_commands import quality, record, route
+
+ROWS = 10_000
+LETTERS = list("abcdefgh ")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("rows") / "in.jsonl"
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(ROWS)))
+    return path
+
+
+def expected(n: int) -> dict:
+    answer = routed_process.swift({"n": n})
+    score = answer.scores["energy"]
+    kept = score >= 50.0
+    output = answer.output if kept else routed_process.super_({"n": n}).output
+    cost = 1.0 if kept else 11.0
+    return {"index": n, "output": output, "model": "swift" if kept else "super", "score": score, "cost": cost}
+
+
+@pytest.mark.parametrize(("name", "size"), [("out.jsonl", 20_000), ("out.jsonl.gz", 3_000)])
+def test_a_run_that_is_killed_loses_and_doubles_nothing(
+    data: pathlib.Path, tmp_path: pathlib.Path, name: str, size: int
+) -> None:
+    out = tmp_path / name
+    command = [sys.executable, routed_process.__file__, str(data), str(out)]
+    killed = subprocess.Popen([*command, "0.01"], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while (not out.exists() or out.stat().st_size < size) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert out.stat().st_size >= size
+    with out.open("ab") as file:
+        file.write(b'{"index": 99')  # half a line more
+    again = subprocess.run([*command, "0"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    there = int(again.stderr.split()[0])
+    assert 100 < there < ROWS
+    assert f"{ROWS - there} rows in" in again.stdout
+    assert list(read_rows(out)) == [expected(n) for n in range(ROWS)]
+
+
+def test_a_super_that_is_down_is_reported_and_the_rest_is_finished(
+    data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    nobody = Endpoint("http://127.0.0.1:9/", retries=0, workers=4)
+    swift = Function(lambda row: Answer(row["n"], {"energy": float(row["n"] % 100 != 7)}))
+    journal = Journal(tmp_path / "out.jsonl", {})
+    statistics = route(Cascade(swift, nobody, 0.5, batch_size=64), read_rows(data), journal, ROWS)
+    journal.close()
+    assert (statistics.rows, statistics.to_super, statistics.failed) == (ROWS, 100, 100)
+    for n, line in enumerate(read_rows(tmp_path / "out.jsonl")):
+        if n % 100 == 7:
+            assert line["error"].startswith("http://127.0.0.1:9/: no answer after 1 tries")
+            assert (line["output"], line["fallback"]) == (None, n)
+        else:
+            assert (line["output"], line["model"]) == (n, "swift")
+
+
+def test_scores_that_are_nan_are_null() -> None:
+    swift = Function(lambda row: Answer(0, {"energy": float("nan")}))
+    (result,) = Cascade(swift, Function(lambda row: 1), 0.0).answer([{}])
+    assert (
+        json.dumps(record(result))
+        == '{"index": 0, "output": 1, "model": "super", "score": null, "cost": 0.0}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "label", "names", "tolerance", "right"),
+    [
+        (1, 1, (), None, 1.0),
+        (1, "yes", ("no", "yes"), None, 1.0),
+        (0, "yes", ("no", "yes"), None, 0.0),
+        (True, 1, (), None, 1.0),
+        (" Yes", "Yes", (), None, 1.0),
+        ("a", ["b", "a"], (), None, 1.0),
+        ("7", 7, (), None, 1.0),
+        (2.3, 2.5, (), 0.25, 1.0),
+        (2.3, 2.6, (), 0.25, 0.0),
+        (5, "yes", ("no", "yes"), None, 0.0),
+    ],
+)
+def test_quality(output, label, names, tolerance, right) -> None:
+    assert quality(output, label, names, tolerance) == right
+
+
+def test_regressions_need_a_tolerance() -> None:
+    with pytest.raises(ValueError, match="--tolerance"):
+        quality(2.5, 2.5, (), None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A decoder whose exit is sure of other things than its last layer."""
+    folder = tmp_path_factory.mktemp("model")
+    config = testing.tiny_config(exits=(1,), n_layers=2, vocab_size=260)
+    checkpoint.save_model(folder, config, testing.random_params(config), train_bpe(["some text"], 260))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("questions") / "val.jsonl"
+    rows = [
+        {"text": "".join(rng.choice(LETTERS, 9)), "choices": ["ab", "cd"], "label": int(rng.integers(2))}
+        for _ in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(*arguments: object) -> object:
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_fit_then_run_and_run_again(
+    model: pathlib.Path, questions: pathlib.Path, tmp_path: pathlib.Path, capsys
+) -> None:
+    rule, out = tmp_path / "rule.json", tmp_path / "out.jsonl"
+    models = ("--swift-exit", 1, "--super", model, "--data", questions)
+    plot = tmp_path / "curve.png"
+    assert run("route", "fit", *models, "--super-accuracy", "--out", rule, "--plot", plot) == 0
+    printed = capsys.readouterr()
+    assert "40 rows: Swift alone" in printed.out
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    fitted = RoutingRule.load(rule)
+    assert fitted.provenance["models"] == {"swift": f"{model} exit 1", "super": str(model)}
+    assert fitted.measured is not None
+    assert run("route", "run", *models, "--rule", rule, "--out", out) == 0
+    assert "rows in" in capsys.readouterr().out
+    lines = list(read_rows(out))
+    assert [line["index"] for line in lines] == list(range(40))
+    share = np.mean([line["model"] == "super" for line in lines])
+    assert share == pytest.approx(fitted.measured.share_super)
+    labels = [row["label"] for row in read_rows(questions)]
+    right = [line["output"] == label for line, label in zip(lines, labels, strict=True)]
+    assert np.mean(right) == pytest.approx(fitted.measured.accuracy)
+    assert np.mean([line["cost"] for line in lines]) == pytest.approx(fitted.measured.cost)
+    before = out.read_bytes()
+    assert run("route", "run", *models, "--rule", rule, "--out", out) == 0
+    assert "40 of 40 rows are there already" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert run("route", "run", *models, "--threshold", 9, "--out", out) == 2
+    assert "was begun with threshold=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fit", "--risk", "0.1"), "--swift: name the small model"),
+        (("fit", "--swift", "a", "--swift-exit", "1", "--risk", "0.1"), "leave --swift out"),
+        (("fit", "--swift-exit", "9", "--risk", "0.1"), "exit=9"),
+        (("fit", "--swift-exit", "1"), "one of the arguments --target-accuracy"),
+        (("fit", "--swift-exit", "1", "--super-accuracy", "--epsilon", "0.1"), "give --risk too"),
+        (("fit", "--swift-exit", "1", "--risk", "0.1", "--label-field", "x"), "row 1: no 'x'"),
+        (("fit", "--swift-exit", "1", "--target-accuracy", "1"), "no threshold reaches it"),
+        (("fit", "--swift-exit", "1", "--risk", "0.1", "--score", "surprise"), "score='surprise'"),
+        (("fit", "--swift-exit", "1", "--risk", "0.1", "--temperature", "0"), "temperature=0.0"),
+        (("run", "--swift-exit", "1"), "give one of them"),
+        (("run", "--swift-exit", "1", "--rule", "r.json", "--score", "energy"), "settled by --rule"),
+        (("run", "--swift-exit", "1", "--rule", "r.json"), "no such routing rule"),
+        (("run", "--swift-exit", "1", "--treshold", "1"), "did you mean --threshold?"),
+    ],
+)
+def test_bad_input_is_one_line(
+    model: pathlib.Path, questions: pathlib.Path, tmp_path, capsys, monkeypatch, arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("--super", model, "--data", questions, "--out", tmp_path / "o")
+    assert run("route", *arguments, *given) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().count("\n") == 0
