@@ -19,21 +19,29 @@ class Tokenizer:
     Attributes:
       bos_id: id put before every text, or None.
       eos_ids: ids that end a text; possibly empty.
+      pad_id: id that fills rows up, or None.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, bos_id: int | None = None, eos_ids: Sequence[int] = ()
+        self,
+        backend: tokenizers.Tokenizer,
+        bos_id: int | None = None,
+        eos_ids: Sequence[int] = (),
+        pad_id: int | None = None,
     ) -> None:
         self.backend = backend
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
+        self.pad_id = pad_id
+        self._truncating: dict[int, tokenizers.Tokenizer] = {}  # copies that cut, by length
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a folder that holds tokenizer.json (a Hugging Face or elastic checkpoint), or that file.
 
         The beginning id is what the tokenizer's own template prepends; ending ids come from
-        generation_config.json, config.json or tokenizer_config.json beside it, in this order.
+        generation_config.json, config.json or tokenizer_config.json beside it, in this order. The padding
+        id is that of tokenizer_config.json, config.json or tokenizer.json.
 
         Raises:
           FileNotFoundError: there is no tokenizer.json.
@@ -47,9 +55,10 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:
             raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
+        pad_id = _pad_id(backend, file.parent)
         backend.no_truncation()
         backend.no_padding()
-        return cls(backend, _bos_id(backend, file.parent), _eos_ids(backend, file.parent))
+        return cls(backend, _bos_id(backend, file.parent), _eos_ids(backend, file.parent), pad_id)
 
     @property
     def vocab_size(self) -> int:
@@ -65,6 +74,38 @@ class Tokenizer:
         """
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+
+    def encode_pair(
+        self, first: str, second: str | None = None, max_len: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Ids of one or two texts as the tokenizer's own template joins them, for an encoder.
+
+        Args:
+          first: any string.
+          second: any string; None = there is one text.
+          max_len: ids in all, special tokens included; the longer text loses its end first. None = all.
+
+        Returns:
+          (ids, token types), of the same length.
+
+        Raises:
+          ValueError: max_len leaves no room for text.
+        """
+        backend = self.backend
+        if max_len is not None:
+            special = backend.num_special_tokens_to_add(second is not None)
+            require(max_len > special, "max_len", max_len, f"must be above the {special} special tokens")
+            backend = self._cut_to(max_len)
+        encoding = backend.encode(first, second)
+        return encoding.ids, encoding.type_ids
+
+    def _cut_to(self, max_len: int) -> tokenizers.Tokenizer:
+        """A copy that truncates: truncation is a setting of the whole tokenizer, which threads share."""
+        if max_len not in self._truncating:
+            copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+            copy.enable_truncation(max_len, strategy="longest_first")
+            self._truncating[max_len] = copy
+        return self._truncating[max_len]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, without special tokens."""
@@ -83,6 +124,8 @@ class Tokenizer:
             config["bos_token"] = self.backend.id_to_token(self.bos_id)
         if self.eos_ids:
             config["eos_token"] = self.backend.id_to_token(self.eos_ids[0])
+        if self.pad_id is not None:
+            config["pad_token"] = self.backend.id_to_token(self.pad_id)
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         unfinished = folder / "tokenizer.json.unfinished"  # a process may die while it writes
         self.backend.save(str(unfinished))
@@ -138,6 +181,17 @@ def _eos_ids(backend: tokenizers.Tokenizer, folder: Path) -> tuple[int, ...]:
     token = _token_id(backend, folder / "tokenizer_config.json", "eos_token")
     token = backend.token_to_id(END_OF_TEXT) if token is None else token
     return () if token is None else (token,)
+
+
+def _pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
+    named = _token_id(backend, folder / "tokenizer_config.json", "pad_token")
+    if named is not None:
+        return named
+    stated = _json(folder / "config.json").get("pad_token_id")
+    if stated is None:
+        return backend.padding["pad_id"] if backend.padding else None
+    require(type(stated) is int, f"{folder / 'config.json'}: pad_token_id", stated, "must be a token id")
+    return stated if 0 <= stated < backend.get_vocab_size() else None  # old configs write -1 for none
 
 
 def _token_id(backend: tokenizers.Tokenizer, file: Path, key: str) -> int | None:
