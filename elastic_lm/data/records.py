@@ -83,8 +83,12 @@ def _table(file: Path) -> list[tuple[str, dict[str, str]]]:
     if len(set(names)) < len(names):
         raise ValueError(f"{file}: its first row {names} names a field twice; rename one")
     rows = []
-    for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(f"{file} line {reader.line_num}: does not have the {len(names)} fields {names}")
-        rows.append((f"{file} line {reader.line_num}", row))
+    try:
+        for row in reader:
+            where = f"{file} line {reader.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{where}: does not have the {len(names)} fields {names}")
+            rows.append((where, row))
+    except csv.Error as error:
+        raise ValueError(f"{file} line {reader.line_num} is not CSV: {error}") from error
     return rows

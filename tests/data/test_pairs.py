@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_lm.data.pairs import PairsConfig, eval_pairs, train_pairs
+from elastic_lm.data.pairs import eval_pairs, train_pairs
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.task_config import TaskConfig
 
 MODEL = EncoderDecoderConfig(300, 32, 1, 4, 40, decoder_start_id=2, pad_id=3, eos_ids=(0,))
 
@@ -28,8 +29,10 @@ def pairs(tmp_path: Path) -> Path:
     return file
 
 
-def config(path: Path, **fields) -> PairsConfig:
-    return PairsConfig(**{"paths": (str(path),), "eval_paths": (str(path),), "batch_size": 4, **fields})
+def config(path: Path, **fields) -> TaskConfig:
+    names = {"text_field": "source", "label_field": "target", "problem": "text_to_text"}
+    files = {"paths": (str(path),), "eval_paths": (str(path),)}
+    return TaskConfig(**{**files, **names, "batch_size": 4, **fields})
 
 
 def texts(tokenizer: Tokenizer, batch: dict[str, np.ndarray]) -> list[tuple[str, str]]:
@@ -90,7 +93,7 @@ def test_what_is_read_and_what_is_learned(tmp_path: Path, tokenizer: Tokenizer) 
 def test_long_texts_are_cut_before_their_end_token(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"source": "a" * 50, "target": "b" * 50}))
-    (batch,) = eval_pairs(config(file, source_len=20, target_len=5), MODEL, tokenizer)
+    (batch,) = eval_pairs(config(file, max_len=20, max_target=5), MODEL, tokenizer)
     assert (batch["source"].shape, batch["target"].shape) == ((4, 20), (4, 5))
     assert texts(tokenizer, batch)[0] == ("a" * 19, "b" * 4)
     assert batch["source"][0, -1] == batch["target"][0, -1] == 0
@@ -102,9 +105,9 @@ def test_json_lines_and_csv_plain_or_packed(tmp_path: Path, tokenizer: Tokenizer
     for name, text in (("1.jsonl", lines), ("2.csv", table)):
         (tmp_path / name).write_text(text)
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    fields = config(tmp_path, source_field="question", target_field="answer")
+    fields = config(tmp_path, text_field="question", label_field="answer", prefix="q: ")
     (batch,) = eval_pairs(fields, MODEL, tokenizer)
-    assert texts(tokenizer, batch) == [('a, "b"', "c")] * 4
+    assert texts(tokenizer, batch) == [('q: a, "b"', "c")] * 4
 
 
 @pytest.mark.parametrize(
@@ -112,9 +115,9 @@ def test_json_lines_and_csv_plain_or_packed(tmp_path: Path, tokenizer: Tokenizer
     [
         ("x.jsonl", '{"source": "a"}\n', "line 1 has no text under 'target'; found: source"),
         ("x.jsonl", "{", "line 1 is not JSON"),
-        ("x.csv", "source,label\na,b\n", "line 2 has no text under 'target'; columns: source, label"),
-        ("x.csv", "source,target\na\n", "line 2 has no text under 'target'"),
-        ("x.csv", "source,target\n", "no rows below its header"),
+        ("x.csv", "source,label\na,b\n", "line 2 has no text under 'target'; found: source, label"),
+        ("x.csv", "source,target\na\n", "line 2: does not have the 2 fields"),
+        ("x.csv", "source,target\n", "no records in it"),
         ("x.csv", 'source,target\na,"' + "b" * 200_000 + '"\n', "line .* is not CSV: field larger"),
         ("x.csv", "", "is empty"),
     ],
@@ -130,8 +133,8 @@ def test_malformed_files_are_named(
 def test_bad_configs_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         train_pairs(config(tmp_path / "absent"), MODEL, tokenizer)
-    with pytest.raises(ValueError, match=r"data\.eval_paths"):
+    with pytest.raises(ValueError, match=r"task\.eval_paths"):
         eval_pairs(config(tmp_path, eval_paths=()), MODEL, tokenizer)
-    for fields in ({"paths": ()}, {"batch_size": 0}, {"seed": -1}, {"target_len": 0}):
-        with pytest.raises(ValueError, match=f"data.{next(iter(fields))}"):
+    for fields in ({"paths": ()}, {"batch_size": 0}, {"seed": -1}, {"max_target": 0}):
+        with pytest.raises(ValueError, match=f"task.{next(iter(fields))}"):
             config(tmp_path, **fields)

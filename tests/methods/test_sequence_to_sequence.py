@@ -11,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from elastic_lm.data.pairs import PairsConfig, train_pairs
+from elastic_lm.data.pairs import train_pairs
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.decode.text_to_text import TextToText
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.methods.sequence_to_sequence import PairBatch, SequenceToSequence, Teacher
 from elastic_lm.models.encoder_decoder import EncoderDecoder, attach_encoder_head, init_params
+from elastic_lm.task_config import TaskConfig
 
 CONFIG = EncoderDecoderConfig(300, 32, 2, 4, 64, eos_ids=(0,), pad_id=0)
 
@@ -134,7 +135,9 @@ def test_a_copy_task_is_learned_by_heart(tmp_path: Path) -> None:
 
     params, _ = method.split(init_params(CONFIG, jax.random.key(0)))
     state = optimizer.init(params)
-    data = train_pairs(PairsConfig((str(file),), batch_size=5), CONFIG, tokenizer)
+    fields = {"text_field": "source", "label_field": "target", "max_len": 512, "max_target": 128}
+    task = TaskConfig("text_to_text", (str(file),), batch_size=5, **fields)
+    data = train_pairs(task, CONFIG, tokenizer)
     for arrays in itertools.islice(iter(data), 150):
         params, state, metrics = step(params, state, PairBatch(**arrays))
     assert float(metrics["loss"]) < 0.1
