@@ -16,6 +16,7 @@ from elastic_lm import cli
 from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.loading import load
 from elastic_lm.methods.task_tuning import TaskBatch, task_logits
 from elastic_lm.plain import to_dict
@@ -187,3 +188,39 @@ def test_what_does_not_fit_is_refused(run: TaskRun, fields: dict, message: str) 
 
     with pytest.raises(ValueError, match=message):
         refused()
+
+
+def test_pairs_are_learned_by_a_new_model_with_a_tokenizer_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("one two", "three", "four five", "six seven", "eight")
+    file = tmp_path / "pairs.csv"
+
+    file.write_text("low,up\n" + "".join(f"{w},{w.upper()}\n" for w in words))
+    task = TaskConfig(
+        "text_to_text", (str(file),), (str(file),), "low", label_field="up", max_len=16, max_target=16
+    )
+    model = EncoderDecoderConfig(300, 32, 1, 4, 40, eos_ids=(0,))
+    train = TrainConfig(method="task_tuning", steps=12, warmup=2, eval_every=0, save_every=4)
+    run = TaskRun(dataclasses.replace(task, batch_size=4), train, encoder_decoder=model)
+    config, params, metrics = fit_task(run, tmp_path / "straight")
+    assert set(metrics) == {"loss", "cross_entropy", "accuracy"}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7, tasks, ("place_records",))
+        with pytest.raises(Stopped):
+            fit_task(run, tmp_path / "stopped")
+    _, again, _ = fit_task(run, tmp_path / "stopped")
+    chex.assert_trees_all_equal(again, params)
+    folder = tmp_path / "straight" / "model"
+    loaded, same = load(folder)
+    assert loaded.config == config
+    chex.assert_trees_all_equal(same, params)
+    assert Tokenizer.load(folder).decode(Tokenizer.load(folder).encode("Seven")) == "Seven"
+    taught = dataclasses.replace(train, teacher_from=str(folder), distil=0.5, steps=3)
+    small = dataclasses.replace(run, train=taught, encoder_decoder=dataclasses.replace(model, d_model=16))
+    given = dataclasses.replace(small, task=dataclasses.replace(run.task, tokenizer=str(folder)))
+    assert fit_task(given, tmp_path / "taught")[0].d_model == 16
+    classes = TaskConfig(paths=(str(file),), text_field="low", label_field="up")
+    other = TaskRun(classes, dataclasses.replace(train, init_from=str(folder)))
+    with pytest.raises(ValueError, match=r"train\.init_from=.*holds a EncoderDecoder, where an Encoder is"):
+        fit_task(other, tmp_path / "other")
