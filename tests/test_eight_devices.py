@@ -11,6 +11,7 @@ import pytest
 TESTS = Path(__file__).parent
 NAMES = (
     "test_sharding.py",
+    "test_encoder.py",
     "test_slicing.py",
     "methods/test_importance.py",
     "train/test_step.py",

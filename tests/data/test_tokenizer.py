@@ -107,3 +107,53 @@ def test_a_token_that_is_no_text_is_named(learned: Tokenizer, tmp_path: Path, to
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {key}=.*must be a string"):
             Tokenizer.load(tmp_path)
+
+
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "un", "##believ", "##ably", "deep", "model", "."]
+
+
+def word_pieces() -> tokenizers.Tokenizer:
+    """A BERT tokenizer of a few words."""
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    backend.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    return backend
+
+
+def test_pairs_are_joined_by_the_tokenizers_own_template(tmp_path: Path) -> None:
+    backend = word_pieces()
+    backend.enable_padding(pad_id=0)  # what a file says of padding and truncation is not applied
+    backend.enable_truncation(4)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.pad_id == 0
+    assert tokenizer.encode_pair("Unbelievably deep.") == ([1, 4, 5, 6, 7, 9, 2], [0] * 7)
+    joined = tokenizer.encode_pair("Unbelievably deep.", "model")
+    assert joined == ([1, 4, 5, 6, 7, 9, 2, 8, 2], [0] * 7 + [1] * 2)
+    assert tokenizer.encode_pair("Unbelievably deep.", "model", 7) == (
+        [1, 4, 5, 6, 2, 8, 2],
+        [0] * 5 + [1] * 2,
+    )
+    assert tokenizer.encode_pair("Unbelievably deep.", "model") == joined
+    with pytest.raises(ValueError, match="max_len=3: must be above the 3 special tokens"):
+        tokenizer.encode_pair("deep", "model", 3)
+    tokenizer.save(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    assert (again.pad_id, again.encode_pair("Unbelievably deep.", "model")) == (0, joined)
+
+
+def test_pairs_of_roberta_have_one_type_and_two_separators(tmp_path: Path) -> None:
+    backend = word_pieces()
+    backend.post_processor = processors.RobertaProcessing(("[SEP]", 2), ("[CLS]", 1), add_prefix_space=False)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"pad_token_id": 3}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.pad_id == 3
+    assert tokenizer.encode_pair("deep", "model") == ([1, 7, 2, 2, 8, 2], [0] * 6)
+    (tmp_path / "config.json").write_text('{"pad_token_id": -1}')  # old configs write it for none
+    assert Tokenizer.load(tmp_path).pad_id is None
+    (tmp_path / "config.json").write_text('{"pad_token_id": "x"}')
+    with pytest.raises(ValueError, match=r"config\.json: pad_token_id='x': must be a token id"):
+        Tokenizer.load(tmp_path)

@@ -1,28 +1,39 @@
-"""Writes tests/golden/hf/<family>: a tiny random checkpoint and the logits transformers gives for it.
+"""Writes tests/golden: tiny random checkpoints and what transformers computes with them.
 
     python tests/hf/make_golden.py
 
-Run once per change of the models in `hf_models.GOLDEN`; needs torch and transformers (the committed
-files were made with transformers 5.23 and torch 2.13). The tests that read them need neither.
+Decoders go to hf/<family>, encoders to encoders/<family>. Run once per change of the models in
+`hf_models.GOLDEN` or `encoder_models.GOLDEN`; needs torch and transformers (the committed files were made
+with transformers 5.23 and torch 2.13). The tests that read them need neither.
 """
 
 from pathlib import Path
 
+import encoder_models
 import numpy as np
 from hf_models import GOLDEN, random_ids, random_model, their_logits
 
-FOLDER = Path(__file__).parents[1] / "golden" / "hf"
+FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def main() -> None:
     """Writes one folder per family, and prints its size."""
     for model_type in GOLDEN:
         model = random_model(model_type, {})
-        folder = FOLDER / model_type
-        model.save_pretrained(folder)
         tokens = random_ids(model.config.vocab_size)
-        np.savez(folder / "expected.npz", tokens=tokens, logits=their_logits(model, tokens))
-        print(model_type, sum(file.stat().st_size for file in folder.iterdir()), "bytes")
+        write(model, FOLDER / "hf" / model_type, tokens=tokens, logits=their_logits(model, tokens))
+    for model_type, head in encoder_models.GOLDEN.items():
+        model = encoder_models.random_encoder(model_type, head)
+        batch = encoder_models.random_batch(model_type)
+        expected = encoder_models.theirs(model, batch, head)
+        write(model, FOLDER / "encoders" / model_type, **batch, **expected)
+
+
+def write(model, folder: Path, **expected: np.ndarray) -> None:
+    """Writes a checkpoint, and beside it what it takes and gives."""
+    model.save_pretrained(folder)
+    np.savez(folder / "expected.npz", **expected)
+    print(folder.name, sum(file.stat().st_size for file in folder.iterdir()), "bytes")
 
 
 if __name__ == "__main__":
