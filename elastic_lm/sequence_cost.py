@@ -74,12 +74,12 @@ def text_to_text_flops(config: EncoderDecoderConfig, source: int, emitted: int) 
     Args:
       config: the model.
       source: S, tokens of the source with its end token.
-      emitted: M, tokens of the target with its end token.
+      emitted: M, tokens of the target with its end token; 0 = the source is encoded, nothing else.
     """
     d, inner, s, m = config.d_model, config.n_heads * config.head_dim, source, emitted
     mlp = 2 * (3 if config.gated else 2) * d * config.d_mlp
     encoder = s * (8 * d * inner + mlp) + 4 * inner * s * s
     own = m * (8 * d * inner + mlp) + 4 * inner * m * (m + 1) // 2
-    cross = 4 * d * inner * (s + m) + 4 * inner * m * s
+    cross = 4 * d * inner * (s + m) + 4 * inner * m * s if m else 0
     head = 2 * config.vocab_size * d * m
     return config.n_layers * encoder + config.n_decoder_layers * (own + cross) + head

@@ -9,7 +9,8 @@ Higher is surer in all of them, and the Swift keeps a row when its score is at l
 energy is not squashed here, unlike as an exit's confidence (`calibrate.confidence`), so that thresholds
 compare with published ones. A classifier has one distribution per row. A sequence has one per token, which
 are pooled: a name alone is the mean over the generated tokens, `_min` the least sure of them, and `prompt_`
-is over the prompt's positions instead, which is known before anything is generated.
+is over the prompt's positions instead, which is known before anything is generated. `encoder_` is of a
+classifier on the encoder of an encoder-decoder, which is one distribution again.
 
 Papers: E-LANG, arXiv 2203.00748 (energy, against softmax, entropy and random).
 """
@@ -25,8 +26,9 @@ from elastic_lm.methods.energy_routing import CENTRES, POOLS, Centre, energy_sco
 from elastic_lm.plain import POSITIVE, require, require_choice
 
 KINDS = ("energy", "max_prob", "entropy", "margin")  # read logits
-PLACES = ("", "prompt_")
-SCORES = (*(f"{place}{kind}{end}" for place in PLACES for end in ("", "_min") for kind in KINDS), "random")
+PLACES = ("", "prompt_", "encoder_")
+POOLED = tuple(f"{place}{kind}{end}" for place in PLACES[:2] for end in ("", "_min") for kind in KINDS)
+SCORES = (*POOLED, *(f"{PLACES[2]}{kind}" for kind in KINDS), "random")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Endpoint:
             content = json.loads(reply)
             if self._style == "openai":
                 return Answer(content["choices"][0]["text"], cost=self._cost, seconds=seconds)
-            scores = {str(name): float(value) for name, value in content.get("scores", {}).items()}
+            scores = {str(name): float(value) for name, value in (content.get("scores") or {}).items()}
             return Answer(content["output"], scores, float(content.get("cost", self._cost)), seconds)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             wanted = '"output"' if self._style == "rows" else "choices[0].text"

@@ -1,7 +1,7 @@
 """An encoder-decoder model as a model of a cascade (E-LANG with T5, arXiv 2203.00748)."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,16 @@ from elastic_lm.decode.text_to_text import Text2TextResult, TextToText
 from elastic_lm.plain import AT_LEAST_1, require
 from elastic_lm.sequence_cost import text_to_text_flops
 
-_label_scores = jax.jit(logit_scores)
+_row_scores = jax.jit(logit_scores, static_argnames="scoring")
+_pooled = jax.jit(pooled_scores)
 
 
 class TextAnswerer:
     """An encoder-decoder model that answers rows with texts, or with the likeliest of some labels.
 
     Scores of a text are pooled over its tokens. Among labels, the energy is that of the first target
-    position over the whole vocabulary, and the other scores are those of the labels' probabilities.
+    position over the whole vocabulary, and the other scores are those of the labels' probabilities. A
+    model with a head on its encoder can add the scores of that head ("encoder_energy", ...).
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class TextAnswerer:
         *,
         template: str = "{text}",
         labels: Sequence[str] | None = None,
+        encoder_head: bool = False,
         scoring: Scoring = PLAIN,
         batch_size: int = 16,
     ) -> None:
@@ -42,11 +45,12 @@ class TextAnswerer:
           max_new_tokens: tokens of an answer at most.
           template: makes a row's source of its fields, as `str.format` does: "sst2 sentence: {text}".
           labels: the only texts that may be answered; the output is then the index of one.
+          encoder_head: add the scores of the head on the encoder, which reads the source once more.
           scoring: of the energy; only its temperature can be chosen here.
           batch_size: rows per program; the last batch is filled up.
 
         Raises:
-          ValueError: an argument is out of range, or energies are to be centred.
+          ValueError: an argument is out of range, energies are to be centred, or there is no such head.
         """
         require(model.tokenizer is not None, "model.tokenizer", None, "give it a tokenizer")
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -55,7 +59,11 @@ class TextAnswerer:
         require(scoring.centre == "none", "centre", scoring.centre, fix)
         self.scoring, self.names = scoring, tuple(labels or ())
         self._model, self._most, self._template = model, max_new_tokens, template
-        self._batch_size = batch_size
+        classes = model.config.n_labels
+        require(
+            classes > 0 or not encoder_head, "encoder_head", encoder_head, "the model has none; train one"
+        )
+        self._batch_size, self._encoder_head = batch_size, encoder_head
 
     def bucket(self, row: Row) -> int | None:
         """Columns of the program that reads a row; None = the row will fail."""
@@ -79,7 +87,7 @@ class TextAnswerer:
         results = self._model.generate(
             filled(sources, self._batch_size), self._most, energy_temperature=self.scoring.temperature
         )[: len(sources)]
-        scores = self._pooled(results)
+        scores = self._with_head(sources, self._pooled(results))
         each = (time.perf_counter() - began) / len(sources)
         return [
             Answer(result.text, own, self._flops(ids, len(result.tokens)), each)
@@ -96,29 +104,35 @@ class TextAnswerer:
             counted[i, : len(r.tokens)] = True
             for kind, values in own.items():
                 kinds[kind][i, : len(values)] = values
-        pooled = jax.device_get(_pooled(kinds, counted))
-        return [{name: float(values[i]) for name, values in pooled.items()} for i in range(len(results))]
+        return _by_row(jax.device_get(_pooled(kinds, counted)), len(results))
+
+    def _with_head(self, sources: list[list[int]], scores: list[dict[str, float]]) -> list[dict[str, float]]:
+        """The scores with those of the head on the encoder, where they are asked for."""
+        if not self._encoder_head:
+            return scores
+        logits = self._model.encoder_logits(filled(sources, self._batch_size))
+        columns = jax.device_get(_row_scores(jnp.asarray(logits), scoring=self.scoring))
+        own = _by_row({f"encoder_{kind}": x for kind, x in columns.items()}, len(sources))
+        return [{**a, **b} for a, b in zip(scores, own, strict=True)]
 
     def _choose(self, width: int, sources: list[list[int]]) -> list[Answer]:
         began = time.perf_counter()
         found = self._model.classify(
             filled(sources, self._batch_size), self.names, energy_temperature=self.scoring.temperature
         )
-        scores = {**jax.device_get(_label_scores(jnp.asarray(found.log_probs))), "energy": -found.energy}
+        columns = {**jax.device_get(_row_scores(jnp.asarray(found.log_probs))), "energy": -found.energy}
+        scores = self._with_head(sources, _by_row(columns, len(sources)))
         each = (time.perf_counter() - began) / len(sources)
         return [
-            Answer(
-                found.labels[i],
-                {name: float(values[i]) for name, values in scores.items()},
-                self._flops(ids, 1),
-                each,
-            )
-            for i, ids in enumerate(sources)
+            Answer(found.labels[i], scores[i], self._flops(ids, 1), each) for i, ids in enumerate(sources)
         ]
 
     def _flops(self, source: list[int], emitted: int) -> float:
         """Of encoding a source and emitting so many tokens; E-LANG counts one where labels are scored."""
-        return float(text_to_text_flops(self._model.config, len(source), emitted))
+        config = self._model.config
+        again = text_to_text_flops(config, len(source), 0) if self._encoder_head else 0
+        return float(text_to_text_flops(config, len(source), emitted) + again)
 
 
-_pooled = jax.jit(pooled_scores)
+def _by_row(columns: Mapping[str, np.ndarray], rows: int) -> list[dict[str, float]]:
+    return [{name: float(column[i]) for name, column in columns.items()} for i in range(rows)]

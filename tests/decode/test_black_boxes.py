@@ -108,6 +108,27 @@ def test_a_service_that_is_down_costs_no_more_than_it_must() -> None:
     assert all(r.error and "refused" in r.error and r.fallback == "swift" for r in results[::2])
 
 
+def test_a_service_that_fails_for_some_rows_gets_the_others_right() -> None:
+    def reply(body: dict, tries: int) -> tuple[int, str]:
+        n = body["row"]["n"]
+        return (422, "no") if n % 3 == 0 else (200, json.dumps({"output": f"super {n}"}))
+
+    swift = Function(lambda row: Answer(f"swift {row['n']}", {"energy": float(row["n"] % 2)}))
+    with served(reply) as (url, requests):
+        results = Cascade(swift, Endpoint(url, **QUICK), 0.5, batch_size=8).answer(
+            [{"n": n} for n in range(60)]
+        )
+    assert len(requests) == 30
+    for n, result in enumerate(results):
+        if n % 2:
+            assert result.output == f"swift {n}"
+        elif n % 3:
+            assert result.output == f"super {n}"
+        else:
+            assert "422" in str(result.error)
+            assert (result.output, result.fallback) == (None, f"swift {n}")
+
+
 def test_a_service_that_hangs_is_given_up() -> None:
     def reply(body: dict, tries: int) -> tuple[int, str]:
         time.sleep(0.3)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_models import Letters
 
-from elastic_lm import testing
-from elastic_lm.calibrate.routing_scores import SCORES, Scoring
+from elastic_lm import slicing, testing
+from elastic_lm.calibrate.routing_scores import POOLED, Scoring
 from elastic_lm.decode.cascade import Cascade
 from elastic_lm.decode.generator import Generator
 from elastic_lm.decode.nested import exit_model, nested_generator
@@ -37,30 +37,44 @@ def whole(params) -> Sampler:
     return Sampler(Decoder(config), {k: v for k, v in params.items() if k != "exit_1"}, Letters(), window=1)
 
 
+def greedy(config, params, rows, depth: int) -> tuple[list[list[int]], np.ndarray]:
+    """(prompts with what follows them, logits [B, 64, V]) by a full pass for every token."""
+    sequences = [Letters().encode(row["prompt"], bos=True) for row in rows]
+    logits = np.zeros(0)
+    for step in range(NEW + 1):
+        padded = jnp.asarray([[*ids, *[0] * (64 - len(ids))] for ids in sequences])
+        logits = np.asarray(testing.all_logits(config, params, padded)[depth])
+        if step < NEW:
+            sequences = [
+                [*ids, int(x[len(ids) - 1].argmax())] for ids, x in zip(sequences, logits, strict=True)
+            ]
+    return sequences, logits
+
+
+def texts(sequences: list[list[int]]) -> list[str]:
+    return [Letters().decode(ids[-NEW:]) for ids in sequences]
+
+
 @pytest.fixture(scope="module")
-def alone(whole: Sampler, rows) -> list:
-    return [whole.sample(row["prompt"], NEW) for row in rows]
+def alone(params, rows) -> tuple[list[list[int]], np.ndarray]:
+    return greedy(CONFIG, params, rows, 2)
 
 
-def test_text_and_scores(whole: Sampler, rows, alone, params) -> None:
+def test_text_and_scores(whole: Sampler, rows, alone) -> None:
     generator = Generator(whole, NEW, batch_size=4, scoring=Scoring(2.0, "mean"))
     answers = generator.answer(rows)
-    for row, answer, sample in zip(rows, answers, alone, strict=True):
-        assert answer.output == sample.text
-        assert set(answer.scores) == set(SCORES) - {"random"}
-        prompt = Letters().encode(row["prompt"], bos=True)
-        tokens = [*prompt, *sample.tokens]
-        logits = testing.all_logits(CONFIG, params, jnp.asarray([tokens + [0] * (64 - len(tokens))]))[2][0]
-        centred = logits - logits.mean(-1, keepdims=True)
-        energy = np.asarray(2 * jax.nn.logsumexp(centred / 2, -1))
-        drawn, read = energy[len(prompt) - 1 : len(tokens) - 1], energy[: len(prompt)]
+    assert [answer.output for answer in answers] == texts(alone[0])
+    for tokens, x, answer in zip(*alone, answers, strict=True):
+        n = len(tokens)
+        assert set(answer.scores) == set(POOLED)
+        energy = np.asarray(2 * jax.nn.logsumexp((x - x.mean(-1, keepdims=True)) / 2, -1))
+        drawn, read = energy[n - NEW - 1 : n - 1], energy[: n - NEW]
         assert answer.scores["energy"] == pytest.approx(drawn.mean(), rel=1e-5)
         assert answer.scores["energy_min"] == pytest.approx(drawn.min(), rel=1e-5)
         assert answer.scores["prompt_energy"] == pytest.approx(read.mean(), rel=1e-5)
-        top = np.asarray(jax.nn.softmax(logits).max(-1))[len(prompt) - 1 : len(tokens) - 1]
+        top = np.asarray(jax.nn.softmax(x).max(-1))[n - NEW - 1 : n - 1]
         assert answer.scores["max_prob_min"] == pytest.approx(top.min(), rel=1e-4)
-        n = len(tokens)
-        cost = generation_flops(CONFIG, len(prompt), NEW) + layer_flops(CONFIG, n) + head_flops(CONFIG, n)
+        cost = generation_flops(CONFIG, n - NEW, NEW) + layer_flops(CONFIG, n) + head_flops(CONFIG, n)
         assert answer.cost == cost
     programs = Sampler.compilations()
     assert [generator.answer([row])[0] for row in rows] == answers
@@ -79,9 +93,8 @@ def test_draws_go_by_the_row_not_the_batch(whole: Sampler, rows) -> None:
 def test_an_exit_is_a_swift_that_the_super_goes_on_from(params, rows, alone) -> None:
     swift, super_ = nested_generator(Decoder(CONFIG), params, Letters(), NEW, exit=1, batch_size=4)
     first, again = swift.answer(rows), super_.answer(rows)
-    small = Sampler(*exit_model(CONFIG, params, 1), Letters(), window=1)
-    assert [a.output for a in first] == [small.sample(row["prompt"], NEW).text for row in rows]
-    assert [a.output for a in again] == [s.text for s in alone]
+    assert [a.output for a in first] == texts(greedy(CONFIG, params, rows, 1)[0])
+    assert [a.output for a in again] == texts(alone[0])
     assert [a.output for a in first] != [a.output for a in again]
     order = [3, 0, 6]
     resumed = super_.resume([rows[i] for i in order], [first[i] for i in order])
@@ -97,14 +110,14 @@ def test_an_exit_is_a_swift_that_the_super_goes_on_from(params, rows, alone) -> 
 def test_one_models_weights_lie_in_memory(params, rows) -> None:
     before, size = held(), sum(x.nbytes for x in jax.tree.leaves(params))
     subnet = Subnet.uniform(CONFIG, mlp=0.5, heads=0.5)
-    swift, _ = nested_generator(Decoder(CONFIG), params, Letters(), NEW, subnet=subnet, batch_size=4)
     rows = [row for row in rows if len(row["prompt"]) < 20]
-    first = swift.answer(rows)
-    assert held() - before <= 0.02 * size
-    kept = Sampler(Decoder(CONFIG.with_exits(())), params, Letters(), window=1, subnet=subnet)
-    assert [a.output for a in first] == [s.text for s in kept.sample([row["prompt"] for row in rows], NEW)]
+    swift, _ = nested_generator(Decoder(CONFIG), params, Letters(), NEW, subnet=subnet, batch_size=4)
+    answers = swift.answer(rows)
     exit_model(CONFIG, params, 1)
-    assert held() - before > 0.2 * size  # what was sliced for `kept` counts; an exit adds nothing
+    assert held() - before <= 0.02 * size
+    small, cut = slicing.slice_params(CONFIG, params, subnet)
+    assert [answer.output for answer in answers] == texts(greedy(small, cut, rows, 2)[0])
+    assert held() - before > 0.2 * size  # what a second model holds
 
 
 def held() -> int:

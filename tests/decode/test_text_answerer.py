@@ -1,5 +1,7 @@
 """An encoder-decoder as a model of a cascade: against `TextToText` alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from small_models import Letters, drawn
@@ -47,6 +49,22 @@ def test_labels(model: el.TextToText) -> None:
         assert answer.scores["energy"] == pytest.approx(-alone.energy[0], rel=1e-5)
         share = np.exp(alone.log_probs[0] - np.logaddexp.reduce(alone.log_probs[0]))
         assert answer.scores["max_prob"] == pytest.approx(share.max(), rel=1e-5)
+
+
+def test_the_head_on_the_encoder() -> None:
+    config = dataclasses.replace(CONFIG, n_labels=3)
+    model = el.TextToText(el.EncoderDecoder(config), drawn(config), Letters())
+    how = {"template": "{q}", "labels": ("YES", "NO"), "batch_size": 2, "scoring": Scoring(0.5)}
+    with_head, without = (TextAnswerer(model, encoder_head=h, **how).answer(ROWS[:3]) for h in (True, False))
+    logits = model.encoder_logits([row["q"] for row in ROWS[:3]])
+    for answer, plain, x in zip(with_head, without, logits, strict=True):
+        assert answer.output == plain.output
+        own = {name: value for name, value in answer.scores.items() if name.startswith("encoder_")}
+        assert answer.scores == {**plain.scores, **own}
+        assert own["encoder_energy"] == pytest.approx(0.5 * np.log(np.exp(x / 0.5).sum()), rel=1e-5)
+        assert answer.cost > plain.cost
+    with pytest.raises(ValueError, match="encoder_head=True: the model has none"):
+        TextAnswerer(el.TextToText(el.EncoderDecoder(CONFIG), {}, Letters()), encoder_head=True)
 
 
 def test_rows_that_cannot_be_read_fail_alone(model: el.TextToText) -> None:
