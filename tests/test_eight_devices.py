@@ -12,6 +12,7 @@ TESTS = Path(__file__).parent
 NAMES = (
     "test_sharding.py",
     "test_encoder.py",
+    "test_encoder_decoder.py",
     "test_slicing.py",
     "methods/test_importance.py",
     "train/test_step.py",

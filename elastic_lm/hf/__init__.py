@@ -1,8 +1,8 @@
 """Hugging Face checkpoints in and out, one declarative two-way table per family.
 
 Supported: Llama 1, 2, 3, Mistral, Qwen 2, Qwen 3, Gemma 2, GPT-2, GPT-NeoX (Pythia), Nemotron; of
-encoders BERT (TinyBERT, MiniLM), DistilBERT, RoBERTa. Neither torch nor transformers is needed. How
-exits are stored: `elastic_lm.hf.table`.
+encoders BERT (TinyBERT, MiniLM), DistilBERT, RoBERTa; of encoder-decoders T5 (1.0, 1.1, Flan-T5). Neither
+torch nor transformers is needed. How exits are stored: `elastic_lm.hf.table`.
 """
 
 from elastic_lm.hf.convert import config_from_hf, config_to_hf
