@@ -86,7 +86,7 @@ class Journal:
         """Writes lines for the next rows, whose `index` says which they are; on the disk when it returns."""
         if not records:
             return
-        text = "".join(json.dumps(record, default=str) + "\n" for record in records).encode()
+        text = "".join(json.dumps(record, default=_plain) + "\n" for record in records).encode()
         self._file.write(gzip.compress(text) if self._packed else text)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -122,6 +122,11 @@ class Journal:
                     rows += 1
                 end = stop
         return rows, end
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and their numbers as lists and numbers; anything else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _index(line: bytes) -> Any:

@@ -61,6 +61,7 @@ def _models(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=30.0, metavar="S", help="of a service, seconds (default: 30)")
     add("--retries", type=int, default=2, metavar="N", help="of a service, per row (default: 2)")
     add("--style", choices=("rows", "openai"), default="rows", help="of a service: see decode.black_boxes")
+    add("--service-model", metavar="NAME", help="openai: the model; ELASTIC_LM_API_KEY holds the key")
     add(
         "--super-cost",
         type=float,

@@ -1,6 +1,7 @@
 """From what `elastic-lm route` is given, a folder or an address, to a model of a cascade."""
 
 import argparse
+import os
 from typing import Any, cast
 
 from elastic_lm.calibrate.routing_scores import Scoring
@@ -17,6 +18,8 @@ from elastic_lm.decode.text_to_text import TextToText
 from elastic_lm.loading import load, load_decoder
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.encoder import Encoder
+
+KEY = "ELASTIC_LM_API_KEY"  # environment variable
 
 
 def is_url(place: str) -> bool:
@@ -59,9 +62,7 @@ def make_answerer(
       scored: whether anything reads its scores.
     """
     if is_url(place):
-        options = {"max_tokens": args.max_new_tokens} if args.style == "openai" else None
-        how: dict[str, Any] = {"style": args.style, "text_field": args.text_field, "options": options}
-        return Endpoint(place, timeout=args.timeout, retries=args.retries, cost=cost, **how)
+        return _service(args, place, cost)
     model, params = load(place)
     tokenizer = Tokenizer.load(place)
     shared: dict[str, Any] = {"scoring": scoring, "batch_size": args.batch_size}
@@ -77,6 +78,23 @@ def make_answerer(
         return Choice(model, params, tokenizer, **_choice_flags(args), **shared)
     shared |= {"prompt_field": args.text_field, "scored": scored}
     return Generator(Sampler(*_whole(model, params), tokenizer, window=1), args.max_new_tokens, **shared)
+
+
+def _service(args: argparse.Namespace, url: str, cost: float) -> Endpoint:
+    """A service; a key for it comes from the environment, where other users of the machine see none."""
+    options = {"max_tokens": args.max_new_tokens} if args.style == "openai" else {}
+    options |= {"model": args.service_model} if args.service_model else {}
+    key = os.environ.get(KEY)
+    return Endpoint(
+        url,
+        timeout=args.timeout,
+        retries=args.retries,
+        style=args.style,
+        text_field=args.text_field,
+        options=options,
+        headers={"Authorization": f"Bearer {key}"} if key else None,
+        cost=cost,
+    )
 
 
 def _nested(args: argparse.Namespace, row: Row, scoring: Scoring) -> tuple[Answerer, Answerer]:

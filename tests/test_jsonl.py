@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 from elastic_lm.jsonl import Journal, count_rows, read_rows
@@ -78,9 +79,9 @@ def test_rows_and_what_is_none(tmp_path: pathlib.Path) -> None:
         list(read_rows(tmp_path / "none"))
 
 
-def test_other_outputs_are_written_as_text(tmp_path: pathlib.Path) -> None:
+def test_other_outputs_become_json(tmp_path: pathlib.Path) -> None:
     journal = Journal(tmp_path / "out.jsonl", RUN)
     journal.append([])
-    journal.append([{"index": 0, "output": pathlib.PurePosixPath("x")}])
+    journal.append([{"index": 0, "output": [pathlib.PurePosixPath("x"), np.int64(3)]}])
     journal.close()
-    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"index": 0, "output": "x"}
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"index": 0, "output": ["x", 3]}

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import routed_process
 
-from elastic_lm import checkpoint, cli, testing
+from elastic_lm import checkpoint, cli, flags, testing
 from elastic_lm.calibrate.routing_rule import RoutingRule
+from elastic_lm.calibrate.routing_scores import Scoring
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.decode.answerers import Answer
 from elastic_lm.decode.black_boxes import Endpoint, Function
 from elastic_lm.decode.cascade import Cascade
 from elastic_lm.jsonl import Journal, read_rows
 from elastic_lm.routing_commands import quality, record, route
+from elastic_lm.routing_models import make_pair
 
 ROWS = 10_000
 LETTERS = list("abcdefgh ")
@@ -75,6 +77,22 @@ def test_a_super_that_is_down_is_reported_and_the_rest_is_finished(
             assert (line["output"], line["fallback"]) == (None, n)
         else:
             assert (line["output"], line["model"]) == (n, "swift")
+
+
+def test_services_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("--super", "https://host/v1", "--swift", "http://host/", "--style", "openai", "--data", "d")
+    parser, _ = flags.build_parsers()
+    args = parser.parse_args(
+        ["route", "run", *given, "--service-model", "big", "--threshold", "1", "--out", "o"]
+    )
+    monkeypatch.setenv("ELASTIC_LM_API_KEY", "secret")
+    swift, super_ = make_pair(args, {}, Scoring())
+    assert isinstance(swift, Endpoint)
+    assert isinstance(super_, Endpoint)
+    assert super_.url == "https://host/v1"
+    sent = super_._body({"text": "Is it?"})
+    assert sent == {"temperature": 0, "max_tokens": 32, "model": "big", "prompt": "Is it?"}
+    assert super_._headers == {"Authorization": "Bearer secret"}
 
 
 def test_scores_that_are_nan_are_null() -> None:

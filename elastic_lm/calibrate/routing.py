@@ -84,7 +84,9 @@ class Measured:
     cost_super: np.ndarray
 
     @classmethod
-    def of(cls, scores: Rows, swift: Rows, super_: Rows, cost_swift: Rows | float, cost_super: Rows | float):
+    def of(
+        cls, scores: Rows, swift: Rows, super_: Rows, cost_swift: Rows | float, cost_super: Rows | float
+    ) -> "Measured":
         """Checked arrays.
 
         Args:

@@ -2,6 +2,12 @@
 
     answer(x) = Swift(x) if score(x) >= t else Super(x)              (E-LANG, arXiv 2203.00748)
 
+    cascade = el.Cascade(swift, super_, el.RoutingRule.load("rule.json"))
+    run = cascade.run(rows)
+    for result in run:
+        result.output, result.model, result.score
+    run.statistics().share_super
+
 Rows come as a stream and results leave in its order. Both models see whole batches: rows wait, by bucket,
 until `batch_size` of their like have come, or until too many rows are held because of them. What a row is
 answered is what its model alone would answer, whatever it is batched with.
@@ -14,7 +20,7 @@ from elastic_lm.calibrate.routing_rule import RoutingRule
 from elastic_lm.calibrate.routing_scores import PLAIN, score_of
 from elastic_lm.decode.answerers import Answer, Answerer, Resumes, Row
 from elastic_lm.decode.gathering import Gathering, Waiting
-from elastic_lm.decode.routing_results import Routed, Tally
+from elastic_lm.decode.routing_results import Routed, Statistics, Tally
 from elastic_lm.methods.energy_routing import keeps
 from elastic_lm.plain import AT_LEAST_1, require
 
@@ -95,7 +101,7 @@ class Run(Iterator[Routed]):
     def __next__(self) -> Routed:
         return next(self._results)
 
-    def statistics(self):
+    def statistics(self) -> Statistics:
         """What the results given back so far cost, as `routing_results.Statistics`."""
         return self._tally.statistics()
 

@@ -2,7 +2,8 @@
 
 After a batch is generated, one forward pass reads prompts and continuations again (`reading.read`): scores
 are those of the distributions that generated tokens were drawn from, at full depth, and of the prompt's
-positions ("prompt_energy", ...). Where nothing reads scores, `scored=False` saves this pass.
+positions ("prompt_energy", ...). Where nothing reads scores, `scored=False` saves this pass, which costs
+count. Costs are those of full depth, also where the sampler exits early.
 """
 
 import dataclasses
