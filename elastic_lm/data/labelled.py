@@ -11,12 +11,13 @@ from typing import Any
 import grain
 import numpy as np
 
+from elastic_lm.data.grouping import batches_of_alike
 from elastic_lm.data.records import Record, Records, text_of
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.plain import require
 from elastic_lm.task_config import TaskConfig
 
-WIDTH = 32  # batches are padded to a multiple of so many tokens, each multiple being one compiled program
+WIDTH = 16  # batches are padded to a multiple of so many tokens, each multiple being one compiled program
 Example = dict[str, Any]
 
 
@@ -42,7 +43,7 @@ def classes(config: TaskConfig) -> tuple[str, ...]:
 
 
 def train_batches(config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str]) -> grain.IterDataset:
-    """Endless shuffled batches of the training files.
+    """Endless shuffled batches of the training files, those of 16 batches grouped by length (`grouping`).
 
     Args:
       config: where the records are, and how many make a batch.
@@ -54,7 +55,8 @@ def train_batches(config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str
     """
     rows = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
     stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels))))
-    return stream.batch(config.batch_size, drop_remainder=True, batch_fn=_padder(config, tokenizer))
+    batches = batches_of_alike(stream, config.batch_size, _width, config.seed)
+    return batches.map(_padder(config, tokenizer))
 
 
 def eval_batches(config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str]) -> grain.IterDataset:
@@ -111,7 +113,7 @@ def _padder(config: TaskConfig, tokenizer: Tokenizer) -> Any:
 
     def batch(examples: Sequence[Example]) -> dict[str, np.ndarray]:
         longest = max(len(e["ids"]) for e in examples)
-        width = min(-(-longest // WIDTH) * WIDTH, max(config.max_len, longest))
+        width = min(max(map(_width, examples)), max(config.max_len, longest))
         missing = config.batch_size - len(examples)
         filled = [*examples, *[examples[0]] * missing]
         return {
@@ -123,6 +125,11 @@ def _padder(config: TaskConfig, tokenizer: Tokenizer) -> Any:
         }
 
     return batch
+
+
+def _width(one: Example) -> int:
+    """Tokens that an example is padded to."""
+    return -(-len(one["ids"]) // WIDTH) * WIDTH
 
 
 def _stream(rows: grain.MapDataset) -> grain.IterDataset:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from elastic_lm.data.grouping import batches_of_alike
 from elastic_lm.data.records import Record, Records, text_of
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.plain import require
 from elastic_lm.task_config import TaskConfig
 
-WINDOW = 16  # batches whose pairs are grouped by length
 SHORTEST = 8  # columns of the narrowest batch
 
 Pair = dict[str, list[int]]  # token ids of "source" and "target"
@@ -24,8 +24,8 @@ Pair = dict[str, list[int]]  # token ids of "source" and "target"
 def train_pairs(config: TaskConfig, model: EncoderDecoderConfig, tokenizer: Tokenizer) -> grain.IterDataset:
     """Endless shuffled batches of the training files, padded to few different lengths.
 
-    Pairs are shuffled by the seed, anew in every pass; those of `WINDOW` batches are grouped by the powers of
-    two that their lengths are rounded up to, so that batches hold little padding.
+    Pairs are shuffled by the seed, anew in every pass; those of 16 batches are grouped by the powers of two
+    that their lengths are rounded up to (`grouping`), so that batches hold little padding.
 
     Args:
       config: where the pairs are, and the shape of a batch.
@@ -42,8 +42,12 @@ def train_pairs(config: TaskConfig, model: EncoderDecoderConfig, tokenizer: Toke
     pairs = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
     pairs = pairs.map(functools.partial(encode_pair, config, model, tokenizer))
     stream = pairs.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
-    windows = stream.batch(WINDOW * config.batch_size, drop_remainder=True, batch_fn=list)
-    batches = grain.experimental.FlatMapIterDataset(windows, _ByLength(config))
+
+    def size(pair: Pair) -> tuple[int, int]:
+        source, target = pair["source"], pair["target"]
+        return bucket(len(source), config.max_len), bucket(len(target), config.max_target)
+
+    batches = batches_of_alike(stream, config.batch_size, size, config.seed)
     return batches.map(functools.partial(pad_pairs, config, model))
 
 
@@ -138,24 +142,3 @@ def pad_pairs(config: TaskConfig, model: EncoderDecoderConfig, pairs: list[Pair]
 def bucket(length: int, longest: int) -> int:
     """Columns that a text of `length` tokens is padded to: a power of two, at most `longest`."""
     return min(max(SHORTEST, 1 << (length - 1).bit_length()), longest)
-
-
-class _ByLength(grain.experimental.FlatMapTransform):
-    """Windows of pairs to batches of similar lengths, in an order that does not follow the lengths."""
-
-    max_fan_out = WINDOW
-
-    def __init__(self, config: TaskConfig) -> None:
-        self._config = config
-        self._order = np.random.default_rng(config.seed).permutation(WINDOW)
-
-    def flat_map(self, element: list[Pair]) -> list[list[Pair]]:
-        """Splits a window; pairs of one bucket stay in their shuffled order."""
-        c = self._config
-
-        def size(pair: Pair) -> tuple[int, int]:
-            source, target = pair["source"], pair["target"]
-            return bucket(len(source), c.max_len), bucket(len(target), c.max_target)
-
-        pairs = sorted(element, key=size)
-        return [pairs[i * c.batch_size : (i + 1) * c.batch_size] for i in self._order]

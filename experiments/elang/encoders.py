@@ -44,9 +44,9 @@ class Task:
 
 
 TASKS = {
-    "sst2": Task("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence"}, 32, 200),
-    "mrpc": Task("glue_mrpc_train", "glue_mrpc_dev", PAIR, 64, 200),
-    "boolq": Task("superglue_boolq_train", "superglue_boolq_val", BOOLQ, 96, 200),
+    "sst2": Task("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence"}, 48, 500),
+    "mrpc": Task("glue_mrpc_train", "glue_mrpc_dev", PAIR, 72, 500),
+    "boolq": Task("superglue_boolq_train", "superglue_boolq_val", BOOLQ, 96, 300),
 }
 
 
@@ -88,7 +88,7 @@ def measured(name: str, data: Path, out: Path, seed: int, layers: int) -> dict[s
     """
     task, folder = TASKS[name], out / name / f"seed_{seed}"
     split(data / f"{task.train}.jsonl", folder, seed)
-    super_ = trained(task, data, folder, seed, "super", init_from=pretrained(), lr=2e-4)
+    super_ = trained(task, data, folder, seed, "super", init_from=pretrained(), lr=1e-4)
     taught = {"init_from": pretrained(), "init_layers": layers, "teacher_from": super_, "distil": 0.5}
     swift = trained(task, data, folder, seed, "swift", **taught, temperature=2.0, lr=4e-4)
     exit_ = {"init_from": super_, "init_layers": layers, "tuned": "head", "lr": 2e-3}

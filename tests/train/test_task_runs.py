@@ -133,7 +133,7 @@ def test_the_command_learns_from_a_config_file(run: TaskRun, tmp_path: Path) -> 
 def test_batches_are_padded_and_weighed(run: TaskRun) -> None:
     tokenizer = Tokenizer.load(run.task.tokenizer)
     batches = list(labelled.eval_batches(run.task, tokenizer, ("neg", "pos")))
-    assert [b["tokens"].shape for b in batches] == [(16, 32)] * 4
+    assert [b["tokens"].shape for b in batches] == [(16, 16)] * 4
     assert sum(b["weights"].sum() for b in batches) == 50
     first = batches[0]
     row = first["tokens"][0][first["mask"][0]]
@@ -144,6 +144,18 @@ def test_batches_are_padded_and_weighed(run: TaskRun) -> None:
     words = {4: 1, 5: 0}  # "good" and "bad"
     found = [next(words[t] for t in tokens if t in words) for tokens in first["tokens"].tolist()]
     assert found == first["targets"].tolist()
+
+
+def test_training_batches_are_of_similar_lengths(run: TaskRun, tmp_path: Path) -> None:
+    lengths = [2, 20] * 200
+    rows = [{"review": " ".join(["good"] * n), "label": str(i % 2)} for i, n in enumerate(lengths)]
+    (tmp_path / "lengths.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = dataclasses.replace(run.task, paths=(str(tmp_path / "lengths.jsonl"),), pair_field="")
+    batches = iter(labelled.train_batches(task, Tokenizer.load(task.tokenizer), ("0", "1")))
+    widths = [next(batches)["tokens"].shape[1] for _ in range(32)]
+    assert set(widths) == {16, 32}
+    assert widths.count(16) > 12
+    assert widths != sorted(widths)
 
 
 def test_numbers_are_classes_in_their_order_or_targets(run: TaskRun, tmp_path: Path) -> None:
