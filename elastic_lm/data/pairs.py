@@ -127,6 +127,9 @@ def encode_pair(
       model: gives the end token.
       tokenizer: of the model.
       document: source as prompt, target as text.
+
+    Returns:
+      {"source", "target"}: token ids.
     """
     ends = list(model.eos_ids[:1])
 

@@ -52,7 +52,7 @@ class Text2TextResult:
 
     @property
     def mean_energy(self) -> float:
-        """Energy of the target, the mean over its tokens (E-LANG, arXiv 2203.00748, sec. 3.3)."""
+        """Energy of the target, the mean over its tokens (E-LANG, arXiv 2203.00748)."""
         return float(np.mean(self.energy))
 
 
@@ -146,6 +146,7 @@ class TextToText:
         Raises:
           ValueError: an empty source or label, or a label that is there twice.
         """
+        require(not isinstance(labels, str), "labels", labels, "must be a list of labels")
         rows, targets = self._encode(sources), self._encode(list(labels), "label")
         distinct = len(set(map(tuple, targets))) == len(targets)
         require(distinct, "labels", list(labels), "two have the same tokens; each must be there once")

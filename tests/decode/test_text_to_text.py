@@ -206,6 +206,8 @@ def test_bad_input_is_named(model, sources, new, settings, message):
 def test_bad_labels_heads_and_tokenizers_are_named(model, reference):
     with pytest.raises(ValueError, match="two have the same tokens"):
         model.classify([[3]], ["a", "a"])
+    with pytest.raises(ValueError, match="labels='yes': must be a list"):
+        model.classify([[3]], "yes")
     with pytest.raises(ValueError, match="label 1=''"):
         model.classify([[3]], ["a", ""])
     with pytest.raises(ValueError, match=r"n_labels=0: .* attach_encoder_head"):
