@@ -84,6 +84,9 @@ def encode_pair(
       tokenizer: of the model.
       item: (where the record stands, its fields).
 
+    Returns:
+      {"source", "target"}: token ids.
+
     Raises:
       ValueError: a field is missing; names the record.
     """

@@ -4,7 +4,7 @@ With z the logits at one position, T a temperature and p = softmax(z), p1 >= p2 
 
     energy = -T logsumexp(z / T)     max_prob = p1     entropy = -sum_v p_v ln p_v     margin = p1 - p2
 
-A low energy is a high likelihood of the input (arXiv 2203.00748, sec. 3.2). Unlike the other three, it moves
+A low energy is a high likelihood of the input (arXiv 2203.00748). Unlike the other three, it moves
 with an offset of all logits.
 """
 
@@ -33,7 +33,7 @@ class TokenScores:
 
 
 def energy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-    """Free energy -T logsumexp(z / T) (E-LANG, arXiv 2203.00748, eq. 2).
+    """Free energy -T logsumexp(z / T) (E-LANG, arXiv 2203.00748).
 
     Args:
       logits: [..., V] of any float dtype.

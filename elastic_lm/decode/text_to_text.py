@@ -20,6 +20,7 @@ from elastic_lm.decode.results import Reader, TextTokenizer
 from elastic_lm.decode.targets import Request, Targets, encoder_logits, generate, label_scores
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
+from elastic_lm.models.kinds import Model
 from elastic_lm.plain import AT_LEAST_1, POSITIVE, require
 
 Source = str | Sequence[int]
@@ -52,7 +53,7 @@ class Text2TextResult:
 
     @property
     def mean_energy(self) -> float:
-        """Energy of the target, the mean over its tokens (E-LANG, arXiv 2203.00748, sec. 3.3)."""
+        """Energy of the target, the mean over its tokens (E-LANG, arXiv 2203.00748)."""
         return float(np.mean(self.energy))
 
 
@@ -78,14 +79,20 @@ class TextToText:
     settings and limits are traced: changing them compiles nothing.
     """
 
-    def __init__(self, model: EncoderDecoder, params: Params, tokenizer: TextTokenizer | None = None):
+    def __init__(self, model: Model, params: Params, tokenizer: TextTokenizer | None = None):
         """Creates one.
 
         Args:
-          model: its config is static.
+          model: an encoder-decoder; its config is static.
           params: canonical parameters.
           tokenizer: needed for text; token-id sources work without and give empty text.
+
+        Raises:
+          ValueError: the model is of another kind.
         """
+        if not isinstance(model, EncoderDecoder):
+            kind = type(model).__name__
+            raise ValueError(f"model={kind}: must be an EncoderDecoder, such as T5; decoders run in Sampler")
         self.config, self.params, self.tokenizer = model.config, params, tokenizer
 
     def generate(
@@ -146,6 +153,7 @@ class TextToText:
         Raises:
           ValueError: an empty source or label, or a label that is there twice.
         """
+        require(not isinstance(labels, str), "labels", labels, "must be a list of labels")
         rows, targets = self._encode(sources), self._encode(list(labels), "label")
         distinct = len(set(map(tuple, targets))) == len(targets)
         require(distinct, "labels", list(labels), "two have the same tokens; each must be there once")

@@ -15,6 +15,7 @@ from elastic_lm.hf.layouts import GATE_UP, HEADS, KEY_VALUE, QKV
 from elastic_lm.plain import require
 
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the embedding
 
 ROOT = {"embed/table": Tensor((EMBEDDING,)), "head/kernel": Tensor((HEAD,))}
 
@@ -71,8 +72,8 @@ def _stacks(config: EncoderDecoderConfig) -> dict[str, Tensor]:
 
 def _complete(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
     """The config, untied where an unscaled model has its own head (T5 1.1 as transformers 5 saves it)."""
-    own_head = HEAD in names and EMBEDDING in names and not config.scaled_head
-    return dataclasses.replace(config, tied=False) if own_head else config
+    both = HEAD in names and any(name in names for name in (EMBEDDING, *COPIES))
+    return dataclasses.replace(config, tied=False) if both and not config.scaled_head else config
 
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         "gated": gated,
         # What T5 1.1 calls gated-gelu is GELU's approximation.
         "activation": "gelu_tanh" if name == "gated-gelu" else ACTIVATIONS[activation],
-        "scaled_head": typed(hf, "scale_decoder_outputs", bool, values["tied"]),
+        "scaled_head": typed(hf, "scale_decoder_outputs", bool, values.get("tied", True)),
     }
 
 
@@ -128,6 +129,6 @@ T5 = Family(
     config_class=EncoderDecoderConfig,
     varying=_stacks,
     complete=_complete,
-    copies={f"{stack}.embed_tokens.weight": EMBEDDING for stack in ("encoder", "decoder")},
+    copies=dict.fromkeys(COPIES, EMBEDDING),
     inside=("encoder.", "decoder."),
 )

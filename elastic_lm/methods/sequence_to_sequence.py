@@ -5,8 +5,8 @@ and q the teacher's and the model's softmax at temperature T:
 
     L = (1/N) sum_t [(1 - d) CE(z_t, y_t) + d T^2 KL(p_t || q_t) + c logsumexp(z_t)^2]
 
-The last term, with which T5 was pretrained (c = 1e-4), keeps the offset of the logits near 0. Cross-entropy
-alone leaves it free, and energies move with it (E-LANG, arXiv 2203.00748).
+The last term keeps the offset of the logits near 0 (c = 1e-4 in T5's own code). Cross-entropy alone leaves
+that free, and energies move with it (E-LANG, arXiv 2203.00748).
 """
 
 import dataclasses

@@ -12,7 +12,9 @@ import pytest
 from elastic_lm import hf
 from elastic_lm.decode.text_to_text import TextToText
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.encoder_decoder import EncoderDecoder, attach_encoder_head, init_params
+from elastic_lm.testing import tiny_config
 
 FOLDER = Path(__file__).parents[1] / "golden" / "encoder_decoders"
 NEW = 12
@@ -206,10 +208,14 @@ def test_bad_input_is_named(model, sources, new, settings, message):
 def test_bad_labels_heads_and_tokenizers_are_named(model, reference):
     with pytest.raises(ValueError, match="two have the same tokens"):
         model.classify([[3]], ["a", "a"])
+    with pytest.raises(ValueError, match="labels='yes': must be a list"):
+        model.classify([[3]], "yes")
     with pytest.raises(ValueError, match="label 1=''"):
         model.classify([[3]], ["a", ""])
     with pytest.raises(ValueError, match=r"n_labels=0: .* attach_encoder_head"):
         model.encoder_logits([[3]])
+    with pytest.raises(ValueError, match="model=Decoder: must be an EncoderDecoder"):
+        TextToText(Decoder(tiny_config()), {})
     bare = TextToText(EncoderDecoder(reference.config), reference.params)
     for call in (lambda: bare.generate("a"), lambda: bare.generate([3], stop="a")):
         with pytest.raises(ValueError, match="tokenizer"):

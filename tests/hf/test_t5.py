@@ -80,6 +80,14 @@ def test_the_embedding_has_four_names(folder: Path, name: str) -> None:
     assert_same_model(original, hf.load(folder))
 
 
+def test_an_own_head_stays_where_the_embedding_has_another_name(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FOLDER / "t5_1_1", tmp_path / "model"))
+    original = hf.load(folder)
+    edit_weights(folder, lambda w: w.update({"decoder.embed_tokens.weight": w.pop("shared.weight")}))
+    edit_config(folder, tie_word_embeddings=None)
+    assert_same_model(original, hf.load(folder))
+
+
 def test_a_copy_that_differs_is_refused(folder: Path) -> None:
     edit_weights(folder, lambda w: w.update({"encoder.embed_tokens.weight": w["shared.weight"] + 1}))
     with pytest.raises(ValueError, match=r"encoder\.embed_tokens\.weight.*shared\.weight"):
