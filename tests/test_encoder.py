@@ -66,8 +66,6 @@ def test_a_state_is_continued_to_the_same_bits(depth: int) -> None:
 def test_positions_count_from_the_offset_over_tokens_that_are_there() -> None:
     tokens = jnp.asarray([[5, 6, 7, 1, 1], [1, 1, 5, 6, 7]])
     assert positions(ROBERTA, tokens).tolist() == [[2, 3, 4, 1, 1], [1, 1, 2, 3, 4]]
-    mask = jnp.asarray([[1, 0, 1, 1, 1], [0, 0, 1, 1, 0]])
-    assert positions(ROBERTA, tokens, mask).tolist() == [[2, 1, 3, 1, 1], [1, 1, 2, 3, 1]]
     assert positions(CONFIG, tokens).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 

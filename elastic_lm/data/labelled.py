@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from elastic_lm.data.grouping import batches_of_alike
+from elastic_lm.data.padding import padded
 from elastic_lm.data.records import Record, Records, text_of
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.plain import require
@@ -42,13 +43,16 @@ def classes(config: TaskConfig) -> tuple[str, ...]:
     return tuple(sorted(found, key=_number_first))
 
 
-def train_batches(config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str]) -> grain.IterDataset:
+def train_batches(
+    config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str], pad_id: int
+) -> grain.IterDataset:
     """Endless shuffled batches of the training files, those of 16 batches grouped by length (`grouping`).
 
     Args:
       config: where the records are, and how many make a batch.
       tokenizer: of the model.
       labels: from `classes`.
+      pad_id: of the model, whose positions may depend on where it stands.
 
     Returns:
       A dataset of dicts with the fields of `methods.task_tuning.TaskBatch`: NumPy arrays of batch_size rows.
@@ -56,14 +60,16 @@ def train_batches(config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str
     rows = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
     stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels))))
     batches = batches_of_alike(stream, config.batch_size, _width, config.seed)
-    return batches.map(_padder(config, tokenizer))
+    return batches.map(_padder(config, pad_id))
 
 
-def eval_batches(config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str]) -> grain.IterDataset:
+def eval_batches(
+    config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str], pad_id: int
+) -> grain.IterDataset:
     """One pass over the held-out files in their order; the last batch is filled up with rows of weight 0."""
     rows = grain.MapDataset.source(Records(config.eval_paths))
     stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels))))
-    return stream.batch(config.batch_size, batch_fn=_padder(config, tokenizer))
+    return stream.batch(config.batch_size, batch_fn=_padder(config, pad_id))
 
 
 def example(
@@ -99,15 +105,7 @@ def texts(config: TaskConfig, where: str, record: Record) -> tuple[str, str | No
     return text_of(where, record, config.text_field), second
 
 
-def pad(rows: Sequence[Sequence[int]], width: int, fill: int) -> np.ndarray:
-    """[rows, width] int32, each row filled up on the right."""
-    padded = np.full((len(rows), width), fill, np.int32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded
-
-
-def _padder(config: TaskConfig, tokenizer: Tokenizer) -> Any:
+def _padder(config: TaskConfig, pad_id: int) -> Any:
     """What makes a batch of examples."""
     dtype = np.int32 if config.problem == "classification" else np.float32
 
@@ -117,9 +115,9 @@ def _padder(config: TaskConfig, tokenizer: Tokenizer) -> Any:
         missing = config.batch_size - len(examples)
         filled = [*examples, *[examples[0]] * missing]
         return {
-            "tokens": pad([e["ids"] for e in filled], width, tokenizer.pad_id or 0),
-            "mask": pad([[1] * len(e["ids"]) for e in filled], width, 0).astype(bool),
-            "types": pad([e["types"] for e in filled], width, 0),
+            "tokens": padded([e["ids"] for e in filled], config.batch_size, width, pad_id),
+            "mask": padded([[1] * len(e["ids"]) for e in filled], config.batch_size, width).astype(bool),
+            "types": padded([e["types"] for e in filled], config.batch_size, width),
             "targets": np.asarray([e["target"] for e in filled], dtype),
             "weights": np.asarray([1.0] * len(examples) + [0.0] * missing, np.float32),
         }

@@ -10,6 +10,7 @@ import grain
 import numpy as np
 
 from elastic_lm.data.grouping import batches_of_alike
+from elastic_lm.data.padding import padded
 from elastic_lm.data.records import Record, Records, text_of
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
@@ -126,12 +127,10 @@ def pad_pairs(config: TaskConfig, model: EncoderDecoderConfig, pairs: list[Pair]
     s = max(bucket(len(pair["source"]), config.max_len) for pair in pairs)
     t = max(bucket(len(pair["target"]), config.max_target) for pair in pairs)
     b = config.batch_size
-    source, mask = np.full((b, s), model.pad_id, np.int32), np.zeros((b, s), bool)
-    target, weights = np.full((b, t), model.pad_id, np.int32), np.zeros((b, t), np.float32)
-    for i, pair in enumerate(pairs):
-        n, m = len(pair["source"]), len(pair["target"])
-        source[i, :n], mask[i, :n] = pair["source"], True
-        target[i, :m], weights[i, :m] = pair["target"], 1.0
+    sources, targets = ([pair[name] for pair in pairs] for name in ("source", "target"))
+    source, target = padded(sources, b, s, model.pad_id), padded(targets, b, t, model.pad_id)
+    mask = padded([[1] * len(ids) for ids in sources], b, s).astype(bool)
+    weights = padded([[1] * len(ids) for ids in targets], b, t).astype(np.float32)
     target_in = np.concatenate([np.full((b, 1), model.decoder_start_id, np.int32), target[:, :-1]], axis=1)
     return {
         "source": source,

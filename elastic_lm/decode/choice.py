@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.calibrate.routing_scores import PLAIN, Scoring, logit_scores
+from elastic_lm.data.padding import padded
 from elastic_lm.decode.answerers import Answer, Row
 from elastic_lm.decode.batches import answer_alike, filled, shape_or_none
-from elastic_lm.decode.reading import Part, Reading, apart, padded, read, together, width_of
+from elastic_lm.decode.reading import Part, Reading, apart, read, together, width_of
 from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.elastic import Subnet
 from elastic_lm.models.decoder import Decoder, Params

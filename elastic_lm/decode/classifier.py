@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.calibrate.routing_scores import PLAIN, Scoring, logit_scores
+from elastic_lm.data.padding import padded
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.answerers import Answer, Row
 from elastic_lm.decode.batches import answer_alike, filled, shape_or_none
@@ -115,10 +116,10 @@ class Classifier:
 
     def _batch(self, shape: Shape, group: list[tuple[Pair, Begun | None]]) -> list[Answer]:
         began, (width, layers) = time.perf_counter(), shape
-        tokens = np.full((self._batch_size, width), self._config.pad_id, np.int32)
-        mask, types = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, np.int32)
-        for i, ((ids, kinds), _) in enumerate(filled(group, self._batch_size)):
-            tokens[i, : len(ids)], types[i, : len(ids)], mask[i, : len(ids)] = ids, kinds, True
+        pairs, size = [pair for pair, _ in filled(group, self._batch_size)], self._batch_size
+        tokens = padded([ids for ids, _ in pairs], size, width, self._config.pad_id)
+        types = padded([kinds for _, kinds in pairs], size, width)
+        mask = padded([[1] * len(ids) for ids, _ in pairs], size, width).astype(bool)
         states = [begun.hidden for _, begun in filled(group, self._batch_size) if begun]
         entering = together(states) if states else None
         how = {"scoring": self.scoring, "begun": layers, "keep": self._keep}
@@ -191,7 +192,7 @@ def classify(
       keep: also return the last state; static.
     """
     encoder = Encoder(config).bind({"params": params})
-    hidden = encoder.embed(tokens_BT, mask_BT, types_BT) if entering_BTD is None else entering_BTD
+    hidden = encoder.embed(tokens_BT, types_BT) if entering_BTD is None else entering_BTD
     hidden = encoder.run_layers(hidden, mask_BT, begun, config.n_layers)
     logits = jnp.asarray(encoder.task_logits(encoder.pool(hidden)), jnp.float32)
     return Classified(logits, logit_scores(logits, scoring), hidden if keep else None)

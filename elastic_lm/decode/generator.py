@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.calibrate.routing_scores import PLAIN, Scoring, pooled_scores
+from elastic_lm.data.padding import padded
 from elastic_lm.decode.answerers import Answer, Row
 from elastic_lm.decode.batches import answer_alike, filled, shape_or_none
 from elastic_lm.decode.prefill import Begun
-from elastic_lm.decode.reading import Part, Reading, apart, padded, read, together, width_of
+from elastic_lm.decode.reading import Part, Reading, apart, read, together, width_of
 from elastic_lm.decode.requests import bucket, make_settings
 from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler

@@ -7,13 +7,12 @@ them, so that no second model lies in memory.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from elastic_lm.calibrate.routing_scores import Scoring, logit_scores
 from elastic_lm.config import ModelConfig
@@ -138,20 +137,6 @@ def _over_columns(function: Callable[[Any], Any], arrays: Any) -> Any:
 
     parts = jax.lax.map(function, jax.tree.map(split, arrays))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t], parts)
-
-
-def padded(sequences: Sequence[Sequence[int]], rows: int, width: int) -> np.ndarray:
-    """[rows, width] int32: sequences, filled up on the right and below with zeros.
-
-    Args:
-      sequences: at most `rows` lists of at most `width` token ids.
-      rows: of every batch.
-      width: of the bucket.
-    """
-    tokens = np.zeros((rows, width), np.int32)
-    for row, ids in zip(tokens, sequences, strict=False):
-        row[: len(ids)] = ids
-    return tokens
 
 
 def width_of(config: ModelConfig, tokens: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from elastic_lm.calibrate.confidence import metric_index
 from elastic_lm.calibrate.search import NEVER
 from elastic_lm.config import ModelConfig
+from elastic_lm.data.padding import padded
 from elastic_lm.decode.policies import ExitPolicy, gate_row, threshold_table
 from elastic_lm.decode.sampling import Sampling
 from elastic_lm.decode.state import Controls, segments
@@ -203,7 +204,7 @@ def pad_prompts(
 
 
 def pad_rows(rows: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids as one array, filled up with zeros on the right and with rows of length 0.
+    """Token ids as one array, `padded` with zeros and rows of length 0, and their lengths.
 
     Args:
       rows: token ids.
@@ -213,10 +214,8 @@ def pad_rows(rows: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.
     Returns:
       (tokens [count, width] int32, lengths [count] int32).
     """
-    tokens, lengths = np.zeros((count, width), np.int32), np.zeros((count,), np.int32)
-    for i, ids in enumerate(rows):
-        tokens[i, : len(ids)], lengths[i] = ids, len(ids)
-    return tokens, lengths
+    lengths = [len(ids) for ids in rows] + [0] * (count - len(rows))
+    return padded(rows, count, width), np.asarray(lengths, np.int32)
 
 
 def check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.calibrate.confidence import margin, max_prob
+from elastic_lm.methods.energy_routing import free_energy
 
 
 @flax.struct.dataclass
@@ -32,19 +33,6 @@ class TokenScores:
     margin: jax.Array
 
 
-def energy(logits: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-    """Free energy -T logsumexp(z / T) (E-LANG, arXiv 2203.00748).
-
-    Args:
-      logits: [..., V] of any float dtype.
-      temperature: T, positive; may be traced.
-
-    Returns:
-      [...] float32.
-    """
-    return -temperature * jax.nn.logsumexp(logits.astype(jnp.float32) / temperature, axis=-1)
-
-
 def token_scores(logits: jax.Array, temperature: float | jax.Array = 1.0) -> TokenScores:
     """All scores of tokens.
 
@@ -57,4 +45,4 @@ def token_scores(logits: jax.Array, temperature: float | jax.Array = 1.0) -> Tok
     """
     logits = logits.astype(jnp.float32)
     entropy = jnp.sum(jax.scipy.special.entr(jax.nn.softmax(logits, axis=-1)), axis=-1)
-    return TokenScores(energy(logits, temperature), max_prob(logits), entropy, margin(logits))
+    return TokenScores(free_energy(logits, temperature), max_prob(logits), entropy, margin(logits))

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from elastic_lm.decode import cache
 from elastic_lm.decode.sampling import Sampling, sample
-from elastic_lm.decode.scores import TokenScores, energy, token_scores
+from elastic_lm.decode.scores import TokenScores, token_scores
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.methods.energy_routing import free_energy
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
 from elastic_lm.nn.attention import KeyValues
@@ -132,7 +133,7 @@ def label_scores(
         index_BT1 = jnp.broadcast_to(label_T, logits_BTV.shape[:2])[..., None]
         taken_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), index_BT1, axis=-1)[..., 0]
         total_B = jnp.sum(jnp.where(counted_T, taken_BT, 0.0), axis=-1)
-        return total_B, energy(logits_BTV[:, 0], energy_temperature)
+        return total_B, free_energy(logits_BTV[:, 0], energy_temperature)
 
     totals_CB, energy_CB = jax.lax.map(score, (inputs_CT, labels_CT, counted_CT))
     return totals_CB.T, energy_CB[0]

@@ -1,12 +1,13 @@
 """BERT and its relatives of the same form: TinyBERT, MiniLM, sentence encoders (`model_type` bert)."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.hf.family import Family, Field, Tensor
-from elastic_lm.hf.heads import REFUSE, read_heads, write_heads
+from elastic_lm.hf.heads import REFUSE, complete_heads, read_heads, write_heads
 from elastic_lm.hf.layouts import QKV
 
 EMBEDDINGS = {
@@ -82,13 +83,6 @@ def _write(config: EncoderConfig) -> dict[str, Any]:
     return write_heads(config, "Bert")
 
 
-def _complete(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
-    """Masked language models may be stored with a pooler, base models without one."""
-    pooled = config.n_labels > 0 or any(name.startswith("pooler.") for name in names)
-    mlm = config.mlm or "cls.predictions.transform.dense.weight" in names
-    return dataclasses.replace(config, pooler="tanh" if pooled else "none", mlm=mlm)
-
-
 BERT = Family(
     model_type="bert",
     architecture="BertModel",
@@ -104,7 +98,7 @@ BERT = Family(
     write=_write,
     refuse=REFUSE,
     config_class=EncoderConfig,
-    complete=_complete,
+    complete=functools.partial(complete_heads, "cls.predictions.transform.dense.weight"),
     copies={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",

@@ -1,6 +1,7 @@
 """What the encoder families share: which of their heads a folder holds, and the names of labels."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from elastic_lm.encoder_config import EncoderConfig
@@ -37,6 +38,19 @@ def read_heads(hf: Mapping[str, Any], stem: str, pooler: str, base_pooler: str) 
         return {"pooler": pooler, **_read_labels(hf)}
     mlm = {stem + "ForMaskedLM", stem + "ForPreTraining"} & set(architectures)
     return {"pooler": "none" if mlm else base_pooler, "mlm": bool(mlm)}
+
+
+def complete_heads(token_head: str, config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
+    """The heads that a folder holds: a masked language model may have a pooler, a base model none.
+
+    Args:
+      token_head: a tensor of the masked language model's head.
+      config: with the heads that config.json names.
+      names: of the folder's tensors, without the family's prefix.
+    """
+    pooled = config.n_labels > 0 or any(name.startswith("pooler.") for name in names)
+    mlm = config.mlm or token_head in names
+    return dataclasses.replace(config, pooler="tanh" if pooled else "none", mlm=mlm)
 
 
 def write_heads(config: EncoderConfig, stem: str) -> dict[str, Any]:

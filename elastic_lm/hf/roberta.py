@@ -1,13 +1,13 @@
 """RoBERTa: BERT's layers; positions count from padding's id + 1, task heads have their own pooler."""
 
-import dataclasses
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.hf.bert import EMBEDDINGS, FIELDS, LAYERS, prefixed
 from elastic_lm.hf.family import Family, Field, Tensor
-from elastic_lm.hf.heads import REFUSE, read_heads, write_heads
+from elastic_lm.hf.heads import REFUSE, complete_heads, read_heads, write_heads
 from elastic_lm.hf.llama import replace_fields
 
 HEADS = {
@@ -41,13 +41,6 @@ def _varying(config: EncoderConfig) -> dict[str, Tensor]:
     return {"pooler/kernel": Tensor((pooler + "weight",)), "pooler/bias": Tensor((pooler + "bias",))}
 
 
-def _complete(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
-    """Masked language models may be stored with a pooler, base models without one."""
-    pooled = config.n_labels > 0 or any(name.startswith("pooler.") for name in names)
-    mlm = config.mlm or "lm_head.dense.weight" in names
-    return dataclasses.replace(config, pooler="tanh" if pooled else "none", mlm=mlm)
-
-
 ROBERTA = Family(
     model_type="roberta",
     architecture="RobertaModel",
@@ -64,7 +57,7 @@ ROBERTA = Family(
     refuse=(*REFUSE, ("hidden_act", ("gelu", None))),  # its vocabulary head has no other
     config_class=EncoderConfig,
     varying=_varying,
-    complete=_complete,
+    complete=functools.partial(complete_heads, "lm_head.dense.weight"),
     copies={
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
         "lm_head.decoder.bias": "lm_head.bias",

@@ -31,12 +31,14 @@ CENTRES = ("none", "mean")
 POOLS = ("mean", "min")
 
 
-def free_energy(logits: jax.Array, temperature: float = 1.0, centre: Centre = "none") -> jax.Array:
+def free_energy(
+    logits: jax.Array, temperature: float | jax.Array = 1.0, centre: Centre = "none"
+) -> jax.Array:
     """F = -T logsumexp(f / T) over the last axis, in float32.
 
     Args:
       logits: [..., C] of any float dtype, finite.
-      temperature: T; static.
+      temperature: T, positive; may be traced.
       centre: "mean" measures every logit from the mean of its row; static.
 
     Returns:

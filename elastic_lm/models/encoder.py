@@ -77,7 +77,8 @@ class Encoder(nn.Module):
 
         Args:
           tokens_BT: int32 token ids.
-          mask_BT: bool or int, 0 at padding, which then has no influence on other tokens; None = no padding.
+          mask_BT: bool or int, 0 at padding, which no token then sees; None = no padding. Positions with
+            an offset are counted by `pad_id`, whatever the mask is (`positions`).
           types_BT: int32 token types; None = all 0.
           depth: layers that run, static; None = all.
           token_logits: also run the masked language model's head; static.
@@ -107,21 +108,16 @@ class Encoder(nn.Module):
           types_BT: likewise.
           depth: layers that run, static; None = all.
         """
-        hidden = self.embed(tokens_BT, mask_BT, types_BT)
+        hidden = self.embed(tokens_BT, types_BT)
         return self.run_layers(hidden, mask_BT, 0, self.config.n_layers if depth is None else depth)
 
-    def embed(
-        self,
-        tokens_BT: jax.Array,
-        mask_BT: jax.Array | None = None,
-        types_BT: jax.Array | None = None,
-    ) -> jax.Array:
+    def embed(self, tokens_BT: jax.Array, types_BT: jax.Array | None = None) -> jax.Array:
         """Normalised sum [B, T, D] of token, position and type embeddings; arguments as in `__call__`."""
         c = self.config
         length = tokens_BT.shape[1]
         fix = f"the model reads at most max_len={c.max_len} tokens; truncate"
         require(length <= c.max_len, "tokens.shape[1]", length, fix)
-        hidden = self.embedding()[tokens_BT] + self.positions()[positions(c, tokens_BT, mask_BT)]
+        hidden = self.embedding()[tokens_BT] + self.positions()[positions(c, tokens_BT)]
         if c.type_vocab_size:
             table = self.types()
             hidden = hidden + (table[0] if types_BT is None else table[types_BT])
@@ -176,21 +172,21 @@ def _dense(c: EncoderConfig, features: int, name: str | None = None) -> Linear:
     return Linear((features,), (None, "embed"), True, c.param_dtype, name=name)
 
 
-def positions(c: EncoderConfig, tokens_BT: jax.Array, mask_BT: jax.Array | None = None) -> jax.Array:
-    """Rows of the position table: 0 .. T-1, or with an offset the count of tokens that are there (RoBERTa).
+def positions(c: EncoderConfig, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of the position table: 0 .. T-1, or with an offset the count of tokens but `pad_id` (RoBERTa).
+
+    Masks do not count: rows must be filled up with `pad_id`, wherever padding stands.
 
     Args:
       c: the model; static.
       tokens_BT: int32 token ids.
-      mask_BT: as in `Encoder`; `pad_id` never counts.
 
     Returns:
       [B, T] int32; with an offset, padding has the row before it.
     """
     if not c.position_offset:
         return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    there = tokens_BT != c.pad_id
-    there = (there if mask_BT is None else there & mask_BT.astype(bool)).astype(jnp.int32)
+    there = (tokens_BT != c.pad_id).astype(jnp.int32)
     return jnp.cumsum(there, axis=1) * there + c.position_offset - 1
 
 

@@ -124,7 +124,7 @@ def prepare_classifier(run: TaskRun, tokenizer: Tokenizer, mesh: Mesh) -> Prepar
     labels = labelled.classes(run.task)
     config, params = prepare_encoder(run, tokenizer, labels, mesh)
     method, params = with_teacher(run, config, params, mesh)
-    data = run.task, tokenizer, labels
+    data = run.task, tokenizer, labels, config.pad_id
     held_out = functools.partial(labelled.eval_batches, *data)
     return Prepared(config, params, method, TaskBatch, labelled.train_batches(*data), held_out)
 

@@ -159,7 +159,8 @@ def columns(
     found: Columns = {"splits": {}}
     test = dataclasses.replace(config, eval_paths=(str(data / f"{task.test}.jsonl"),))
     for split_name, part in {"fit": config, "test": test}.items():
-        batches = list(labelled.eval_batches(part, Tokenizer.load(pretrained()), models["super"][0].labels))
+        big = models["super"][0]
+        batches = list(labelled.eval_batches(part, Tokenizer.load(pretrained()), big.labels, big.pad_id))
         placed = [TaskBatch(**batch) for batch in batches]
         logits = {name: answers(*model, placed) for name, model in models.items()}
         there = np.concatenate([b["weights"] for b in batches]) > 0

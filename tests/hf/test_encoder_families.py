@@ -107,6 +107,23 @@ def test_every_head_agrees_in_both_directions(model_type: str, head: str, tmp_pa
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_positions_are_those_of_transformers_wherever_the_mask_has_holes(
+    model_type: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    model = random_encoder(model_type, "base", seed=2)
+    model.save_pretrained(tmp_path)
+    config, params = hf.load(tmp_path)
+    batch = random_batch(model_type, (9, 9, 9))
+    batch["mask"][0, 3] = 0  # a hole in the text
+    batch["mask"][1, :4] = 0
+    batch["tokens"][1, :4] = config.pad_id  # padding on the left
+    batch["tokens"][2, 4] = config.pad_id  # in the text, and seen
+    assert_close(ours(config, params, batch), theirs(model, batch, "base"), TOLERANCE)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_missing_keys_mean_what_they_mean_to_transformers(model_type: str) -> None:
     theirs = pytest.importorskip("transformers").AutoConfig.for_model(model_type)
     stated = json.loads(theirs.to_json_string(use_diff=False))
