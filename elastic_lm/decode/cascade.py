@@ -13,12 +13,13 @@ until `batch_size` of their like have come, or until too many rows are held beca
 answered is what its model alone would answer, whatever it is batched with.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from elastic_lm.calibrate.routing_rule import RoutingRule
 from elastic_lm.calibrate.routing_scores import PLAIN, score_of
-from elastic_lm.decode.answerers import Answer, Answerer, Resumes, Row
+from elastic_lm.decode.answerers import Answer, Answerer, Resumes, Row, failed
 from elastic_lm.decode.gathering import Gathering, Waiting
 from elastic_lm.decode.routing_results import Routed, Statistics, Tally
 from elastic_lm.methods.energy_routing import keeps
@@ -44,7 +45,8 @@ class Cascade:
         """Creates a cascade; nothing runs yet.
 
         Args:
-          swift: the small model. Its answers have the score that the rule reads.
+          swift: the small model. Its answers have the score that the rule reads; one that lacks it is a
+            failure of the Swift, but for the first, which shows that the rule is wrong.
           super_: the large one. One that `Resumes` goes on from the Swift's state.
           rule: from `calibrate.routing_rule.fit` or a file; a number is a threshold of `score`.
           score: what a threshold that is a number is compared with; a rule has its own.
@@ -93,7 +95,7 @@ class Run(Iterator[Routed]):
         self._swift = Gathering(cascade.swift, cascade.batch_size)
         self._super = Gathering(cascade.super_, cascade.super_batch_size)
         self._done: dict[int, Routed] = {}
-        self._held = 0
+        self._held, self._any_score = 0, False
         self._next = start
         self._tally = Tally()
         self._results = self._stream(enumerate(rows, start))
@@ -136,13 +138,28 @@ class Run(Iterator[Routed]):
     def _ask_swift(self, batch: list[Waiting]) -> None:
         """Answers a batch; what the rule does not keep waits for the Super."""
         for waiting, answer in zip(batch, self._ask(self._cascade.swift, "swift", batch), strict=True):
-            score = None
-            if answer.error is None:
-                score = score_of(answer.scores, self._rule.score, self._rule.seed, waiting.index)
+            answer, score = self._scored(waiting.index, answer)
             if score is not None and keeps(score, self._rule.threshold):
                 self._finish(waiting, Routed(waiting.index, "swift", answer, answer, score))
             else:
                 self._ask_super(self._super.add(waiting.begun(answer, score)))
+
+    def _scored(self, index: int, answer: Answer) -> tuple[Answer, float | None]:
+        """A Swift's answer with the rule's score; one that lacks it failed, once others have had it.
+
+        Raises:
+          ValueError: no answer had it yet, so that it is the rule that asks for a wrong one.
+        """
+        if answer.error is not None:
+            return answer, None
+        try:
+            score = score_of(answer.scores, self._rule.score, self._rule.seed, index)
+        except (ValueError, TypeError) as error:
+            if not self._any_score:
+                raise
+            return dataclasses.replace(answer, error=failed(error).error), None
+        self._any_score = True
+        return answer, score
 
     def _ask_super(self, batch: list[Waiting]) -> None:
         for waiting, answer in zip(batch, self._ask(self._cascade.super_, "super", batch), strict=True):

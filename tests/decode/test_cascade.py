@@ -95,6 +95,18 @@ def test_ties_stay_and_a_missing_score_is_named() -> None:
         Cascade(swift, super_, 0.0, score="margin").answer([{}])
 
 
+def test_a_single_answer_without_the_score_is_a_failure_of_the_swift() -> None:
+    def swift(row: Row) -> Answer:
+        return Answer("swift", {} if row["n"] == 50 else {"energy": None if row["n"] == 51 else 1.0}, 1.0)
+
+    run = Cascade(Function(swift), Function(lambda row: "super"), 0.5, batch_size=8).run(rows_of(100))
+    results = list(run)
+    assert [r.index for r in results if r.output != "swift"] == [50, 51]
+    assert [r.output for r in results[50:52]] == ["super"] * 2
+    assert "score='energy': the Swift's answer to row 50 has none" in str(results[50].swift.error)
+    assert (run.statistics().swift_failed, run.statistics().failed) == (2, 0)
+
+
 def test_random_routing_goes_by_the_row_not_the_batch() -> None:
     cascade = Cascade(Function(lambda row: 0), Function(lambda row: 1), el.RoutingRule(0.5, "random", seed=3))
     whole = [r.model for r in cascade.run(rows_of(100))]
