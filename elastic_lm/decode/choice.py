@@ -4,12 +4,15 @@ Of a row with a prompt and choices c_1 .. c_C, whose M_c tokens follow the promp
 
     f_c = sum_m ln p(token m | prompt, tokens before m)        / M_c  (or / bytes, or not divided)
 
-answers argmax f, and f is what the energy reads as the row's logits.
+answers argmax f, and f is what the energy reads as the row's logits. Prompt, separator and choice are
+tokenised as one text, as many tokenizers begin every text with a space. The choice's tokens are those after
+the longest beginning that this has in common with the prompt's own tokens.
 
 Paper: E-LANG, arXiv 2203.00748, for the energy. Tasks in this form: PIQA, ARC, HellaSwag.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -40,14 +43,14 @@ class Question:
     """A row as token ids."""
 
     sequences: list[list[int]]  # the prompt and a choice each
-    prompt: int  # tokens of the prompt
+    starts: list[int]  # tokens of each that come before its choice
     sizes: list[float]  # what each choice's log-likelihood is divided by
     width: int  # columns of the program that reads it
 
     @property
     def answered(self) -> int:
         """Tokens of all choices."""
-        return sum(len(ids) - self.prompt for ids in self.sequences)
+        return sum(map(len, self.sequences)) - sum(self.starts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,19 +134,21 @@ class Choice:
         prompt, choices = (row[name] for name in self._fields)
         right = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
         require(right, self._fields[1], choices, "must be a list of at least one text")
-        start = self._tokenizer.encode(prompt, bos=True)
-        require(bool(start), self._fields[0], prompt, "needs at least one token")
+        before = self._tokenizer.encode(prompt, bos=True)
+        require(bool(before), self._fields[0], prompt, "needs at least one token")
         texts = [self._separator + choice for choice in choices]
-        ends = [self._tokenizer.encode(text) for text in texts]
-        require(all(ends), self._fields[1], choices, "every choice needs at least one token")
+        require(all(texts), self._fields[1], choices, "every choice needs at least one character")
+        sequences = [self._tokenizer.encode(prompt + text, bos=True) for text in texts]
+        starts = [_start(before, ids) for ids in sequences]
+        tokens = [float(len(ids) - n) for n, ids in zip(starts, sequences, strict=True)]
+        require(min(tokens) > 0, self._fields[1], choices, "every choice needs a token after the first one")
         counts = {
-            "tokens": [float(len(ids)) for ids in ends],
+            "tokens": tokens,
             "bytes": [float(len(choice.encode())) or 1.0 for choice in choices],
-            "none": [1.0] * len(ends),
+            "none": [1.0] * len(sequences),
         }
-        sequences = [[*start, *ids] for ids in ends]
         width = width_of(self._part.model, max(map(len, sequences)))
-        return Question(sequences, len(start), counts[self._normalise], width)
+        return Question(sequences, starts, counts[self._normalise], width)
 
     def _read(self, shape: Shape, group: list[tuple[Question, Begun | None]]) -> list[Answer]:
         """Answers to questions of one width, all begun to the same layer."""
@@ -174,10 +179,10 @@ class Choice:
     def _choose(
         self, part: Part, question: Question, log_probs: list[np.ndarray], hidden: list[jax.Array]
     ) -> Answer:
-        rows = zip(question.sequences, log_probs, question.sizes, strict=True)
-        start = question.prompt - 1  # predicts the first token of the choice
-        sums = [
-            float(np.sum(nats[start : len(ids) - 1], dtype=np.float64)) / size for ids, nats, size in rows
+        rows = zip(question.sequences, question.starts, log_probs, question.sizes, strict=True)
+        sums = [  # the token before a choice predicts its first one
+            float(np.sum(nats[start - 1 : len(ids) - 1], dtype=np.float64)) / size
+            for ids, start, nats, size in rows
         ]
         values = jax.device_get(_scores(jnp.asarray(sums, jnp.float32), scoring=self.scoring))
         cost = sum(part.flops(len(ids) - 1) for ids in question.sequences)
@@ -185,3 +190,9 @@ class Choice:
         state = Begun(part.layers, hidden) if self._keep else None
         scores = {name: float(value) for name, value in values.items()}
         return Answer(int(np.argmax(sums)), scores, float(cost), state=state)
+
+
+def _start(prompt: list[int], whole: list[int]) -> int:
+    """Tokens of the whole before the choice: those that the prompt has too, at least 1, and not all."""
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+    return max(1, min(len(list(alike)), len(whole) - 1))

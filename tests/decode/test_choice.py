@@ -1,13 +1,17 @@
 """Multiple choice by likelihood: against a plain forward pass, whatever rows are batched with."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from small_models import Letters
 
+import elastic_lm as el
 from elastic_lm import slicing, testing
 from elastic_lm.calibrate.routing_scores import Scoring
 from elastic_lm.decode import reading
@@ -65,6 +69,56 @@ def test_the_likeliest_choice_wins(params, rows: list[dict], divide) -> None:
         lengths = [len(row["prompt"]) + 2 + len(c) for c in row["choices"]]
         cost = sum(layer_flops(CONFIG, n - 1) for n in lengths)
         assert answer.cost == cost + head_flops(CONFIG, sum(len(c) + 1 for c in row["choices"]))
+
+
+def llama_2_tokenizer() -> el.Tokenizer:
+    """Every text begins with a space, which is part of its first token."""
+    vocab = {"<unk>": 0, "▁": 1, "a": 2, "b": 3, "ab": 4, "▁ab": 5, "▁▁": 6, "c": 7, "abc": 8}
+    merges = [("▁", "▁"), ("a", "b"), ("▁", "ab"), ("ab", "c")]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>"))
+    steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    return el.Tokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choice", "separator", "tokens", "scored"),
+    [
+        ("ab", "ab", " ", "▁ab ▁ab", 1),  # each alone: ▁ab ▁▁ ab
+        ("ab ab", "a", " ", "▁ab ▁ab ▁ a", 2),
+        ("ba", "b", "", "▁ b ab", 1),  # the prompt's last token, a, is part of another one here
+        ("ab", "", " ", "▁ab ▁", 1),
+        ("ab", "ab", "", "▁ab ab", 1),
+    ],
+)
+def test_prompt_and_choice_are_one_text(params, prompt, choice, separator, tokens: str, scored: int) -> None:
+    tokenizer = llama_2_tokenizer()
+    answerer = Choice(Decoder(CONFIG), params, tokenizer, separator=separator)
+    row = {"prompt": prompt, "choices": [choice]}
+    question = answerer._question(row)
+    assert [tokenizer.backend.id_to_token(i) for i in question.sequences[0]] == tokens.split()
+    assert question.answered == question.sizes[0] == scored
+    ids = question.sequences[0]
+    log_p = jax.nn.log_softmax(testing.all_logits(CONFIG, params, jnp.asarray([ids]))[2][0])
+    nats = [float(log_p[i - 1, ids[i]]) for i in range(len(ids) - scored, len(ids))]
+    assert answerer.answer([row])[0].scores["energy"] == pytest.approx(sum(nats) / scored, rel=1e-4)
+
+
+def test_a_choice_without_a_token_to_score_fails(params) -> None:
+    answerer = Choice(Decoder(CONFIG), params, llama_2_tokenizer(), separator="")
+    answers = answerer.answer([{"prompt": "ab", "choices": ["ab", ""]}, {"prompt": "", "choices": ["ab"]}])
+    assert "choices=['ab', '']: every choice needs at least one character" in str(answers[0].error)
+    assert "prompt='': needs at least one token" in str(answers[1].error)
+
+
+def test_a_real_tokenizer_reads_a_choice_as_it_reads_text(params) -> None:
+    folder = Path(os.environ.get("ELASTIC_LM_SHARED", "")) / "data" / "weights" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("needs ELASTIC_LM_SHARED with a real tokenizer")
+    tokenizer, prompt, choice = el.Tokenizer.load(folder), "Once upon a time", "there was a little girl"
+    question = Choice(Decoder(CONFIG), params, tokenizer)._question({"prompt": prompt, "choices": [choice]})
+    assert question.sequences == [tokenizer.encode(f"{prompt} {choice}", bos=True)]
+    assert tokenizer.decode(question.sequences[0][question.starts[0] :]).strip() == choice
 
 
 def test_answers_do_not_depend_on_the_batch_and_nothing_is_compiled_per_row(params, rows) -> None:
