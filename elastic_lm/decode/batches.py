@@ -3,13 +3,15 @@
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
+import jax
+
 from elastic_lm.decode.answerers import Answer, failed
 
 Given = TypeVar("Given")
 Encoded = TypeVar("Encoded")
 Shape = TypeVar("Shape", bound=Hashable)
 
-ROW_ERRORS = (ValueError, TypeError, LookupError)  # what a row that cannot be read raises
+ROW_ERRORS = (ValueError, TypeError, LookupError, AttributeError)  # what a row that cannot be read raises
 
 
 def answer_alike(
@@ -23,7 +25,8 @@ def answer_alike(
     Args:
       rows: of any shapes.
       encode: from a row to (its shape, what is batched); what it raises is the error of this row alone.
-      run: from a shape and at most `batch_size` encoded rows to their answers.
+      run: from a shape and at most `batch_size` encoded rows to their answers; where a program fails, as for
+        want of memory, that is the error of these rows alone.
       batch_size: rows per batch.
 
     Returns:
@@ -43,9 +46,18 @@ def answer_alike(
     for shape, group in alike.items():
         for first in range(0, len(group), batch_size):
             batch = group[first : first + batch_size]
-            found = run(shape, [encoded for _, encoded in batch])
+            found = _run(run, shape, [encoded for _, encoded in batch])
             answers.update(zip([i for i, _ in batch], found, strict=True))
     return [answers[i] for i in range(count)]
+
+
+def _run(
+    run: Callable[[Shape, list[Encoded]], Sequence[Answer]], shape: Shape, batch: list[Encoded]
+) -> Sequence[Answer]:
+    try:
+        return run(shape, batch)
+    except jax.errors.JaxRuntimeError as error:
+        return [failed(error)] * len(batch)
 
 
 def shape_or_none(row: Given, encode: Callable[[Given], tuple[Shape, Encoded]]) -> Shape | None:

@@ -33,6 +33,7 @@ class TextAnswerer:
         max_new_tokens: int = 32,
         *,
         template: str = "{text}",
+        max_len: int = 512,
         labels: Sequence[str] | None = None,
         encoder_head: bool = False,
         scoring: Scoring = PLAIN,
@@ -44,6 +45,8 @@ class TextAnswerer:
           model: with its tokenizer.
           max_new_tokens: tokens of an answer at most.
           template: makes a row's source of its fields, as `str.format` does: "sst2 sentence: {text}".
+          max_len: tokens that are read of a source, its end token included; longer ones lose their end, as
+            in training.
           labels: the only texts that may be answered; the output is then the index of one.
           encoder_head: add the scores of the head on the encoder, which reads the source once more.
           scoring: of the energy; only its temperature can be chosen here.
@@ -55,6 +58,10 @@ class TextAnswerer:
         require(model.tokenizer is not None, "model.tokenizer", None, "give it a tokenizer")
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             require(AT_LEAST_1[0](value), name, value, AT_LEAST_1[1])
+        self._ends = list(model.config.eos_ids[:1])
+        fix = f"must be above the {len(self._ends)} end tokens and at most the model's {model.max_len}"
+        require(len(self._ends) < max_len <= model.max_len, "max_len", max_len, fix)
+        self._longest = max_len - len(self._ends)
         fix = "energies of encoder-decoder models are not centred; fit thresholds per checkpoint"
         require(scoring.centre == "none", "centre", scoring.centre, fix)
         self.scoring, self.names = scoring, tuple(labels or ())
@@ -79,7 +86,7 @@ class TextAnswerer:
         assert self._model.tokenizer is not None
         source = self._template.format_map(row)
         require(bool(source), "source", source, "is empty: give at least one character")
-        ids = [*self._model.tokenizer.encode(source), *self._model.config.eos_ids[:1]]
+        ids = [*self._model.tokenizer.encode(source)[: self._longest], *self._ends]
         return bucket(len(ids)), ids
 
     def _generate(self, width: int, sources: list[list[int]]) -> list[Answer]:

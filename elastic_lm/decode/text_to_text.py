@@ -24,6 +24,7 @@ from elastic_lm.models.kinds import Model
 from elastic_lm.plain import AT_LEAST_1, POSITIVE, require
 
 Source = str | Sequence[int]
+LONGEST = 4096  # tokens of a source
 
 # Static: the config, the capacity. Traced: everything else.
 jit_generate = jax.jit(generate, static_argnames=("config", "capacity"))
@@ -79,21 +80,26 @@ class TextToText:
     settings and limits are traced: changing them compiles nothing.
     """
 
-    def __init__(self, model: Model, params: Params, tokenizer: TextTokenizer | None = None):
+    def __init__(
+        self, model: Model, params: Params, tokenizer: TextTokenizer | None = None, *, max_len: int = LONGEST
+    ):
         """Creates one.
 
         Args:
           model: an encoder-decoder; its config is static.
           params: canonical parameters.
           tokenizer: needed for text; token-id sources work without and give empty text.
+          max_len: tokens of a source at most. The model sets no limit, but attention over S tokens takes
+            memory for 4 S^2 bytes per row and head.
 
         Raises:
-          ValueError: the model is of another kind.
+          ValueError: the model is of another kind, or max_len is below 1.
         """
         if not isinstance(model, EncoderDecoder):
             kind = type(model).__name__
             raise ValueError(f"model={kind}: must be an EncoderDecoder, such as T5; decoders run in Sampler")
-        self.config, self.params, self.tokenizer = model.config, params, tokenizer
+        require(AT_LEAST_1[0](max_len), "max_len", max_len, AT_LEAST_1[1])
+        self.config, self.params, self.tokenizer, self.max_len = model.config, params, tokenizer, max_len
 
     def generate(
         self,
@@ -116,7 +122,7 @@ class TextToText:
           One result per source, in their order.
 
         Raises:
-          ValueError: an empty source, an unknown setting, or a value out of range.
+          ValueError: an empty or too long source, an unknown setting, or a value out of range.
         """
         how = make_settings(settings)
         rows = self._encode(sources)
@@ -151,7 +157,7 @@ class TextToText:
           Labels, their log probabilities and the energies that E-LANG routes by.
 
         Raises:
-          ValueError: an empty source or label, or a label that is there twice.
+          ValueError: an empty or too long source or label, or a label that is there twice.
         """
         require(not isinstance(labels, str), "labels", labels, "must be a list of labels")
         rows, targets = self._encode(sources), self._encode(list(labels), "label")
@@ -174,7 +180,7 @@ class TextToText:
           sources: as in `generate`.
 
         Raises:
-          ValueError: an empty source, or the model has no such head.
+          ValueError: an empty or too long source, or the model has no such head.
         """
         rows = self._encode(sources)
         logits = jit_encoder_logits(self.config, self.params, *_pad(rows))
@@ -197,6 +203,8 @@ class TextToText:
                 item = self._tokens(f"{what} {i}", item)
             ids = [int(token) for token in item]
             require(bool(ids), f"{what} {i}", ids, "is empty: give at least one token")
+            fix = f"is more than max_len={self.max_len}: shorten it, or give TextToText a larger max_len"
+            require(len(ids) <= self.max_len, f"{what} {i}: tokens", len(ids), fix)
             check_ids(f"{what} {i}", ids, self.config.vocab_size)
             rows.append(ids)
         require(bool(rows), f"{what}s", rows, "give at least one")

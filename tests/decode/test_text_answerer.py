@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from small_models import Letters, drawn
@@ -67,10 +68,37 @@ def test_the_head_on_the_encoder() -> None:
         TextAnswerer(el.TextToText(el.EncoderDecoder(CONFIG), {}, Letters()), encoder_head=True)
 
 
+def test_long_sources_are_cut_as_in_training(model: el.TextToText) -> None:
+    rows = [{"q": "A" * 60_000}, ROWS[0], {"q": "A" * 7}]
+    answerer = TextAnswerer(model, 5, template="{q}", max_len=8, batch_size=2)
+    answers = answerer.answer(rows)
+    assert answers[0] == answers[2]
+    assert answerer.bucket(rows[0]) == 32
+    assert TextAnswerer(model, template="{q}").bucket(rows[0]) == 512
+    for longest in (1, 5000):
+        with pytest.raises(ValueError, match=rf"max_len={longest}: must be above the 1 .* at most .* 4096"):
+            TextAnswerer(model, max_len=longest)
+
+
+def test_a_batch_whose_program_fails_fails_alone(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(sources, *how, **also):
+        if len(sources[0]) > 40:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return real(sources, *how, **also)
+
+    real = model.generate
+    monkeypatch.setattr(model, "generate", generate)
+    answers = TextAnswerer(model, 5, template="{q}", batch_size=2).answer(ROWS)
+    assert [answer.error is None for answer in answers] == [True, True, True, False, True]
+    assert answers[3].error == "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"
+
+
 def test_rows_that_cannot_be_read_fail_alone(model: el.TextToText) -> None:
     answers = TextAnswerer(model, 5, template="{q}", batch_size=2).answer([{}, {"q": ""}, ROWS[0]])
     assert [answer.error is None for answer in answers] == [False, False, True]
     assert "'q'" in str(answers[0].error)
+    (answer,) = TextAnswerer(model, 5, template="{q.x}").answer(ROWS[:1])
+    assert answer.error == "AttributeError: 'str' object has no attribute 'x'"
     with pytest.raises(ValueError, match="centre='mean'"):
         TextAnswerer(model, scoring=Scoring(centre="mean"))
     with pytest.raises(ValueError, match="max_new_tokens=0"):

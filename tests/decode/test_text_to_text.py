@@ -212,6 +212,9 @@ def test_bad_labels_heads_and_tokenizers_are_named(model, reference):
         model.classify([[3]], "yes")
     with pytest.raises(ValueError, match="label 1=''"):
         model.classify([[3]], ["a", ""])
+    short = TextToText(EncoderDecoder(reference.config), reference.params, max_len=8)
+    with pytest.raises(ValueError, match=r"source 0: tokens=9: is more than max_len=8: shorten it, or give"):
+        short.generate([3] * 9)
     with pytest.raises(ValueError, match=r"n_labels=0: .* attach_encoder_head"):
         model.encoder_logits([[3]])
     with pytest.raises(ValueError, match="model=Decoder: must be an EncoderDecoder"):
