@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from elastic_lm.decode.answerers import Answer, Row, failed
+from elastic_lm.decode.replies_in_time import opener
 from elastic_lm.plain import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require, require_choice
 
 STYLES = ("rows", "openai")
@@ -61,8 +63,9 @@ class Endpoint:
     """A model behind HTTP: one POST of JSON per row, several at a time.
 
     Style "rows": the body is {"row": the row} and the reply {"output": ..., "scores": {name: number},
-    "cost": number}, the last two as wanted. Style "openai" is a completion: the body is {"model", "prompt",
-    "max_tokens", "temperature": 0} with the row's text as prompt, and the output is choices[0].text.
+    "cost": number}, the last two as wanted; scores are finite, costs also at least 0. Style "openai" is a
+    completion: the body is {"model", "prompt", "max_tokens", "temperature": 0} with the row's text as prompt,
+    and the output is choices[0].text.
 
     Connections that fail, timeouts, and the statuses 408, 425, 429 and 5xx are tried again, each time after
     twice the wait; other statuses are errors at once. After a row for which that was in vain the service
@@ -87,7 +90,7 @@ class Endpoint:
 
         Args:
           url: where rows are posted to, http or https.
-          timeout: seconds until a try counts as failed.
+          timeout: seconds that a whole try may take, its reply included.
           retries: further tries per row.
           backoff: seconds before the first of them.
           workers: rows under way at once.
@@ -109,7 +112,7 @@ class Endpoint:
         self.url, self._timeout, self._retries, self._backoff = url, timeout, retries, backoff
         self._workers, self._style, self._field, self._cost = workers, style, text_field, cost
         self._options, self._headers = dict(options or {}), dict(headers or {})
-        self._down = False
+        self._down, self._opener = False, opener()
 
     def answer(self, rows: Sequence[Row]) -> list[Answer]:
         """See `answerers.Answerer`."""
@@ -153,21 +156,34 @@ class Endpoint:
         headers = {"Content-Type": "application/json", **self._headers}
         request = urllib.request.Request(self.url, body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as reply:
+            with self._opener.open(request, timeout=self._timeout) as reply:
                 return reply.read()
         except http.client.HTTPException as error:
             raise ConnectionError(f"the reply broke off: {type(error).__name__} {error}") from error
 
     def _read(self, reply: bytes, seconds: float) -> Answer:
+        rows = self._style == "rows"
         try:
             content = json.loads(reply)
-            if self._style == "openai":
-                return Answer(content["choices"][0]["text"], cost=self._cost, seconds=seconds)
-            scores = {str(name): float(value) for name, value in (content.get("scores") or {}).items()}
-            return Answer(content["output"], scores, float(content.get("cost", self._cost)), seconds)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            wanted = '"output"' if self._style == "rows" else "choices[0].text"
+            output = content["output"] if rows else content["choices"][0]["text"]
+        except (ValueError, TypeError, LookupError) as error:
+            wanted = '"output"' if rows else "choices[0].text"
             raise ValueError(f"the reply has no {wanted}: {reply[:80]!r}") from error
+        scores, cost = (content.get("scores"), content.get("cost")) if rows else (None, None)
+        require(isinstance(scores, dict | None), "scores", scores, "must map names to numbers")
+        numbers = {name: _number(f"scores.{name}", value) for name, value in (scores or {}).items()}
+        cost = self._cost if cost is None else _number("cost", cost)
+        require(NOT_NEGATIVE[0](cost), "cost", cost, NOT_NEGATIVE[1])
+        return Answer(output, numbers, cost, seconds)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (ValueError, TypeError, OverflowError):
+        number = math.nan
+    require(math.isfinite(number), name, value, "must be a finite number")
+    return number
 
 
 def _reason(error: BaseException) -> str:

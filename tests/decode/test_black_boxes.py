@@ -89,10 +89,52 @@ def test_what_may_pass_is_tried_again_and_what_is_refused_is_not() -> None:
     assert tries == {0: 1, 1: 3, 2: 3, 3: 3, 4: 1, 5: 3}
 
 
-@pytest.mark.parametrize(("text", "message"), [("<html>", "no \"output\": b'<html>'"), ("{}", 'no "output"')])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<html>", "no \"output\": b'<html>'"),
+        ("{}", 'no "output"'),
+        ('{"output": 1, "scores": {"energy": Infinity}}', "scores.energy=inf: must be a finite number"),
+        ('{"output": 1, "scores": {"energy": null}}', "scores.energy=None: must be a finite number"),
+        ('{"output": 1, "scores": [1]}', "scores=[1]: must map names to numbers"),
+        ('{"output": 1, "cost": -5}', "cost=-5.0: must be at least 0 and finite"),
+        ('{"output": 1, "cost": 1%s}' % ("0" * 400), "must be a finite number"),
+    ],
+)
 def test_replies_that_are_none(text: str, message: str) -> None:
     with served(lambda body, tries: (200, text)) as (url, _):
         assert message in str(Endpoint(url, **QUICK).answer([{}])[0].error)
+
+
+def test_a_cost_of_null_is_none() -> None:
+    with served(lambda body, tries: (200, '{"output": 1, "scores": null, "cost": null}')) as (url, _):
+        assert Endpoint(url, cost=3.0, **QUICK).answer([{}]) == [Answer(1, cost=3.0)]
+
+
+def test_a_row_is_not_sent_elsewhere() -> None:
+    with served(lambda body, tries: (302, "")) as (url, requests):
+        assert "HTTP status 302" in str(Endpoint(url, **QUICK).answer([{}])[0].error)
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize(
+    "start", [b"HTTP/1.1 200 OK\r\nContent-Length: 200\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: ", b""]
+)
+def test_a_reply_that_drips_is_given_up_in_time(start: bytes) -> None:
+    def drip() -> None:
+        with listener.accept()[0] as line, contextlib.suppress(OSError):
+            line.sendall(start)
+            for _ in range(100):
+                line.sendall(b" ")
+                time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.perf_counter()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        answer = Endpoint(url, timeout=0.2, retries=0).answer([{}])[0]
+        assert time.perf_counter() - began < 1.5
+    assert "timed out" in str(answer.error)
 
 
 def test_a_service_that_is_down_costs_no_more_than_it_must() -> None:
