@@ -57,6 +57,26 @@ def slice_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[M
     return subnet.sliced(config), small
 
 
+def slice_layer(config: ModelConfig, params: Params, subnet: Subnet, index: int) -> Params:
+    """One layer of what `slice_params` gives, for programs that hold no more of it at once.
+
+    Args:
+      config: the whole model; static.
+      params: its canonical parameters.
+      subnet: what stays; static.
+      index: the layer's number in the slice; static.
+
+    Returns:
+      {its name in the slice: its parameters}.
+
+    Raises:
+      ValueError: see `slice_params`.
+    """
+    layer = subnet.layers[index]
+    edit = _edits(config, params, subnet, slice_edit)[layer]
+    return {f"layers_{index}": edit_params(params[f"layers_{layer}"], edit)}
+
+
 def mask_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[ModelConfig, Params]:
     """A model of the old shapes that computes what the sliced one does, with zeros for what is cut.
 

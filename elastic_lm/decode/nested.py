@@ -6,7 +6,10 @@ it, and the Super costs what is left to do:
     h = layers_1..l (x)        Swift = exit_l(h)        Super = head(layers_l+1..L (h))
 
 A sub-network's states are its own, so that the Super begins again; its weights are slices of the Super's,
-cut inside the programs. One model's weights lie in memory either way.
+cut inside the programs. Between calls one model's weights lie in memory either way. A program that reads
+known tokens, as for multiple choice and scores, holds one layer's slice beside them (`reading.read`). One
+that generates holds the whole slice until its batch is done: to cut every layer in every step would make
+half the width slower than all of it (measured on CPU: 11.4 ms per token, all 9.9 ms, half alone 4.8 ms).
 """
 
 import dataclasses

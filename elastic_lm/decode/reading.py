@@ -2,7 +2,8 @@
 
 A part is the whole model, its layers up to an exit, or a sub-network; and it may go on from a state that an
 earlier part left. Programs take the whole model's parameters in every case: a sub-network is sliced inside
-them, so that no second model lies in memory.
+them layer by layer, so that beside the model one layer's slice lies in memory, and that of the vocabulary
+head where channels are cut.
 """
 
 import dataclasses
@@ -20,9 +21,10 @@ from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.requests import bucket
 from elastic_lm.elastic import Subnet
 from elastic_lm.models.decoder import Decoder, Params, default_positions, vocab_logits
+from elastic_lm.nn.block import Rows, Tap
 from elastic_lm.plain import require
 from elastic_lm.sequence_cost import layer_flops
-from elastic_lm.slicing import slice_params
+from elastic_lm.slicing import slice_layer, slice_params
 
 CHUNK = 64  # columns of logits alive at once
 
@@ -101,13 +103,16 @@ def read(
     Returns:
       Reading; with arrays of no size as states and rows unless `keep`.
     """
-    config = part.model
-    if part.subnet is not None:
+    config, whole = part.model, params
+    if part.subnet is not None:  # of layers, no more than exits read
         params = slice_params(part.config, params, part.subnet)[1]
     decoder = Decoder(config).bind({"params": params})
     positions = default_positions(tokens_BT, None)
     hidden = decoder.embed(tokens_BT, positions) if entering_BTD is None else entering_BTD
-    tap, rows = decoder.run_layers(hidden, positions, part.begun, part.layers)
+    if part.subnet is None:
+        tap, rows = decoder.run_layers(hidden, positions, part.begun, part.layers)
+    else:
+        tap, rows = _run_slices(part, part.subnet, whole, tokens_BT, hidden)
     if part.exit is None:
         features, kernel, temperature = decoder.final_features(tap.hidden), decoder.final_kernel(), 1.0
     else:
@@ -124,6 +129,31 @@ def read(
     log_prob, scores = _over_columns(columns, (features, following))
     kept = (tap.hidden, tuple(rows)) if keep else (jnp.zeros(0), ())
     return Reading(log_prob, scores, *kept)
+
+
+def _run_slices(
+    part: Part, subnet: Subnet, params: Params, tokens_BT: jax.Array, hidden_BTD: jax.Array
+) -> tuple[Tap, list[Rows]]:
+    """`Decoder.run_layers` over layers that are sliced one after the other; arguments as in `read`.
+
+    Each is sliced inside a conditional, which begins when the state is there: XLA's CPU backend would slice
+    all layers first, as nothing has to be waited for. The condition always holds, which XLA cannot know.
+    """
+    tap, rows, always, positions_BT = None, [], jnp.all(tokens_BT >= 0), default_positions(tokens_BT, None)
+    for i in range(part.begun, part.layers):
+
+        def layer(hidden_BTD: jax.Array, i: int = i) -> tuple[Tap, list[Rows]]:
+            own = slice_layer(part.config, params, subnet, i)
+            return Decoder(part.model).bind({"params": own}).run_layers(hidden_BTD, positions_BT, i, i + 1)
+
+        def nothing(hidden_BTD: jax.Array, layer: Any = layer) -> tuple[Tap, list[Rows]]:
+            shapes = jax.eval_shape(layer, hidden_BTD)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        tap, new = jax.lax.cond(always, layer, nothing, hidden_BTD)
+        hidden_BTD, rows = tap.hidden, [*rows, *new]
+    assert tap is not None
+    return tap, rows
 
 
 def _over_columns(function: Callable[[Any], Any], arrays: Any) -> Any:

@@ -112,7 +112,7 @@ class Sampler:
           keep_subnets: sub-networks whose slices and compiled programs stay in memory; the one that was
             served longest ago goes first. The whole model stays.
           slice_inside: sub-networks are sliced inside their programs, whenever these run, and hold no memory
-            beside the whole model's.
+            between calls; while a batch is decoded its slice lies beside the whole model.
 
         Raises:
           ValueError: the policy does not fit the model's exits, a setting is out of range, or the budget or

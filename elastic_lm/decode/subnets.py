@@ -80,7 +80,8 @@ class Subnets:
           config: the whole model.
           params: its canonical parameters, which are not copied.
           keep: sub-networks whose arrays and programs stay in memory.
-          inside: arrays are sliced inside the programs, whenever these run, and none stay in memory.
+          inside: arrays are sliced inside the programs, whenever these run; they take a slice's memory
+            while these do, and none between.
 
         Raises:
           ValueError: `keep` is below 1.
@@ -141,7 +142,11 @@ def _sliced(config: ModelConfig, params: Params, subnet: Subnet) -> Served:
 
 
 def _sliced_inside(config: ModelConfig, params: Params, subnet: Subnet) -> Served:
-    """A sub-network that owns no arrays: its programs take the whole model's and slice them first."""
+    """A sub-network that owns no arrays: its programs take the whole model's and slice them first.
+
+    The slice lies in memory until a program ends. Slicing each layer where it is read would not serve in
+    decoding, as every step would copy it (see `nested`).
+    """
 
     def inside(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

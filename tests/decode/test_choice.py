@@ -4,6 +4,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from small_models import Letters
 
 import elastic_lm as el
 from elastic_lm import slicing, testing
-from elastic_lm.calibrate.routing_scores import Scoring
+from elastic_lm.calibrate.routing_scores import PLAIN, Scoring
 from elastic_lm.decode import reading
 from elastic_lm.decode.cascade import Cascade
 from elastic_lm.decode.choice import Choice
@@ -165,6 +166,24 @@ def test_a_sub_network_is_a_swift_that_holds_nothing(params, rows) -> None:
     for answer, other in zip(answers, expected, strict=True):
         assert (answer.output, answer.cost) == (other.output, other.cost)
         assert dict(answer.scores) == pytest.approx(dict(other.scores), rel=1e-5, abs=1e-5)
+
+
+def test_a_sub_network_is_sliced_layer_by_layer() -> None:
+    config = testing.tiny_config(n_layers=4, d_model=64, n_heads=4, d_mlp=1024, vocab_size=64)
+    params = testing.random_params(config)
+    subnet = dataclasses.replace(Subnet.uniform(config, mlp=0.5, heads=0.5), d_model=32)
+    slices = [slicing.slice_layer(config, params, subnet, i) for i in range(4)]
+    small, cut = slicing.slice_params(config, params, subnet)
+    chex.assert_trees_all_equal(slices, [{name: cut[name]} for name in (f"layers_{i}" for i in range(4))])
+    layer = sum(x.nbytes for x in jax.tree.leaves(slices[0]))
+    head = cut["embed"]["table"].nbytes
+    tokens = jnp.ones((1, 32), jnp.int32)
+    own, inside = (
+        reading.read.lower(*given, tokens, scoring=PLAIN).compile().memory_analysis().temp_size_in_bytes
+        for given in ((reading.Part(small), cut), (reading.Part(config, subnet=subnet), params))
+    )
+    assert inside <= own + 1.2 * layer + head
+    assert 1.2 * layer + head < 2 * layer
 
 
 def held() -> int:
