@@ -9,8 +9,8 @@ C_i of both, a threshold t gives
 
 which change at the scores alone: thresholds between two neighbouring scores, and below and above all of
 them, are every choice there is. Where a Swift knows its scores before it answers, c_i ends there, and what
-is left to do, k_i, is added where s_i >= t. E-LANG takes the cheapest that reaches the Super's accuracy, or the one
-that is most accurate (arXiv 2203.00748). These are averages over the rows that chose the threshold;
+is left to do, k_i, is added where s_i >= t. E-LANG takes the cheapest that reaches the Super's accuracy, or
+the one that is most accurate (arXiv 2203.00748). These are averages over the rows that chose the threshold;
 `routing_risk` states what holds for new rows.
 """
 

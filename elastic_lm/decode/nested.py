@@ -128,11 +128,12 @@ def nested_classifier(
       (Swift, Super). The Super's answers to rows that the Swift has begun equal those from scratch.
 
     Raises:
-      ValueError: the exit has as many layers as the model, or is not made of the model's layers.
+      ValueError: the exit has no head, as many layers as the model, or other layers than the model's.
     """
     small, own = exit
     layers, most = small.config.n_layers, model.config.n_layers
     require(layers < most, "exit.n_layers", layers, f"must leave some of the {most} layers to the Super")
+    require(small.config.n_labels > 0, "exit.n_labels", 0, "the exit has no task head; train one")
     named = ("n_layers", "mlm", *HEAD_FIELDS)
     for name, value in dataclasses.asdict(small.config).items():
         own_value = getattr(model.config, name)

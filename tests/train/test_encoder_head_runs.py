@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from test_task_runs import WORDS, write_records
 
-from elastic_lm import checkpoint
+from elastic_lm import checkpoint, cli
+from elastic_lm.calibrate.routing_rule import RoutingRule
 from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.decode.text_to_text import TextToText
@@ -18,6 +19,7 @@ from elastic_lm.jsonl import read_rows
 from elastic_lm.loading import load
 from elastic_lm.methods.task_tuning import TaskBatch, task_logits
 from elastic_lm.models.kinds import init_params
+from elastic_lm.sequence_cost import text_to_text_flops
 from elastic_lm.task_config import TaskConfig, TaskRun
 from elastic_lm.train.tasks import fit_task
 from elastic_lm.train_config import TrainConfig
@@ -101,6 +103,36 @@ def test_a_head_is_kept_and_teaches(run: TaskRun, folder: Path, trained: dict[st
     assert np.corrcoef(*difference)[0, 1] > 0.8
     with pytest.raises(ValueError, match="has a head of 2 classes on its encoder, and the task 3"):
         fit_task(changed(again, "task", labels=("neg", "pos", "odd")), tmp_path / "three")
+
+
+def test_route_asks_the_head_and_decodes_only_what_is_kept(
+    folder: Path, trained: dict[str, float], tmp_path: Path, capsys
+) -> None:
+    _, super_params = load(folder / "t5")
+    super_ = dataclasses.replace(CONFIG, eos_ids=Tokenizer.load(folder / "t5").eos_ids)
+    checkpoint.save_model(tmp_path / "super", super_, super_params, Tokenizer.load(folder / "t5"))
+    models = ("--swift", folder / "run" / "model", "--super", tmp_path / "super")
+    models += ("--data", folder / "dev.jsonl", "--text-field", "review", "--template", "review: {review}")
+    models += ("--labels", "neg,pos")
+    rule, out = tmp_path / "rule.json", tmp_path / "out.jsonl"
+    command = ("--target-cost", 1e12, "--score", "encoder_energy", "--out", rule)
+    assert cli.main([str(a) for a in ("route", "fit", *models, *command)]) == 0
+    fitted = RoutingRule.load(rule)
+    middle = fitted.curve[len(fitted.curve) // 2]
+    dataclasses.replace(fitted, threshold=middle.threshold).save(rule)
+    assert cli.main([str(a) for a in ("route", "run", *models, "--rule", rule, "--out", out)]) == 0
+    lines = list(read_rows(out))
+    assert {line["model"] for line in lines} == {"swift", "super"}
+    assert np.mean([line["cost"] for line in lines]) == pytest.approx(middle.cost)
+    tokenizer = Tokenizer.load(folder / "run" / "model")
+    for line, row in zip(lines, read_rows(folder / "dev.jsonl"), strict=True):
+        read = len(tokenizer.encode("review: " + row["review"])) + len(tokenizer.eos_ids[:1])
+        whole = text_to_text_flops(super_, read, 1)
+        known = text_to_text_flops(super_, read, 0) if line["model"] == "super" else 0
+        assert line["cost"] == known + whole + 2 * 2 * super_.d_model
+    none = ("--swift", tmp_path / "super", "--threshold", 0, "--score", "encoder_energy", "--out", out)
+    assert cli.main([str(a) for a in ("route", "run", *models, *none)]) == 2
+    assert "encoder_head=True: the model has none; train one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
