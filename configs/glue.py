@@ -5,6 +5,8 @@ COMMAND   hf download google-bert/bert-base-uncased --local-dir models/bert-base
           another encoder: --config.train.init_from=HF_DIR
           towards a teacher that was tuned on the same task:
           --config.train.teacher_from=runs/sst2/model --config.train.distil=0.7
+          a head on the encoder of a T5, by which `elastic-lm route --score encoder_energy` goes:
+          --config.train.init_from=T5_DIR --config.train.tuned=head --config.task.prefix="sst2 sentence: "
           files of your own: --config.task.paths="('my.csv',)" --config.task.text_field=review
 HARDWARE  one accelerator, or a CPU for small encoders
 DURATION  on one CPU core a 6-layer encoder of width 384 reads about 15 sentences of 32 tokens per second

@@ -85,7 +85,10 @@ def _rows(parser: argparse.ArgumentParser) -> None:
 
 def _energy(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--score", help="energy (default), max_prob, entropy, margin; _min, prompt_: of sequences; random")
+    names = (
+        "energy (default), max_prob, entropy, margin; _min, prompt_: of sequences; random; encoder_: of the "
+    )
+    add("--score", help=names + "head on an encoder-decoder's encoder, before it decodes")
     add("--temperature", type=float, metavar="T", help="of the energy (default: 1)")
     add("--centre", choices=("none", "mean"), help="measure logits from their mean (default: none)")
     add("--seed", type=int, default=0, help="of random scores and of the halves of --risk (default: 0)")

@@ -61,10 +61,8 @@ class TextAnswerer:
         require(scoring.centre == "none", "centre", scoring.centre, fix)
         self.scoring, self.names = scoring, tuple(labels or ())
         self._model, self._most, self._template = model, max_new_tokens, template
-        classes = model.config.n_labels
-        require(
-            classes > 0 or not encoder_head, "encoder_head", encoder_head, "the model has none; train one"
-        )
+        there = model.config.n_labels > 0 or not encoder_head
+        require(there, "encoder_head", encoder_head, "the model has none; train one with tuned='head'")
         self._batch_size, self._encoder_head = batch_size, encoder_head
 
     def bucket(self, row: Row) -> int | None:
