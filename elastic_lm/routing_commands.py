@@ -15,7 +15,7 @@ from elastic_lm.calibrate.routing import ALWAYS_SUPER, Measured
 from elastic_lm.calibrate.routing_risk import RoutingRisk
 from elastic_lm.calibrate.routing_rule import RoutingRule, fit
 from elastic_lm.calibrate.routing_scores import Scoring, score_of
-from elastic_lm.decode.answerers import Answer, Answerer, Row
+from elastic_lm.decode.answerers import Answer, Answerer, Row, previewing
 from elastic_lm.decode.cascade import Cascade
 from elastic_lm.decode.routing_results import Routed, Statistics
 from elastic_lm.generation import prepare_output
@@ -42,9 +42,10 @@ def fit_command(args: argparse.Namespace) -> None:
     require(bool(rows), "--data", args.data, "holds no row")
     _check_labels(rows, args)
     scoring = Scoring(1.0 if args.temperature is None else args.temperature, args.centre or "none")
-    swift, super_ = make_pair(args, rows[0], scoring)
     score = args.score or "energy"
-    cascade = Cascade(swift, super_, _always_super(score, scoring, args.seed), batch_size=args.batch_size)
+    swift, super_ = make_pair(args, rows[0], scoring, score)
+    rule = _always_super(score, scoring, args.seed)
+    cascade = Cascade(swift, super_, rule, batch_size=args.batch_size, preview=False)
     results = _watched(cascade, rows, len(rows))
     risk = None if args.risk is None else RoutingRisk(args.risk, args.epsilon or 0.05)
     rule = fit(
@@ -110,24 +111,28 @@ def measured(
         ]
 
     swift, super_ = [r.swift for r in good], [r.answer for r in good]
+    whole = known = _costs(swift, args, "swift")
+    if previewing(models[0], score):
+        known = _costs([a.preview for a in swift if a.preview is not None], args, "swift")
     return Measured.of(
         [score_of(r.swift.scores, score, args.seed, r.index) for r in good],
         qualities(swift, names[0]),
         qualities(super_, names[1]),
-        _costs(swift, args, "swift"),
+        known,
         _costs(super_, args, "super"),
+        whole - known,
     )
 
 
-def _costs(answers: list[Answer], args: argparse.Namespace, model: str) -> Any:
+def _costs(answers: list[Answer], args: argparse.Namespace, model: str) -> np.ndarray:
     """Of every row: FLOPs, or the median seconds, which compilation does not move."""
     if args.cost == "seconds":
-        return float(np.median([answer.seconds for answer in answers]))
+        return np.asarray(np.median([answer.seconds for answer in answers]))
     costs = [answer.cost for answer in answers]
     if not any(costs) and model == "super":
         fix = "the service does not say what a row costs; give it, or --cost seconds"
         raise ValueError(f"--super-cost {args.super_cost:g}: {fix}")
-    return costs
+    return np.asarray(costs)
 
 
 def quality(output: Any, label: Any, names: Sequence[str], tolerance: float | None) -> float:
@@ -192,7 +197,7 @@ def run_command(args: argparse.Namespace) -> None:
     _warn(rule, settings)
     journal = Journal(args.out, settings)
     try:
-        cascade = Cascade(*make_pair(args, first, rule.scoring), rule, batch_size=args.batch_size)
+        cascade = Cascade(*make_pair(args, first, rule.scoring, rule.score), rule, batch_size=args.batch_size)
         statistics = route(cascade, read_rows(args.data), journal, count_rows(args.data))
     finally:
         journal.close()

@@ -4,20 +4,21 @@ import argparse
 import os
 from typing import Any, cast
 
-from elastic_lm.calibrate.routing_scores import Scoring
+from elastic_lm.calibrate.routing_scores import PLACES, Scoring
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.answerers import Answerer, Row
 from elastic_lm.decode.black_boxes import Endpoint
 from elastic_lm.decode.choice import Choice
 from elastic_lm.decode.classifier import Classifier
 from elastic_lm.decode.generator import Generator
-from elastic_lm.decode.nested import nested_choice, nested_generator
+from elastic_lm.decode.nested import nested_choice, nested_classifier, nested_generator
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.text_answerer import TextAnswerer
 from elastic_lm.decode.text_to_text import TextToText
 from elastic_lm.loading import load, load_decoder
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.encoder import Encoder
+from elastic_lm.models.kinds import kind_of
 
 KEY = "ELASTIC_LM_API_KEY"  # environment variable
 
@@ -27,29 +28,34 @@ def is_url(place: str) -> bool:
     return place.startswith(("http://", "https://"))
 
 
-def make_pair(args: argparse.Namespace, row: Row, scoring: Scoring) -> tuple[Answerer, Answerer]:
+def make_pair(
+    args: argparse.Namespace, row: Row, scoring: Scoring, score: str = "energy"
+) -> tuple[Answerer, Answerer]:
     """The Swift and the Super that flags name.
 
     Args:
       args: flags of `routing_flags`.
       row: one of the data; choices in it make a decoder choose.
       scoring: of the Swift's energy.
+      score: that is read of the Swift.
 
     Raises:
       ValueError: a flag does not fit the models; names it.
     """
     if args.swift_exit is not None:
-        if args.swift or is_url(args.super_):
+        if args.swift or args.swift_inside or is_url(args.super_):
             raise ValueError(f"--swift-exit {args.swift_exit}: is an exit of the Super; leave --swift out")
         return _nested(args, row, scoring)
     if not args.swift:
         raise ValueError("--swift: name the small model, or --swift-exit of the Super")
-    swift = make_answerer(args, args.swift, row, scoring, cost=0.0)
-    return swift, make_answerer(args, args.super_, row, Scoring(), cost=args.super_cost, scored=False)
+    if args.swift_inside:
+        return _inside(args, scoring)
+    swift = make_answerer(args, args.swift, row, scoring, cost=0.0, score=score)
+    return swift, make_answerer(args, args.super_, row, Scoring(), cost=args.super_cost)
 
 
 def make_answerer(
-    args: argparse.Namespace, place: str, row: Row, scoring: Scoring, *, cost: float, scored: bool = True
+    args: argparse.Namespace, place: str, row: Row, scoring: Scoring, *, cost: float, score: str = ""
 ) -> Answerer:
     """One model, of the kind that its folder holds.
 
@@ -59,7 +65,7 @@ def make_answerer(
       row: see `make_pair`.
       scoring: of its energy.
       cost: FLOPs of a row, where the model is a service.
-      scored: whether anything reads its scores.
+      score: that is read of it; "" = none.
     """
     if is_url(place):
         return _service(args, place, cost)
@@ -67,16 +73,16 @@ def make_answerer(
     tokenizer = Tokenizer.load(place)
     shared: dict[str, Any] = {"scoring": scoring, "batch_size": args.batch_size}
     if isinstance(model, Encoder):
-        fields = {"text_field": args.text_field, "pair_field": args.pair_field}
-        return Classifier(model, params, tokenizer, **fields, **shared)
+        return Classifier(model, params, tokenizer, **_text_flags(args), **shared)
     if not isinstance(model, Decoder):
         template = args.template or f"{{{args.text_field}}}"
         labels = args.labels.split(",") if args.labels else None
         texts = TextToText(model, params, tokenizer)
-        return TextAnswerer(texts, args.max_new_tokens, template=template, labels=labels, **shared)
+        shared |= {"template": template, "labels": labels, "encoder_head": score.startswith(PLACES[2])}
+        return TextAnswerer(texts, args.max_new_tokens, **shared)
     if args.choices_field in row:
         return Choice(model, params, tokenizer, **_choice_flags(args), **shared)
-    shared |= {"prompt_field": args.text_field, "scored": scored}
+    shared |= {"prompt_field": args.text_field, "scored": bool(score)}
     return Generator(Sampler(*_whole(model, params), tokenizer, window=1), args.max_new_tokens, **shared)
 
 
@@ -105,6 +111,32 @@ def _nested(args: argparse.Namespace, row: Row, scoring: Scoring) -> tuple[Answe
         return nested_choice(model, params, tokenizer, **_choice_flags(args), **how)
     how["prompt_field"] = args.text_field
     return nested_generator(model, params, tokenizer, args.max_new_tokens, **how)
+
+
+def _inside(args: argparse.Namespace, scoring: Scoring) -> tuple[Answerer, Answerer]:
+    """An encoder and its own lowest layers, which lie in memory once."""
+    super_, params = _load_encoder("--super", args.super_)
+    swift = _load_encoder("--swift", args.swift)
+    tokenizer = Tokenizer.load(args.super_)
+    how = {**_text_flags(args), "scoring": scoring, "batch_size": args.batch_size}
+    try:
+        return nested_classifier(super_, params, swift, tokenizer, **how)
+    except ValueError as error:
+        raise ValueError(f"--swift {args.swift} --swift-inside: {error}") from error
+
+
+def _load_encoder(flag: str, place: str) -> tuple[Encoder, Params]:
+    if is_url(place):
+        raise ValueError(f"{flag} {place}: is a service, and --swift-inside goes with two folders")
+    model, params = load(place)
+    if not isinstance(model, Encoder):
+        kind = kind_of(model.config).name
+        raise ValueError(f"{flag} {place}: holds a {kind}, and --swift-inside goes with two encoders")
+    return model, params
+
+
+def _text_flags(args: argparse.Namespace) -> dict[str, Any]:
+    return {"text_field": args.text_field, "pair_field": args.pair_field}
 
 
 def _choice_flags(args: argparse.Namespace) -> dict[str, Any]:

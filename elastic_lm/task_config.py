@@ -23,7 +23,7 @@ class TaskConfig:
     pair_field: str = ""  # key of a second text, read after the first; "" = none
     label_field: str = "label"  # key of the class, the number, or the text to write
     labels: tuple[str, ...] = ()  # classes by their names in the files; () = those found, sorted
-    prefix: str = ""  # text_to_text: put before every text, like "translate English to German: "
+    prefix: str = ""  # encoder-decoders: put before every text, like "translate English to German: "
     max_len: int = 128  # tokens of a text or pair, the rest is cut off
     max_target: int = 64  # text_to_text: tokens of the text to write, the rest is cut off
     batch_size: int = 32  # records per optimizer step, over all devices
@@ -43,7 +43,7 @@ class TaskConfig:
         fix = f"not read with task.problem={self.problem!r}; leave it out"
         require(classes or not self.labels, "task.labels", self.labels, fix)
         writes = self.problem == "text_to_text"
-        require(writes or not self.prefix, "task.prefix", self.prefix, fix)
+        require(writes or classes or not self.prefix, "task.prefix", self.prefix, fix)
         require(not writes or not self.pair_field, "task.pair_field", self.pair_field, fix)
 
 
@@ -73,6 +73,9 @@ class TaskRun:
         require(right, "task.problem", self.task.problem, fix)
         fix = "text_to_text tunes every parameter; set 'all'"
         require(not writes or self.train.tuned == "all", "train.tuned", self.train.tuned, fix)
+        fix = "is about classes and texts: a regression's output has no normaliser; set 0"
+        right = self.task.problem != "regression" or not self.train.z_loss
+        require(right, "train.z_loss", self.train.z_loss, fix)
         layers, fix = self.train.init_layers, "layers are kept of encoders only; set 0"
         require(not writes or not layers, "train.init_layers", layers, fix)
         rows, parts = self.task.batch_size, self.train.accumulate

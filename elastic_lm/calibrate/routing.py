@@ -8,8 +8,9 @@ C_i of both, a threshold t gives
     cost(t) = mean (c_i + [s_i < t] C_i)
 
 which change at the scores alone: thresholds between two neighbouring scores, and below and above all of
-them, are every choice there is. E-LANG takes the cheapest that reaches the Super's accuracy, or the one
-that is most accurate (arXiv 2203.00748). These are averages over the rows that chose the threshold;
+them, are every choice there is. Where a Swift knows its scores before it answers, c_i ends there, and what
+is left to do, k_i, is added where s_i >= t. E-LANG takes the cheapest that reaches the Super's accuracy, or
+the one that is most accurate (arXiv 2203.00748). These are averages over the rows that chose the threshold;
 `routing_risk` states what holds for new rows.
 """
 
@@ -73,8 +74,9 @@ class Measured:
       scores: [N] float64 of the Swift, higher = surer; NaN goes to the Super.
       swift: [N] float64 quality of the Swift's answers, in [0, 1] (1 = correct).
       super_: [N] float64 of the Super's.
-      cost_swift: [N] float64, FLOPs or seconds.
+      cost_swift: [N] float64, FLOPs or seconds, until the score is known.
       cost_super: [N] float64, in the same unit.
+      cost_kept: [N] float64, likewise, of what the Swift does after its score is known.
     """
 
     scores: np.ndarray
@@ -82,10 +84,17 @@ class Measured:
     super_: np.ndarray
     cost_swift: np.ndarray
     cost_super: np.ndarray
+    cost_kept: np.ndarray
 
     @classmethod
     def of(
-        cls, scores: Rows, swift: Rows, super_: Rows, cost_swift: Rows | float, cost_super: Rows | float
+        cls,
+        scores: Rows,
+        swift: Rows,
+        super_: Rows,
+        cost_swift: Rows | float,
+        cost_super: Rows | float,
+        cost_kept: Rows | float = 0.0,
     ) -> "Measured":
         """Checked arrays.
 
@@ -95,6 +104,7 @@ class Measured:
           super_: N of the Super's.
           cost_swift: of every row, or N of them.
           cost_super: likewise.
+          cost_kept: likewise.
 
         Raises:
           ValueError: there is no row, lengths differ, or a value is out of range; names the field.
@@ -110,7 +120,7 @@ class Measured:
             require(not bad.any(), name, columns[name][bad][:1].tolist(), "must be qualities in [0, 1]")
         top = columns["scores"][columns["scores"] > ALWAYS_SUPER]
         require(not top.size, "scores", top[:1].tolist(), "must be finite; are the logits finite?")
-        costs = {"cost_swift": cost_swift, "cost_super": cost_super}
+        costs = {"cost_swift": cost_swift, "cost_super": cost_super, "cost_kept": cost_kept}
         return cls(*columns.values(), *(_costs(name, value, n) for name, value in costs.items()))
 
     def __len__(self) -> int:
@@ -124,7 +134,7 @@ class Measured:
         """What a threshold gives on these rows."""
         kept = keeps(self.scores, threshold)
         quality = np.where(kept, self.swift, self.super_)
-        cost = self.cost_swift + np.where(kept, 0.0, self.cost_super)
+        cost = self.cost_swift + np.where(kept, self.cost_kept, self.cost_super)
         return RoutingPoint(
             float(threshold), float(np.mean(~kept)), float(quality.mean()), float(cost.mean())
         )
@@ -163,7 +173,7 @@ def sweep(rows: Measured) -> RoutingCurve:
         return np.concatenate(([0.0], np.cumsum(column[order])))[kept]
 
     quality = (sums(rows.swift) + rows.super_.sum() - sums(rows.super_)) / n
-    cost = rows.cost_swift.mean() + (rows.cost_super.sum() - sums(rows.cost_super)) / n
+    cost = rows.cost_swift.mean() + (rows.cost_super.sum() - sums(rows.cost_super - rows.cost_kept)) / n
     means = float(rows.swift.mean()), float(rows.super_.mean())
     return RoutingCurve(np.asarray(threshold), 1 - kept / n, quality, cost, *means, n)
 

@@ -13,8 +13,10 @@ import numpy as np
 
 from elastic_lm.data.grouping import batches_of_alike
 from elastic_lm.data.padding import padded
+from elastic_lm.data.pairs import encode_text, source_of
 from elastic_lm.data.records import Record, Records, text_of
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.plain import require
 from elastic_lm.task_config import TaskConfig
 
@@ -44,7 +46,11 @@ def classes(config: TaskConfig) -> tuple[str, ...]:
 
 
 def train_batches(
-    config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str], pad_id: int
+    config: TaskConfig,
+    tokenizer: Tokenizer,
+    labels: Sequence[str],
+    pad_id: int,
+    model: EncoderDecoderConfig | None = None,
 ) -> grain.IterDataset:
     """Endless shuffled batches of the training files, those of 16 batches grouped by length (`grouping`).
 
@@ -53,27 +59,36 @@ def train_batches(
       tokenizer: of the model.
       labels: from `classes`.
       pad_id: of the model, whose positions may depend on where it stands.
+      model: an encoder-decoder, which reads what it reads of pairs (`data.pairs`); None = an encoder does.
 
     Returns:
       A dataset of dicts with the fields of `methods.task_tuning.TaskBatch`: NumPy arrays of batch_size rows.
     """
     rows = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
-    stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels))))
+    stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels), model)))
     batches = batches_of_alike(stream, config.batch_size, _width, config.seed)
     return batches.map(_padder(config, pad_id))
 
 
 def eval_batches(
-    config: TaskConfig, tokenizer: Tokenizer, labels: Sequence[str], pad_id: int
+    config: TaskConfig,
+    tokenizer: Tokenizer,
+    labels: Sequence[str],
+    pad_id: int,
+    model: EncoderDecoderConfig | None = None,
 ) -> grain.IterDataset:
     """One pass over the held-out files in their order; the last batch is filled up with rows of weight 0."""
     rows = grain.MapDataset.source(Records(config.eval_paths))
-    stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels))))
+    stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels), model)))
     return stream.batch(config.batch_size, batch_fn=_padder(config, pad_id))
 
 
 def example(
-    config: TaskConfig, tokenizer: Tokenizer, labels: tuple[str, ...], item: tuple[str, Record]
+    config: TaskConfig,
+    tokenizer: Tokenizer,
+    labels: tuple[str, ...],
+    model: EncoderDecoderConfig | None,
+    item: tuple[str, Record],
 ) -> Example:
     """One record as ids, token types and target.
 
@@ -81,6 +96,7 @@ def example(
       config: fields to read.
       tokenizer: of the model.
       labels: from `classes`.
+      model: see `train_batches`.
       item: (where the record stands, its fields).
 
     Returns:
@@ -90,7 +106,11 @@ def example(
       ValueError: a field is missing, or the label is no class or no number; names the record.
     """
     where, record = item
-    ids, types = tokenizer.encode_pair(*texts(config, where, record), max_len=config.max_len)
+    if model is None:
+        ids, types = tokenizer.encode_pair(*texts(config, where, record), max_len=config.max_len)
+    else:
+        ids = encode_text(model, tokenizer, source_of(config, item), config.max_len)
+        types = [0] * len(ids)
     label = text_of(where, record, config.label_field)
     if config.problem == "classification":
         fix = f"is no class of the task; choose from {', '.join(labels)}, or name them in task.labels"

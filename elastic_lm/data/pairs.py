@@ -91,19 +91,27 @@ def encode_pair(
     Raises:
       ValueError: a field is missing; names the record.
     """
-    ends = list(model.eos_ids[:1])
-
-    def encode(text: str, longest: int) -> list[int]:
-        return [*tokenizer.encode(text)[: longest - len(ends)], *ends]
-
     source, target = pair_of(config, item)
-    return {"source": encode(source, config.max_len), "target": encode(target, config.max_target)}
+    return {
+        "source": encode_text(model, tokenizer, source, config.max_len),
+        "target": encode_text(model, tokenizer, target, config.max_target),
+    }
+
+
+def encode_text(model: EncoderDecoderConfig, tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
+    """Token ids of a source or target with the end token, at most `longest` of them."""
+    ends = list(model.eos_ids[:1])
+    return [*tokenizer.encode(text)[: longest - len(ends)], *ends]
 
 
 def pair_of(config: TaskConfig, item: tuple[str, Record]) -> tuple[str, str]:
     """(what is read, what is written) of a record."""
-    source = config.prefix + text_of(*item, config.text_field)
-    return source, text_of(*item, config.label_field)
+    return source_of(config, item), text_of(*item, config.label_field)
+
+
+def source_of(config: TaskConfig, item: tuple[str, Record]) -> str:
+    """What an encoder-decoder reads of a record."""
+    return config.prefix + text_of(*item, config.text_field)
 
 
 def pair_texts(config: TaskConfig) -> Iterator[str]:

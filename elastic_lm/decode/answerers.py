@@ -17,6 +17,7 @@ class Answer:
     seconds: float = dataclasses.field(default=0.0, compare=False)  # this row's part of its batch's time
     error: str | None = None  # why there is no output
     state: Any = dataclasses.field(default=None, compare=False, repr=False)  # what `Resumes` goes on from
+    preview: "Answer | None" = dataclasses.field(default=None, compare=False, repr=False)  # see `Previews`
 
 
 class Answerer(Protocol):
@@ -58,6 +59,43 @@ class Resumes(Protocol):
           What `answer` gives, at the cost of what is left to do.
         """
         ...
+
+
+@runtime_checkable
+class Previews(Protocol):
+    """A Swift that knows some scores of a row before it answers, so that no answer is made in vain."""
+
+    def previews(self, score: str) -> bool:
+        """Whether a score is known before."""
+        ...
+
+    def preview(self, rows: Sequence[Row]) -> list[Answer]:
+        """Scores of rows.
+
+        Args:
+          rows: as in `answer`.
+
+        Returns:
+          Answers without an output, at the cost so far, with a `state` that `finish` goes on from.
+        """
+        ...
+
+    def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+        """Answers rows that have been previewed.
+
+        Args:
+          rows: as in `answer`.
+          begun: their previews.
+
+        Returns:
+          What `answer` gives, at the same cost, which the preview is part of.
+        """
+        ...
+
+
+def previewing(answerer: Answerer, score: str) -> Previews | None:
+    """The answerer, where it knows a score before it answers."""
+    return answerer if isinstance(answerer, Previews) and answerer.previews(score) else None
 
 
 def failed(error: BaseException, seconds: float = 0.0) -> Answer:

@@ -14,12 +14,13 @@ answered is what its model alone would answer, whatever it is batched with.
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from elastic_lm.calibrate.routing_rule import RoutingRule
 from elastic_lm.calibrate.routing_scores import PLAIN, score_of
-from elastic_lm.decode.answerers import Answer, Answerer, Resumes, Row, failed
+from elastic_lm.decode.answerers import Answer, Answerer, Resumes, Row, failed, previewing
 from elastic_lm.decode.gathering import Gathering, Waiting
 from elastic_lm.decode.routing_results import Routed, Statistics, Tally
 from elastic_lm.methods.energy_routing import keeps
@@ -41,6 +42,7 @@ class Cascade:
         batch_size: int = 32,
         super_batch_size: int | None = None,
         most_held: int | None = None,
+        preview: bool = True,
     ) -> None:
         """Creates a cascade; nothing runs yet.
 
@@ -53,6 +55,8 @@ class Cascade:
           batch_size: rows per batch of the Swift.
           super_batch_size: rows per batch of the Super; None = the same.
           most_held: rows read and not given back yet, which bounds memory; None = 64 batches.
+          preview: a Swift that `Previews` the rule's score answers the rows that it keeps alone; False = it
+            answers every row.
 
         Raises:
           ValueError: a number is out of range, or the rule was fitted on other energies than the Swift's.
@@ -69,6 +73,7 @@ class Cascade:
             require(AT_LEAST_1[0](value), name, value, AT_LEAST_1[1])
         self.swift, self.super_, self.rule = swift, super_, rule
         self.batch_size, self.super_batch_size, self.most_held = batch_size, super_size, most_held
+        self.previews = previewing(swift, rule.score) if preview else None
 
     def run(self, rows: Iterable[Row], start: int = 0) -> "Run":
         """Routes a stream of rows.
@@ -93,6 +98,7 @@ class Run(Iterator[Routed]):
     def __init__(self, cascade: Cascade, rows: Iterable[Row], start: int) -> None:
         self._cascade, self._rule = cascade, cascade.rule
         self._swift = Gathering(cascade.swift, cascade.batch_size)
+        self._kept = Gathering(cascade.swift, cascade.batch_size)  # rows that were previewed
         self._super = Gathering(cascade.super_, cascade.super_batch_size)
         self._done: dict[int, Routed] = {}
         self._held, self._any_score = 0, False
@@ -132,17 +138,35 @@ class Run(Iterator[Routed]):
         """Runs the batch that the oldest row waits for, as full as it is."""
         if batch := self._swift.batch_of(self._next):
             self._ask_swift(batch)
+        elif batch := self._kept.batch_of(self._next):
+            self._finish_kept(batch)
         else:
             self._ask_super(self._super.batch_of(self._next))
 
     def _ask_swift(self, batch: list[Waiting]) -> None:
-        """Answers a batch; what the rule does not keep waits for the Super."""
-        for waiting, answer in zip(batch, self._ask(self._cascade.swift, "swift", batch), strict=True):
+        """Answers or previews a batch; what the rule does not keep waits for the Super."""
+        previews = self._cascade.previews
+        ask = previews.preview if previews else self._cascade.swift.answer
+        for waiting, answer in zip(batch, self._ask("swift", ask, batch), strict=True):
             answer, score = self._scored(waiting.index, answer)
-            if score is not None and keeps(score, self._rule.threshold):
-                self._finish(waiting, Routed(waiting.index, "swift", answer, answer, score))
+            if score is None or not keeps(score, self._rule.threshold):
+                begun = dataclasses.replace(answer, state=None) if previews else answer
+                self._ask_super(self._super.add(waiting.begun(begun, score)))
+            elif previews:
+                self._finish_kept(self._kept.add(waiting.begun(answer, score)))
             else:
-                self._ask_super(self._super.add(waiting.begun(answer, score)))
+                self._finish(waiting, Routed(waiting.index, "swift", answer, answer, score))
+
+    def _finish_kept(self, batch: list[Waiting]) -> None:
+        """Answers a batch that was previewed; what the Swift fails on after all waits for the Super."""
+        previews = self._cascade.previews
+        assert previews is not None
+        finish = functools.partial(previews.finish, begun=[w.swift for w in batch if w.swift])
+        for waiting, answer in zip(batch, self._ask("swift", finish, batch), strict=True):
+            if answer.error is None:
+                self._finish(waiting, Routed(waiting.index, "swift", answer, answer, waiting.score))
+            else:
+                self._ask_super(self._super.add(waiting.begun(answer, None)))
 
     def _scored(self, index: int, answer: Answer) -> tuple[Answer, float | None]:
         """A Swift's answer with the rule's score; one that lacks it failed, once others have had it.
@@ -162,20 +186,36 @@ class Run(Iterator[Routed]):
         return answer, score
 
     def _ask_super(self, batch: list[Waiting]) -> None:
-        for waiting, answer in zip(batch, self._ask(self._cascade.super_, "super", batch), strict=True):
+        super_, begun = self._cascade.super_, [w.swift for w in batch if w.swift is not None]
+        ask = super_.answer
+        if isinstance(super_, Resumes) and all(answer.state is not None for answer in begun):
+            ask = functools.partial(super_.resume, begun=begun)
+        answers = self._ask("super", ask, batch)
+        fallen_back = self._fall_back([w for w, a in zip(batch, answers, strict=True) if a.error is not None])
+        for waiting, answer in zip(batch, answers, strict=True):
             assert waiting.swift is not None
-            self._finish(waiting, Routed(waiting.index, "super", answer, waiting.swift, waiting.score))
+            swift = fallen_back.get(waiting.index, waiting.swift)
+            self._finish(waiting, Routed(waiting.index, "super", answer, swift, waiting.score))
 
-    def _ask(self, answerer: Answerer, name: str, batch: list[Waiting]) -> list[Answer]:
+    def _fall_back(self, batch: list[Waiting]) -> dict[int, Answer]:
+        """The Swift's answers to rows that it has only previewed and the Super failed on, by index."""
+        if not self._cascade.previews:
+            return {}
+        begun = {w.index: w.swift for w in batch if w.swift is not None and w.swift.error is None}
+        batch = [waiting for waiting in batch if waiting.index in begun]
+        answers = self._ask("swift", self._cascade.swift.answer, batch)
+        costs = [answer.cost + begun[w.index].cost for w, answer in zip(batch, answers, strict=True)]
+        return {
+            w.index: dataclasses.replace(answer, cost=cost)
+            for w, answer, cost in zip(batch, answers, costs, strict=True)
+        }
+
+    def _ask(self, name: str, ask: Callable[[list[Row]], list[Answer]], batch: list[Waiting]) -> list[Answer]:
         if not batch:
             return []
         rows = [waiting.row for waiting in batch]
-        begun = [w.swift for w in batch if w.swift is not None and w.swift.state is not None]
         began = time.perf_counter()
-        if isinstance(answerer, Resumes) and len(begun) == len(batch):
-            answers = answerer.resume(rows, begun)
-        else:
-            answers = answerer.answer(rows)
+        answers = ask(rows)
         self._tally.took(name, time.perf_counter() - began)
         fix = f"answer one per row ({len(rows)}), with an error where it fails"
         require(len(answers) == len(rows), f"{name} answers", len(answers), fix)

@@ -31,6 +31,8 @@ from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.encoder import Encoder
 from elastic_lm.plain import require
 
+HEAD_FIELDS = ("pooler", "n_labels", "problem", "labels")  # of an encoder's task head, which is its own
+
 
 def nested_choice(
     model: Decoder,
@@ -129,11 +131,17 @@ def nested_classifier(
       (Swift, Super). The Super's answers to rows that the Swift has begun equal those from scratch.
 
     Raises:
-      ValueError: the exit has as many layers as the model, or its layers are not those of the model.
+      ValueError: the exit has no head, as many layers as the model, or other layers than the model's.
     """
     small, own = exit
     layers, most = small.config.n_layers, model.config.n_layers
     require(layers < most, "exit.n_layers", layers, f"must leave some of the {most} layers to the Super")
+    require(small.config.n_labels > 0, "exit.n_labels", 0, "the exit has no task head; train one")
+    named = ("n_layers", "mlm", *HEAD_FIELDS)
+    for name, value in dataclasses.asdict(small.config).items():
+        own_value = getattr(model.config, name)
+        fix = f"the model has {own_value!r}: train the exit on it with init_layers and tuned='head'"
+        require(name in named or value == own_value, f"exit.{name}", value, fix)
     heads = ("pooler", "head")
     shared = {name: tree for name, tree in own.items() if name not in (*heads, "token_head")}
     fix = "differs from the model's: train the exit on it with init_layers and tuned='head'"

@@ -18,7 +18,7 @@ class Routed:
     index: int  # number of the row
     model: Literal["swift", "super"]  # who was chosen
     answer: Answer  # exactly what the chosen model alone gives
-    swift: Answer  # the Swift's, which always runs
+    swift: Answer  # the Swift's, or what it previewed (`answerers.Previews`) of a row that the Super has
     score: float | None  # of the Swift's answer, that the rule read; None = the Swift failed
     latency: float = dataclasses.field(default=0.0, compare=False)  # seconds from reading to answering
 

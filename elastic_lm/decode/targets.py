@@ -65,6 +65,7 @@ def generate(
     source_BS: jax.Array,
     length_B: jax.Array,
     request: Request,
+    hidden_BSD: jax.Array | None = None,
     *,
     capacity: int,
 ) -> Targets:
@@ -76,12 +77,13 @@ def generate(
       source_BS: int32 sources, padded on the right.
       length_B: int32 their lengths; a row of length 0 emits nothing.
       request: its `limit` is at most `capacity`.
+      hidden_BSD: from `encode`, where the sources have been read before.
       capacity: C, tokens that the caches have room for; static.
 
     Returns:
       Targets in which no row is alive.
     """
-    source = _see(config, params, source_BS, length_B)
+    source = _see(config, params, source_BS, length_B, hidden_BSD)
 
     def step(state: Targets) -> Targets:
         model = _bind(config, params)
@@ -105,6 +107,7 @@ def label_scores(
     labels_CT: jax.Array,
     label_length_C: jax.Array,
     energy_temperature: jax.Array,
+    hidden_BSD: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """How likely each of several targets is.
 
@@ -116,13 +119,14 @@ def label_scores(
       labels_CT: int32 targets, padded on the right.
       label_length_C: int32 their lengths, end tokens included.
       energy_temperature: float32 scalar, T of the energy.
+      hidden_BSD: as in `generate`.
 
     Returns:
       (log probabilities [B, C] float32, energy [B] float32 of the first target position, which no label
       has a part in).
     """
     model, b = _bind(config, params), source_BS.shape[0]
-    source = _see(config, params, source_BS, length_B)
+    source = _see(config, params, source_BS, length_B, hidden_BSD)
     first_C1 = jnp.full((labels_CT.shape[0], 1), config.decoder_start_id, jnp.int32)
     inputs_CT = jnp.concatenate([first_C1, labels_CT[:, :-1]], axis=1)
     counted_CT = jnp.arange(labels_CT.shape[1]) < label_length_C[:, None]
@@ -139,12 +143,17 @@ def label_scores(
     return totals_CB.T, energy_CB[0]
 
 
-def encoder_logits(
+def encode(
     config: EncoderDecoderConfig, params: Params, source_BS: jax.Array, length_B: jax.Array
-) -> jax.Array:
-    """[B, n_labels] float32 of the head on the encoder, without decoding; arguments as in `generate`."""
+) -> tuple[jax.Array, jax.Array]:
+    """Reads sources without decoding; arguments as in `generate`.
+
+    Returns:
+      (the encoder's output [B, S, D], logits [B, n_labels] float32 of the head on it).
+    """
     model, mask_BS = _bind(config, params), _mask(source_BS, length_B)
-    return model.encoder_logits(model.encode(source_BS, mask_BS), mask_BS)
+    hidden = model.encode(source_BS, mask_BS)
+    return hidden, model.encoder_logits(hidden, mask_BS)
 
 
 def _bind(config: EncoderDecoderConfig, params: Params) -> EncoderDecoder:
@@ -156,11 +165,15 @@ def _mask(source_BS: jax.Array, length_B: jax.Array) -> jax.Array:
 
 
 def _see(
-    config: EncoderDecoderConfig, params: Params, source_BS: jax.Array, length_B: jax.Array
+    config: EncoderDecoderConfig,
+    params: Params,
+    source_BS: jax.Array,
+    length_B: jax.Array,
+    hidden_BSD: jax.Array | None,
 ) -> list[KeyValues]:
     """What the decoder's layers see of the sources."""
     model, mask_BS = _bind(config, params), _mask(source_BS, length_B)
-    return model.source(model.encode(source_BS, mask_BS), mask_BS)
+    return model.source(model.encode(source_BS, mask_BS) if hidden_BSD is None else hidden_BSD, mask_BS)
 
 
 def _start(config: EncoderDecoderConfig, length_B: jax.Array, capacity: int) -> Targets:

@@ -1,5 +1,6 @@
 """An encoder-decoder model as a model of a cascade (E-LANG with T5, arXiv 2203.00748)."""
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 
@@ -7,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.calibrate.routing_scores import PLAIN, Scoring, logit_scores, pooled_scores
+from elastic_lm.calibrate.routing_scores import PLACES, PLAIN, Scoring, logit_scores, pooled_scores
 from elastic_lm.decode.answerers import Answer, Row
 from elastic_lm.decode.batches import answer_alike, filled, shape_or_none
 from elastic_lm.decode.requests import bucket
-from elastic_lm.decode.text_to_text import Text2TextResult, TextToText
+from elastic_lm.decode.text_to_text import Encoded, Text2TextResult, TextToText
 from elastic_lm.plain import AT_LEAST_1, require
 from elastic_lm.sequence_cost import text_to_text_flops
 
@@ -24,7 +25,8 @@ class TextAnswerer:
 
     Scores of a text are pooled over its tokens. Among labels, the energy is that of the first target
     position over the whole vocabulary, and the other scores are those of the labels' probabilities. A
-    model with a head on its encoder can add the scores of that head ("encoder_energy", ...).
+    model with a head on its encoder can add the scores of that head ("encoder_energy", ...), which are known
+    before anything is decoded.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class TextAnswerer:
           max_len: tokens that are read of a source, its end token included; longer ones lose their end, as
             in training.
           labels: the only texts that may be answered; the output is then the index of one.
-          encoder_head: add the scores of the head on the encoder, which reads the source once more.
+          encoder_head: add the scores of the head on the encoder.
           scoring: of the energy; only its temperature can be chosen here.
           batch_size: rows per program; the last batch is filled up.
 
@@ -66,10 +68,8 @@ class TextAnswerer:
         require(scoring.centre == "none", "centre", scoring.centre, fix)
         self.scoring, self.names = scoring, tuple(labels or ())
         self._model, self._most, self._template = model, max_new_tokens, template
-        classes = model.config.n_labels
-        require(
-            classes > 0 or not encoder_head, "encoder_head", encoder_head, "the model has none; train one"
-        )
+        there = model.config.n_labels > 0 or not encoder_head
+        require(there, "encoder_head", encoder_head, "the model has none; train one with tuned='head'")
         self._batch_size, self._encoder_head = batch_size, encoder_head
 
     def bucket(self, row: Row) -> int | None:
@@ -78,8 +78,20 @@ class TextAnswerer:
 
     def answer(self, rows: Sequence[Row]) -> list[Answer]:
         """See `answerers.Answerer`."""
+        return answer_alike(rows, self._encode, self._batch, self._batch_size)
+
+    def previews(self, score: str) -> bool:
+        """See `answerers.Previews`."""
+        return self._encoder_head and score.startswith(PLACES[2])
+
+    def preview(self, rows: Sequence[Row]) -> list[Answer]:
+        """See `answerers.Previews`; states are `text_to_text.Encoded`."""
+        return answer_alike(rows, self._encode, self._preview, self._batch_size)
+
+    def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+        """See `answerers.Previews`."""
         return answer_alike(
-            rows, self._encode, self._choose if self.names else self._generate, self._batch_size
+            begun, lambda one: (bucket(len(one.state.tokens)), one), self._finish, self._batch_size
         )
 
     def _encode(self, row: Row) -> tuple[int, list[int]]:
@@ -89,12 +101,44 @@ class TextAnswerer:
         ids = [*self._model.tokenizer.encode(source)[: self._longest], *self._ends]
         return bucket(len(ids)), ids
 
-    def _generate(self, width: int, sources: list[list[int]]) -> list[Answer]:
+    def _batch(self, width: int, sources: list[list[int]]) -> list[Answer]:
+        if self._encoder_head:
+            return self._finish(width, self._preview(width, sources))
+        return self._decode(sources)
+
+    def _preview(self, width: int, sources: list[list[int]]) -> list[Answer]:
+        """What the head on the encoder says."""
+        began = time.perf_counter()
+        encoded = self._model.encode(filled(sources, self._batch_size))
+        logits = jnp.asarray(np.stack([one.logits for one in encoded]))
+        columns = jax.device_get(_row_scores(logits, scoring=self.scoring))
+        scores = _by_row({f"{PLACES[2]}{kind}": x for kind, x in columns.items()}, len(sources))
+        each = (time.perf_counter() - began) / len(sources)
+        return [
+            Answer(None, own, self._flops(one, 0), each, state=one)
+            for one, own in zip(encoded, scores, strict=False)
+        ]
+
+    def _finish(self, width: int, begun: list[Answer]) -> list[Answer]:
+        return [
+            dataclasses.replace(
+                answer,
+                scores={**answer.scores, **before.scores},
+                seconds=before.seconds + answer.seconds,
+                preview=dataclasses.replace(before, state=None),
+            )
+            for before, answer in zip(begun, self._decode([one.state for one in begun]), strict=True)
+        ]
+
+    def _decode(self, sources: Sequence[list[int]] | Sequence[Encoded]) -> list[Answer]:
+        return self._choose(sources) if self.names else self._generate(sources)
+
+    def _generate(self, sources: Sequence[list[int]] | Sequence[Encoded]) -> list[Answer]:
         began = time.perf_counter()
         results = self._model.generate(
             filled(sources, self._batch_size), self._most, energy_temperature=self.scoring.temperature
         )[: len(sources)]
-        scores = self._with_head(sources, self._pooled(results))
+        scores = self._pooled(results)
         each = (time.perf_counter() - began) / len(sources)
         return [
             Answer(result.text, own, self._flops(ids, len(result.tokens)), each)
@@ -113,32 +157,23 @@ class TextAnswerer:
                 kinds[kind][i, : len(values)] = values
         return _by_row(jax.device_get(_pooled(kinds, counted)), len(results))
 
-    def _with_head(self, sources: list[list[int]], scores: list[dict[str, float]]) -> list[dict[str, float]]:
-        """The scores with those of the head on the encoder, where they are asked for."""
-        if not self._encoder_head:
-            return scores
-        logits = self._model.encoder_logits(filled(sources, self._batch_size))
-        columns = jax.device_get(_row_scores(jnp.asarray(logits), scoring=self.scoring))
-        own = _by_row({f"encoder_{kind}": x for kind, x in columns.items()}, len(sources))
-        return [{**a, **b} for a, b in zip(scores, own, strict=True)]
-
-    def _choose(self, width: int, sources: list[list[int]]) -> list[Answer]:
+    def _choose(self, sources: Sequence[list[int]] | Sequence[Encoded]) -> list[Answer]:
         began = time.perf_counter()
         found = self._model.classify(
             filled(sources, self._batch_size), self.names, energy_temperature=self.scoring.temperature
         )
         columns = {**jax.device_get(_row_scores(jnp.asarray(found.log_probs))), "energy": -found.energy}
-        scores = self._with_head(sources, _by_row(columns, len(sources)))
+        scores = _by_row(columns, len(sources))
         each = (time.perf_counter() - began) / len(sources)
         return [
             Answer(found.labels[i], scores[i], self._flops(ids, 1), each) for i, ids in enumerate(sources)
         ]
 
-    def _flops(self, source: list[int], emitted: int) -> float:
+    def _flops(self, source: list[int] | Encoded, emitted: int) -> float:
         """Of encoding a source and emitting so many tokens; E-LANG counts one where labels are scored."""
-        config = self._model.config
-        again = text_to_text_flops(config, len(source), 0) if self._encoder_head else 0
-        return float(text_to_text_flops(config, len(source), emitted) + again)
+        config, ids = self._model.config, source.tokens if isinstance(source, Encoded) else source
+        head = 2 * config.d_model * config.n_labels if self._encoder_head else 0
+        return float(text_to_text_flops(config, len(ids), emitted) + head)
 
 
 def _by_row(columns: Mapping[str, np.ndarray], rows: int) -> list[dict[str, float]]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_lm.decode.batches import filled
+from elastic_lm.decode.reading import apart, together
 from elastic_lm.decode.requests import (
     Settings,
     bucket,
@@ -17,19 +19,36 @@ from elastic_lm.decode.requests import (
     stop_array,
 )
 from elastic_lm.decode.results import Reader, TextTokenizer
-from elastic_lm.decode.targets import Request, Targets, encoder_logits, generate, label_scores
+from elastic_lm.decode.targets import Request, Targets, encode, generate, label_scores
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
 from elastic_lm.models.kinds import Model
 from elastic_lm.plain import AT_LEAST_1, POSITIVE, require
 
-Source = str | Sequence[int]
 LONGEST = 4096  # tokens of a source
 
 # Static: the config, the capacity. Traced: everything else.
 jit_generate = jax.jit(generate, static_argnames=("config", "capacity"))
 jit_label_scores = jax.jit(label_scores, static_argnames="config")
-jit_encoder_logits = jax.jit(encoder_logits, static_argnames="config")
+jit_encode = jax.jit(encode, static_argnames="config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A source that the encoder has read, from which targets are generated without reading it again.
+
+    Attributes:
+      tokens: of the source.
+      hidden: [S, D] the encoder's output; what stands after the tokens means nothing.
+      logits: [n_labels] float32 of the head on the encoder.
+    """
+
+    tokens: list[int]
+    hidden: jax.Array
+    logits: np.ndarray
+
+
+Source = str | Sequence[int] | Encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +131,8 @@ class TextToText:
         """Generates a target for every source.
 
         Args:
-          sources: texts, each given the model's end token, or token ids, taken as they are; one or a list.
+          sources: texts, each given the model's end token, or token ids, taken as they are, or what `encode`
+            makes of either; one or a list.
           max_new_tokens: tokens to emit per row at most.
           energy_temperature: T of the energies.
           **settings: fields of `requests.Settings`: temperature, top_k, top_p, min_p, repetition_penalty,
@@ -128,6 +148,7 @@ class TextToText:
         rows = self._encode(sources)
         require(AT_LEAST_1[0](max_new_tokens), "max_new_tokens", max_new_tokens, AT_LEAST_1[1])
         tokens, lengths = _pad(rows)
+        hidden = _hidden(sources, *tokens.shape)
         request = Request(
             limit=jnp.int32(max_new_tokens),
             stop_tokens=stop_array(self.config.eos_ids, how),
@@ -136,7 +157,7 @@ class TextToText:
         )
         reader = self._reader(how)
         capacity = bucket(max_new_tokens)
-        targets = jit_generate(self.config, self.params, tokens, lengths, request, capacity=capacity)
+        targets = jit_generate(self.config, self.params, tokens, lengths, request, hidden, capacity=capacity)
         return _collect(targets, len(rows), reader)
 
     def classify(
@@ -164,43 +185,54 @@ class TextToText:
         distinct = len(set(map(tuple, targets))) == len(targets)
         require(distinct, "labels", list(labels), "two have the same tokens; each must be there once")
         label_tokens, label_lengths = pad_rows(targets, len(targets), _power_of_2(max(map(len, targets))))
+        tokens, lengths = _pad(rows)
         log_probs, energy = jax.device_get(
             jit_label_scores(
-                self.config, self.params, *_pad(rows), label_tokens, label_lengths,
-                _temperature(energy_temperature),
+                self.config, self.params, tokens, lengths, label_tokens, label_lengths,
+                _temperature(energy_temperature), _hidden(sources, *tokens.shape),
             )
         )  # fmt: skip
         log_probs = log_probs[: len(rows)]
         return Classification(np.argmax(log_probs, axis=-1).tolist(), log_probs, energy[: len(rows)])
 
-    def encoder_logits(self, sources: Source | Sequence[Source]) -> np.ndarray:
-        """[N, n_labels] float32 logits of the head on the encoder; nothing is decoded.
+    def encode(self, sources: Source | Sequence[Source]) -> list[Encoded]:
+        """Reads sources with the encoder and the head on it; nothing is decoded.
 
         Args:
-          sources: as in `generate`.
+          sources: texts or token ids, as in `generate`.
+
+        Returns:
+          What `generate` and `classify` go on from, one per source.
 
         Raises:
           ValueError: an empty or too long source, or the model has no such head.
         """
         rows = self._encode(sources)
-        logits = jit_encoder_logits(self.config, self.params, *_pad(rows))
-        return jax.device_get(logits)[: len(rows)]
+        hidden, logits = jit_encode(self.config, self.params, *_pad(rows))
+        found = zip(rows, apart(hidden), jax.device_get(logits), strict=False)
+        return [Encoded(*one) for one in found]
+
+    def encoder_logits(self, sources: Source | Sequence[Source]) -> np.ndarray:
+        """[N, n_labels] float32 logits of the head on the encoder; arguments and errors as in `encode`."""
+        return np.stack([one.logits for one in self.encode(sources)])
 
     @staticmethod
     def compilations() -> int:
         """Programs compiled so far in this process for encoder-decoder models."""
-        jitted: tuple[Any, ...] = (jit_generate, jit_label_scores, jit_encoder_logits)
+        jitted: tuple[Any, ...] = (jit_generate, jit_label_scores, jit_encode)
         return sum(function._cache_size() for function in jitted)
 
     def _encode(self, sources: Any, what: str = "source") -> list[list[int]]:
         """Token ids per row, checked."""
         if isinstance(sources, np.ndarray | jax.Array):
             sources = np.asarray(sources).tolist()
-        one = isinstance(sources, str) or (len(sources) > 0 and isinstance(sources[0], int | np.integer))
+        one = isinstance(sources, str | Encoded)
+        one = one or (len(sources) > 0 and isinstance(sources[0], int | np.integer))
         rows = []
         for i, item in enumerate([sources] if one else sources):
             if isinstance(item, str):
                 item = self._tokens(f"{what} {i}", item)
+            item = item.tokens if isinstance(item, Encoded) else item
             ids = [int(token) for token in item]
             require(bool(ids), f"{what} {i}", ids, "is empty: give at least one token")
             fix = f"is more than max_len={self.max_len}: shorten it, or give TextToText a larger max_len"
@@ -230,6 +262,21 @@ def _power_of_2(size: int) -> int:
 def _pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Rows in a bucket of rows and a bucket of lengths."""
     return pad_rows(rows, _power_of_2(len(rows)), bucket(max(map(len, rows))))
+
+
+def _hidden(sources: Any, count: int, width: int) -> jax.Array | None:
+    """[count, width, D] the encoder's output for sources that it has read; None = it has not."""
+    given = [sources] if isinstance(sources, Encoded) else sources
+    read = [isinstance(one, Encoded) for one in given]
+    if not any(read):
+        return None
+    require(all(read), "sources", f"{sum(read)} of {len(read)} encoded", "encode all of them, or none")
+
+    def fit(hidden_SD: jax.Array) -> jax.Array:
+        hidden_SD = hidden_SD[:width]
+        return jnp.pad(hidden_SD, ((0, width - hidden_SD.shape[0]), (0, 0)))
+
+    return together([fit(one.hidden) for one in filled(given, count)])
 
 
 def _fill(rows: Any, more: int) -> Any:

@@ -1,5 +1,7 @@
 """Fine-tuning an encoder on labelled records, alone or towards a larger model's answers.
 
+The encoder of an encoder-decoder learns like any other, with `head_only`: E-LANG's head on it.
+
 With f the logits of a record, y its class, g the logits of the model it learns from, T a temperature:
 
     L = (1 - d) CE(y, f) + d T^2 KL(softmax(g/T) || softmax(f/T)) + z logsumexp(f)^2
@@ -7,7 +9,7 @@ With f the logits of a record, y its class, g the logits of the model it learns 
 d = 0 is plain fine-tuning (BERT, arXiv 1810.04805, sec. 4), d > 0 distillation (Hinton et al., arXiv
 1503.02531, sec. 2). Neither CE nor KL sees a constant that is added to all logits, while energy does: z, of
 the order of 1e-4, keeps the normaliser near 0, so that energies of different records can be compared (E-LANG,
-arXiv 2203.00748, routes by them). Regression: L = (1 - d) (f - y)^2 + d (f - g)^2.
+arXiv 2203.00748, routes by them). Regression, without z: L = (1 - d) (f - y)^2 + d (f - g)^2.
 """
 
 import dataclasses
@@ -18,13 +20,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.encoder_config import EncoderConfig, Problem
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.methods.losses import Metrics
 from elastic_lm.models.encoder import Encoder
+from elastic_lm.models.encoder_decoder import EncoderDecoder
+from elastic_lm.plain import require
 
 TEACHER = "teacher"  # key of the frozen model's parameters
 HEAD = ("pooler", "head")  # keys of what a task's head is made of
+ENCODER_HEAD = ("encoder_head",)  # likewise, of an encoder-decoder
 Params = Mapping[str, Any]
+Config = EncoderConfig | EncoderDecoderConfig
 
 
 @flax.struct.dataclass
@@ -50,16 +57,22 @@ class TaskBatch:
 class TaskTuning:
     """Trains an encoder with a task head, or the head alone (a method like those of `losses.Method`)."""
 
-    config: EncoderConfig  # the model; static
-    teacher: EncoderConfig | None = None  # the model that it learns from; static
+    config: Config  # the model; static
+    teacher: Config | None = None  # the model that it learns from; static
     distil: float = 0.0  # d
     temperature: float = 1.0  # T
     z_loss: float = 0.0  # z
     head_only: bool = False  # embeddings and layers stay as they are
 
+    def __post_init__(self) -> None:
+        whole = isinstance(self.config, EncoderConfig)
+        fix = "must be True for an encoder-decoder, whose decoder has no part in the loss"
+        require(whole or self.head_only, "head_only", self.head_only, fix)
+
     def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Everything trains but the teacher, which is under `TEACHER`; or only what is under `HEAD`."""
-        trains = [name for name in params if (name in HEAD if self.head_only else name != TEACHER)]
+        """Everything trains but the teacher, which is under `TEACHER`; or only what a head is made of."""
+        head = HEAD if isinstance(self.config, EncoderConfig) else ENCODER_HEAD
+        trains = [name for name in params if (name in head if self.head_only else name != TEACHER)]
         frozen = {name: tree for name, tree in params.items() if name not in trains}
         return {name: params[name] for name in trains}, frozen
 
@@ -86,33 +99,41 @@ class TaskTuning:
             total_B += self.z_loss * jnp.square(jax.nn.logsumexp(logits_BC, axis=-1))
         count = jnp.maximum(jnp.sum(batch.weights), 1.0)
         metrics = {"loss": jnp.sum(total_B * batch.weights) / count}
-        if self.config.problem == "classification":
+        if answers_of(self.config)[0] == "classification":
             right_B = jnp.argmax(logits_BC, axis=-1) == batch.targets
             metrics["accuracy"] = jnp.sum(right_B * batch.weights) / count
         return metrics["loss"], metrics
 
 
-def task_logits(config: EncoderConfig, params: Params, batch: TaskBatch) -> jax.Array:
-    """[B, C] float32 logits of an encoder's task head."""
-    types_BT = jnp.minimum(batch.types, max(config.type_vocab_size - 1, 0))
+def answers_of(config: Config) -> tuple[Problem, int, tuple[str, ...]]:
+    """(problem, outputs, names of the classes) of a model's head; that of an encoder-decoder has no names."""
+    if isinstance(config, EncoderDecoderConfig):
+        return "classification", config.n_labels, ()
+    return config.problem, config.n_labels, config.labels
+
+
+def task_logits(config: Config, params: Params, batch: TaskBatch) -> jax.Array:
+    """[B, C] float32 logits of a task head; an encoder-decoder is not decoded."""
     own = {name: tree for name, tree in params.items() if name != TEACHER}
+    if isinstance(config, EncoderDecoderConfig):
+        model = EncoderDecoder(config).bind({"params": own})
+        return model.encoder_logits(model.encode(batch.tokens, batch.mask), batch.mask)
+    types_BT = jnp.minimum(batch.types, max(config.type_vocab_size - 1, 0))
     output: Any = Encoder(config).apply({"params": own}, batch.tokens, batch.mask, types_BT)
     return output.logits
 
 
-def task_loss(config: EncoderConfig, logits_BC: jax.Array, targets_B: jax.Array) -> jax.Array:
+def task_loss(config: Config, logits_BC: jax.Array, targets_B: jax.Array) -> jax.Array:
     """[B] float32: cross-entropy in nats, or squared error of a regression."""
-    if config.problem == "regression":
+    if answers_of(config)[0] == "regression":
         return jnp.square(logits_BC[:, 0] - targets_B)
     chosen_B = jnp.take_along_axis(logits_BC, targets_B[:, None], axis=-1)[:, 0]
     return jax.nn.logsumexp(logits_BC, axis=-1) - chosen_B
 
 
-def distance(
-    config: EncoderConfig, teacher_BC: jax.Array, logits_BC: jax.Array, temperature: float
-) -> jax.Array:
+def distance(config: Config, teacher_BC: jax.Array, logits_BC: jax.Array, temperature: float) -> jax.Array:
     """[B] float32: T^2 KL(softmax(g/T) || softmax(f/T)) in nats, or squared difference of a regression."""
-    if config.problem == "regression":
+    if answers_of(config)[0] == "regression":
         return jnp.square(logits_BC[:, 0] - teacher_BC[:, 0])
     aim, own = (jax.nn.log_softmax(x / temperature) for x in (teacher_BC, logits_BC))
     return temperature**2 * jnp.sum(jnp.exp(aim) * (aim - own), axis=-1)

@@ -26,7 +26,9 @@ def measured(n: int = 60, seed: int = 0, ties: bool = True, good: float = 0.9) -
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=n).round(1) if ties else rng.normal(size=n)
     swift = rng.random(n) < 1 / (1 + np.exp(-2 * scores))
-    return Measured.of(scores, swift, rng.random(n) < good, rng.uniform(1, 2, n), rng.uniform(8, 12, n))
+    costs = [rng.uniform(*range_, n) for range_ in ((1, 2), (8, 12), (0, 3))]
+    right = swift, rng.random(n) < good
+    return Measured.of(scores, *right, *costs)
 
 
 def brute(rows: Measured) -> list[tuple[float, float, float]]:
@@ -35,7 +37,8 @@ def brute(rows: Measured) -> list[tuple[float, float, float]]:
     for t in [*sorted(set(rows.scores.tolist())), np.inf]:
         routed = [not s >= t for s in rows.scores]
         answers = [b if r else a for r, a, b in zip(routed, rows.swift, rows.super_, strict=True)]
-        costs = [c + r * d for r, c, d in zip(routed, rows.cost_swift, rows.cost_super, strict=True)]
+        columns = zip(routed, rows.cost_swift, rows.cost_super, rows.cost_kept, strict=True)
+        costs = [c + (d if r else k) for r, c, d, k in columns]
         found.append((np.mean(routed), np.mean(answers), np.mean(costs)))
     return found
 

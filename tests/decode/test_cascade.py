@@ -155,6 +155,78 @@ def test_a_super_resumes_and_states_are_let_go() -> None:
     assert {r.cost for r in Cascade(stateless, Resuming(), 1.0).answer(list(rows_of(3)))} == {11.0}
 
 
+class Previewing(Watched):
+    """A Swift that knows its energy for a cost of 1, and answers for 4."""
+
+    def __init__(self, fails: tuple[int, ...] = ()) -> None:
+        super().__init__(self.whole, kinds=2)
+        self.previewed, self.finished, self.fails = [], [], fails
+
+    def whole(self, row: Row) -> Answer:
+        return Answer(f"swift {row['n']}", {"energy": 1.0, **self.known(row)}, cost=4.0)
+
+    def known(self, row: Row) -> dict[str, float]:
+        return {"encoder_energy": random_score(7, row["n"])}
+
+    def previews(self, score: str) -> bool:
+        return score == "encoder_energy"
+
+    def preview(self, rows: Sequence[Row]) -> list[Answer]:
+        self.previewed.append([row["n"] for row in rows])
+        return [Answer(None, self.known(row), 1.0, state=row["n"]) for row in rows]
+
+    def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+        assert [answer.state for answer in begun] == [row["n"] for row in rows]
+        self.finished.append([row["n"] for row in rows])
+        return [Answer(error="no") if row["n"] in self.fails else self.whole(row) for row in rows]
+
+
+def test_a_swift_that_previews_answers_what_it_keeps_alone() -> None:
+    swift, super_ = Previewing(), Resuming()
+    how = {"score": "encoder_energy", "batch_size": 4}
+    run = Cascade(swift, super_, 0.4, **how).run(rows_of(1000))
+    results = list(run)
+    assert [r.index for r in results] == list(range(1000))
+    for n, result in enumerate(results):
+        kept = random_score(7, n) >= 0.4
+        assert (result.model == "swift", result.score) == (kept, random_score(7, n))
+        assert result.answer == (swift.whole({"n": n}) if kept else Answer(2 * n, cost=10.0))
+        assert result.cost == (4.0 if kept else 11.0)
+        assert (result.swift.cost, result.swift.state) == (4.0 if kept else 1.0, None)
+    stats = run.statistics()
+    assert stats.swift_cost == 4.0 * (1000 - stats.to_super) + stats.to_super
+    assert stats.super_cost == 10.0 * stats.to_super
+    assert not swift.batches
+    assert sorted(n for batch in swift.finished for n in batch) == [
+        r.index for r in results if r.model == "swift"
+    ]
+    for batches in (swift.previewed, swift.finished):  # whole, and of one bucket
+        assert all(len(batch) == 4 for batch in batches[:-2])
+        assert all(len({n % 2 for n in batch}) == 1 for batch in batches)
+    every = Cascade(swift, super_, 0.4, **how, preview=False).answer(list(rows_of(8)))
+    assert {r.swift.cost for r in every} == {4.0}
+    assert {r.swift.cost for r in Cascade(swift, super_, 2.0).answer(list(rows_of(8)))} == {4.0}
+
+
+def test_previewed_rows_that_fail_go_on_and_fall_back() -> None:
+    scores = [random_score(7, n) for n in range(8)]
+    order = np.argsort(scores).tolist()
+    down, lost, kept = order[0], order[-1], sorted(order[4:-1])
+
+    def super_function(row: Row) -> str:
+        if row["n"] == down:
+            raise RuntimeError("no luck")
+        return "super"
+
+    swift, how = Previewing(fails=(lost,)), {"score": "encoder_energy", "batch_size": 3}
+    cascade = Cascade(swift, Function(super_function), scores[order[4]], **how)
+    results = cascade.answer(list(rows_of(8)))
+    assert (results[down].error, results[down].fallback) == ("RuntimeError: no luck", f"swift {down}")
+    assert results[down].swift.cost == 5.0  # previewed, and then answered from the start
+    assert (results[lost].model, results[lost].output, results[lost].score) == ("super", "super", None)
+    assert [r.index for r in results if r.model == "swift"] == kept
+
+
 def test_a_rule_of_other_energies_is_refused() -> None:
     class Scored(Watched):
         scoring = Scoring(2.0)

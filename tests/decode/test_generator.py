@@ -11,7 +11,7 @@ from elastic_lm.calibrate.routing_scores import POOLED, Scoring
 from elastic_lm.decode.cascade import Cascade
 from elastic_lm.decode.generator import Generator
 from elastic_lm.decode.nested import exit_model, nested_generator
-from elastic_lm.decode.sampler import Sampler
+from elastic_lm.decode.sampler import ENDLESS, Sampler
 from elastic_lm.elastic import Subnet
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.sequence_cost import generation_flops, head_flops, layer_flops
@@ -107,7 +107,7 @@ def test_an_exit_is_a_swift_that_the_super_goes_on_from(params, rows, alone) -> 
         assert result.output == (first if kept else again)[result.index].output
 
 
-def test_one_models_weights_lie_in_memory(params, rows) -> None:
+def test_one_models_weights_lie_in_memory_between_calls(params, rows) -> None:
     before, size = held(), sum(x.nbytes for x in jax.tree.leaves(params))
     subnet = Subnet.uniform(CONFIG, mlp=0.5, heads=0.5)
     rows = [row for row in rows if len(row["prompt"]) < 20]
@@ -118,6 +118,13 @@ def test_one_models_weights_lie_in_memory(params, rows) -> None:
     small, cut = slicing.slice_params(CONFIG, params, subnet)
     assert [answer.output for answer in answers] == texts(greedy(small, cut, rows, 2)[0])
     assert held() - before > 0.2 * size  # what a second model holds
+    sampler = swift._sampler
+    call, state, controls = sampler._start(sampler._call([[1, 2, 3]]), NEW)
+    model = call.served
+    given = (model.config, model.params, state, controls, ENDLESS, call.mode)
+    analysis = model.run.lower(*given).compile().memory_analysis()
+    own, arrays = (sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (cut, state))
+    assert analysis.temp_size_in_bytes < 1.1 * own + arrays  # while a batch is decoded, one slice
 
 
 def held() -> int:

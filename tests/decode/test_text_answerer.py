@@ -9,6 +9,7 @@ from small_models import Letters, drawn
 
 import elastic_lm as el
 from elastic_lm.calibrate.routing_scores import Scoring
+from elastic_lm.decode.black_boxes import Function
 from elastic_lm.decode.text_answerer import TextAnswerer
 from elastic_lm.sequence_cost import text_to_text_flops
 
@@ -63,7 +64,9 @@ def test_the_head_on_the_encoder() -> None:
         own = {name: value for name, value in answer.scores.items() if name.startswith("encoder_")}
         assert answer.scores == {**plain.scores, **own}
         assert own["encoder_energy"] == pytest.approx(0.5 * np.log(np.exp(x / 0.5).sum()), rel=1e-5)
-        assert answer.cost > plain.cost
+        assert answer.cost == plain.cost + 2 * CONFIG.d_model * 3
+        assert answer.preview is not None
+        assert (answer.preview.scores, answer.preview.output) == (own, None)
     with pytest.raises(ValueError, match="encoder_head=True: the model has none"):
         TextAnswerer(el.TextToText(el.EncoderDecoder(CONFIG), {}, Letters()), encoder_head=True)
 
@@ -91,6 +94,31 @@ def test_a_batch_whose_program_fails_fails_alone(model, monkeypatch: pytest.Monk
     answers = TextAnswerer(model, 5, template="{q}", batch_size=2).answer(ROWS)
     assert [answer.error is None for answer in answers] == [True, True, True, False, True]
     assert answers[3].error == "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"
+
+
+@pytest.mark.parametrize("labels", [("YES", "NO"), None])
+def test_rows_for_the_super_are_not_decoded(labels: tuple[str, ...] | None, monkeypatch) -> None:
+    config = dataclasses.replace(CONFIG, n_labels=2)
+    model = el.TextToText(el.EncoderDecoder(config), drawn(config), Letters())
+    swift = TextAnswerer(model, 4, template="{q}", labels=labels, encoder_head=True, batch_size=2)
+    alone = swift.answer(ROWS)
+    energies = [answer.scores["encoder_energy"] for answer in alone]
+    threshold, decoded = float(np.median(energies)), []
+    monkeypatch.setattr(swift, "_decode", lambda given: decoded.append(given) or whole(given))
+    whole = TextAnswerer._decode.__get__(swift)
+    super_ = Function(lambda row: "super", cost=7.0)
+    run = el.Cascade(swift, super_, threshold, score="encoder_energy", batch_size=2).run([*ROWS, {}])
+    results = list(run)
+    for result, answer, row in zip(results[:5], alone, ROWS, strict=True):
+        known = text_to_text_flops(CONFIG, len(row["q"]) + 1, 0) + 2 * 2 * CONFIG.d_model
+        if answer.scores["encoder_energy"] >= threshold:
+            assert (result.answer, result.cost) == (answer, answer.cost)
+        else:
+            assert (result.output, result.cost) == ("super", known + 7.0)
+            assert known < answer.cost
+    kept = sum(energy >= threshold for energy in energies)
+    assert sum(map(len, decoded)) == kept == run.statistics().rows - run.statistics().to_super
+    assert run.statistics().swift_failed == 1
 
 
 def test_rows_that_cannot_be_read_fail_alone(model: el.TextToText) -> None:
