@@ -129,7 +129,10 @@ class Journal:
         self._file = file
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; one that nothing was written to is removed."""
+        if not os.fstat(self._file.fileno()).st_size:
+            for path in (self._path, self._settings_path):
+                path.unlink(missing_ok=True)
         self._file.close()
 
     @property
