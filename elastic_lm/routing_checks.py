@@ -115,8 +115,13 @@ def _check_fields(args: argparse.Namespace, row: Row, kinds: list[str]) -> None:
     require(not args.pair_field or args.pair_field in row, "--pair-field", args.pair_field, fix)
     choices = _given(args, "choices_field")
     require(choices is None or choices in row, "--choices-field", choices, fix)
-    for field in _fields(args.template) if args.template else ():
-        require(field in row, "--template", args.template, f"its {{{field}}} {fix}")
+    if args.template:
+        for field in _fields(args.template):
+            require(field in row, "--template", args.template, f"its {{{field}}} {fix}")
+        _fill(args.template, row)
+    labels = args.labels.split(",") if args.labels else []
+    right = all(labels) and len({*labels}) == len(labels)
+    require(right, "--labels", args.labels, "must be different texts with a comma between them")
 
 
 def _fields(template: str) -> list[str]:
@@ -126,6 +131,14 @@ def _fields(template: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"--template {template}: {error}") from error
     return [re.split(r"[.\[]", name)[0] for name in parts]
+
+
+def _fill(template: str, row: Row) -> None:
+    try:
+        template.format_map(row)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        fix = "write fields as {name}"
+        raise ValueError(f"--template {template}: cannot be filled from a row ({error}); {fix}") from error
 
 
 def flag_name(flag: str) -> str:

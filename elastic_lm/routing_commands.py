@@ -24,6 +24,7 @@ from elastic_lm.metrics import ProgressWriter
 from elastic_lm.plain import require
 from elastic_lm.routing_checks import check_goals, check_pair
 from elastic_lm.routing_identity import (
+    answers_path,
     fingerprints,
     fit_identity,
     run_identity,
@@ -53,8 +54,10 @@ def fit_command(args: argparse.Namespace) -> None:
     _check_models(args)
     rows = list(read_rows(args.data))
     require(bool(rows), "--data", args.data, "holds no row")
-    found, kept = fingerprints(args), Path(args.out).with_suffix(".answers.jsonl")
-    with closing(Journal(kept, fit_identity(args, found, scoring))) as journal:
+    found = fingerprints(args)
+    settings = fit_identity(args, found, scoring)
+    kept = answers_path(args.out, settings)
+    with closing(Journal(kept, settings)) as journal:
         measured = measure(args, rows, scoring, journal)
     score = args.score or "energy"
     goals = {name: getattr(args, name) for name in ("target_accuracy", "target_cost", "super_accuracy")}

@@ -23,8 +23,8 @@ elastic-lm route fit --swift-exit 6 --super runs/exits/model --data val.jsonl --
 Both models answer every row, whose labels say who is right; the threshold is one run-time number. Goals:
 the least cost that reaches an accuracy, or the Super's own; the most accurate within a mean cost; or, with
 --risk, the least cost of which it is guaranteed that at most so much accuracy is lost against the Super.
-The answers are kept beside the rule, in rule.answers.jsonl: another goal on the same data asks no model, and
-a run that was stopped goes on where it was.
+The answers are kept beside the rule, in a file rule.answers-*.jsonl per pair, data and flags: another goal
+asks no model, and a fit that was stopped goes on where it was.
 """
 RUN = """\
 elastic-lm route run --swift small --super large --rule rule.json --data in.jsonl --out out.jsonl

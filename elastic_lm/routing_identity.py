@@ -1,6 +1,8 @@
 """Which run of `elastic-lm route` an output belongs to, and which models a rule was fitted on."""
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +64,17 @@ def fit_identity(
     """`identity` of the answers that a rule is fitted on; goals, labels and prices are read afterwards."""
     head = (args.score or "").startswith(PLACES[2])
     return {"holds": "answers of both models", **identity(args, found, scoring), "encoder_head": head}
+
+
+def answers_path(out: str | Path, settings: Mapping[str, Any]) -> Path:
+    """Where answers are kept beside a rule: other models, rows or flags have another file.
+
+    Args:
+      out: the rule's file.
+      settings: from `fit_identity`.
+    """
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:8]
+    return Path(out).with_suffix(f".answers-{digest}.jsonl")
 
 
 def run_identity(
