@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from elastic_lm.calibrate.routing import ALWAYS_SUPER, Measured

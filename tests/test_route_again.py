@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import pathlib
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -19,9 +20,12 @@ from elastic_lm.decode.answerers import Answer
 from elastic_lm.decode.black_boxes import Function
 from elastic_lm.decode.cascade import Cascade
 from elastic_lm.decode.classifier import Classifier
+from elastic_lm.decode.text_answerer import TextAnswerer
 from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.fingerprints import SAMPLE, SAMPLES, checkpoint_fingerprint
 from elastic_lm.jsonl import Journal, read_rows
 from elastic_lm.models.encoder import init_params
+from elastic_lm.routing_checks import check_pair
 from elastic_lm.routing_commands import retry, route
 from elastic_lm.routing_identity import warn_other_models
 
@@ -255,3 +259,39 @@ def test_what_does_not_fit_is_refused_before_a_row_is_answered(
     assert message in error
     assert error.strip().count("\n") == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--template", "{text", "--template {text: expected '}'"),
+        ("--template", "{text.x}", "cannot be filled from a row"),
+        ("--template", "{txt}", "its {txt} is no field of the first row of d, which has text"),
+        ("--labels", "a,a", "--labels='a,a': must be different texts"),
+        ("--labels", "a,", "--labels='a,': must be different texts"),
+        ("--max-len", "3", "--max-len=3: is read by encoders, and these are encoder-decoders; leave it out"),
+    ],
+)
+def test_flags_of_encoder_decoders(flag: str, value: str, message: str) -> None:
+    parser, _ = cli.build_parsers()
+    given = ("--swift", "a", "--super", "b", "--data", "d", "--threshold", "0", "--out", "o", flag, value)
+    model = TextAnswerer.__new__(TextAnswerer)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_pair(parser.parse_args(["route", "run", *given]), {"text": "a"}, model, model, "energy")
+
+
+def test_fingerprints_see_contents_alone(tmp_path: pathlib.Path) -> None:
+    weights = tmp_path / "a" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(bytes(2 * SAMPLES * SAMPLE))
+    (tmp_path / "a" / "config.json").write_text("{}")
+    first = checkpoint_fingerprint(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    (tmp_path / "b" / "out.jsonl").write_text("of no concern")
+    assert checkpoint_fingerprint(tmp_path / "b") == first
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    assert checkpoint_fingerprint(tmp_path / "a") != first
+    (tmp_path / "b" / "config.json").write_text("[]")
+    assert checkpoint_fingerprint(tmp_path / "b") != first
