@@ -1,4 +1,4 @@
-"""An encoder on a task of GLUE or SuperGLUE, alone or towards a larger model's answers.
+"""An encoder on a task of GLUE, or SuperGLUE's BoolQ or CB, alone or towards a larger model's answers.
 
 COMMAND   hf download google-bert/bert-base-uncased --local-dir models/bert-base-uncased
           elastic-lm train --config configs/glue.py:DATA,sst2 --workdir runs/sst2
@@ -22,12 +22,18 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 PAIR = {"text_field": "sentence1", "pair_field": "sentence2"}
+PREMISE = {"text_field": "premise", "pair_field": "hypothesis"}
 TASKS = {
     "cola": ("glue_cola_train", "glue_cola_dev", {"text_field": "sentence", "max_len": 64}),
     "sst2": ("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence", "max_len": 64}),
     "mrpc": ("glue_mrpc_train", "glue_mrpc_dev", PAIR),
     "rte": ("glue_rte_train", "glue_rte_dev", {**PAIR, "max_len": 256}),
     "stsb": ("glue_stsb_train", "glue_stsb_dev", {**PAIR, "problem": "regression"}),
+    "qnli": ("glue_qnli_train", "glue_qnli_dev", {"text_field": "question", "pair_field": "sentence"}),
+    "qqp": ("glue_qqp_train", "glue_qqp_dev", {"text_field": "question1", "pair_field": "question2"}),
+    "mnli": ("glue_mnli_train", "glue_mnli_dev_matched", PREMISE),
+    "wnli": ("glue_wnli_train", "glue_wnli_dev", PAIR),
+    "cb": ("superglue_cb_train", "superglue_cb_val", {**PREMISE, "max_len": 256}),
     "boolq": (
         "superglue_boolq_train",
         "superglue_boolq_val",
@@ -42,6 +48,7 @@ def get_config(arg: str = "data/glue,sst2") -> ConfigDict:
     if name not in TASKS:
         raise ValueError(f"configs/glue.py:{arg}: write FOLDER,TASK with a task of {', '.join(TASKS)}")
     train, held_out, fields = TASKS[name]
+    regression = fields.get("problem") == "regression"
     config = ConfigDict()
     config.task = {"paths": (_file(folder, train),), "eval_paths": (_file(folder, held_out),), **fields}
     config.train = {
@@ -53,7 +60,7 @@ def get_config(arg: str = "data/glue,sst2") -> ConfigDict:
         "min_lr": 0.0,
         "warmup": 100,
         "weight_decay": 0.01,
-        "z_loss": 1e-4,
+        "z_loss": 0.0 if regression else 1e-4,
         "log_every": 20,
         "eval_every": 250,
         "eval_batches": 0,

@@ -73,6 +73,9 @@ class TaskRun:
         require(right, "task.problem", self.task.problem, fix)
         fix = "text_to_text tunes every parameter; set 'all'"
         require(not writes or self.train.tuned == "all", "train.tuned", self.train.tuned, fix)
+        fix = "is about classes and texts: a regression's output has no normaliser; set 0"
+        right = self.task.problem != "regression" or not self.train.z_loss
+        require(right, "train.z_loss", self.train.z_loss, fix)
         layers, fix = self.train.init_layers, "layers are kept of encoders only; set 0"
         require(not writes or not layers, "train.init_layers", layers, fix)
         rows, parts = self.task.batch_size, self.train.accumulate

@@ -9,7 +9,7 @@ With f the logits of a record, y its class, g the logits of the model it learns 
 d = 0 is plain fine-tuning (BERT, arXiv 1810.04805, sec. 4), d > 0 distillation (Hinton et al., arXiv
 1503.02531, sec. 2). Neither CE nor KL sees a constant that is added to all logits, while energy does: z, of
 the order of 1e-4, keeps the normaliser near 0, so that energies of different records can be compared (E-LANG,
-arXiv 2203.00748, routes by them). Regression: L = (1 - d) (f - y)^2 + d (f - g)^2.
+arXiv 2203.00748, routes by them). Regression, without z: L = (1 - d) (f - y)^2 + d (f - g)^2.
 """
 
 import dataclasses

@@ -13,13 +13,14 @@ from elastic_lm.loading import load
 from elastic_lm.methods.task_tuning import TEACHER, TaskTuning, answers_of
 from elastic_lm.models.encoder import attach_task_head, init_params
 from elastic_lm.models.encoder_decoder import attach_encoder_head
-from elastic_lm.models.kinds import kind_of
+from elastic_lm.models.kinds import KINDS, kind_of
 from elastic_lm.plain import require
 from elastic_lm.sharding import param_shardings
 from elastic_lm.task_config import TaskRun
 from elastic_lm.train_config import TrainConfig
 
 Params = dict[str, Any]
+Answers = tuple[str, int, tuple[str, ...]]  # problem, outputs, their names
 Config = TypeVar("Config", bound=EncoderConfig | EncoderDecoderConfig)
 
 
@@ -35,7 +36,8 @@ def prepare_model(
       mesh: where the parameters go.
 
     Returns:
-      (config, parameters); a head for as many classes is kept as it is, any other is drawn anew.
+      (config, parameters); a head for as many classes is kept, where it names none under these names, any
+      other is drawn anew.
 
     Raises:
       FileNotFoundError: the initial checkpoint does not exist.
@@ -111,8 +113,8 @@ def prepare_encoder(
     fix = f"above the model's {config.max_len} positions; shorten it"
     require(task.max_len <= config.max_len, "task.max_len", task.max_len, fix)
     wanted = len(labels) or 1
-    if answers_of(config) == (task.problem, wanted, labels):
-        return config, params
+    if same_answers(answers_of(config), (task.problem, wanted, labels)):
+        return dataclasses.replace(config, labels=labels), params
     key = jax.random.fold_in(jax.random.key(train.seed), 1)
     return attach_task_head(config, params, wanted, task.problem, key, labels)
 
@@ -150,10 +152,16 @@ def with_teacher(
     teacher, given = load_of(type(config), "train.teacher_from", train.teacher_from, None, mesh)
     theirs, ours = answers_of(teacher), answers_of(config)
     fix = f"answers {theirs}, not {ours}; tune it on the task"
-    require(theirs == ours, "train.teacher_from", train.teacher_from, fix)
+    require(same_answers(theirs, ours), "train.teacher_from", train.teacher_from, fix)
     fix = f"reads {teacher.vocab_size} token ids, not {config.vocab_size}: both models need one tokenizer"
     require(teacher.vocab_size == config.vocab_size, "train.teacher_from", train.teacher_from, fix)
     return TaskTuning(config, teacher, **options), {**params, TEACHER: given}
+
+
+def same_answers(some: Answers, others: Answers) -> bool:
+    """Whether two heads answer the same: as many outputs of one kind, of equal names where both have some."""
+    named = bool(some[2]) and bool(others[2])
+    return some[:2] == others[:2] and (not named or some[2] == others[2])
 
 
 def load_any(
@@ -185,8 +193,9 @@ def load_of(
     """
     model, params = load(folder, dtype=dtype, mesh=mesh)
     config: Any = model.config
-    found, wanted = (name.removesuffix("Config") for name in (type(config).__name__, kind.__name__))
-    require(isinstance(config, kind), field, folder, f"holds a {found}, where an {wanted} is needed")
+    wanted = next(k.name for k in KINDS.values() if k.config is kind)
+    fix = f"holds a model of kind {kind_of(config).name}, where one of kind {wanted} is needed"
+    require(isinstance(config, kind), field, folder, fix)
     return config, params
 
 

@@ -17,6 +17,7 @@ from elastic_lm.data import labelled, pairs
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.loading import load
 from elastic_lm.methods.sequence_to_sequence import PairBatch, SequenceToSequence, Teacher
 from elastic_lm.methods.task_tuning import TEACHER, TaskBatch
 from elastic_lm.models import kinds
@@ -110,6 +111,8 @@ def prepare_tokenizer(run: TaskRun, workdir: Path) -> Tokenizer:
     A learned one is kept in `workdir`, so a resumed run reads the same ids.
     """
     if source := run.task.tokenizer or run.train.init_from:
+        if not run.task.tokenizer and not Path(source).is_dir():
+            load(source)  # says how to get a model
         return Tokenizer.load(source)
     assert run.encoder_decoder is not None
     if not (workdir / "tokenizer.json").is_file():

@@ -73,7 +73,9 @@ def split(file: Path, folder: Path, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
 
 
-def measured(name: str, data: Path, out: Path, seed: int, layers: int) -> dict[str, Columns]:
+def measured(
+    name: str, data: Path, out: Path, seed: int, layers: int, nested_layers: int
+) -> dict[str, Columns]:
     """Trains what is missing and answers all rows with Swift, nested Swift and Super.
 
     Args:
@@ -81,7 +83,8 @@ def measured(name: str, data: Path, out: Path, seed: int, layers: int) -> dict[s
       data: from prepare.py.
       out: folder of the study.
       seed: of the split, the order and the heads.
-      layers: of both Swifts.
+      layers: of the Swift that is a model of its own.
+      nested_layers: of the Swift that is part of the Super.
 
     Returns:
       {"separate", "nested": columns}.
@@ -91,7 +94,7 @@ def measured(name: str, data: Path, out: Path, seed: int, layers: int) -> dict[s
     super_ = trained(task, data, folder, seed, "super", init_from=pretrained(), lr=1e-4)
     taught = {"init_from": pretrained(), "init_layers": layers, "teacher_from": super_, "distil": 0.5}
     swift = trained(task, data, folder, seed, "swift", **taught, temperature=2.0, lr=4e-4)
-    exit_ = {"init_from": super_, "init_layers": layers, "tuned": "head", "lr": 2e-3}
+    exit_ = {"init_from": super_, "init_layers": nested_layers, "tuned": "head", "lr": 2e-3}
     nested = trained(task, data, folder, seed, "exit", **exit_)
     return {
         how: settled(

@@ -13,12 +13,14 @@ from test_run import Stopped, stop_at
 from tokenizers import models, pre_tokenizers, processors
 
 from elastic_lm import cli
+from elastic_lm.checkpoint import save_model
 from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.loading import load
 from elastic_lm.methods.task_tuning import TaskBatch, task_logits
+from elastic_lm.models.encoder import init_params
 from elastic_lm.plain import to_dict
 from elastic_lm.task_config import TaskConfig, TaskRun
 from elastic_lm.train import tasks
@@ -118,6 +120,23 @@ def test_a_task_is_learned_resumed_and_taught_on(
         fit_task(dataclasses.replace(taught, task=other), tmp_path / "other")
 
 
+def test_heads_without_names_count(run: TaskRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataclasses.replace(ENCODER, n_labels=2)
+    params, tokenizer = init_params(config, jax.random.key(3)), Tokenizer.load(run.task.tokenizer)
+    save_model(tmp_path / "unnamed", config, params, tokenizer)
+    unnamed = str(tmp_path / "unnamed")
+    train = dataclasses.replace(run.train, steps=1, warmup=0, lr=1e-9, init_from=unnamed)
+    taught = dataclasses.replace(train, teacher_from=unnamed, distil=0.5)
+    kept, same, _ = fit_task(TaskRun(run.task, taught), tmp_path / "kept")
+    assert kept.labels == ("neg", "pos")
+    chex.assert_trees_all_close(same["head"], params["head"], atol=1e-6)
+    missing = TaskRun(run.task, dataclasses.replace(train, init_from=str(tmp_path / "nothing")))
+    with pytest.raises(FileNotFoundError, match=r"nothing: expected .* with `hf download"):
+        fit_task(
+            dataclasses.replace(missing, task=dataclasses.replace(run.task, tokenizer="")), tmp_path / "no"
+        )
+
+
 def test_the_command_learns_from_a_config_file(run: TaskRun, tmp_path: Path) -> None:
     values = to_dict(changed(run, steps=6, warmup=1))
     values["task"] |= {"labels": (), "pair_field": ""}
@@ -185,6 +204,10 @@ def test_numbers_are_classes_in_their_order_or_targets(run: TaskRun, tmp_path: P
         ({"train": {"distil": 0.5}}, r"train\.distil=0\.5: goes with train\.teacher_from=''"),
         ({"task": {"tokenizer": ""}}, r"task\.tokenizer='': a new encoder has none"),
         ({"task": {"problem": "regression", "labels": ("a", "b")}}, r"task\.labels=.*: not read with"),
+        (
+            {"task": {"problem": "regression"}, "train": {"z_loss": 1e-4}},
+            r"train\.z_loss=0\.0001: is about classes and texts",
+        ),
         ({"task": {"labels": ("a", "a")}}, r"task\.labels=.*names a class twice"),
         ({"task": {"paths": ()}}, r"task\.paths=\(\): name the training files"),
         ({"train": {"accumulate": 3}}, r"train\.accumulate=3: must divide task\.batch_size=16"),
