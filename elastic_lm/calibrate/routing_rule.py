@@ -135,8 +135,7 @@ def fit(
         "data": {"description": data, **counts},
         "cost": unit,
         "guarantee": guarantee.statement if guarantee else AVERAGES,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+        **_when(),
     }
     return RoutingRule(
         threshold=point.threshold,
@@ -149,6 +148,14 @@ def fit(
         curve=curve.points(),
         provenance=provenance,
     )
+
+
+def _when() -> dict[str, Any]:
+    """The date, and versions of what computed."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+    }
 
 
 def _choose(

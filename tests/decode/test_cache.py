@@ -68,9 +68,7 @@ def test_deep_ticks_are_compiled_for_few_positions_and_for_the_window():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")
-@pytest.mark.parametrize(
-    ("size", "mode"), [(3, "exact"), (1, "verify"), (1, "propagate")]
-)
+@pytest.mark.parametrize(("size", "mode"), [(3, "exact"), (1, "verify"), (1, "propagate")])
 def test_no_cache_is_copied(model, prompts, size, mode):
     no_copies(model.sampler((0.5, 0.5), window=4), prompts[:size], mode)
 
