@@ -20,7 +20,7 @@ from elastic_lm.config import ModelConfig
 from elastic_lm.cost import CostTable, Load
 from elastic_lm.elastic import Menu, Subnet
 from elastic_lm.machine import hardware
-from elastic_lm.plain import from_dict, require, write_text_whole
+from elastic_lm.plain import load_dataclass, require, write_text_whole
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
@@ -164,16 +164,7 @@ class LatencyTable:
           FileNotFoundError: there is no such file.
           ValueError: it is not JSON, not a latency table, or holds values out of range.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such latency table; write one: elastic-lm latency build")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-                raise ValueError(f'"format" is not "{FORMAT}"')
-            return from_dict(cls, content)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a usable latency table ({error}); {REBUILD}") from error
+        return load_dataclass(cls, path, FORMAT, "latency table", REBUILD)
 
     def text(self) -> str:
         """The table as aligned lines, one per choice; layers that cost the same share theirs."""

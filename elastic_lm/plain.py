@@ -134,6 +134,35 @@ def from_dict(cls: Any, values: Any, where: str = "") -> Any:
     return cls(**kwargs)
 
 
+def load_dataclass(cls: Any, path: str | Path, form: str, name: str, fix: str) -> Any:
+    """Builds a dataclass from a JSON file that says what it is.
+
+    Args:
+      cls: the dataclass.
+      path: the file.
+      form: what its "format" has to be.
+      name: what such a file is called in messages.
+      fix: how one is made.
+
+    Returns:
+      An instance of `cls`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not JSON, of another format, or holds values out of range; names the field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such {name}; {fix}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.pop("format", None) != form:
+            raise ValueError(f'"format" is not "{form}"')
+        return from_dict(cls, content)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a usable {name} ({error}); {fix}") from error
+
+
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 

@@ -3,6 +3,17 @@
 import argparse
 from collections.abc import Callable
 
+# Of flags that only some kinds of models read.
+DEFAULTS = {
+    "text_field": "text",
+    "choices_field": "choices",
+    "max_new_tokens": 32,
+    "normalise": "tokens",
+    "timeout": 30.0,
+    "retries": 2,
+    "style": "rows",
+    "super_cost": 0.0,
+}
 FIT = """\
 elastic-lm route fit --swift small --super large --data val.jsonl --super-accuracy --out rule.json
 elastic-lm route fit --swift small --super large --data val.jsonl --target-accuracy 0.93 --plot curve.png
@@ -12,6 +23,8 @@ elastic-lm route fit --swift-exit 6 --super runs/exits/model --data val.jsonl --
 Both models answer every row, whose labels say who is right; the threshold is one run-time number. Goals:
 the least cost that reaches an accuracy, or the Super's own; the most accurate within a mean cost; or, with
 --risk, the least cost of which it is guaranteed that at most so much accuracy is lost against the Super.
+The answers are kept beside the rule, in a file rule.answers-*.jsonl per pair, data and flags: another goal
+asks no model, and a fit that was stopped goes on where it was.
 """
 RUN = """\
 elastic-lm route run --swift small --super large --rule rule.json --data in.jsonl --out out.jsonl
@@ -19,8 +32,8 @@ elastic-lm route run --swift small --super http://host/answer --rule rule.json -
 elastic-lm route run --swift small --super large --threshold 1.31044 --data in.jsonl --out out.jsonl
 
 Run it again after it was stopped: it goes on where it was. Each line of the output has the row's index,
-output, model ("swift" or "super"), score and cost (FLOPs); rows that the Super fails on have an error, and
-the Swift's output as fallback.
+output (the name of a class, where the models name them), model ("swift" or "super"), score and cost (FLOPs);
+rows that the Super fails on have an error, and the Swift's output as fallback, until --retry-failed.
 """
 
 
@@ -39,6 +52,7 @@ def add_route(parser: argparse.ArgumentParser, share: Callable[[str], float]) ->
         _models(action)
         _rows(action)
         _energy(action)
+        action.set_defaults(**DEFAULTS)
     _goals(fit, share)
     add = run.add_argument
     add("--rule", metavar="FILE", help="from `route fit`")
@@ -52,22 +66,20 @@ def _models(parser: argparse.ArgumentParser) -> None:
     add("--swift-exit", type=int, metavar="L", help="instead: the exit after this layer of the Super")
     add("--swift-inside", action="store_true", help="encoders: the Swift is the Super's lowest layers")
     add("--super", dest="super_", required=True, metavar="DIR|URL", help="the large model")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="of generated answers (default: 32)")
+    add("--max-new-tokens", type=int, metavar="N", help="of generated answers (default: 32)")
     add("--batch-size", type=int, default=16, metavar="N", help="rows per batch (default: 16)")
     add(
         "--normalise",
         choices=("tokens", "bytes", "none"),
-        default="tokens",
         help="choices per",
     )
-    add("--timeout", type=float, default=30.0, metavar="S", help="of a service, seconds (default: 30)")
-    add("--retries", type=int, default=2, metavar="N", help="of a service, per row (default: 2)")
-    add("--style", choices=("rows", "openai"), default="rows", help="of a service: see decode.black_boxes")
+    add("--timeout", type=float, metavar="S", help="of a service, seconds (default: 30)")
+    add("--retries", type=int, metavar="N", help="of a service, per row (default: 2)")
+    add("--style", choices=("rows", "openai"), help="of a service: see decode.black_boxes")
     add("--service-model", metavar="NAME", help="openai: the model; ELASTIC_LM_API_KEY holds the key")
     add(
         "--super-cost",
         type=float,
-        default=0.0,
         metavar="FLOPS",
         help="of a row, by a service",
     )
@@ -76,11 +88,13 @@ def _models(parser: argparse.ArgumentParser) -> None:
 def _rows(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", required=True, metavar="FILE", help="JSON lines, or .gz of them")
-    add("--text-field", default="text", metavar="NAME", help="the text, prompt or question (default: text)")
+    add("--text-field", metavar="NAME", help="the text, prompt or question (default: text)")
     add("--pair-field", metavar="NAME", help="encoders: the second text of a row")
-    add("--choices-field", default="choices", metavar="NAME", help="multiple choice, where rows have it")
+    add("--choices-field", metavar="NAME", help="multiple choice, where rows have it")
+    add("--max-len", type=int, metavar="N", help="encoders: tokens read of a row (default: the model's)")
     add("--template", metavar="TEXT", help='encoder-decoders: their source, "sst2 sentence: {text}"')
     add("--labels", metavar="A,B", help="encoder-decoders: the only answers")
+    add("--retry-failed", action="store_true", help="rows that failed before are answered again")
 
 
 def _energy(parser: argparse.ArgumentParser) -> None:

@@ -136,7 +136,7 @@ def _load_encoder(flag: str, place: str) -> tuple[Encoder, Params]:
 
 
 def _text_flags(args: argparse.Namespace) -> dict[str, Any]:
-    return {"text_field": args.text_field, "pair_field": args.pair_field}
+    return {"text_field": args.text_field, "pair_field": args.pair_field, "max_len": args.max_len}
 
 
 def _choice_flags(args: argparse.Namespace) -> dict[str, Any]:

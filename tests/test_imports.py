@@ -30,6 +30,7 @@ ARROWS = {
     "cost": {"config", "elastic", "plain"},
     "sequence_cost": CONFIGS | {"cost"},
     "jsonl": {"plain"},
+    "fingerprints": set(),
     "machine": set(),
     "latency_table": LAYERS | {"machine"},
     "nn": CORE,
@@ -54,7 +55,12 @@ EVERYTHING = set(ARROWS) - {"testing", "__init__"}
 ARROWS["held_out"] = EVERYTHING
 ARROWS["generation"] = EVERYTHING | {"held_out", "latency"}
 ARROWS["routing_models"] = EVERYTHING
-ARROWS["routing_commands"] = EVERYTHING | {"routing_models", "generation"}
+ARROWS["routing_quality"] = EVERYTHING
+ARROWS["routing_identity"] = EVERYTHING | {"routing_models"}
+ARROWS["routing_checks"] = EVERYTHING | {"routing_models", "routing_flags"}
+ARROWS["routing_lines"] = EVERYTHING | {"routing_checks", "routing_quality"}
+ROUTING = {"routing_checks", "routing_identity", "routing_lines", "routing_models", "routing_quality"}
+ARROWS["routing_commands"] = EVERYTHING | ROUTING | {"generation"}
 ARROWS["bench"] = EVERYTHING
 ARROWS["latency"] = LAYERS | {"machine", "latency_table", "metrics", "slicing", "decode", "bench"}
 ARROWS["quickstart"] = EVERYTHING | {"bench", "generation"}  # its timing, its coloured text

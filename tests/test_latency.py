@@ -176,7 +176,7 @@ def test_unusable_files_are_refused(small: LatencyTable, tmp_path: pathlib.Path)
             LatencyTable.load(path)
         assert str(refused.value).startswith(f"{path}: not a usable latency table (")
         assert "measure again: elastic-lm latency build" in str(refused.value)
-    with pytest.raises(FileNotFoundError, match="write one: elastic-lm latency build"):
+    with pytest.raises(FileNotFoundError, match="no such latency table; measure again: elastic-lm"):
         LatencyTable.load(tmp_path / "nowhere.json")
 
 

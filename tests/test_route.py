@@ -23,7 +23,7 @@ from elastic_lm.decode.cascade import Cascade
 from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.jsonl import Journal, read_rows
 from elastic_lm.models.encoder import init_params
-from elastic_lm.routing_commands import quality, record, route
+from elastic_lm.routing_commands import record, route
 from elastic_lm.routing_models import make_pair
 
 ROWS = 10_000
@@ -106,30 +106,6 @@ def test_scores_that_are_nan_are_null() -> None:
         json.dumps(record(result))
         == '{"index": 0, "output": 1, "model": "super", "score": null, "cost": 0.0}'
     )
-
-
-@pytest.mark.parametrize(
-    ("output", "label", "names", "tolerance", "right"),
-    [
-        (1, 1, (), None, 1.0),
-        (1, "yes", ("no", "yes"), None, 1.0),
-        (0, "yes", ("no", "yes"), None, 0.0),
-        (True, 1, (), None, 1.0),
-        (" Yes", "Yes", (), None, 1.0),
-        ("a", ["b", "a"], (), None, 1.0),
-        ("7", 7, (), None, 1.0),
-        (2.3, 2.5, (), 0.25, 1.0),
-        (2.3, 2.6, (), 0.25, 0.0),
-        (5, "yes", ("no", "yes"), None, 0.0),
-    ],
-)
-def test_quality(output, label, names, tolerance, right) -> None:
-    assert quality(output, label, names, tolerance) == right
-
-
-def test_regressions_need_a_tolerance() -> None:
-    with pytest.raises(ValueError, match="--tolerance"):
-        quality(2.5, 2.5, (), None)
 
 
 @pytest.fixture(scope="module")

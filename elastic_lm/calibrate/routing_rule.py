@@ -9,11 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.calibrate.routing import Measured, RoutingPoint, cheapest, like_super, most_accurate, sweep
+from elastic_lm.calibrate.routing import (
+    Measured,
+    RoutingCurve,
+    RoutingPoint,
+    cheapest,
+    like_super,
+    most_accurate,
+    sweep,
+)
 from elastic_lm.calibrate.routing_risk import RoutingGuarantee, RoutingRisk, control
 from elastic_lm.calibrate.routing_scores import PLAIN, Scoring
 from elastic_lm.methods.energy_routing import Centre
-from elastic_lm.plain import SEED, from_dict, require, write_text_whole
+from elastic_lm.plain import SEED, load_dataclass, require, write_text_whole
 
 FORMAT = "elastic_lm routing 1"
 AVERAGES = "none: averages over the validation rows that chose the threshold, which are optimistic"
@@ -73,16 +81,7 @@ class RoutingRule:
           ValueError: the file is not JSON, not a routing rule, or holds values out of range; names the
             field.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such routing rule; `elastic-lm route fit` writes one")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-                raise ValueError(f'"format" is not "{FORMAT}"')
-            return from_dict(cls, content)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a usable routing rule ({error}); fit it again") from error
+        return load_dataclass(cls, path, FORMAT, "routing rule", "`elastic-lm route fit` writes one")
 
 
 def fit(
@@ -97,6 +96,7 @@ def fit(
     seed: int = 0,
     unit: str = "flops",
     models: Mapping[str, Any] | None = None,
+    fingerprints: Mapping[str, str | None] | None = None,
     data: str = "",
 ) -> RoutingRule:
     """Chooses the threshold for one goal.
@@ -112,6 +112,7 @@ def fit(
       seed: of the halves of `risk` and of the score "random", recorded.
       unit: of the costs, recorded.
       models: descriptions of "swift" and "super", recorded.
+      fingerprints: of the checkpoints of "swift" and "super", recorded; None = services.
       data: description of the rows, recorded.
 
     Returns:
@@ -125,33 +126,45 @@ def fit(
     given |= {"super_accuracy": True} if super_accuracy else {}
     fix = f"set exactly one of {', '.join(goals)}, super_accuracy"
     require(len(given) == 1, "goal", given, fix)
-    curve, guarantee = sweep(rows), None
-    if risk is not None:
-        threshold, guarantee = control(rows, risk, seed)
-        point = rows.at(threshold)
-    elif target_accuracy is not None:
-        point = cheapest(curve, target_accuracy)
-    else:
-        point = like_super(curve) if super_accuracy else most_accurate(curve, target_cost)
+    curve = sweep(rows)
+    point, guarantee = _choose(rows, curve, *next(iter(given.items())), seed)
     counts = {"rows": len(rows), "swift": curve.swift_accuracy, "super": curve.super_accuracy}
     provenance = {
         "models": dict(models or {}),
+        "fingerprints": dict(fingerprints or {}),
         "data": {"description": data, **counts},
         "cost": unit,
         "guarantee": guarantee.statement if guarantee else AVERAGES,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+        **_when(),
     }
-    goal = " ".join(str(part) for pair in given.items() for part in pair)
     return RoutingRule(
         threshold=point.threshold,
         score=score,
-        temperature=scoring.temperature,
-        centre=scoring.centre,
+        **dataclasses.asdict(scoring),
         seed=seed,
-        goal=goal,
+        goal=" ".join(str(part) for pair in given.items() for part in pair),
         measured=point,
         guarantee=guarantee,
         curve=curve.points(),
         provenance=provenance,
     )
+
+
+def _when() -> dict[str, Any]:
+    """The date, and versions of what computed."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+    }
+
+
+def _choose(
+    rows: Measured, curve: RoutingCurve, goal: str, value: Any, seed: int
+) -> tuple[RoutingPoint, RoutingGuarantee | None]:
+    """What a goal chooses, and what is guaranteed of it."""
+    if goal == "risk":
+        threshold, guarantee = control(rows, value, seed)
+        return rows.at(threshold), guarantee
+    if goal == "target_accuracy":
+        return cheapest(curve, value), None
+    return like_super(curve) if goal == "super_accuracy" else most_accurate(curve, value), None

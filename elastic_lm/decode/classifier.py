@@ -50,6 +50,10 @@ class Classifier:
     """An encoder that labels rows of one text or two.
 
     The output is the index of the likeliest class, or the value of a regression, which has no scores.
+
+    Attributes:
+      names: of the classes; () = they have none.
+      classes: their number; 0 = a regression.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Classifier:
         require(1 <= longest <= config.max_len, "max_len", longest, fix)
         require(AT_LEAST_1[0](batch_size), "batch_size", batch_size, AT_LEAST_1[1])
         self.scoring, self.names = scoring, config.labels
+        self.classes = config.n_labels if config.problem == "classification" else 0
         self._config, self._params, self._tokenizer = config, params, tokenizer
         self._fields, self._longest, self._batch_size = (text_field, pair_field), longest, batch_size
         self._keep = keep_state
