@@ -1,11 +1,12 @@
 """Tables (Markdown) and the picture of run.py, from the columns that it measured.
 
-COMMAND   python experiments/elang/report.py runs/elang
+COMMAND   python experiments/elang/report.py runs/elang/results.json.gz
 
 Thresholds are chosen on the rows held back from training (`fit`) and applied to the test rows. Costs are mean
 FLOPs per row, the Super's being 1; where the Swift is part of the Super, rows that go on pay for the rest.
 """
 
+import gzip
 import json
 import statistics
 import sys
@@ -33,10 +34,10 @@ SHARES = (0.1, 0.25, 0.5)  # of the rows, to the Super
 
 def main() -> None:
     """Prints the tables and draws curves.png beside the columns."""
-    folder = Path(sys.argv[1])
-    results = json.loads((folder / "results.json").read_text())
+    file = Path(sys.argv[1])
+    results = json.loads(gzip.decompress(file.read_bytes()))
     print(tables(results["pairs"]))
-    plot(results["pairs"], folder / "curves.png")
+    plot(results["pairs"], file.with_name("curves.png"))
 
 
 def rows(columns: Columns, split: str, kind: str) -> Measured:

@@ -21,6 +21,7 @@ Paper: E-LANG, arXiv 2203.00748.
 """
 
 import argparse
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ TASKS = (*LAYERS, "translation")
 
 
 def main() -> None:
-    """Measures what is missing, and writes results.json and curves.png."""
+    """Measures what is missing, and writes results.json.gz and curves.png."""
     args = parse()
     out, pairs = Path(args.out), {}
     for seed in args.seeds:
@@ -47,7 +48,7 @@ def main() -> None:
                 pairs.setdefault(f"{name}, {how}", []).append(columns)
             print(f"seed {seed}, {name}: done", flush=True)
     content = {"args": vars(args), "hardware": hardware(), "versions": versions(), "pairs": pairs}
-    (out / "results.json").write_text(json.dumps(content) + "\n")
+    (out / "results.json.gz").write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))
     print(tables(pairs))
     plot(pairs, out / "curves.png")
 

@@ -101,7 +101,16 @@ def relative_times(sides: Mapping[str, Callable[[], Any]], base: str = "super") 
 
 
 def settled(file: Path, make: Callable[[], Columns]) -> Columns:
-    """The columns in `file`; made and written where it is missing."""
+    """The columns in `file`; made and written where it is missing, numbers to six digits."""
     if not file.is_file():
-        file.write_text(json.dumps(make()) + "\n")
+        file.write_text(json.dumps(rounded(make())) + "\n")
     return json.loads(file.read_text())
+
+
+def rounded(tree: Any) -> Any:
+    """A tree of dictionaries, lists and numbers with six digits of each."""
+    if isinstance(tree, dict):
+        return {name: rounded(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [rounded(value) for value in tree]
+    return float(f"{tree:.6g}") if isinstance(tree, float) else tree
