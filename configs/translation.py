@@ -36,10 +36,13 @@ def get_config(arg: str = "data/elang") -> ConfigDict:
     }
     config.train = {
         "method": "task_tuning",
+        "optimizer": "muon",
         "steps": 3000,
-        "lr": 2e-3,
-        "warmup": 100,
+        "lr": 5e-3,
+        "schedule": "wsd",
+        "decay_share": 0.4,
         "min_lr": 0.02,
+        "warmup": 50,
         "weight_decay": 0.01,
         "z_loss": 1e-4,
         "log_every": 20,
@@ -52,5 +55,5 @@ def get_config(arg: str = "data/elang") -> ConfigDict:
         config.encoder_decoder = {"vocab_size": 4096, **SIZES[size], "eos_ids": (0,)}
     else:
         config.task.prefix = "translate English to German: "
-        config.train.update({"init_from": size, "lr": 1e-4})
+        config.train.update({"init_from": size, "optimizer": "adamw", "lr": 1e-4})
     return config

@@ -22,7 +22,7 @@ from elastic_lm.train.run import MODEL_FOLDER
 from elastic_lm.train.tasks import fit_task
 
 RECIPE = Path(__file__).parents[2] / "configs" / "translation.py"
-STEPS = {"super": 1200, "swift": 1200}
+STEPS = {"super": 900, "swift": 900}
 MOST = 48  # tokens of a translation
 FILES = {"fit": "multi30k_val", "test": "multi30k_test_2016_flickr"}
 
