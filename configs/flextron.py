@@ -4,8 +4,10 @@ COMMAND   elastic-lm train --config configs/flextron.py --workdir runs/elastic
           another model: --config.train.init_from=HF_DIR --config.train.menu_heads="(0.5,1.0)"; where heads
           share no key/value groups, like those of GPT-2: --config configs/flextron.py:mha
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
-DURATION  not measured; each sampled sub-network adds two forward passes and a backward one of its width
-EXPECTED  lower `eval_loss/smallest` and `eval_loss/<width>`; not measured at length yet
+DURATION  each sampled sub-network adds two forward passes and a backward one of its width: see
+          experiments/train_step and experiments/flextron
+EXPECTED  lower `eval_loss/smallest` and `eval_loss/<width>`; with `--config.train.lr=5e-5
+          --config.train.distil=1.0` the whole model keeps its loss: see experiments/flextron
 
 Neurons and heads of a pretrained model are first sorted by importance; the model that is saved slices.
 Variants (`--config configs/flextron.py:NAME`):
