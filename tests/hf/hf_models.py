@@ -1,6 +1,8 @@
 """Tiny random models of every family, made with transformers, and how we compare with them."""
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from elastic_lm import hf
 from elastic_lm.config import ModelConfig
@@ -196,3 +199,18 @@ def export_and_reload(config: ModelConfig, params: Params, folder: Path, **optio
     hf.export(config, params, folder, **options)
     assert_same_model((config, params), hf.load(folder, dtype=config.param_dtype))
     return load_theirs(folder, config.param_dtype)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Changes entries of a folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    """Changes a folder's tensors, in place or by the dictionary that `change` returns."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    changed = change(weights)
+    path.unlink()
+    save_file(changed if isinstance(changed, dict) else weights, path)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from encoder_models import (
     random_encoder,
     theirs,
 )
-from hf_models import assert_same_model
-from safetensors.numpy import load_file, save_file
+from hf_models import assert_same_model, edit_config, edit_weights
+from safetensors.numpy import load_file
 
 import elastic_lm as el
 from elastic_lm import checkpoint, hf
@@ -40,19 +39,6 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 def folder(tmp_path: Path) -> Path:
     """A copy of the golden BERT, a classifier, to change."""
     return Path(shutil.copytree(FOLDER / "bert", tmp_path / "model"))
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    weights = change(weights) or weights
-    path.unlink()
-    save_file(weights, path)
 
 
 def refuses(folder: Path, *words: str) -> None:

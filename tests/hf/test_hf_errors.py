@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_models import assert_same_model, random_params
+from hf_models import assert_same_model, edit_config, edit_weights, random_params
 from safetensors.numpy import load_file, save_file
 
 import elastic_lm as el
@@ -25,19 +24,6 @@ INDEX = "model.safetensors.index.json"
 def folder(tmp_path: Path) -> Path:
     """A copy of the golden Llama to damage."""
     return Path(shutil.copytree(GOLDEN_FOLDER / "llama", tmp_path / "model"))
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
-    path = folder / "model.safetensors"
-    weights = load_file(path)
-    change(weights)
-    path.unlink()
-    save_file(weights, path)
 
 
 def refuses(folder: Path, *words: str, error: type[Exception] = ValueError) -> None:
