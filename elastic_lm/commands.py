@@ -254,9 +254,9 @@ def generate(args: argparse.Namespace) -> None:
 
 def route(args: argparse.Namespace) -> None:
     """Fits the rule of a cascade, or answers rows by one."""
-    from elastic_lm import routing_commands
+    from elastic_lm.routing import commands
 
-    routing_commands.run(args)
+    commands.run(args)
 
 
 def bench(args: argparse.Namespace) -> None:

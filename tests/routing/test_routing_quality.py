@@ -3,7 +3,7 @@
 import pytest
 
 from elastic_lm.decode.black_boxes import Function
-from elastic_lm.routing_quality import choice_of, class_names, named, quality, right_answers, written_names
+from elastic_lm.routing.quality import choice_of, class_names, named, quality, right_answers, written_names
 
 STARS = {"swift": ("1", "2", "3"), "super": ("3", "1", "2")}
 

@@ -13,8 +13,8 @@ from elastic_lm.calibrate.routing_scores import score_of
 from elastic_lm.decode.answerers import Answer, Row
 from elastic_lm.decode.routing_results import Routed
 from elastic_lm.plain import require
-from elastic_lm.routing_checks import cost_is_missing
-from elastic_lm.routing_quality import Names, choice_of, named, quality
+from elastic_lm.routing.checks import cost_is_missing
+from elastic_lm.routing.quality import Names, choice_of, named, quality
 
 Pair = tuple[Answer, Answer]  # of the Swift, of the Super
 UNNAMED: Names = {}
@@ -73,7 +73,7 @@ def measured_of(
       rows: the rows.
       right: from `right_answers`.
       names: from `class_names`.
-      args: flags of `routing_flags`.
+      args: flags of `routing.flags`.
       score: that is read of the Swift.
       previewed: the Swift knows it before it answers.
 

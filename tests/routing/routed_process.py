@@ -7,7 +7,7 @@ from elastic_lm.decode.answerers import Answer
 from elastic_lm.decode.black_boxes import Function
 from elastic_lm.decode.cascade import Cascade
 from elastic_lm.jsonl import Journal, count_rows, read_rows
-from elastic_lm.routing_commands import route
+from elastic_lm.routing.commands import route
 
 
 def swift(row: dict) -> Answer:

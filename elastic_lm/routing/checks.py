@@ -11,8 +11,8 @@ from elastic_lm.decode.choice import Choice
 from elastic_lm.decode.classifier import Classifier
 from elastic_lm.decode.text_answerer import TextAnswerer
 from elastic_lm.plain import NOT_NEGATIVE, require
-from elastic_lm.routing_flags import DEFAULTS
-from elastic_lm.routing_models import is_url
+from elastic_lm.routing.flags import DEFAULTS
+from elastic_lm.routing.models import is_url
 
 ENCODER, WRITER, CHOOSER, GENERATOR = "encoders", "encoder-decoders", "decoders that choose", "decoders"
 SERVICE, COMPLETION = "services", "services of --style openai"
@@ -55,7 +55,7 @@ def check_pair(args: argparse.Namespace, row: Row, swift: Answerer, super_: Answ
     """Checks flags against the models that they named.
 
     Args:
-      args: flags of `routing_flags`.
+      args: flags of `routing.flags`.
       row: the first of the data.
       swift: from `make_pair`.
       super_: likewise.

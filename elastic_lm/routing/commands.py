@@ -21,8 +21,8 @@ from elastic_lm.generation import prepare_output
 from elastic_lm.jsonl import Journal, count_rows, read_rows
 from elastic_lm.metrics import ProgressWriter
 from elastic_lm.plain import require
-from elastic_lm.routing_checks import check_goals, check_pair
-from elastic_lm.routing_identity import (
+from elastic_lm.routing.checks import check_goals, check_pair
+from elastic_lm.routing.identity import (
     answers_path,
     fingerprints,
     fit_identity,
@@ -30,9 +30,9 @@ from elastic_lm.routing_identity import (
     swift_name,
     warn_other_models,
 )
-from elastic_lm.routing_lines import answers_line, answers_of, check_costs, measured_of, record
-from elastic_lm.routing_models import make_pair
-from elastic_lm.routing_quality import class_names, right_answers, written_names
+from elastic_lm.routing.lines import answers_line, answers_of, check_costs, measured_of, record
+from elastic_lm.routing.models import make_pair
+from elastic_lm.routing.quality import class_names, right_answers, written_names
 
 PROGRESS_SECONDS = 5.0  # between lines of progress
 Line = Callable[[Routed], dict[str, Any]]
@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace, rows: Sequence[Row], scoring: Scoring, jou
     """What both models give for labelled rows.
 
     Args:
-      args: flags of `routing_flags`.
+      args: flags of `routing.flags`.
       rows: with labels.
       scoring: of the Swift's energy.
       journal: where the answers are, and where those that are missing go.

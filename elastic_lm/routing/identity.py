@@ -11,7 +11,7 @@ from typing import Any
 from elastic_lm.calibrate.routing_rule import RoutingRule
 from elastic_lm.calibrate.routing_scores import PLACES, Scoring
 from elastic_lm.fingerprints import checkpoint_fingerprint, file_sha256
-from elastic_lm.routing_models import is_url
+from elastic_lm.routing.models import is_url
 
 # Flags that change answers; others change how long they take, or are of no concern to a model.
 FLAGS = (
@@ -39,7 +39,7 @@ def identity(args: argparse.Namespace, found: Mapping[str, str | None], scoring:
     """All that both models' answers to the rows depend on.
 
     Args:
-      args: flags of `routing_flags`.
+      args: flags of `routing.flags`.
       found: from `fingerprints`.
       scoring: of the Swift's energy.
     """

@@ -23,8 +23,8 @@ from elastic_lm.decode.cascade import Cascade
 from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.jsonl import Journal, read_rows
 from elastic_lm.models.encoder import init_params
-from elastic_lm.routing_commands import record, route
-from elastic_lm.routing_models import make_pair
+from elastic_lm.routing.commands import record, route
+from elastic_lm.routing.models import make_pair
 
 ROWS = 10_000
 LETTERS = list("abcdefgh ")

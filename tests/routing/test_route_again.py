@@ -25,9 +25,9 @@ from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.fingerprints import SAMPLE, SAMPLES, checkpoint_fingerprint
 from elastic_lm.jsonl import Journal, read_rows
 from elastic_lm.models.encoder import init_params
-from elastic_lm.routing_checks import check_pair
-from elastic_lm.routing_commands import retry, route
-from elastic_lm.routing_identity import warn_other_models
+from elastic_lm.routing.checks import check_pair
+from elastic_lm.routing.commands import retry, route
+from elastic_lm.routing.identity import warn_other_models
 
 CONFIG = EncoderConfig(vocab_size=260, d_model=16, n_layers=1, n_heads=2, d_mlp=32, max_len=32, n_labels=2)
 SWIFT = Function(lambda row: Answer(row["x"], {"energy": float(row["x"] % 3)}))

@@ -34,7 +34,7 @@ def make_pair(
     """The Swift and the Super that flags name.
 
     Args:
-      args: flags of `routing_flags`.
+      args: flags of `routing.flags`.
       row: one of the data; choices in it make a decoder choose.
       scoring: of the Swift's energy.
       score: that is read of the Swift.
@@ -60,7 +60,7 @@ def make_answerer(
     """One model, of the kind that its folder holds.
 
     Args:
-      args: flags of `routing_flags`.
+      args: flags of `routing.flags`.
       place: folder or address.
       row: see `make_pair`.
       scoring: of its energy.
