@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from elastic_lm.loading import load
     from elastic_lm.methods.ee_tuning import attach_exits
     from elastic_lm.models.decoder import Decoder
-    from elastic_lm.models.encoder import Encoder, attach_task_head
+    from elastic_lm.models.encoder import Encoder
     from elastic_lm.models.encoder_decoder import EncoderDecoder
+    from elastic_lm.models.task_heads import attach_task_exits, attach_task_head
     from elastic_lm.slicing import slice_params
 
 __version__ = "0.1.0"
@@ -71,6 +72,7 @@ __all__ = [
     "TextToText",
     "Tokenizer",
     "attach_exits",
+    "attach_task_exits",
     "attach_task_head",
     "calibrate",
     "checkpoint",
@@ -90,7 +92,8 @@ __all__ = [
 _HOMES = {
     "Encoder": "models.encoder",
     "EncoderConfig": "encoder_config",
-    "attach_task_head": "models.encoder",
+    "attach_task_exits": "models.task_heads",
+    "attach_task_head": "models.task_heads",
     "Budget": "elastic",
     "Menu": "elastic",
     "Subnet": "elastic",

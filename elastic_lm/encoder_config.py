@@ -33,6 +33,7 @@ class EncoderConfig:
     problem: Problem = "classification"  # what the task head's outputs are: logits of classes, or values
     labels: tuple[str, ...] = ()  # names of the outputs; () = they have none
     mlm: bool = False  # has a masked language model's head, whose kernel is the embedding
+    exits: tuple[int, ...] = ()  # layers, counted from 1, with a pooler and a task head of their own behind
     pad_id: int = 0  # token that fills rows up
     dtype: str = "float32"  # dtype of activations
     param_dtype: str = "float32"  # dtype of stored parameters
@@ -60,6 +61,13 @@ class EncoderConfig:
         require(not self.n_labels or self.pooler != "none", "pooler", self.pooler, fix)
         fix = f"needs one name for each of n_labels={self.n_labels}, or none at all"
         require(len(self.labels) in (0, self.n_labels), "labels", self.labels, fix)
+        increasing = list(self.exits) == sorted(set(self.exits))
+        require(increasing, "exits", self.exits, "must be distinct layers in increasing order")
+        inside = all(1 <= layer < self.n_layers for layer in self.exits)
+        fix = f"must lie between 1 and {self.n_layers - 1}: the last layer has the model's own head"
+        require(inside, "exits", self.exits, fix)
+        fix = "are heads of a task, and n_labels=0; give the model a task head"
+        require(not self.exits or self.n_labels > 0, "exits", self.exits, fix)
 
     @property
     def head_dim(self) -> int:

@@ -55,6 +55,7 @@ class TaskRun:
     train: TrainConfig
     encoder: EncoderConfig | None = None  # a new encoder; None = the model of train.init_from
     encoder_decoder: EncoderDecoderConfig | None = None  # a new encoder-decoder, likewise
+    exits: tuple[int, ...] = ()  # layers of an encoder with a head of their own; () = those that it has
     mesh: MeshConfig = dataclasses.field(default=MeshConfig())
 
     def __post_init__(self) -> None:
@@ -78,5 +79,7 @@ class TaskRun:
         require(right, "train.z_loss", self.train.z_loss, fix)
         layers, fix = self.train.init_layers, "layers are kept of encoders only; set 0"
         require(not writes or not layers, "train.init_layers", layers, fix)
+        fix = "are heads that tell classes apart or give numbers, and texts are written; leave them out"
+        require(not writes or not self.exits, "exits", self.exits, fix)
         rows, parts = self.task.batch_size, self.train.accumulate
         require(rows % parts == 0, "train.accumulate", parts, f"must divide task.batch_size={rows}")

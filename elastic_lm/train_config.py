@@ -36,7 +36,7 @@ Reads = Literal["budget", "hidden"]
 Priced = Literal["parameters", "flops", "memory_bytes", "latency_ms"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Optimizer = Literal["adamw", "muon"]
-Tuned = Literal["all", "head"]
+Tuned = Literal["all", "head", "exits"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -48,7 +48,8 @@ ROUTED = ("budgets", "priced", "latency_table", "context", "scheme", "reads", "r
 ROUTED += ("budget_weight", "train_model", "surrogate_error")
 # Options of TrainConfig, the field that decides whether they are read, and its values that have them read.
 READ_WITH = (
-    (("exit_weights", "exit_warmup", "confidence_weighted"), "method", ("ee_tuning", "joint")),
+    (("exit_warmup", "confidence_weighted"), "method", ("ee_tuning", "joint")),
+    (("exit_weights",), "method", ("ee_tuning", "joint", "task_tuning")),
     ((*SORTED, "dropout_ramp"), "method", ("sorted_finetuning",)),
     (SELF_SUPERVISED, "method", ("self_supervised_exits",)),
     ((*MENU, "draw", *SAMPLED, "elastic_groups", "rank_batches"), "method", ("flextron",)),
@@ -91,7 +92,7 @@ class TrainConfig:
     accumulate: int = 1  # parts a batch is computed in, one after the other
     remat: bool = False  # recompute layers in the backward pass: less memory, more time
     loss_chunk: int = 256  # columns of logits alive at once
-    exit_weights: tuple[float, ...] = ()  # ee_tuning, joint: loss weight per exit; () = all 1
+    exit_weights: tuple[float, ...] = ()  # ee_tuning, joint, task_tuning: loss weight per exit; () = all 1
     exit_warmup: int = 0  # ee_tuning, joint: steps over which the exits' weights rise from 0
     confidence_weighted: bool = False  # ee_tuning, joint: weight tokens by the exit's max probability
     depths: tuple[int, ...] = ()  # sorted_finetuning: layers of the sub-models; () = every layer
@@ -130,7 +131,7 @@ class TrainConfig:
     surrogate_error: float = 0.5  # routers, surrogate: error up to which routers trust it, nats per token
     teacher_from: str = ""  # task_tuning: folder of the model that it learns from; "" = none
     temperature: float = 1.0  # task_tuning: divides both models' logits for KL
-    tuned: Tuned = "all"  # task_tuning: every parameter, or the task's head (with its pooler) alone
+    tuned: Tuned = "all"  # task_tuning: every parameter, or the task's head (with its pooler) or exits alone
     z_loss: float = 0.0  # task_tuning: weight of logsumexp^2; 1e-4 makes energies comparable
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines

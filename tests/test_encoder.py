@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm.encoder_config import EncoderConfig
-from elastic_lm.models.encoder import Encoder, EncoderOutput, attach_task_head, init_params, positions
+from elastic_lm.models.encoder import Encoder, EncoderOutput, init_params, positions
+from elastic_lm.models.task_heads import attach_task_exits, attach_task_head, exit_encoder, lowest_layers
 from elastic_lm.sharding import batch_sharding, make_mesh, param_shardings
 
 CONFIG = EncoderConfig(
@@ -97,6 +99,32 @@ def test_a_fresh_head_takes_the_place_of_the_old_one() -> None:
     assert el.Encoder(config).bind({"params": new})(tokens, mask).logits.shape == (2, 1)
 
 
+def test_exits_leave_the_model_as_it_was() -> None:
+    params, (tokens, mask) = model().variables["params"], tokens_and_mask()
+    config, new = attach_task_exits(CONFIG, params, (1, 2))
+    assert set(new) == {*params, "exit_1", "exit_2"}
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, init_params(config, jax.random.key(1)))
+    new["exit_1"]["head"]["kernel"] += 1.0
+    whole, exited = model()(tokens, mask), Encoder(config).bind({"params": new})
+    np.testing.assert_array_equal(exited(tokens, mask).logits, whole.logits)
+    first, second, last = exited.all_logits(tokens, mask)
+    np.testing.assert_allclose(last, whole.logits, rtol=1e-5, atol=1e-5)
+    for layer, logits in ((1, first), (2, second)):
+        small, own = exit_encoder(config, new, layer)
+        assert (small.n_layers, small.exits, small.mlm) == (layer, (), False)
+        np.testing.assert_allclose(
+            logits, Encoder(small).apply({"params": own}, tokens, mask).logits, 1e-5, 1e-5
+        )
+    fewer, kept = attach_task_exits(config, new, (1,))
+    assert fewer.exits == (1,)
+    assert kept["exit_1"] is new["exit_1"]
+    assert "exit_2" not in kept
+    assert lowest_layers(config, new, 2)[0].exits == (1,)
+    other, fresh = attach_task_head(config, new, 5, "classification", jax.random.key(2))
+    assert other.exits == ()
+    assert set(fresh) == set(params)
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     tokens, _ = tokens_and_mask()
     for changes, words in (
@@ -106,6 +134,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         ({"labels": ("a",)}, r"labels=.*n_labels=3"),
         ({"problem": "ranking"}, r"problem='ranking'"),
         ({"vocab_size": 0}, r"vocab_size=0"),
+        ({"exits": (2, 1)}, r"exits=\(2, 1\): must be distinct layers"),
+        ({"exits": (3,)}, r"exits=\(3,\): must lie between 1 and 2"),
+        ({"exits": (1,), "n_labels": 0}, r"exits=\(1,\): are heads of a task"),
     ):
         with pytest.raises(ValueError, match=words):
             dataclasses.replace(CONFIG, **changes)

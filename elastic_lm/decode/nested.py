@@ -15,9 +15,6 @@ half the width slower than all of it (measured on CPU: 11.4 ms per token, all 9.
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from elastic_lm.config import ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.choice import Choice
@@ -28,10 +25,9 @@ from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.elastic import Subnet
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.models.encoder import Encoder
+from elastic_lm.models.encoder import Encoder, exit_name
+from elastic_lm.models.task_heads import exit_encoder
 from elastic_lm.plain import require
-
-HEAD_FIELDS = ("pooler", "n_labels", "problem", "labels")  # of an encoder's task head, which is its own
 
 
 def nested_choice(
@@ -111,47 +107,29 @@ def nested_generator(
 
 
 def nested_classifier(
-    model: Encoder,
-    params: Params,
-    exit: tuple[Encoder, Params],
-    tokenizer: Tokenizer,
-    **how: Any,
+    model: Encoder, params: Params, tokenizer: Tokenizer, *, exit: int, **how: Any
 ) -> tuple[Classifier, Classifier]:
     """Swift and Super for labels, of one encoder.
 
     Args:
-      model: the whole encoder with its task head; static.
+      model: with a task head and exits; static.
       params: its canonical parameters, which are not copied.
-      exit: a model of the lowest layers of this one with a head of its own, as `train` makes it with
-        `tuned="head"`. Only its pooler and head are kept, the rest is read from `params`.
       tokenizer: of the model.
+      exit: layer of the exit that is the Swift.
       **how: other arguments of `Classifier`, for both.
 
     Returns:
       (Swift, Super). The Super's answers to rows that the Swift has begun equal those from scratch.
 
     Raises:
-      ValueError: the exit has no head, as many layers as the model, or other layers than the model's.
+      ValueError: the model has no such exit.
     """
-    small, own = exit
-    layers, most = small.config.n_layers, model.config.n_layers
-    require(layers < most, "exit.n_layers", layers, f"must leave some of the {most} layers to the Super")
-    require(small.config.n_labels > 0, "exit.n_labels", 0, "the exit has no task head; train one")
-    named = ("n_layers", "mlm", *HEAD_FIELDS)
-    for name, value in dataclasses.asdict(small.config).items():
-        own_value = getattr(model.config, name)
-        fix = f"the model has {own_value!r}: train the exit on it with init_layers and tuned='head'"
-        require(name in named or value == own_value, f"exit.{name}", value, fix)
-    heads = ("pooler", "head")
-    shared = {name: tree for name, tree in own.items() if name not in (*heads, "token_head")}
-    fix = "differs from the model's: train the exit on it with init_layers and tuned='head'"
-    for name, tree in shared.items():
-        same = jax.tree.map(lambda a, b: a.shape == b.shape and bool(jnp.all(a == b)), tree, params[name])
-        require(all(jax.tree.leaves(same)), "exit", name, fix)
-    swift = {**{name: params[name] for name in shared}, **{name: own[name] for name in heads}}
-    kept = dataclasses.replace(small.config, mlm=False)
-    given = Classifier(Encoder(kept), swift, tokenizer, keep_state=True, **how)
-    return given, Classifier(model, params, tokenizer, **how)
+    config, own = exit_encoder(model.config, params, exit)
+    heads = {exit_name(layer) for layer in model.config.exits}
+    whole = {name: tree for name, tree in params.items() if name not in heads}
+    super_ = Encoder(dataclasses.replace(model.config, exits=()))
+    swift = Classifier(Encoder(config), own, tokenizer, keep_state=True, **how)
+    return swift, Classifier(super_, whole, tokenizer, **how)
 
 
 def exit_model(config: ModelConfig, params: Params, layer: int) -> tuple[Decoder, Params]:

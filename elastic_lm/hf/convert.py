@@ -52,7 +52,7 @@ def _read_model(family: Family, hf: Mapping[str, Any]) -> Config:
     if family.has("eos_ids"):
         values["eos_ids"] = read_eos(hf, family.eos_default)
     if family.has("exits"):
-        values["exits"] = _read_exits(hf)
+        values["exits"] = _read_exits(family, hf)
     if family.has("elastic_groups"):
         values["elastic_groups"] = _read_groups(hf)
     dtype = _read_dtype(hf)
@@ -86,8 +86,8 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         hf["eos_token_id"] = list(ids) if len(ids) > 1 else next(iter(ids), None)
     hf["torch_dtype"] = config.param_dtype
     hf |= family.write(config)
-    if exits := held.get("exits"):
-        hf["elastic"] = {"version": ELASTIC_VERSION, "exits": [to_dict(e) for e in exits]}
+    if held.get("exits"):
+        hf["elastic"] = {"version": ELASTIC_VERSION, "exits": list(to_dict(config)["exits"])}
     if groups := held.get("elastic_groups"):
         hf["elastic"] = {"version": ELASTIC_VERSION, **hf.get("elastic", {}), "groups": groups}
     _check_expressible(config, hf)
@@ -166,7 +166,7 @@ def read_eos(hf: Mapping[str, Any], default: int | None) -> tuple[int, ...]:
     return ids
 
 
-def _read_exits(hf: Mapping[str, Any]) -> tuple[ExitConfig, ...]:
+def _read_exits(family: Family, hf: Mapping[str, Any]) -> tuple[ExitConfig, ...] | tuple[int, ...]:
     block = hf.get("elastic")
     if not block:
         return ()
@@ -179,9 +179,12 @@ def _read_exits(hf: Mapping[str, Any]) -> tuple[ExitConfig, ...]:
             f"elastic.version={block.get('version')!r}: this release reads version {ELASTIC_VERSION}; "
             "update elastic_lm"
         )
-    return tuple(
-        from_dict(ExitConfig, e, f"elastic.exits[{i}].") for i, e in enumerate(block.get("exits", []))
-    )
+    exits = block.get("exits", [])
+    if family.config_class is not ModelConfig:
+        whole = all(type(layer) is int for layer in exits)
+        require(whole, "elastic.exits", exits, "must be layers of an encoder; export again")
+        return tuple(exits)
+    return tuple(from_dict(ExitConfig, e, f"elastic.exits[{i}].") for i, e in enumerate(exits))
 
 
 def _read_groups(hf: Mapping[str, Any]) -> int:

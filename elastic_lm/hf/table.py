@@ -8,6 +8,7 @@ names of our own, in a file of their own (`elastic_exits.safetensors`):
     elastic.exits.<layer>.block.*                    a `block` exit's layer, named as in the family's layers
     elastic.exits.<layer>.head.weight                [V, D] vocabulary head of an untied exit
     elastic.exits.<layer>.gate.up.*, .gate.down.*    weight and bias of the two projections of a gate
+    elastic.exits.<layer>.pooler.*, .head.*          of an encoder's exit: weight and bias
 
 where <layer> counts the layers below the exit (`ExitConfig.layer`).
 """
@@ -34,6 +35,9 @@ EXIT_TENSORS = {
     "norm/scale": Tensor(("norm.weight",)),
     "norm/bias": Tensor(("norm.bias",)),
     "head/kernel": Tensor(("head.weight",)),
+    "head/bias": Tensor(("head.bias",)),
+    "pooler/kernel": Tensor(("pooler.weight",)),
+    "pooler/bias": Tensor(("pooler.bias",)),
     "gate/up/kernel": Tensor(("gate.up.weight",)),
     "gate/up/bias": Tensor(("gate.up.bias",)),
     "gate/down/kernel": Tensor(("gate.down.weight",)),

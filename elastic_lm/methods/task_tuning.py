@@ -1,6 +1,6 @@
 """Fine-tuning an encoder on labelled records, alone or towards a larger model's answers.
 
-The encoder of an encoder-decoder learns like any other, with `head_only`: E-LANG's head on it.
+The encoder of an encoder-decoder learns like any other, its head alone: E-LANG's head on it.
 
 With f the logits of a record, y its class, g the logits of the model it learns from, T a temperature:
 
@@ -10,6 +10,10 @@ d = 0 is plain fine-tuning (BERT, arXiv 1810.04805, sec. 4), d > 0 distillation 
 1503.02531, sec. 2). Neither CE nor KL sees a constant that is added to all logits, while energy does: z, of
 the order of 1e-4, keeps the normaliser near 0, so that energies of different records can be compared (E-LANG,
 arXiv 2203.00748, routes by them). Regression, without z: L = (1 - d) (f - y)^2 + d (f - g)^2.
+
+An encoder with exits, heads of their own after layers l_i, learns sum_i w_i L_i + L, all of it or its exits
+alone over layers that stay as they are (the second stage of DeeBERT, arXiv 2004.12993, and EE-Tuning, arXiv
+2402.00518), which leaves L out.
 """
 
 import dataclasses
@@ -23,9 +27,10 @@ import jax.numpy as jnp
 from elastic_lm.encoder_config import EncoderConfig, Problem
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.methods.losses import Metrics
-from elastic_lm.models.encoder import Encoder
+from elastic_lm.models.encoder import Encoder, exit_name
 from elastic_lm.models.encoder_decoder import EncoderDecoder
 from elastic_lm.plain import require
+from elastic_lm.train_config import Tuned
 
 TEACHER = "teacher"  # key of the frozen model's parameters
 HEAD = ("pooler", "head")  # keys of what a task's head is made of
@@ -55,31 +60,49 @@ class TaskBatch:
 
 @dataclasses.dataclass(frozen=True)
 class TaskTuning:
-    """Trains an encoder with a task head, or the head alone (a method like those of `losses.Method`)."""
+    """Trains an encoder with a task head, or parts of it (a method like those of `losses.Method`)."""
 
     config: Config  # the model; static
     teacher: Config | None = None  # the model that it learns from; static
     distil: float = 0.0  # d
     temperature: float = 1.0  # T
     z_loss: float = 0.0  # z
-    head_only: bool = False  # embeddings and layers stay as they are
+    tuned: Tuned = "all"  # or the task's head, or the exits, and everything else stays as it is
+    exit_weights: tuple[float, ...] = ()  # w_i of every exit; () = all 1
 
     def __post_init__(self) -> None:
         whole = isinstance(self.config, EncoderConfig)
-        fix = "must be True for an encoder-decoder, whose decoder has no part in the loss"
-        require(whole or self.head_only, "head_only", self.head_only, fix)
+        fix = "must be 'head' for an encoder-decoder, whose decoder has no part in the loss"
+        require(whole or self.tuned == "head", "tuned", self.tuned, fix)
+        fix = "the model has no exits; attach some"
+        require(self.tuned != "exits" or bool(self.exits), "tuned", self.tuned, fix)
+        fix = f"needs one weight for each of the exits {self.exits} that train, or none at all"
+        counted = len(self.exit_weights) in (0, len(self.exits))
+        require(counted, "exit_weights", self.exit_weights, fix)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Layers whose exits train."""
+        if isinstance(self.config, EncoderDecoderConfig) or self.tuned == "head":
+            return ()
+        return self.config.exits
 
     def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Everything trains but the teacher, which is under `TEACHER`; or only what a head is made of."""
+        """Everything trains but the teacher, which is under `TEACHER`; or only the head, or the exits."""
         head = HEAD if isinstance(self.config, EncoderConfig) else ENCODER_HEAD
-        trains = [name for name in params if (name in head if self.head_only else name != TEACHER)]
+        parts = {
+            "all": [name for name in params if name != TEACHER],
+            "head": [name for name in params if name in head],
+            "exits": [exit_name(layer) for layer in self.exits],
+        }
+        trains = parts[self.tuned]
         frozen = {name: tree for name, tree in params.items() if name not in trains}
         return {name: params[name] for name in trains}, frozen
 
     def loss(
         self, trainable: Params, frozen: Params, batch: TaskBatch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Mean of L per counted record (see the top of this file).
+        """Mean loss per counted record (see the top of this file).
 
         Args:
           trainable: first result of `split`.
@@ -88,21 +111,42 @@ class TaskTuning:
           step: not used.
 
         Returns:
-          (scalar float32, metrics `loss` and `accuracy`, or `loss` alone for a regression).
+          (scalar float32, metrics `loss`, and where classes are told apart `accuracy` of the head and
+          `accuracy/exit_<layer>` of exits, of those that are in the loss).
         """
-        logits_BC = task_logits(self.config, {**frozen, **trainable}, batch)
-        total_B = (1 - self.distil) * task_loss(self.config, logits_BC, batch.targets)
+        params, teacher_BC = {**frozen, **trainable}, None
         if self.teacher is not None:
             teacher_BC = jax.lax.stop_gradient(task_logits(self.teacher, frozen[TEACHER], batch))
-            total_B += self.distil * distance(self.config, teacher_BC, logits_BC, self.temperature)
+        classes = answers_of(self.config)[0] == "classification"
+        total_B, metrics, count = jnp.zeros_like(batch.weights), {}, jnp.maximum(jnp.sum(batch.weights), 1.0)
+        for name, (weight, logits_BC) in self._answers(params, batch).items():
+            total_B += weight * self._loss(logits_BC, teacher_BC, batch)
+            if classes:
+                right_B = jnp.argmax(logits_BC, axis=-1) == batch.targets
+                metrics[f"accuracy{name}"] = jnp.sum(right_B * batch.weights) / count
+        loss = jnp.sum(total_B * batch.weights) / count
+        return loss, {"loss": loss, **metrics}
+
+    def _answers(self, params: Params, batch: TaskBatch) -> dict[str, tuple[float, jax.Array]]:
+        """w_i and [B, C] logits of every part of the loss, by the end of its metrics' names."""
+        if not self.exits:
+            return {"": (1.0, task_logits(self.config, params, batch))}
+        names = [f"/{exit_name(layer)}" for layer in self.exits]
+        weights = self.exit_weights or (1.0,) * len(names)
+        whole = self.tuned == "all"
+        logits = exit_logits(self.config, params, batch, last=whole)
+        if whole:
+            names, weights = [*names, ""], (*weights, 1.0)
+        return dict(zip(names, zip(weights, logits, strict=True), strict=True))
+
+    def _loss(self, logits_BC: jax.Array, teacher_BC: jax.Array | None, batch: TaskBatch) -> jax.Array:
+        """[B] L of one head."""
+        loss_B = (1 - self.distil) * task_loss(self.config, logits_BC, batch.targets)
+        if teacher_BC is not None:
+            loss_B += self.distil * distance(self.config, teacher_BC, logits_BC, self.temperature)
         if self.z_loss:
-            total_B += self.z_loss * jnp.square(jax.nn.logsumexp(logits_BC, axis=-1))
-        count = jnp.maximum(jnp.sum(batch.weights), 1.0)
-        metrics = {"loss": jnp.sum(total_B * batch.weights) / count}
-        if answers_of(self.config)[0] == "classification":
-            right_B = jnp.argmax(logits_BC, axis=-1) == batch.targets
-            metrics["accuracy"] = jnp.sum(right_B * batch.weights) / count
-        return metrics["loss"], metrics
+            loss_B += self.z_loss * jnp.square(jax.nn.logsumexp(logits_BC, axis=-1))
+        return loss_B
 
 
 def answers_of(config: Config) -> tuple[Problem, int, tuple[str, ...]]:
@@ -118,9 +162,28 @@ def task_logits(config: Config, params: Params, batch: TaskBatch) -> jax.Array:
     if isinstance(config, EncoderDecoderConfig):
         model = EncoderDecoder(config).bind({"params": own})
         return model.encoder_logits(model.encode(batch.tokens, batch.mask), batch.mask)
-    types_BT = jnp.minimum(batch.types, max(config.type_vocab_size - 1, 0))
-    output: Any = Encoder(config).apply({"params": own}, batch.tokens, batch.mask, types_BT)
+    output: Any = Encoder(config).apply({"params": own}, batch.tokens, batch.mask, known_types(config, batch))
     return output.logits
+
+
+def exit_logits(config: Config, params: Params, batch: TaskBatch, *, last: bool = True) -> list[jax.Array]:
+    """[B, C] float32 logits of an encoder's exits, in order, and of its head.
+
+    Args:
+      config: an encoder with exits; static.
+      params: its parameters, and maybe a teacher's.
+      batch: records.
+      last: with the head; else nothing above the last exit runs. Static.
+    """
+    assert isinstance(config, EncoderConfig)
+    own = {name: tree for name, tree in params.items() if name != TEACHER}
+    encoder = Encoder(config).bind({"params": own})
+    return encoder.all_logits(batch.tokens, batch.mask, known_types(config, batch), last=last)
+
+
+def known_types(config: EncoderConfig, batch: TaskBatch) -> jax.Array:
+    """[B, T] token types, where the model knows fewer than a pair has the last of those that it knows."""
+    return jnp.minimum(batch.types, max(config.type_vocab_size - 1, 0))
 
 
 def task_loss(config: Config, logits_BC: jax.Array, targets_B: jax.Array) -> jax.Array:

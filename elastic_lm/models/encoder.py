@@ -1,18 +1,17 @@
 """The bidirectional encoder: embed -> layers -> pooled first token -> task logits, read top-down.
 
 Parameters have one canonical form: `embed`, `positions`, `types`, `embed_norm`, one sub-tree per layer
-(`layers_0`, `layers_1`, ...), `pooler`, `head` (the task's) and `token_head` (a masked language model's).
+(`layers_0`, `layers_1`, ...), `pooler`, `head` (the task's), `token_head` (a masked language model's) and for
+every exit `exit_<layer>`, a pooler and a head of its own that answer the task from the state after so many
+layers.
 """
-
-import dataclasses
-from collections.abc import Sequence
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.encoder_config import EncoderConfig, Problem
+from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.models.decoder import Embedding, Params
 from elastic_lm.nn.encoder import EncoderBlock, TokenHead, encoder_norm
 from elastic_lm.nn.linear import Linear
@@ -58,9 +57,10 @@ class Encoder(nn.Module):
         self.embed_norm = encoder_norm(c, "embed_norm")
         self.layers = [EncoderBlock(c, name=f"layers_{i}") for i in range(c.n_layers)]
         if c.pooler != "none":
-            self.pooling = _dense(c, width, "pooler")
+            self.pooling = dense(c, width, "pooler")
         if c.n_labels:
-            self.task_head = _dense(c, c.n_labels, "head")
+            self.task_head = dense(c, c.n_labels, "head")
+        self.exits = {layer: TaskExit(c, name=exit_name(layer)) for layer in c.exits}
         if c.mlm:
             self.token_head = TokenHead(c, name="token_head")
 
@@ -89,8 +89,11 @@ class Encoder(nn.Module):
         hidden = self.states(tokens_BT, mask_BT, types_BT, depth)
         pooled = self.pool(hidden) if self.config.pooler != "none" else None
         logits = self.task_logits(pooled) if self.config.n_labels and pooled is not None else None
-        if self.is_initializing() and self.config.mlm:
-            self.token_logits(hidden)
+        if self.is_initializing():
+            for exit_ in self.exits.values():
+                exit_(hidden)
+            if self.config.mlm:
+                self.token_logits(hidden)
         return EncoderOutput(hidden, pooled, logits, self.token_logits(hidden) if token_logits else None)
 
     def states(
@@ -148,6 +151,32 @@ class Encoder(nn.Module):
             hidden_BTD = layer(hidden_BTD, there)
         return hidden_BTD
 
+    def all_logits(
+        self,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array | None = None,
+        types_BT: jax.Array | None = None,
+        *,
+        last: bool = True,
+    ) -> list[jax.Array]:
+        """[B, C] float32 outputs of every exit, in order, and of the task head, in one pass.
+
+        Args:
+          tokens_BT: as in `__call__`, like the following two.
+          mask_BT: likewise.
+          types_BT: likewise.
+          last: with the task head; else the pass ends at the last exit. Static.
+        """
+        hidden, start, found = self.embed(tokens_BT, types_BT), 0, []
+        for layer, exit_ in self.exits.items():
+            hidden = self.run_layers(hidden, mask_BT, start, layer)
+            found.append(exit_(hidden))
+            start = layer
+        if last:
+            hidden = self.run_layers(hidden, mask_BT, start, self.config.n_layers)
+            found.append(self.task_logits(self.pool(hidden)))
+        return found
+
     def pool(self, hidden_BTD: jax.Array) -> jax.Array:
         """f(W h_0 + b) [B, D] of the first token's state, which task heads read."""
         self._require_part("pooler", self.config.pooler != "none")
@@ -168,7 +197,26 @@ class Encoder(nn.Module):
         require(there, field, getattr(self.config, field), fix)
 
 
-def _dense(c: EncoderConfig, features: int, name: str | None = None) -> Linear:
+class TaskExit(nn.Module):
+    """W' f(W h_0 + b) + b': what the task's pooler and head are to the last layer, for an earlier one."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns [B, C] float32 outputs."""
+        c = self.config
+        pooled = POOLERS[c.pooler](dense(c, c.d_model, "pooler")(hidden_BTD[:, 0]))
+        return dense(c, c.n_labels, "head")(pooled.astype(jnp.float32))
+
+
+def exit_name(layer: int) -> str:
+    """Key of an exit's parameters."""
+    return f"exit_{layer}"
+
+
+def dense(c: EncoderConfig, features: int, name: str | None = None) -> Linear:
+    """A projection of the pooled state, as poolers and heads are."""
     return Linear((features,), (None, "embed"), True, c.param_dtype, name=name)
 
 
@@ -188,42 +236,6 @@ def positions(c: EncoderConfig, tokens_BT: jax.Array) -> jax.Array:
         return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     there = (tokens_BT != c.pad_id).astype(jnp.int32)
     return jnp.cumsum(there, axis=1) * there + c.position_offset - 1
-
-
-def attach_task_head(
-    config: EncoderConfig,
-    params: Params,
-    n_labels: int,
-    problem: Problem,
-    key: jax.Array,
-    labels: Sequence[str] = (),
-) -> tuple[EncoderConfig, Params]:
-    """Gives an encoder a fresh task head in place of any it has, and a fresh pooler where it has none.
-
-    Args:
-      config: the encoder.
-      params: its canonical parameters.
-      n_labels: classes, or values of a regression.
-      problem: "classification" or "regression".
-      key: typed PRNG key of the draw: kernels N(0, 0.02), biases 0.
-      labels: names of the outputs; () = they have none.
-
-    Returns:
-      (config, canonical parameters) of the model with the head; other parameters are those given.
-
-    Raises:
-      ValueError: n_labels is below 1, or labels are not as many.
-    """
-    require(n_labels >= 1, "n_labels", n_labels, "must be at least 1")
-    pooler = config.pooler
-    if pooler == "none":
-        pooler = "relu" if config.family == "distilbert" else "tanh"
-    new = dataclasses.replace(config, n_labels=n_labels, problem=problem, labels=tuple(labels), pooler=pooler)
-    fresh = {"head": n_labels} | ({} if "pooler" in params else {"pooler": config.d_model})
-    inputs = jnp.zeros((1, config.d_model))
-    keys = dict(zip(fresh, jax.random.split(key), strict=False))
-    drawn = {name: _dense(new, size).init(keys[name], inputs)["params"] for name, size in fresh.items()}
-    return new, {**params, **nn.unbox(drawn)}
 
 
 def abstract_params(config: EncoderConfig) -> Params:

@@ -17,7 +17,6 @@ DEFAULTS = {
 FIT = """\
 elastic-lm route fit --swift small --super large --data val.jsonl --super-accuracy --out rule.json
 elastic-lm route fit --swift small --super large --data val.jsonl --target-accuracy 0.93 --plot curve.png
-elastic-lm route fit --swift tuned-head --swift-inside --super large --data val.jsonl --super-accuracy
 elastic-lm route fit --swift-exit 6 --super runs/exits/model --data val.jsonl --risk 0.01 --epsilon 0.05
 
 Both models answer every row, whose labels say who is right; the threshold is one run-time number. Goals:
@@ -64,7 +63,6 @@ def _models(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--swift", metavar="DIR|URL", help="the small model: a folder, or a service that answers with scores")
     add("--swift-exit", type=int, metavar="L", help="instead: the exit after this layer of the Super")
-    add("--swift-inside", action="store_true", help="encoders: the Swift is the Super's lowest layers")
     add("--super", dest="super_", required=True, metavar="DIR|URL", help="the large model")
     add("--max-new-tokens", type=int, metavar="N", help="of generated answers (default: 32)")
     add("--batch-size", type=int, default=16, metavar="N", help="rows per batch (default: 16)")

@@ -46,7 +46,6 @@ def identity(args: argparse.Namespace, found: Mapping[str, str | None], scoring:
     return {
         "swift": swift_name(args),
         "swift_checkpoint": found["swift"],
-        "swift_inside": args.swift_inside,
         "super": args.super_,
         "super_checkpoint": found["super"],
         "data": args.data,

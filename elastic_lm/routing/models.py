@@ -15,7 +15,7 @@ from elastic_lm.decode.nested import nested_choice, nested_classifier, nested_ge
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.text_answerer import TextAnswerer
 from elastic_lm.decode.text_to_text import TextToText
-from elastic_lm.loading import load, load_decoder
+from elastic_lm.loading import load
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.encoder import Encoder
 from elastic_lm.models.kinds import kind_of
@@ -43,13 +43,11 @@ def make_pair(
       ValueError: a flag does not fit the models; names it.
     """
     if args.swift_exit is not None:
-        if args.swift or args.swift_inside or is_url(args.super_):
+        if args.swift or is_url(args.super_):
             raise ValueError(f"--swift-exit {args.swift_exit}: is an exit of the Super; leave --swift out")
         return _nested(args, row, scoring)
     if not args.swift:
         raise ValueError("--swift: name the small model, or --swift-exit of the Super")
-    if args.swift_inside:
-        return _inside(args, scoring)
     swift = make_answerer(args, args.swift, row, scoring, cost=0.0, score=score)
     return swift, make_answerer(args, args.super_, row, Scoring(), cost=args.super_cost)
 
@@ -104,35 +102,20 @@ def _service(args: argparse.Namespace, url: str, cost: float) -> Endpoint:
 
 
 def _nested(args: argparse.Namespace, row: Row, scoring: Scoring) -> tuple[Answerer, Answerer]:
-    model, params = load_decoder(args.super_)
+    model, params = load(args.super_)
     tokenizer = Tokenizer.load(args.super_)
     how: dict[str, Any] = {"exit": args.swift_exit, "scoring": scoring, "batch_size": args.batch_size}
+    if isinstance(model, Encoder):
+        return nested_classifier(model, params, tokenizer, **_text_flags(args), **how)
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"--swift-exit {args.swift_exit}: {args.super_} holds an {kind_of(model.config).name}, which has "
+            "no exits; name a model of its own as --swift"
+        )
     if args.choices_field in row:
         return nested_choice(model, params, tokenizer, **_choice_flags(args), **how)
     how["prompt_field"] = args.text_field
     return nested_generator(model, params, tokenizer, args.max_new_tokens, **how)
-
-
-def _inside(args: argparse.Namespace, scoring: Scoring) -> tuple[Answerer, Answerer]:
-    """An encoder and its own lowest layers, which lie in memory once."""
-    super_, params = _load_encoder("--super", args.super_)
-    swift = _load_encoder("--swift", args.swift)
-    tokenizer = Tokenizer.load(args.super_)
-    how = {**_text_flags(args), "scoring": scoring, "batch_size": args.batch_size}
-    try:
-        return nested_classifier(super_, params, swift, tokenizer, **how)
-    except ValueError as error:
-        raise ValueError(f"--swift {args.swift} --swift-inside: {error}") from error
-
-
-def _load_encoder(flag: str, place: str) -> tuple[Encoder, Params]:
-    if is_url(place):
-        raise ValueError(f"{flag} {place}: is a service, and --swift-inside goes with two folders")
-    model, params = load(place)
-    if not isinstance(model, Encoder):
-        kind = kind_of(model.config).name
-        raise ValueError(f"{flag} {place}: holds a {kind}, and --swift-inside goes with two encoders")
-    return model, params
 
 
 def _text_flags(args: argparse.Namespace) -> dict[str, Any]:

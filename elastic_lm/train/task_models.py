@@ -11,9 +11,10 @@ from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.loading import load
 from elastic_lm.methods.task_tuning import TEACHER, TaskTuning, answers_of
-from elastic_lm.models.encoder import attach_task_head, init_params
+from elastic_lm.models.encoder import init_params
 from elastic_lm.models.encoder_decoder import attach_encoder_head
 from elastic_lm.models.kinds import KINDS, kind_of
+from elastic_lm.models.task_heads import attach_task_exits, attach_task_head, lowest_layers
 from elastic_lm.plain import require
 from elastic_lm.sharding import param_shardings
 from elastic_lm.task_config import TaskRun
@@ -82,6 +83,7 @@ def prepare_encoder_head(
     require(not task.pair_field, "task.pair_field", task.pair_field, fix + one)
     whole = "of which no layers are left out; set 0"
     require(not train.init_layers, "train.init_layers", train.init_layers, fix + whole)
+    require(not run.exits, "exits", run.exits, fix + "which has no exits; leave them out")
     has = config.n_labels
     other = f"has a head of {has} classes on its encoder, and the task {classes}; start from another model"
     require(has in (0, classes), "train.init_from", train.init_from, other)
@@ -93,7 +95,7 @@ def prepare_encoder_head(
 def prepare_encoder(
     run: TaskRun, config: EncoderConfig, params: Params, labels: tuple[str, ...]
 ) -> tuple[EncoderConfig, Params]:
-    """An encoder with a head for the task.
+    """An encoder with a head for the task, and exits where the run names some.
 
     Args:
       run: the whole run.
@@ -109,32 +111,18 @@ def prepare_encoder(
     fix = "is read by encoder-decoders only; leave it out"
     require(not task.prefix, "task.prefix", task.prefix, fix)
     if train.init_layers:
+        fix = f"the model has {config.n_layers} layers"
+        require(train.init_layers <= config.n_layers, "train.init_layers", train.init_layers, fix)
         config, params = lowest_layers(config, params, train.init_layers)
     fix = f"above the model's {config.max_len} positions; shorten it"
     require(task.max_len <= config.max_len, "task.max_len", task.max_len, fix)
     wanted = len(labels) or 1
     if same_answers(answers_of(config), (task.problem, wanted, labels)):
-        return dataclasses.replace(config, labels=labels), params
-    key = jax.random.fold_in(jax.random.key(train.seed), 1)
-    return attach_task_head(config, params, wanted, task.problem, key, labels)
-
-
-def lowest_layers(config: EncoderConfig, params: Params, layers: int) -> tuple[EncoderConfig, Params]:
-    """An encoder of the lowest layers of another, with its embeddings, pooler and heads.
-
-    Args:
-      config: the whole encoder.
-      params: its parameters; those that are kept are not copied.
-      layers: how many are kept.
-
-    Raises:
-      ValueError: there are not as many.
-    """
-    fix = f"the model has {config.n_layers} layers"
-    require(1 <= layers <= config.n_layers, "train.init_layers", layers, fix)
-    gone = {f"layers_{i}" for i in range(layers, config.n_layers)}
-    kept = {name: tree for name, tree in params.items() if name not in gone}
-    return dataclasses.replace(config, n_layers=layers), kept
+        config = dataclasses.replace(config, labels=labels)
+    else:
+        key = jax.random.fold_in(jax.random.key(train.seed), 1)
+        config, params = attach_task_head(config, params, wanted, task.problem, key, labels)
+    return attach_task_exits(config, params, run.exits) if run.exits else (config, params)
 
 
 def with_teacher(
@@ -145,7 +133,7 @@ def with_teacher(
     Raises:
       ValueError: the teacher answers another task, or is of another kind; names the field.
     """
-    options: dict[str, Any] = {"head_only": train.tuned == "head"}
+    options: dict[str, Any] = {"tuned": train.tuned, "exit_weights": train.exit_weights}
     options |= {"distil": train.distil, "temperature": train.temperature, "z_loss": train.z_loss}
     if not train.teacher_from:
         return TaskTuning(config, **options), params

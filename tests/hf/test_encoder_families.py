@@ -151,6 +151,14 @@ def test_a_fresh_task_head_is_exported(model_type: str, tmp_path: Path) -> None:
     assert back.config.problem_type == "single_label_classification"
     batch = random_batch(model_type)
     assert_close(ours(config, params, batch), theirs(back, batch, "classification"), TOLERANCE)
+    config, params = el.attach_task_exits(config, params, (1,))
+    params["exit_1"]["head"]["bias"] += 1.0
+    back = export_and_reload(config, params, tmp_path / "exits", "classification")
+    assert_close(ours(config, params, batch), theirs(back, batch, "classification"), TOLERANCE)
+    assert_same_model((config, params), hf.load(tmp_path / "exits"))
+    edit_config(tmp_path / "exits", elastic={"version": 1, "exits": ["first"]})
+    with pytest.raises(ValueError, match=r"elastic\.exits=\['first'\]: must be layers"):
+        hf.load(tmp_path / "exits")
 
 
 def test_old_names_other_prefixes_and_left_over_tensors_load(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The loss of task tuning, against what it is by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.methods.task_tuning import TEACHER, TaskBatch, TaskTuning, distance, task_logits, task_loss
 from elastic_lm.models.encoder import init_params
+from elastic_lm.models.task_heads import exit_encoder
+from elastic_lm.train_config import Tuned
 
 CONFIG = EncoderConfig(vocab_size=40, d_model=16, n_layers=2, n_heads=2, d_mlp=32, max_len=16, n_labels=3)
 SMALL = EncoderConfig(vocab_size=40, d_model=8, n_layers=1, n_heads=2, d_mlp=16, max_len=16, n_labels=3)
@@ -66,3 +70,23 @@ def test_regression_reports_its_error_alone() -> None:
     expected = np.mean((np.asarray(task_logits(NUMBER, params, data))[:, 0] - [0.5, -1.0]) ** 2)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert set(metrics) == {"loss"}
+
+
+@pytest.mark.parametrize("tuned", ["all", "exits"])
+def test_exits_add_their_own_losses(tuned: Tuned) -> None:
+    config = dataclasses.replace(CONFIG, n_layers=3, exits=(1, 2))
+    params, data = init_params(config, jax.random.key(0)), batch([0, 2, 1], [1.0, 2.0, 0.0])
+    method = TaskTuning(config, z_loss=0.1, tuned=tuned, exit_weights=(0.5, 2.0))
+    trainable, frozen = method.split(params)
+    assert set(trainable) == ({"exit_1", "exit_2"} if tuned == "exits" else set(params))
+    loss, metrics = method.loss(trainable, frozen, data, jnp.asarray(0))
+    parts = {layer: TaskTuning(*exit_encoder(config, params, layer)[:1], z_loss=0.1) for layer in (1, 2)}
+    each = [part.loss(exit_encoder(config, params, layer)[1], {}, data, 0) for layer, part in parts.items()]
+    expected = 0.5 * each[0][0] + 2.0 * each[1][0]
+    if tuned == "all":
+        whole = TaskTuning(dataclasses.replace(config, exits=()), z_loss=0.1).loss(params, {}, data, 0)
+        expected += whole[0]
+        np.testing.assert_allclose(metrics["accuracy"], whole[1]["accuracy"])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for layer, (_, own) in zip(parts, each, strict=True):
+        np.testing.assert_allclose(metrics[f"accuracy/exit_{layer}"], own["accuracy"])

@@ -1,6 +1,5 @@
 """`elastic-lm route`: rules fitted and files answered, killed runs, Supers that fail, and bad input."""
 
-import dataclasses
 import json
 import pathlib
 import signal
@@ -21,8 +20,11 @@ from elastic_lm.decode.answerers import Answer
 from elastic_lm.decode.black_boxes import Endpoint, Function
 from elastic_lm.decode.cascade import Cascade
 from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.jsonl import Journal, read_rows
+from elastic_lm.models import encoder_decoder
 from elastic_lm.models.encoder import init_params
+from elastic_lm.models.task_heads import exit_encoder
 from elastic_lm.routing.commands import record, route
 from elastic_lm.routing.models import make_pair
 
@@ -169,37 +171,37 @@ def test_fit_then_run_and_run_again(
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
-    """An encoder, its lowest layer with a head of its own, and another encoder of one layer."""
+    """An encoder with an exit, that exit as a model of its own, and an encoder-decoder."""
     tokenizer = train_bpe(["some text"], 260)
     config = EncoderConfig(
-        vocab_size=260, d_model=16, n_layers=2, n_heads=2, d_mlp=32, max_len=32, n_labels=2
+        vocab_size=260, d_model=16, n_layers=2, n_heads=2, d_mlp=32, max_len=32, n_labels=2, exits=(1,)
     )
-    whole, other = (jax.tree.map(lambda x: 8 * x, init_params(config, jax.random.key(k))) for k in (0, 1))
-    lowest = {name: tree for name, tree in whole.items() if name != "layers_1"}
-    inside = {**lowest, "head": other["head"], "pooler": other["pooler"]}
-    del other["layers_1"]
-    small = dataclasses.replace(config, n_layers=1)
-    models = {"whole": (config, whole), "inside": (small, inside), "other": (small, other)}
+    whole = jax.tree.map(lambda x: 8 * x, init_params(config, jax.random.key(0)))
+    writer = EncoderDecoderConfig(vocab_size=260, d_model=8, n_layers=1, n_heads=1, d_mlp=8)
+    models = {
+        "whole": (config, whole),
+        "exit": exit_encoder(config, whole, 1),
+        "writer": (writer, encoder_decoder.init_params(writer, jax.random.key(0))),
+    }
     folder = tmp_path_factory.mktemp("encoders")
     for name, (own, params) in models.items():
         checkpoint.save_model(folder / name, own, params, tokenizer)
     return {name: folder / name for name in models}
 
 
-def test_a_swift_inside_the_super(
+def test_an_exit_of_an_encoder_is_a_swift(
     encoders: dict[str, pathlib.Path], questions: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    models = ("--swift", encoders["inside"], "--super", encoders["whole"], "--data", questions)
+    pair = ("--super", encoders["whole"], "--data", questions)
     rule = tmp_path / "rule.json"
-    assert run("route", "fit", *models, "--swift-inside", "--target-cost", 1e9, "--out", rule) == 0
+    assert run("route", "fit", "--swift-exit", 1, *pair, "--target-cost", 1e9, "--out", rule) == 0
     fitted = RoutingRule.load(rule)
-    middle = fitted.curve[len(fitted.curve) // 2]
-    lines = {}
-    for flags_ in ((), ("--swift-inside",)):
-        out = tmp_path / f"{len(flags_)}.jsonl"
-        assert run("route", "run", *models, *flags_, "--threshold", middle.threshold, "--out", out) == 0
-        lines[flags_] = list(read_rows(out))
-    apart, inside = lines.values()
+    middle, lines = fitted.curve[len(fitted.curve) // 2], []
+    for swift in (("--swift", encoders["exit"]), ("--swift-exit", 1)):
+        out = tmp_path / f"{len(lines)}.jsonl"
+        assert run("route", "run", *swift, *pair, "--threshold", middle.threshold, "--out", out) == 0
+        lines.append(list(read_rows(out)))
+    apart, inside = lines
     saved = [a.pop("cost") - b.pop("cost") for a, b in zip(apart, inside, strict=True)]
     assert [saving > 0 for saving in saved] == [line["model"] == "super" for line in inside]
     assert {line["model"] for line in inside} == {"swift", "super"}
@@ -208,22 +210,15 @@ def test_a_swift_inside_the_super(
 
 
 @pytest.mark.parametrize(
-    ("swift", "super_", "message"),
+    ("super_", "message"),
     [
-        ("other", "whole", "--swift-inside: exit='embed': differs from the model's: train the exit on it"),
-        ("whole", "inside", "--swift-inside: exit.n_layers=2: must leave some of the 1 layers"),
-        ("inside", "decoder", "holds a decoder, and --swift-inside goes with two encoders"),
-        ("http://host/", "whole", "--swift http://host/: is a service"),
-        ("", "whole", "--swift: name the small model"),
+        ("exit", "exit=1: the model has exits after layers (); name one of them, or train it"),
+        ("writer", "holds an encoder_decoder, which has no exits; name a model of its own as --swift"),
     ],
 )
-def test_swifts_that_are_not_inside(
-    encoders, model: pathlib.Path, questions: pathlib.Path, tmp_path, capsys, swift, super_, message
-) -> None:
-    places = {**encoders, "decoder": model}
-    pair = ("--swift", places.get(swift, swift), "--super", places[super_], "--swift-inside")
-    given = (*pair, "--data", questions, "--threshold", 0, "--out", tmp_path / "o")
-    assert run("route", "run", *given) == 2
+def test_exits_that_are_not_there(encoders, questions, tmp_path, capsys, super_, message) -> None:
+    given = ("--swift-exit", 1, "--super", encoders[super_], "--data", questions)
+    assert run("route", "run", *given, "--threshold", 0, "--out", tmp_path / "o") == 2
     assert message in capsys.readouterr().err
 
 

@@ -115,6 +115,29 @@ def test_a_task_is_learned_resumed_and_taught_on(
         chex.assert_trees_all_equal(head[name], params[name])
     assert float(np.abs(head["head"]["kernel"] - params["head"]["kernel"]).max()) > 0
 
+    exits_only = dataclasses.replace(head_only, init_layers=0, tuned="exits")
+    exited, both, metrics = fit_task(dataclasses.replace(exit_, train=exits_only, exits=(1,)), tmp_path / "e")
+    assert exited.exits == (1,)
+    assert set(metrics) == {"loss", "accuracy/exit_1"}
+    for name in params:
+        chex.assert_trees_all_equal(both[name], params[name])
+    assert float(np.abs(both["exit_1"]["head"]["kernel"] - params["head"]["kernel"]).max()) > 0
+    beside = dataclasses.replace(head_only, init_from=str(tmp_path / "e" / "model"), init_layers=0)
+    jointly = dataclasses.replace(beside, tuned="all", exit_weights=(0.5,))
+    again, joint, metrics = fit_task(dataclasses.replace(exit_, train=jointly), tmp_path / "joint")
+    assert again == exited
+    assert set(metrics) == {"loss", "accuracy", "accuracy/exit_1"}
+    assert metrics["accuracy/exit_1"] > 0.9
+    kernels = (tree["layers_1"]["mlp"]["up"]["kernel"] for tree in (joint, params))
+    assert not np.array_equal(*kernels)
+    more = dataclasses.replace(jointly, exit_weights=(0.5, 1.0))
+    with pytest.raises(ValueError, match=r"exit_weights=\(0\.5, 1\.0\): needs one weight for each"):
+        fit_task(dataclasses.replace(exit_, train=more), tmp_path / "more")
+    with pytest.raises(ValueError, match=r"tuned='exits': the model has no exits"):
+        fit_task(dataclasses.replace(exit_, train=exits_only), tmp_path / "none")
+    with pytest.raises(ValueError, match=r"exits=\(2,\): must lie between 1 and 1"):
+        fit_task(dataclasses.replace(exit_, train=exits_only, exits=(2,)), tmp_path / "last")
+
     other = dataclasses.replace(run.task, labels=("pos", "neg"))
     with pytest.raises(ValueError, match=r"train\.teacher_from=.*answers .*, not .*tune it on the task"):
         fit_task(dataclasses.replace(taught, task=other), tmp_path / "other")
