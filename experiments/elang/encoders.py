@@ -1,8 +1,8 @@
 """Classifiers of the study: a real pretrained encoder as Super, its lowest layers as Swift.
 
 A seed draws which rows of the training file are learned and which choose thresholds, and the heads. Swift is
-either a model of its own, tuned and distilled from the Super, or an exit of the Super: a head over its lowest
-layers, which stay as they are, so that routed rows go on from there.
+either a model of its own, tuned and distilled from the Super, or an exit of the Super, after as many layers,
+that was trained along with it: routed rows go on from there.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.methods.task_tuning import TaskBatch, task_logits
+from elastic_lm.models.task_heads import exit_encoder
 from elastic_lm.sequence_cost import encoder_flops
 from elastic_lm.task_config import TaskConfig, TaskRun
 from elastic_lm.train.run import MODEL_FOLDER
@@ -27,26 +28,27 @@ from elastic_lm.train.tasks import fit_task, load_of
 from elastic_lm.train_config import TrainConfig
 
 HELD_BACK = 1000  # training rows that choose thresholds
-BATCH = 16
+BATCH = 32
 PAIR = {"text_field": "sentence1", "pair_field": "sentence2"}
 BOOLQ = {"text_field": "question", "pair_field": "passage"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task's files and how long its models are trained."""
+    """A task's files, how long its models are trained, and layers of the Swift."""
 
     train: str
     test: str
     fields: dict[str, str]
     max_len: int
     steps: int
+    layers: int
 
 
 TASKS = {
-    "sst2": Task("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence"}, 48, 500),
-    "mrpc": Task("glue_mrpc_train", "glue_mrpc_dev", PAIR, 72, 500),
-    "boolq": Task("superglue_boolq_train", "superglue_boolq_val", BOOLQ, 96, 300),
+    "sst2": Task("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence"}, 48, 2500, 1),
+    "mrpc": Task("glue_mrpc_train", "glue_mrpc_dev", PAIR, 80, 600, 2),
+    "boolq": Task("superglue_boolq_train", "superglue_boolq_val", BOOLQ, 192, 800, 2),
 }
 
 
@@ -73,9 +75,7 @@ def split(file: Path, folder: Path, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
 
 
-def measured(
-    name: str, data: Path, out: Path, seed: int, layers: int, nested_layers: int
-) -> dict[str, Columns]:
+def measured(name: str, data: Path, out: Path, seed: int) -> dict[str, Columns]:
     """Trains what is missing and answers all rows with Swift, nested Swift and Super.
 
     Args:
@@ -83,8 +83,6 @@ def measured(
       data: from prepare.py.
       out: folder of the study.
       seed: of the split, the order and the heads.
-      layers: of the Swift that is a model of its own.
-      nested_layers: of the Swift that is part of the Super.
 
     Returns:
       {"separate", "nested": columns}.
@@ -92,20 +90,19 @@ def measured(
     task, folder = TASKS[name], out / name / f"seed_{seed}"
     split(data / f"{task.train}.jsonl", folder, seed)
     super_ = trained(task, data, folder, seed, "super", init_from=pretrained(), lr=1e-4)
-    taught = {"init_from": pretrained(), "init_layers": layers, "teacher_from": super_, "distil": 0.5}
+    taught = {"init_from": pretrained(), "init_layers": task.layers, "teacher_from": super_, "distil": 0.5}
     swift = trained(task, data, folder, seed, "swift", **taught, temperature=2.0, lr=4e-4)
-    exit_ = {"init_from": super_, "init_layers": nested_layers, "tuned": "head", "lr": 2e-3}
-    nested = trained(task, data, folder, seed, "exit", **exit_)
+    both = trained(task, data, folder, seed, "both", (task.layers,), init_from=pretrained(), lr=1e-4)
+    pairs = {"separate": {"swift": swift, "super": super_}, "nested": {"super": both}}
     return {
-        how: settled(
-            folder / f"{how}.json",
-            functools.partial(columns, task, data, folder, small, super_, seed, how == "nested"),
-        )
-        for how, small in {"separate": swift, "nested": nested}.items()
+        how: settled(folder / f"{how}.json", functools.partial(columns, task, data, folder, places, seed))
+        for how, places in pairs.items()
     }
 
 
-def trained(task: Task, data: Path, folder: Path, seed: int, name: str, **fields: Any) -> str:
+def trained(
+    task: Task, data: Path, folder: Path, seed: int, name: str, exits: tuple[int, ...] = (), **fields: Any
+) -> str:
     """Folder of a finished model."""
     model = folder / name / MODEL_FOLDER
     if not model.is_dir():
@@ -119,12 +116,13 @@ def trained(task: Task, data: Path, folder: Path, seed: int, name: str, **fields
             z_loss=1e-4,
             eval_every=0,
             eval_batches=4,
-            save_every=100,
+            save_every=500,
             keep=1,
             seed=seed,
             **fields,
         )
-        fit_task(TaskRun(task_config(task, data, folder, seed), train), folder / name)
+        run = TaskRun(task_config(task, data, folder, seed), train, exits=exits)
+        fit_task(run, folder / name)
     return str(model)
 
 
@@ -141,24 +139,21 @@ def task_config(task: Task, data: Path, folder: Path, seed: int) -> TaskConfig:
     )
 
 
-def columns(
-    task: Task, data: Path, folder: Path, swift: str, super_: str, seed: int, shared: bool = False
-) -> Columns:
+def columns(task: Task, data: Path, folder: Path, places: dict[str, str], seed: int) -> Columns:
     """Scores, right or wrong, and costs of the rows that choose thresholds and of the test rows.
 
     Args:
       task: its files.
       data: from prepare.py.
       folder: of the seed.
-      swift: folder of the small model.
-      super_: folder of the large one.
+      places: folders of "swift" and "super", or of a Super whose exit is the Swift.
       seed: of the random score.
-      shared: the Swift's layers are the Super's, which goes on from them.
     """
     config = task_config(task, data, folder, seed)
-    models = {
-        name: load_of(EncoderConfig, name, path) for name, path in (("swift", swift), ("super", super_))
-    }
+    models = {name: load_of(EncoderConfig, name, path) for name, path in places.items()}
+    shared = "swift" not in models
+    if shared:
+        models["swift"] = exit_encoder(*models["super"], task.layers)
     found: Columns = {"splits": {}}
     test = dataclasses.replace(config, eval_paths=(str(data / f"{task.test}.jsonl"),))
     for split_name, part in {"fit": config, "test": test}.items():
@@ -172,9 +167,10 @@ def columns(
         right = {k: (np.argmax(v[there], -1) == targets).astype(float) for k, v in logits.items()}
         costs = {k: np.asarray([encoder_flops(m[0], n) for n in lengths]) for k, m in models.items()}
         if shared:
-            costs["on"] = costs["super"] - costs["swift"]
+            left = big.n_layers - task.layers
+            costs["on"] = np.asarray([encoder_flops(big, n, left) for n in lengths])
         found["splits"][split_name] = scored(logits["swift"][there], right, costs, seed)
-    sides = {name: (lambda m=model: answers(*m, placed[:4])) for name, model in models.items()}
+    sides = {name: (lambda m=model: answers(*m, placed[:8])) for name, model in models.items()}
     found["relative_time"] = relative_times(sides)["swift"]
     found["layers"] = [models["swift"][0].n_layers, models["super"][0].n_layers]
     return found

