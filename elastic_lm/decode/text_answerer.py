@@ -85,13 +85,13 @@ class TextAnswerer:
         return self._encoder_head and score.startswith(PLACES[2])
 
     def preview(self, rows: Sequence[Row]) -> list[Answer]:
-        """See `answerers.Previews`; states are `text_to_text.Encoded`."""
+        """See `answerers.Previews`; what is begun are `text_to_text.Encoded`."""
         return answer_alike(rows, self._encode, self._preview, self._batch_size)
 
     def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
         """See `answerers.Previews`."""
         return answer_alike(
-            begun, lambda one: (bucket(len(one.state.tokens)), one), self._finish, self._batch_size
+            begun, lambda one: (bucket(len(one.begun.tokens)), one), self._finish, self._batch_size
         )
 
     def _encode(self, row: Row) -> tuple[int, list[int]]:
@@ -115,7 +115,7 @@ class TextAnswerer:
         scores = _by_row({f"{PLACES[2]}{kind}": x for kind, x in columns.items()}, len(sources))
         each = (time.perf_counter() - began) / len(sources)
         return [
-            Answer(None, own, self._flops(one, 0), each, state=one)
+            Answer(None, own, self._flops(one, 0), each, begun=one)
             for one, own in zip(encoded, scores, strict=False)
         ]
 
@@ -125,9 +125,9 @@ class TextAnswerer:
                 answer,
                 scores={**answer.scores, **before.scores},
                 seconds=before.seconds + answer.seconds,
-                preview=dataclasses.replace(before, state=None),
+                preview=dataclasses.replace(before, begun=None),
             )
-            for before, answer in zip(begun, self._decode([one.state for one in begun]), strict=True)
+            for before, answer in zip(begun, self._decode([one.begun for one in begun]), strict=True)
         ]
 
     def _decode(self, sources: Sequence[list[int]] | Sequence[Encoded]) -> list[Answer]:
