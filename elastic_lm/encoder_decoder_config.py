@@ -27,6 +27,7 @@ class EncoderDecoderConfig:
     tied: bool = True  # the vocabulary head is the embedding table
     scaled_head: bool = True  # the head reads the final state times d_model ** -0.5 (T5 1.0)
     n_labels: int = 0  # classes of a linear head on the encoder's mean state; 0 = no such head
+    labels: tuple[str, ...] = ()  # names of these classes; () = they have none
     decoder_start_id: int = 0  # token that stands before every target
     pad_id: int = 0  # token that fills rows up
     eos_ids: tuple[int, ...] = (1,)  # tokens that end a text; the first one is put after sources and targets
@@ -44,6 +45,8 @@ class EncoderDecoderConfig:
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
         require_each(self, "", ("head_dim",), *AT_LEAST_1)
         require_each(self, "", ("norm_eps", "n_labels"), *NOT_NEGATIVE)
+        fix = f"needs one name for each of n_labels={self.n_labels}, or none at all"
+        require(len(self.labels) in (0, self.n_labels), "labels", self.labels, fix)
         require_choice("activation", self.activation, get_args(Activation))
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("param_dtype", self.param_dtype, DTYPES)

@@ -17,6 +17,7 @@ class Answer:
     seconds: float = dataclasses.field(default=0.0, compare=False)  # this row's part of its batch's time
     error: str | None = None  # why there is no output
     state: Any = dataclasses.field(default=None, compare=False, repr=False)  # what `Resumes` goes on from
+    begun: Any = dataclasses.field(default=None, compare=False, repr=False)  # what `finish` goes on from
     preview: "Answer | None" = dataclasses.field(default=None, compare=False, repr=False)  # see `Previews`
 
 
@@ -76,7 +77,8 @@ class Previews(Protocol):
           rows: as in `answer`.
 
         Returns:
-          Answers without an output, at the cost so far, with a `state` that `finish` goes on from.
+          Answers without an output, at the cost so far: `begun` is what `finish` goes on from, and `state`
+          what a Super that `Resumes` does.
         """
         ...
 

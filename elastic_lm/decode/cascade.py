@@ -150,7 +150,7 @@ class Run(Iterator[Routed]):
         for waiting, answer in zip(batch, self._ask("swift", ask, batch), strict=True):
             answer, score = self._scored(waiting.index, answer)
             if score is None or not keeps(score, self._rule.threshold):
-                begun = dataclasses.replace(answer, state=None) if previews else answer
+                begun = dataclasses.replace(answer, begun=None)  # which is large
                 self._ask_super(self._super.add(waiting.begun(begun, score)))
             elif previews:
                 self._finish_kept(self._kept.add(waiting.begun(answer, score)))

@@ -84,7 +84,7 @@ def prefill_begun(
     capacity: int,
     window: int,
 ) -> DecodeState:
-    """`prefill` of prompts whose first layers have run already; the others go on from there.
+    """`prefill` of prompts whose first layers, or all of them, have run already; the others go on from there.
 
     Args:
       config: static; without exits.
@@ -102,8 +102,11 @@ def prefill_begun(
     """
     decoder = decoder_of(config).bind({"params": params})
     done = len(begun.rows)
-    _, rows = decoder.run_layers(begun.hidden, default_positions(tokens_BP, None), done, config.n_layers)
-    caches = [cache.from_prefill(r, capacity) for r in (*begun.rows, *rows)]
+    rows = list(begun.rows)
+    if done < config.n_layers:
+        positions = default_positions(tokens_BP, None)
+        rows += decoder.run_layers(begun.hidden, positions, done, config.n_layers)[1]
+    caches = [cache.from_prefill(r, capacity) for r in rows]
     return start_state(
         config, tokens_BP, length_B, limit_B, draft, caches, [], capacity=capacity, window=window
     )

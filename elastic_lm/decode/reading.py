@@ -86,6 +86,7 @@ def read(
     params: Params,
     tokens_BT: jax.Array,
     entering_BTD: jax.Array | None = None,
+    at_BN: jax.Array | None = None,
     *,
     scoring: Scoring,
     keep: bool = False,
@@ -97,6 +98,7 @@ def read(
       params: canonical parameters of the whole checkpoint.
       tokens_BT: int32, padded on the right with anything.
       entering_BTD: state that enters the first layer to run; None = the embedded tokens.
+      at_BN: int32 positions whose distributions are read, in place of all T.
       scoring: of the energy; static.
       keep: give back states and rows too, to go on from; static.
 
@@ -126,6 +128,9 @@ def read(
         return target - jax.nn.logsumexp(logits, axis=-1), logit_scores(logits, scoring)
 
     following = jnp.roll(tokens_BT, -1, axis=1)
+    if at_BN is not None:
+        features = jnp.take_along_axis(features, at_BN[..., None], axis=1)
+        following = jnp.take_along_axis(following, at_BN, axis=1)
     log_prob, scores = _over_columns(columns, (features, following))
     kept = (tap.hidden, tuple(rows)) if keep else (jnp.zeros(0), ())
     return Reading(log_prob, scores, *kept)

@@ -44,7 +44,7 @@ class Routed:
 
     def finished(self, latency: float) -> "Routed":
         """The same without the states that models hand on, which are large."""
-        answer, swift = (dataclasses.replace(a, state=None) for a in (self.answer, self.swift))
+        answer, swift = (dataclasses.replace(a, state=None, begun=None) for a in (self.answer, self.swift))
         return dataclasses.replace(self, answer=answer, swift=swift, latency=latency)
 
 

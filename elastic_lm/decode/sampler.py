@@ -173,7 +173,8 @@ class Sampler:
           lossless: another choice than the sampler's for this call, or one per row.
           budget: another budget than the sampler's for this call.
           subnet: another sub-network for this call, instead of a budget; `Subnet.full` = the whole model.
-          begun: what the first layers of the whole model, which has no exits, gave for the padded prompts.
+          begun: what the first layers of the model that runs, which has no exits, gave for the padded
+            prompts.
           **settings: fields of `requests.Settings`: temperature, top_k, top_p, min_p, repetition_penalty,
             seed, stop, stop_tokens, ignore_eos.
 

@@ -49,7 +49,8 @@ class TextAnswerer:
           template: makes a row's source of its fields, as `str.format` does: "sst2 sentence: {text}".
           max_len: tokens that are read of a source, its end token included; longer ones lose their end, as
             in training.
-          labels: the only texts that may be answered; the output is then the index of one.
+          labels: the only texts that may be answered; the output is then the index of one. None = the names
+            of the classes of the head on the encoder, where that adds scores and has some; () = any text.
           encoder_head: add the scores of the head on the encoder.
           scoring: of the energy; only its temperature can be chosen here.
           batch_size: rows per program; the last batch is filled up.
@@ -66,6 +67,8 @@ class TextAnswerer:
         self._longest = max_len - len(self._ends)
         fix = "energies of encoder-decoder models are not centred; fit thresholds per checkpoint"
         require(scoring.centre == "none", "centre", scoring.centre, fix)
+        if labels is None and encoder_head:
+            labels = model.config.labels
         self.scoring, self.names = scoring, tuple(labels or ())
         self._model, self._most, self._template = model, max_new_tokens, template
         there = model.config.n_labels > 0 or not encoder_head
@@ -85,13 +88,13 @@ class TextAnswerer:
         return self._encoder_head and score.startswith(PLACES[2])
 
     def preview(self, rows: Sequence[Row]) -> list[Answer]:
-        """See `answerers.Previews`; states are `text_to_text.Encoded`."""
+        """See `answerers.Previews`; what is begun are `text_to_text.Encoded`."""
         return answer_alike(rows, self._encode, self._preview, self._batch_size)
 
     def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
         """See `answerers.Previews`."""
         return answer_alike(
-            begun, lambda one: (bucket(len(one.state.tokens)), one), self._finish, self._batch_size
+            begun, lambda one: (bucket(len(one.begun.tokens)), one), self._finish, self._batch_size
         )
 
     def _encode(self, row: Row) -> tuple[int, list[int]]:
@@ -115,7 +118,7 @@ class TextAnswerer:
         scores = _by_row({f"{PLACES[2]}{kind}": x for kind, x in columns.items()}, len(sources))
         each = (time.perf_counter() - began) / len(sources)
         return [
-            Answer(None, own, self._flops(one, 0), each, state=one)
+            Answer(None, own, self._flops(one, 0), each, begun=one)
             for one, own in zip(encoded, scores, strict=False)
         ]
 
@@ -125,9 +128,9 @@ class TextAnswerer:
                 answer,
                 scores={**answer.scores, **before.scores},
                 seconds=before.seconds + answer.seconds,
-                preview=dataclasses.replace(before, state=None),
+                preview=dataclasses.replace(before, begun=None),
             )
-            for before, answer in zip(begun, self._decode([one.state for one in begun]), strict=True)
+            for before, answer in zip(begun, self._decode([one.begun for one in begun]), strict=True)
         ]
 
     def _decode(self, sources: Sequence[list[int]] | Sequence[Encoded]) -> list[Answer]:

@@ -150,10 +150,9 @@ class TaskTuning:
 
 
 def answers_of(config: Config) -> tuple[Problem, int, tuple[str, ...]]:
-    """(problem, outputs, names of the classes) of a model's head; that of an encoder-decoder has no names."""
-    if isinstance(config, EncoderDecoderConfig):
-        return "classification", config.n_labels, ()
-    return config.problem, config.n_labels, config.labels
+    """(problem, outputs, names of the classes) of a model's head."""
+    problem = "classification" if isinstance(config, EncoderDecoderConfig) else config.problem
+    return problem, config.n_labels, config.labels
 
 
 def task_logits(config: Config, params: Params, batch: TaskBatch) -> jax.Array:

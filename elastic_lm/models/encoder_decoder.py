@@ -253,7 +253,11 @@ def _draw(
 
 
 def attach_encoder_head(
-    config: EncoderDecoderConfig, params: Params, n_labels: int, key: jax.Array
+    config: EncoderDecoderConfig,
+    params: Params,
+    n_labels: int,
+    key: jax.Array,
+    labels: Sequence[str] = (),
 ) -> tuple[EncoderDecoderConfig, Params]:
     """Adds a linear classification head on the encoder's mean state (E-LANG, arXiv 2203.00748).
 
@@ -262,18 +266,20 @@ def attach_encoder_head(
       params: its parameters, which are not copied.
       n_labels: classes.
       key: typed PRNG key of the draw.
+      labels: names of the classes; () = they have none.
 
     Returns:
       (config, parameters) with the head, whose kernel is drawn with deviation D^-1/2 and whose bias is 0.
 
     Raises:
-      ValueError: the model has a head, or there are no classes.
+      ValueError: the model has a head, there are no classes, or labels are not as many.
     """
     require(not config.n_labels, "n_labels", config.n_labels, "the model has a head on its encoder already")
     require(AT_LEAST_1[0](n_labels), "n_labels", n_labels, AT_LEAST_1[1])
+    new = dataclasses.replace(config, n_labels=n_labels, labels=tuple(labels))
     kernel = config.d_model**-0.5 * jax.random.normal(key, (n_labels, config.d_model))
     head = {
         "kernel": kernel.astype(config.param_dtype),
         "bias": jnp.zeros((n_labels,), config.param_dtype),
     }
-    return dataclasses.replace(config, n_labels=n_labels), {**params, "encoder_head": head}
+    return new, {**params, "encoder_head": head}

@@ -18,7 +18,7 @@ ENCODER, WRITER, CHOOSER, GENERATOR = "encoders", "encoder-decoders", "decoders 
 SERVICE, COMPLETION = "services", "services of --style openai"
 READERS = {
     "pair_field": (ENCODER,),
-    "max_len": (ENCODER,),
+    "max_len": (ENCODER, WRITER),
     "template": (WRITER,),
     "labels": (WRITER,),
     "normalise": (CHOOSER,),

@@ -89,9 +89,11 @@ def _rows(parser: argparse.ArgumentParser) -> None:
     add("--text-field", metavar="NAME", help="the text, prompt or question (default: text)")
     add("--pair-field", metavar="NAME", help="encoders: the second text of a row")
     add("--choices-field", metavar="NAME", help="multiple choice, where rows have it")
-    add("--max-len", type=int, metavar="N", help="encoders: tokens read of a row (default: the model's)")
+    tokens = "encoders, encoder-decoders: tokens read of a row (default: the model's, 512)"
+    add("--max-len", type=int, metavar="N", help=tokens)
     add("--template", metavar="TEXT", help='encoder-decoders: their source, "sst2 sentence: {text}"')
-    add("--labels", metavar="A,B", help="encoder-decoders: the only answers")
+    only = "encoder-decoders: the only answers (default: any; with --score encoder_*, the head's classes)"
+    add("--labels", metavar="A,B", help=only)
     add("--retry-failed", action="store_true", help="rows that failed before are answered again")
 
 

@@ -100,7 +100,7 @@ def measured_of(
 
     whole = known = _costs(swift, args)
     if previewed:
-        known = _costs([a.preview for a in swift if a.preview is not None], args)
+        known = _costs([answer.preview or answer for answer in swift], args)
     return Measured.of(
         [score_of(a.scores, score, args.seed, i) for i, a in zip(good, swift, strict=True)],
         qualities("swift", swift),

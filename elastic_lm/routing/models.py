@@ -14,7 +14,7 @@ from elastic_lm.decode.generator import Generator
 from elastic_lm.decode.nested import nested_choice, nested_classifier, nested_generator
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.text_answerer import TextAnswerer
-from elastic_lm.decode.text_to_text import TextToText
+from elastic_lm.decode.text_to_text import LONGEST, TextToText
 from elastic_lm.loading import load
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.encoder import Encoder
@@ -75,7 +75,8 @@ def make_answerer(
     if not isinstance(model, Decoder):
         template = args.template or f"{{{args.text_field}}}"
         labels = args.labels.split(",") if args.labels else None
-        texts = TextToText(model, params, tokenizer)
+        texts = TextToText(model, params, tokenizer, max_len=max(LONGEST, args.max_len or 0))
+        shared |= {} if args.max_len is None else {"max_len": args.max_len}
         shared |= {"template": template, "labels": labels, "encoder_head": score.startswith(PLACES[2])}
         return TextAnswerer(texts, args.max_new_tokens, **shared)
     if args.choices_field in row:

@@ -50,7 +50,7 @@ def prepare_model(
     else:
         config, params = load_any("train.init_from", train.init_from, train.param_dtype or None, mesh)
     if isinstance(config, EncoderDecoderConfig):
-        config, params = prepare_encoder_head(run, config, params, len(labels))
+        config, params = prepare_encoder_head(run, config, params, labels)
     else:
         config, params = prepare_encoder(run, config, params, labels)
     check_vocabulary(tokenizer, config.vocab_size)
@@ -59,7 +59,7 @@ def prepare_model(
 
 
 def prepare_encoder_head(
-    run: TaskRun, config: EncoderDecoderConfig, params: Params, classes: int
+    run: TaskRun, config: EncoderDecoderConfig, params: Params, labels: tuple[str, ...]
 ) -> tuple[EncoderDecoderConfig, Params]:
     """An encoder-decoder with a head on its encoder (E-LANG, arXiv 2203.00748).
 
@@ -67,7 +67,7 @@ def prepare_encoder_head(
       run: the whole run.
       config: of `train.init_from`.
       params: its parameters, which are not copied.
-      classes: of the task.
+      labels: from `labelled.classes`.
 
     Raises:
       ValueError: the run asks for more than a head that tells classes apart, or the model has another head.
@@ -84,12 +84,17 @@ def prepare_encoder_head(
     whole = "of which no layers are left out; set 0"
     require(not train.init_layers, "train.init_layers", train.init_layers, fix + whole)
     require(not run.exits, "exits", run.exits, fix + "which has no exits; leave them out")
-    has = config.n_labels
+    has, classes = config.n_labels, len(labels)
     other = f"has a head of {has} classes on its encoder, and the task {classes}; start from another model"
     require(has in (0, classes), "train.init_from", train.init_from, other)
-    if has:
-        return config, params
-    return attach_encoder_head(config, params, classes, jax.random.fold_in(jax.random.key(train.seed), 1))
+    if not has:
+        key = jax.random.fold_in(jax.random.key(train.seed), 1)
+        return attach_encoder_head(config, params, classes, key, labels)
+    other = f"has a head on its encoder that tells {', '.join(config.labels)} apart, in this order, and the "
+    other += f"task has {', '.join(labels)}; name the model's in task.labels, or start from another model"
+    same = same_answers(answers_of(config), ("classification", classes, labels))
+    require(same, "train.init_from", train.init_from, other)
+    return dataclasses.replace(config, labels=labels), params
 
 
 def prepare_encoder(

@@ -173,10 +173,10 @@ class Previewing(Watched):
 
     def preview(self, rows: Sequence[Row]) -> list[Answer]:
         self.previewed.append([row["n"] for row in rows])
-        return [Answer(None, self.known(row), 1.0, state=row["n"]) for row in rows]
+        return [Answer(None, self.known(row), 1.0, begun=row["n"]) for row in rows]
 
     def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
-        assert [answer.state for answer in begun] == [row["n"] for row in rows]
+        assert [answer.begun for answer in begun] == [row["n"] for row in rows]
         self.finished.append([row["n"] for row in rows])
         return [Answer(error="no") if row["n"] in self.fails else self.whole(row) for row in rows]
 

@@ -101,10 +101,69 @@ def test_an_exit_is_a_swift_that_the_super_goes_on_from(params, rows, alone) -> 
     for i, answer in zip(order, resumed, strict=True):
         assert answer.output == again[i].output
         assert again[i].cost - answer.cost == layer_flops(CONFIG, len(rows[i]["prompt"]) + 1, 0, 1)
+    scored = Generator(super_._sampler, NEW, batch_size=4)  # also the prompt's scores go on from there
+    own, other = scored.resume(rows[:2], first[:2]), scored.answer(rows[:2])
+    for row, answer, same in zip(rows, own, other, strict=False):
+        assert answer.scores == pytest.approx(same.scores, rel=1e-4)
+        assert same.cost - answer.cost == layer_flops(CONFIG, len(row["prompt"]) + 1, 0, 1)
     cut = float(np.median([a.scores["energy"] for a in first]))
     for result in Cascade(swift, super_, cut, batch_size=3).answer(rows):
         kept = first[result.index].scores["energy"] >= cut
         assert result.output == (first if kept else again)[result.index].output
+
+
+def test_a_preview_reads_the_prompt_alone(rows, whole: Sampler) -> None:
+    swift = Generator(whole, NEW, batch_size=4)
+    assert [swift.previews(name) for name in ("prompt_energy", "energy", "random")] == [True, False, False]
+    previews, answers = swift.preview([*rows, {}]), swift.answer(rows)
+    assert "KeyError" in str(previews.pop().error)
+    for row, preview, answer in zip(rows, previews, answers, strict=True):
+        n = len(row["prompt"]) + 1
+        assert preview.cost == layer_flops(CONFIG, n) + head_flops(CONFIG, n)
+        assert (preview.output, preview) == (None, answer.preview)
+        assert preview.scores == {k: v for k, v in answer.scores.items() if k.startswith("prompt_")}
+    order = [3, 0, 6]
+    finished = swift.finish([rows[i] for i in order], [previews[i] for i in order])
+    assert finished == [answers[i] for i in order]
+    assert not Generator(whole, NEW, scored=False).previews("prompt_energy")
+
+
+def test_a_sampler_with_exits_reads_a_prompt_twice(params, rows, whole: Sampler) -> None:
+    sampler = Sampler(Decoder(CONFIG), params, Letters(), window=1)
+    early, full = (Generator(s, NEW, batch_size=4).answer(rows[:4]) for s in (sampler, whole))
+    for row, own, other in zip(rows, early, full, strict=False):
+        assert own.output == other.output
+        assert own.cost - other.cost == layer_flops(CONFIG, len(row["prompt"]) + 1)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_cascade_generates_what_the_swift_keeps_alone(params, rows, whole, monkeypatch, nested) -> None:
+    if nested:  # the Super goes on from the states that the previews left
+        swift, super_ = nested_generator(Decoder(CONFIG), params, Letters(), NEW, exit=1, batch_size=4)
+    else:  # and here it must not
+        swift = Generator(Sampler(*exit_model(CONFIG, params, 1), Letters(), window=1), NEW, batch_size=4)
+        super_ = Generator(whole, NEW, batch_size=4, scored=False)
+    first, again = swift.answer(rows), super_.answer(rows)
+    cut = float(np.median([a.scores["prompt_energy"] for a in first]))
+    how = {"score": "prompt_energy", "batch_size": 3}
+    every = Cascade(swift, super_, cut, **how, preview=False).answer(rows)
+    generated, sample = [], swift._sampler.sample
+    monkeypatch.setattr(
+        swift._sampler, "sample", lambda p, *a, **k: generated.extend(p) or sample(p, *a, **k)
+    )
+    results = Cascade(swift, super_, cut, **how).answer(rows)
+    kept = [r.model == "swift" for r in every]
+    assert [(r.model == "swift", r.output, r.score) for r in results] == [
+        (k, r.output, r.score) for k, r in zip(kept, every, strict=True)
+    ]
+    ids = [tuple(Letters().encode(row["prompt"], bos=True)) for row in rows]
+    assert {tuple(prompt) for prompt in generated} == {one for one, k in zip(ids, kept, strict=True) if k}
+    for i, (tokens, result) in enumerate(zip(ids, results, strict=True)):
+        begun = layer_flops(CONFIG, len(tokens), 0, 1) if nested else 0
+        preview = first[i].preview
+        assert preview is not None
+        assert result.cost == (first[i].cost if kept[i] else preview.cost + again[i].cost - begun)
+        assert (result.swift.begun, result.swift.state, result.answer.state) == (None, None, None)
 
 
 def test_one_models_weights_lie_in_memory_between_calls(params, rows) -> None:

@@ -71,6 +71,20 @@ def test_the_head_on_the_encoder() -> None:
         TextAnswerer(el.TextToText(el.EncoderDecoder(CONFIG), {}, Letters()), encoder_head=True)
 
 
+def test_classes_that_the_head_names_are_what_may_be_answered() -> None:
+    config = dataclasses.replace(CONFIG, n_labels=2, labels=("YES", "NO"))
+    model = el.TextToText(el.EncoderDecoder(config), drawn(config), Letters())
+    how = {"template": "{q}", "batch_size": 2, "encoder_head": True}
+    named, given = TextAnswerer(model, **how), TextAnswerer(model, labels=config.labels, **how)
+    assert named.names == ("YES", "NO")
+    assert named.answer(ROWS[:2]) == given.answer(ROWS[:2])
+    assert TextAnswerer(model, labels=("A", "B"), **how).names == ("A", "B")
+    assert not TextAnswerer(model, labels=(), **how).names
+    assert not TextAnswerer(model).names
+    with pytest.raises(ValueError, match=r"labels=\('YES',\): needs one name for each of n_labels=2"):
+        dataclasses.replace(config, labels=("YES",))
+
+
 def test_long_sources_are_cut_as_in_training(model: el.TextToText) -> None:
     rows = [{"q": "A" * 60_000}, ROWS[0], {"q": "A" * 7}]
     answerer = TextAnswerer(model, 5, template="{q}", max_len=8, batch_size=2)

@@ -169,6 +169,25 @@ def test_fit_then_run_and_run_again(
     assert "was begun with threshold=" in capsys.readouterr().err
 
 
+def test_what_the_prompt_decides_is_decided_before_text_is_generated(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys
+) -> None:
+    rule, out, data = (tmp_path / name for name in ("rule.json", "out.jsonl", "prompts.jsonl"))
+    rng = np.random.default_rng(1)
+    prompts = [{"text": "".join(rng.choice(LETTERS, 9)), "label": "?"} for _ in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    models = ("--swift-exit", 1, "--super", model, "--data", data, "--max-new-tokens", 3)
+    goal = ("--target-cost", 1e12, "--out", rule)
+    assert run("route", "fit", *models, *goal, "--score", "prompt_energy") == 0
+    fitted = RoutingRule.load(rule)
+    middle = fitted.curve[len(fitted.curve) // 2]
+    given = ("--score", "prompt_energy", "--threshold", repr(middle.threshold), "--out", out)
+    assert run("route", "run", *models, *given) == 0
+    lines = list(read_rows(out))
+    assert {line["model"] for line in lines} == {"swift", "super"}
+    assert np.mean([line["cost"] for line in lines]) == pytest.approx(middle.cost)
+
+
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     """An encoder with an exit, that exit as a model of its own, and an encoder-decoder."""

@@ -22,12 +22,15 @@ from elastic_lm.decode.cascade import Cascade
 from elastic_lm.decode.classifier import Classifier
 from elastic_lm.decode.text_answerer import TextAnswerer
 from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.fingerprints import SAMPLE, SAMPLES, checkpoint_fingerprint
 from elastic_lm.jsonl import Journal, read_rows
+from elastic_lm.models import kinds
 from elastic_lm.models.encoder import init_params
 from elastic_lm.routing.checks import check_pair
 from elastic_lm.routing.commands import retry, route
 from elastic_lm.routing.identity import warn_other_models
+from elastic_lm.sequence_cost import text_to_text_flops
 
 CONFIG = EncoderConfig(vocab_size=260, d_model=16, n_layers=1, n_heads=2, d_mlp=32, max_len=32, n_labels=2)
 SWIFT = Function(lambda row: Answer(row["x"], {"energy": float(row["x"] % 3)}))
@@ -269,7 +272,11 @@ def test_what_does_not_fit_is_refused_before_a_row_is_answered(
         ("--template", "{txt}", "its {txt} is no field of the first row of d, which has text"),
         ("--labels", "a,a", "--labels='a,a': must be different texts"),
         ("--labels", "a,", "--labels='a,': must be different texts"),
-        ("--max-len", "3", "--max-len=3: is read by encoders, and these are encoder-decoders; leave it out"),
+        (
+            "--pair-field",
+            "b",
+            "--pair-field='b': is read by encoders, and these are encoder-decoders; leave it",
+        ),
     ],
 )
 def test_flags_of_encoder_decoders(flag: str, value: str, message: str) -> None:
@@ -278,6 +285,27 @@ def test_flags_of_encoder_decoders(flag: str, value: str, message: str) -> None:
     model = TextAnswerer.__new__(TextAnswerer)
     with pytest.raises(ValueError, match=re.escape(message)):
         check_pair(parser.parse_args(["route", "run", *given]), {"text": "a"}, model, model, "energy")
+
+
+def test_encoder_decoders_read_as_many_tokens_as_is_said(tmp_path: pathlib.Path, capsys) -> None:
+    tokenizer = train_bpe(["some text"], 260)
+    shape = {"vocab_size": 260, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_mlp": 32}
+    config = EncoderDecoderConfig(**shape, eos_ids=tokenizer.eos_ids)
+    checkpoint.save_model(tmp_path / "t5", config, kinds.init_params(config, jax.random.key(0)), tokenizer)
+    (tmp_path / "d.jsonl").write_text('{"text": "abcdefgh"}\n{"text": "abcdefxy"}\n')
+    given = ("run", "--swift", tmp_path / "t5", "--super", tmp_path / "t5", "--data", tmp_path / "d.jsonl")
+    given += ("--labels", "a,b", "--threshold", -1e9)
+    costs = {}
+    for longest in (7, 9, 5000):  # of 8 tokens and an end token; more than a model reads unless asked to
+        out = tmp_path / f"{longest}.jsonl"
+        assert run(capsys, *given, "--max-len", longest, "--out", out)[0] == 0
+        first, second = read_rows(out)
+        assert (first["score"] == second["score"]) == (longest == 7)
+        costs[longest] = first["cost"]
+    assert costs == {n: text_to_text_flops(config, min(n, 9), 1) for n in costs}
+    code, error = run(capsys, *given, "--max-len", 1, "--out", tmp_path / "none.jsonl")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "max_len=1: must be above the 1 end tokens" in error
 
 
 def test_fingerprints_see_contents_alone(tmp_path: pathlib.Path) -> None:

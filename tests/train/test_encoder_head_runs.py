@@ -75,7 +75,8 @@ def test_the_head_alone_is_learned(run: TaskRun, folder: Path, trained: dict[str
     assert trained["eval_accuracy"] > 0.8
     _, before = load(folder / "t5")
     model, after = load(folder / "run" / "model")
-    assert model.config.n_labels == 2
+    assert isinstance(model.config, EncoderDecoderConfig)
+    assert (model.config.n_labels, model.config.labels) == (2, ("neg", "pos"))
     head = after.pop("encoder_head")
     chex.assert_trees_all_equal(after, before)
     assert head["kernel"].shape == (2, 32)
@@ -110,6 +111,11 @@ def test_a_head_is_kept_and_teaches(run: TaskRun, folder: Path, trained: dict[st
     assert np.corrcoef(*difference)[0, 1] > 0.8
     with pytest.raises(ValueError, match="has a head of 2 classes on its encoder, and the task 3"):
         fit_task(changed(again, "task", labels=("neg", "pos", "odd")), tmp_path / "three")
+    with pytest.raises(ValueError, match="tells neg, pos apart, in this order, and the task has pos, neg"):
+        fit_task(changed(again, "task", labels=("pos", "neg")), tmp_path / "turned")
+    turned = changed(taught, "task", labels=("pos", "neg"))
+    with pytest.raises(ValueError, match=r"train\.teacher_from=.*'neg', 'pos'"):
+        fit_task(turned, tmp_path / "turned")
 
 
 def test_route_asks_the_head_and_decodes_only_what_is_kept(
@@ -120,7 +126,7 @@ def test_route_asks_the_head_and_decodes_only_what_is_kept(
     checkpoint.save_model(tmp_path / "super", super_, super_params, Tokenizer.load(folder / "t5"))
     models = ("--swift", folder / "run" / "model", "--super", tmp_path / "super")
     models += ("--data", folder / "dev.jsonl", "--text-field", "review", "--template", "review: {review}")
-    models += ("--labels", "neg,pos")
+    named, models = models, (*models, "--labels", "neg,pos")
     rule, out = tmp_path / "rule.json", tmp_path / "out.jsonl"
     command = ("--target-cost", 1e12, "--score", "encoder_energy", "--out", rule)
     assert cli.main([str(a) for a in ("route", "fit", *models, *command)]) == 0
@@ -137,6 +143,12 @@ def test_route_asks_the_head_and_decodes_only_what_is_kept(
         whole = text_to_text_flops(super_, read, 1)
         known = text_to_text_flops(super_, read, 0) if line["model"] == "super" else 0
         assert line["cost"] == known + whole + 2 * 2 * super_.d_model
+    low = ("--threshold", -1e9, "--score", "encoder_energy", "--out", tmp_path / "named.jsonl")
+    assert cli.main([str(a) for a in ("route", "run", *named, *low)]) == 0  # the head names its classes
+    for line, same in zip(read_rows(tmp_path / "named.jsonl"), lines, strict=True):
+        assert line["model"] == "swift"
+        assert line["output"] in ("neg", "pos")
+        assert same["model"] == "super" or line["output"] == same["output"]
     none = ("--swift", tmp_path / "super", "--threshold", 0, "--score", "encoder_energy")
     none += ("--out", tmp_path / "none.jsonl")
     assert cli.main([str(a) for a in ("route", "run", *models, *none)]) == 2
