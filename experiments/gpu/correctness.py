@@ -80,18 +80,18 @@ def invariants(record: Record, precision: str, args: argparse.Namespace) -> None
         early = float(np.mean([d < config.n_layers for s in batch for d in s.exit_layers]))
         alone = [greedy(config, params, [prompt], exit=policy(threshold))[0] for prompt in prompts]
         depths = sum(a.exit_layers != b.exit_layers for a, b in zip(alone, batch, strict=True))
-        record.put(
-            share_of_early_tokens=early,
-            batch_vs_alone=differing(tokens(alone), tokens(batch)),
-            batch_vs_alone_rows_of_other_depths=depths,
-        )
+        record.put(share_of_early_tokens=early, batch_vs_alone=differing(tokens(alone), tokens(batch)))
+        waiting = greedy(config, params, prompts, exit=policy(threshold), fire_share=1.0)
+        found = differing(tokens(alone), tokens(waiting))
+        record.put(batch_vs_alone_rows_of_other_depths=depths, batch_that_waits_vs_alone=found)
         never = tokens(greedy(config, params, prompts, exit=policy(2.0)))
         record.put(exit_never_vs_plain=differing(full, never))
-        drafted = greedy(config, params, prompts, exit=policy(threshold), lossless=True)
-        stats = drafted[0].stats
-        record.put(lossless_vs_plain=differing(full, tokens(drafted)), drafted=stats.drafted)
-        record.put(accepted=stats.accepted)
-        record.put(gap_where_drafted_parts=gaps(plain, backbone, prompts, full, tokens(drafted)))
+        for name, least in (("all", 0.0), ("confident", threshold)):
+            drafted = greedy(config, params, prompts, exit=policy(least), lossless=True, fire_share=1.0)
+            stats, rows = drafted[0].stats, tokens(drafted)
+            found = differing(full, rows) | {"drafted": stats.drafted, "accepted": stats.accepted}
+            found["gap"] = gaps(plain, backbone, prompts, full, rows)
+            record.put(**{f"lossless_vs_plain_draft_{name}": found})
 
 
 def random(tiny: bool) -> tuple[ModelConfig, Params]:
@@ -106,9 +106,8 @@ def embedded(tiny: bool) -> tuple[ModelConfig, Params]:
     config, params = model.config, jax.device_put(params, jax.devices()[0])
     if not tiny:
         return config, params
-    return config.with_layers(range(2)), {
-        k: v for k, v in params.items() if k[:7] != "layers_" or k[7:] in "01"
-    }
+    above = {f"layers_{i}" for i in range(2, config.n_layers)}
+    return config.with_layers(range(2)), {name: tree for name, tree in params.items() if name not in above}
 
 
 def with_exit(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
@@ -162,10 +161,8 @@ def middle_confidence(config: ModelConfig, params: Params, prompts: Rows) -> flo
 def differing(wanted: Rows, given: Rows) -> dict[str, Any]:
     """Rows that differ, and where each of them first does."""
     places = [parting(a, b) for a, b in zip(wanted, given, strict=True)]
-    return {
-        "differing_rows": sum(p is not None for p in places),
-        "first": [p for p in places if p is not None],
-    }
+    places = [place for place in places if place is not None]
+    return {"differing_rows": len(places), "first": places}
 
 
 def parting(wanted: list[int], given: list[int]) -> int | None:

@@ -52,10 +52,7 @@ def decode(record: Record, batch: int, args: argparse.Namespace) -> None:
     sides, rows = make_sides(big, batch), traffic(big, batch)
     copy = 1e9 * record.found("ceilings").get("copy_gb_per_s", float("nan"))
     record.put(batch=batch, parameters=count(big.backbone), bytes_per_step=rows)
-    for names in (
-        ("plain",),
-        ("never", "half"),
-    ):  # the first result does not wait for the others' compilation
+    for names in (("plain",), ("never", "half")):  # the first does not wait for the others to compile
         chosen = {name: sides[name] for name in ("one_token", "plain", *names)}
         seconds = interleave(chosen, args.rounds)
         record.put(**{f"seconds_{'_'.join(names)}": seconds})
@@ -94,9 +91,8 @@ def traffic(big: Big, batch: int) -> dict[str, float]:
     config, half = big.plain, big.plain.n_layers // 2
     row = 2 * config.n_kv_heads * config.head_dim * jax.numpy.dtype(config.dtype).itemsize
     cache = batch * bucket(PROMPT + NEW + WINDOW) * row
-    layers = [
-        cache + sum(x.nbytes for x in jax.tree.leaves(big.params[f"layers_{i}"])) for i in range(2 * half)
-    ]
+    trees = [jax.tree.leaves(big.params[f"layers_{i}"]) for i in range(config.n_layers)]
+    layers = [cache + sum(x.nbytes for x in leaves) for leaves in trees]
     head, lower, upper = big.params["head"]["kernel"].nbytes, sum(layers[:half]), sum(layers[half:])
     return {
         "plain": lower + upper + head,

@@ -17,6 +17,7 @@ from typing import Any
 from record import Record
 
 MEMORY = "0.2"  # share of the card's
+LONGEST = 80.0  # seconds of a process
 
 
 def graphs(record: Record, commands: str, args: argparse.Namespace) -> None:
@@ -27,7 +28,7 @@ def graphs(record: Record, commands: str, args: argparse.Namespace) -> None:
     out.unlink(missing_ok=True)
     environment = {**os.environ, "XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY}
     command = [sys.executable, __file__, str(out), str(args.rounds), args.cache, *(["--tiny"] * args.tiny)]
-    found = child(command, environment, max(record.left(), 20.0))
+    found = child(command, environment, min(max(record.left(), 20.0), LONGEST))
     measured = json.loads(out.read_text())["sections"] if out.is_file() else {}
     record.put(flags=flags, **found, **measured)
 

@@ -44,7 +44,7 @@ class Record:
         """Adds to the section that runs, and writes and prints what was added."""
         self.result["sections"][self.section].update(values)
         self.save()
-        self.say(json.dumps(values)[:600])
+        self.say(json.dumps(values)[:300])
 
     def found(self, section: str) -> dict[str, Any]:
         """What a section found; empty where it did not run."""
@@ -61,9 +61,7 @@ class Record:
         self.section = name
         self.result["sections"][name] = {}
         if self.left() < needs:
-            self.put(
-                skipped=f"{self.left():.0f} of {self.limit:.0f} s were left, about {needs:.0f} are needed"
-            )
+            self.put(skipped=f"{self.left():.0f} s of {self.limit:.0f} s left, about {needs:.0f} s needed")
             return
         self.say("begins")
         began = time.perf_counter()
@@ -72,6 +70,14 @@ class Record:
         except Exception:
             self.put(error=traceback.format_exc().splitlines()[-TRACE_LINES:])
         self.put(seconds=round(time.perf_counter() - began, 1))
+
+    def summary(self) -> str:
+        """A line per section: what became of it and its seconds."""
+        lines = []
+        for name, found in self.result["sections"].items():
+            state = next((key for key in ("skipped", "error", "rc", "timeout") if key in found), "done")
+            lines.append(f"{name:20} {state:8} {found.get('seconds', 0):6.1f} s")
+        return "\n".join(lines)
 
     def save(self) -> None:
         """Writes the JSON; a crash never leaves half a file."""

@@ -1,7 +1,8 @@
 """The library on one GPU: correctness, the card's ceilings, decoding, transformers, training steps.
 
-COMMAND   PYTHONPATH=. python experiments/gpu/run.py --out runs/gpu --seconds 290
-          PYTHONPATH=. python experiments/gpu/run.py --out runs/gpu_tiny --tiny      (CPU, two minutes)
+COMMAND   PYTHONPATH=. python experiments/gpu/run.py --out runs/gpu --cache runs/programs
+          PYTHONPATH=. python experiments/gpu/run.py --out runs/gpu_tiny --tiny
+          (CPU, about a minute; without the sections that run the same code as others)
 HARDWARE  one NVIDIA GPU of 80 GB (measured: README.md beside this file), 16 CPU cores
 DURATION  five minutes, most of which is compilation; estimates per section are in SECTIONS
 EXPECTED  README.md beside this file
@@ -51,6 +52,7 @@ SECTIONS: dict[str, tuple[str, str, tuple, float]] = {
     "graphs_branches": ("graphs", "graphs", ("+CONDITIONAL",), 30),
     "transformers_static": ("theirs", "transformers", ("static",), 60),
 }
+REPEATED = ("invariants_tf32", "graphs_off", "graphs_branches", "decode_32", "transformers_static")
 GRACE = 60  # seconds after the limit until a section that hangs is ended with everything else
 
 
@@ -66,13 +68,14 @@ def main() -> None:
     head = {"args": vars(args), "hardware": hardware(), "versions": versions(), "gpu": gpu_state()}
     record = Record(out / "results.json", args.seconds, **head)
     record.save()
+    chosen = args.only or [name for name in SECTIONS if not (args.tiny and name in REPEATED)]
     for name, (module, function, rest, needs) in SECTIONS.items():
-        if not args.only or name in args.only:
+        if name in chosen:
             record.run(name, 0 if args.tiny else needs, section(module, function, *rest, args=args))
     record.section = "all"
     record.result["gpu_after"] = gpu_state()
     record.save()
-    record.say(f"{record.path} is complete")
+    record.say(f"{record.path} is complete\n{record.summary()}")
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -59,7 +59,7 @@ def report(
 ) -> None:
     """Speeds and ratios; those to SFT are formed within a round."""
     tokens, ceiling = shape[0] * shape[1], record.found("ceilings").get("matmul_bf16_tflops", float("nan"))
-    record.put(seconds=seconds)
+    record.put(seconds_per_step=seconds)
     for name, times in seconds.items():
         step, work = float(np.median(times)), tokens * flops(name, config, shape[1])
         found = {
