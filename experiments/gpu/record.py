@@ -68,7 +68,9 @@ class Record:
         try:
             function(self)
         except Exception:
-            self.put(error=traceback.format_exc().splitlines()[-TRACE_LINES:])
+            lines = traceback.format_exc().splitlines()
+            self.put(error=lines[-TRACE_LINES:])
+            self.say(f"failed: {lines[-1][:300]}")
         self.put(seconds=round(time.perf_counter() - began, 1))
 
     def summary(self) -> str:
