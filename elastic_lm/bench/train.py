@@ -71,8 +71,8 @@ def rows(options: Options) -> list[Row]:
     config, shape = _model(options.tiny)
     layers = config.n_layers
     exits = config.with_exits((ExitConfig(layers // 4), ExitConfig(layers // 2)))
-    batch = _batch(config, shape, options.seed)
-    distilled, params = SelfSupervisedExits(exits), _params(exits, options.seed)
+    batch = random_batch(config, shape, options.seed)
+    distilled, params = SelfSupervisedExits(exits), random_params(exits, options.seed)
     cached = cache_taps(distilled, distilled.split(params)[1], [batch])[0]
     count = min(SUB_MODELS, layers)
     depths = tuple(layers * (i + 1) // count for i in range(count))
@@ -90,7 +90,7 @@ def rows(options: Options) -> list[Row]:
     for name, (method, data) in methods.items():
         weights = plain if name in ("sft", "elastic", "soft8") else params
         steps = ELASTIC_STEPS if name == "elastic" else 1
-        sides[name], memory[name] = _step(method, jax.tree.map(jnp.copy, weights), data, steps)
+        sides[name], memory[name] = timed_step(method, jax.tree.map(jnp.copy, weights), data, steps)
     seconds = {name: np.asarray(s) for name, s in interleave(sides, options.rounds).items()}
     seconds["elastic"] /= ELASTIC_STEPS
     notes = {"elastic": _drawn(elastic)}
@@ -130,13 +130,13 @@ def _model(tiny: bool) -> tuple[ModelConfig, tuple[int, int]]:
     )
 
 
-def _params(config: ModelConfig, seed: int) -> Params:
+def random_params(config: ModelConfig, seed: int) -> Params:
     """Stacked parameters on a mesh of all devices."""
     shardings = stacked_shardings(param_shardings(config, make_mesh()))
     return jax.device_put(stack_layers(init_params(config, jax.random.key(seed))), shardings)
 
 
-def _batch(config: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:
+def random_batch(config: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:
     """Random tokens, one document per row."""
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (shape[0], shape[1] + 1), np.int32)
     arrays = {
@@ -149,7 +149,7 @@ def _batch(config: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:
     return place_batch(arrays, make_mesh())
 
 
-def _step(method: Method, params: Params, batch: Any, steps: int = 1) -> tuple[Callable[[], Any], float]:
+def timed_step(method: Method, params: Params, batch: Any, steps: int = 1) -> tuple[Callable[[], Any], float]:
     """(`steps` optimizer steps that go on from the last, bytes that one needs)."""
     optimizer = make_optimizer(TrainConfig())
     trainable, frozen = method.split(params)
