@@ -29,7 +29,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
