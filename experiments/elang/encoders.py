@@ -28,7 +28,7 @@ from elastic_lm.train.tasks import fit_task, load_of
 from elastic_lm.train_config import TrainConfig
 
 HELD_BACK = 1000  # training rows that choose thresholds
-BATCH = 32
+BATCH = 16
 PAIR = {"text_field": "sentence1", "pair_field": "sentence2"}
 BOOLQ = {"text_field": "question", "pair_field": "passage"}
 
@@ -46,9 +46,9 @@ class Task:
 
 
 TASKS = {
-    "sst2": Task("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence"}, 48, 2500, 1),
-    "mrpc": Task("glue_mrpc_train", "glue_mrpc_dev", PAIR, 80, 600, 2),
-    "boolq": Task("superglue_boolq_train", "superglue_boolq_val", BOOLQ, 192, 800, 2),
+    "sst2": Task("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence"}, 48, 500, 1),
+    "mrpc": Task("glue_mrpc_train", "glue_mrpc_dev", PAIR, 72, 500, 2),
+    "boolq": Task("superglue_boolq_train", "superglue_boolq_val", BOOLQ, 112, 600, 3),
 }
 
 
@@ -89,15 +89,20 @@ def measured(name: str, data: Path, out: Path, seed: int) -> dict[str, Columns]:
     """
     task, folder = TASKS[name], out / name / f"seed_{seed}"
     split(data / f"{task.train}.jsonl", folder, seed)
-    super_ = trained(task, data, folder, seed, "super", init_from=pretrained(), lr=1e-4)
-    taught = {"init_from": pretrained(), "init_layers": task.layers, "teacher_from": super_, "distil": 0.5}
-    swift = trained(task, data, folder, seed, "swift", **taught, temperature=2.0, lr=4e-4)
-    both = trained(task, data, folder, seed, "both", (task.layers,), init_from=pretrained(), lr=1e-4)
-    pairs = {"separate": {"swift": swift, "super": super_}, "nested": {"super": both}}
-    return {
-        how: settled(folder / f"{how}.json", functools.partial(columns, task, data, folder, places, seed))
-        for how, places in pairs.items()
-    }
+    make = functools.partial(trained, task, data, folder, seed)
+
+    def separate() -> Columns:
+        super_ = make("super", init_from=pretrained(), lr=1e-4)
+        taught = {"init_layers": task.layers, "teacher_from": super_, "distil": 0.5, "temperature": 2.0}
+        swift = make("swift", init_from=pretrained(), lr=4e-4, **taught)
+        return columns(task, data, folder, {"swift": swift, "super": super_}, seed)
+
+    def nested() -> Columns:
+        both = make("both", (task.layers,), init_from=pretrained(), lr=1e-4)
+        return columns(task, data, folder, {"super": both}, seed)
+
+    pairs = {"separate": separate, "nested": nested}
+    return {how: settled(folder / f"{how}.json", find) for how, find in pairs.items()}
 
 
 def trained(
@@ -116,7 +121,7 @@ def trained(
             z_loss=1e-4,
             eval_every=0,
             eval_batches=4,
-            save_every=500,
+            save_every=100,
             keep=1,
             seed=seed,
             **fields,

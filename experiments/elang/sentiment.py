@@ -39,17 +39,21 @@ def measured(data: Path, out: Path, base: str, seed: int) -> dict[str, Columns]:
     """
     folder = out / NAME / f"seed_{seed}"
     split(data / f"{NAME}_train.jsonl", folder, seed)
-    whole = trained(folder, seed, "super", init_from=base, lr=1e-3)
-    small = trained(folder, seed, "swift", init_from=base, init_layers=LAYERS, lr=2e-3)
-    exit_ = (ExitConfig(LAYERS, "norm", tied=True),)
-    both = trained(folder, seed, "both", exit_, init_from=base, method="joint", lr=1e-3)
-    pairs = {
-        "separate": lambda: {"swift": choice(small), "super": choice(whole)},
-        "nested": lambda: nested(both, LAYERS),
-    }
+    make = functools.partial(trained, folder, seed)
+
+    def separate() -> dict[str, Choice]:
+        whole = make("super", init_from=base, lr=1e-3)
+        small = make("swift", init_from=base, init_layers=LAYERS, lr=2e-3)
+        return {"swift": choice(small), "super": choice(whole)}
+
+    def inside() -> dict[str, Choice]:
+        exit_ = (ExitConfig(LAYERS, "norm", tied=True),)
+        return nested(make("both", exit_, init_from=base, method="joint", lr=1e-3), LAYERS)
+
+    pairs = {"separate": separate, "nested": inside}
     return {
-        how: settled(folder / f"{how}.json", functools.partial(columns, data, folder, make, seed))
-        for how, make in pairs.items()
+        how: settled(folder / f"{how}.json", functools.partial(columns, data, folder, models, seed))
+        for how, models in pairs.items()
     }
 
 

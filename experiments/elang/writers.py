@@ -3,7 +3,6 @@
 The quality of a translation is its sentence's chrF (Popovic 2015, by sacrebleu), in [0, 1].
 """
 
-import functools
 import json
 import runpy
 from pathlib import Path
@@ -30,11 +29,13 @@ FILES = {"fit": "multi30k_val", "test": "multi30k_test_2016_flickr"}
 def measured(data: Path, out: Path, seed: int) -> dict[str, Columns]:
     """Trains what is missing and translates with both models; {"separate": columns}."""
     folder = out / "translation" / f"seed_{seed}"
-    super_ = trained(data, folder, seed, "super")
-    tokenizer = str(folder / "super" / MODEL_FOLDER)
-    swift = trained(data, folder, seed, "swift", tokenizer, teacher_from=super_, distil=0.5)
-    make = functools.partial(columns, data, swift, super_, seed)
-    return {"separate": settled(folder / "separate.json", make)}
+
+    def separate() -> Columns:
+        super_ = trained(data, folder, seed, "super")
+        swift = trained(data, folder, seed, "swift", super_, teacher_from=super_, distil=0.5)
+        return columns(data, swift, super_, seed)
+
+    return {"separate": settled(folder / "separate.json", separate)}
 
 
 def trained(data: Path, folder: Path, seed: int, size: str, tokenizer: str = "", **train: Any) -> str:
