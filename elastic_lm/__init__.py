@@ -23,12 +23,13 @@ if TYPE_CHECKING:
         train,
     )
     from elastic_lm.calibrate.risk_control import RiskControl
-    from elastic_lm.calibrate.routing_rule import RoutingRule
+    from elastic_lm.calibrate.routing_rule import RoutingRule, fit_routing
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.config import ExitConfig, ModelConfig, RopeConfig
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.decode.cascade import Cascade
     from elastic_lm.decode.elastic import Elastic
+    from elastic_lm.decode.measuring import measure_routing
     from elastic_lm.decode.policies import DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.decode.text_to_text import TextToText
@@ -79,8 +80,10 @@ __all__ = [
     "data",
     "embedded_model",
     "evaluate",
+    "fit_routing",
     "hf",
     "load",
+    "measure_routing",
     "methods",
     "render",
     "sharding",
@@ -104,6 +107,8 @@ _HOMES = {
     "DepthSchedule": "decode.policies",
     "RiskControl": "calibrate.risk_control",
     "RoutingRule": "calibrate.routing_rule",
+    "fit_routing": "calibrate.routing_rule",
+    "measure_routing": "decode.measuring",
     "StaticExit": "decode.policies",
     "Decoder": "models.decoder",
     "Elastic": "decode.elastic",

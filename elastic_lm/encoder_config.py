@@ -8,6 +8,7 @@ from elastic_lm.plain import AT_LEAST_1, NOT_NEGATIVE, require, require_choice, 
 from elastic_lm.train_config import DTYPES
 
 Pooler = Literal["none", "tanh", "relu"]
+Pooling = Literal["first", "mean"]
 Problem = Literal["classification", "regression"]
 
 
@@ -28,7 +29,8 @@ class EncoderConfig:
     position_offset: int = 0  # row of the first token's position; padding has the row before (RoBERTa: 2)
     norm_eps: float = 1e-12  # added to the variance
     activation: Activation = "gelu"  # MLP non-linearity, also of the masked language model's head
-    pooler: Pooler = "tanh"  # non-linearity of the dense layer over the first token; none = no such layer
+    pooler: Pooler = "tanh"  # non-linearity of the dense layer over the pooled state; none = no such layer
+    pooling: Pooling = "first"  # what the pooler reads: the first token's state, or the mean of all tokens'
     n_labels: int = 0  # outputs of the task head; 0 = no task head
     problem: Problem = "classification"  # what the task head's outputs are: logits of classes, or values
     labels: tuple[str, ...] = ()  # names of the outputs; () = they have none
@@ -52,12 +54,13 @@ class EncoderConfig:
         for field, choices in (
             ("activation", get_args(Activation)),
             ("pooler", get_args(Pooler)),
+            ("pooling", get_args(Pooling)),
             ("problem", get_args(Problem)),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
         ):
             require_choice(field, getattr(self, field), choices)
-        fix = "a task head reads the pooled first token: choose tanh or relu"
+        fix = "a task head reads what the pooler gives: choose tanh or relu"
         require(not self.n_labels or self.pooler != "none", "pooler", self.pooler, fix)
         fix = f"needs one name for each of n_labels={self.n_labels}, or none at all"
         require(len(self.labels) in (0, self.n_labels), "labels", self.labels, fix)

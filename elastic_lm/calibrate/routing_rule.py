@@ -84,7 +84,7 @@ class RoutingRule:
         return load_dataclass(cls, path, FORMAT, "routing rule", "`elastic-lm route fit` writes one")
 
 
-def fit(
+def fit_routing(
     rows: Measured,
     *,
     target_accuracy: float | None = None,

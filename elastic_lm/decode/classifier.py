@@ -199,7 +199,7 @@ def classify(
     encoder = Encoder(config).bind({"params": params})
     hidden = encoder.embed(tokens_BT, types_BT) if entering_BTD is None else entering_BTD
     hidden = encoder.run_layers(hidden, mask_BT, begun, config.n_layers)
-    logits = jnp.asarray(encoder.task_logits(encoder.pool(hidden)), jnp.float32)
+    logits = jnp.asarray(encoder.task_logits(encoder.pool(hidden, mask_BT)), jnp.float32)
     return Classified(logits, logit_scores(logits, scoring), hidden if keep else None)
 
 

@@ -2,8 +2,8 @@
 
 Parameters have one canonical form: `embed`, `positions`, `types`, `embed_norm`, one sub-tree per layer
 (`layers_0`, `layers_1`, ...), `pooler`, `head` (the task's), `token_head` (a masked language model's) and for
-every exit `exit_<layer>`, a pooler and a head of its own that answer the task from the state after so many
-layers.
+every exit `exit_<layer>`, a pooler and a head of its own that answer the task from the mean state after so
+many layers: the first token of a lower layer has seen little of the sentence.
 """
 
 import flax.linen as nn
@@ -87,11 +87,11 @@ class Encoder(nn.Module):
           ValueError: rows are longer than `max_len`, or the model lacks what is asked for.
         """
         hidden = self.states(tokens_BT, mask_BT, types_BT, depth)
-        pooled = self.pool(hidden) if self.config.pooler != "none" else None
+        pooled = self.pool(hidden, mask_BT) if self.config.pooler != "none" else None
         logits = self.task_logits(pooled) if self.config.n_labels and pooled is not None else None
         if self.is_initializing():
             for exit_ in self.exits.values():
-                exit_(hidden)
+                exit_(mean_state(hidden, mask_BT))
             if self.config.mlm:
                 self.token_logits(hidden)
         return EncoderOutput(hidden, pooled, logits, self.token_logits(hidden) if token_logits else None)
@@ -170,17 +170,19 @@ class Encoder(nn.Module):
         hidden, start, found = self.embed(tokens_BT, types_BT), 0, []
         for layer, exit_ in self.exits.items():
             hidden = self.run_layers(hidden, mask_BT, start, layer)
-            found.append(exit_(hidden))
+            found.append(exit_(mean_state(hidden, mask_BT)))
             start = layer
         if last:
             hidden = self.run_layers(hidden, mask_BT, start, self.config.n_layers)
-            found.append(self.task_logits(self.pool(hidden)))
+            found.append(self.task_logits(self.pool(hidden, mask_BT)))
         return found
 
-    def pool(self, hidden_BTD: jax.Array) -> jax.Array:
-        """f(W h_0 + b) [B, D] of the first token's state, which task heads read."""
-        self._require_part("pooler", self.config.pooler != "none")
-        return POOLERS[self.config.pooler](self.pooling(hidden_BTD[:, 0]))
+    def pool(self, hidden_BTD: jax.Array, mask_BT: jax.Array | None = None) -> jax.Array:
+        """f(W h + b) [B, D], which task heads read, of the first token's state or the mean (`pooling`)."""
+        c = self.config
+        self._require_part("pooler", c.pooler != "none")
+        state_BD = mean_state(hidden_BTD, mask_BT) if c.pooling == "mean" else hidden_BTD[:, 0]
+        return POOLERS[c.pooler](self.pooling(state_BD))
 
     def task_logits(self, pooled_BD: jax.Array) -> jax.Array:
         """[B, C] float32 outputs of the task head."""
@@ -198,16 +200,29 @@ class Encoder(nn.Module):
 
 
 class TaskExit(nn.Module):
-    """W' f(W h_0 + b) + b': what the task's pooler and head are to the last layer, for an earlier one."""
+    """W' f(W h + b) + b': what the task's pooler and head are to the last layer, for an earlier one."""
 
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns [B, C] float32 outputs."""
+    def __call__(self, state_BD: jax.Array) -> jax.Array:
+        """Returns [B, C] float32 outputs from the mean state."""
         c = self.config
-        pooled = POOLERS[c.pooler](dense(c, c.d_model, "pooler")(hidden_BTD[:, 0]))
+        pooled = POOLERS[c.pooler](dense(c, c.d_model, "pooler")(state_BD))
         return dense(c, c.n_labels, "head")(pooled.astype(jnp.float32))
+
+
+def mean_state(hidden_BTD: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+    """Mean [B, D] of the states of the tokens that a mask leaves; summed in float32.
+
+    Args:
+      hidden_BTD: states.
+      mask_BT: bool or int, 0 at padding; None = no padding.
+    """
+    there = jnp.ones(hidden_BTD.shape[:2], bool) if mask_BT is None else mask_BT.astype(bool)
+    total_BD = jnp.sum(jnp.where(there[..., None], hidden_BTD.astype(jnp.float32), 0.0), axis=1)
+    count_B1 = jnp.maximum(jnp.sum(there, axis=1, keepdims=True), 1)
+    return (total_BD / count_B1).astype(hidden_BTD.dtype)
 
 
 def exit_name(layer: int) -> str:

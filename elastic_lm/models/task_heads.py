@@ -90,7 +90,9 @@ def exit_encoder(config: EncoderConfig, params: Params, layer: int) -> tuple[Enc
     """
     fix = f"the model has exits after layers {config.exits}; name one of them, or train it"
     require(layer in config.exits, "exit", layer, fix)
-    small, kept = lowest_layers(dataclasses.replace(config, mlm=False, exits=()), params, layer)
+    small, kept = lowest_layers(
+        dataclasses.replace(config, mlm=False, exits=(), pooling="mean"), params, layer
+    )
     heads = {exit_name(other) for other in config.exits} | {"token_head"}
     return small, {**{k: v for k, v in kept.items() if k not in heads}, **params[exit_name(layer)]}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from elastic_lm.calibrate.routing import ALWAYS_SUPER, Measured
 from elastic_lm.calibrate.routing_risk import RoutingRisk
-from elastic_lm.calibrate.routing_rule import RoutingRule, fit
+from elastic_lm.calibrate.routing_rule import RoutingRule, fit_routing
 from elastic_lm.calibrate.routing_scores import Scoring
 from elastic_lm.decode.answerers import Row, previewing
 from elastic_lm.decode.cascade import Cascade
@@ -63,7 +63,7 @@ def fit_command(args: argparse.Namespace) -> None:
     how = {"score": score, "scoring": scoring, "seed": args.seed, "unit": args.cost, "data": args.data}
     models = {"swift": swift_name(args), "super": args.super_}
     try:
-        rule = fit(measured, **goals, risk=risk, **how, models=models, fingerprints=found)
+        rule = fit_routing(measured, **goals, risk=risk, **how, models=models, fingerprints=found)
     except ValueError as error:
         raise ValueError(f"{error}; the answers are kept in {kept}: another goal asks no model") from error
     rule.save(args.out)

@@ -11,6 +11,7 @@ import numpy as np
 from elastic_lm.calibrate.routing import Measured
 from elastic_lm.calibrate.routing_scores import score_of
 from elastic_lm.decode.answerers import Answer, Row
+from elastic_lm.decode.measuring import costs_of
 from elastic_lm.decode.routing_results import Routed
 from elastic_lm.plain import require
 from elastic_lm.routing.checks import cost_is_missing
@@ -98,9 +99,9 @@ def measured_of(
             found.append(quality(output, right[i], args.tolerance))
         return found
 
-    whole = known = _costs(swift, args)
+    whole = known = costs_of(swift, args.cost)
     if previewed:
-        known = _costs([answer.preview or answer for answer in swift], args)
+        known = costs_of([answer.preview or answer for answer in swift], args.cost)
     return Measured.of(
         [score_of(a.scores, score, args.seed, i) for i, a in zip(good, swift, strict=True)],
         qualities("swift", swift),
@@ -118,15 +119,8 @@ def check_costs(answers: Sequence[Answer], args: argparse.Namespace) -> np.ndarr
       ValueError: nobody knows them.
     """
     if args.cost == "seconds":
-        return _costs(answers, args)
+        return costs_of(answers, args.cost)
     costs = [answer.cost or args.super_cost for answer in answers]
     if not any(costs):
         raise ValueError(cost_is_missing(args))
     return np.asarray(costs)
-
-
-def _costs(answers: Sequence[Answer], args: argparse.Namespace) -> np.ndarray:
-    """Of every row: FLOPs, or the median seconds, which compilation does not move."""
-    if args.cost == "seconds":
-        return np.asarray(np.median([answer.seconds for answer in answers]))
-    return np.asarray([answer.cost for answer in answers])

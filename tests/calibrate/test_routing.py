@@ -17,7 +17,7 @@ from elastic_lm.calibrate.routing import (
     sweep,
 )
 from elastic_lm.calibrate.routing_risk import RoutingRisk, control, harm, ladder
-from elastic_lm.calibrate.routing_rule import RoutingRule, fit
+from elastic_lm.calibrate.routing_rule import RoutingRule, fit_routing
 from elastic_lm.calibrate.routing_scores import Scoring
 
 
@@ -120,7 +120,7 @@ def shifted(rows: Measured, constant: float) -> Measured:
 def test_models_that_differ_by_a_constant_route_the_same(goal: dict) -> None:
     goal = {name: RoutingRisk(value) if name == "risk" else value for name, value in goal.items()}
     rows = measured(n=400, ties=False)
-    rule, other = fit(rows, **goal), fit(shifted(rows, 37.5), **goal)
+    rule, other = fit_routing(rows, **goal), fit_routing(shifted(rows, 37.5), **goal)
     kept, others = rows.scores >= rule.threshold, rows.scores + 37.5 >= other.threshold
     assert 0 < kept.mean() < 1
     assert (kept == others).all()
@@ -159,7 +159,7 @@ def test_guarantee_fails_as_seldom_as_it_says() -> None:
 
 def test_without_enough_rows_every_row_goes_to_the_super() -> None:
     rows = measured(n=40)
-    rule = fit(rows, risk=RoutingRisk(0.01))
+    rule = fit_routing(rows, risk=RoutingRisk(0.01))
     assert rule.threshold == ALWAYS_SUPER
     assert rule.guarantee is not None
     assert not rule.guarantee.achieved
@@ -171,13 +171,13 @@ def test_without_enough_rows_every_row_goes_to_the_super() -> None:
 def test_fit_wants_one_goal() -> None:
     for goals in ({}, {"target_accuracy": 0.5, "super_accuracy": True}):
         with pytest.raises(ValueError, match="exactly one of"):
-            fit(measured(), **goals)
+            fit_routing(measured(), **goals)
 
 
 def test_rule_survives_its_file(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "rules" / "rule.json"
     goal = {"risk": RoutingRisk(0.2), "score": "energy_min", "scoring": Scoring(2.0, "mean")}
-    rule = fit(measured(300), **goal, models={"swift": "a", "super": "b"}, data="rows")
+    rule = fit_routing(measured(300), **goal, models={"swift": "a", "super": "b"}, data="rows")
     rule.save(file)
     loaded = RoutingRule.load(file)
     assert loaded == rule
