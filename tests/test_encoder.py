@@ -11,7 +11,7 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm.encoder_config import EncoderConfig
-from elastic_lm.models.encoder import Encoder, EncoderOutput, init_params, positions
+from elastic_lm.models.encoder import Encoder, EncoderOutput, init_params, mean_state, positions
 from elastic_lm.models.task_heads import attach_task_exits, attach_task_head, exit_encoder, lowest_layers
 from elastic_lm.sharding import batch_sharding, make_mesh, param_shardings
 
@@ -106,6 +106,8 @@ def test_exits_leave_the_model_as_it_was() -> None:
     chex.assert_trees_all_equal_shapes_and_dtypes(new, init_params(config, jax.random.key(1)))
     new["exit_1"]["head"]["kernel"] += 1.0
     whole, exited = model()(tokens, mask), Encoder(config).bind({"params": new})
+    counted = np.where(mask[..., None], whole.hidden, 0.0).sum(axis=1) / mask.sum(axis=1)[:, None]
+    np.testing.assert_allclose(mean_state(whole.hidden, mask), counted, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(exited(tokens, mask).logits, whole.logits)
     first, second, last = exited.all_logits(tokens, mask)
     np.testing.assert_allclose(last, whole.logits, rtol=1e-5, atol=1e-5)
