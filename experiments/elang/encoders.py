@@ -28,9 +28,10 @@ from elastic_lm.train.tasks import fit_task, load_of
 from elastic_lm.train_config import TrainConfig
 
 HELD_BACK = 1000  # training rows that choose thresholds
+SMALL = 500  # likewise, of tasks with fewer than 3000
 BATCH = 16
 PAIR = {"text_field": "sentence1", "pair_field": "sentence2"}
-BOOLQ = {"text_field": "question", "pair_field": "passage"}
+PREMISE = {"text_field": "premise", "pair_field": "hypothesis"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Task:
 TASKS = {
     "sst2": Task("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence"}, 48, 500, 1),
     "mrpc": Task("glue_mrpc_train", "glue_mrpc_dev", PAIR, 72, 500, 2),
-    "boolq": Task("superglue_boolq_train", "superglue_boolq_val", BOOLQ, 112, 600, 3),
+    "rte": Task("superglue_rte_train", "superglue_rte_val", PREMISE, 96, 300, 2),
 }
 
 
@@ -71,7 +72,8 @@ def split(file: Path, folder: Path, seed: int) -> None:
     lines = file.read_text().splitlines()
     random.Random(seed).shuffle(lines)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, kept in {"fit": lines[:HELD_BACK], "train": lines[HELD_BACK:]}.items():
+    held_back = HELD_BACK if len(lines) >= 3000 else SMALL
+    for name, kept in {"fit": lines[:held_back], "train": lines[held_back:]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
 
 

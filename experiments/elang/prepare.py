@@ -2,8 +2,8 @@
 
     python experiments/elang/prepare.py --source FOLDER --out data/elang
 
-`FOLDER` holds public task files as JSON lines: GLUE's SST-2, MRPC and CoLA, BoolQ with its passage and
-question in one text, and Multi30k's English-German captions. Sentiment, as text to continue, is made of
+`FOLDER` holds public task files as JSON lines: GLUE's SST-2 and MRPC, SuperGLUE's RTE (whose training
+records are GLUE's), and Multi30k's English-German captions. Sentiment, as text to continue, is made of
 SST-2 for decoder-only models.
 """
 
@@ -14,9 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-COPIED = tuple(f"glue_{task}_{split}" for task in ("sst2", "mrpc", "cola") for split in ("train", "dev"))
+COPIED = tuple(f"glue_{task}_{split}" for task in ("sst2", "mrpc") for split in ("train", "dev"))
 ANSWERS = ("negative", "positive")
-MARK = "\nQuestion: "
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -32,11 +31,9 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     print(f"{path}: {len(lines)} records")
 
 
-def boolq(row: dict[str, Any]) -> dict[str, Any]:
-    """Question, passage and label of a record with both in one text."""
-    passage, _, question = row["query"].rpartition(MARK)
-    question = question.removesuffix("\nAnswer:")
-    return {"question": question, "passage": passage, "label": ("true", "false")[row["gold"]]}
+def rte(row: dict[str, Any]) -> dict[str, Any]:
+    """A record of GLUE's RTE with SuperGLUE's names of its fields."""
+    return {"premise": row["sentence1"], "hypothesis": row["sentence2"], "label": row["label"]}
 
 
 def sentiment(row: dict[str, Any]) -> dict[str, Any]:
@@ -60,9 +57,8 @@ def main() -> None:
     tasks, texts = args.source / "eval", args.source / "text"
     for name in COPIED:
         write(args.out / f"{name}.jsonl", read(tasks / f"{name}.jsonl.gz"))
-    write(args.out / "superglue_boolq_train.jsonl", map(boolq, read(tasks / "boolq_train.jsonl.gz")))
-    held_out = read(tasks / "superglue_boolq_val_orig.jsonl.gz")
-    write(args.out / "superglue_boolq_val.jsonl", held_out)
+    write(args.out / "superglue_rte_train.jsonl", map(rte, read(tasks / "glue_rte_train.jsonl.gz")))
+    write(args.out / "superglue_rte_val.jsonl", read(tasks / "superglue_rte_val_orig.jsonl.gz"))
     for split in ("train", "dev"):
         rows = read(tasks / f"glue_sst2_{split}.jsonl.gz")
         write(args.out / f"sentiment_{split}.jsonl", map(sentiment, rows))

@@ -21,7 +21,7 @@ from elastic_lm.train.run import MODEL_FOLDER
 from elastic_lm.train.tasks import fit_task
 
 RECIPE = Path(__file__).parents[2] / "configs" / "translation.py"
-STEPS, BATCH = 2000, 64
+STEPS = 500
 MOST = 48  # tokens of a translation
 FILES = {"fit": "multi30k_val", "test": "multi30k_test_2016_flickr"}
 
@@ -43,10 +43,8 @@ def trained(data: Path, folder: Path, seed: int, size: str, tokenizer: str = "",
     model = folder / size / MODEL_FOLDER
     if not model.is_dir():
         config = runpy.run_path(str(RECIPE))["get_config"](f"{data},{size}").to_dict()
-        config["task"] |= {"seed": seed, "tokenizer": tokenizer, "batch_size": BATCH}
-        config["train"] |= {"steps": STEPS, "warmup": STEPS // 40, "seed": seed}
-        config["train"] |= {"eval_every": 0, "save_every": 500, "keep": 1}
-        config["train"] |= train
+        config["task"] |= {"seed": seed, "tokenizer": tokenizer}
+        config["train"] |= {"steps": STEPS, "seed": seed, "eval_every": 0, "keep": 1, **train}
         fit_task(from_dict(TaskRun, config), folder / size)
     return str(model)
 
