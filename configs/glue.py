@@ -6,7 +6,8 @@ COMMAND   hf download google-bert/bert-base-uncased --local-dir models/bert-base
           towards a teacher that was tuned on the same task:
           --config.train.teacher_from=runs/sst2/model --config.train.distil=0.7
           heads after layers 3 and 6 as well, each a Swift inside the model: --config.exits="(3, 6)"
-          (--config.train.tuned=exits tunes them alone, on a model that stays as it is)
+          (them alone, on a tuned model that stays as it is: --config.train.init_from=runs/sst2/model
+          --config.train.tuned=exits)
           a head on the encoder of a T5, by which `elastic-lm route --score encoder_energy` goes:
           --config.train.init_from=T5_DIR --config.train.tuned=head --config.task.prefix="sst2 sentence: "
           files of your own: --config.task.paths="('my.csv',)" --config.task.text_field=review

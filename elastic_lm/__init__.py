@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         train,
     )
     from elastic_lm.calibrate.risk_control import RiskControl
-    from elastic_lm.calibrate.routing_rule import RoutingRule, fit_routing
+    from elastic_lm.calibrate.routing_rule import RoutingRule
     from elastic_lm.calibrate.thresholds import ConfidenceExit
     from elastic_lm.config import ExitConfig, ModelConfig, RopeConfig
     from elastic_lm.data.tokenizer import Tokenizer
@@ -80,7 +80,6 @@ __all__ = [
     "data",
     "embedded_model",
     "evaluate",
-    "fit_routing",
     "hf",
     "load",
     "measure_routing",
@@ -107,7 +106,6 @@ _HOMES = {
     "DepthSchedule": "decode.policies",
     "RiskControl": "calibrate.risk_control",
     "RoutingRule": "calibrate.routing_rule",
-    "fit_routing": "calibrate.routing_rule",
     "measure_routing": "decode.measuring",
     "StaticExit": "decode.policies",
     "Decoder": "models.decoder",

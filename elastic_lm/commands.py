@@ -39,15 +39,18 @@ def convert(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Elastic checkpoint to Hugging Face folder."""
     from elastic_lm import hf
-    from elastic_lm.loading import load, load_decoder
+    from elastic_lm.config import ModelConfig
+    from elastic_lm.encoder_config import EncoderConfig
+    from elastic_lm.loading import load
     from elastic_lm.methods.ee_tuning import without_exits
+    from elastic_lm.models.task_heads import attach_task_exits
 
-    if args.without_exits:
-        decoder, params = load_decoder(args.source, dtype=args.dtype)
-        config, params = without_exits(decoder.config, params)
-    else:
-        model, params = load(args.source, dtype=args.dtype)
-        config = model.config
+    model, params = load(args.source, dtype=args.dtype)
+    config = model.config
+    if args.without_exits and isinstance(config, ModelConfig):
+        config, params = without_exits(config, params)
+    elif args.without_exits and isinstance(config, EncoderConfig) and config.exits:
+        config, params = attach_task_exits(config, params, ())
     hf.export(config, params, args.target, _tokenizer(args.source), overwrite=args.overwrite)
     count = len(getattr(config, "exits", ()))
     exits = f" and {count} exits" if count else ""

@@ -64,12 +64,14 @@ class EncoderConfig:
         require(not self.n_labels or self.pooler != "none", "pooler", self.pooler, fix)
         fix = f"needs one name for each of n_labels={self.n_labels}, or none at all"
         require(len(self.labels) in (0, self.n_labels), "labels", self.labels, fix)
-        increasing = list(self.exits) == sorted(set(self.exits))
-        require(increasing, "exits", self.exits, "must be distinct layers in increasing order")
+        fix = "must be a tuple of distinct layers in increasing order"
+        layers = isinstance(self.exits, tuple) and all(type(layer) is int for layer in self.exits)
+        require(layers and list(self.exits) == sorted(set(self.exits)), "exits", self.exits, fix)
         inside = all(1 <= layer < self.n_layers for layer in self.exits)
         fix = f"must lie between 1 and {self.n_layers - 1}: the last layer has the model's own head"
         require(inside, "exits", self.exits, fix)
-        fix = "are heads of a task, and n_labels=0; give the model a task head"
+        fix = "are heads of a task, and n_labels=0; give the model a task head (in a Hugging Face folder "
+        fix += "`architectures` must name a classifier)"
         require(not self.exits or self.n_labels > 0, "exits", self.exits, fix)
 
     @property

@@ -81,5 +81,10 @@ class TaskRun:
         require(not writes or not layers, "train.init_layers", layers, fix)
         fix = "are heads that tell classes apart or give numbers, and texts are written; leave them out"
         require(not writes or not self.exits, "exits", self.exits, fix)
+        fix = "these exits do not train with train.tuned='head'; set 'all' or 'exits'"
+        require(self.train.tuned != "head" or not self.exits, "exits", self.exits, fix)
+        weights, fix = self.train.exit_weights, "are of exits that train, and there are none; leave them out"
+        read = not writes and self.train.tuned != "head"
+        require(read or not weights, "train.exit_weights", weights, fix)
         rows, parts = self.task.batch_size, self.train.accumulate
         require(rows % parts == 0, "train.accumulate", parts, f"must divide task.batch_size={rows}")

@@ -121,7 +121,12 @@ def test_exits_leave_the_model_as_it_was() -> None:
     assert fewer.exits == (1,)
     assert kept["exit_1"] is new["exit_1"]
     assert "exit_2" not in kept
-    assert lowest_layers(config, new, 2)[0].exits == (1,)
+    lowest, few = lowest_layers(config, new, 2)
+    assert lowest.exits == ()
+    assert set(few) == set(params) - {"layers_2"}
+    headless = dataclasses.replace(CONFIG, n_labels=0)
+    with pytest.raises(ValueError, match=r"n_labels=0: the model has no task head, which exits begin with"):
+        attach_task_exits(headless, {}, (1,))
     other, fresh = attach_task_head(config, new, 5, "classification", jax.random.key(2))
     assert other.exits == ()
     assert set(fresh) == set(params)
@@ -136,7 +141,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         ({"labels": ("a",)}, r"labels=.*n_labels=3"),
         ({"problem": "ranking"}, r"problem='ranking'"),
         ({"vocab_size": 0}, r"vocab_size=0"),
-        ({"exits": (2, 1)}, r"exits=\(2, 1\): must be distinct layers"),
+        ({"exits": (2, 1)}, r"exits=\(2, 1\): must be a tuple of distinct layers"),
+        ({"exits": [1, 2]}, r"exits=\[1, 2\]: must be a tuple of distinct layers"),
+        ({"exits": ("1",)}, r"exits=\('1',\): must be a tuple of distinct layers"),
         ({"exits": (3,)}, r"exits=\(3,\): must lie between 1 and 2"),
         ({"exits": (1,), "n_labels": 0}, r"exits=\(1,\): are heads of a task"),
     ):

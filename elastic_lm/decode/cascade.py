@@ -50,7 +50,7 @@ class Cascade:
           swift: the small model. Its answers have the score that the rule reads; one that lacks it is a
             failure of the Swift, but for the first, which shows that the rule is wrong.
           super_: the large one. One that `Resumes` goes on from the Swift's state.
-          rule: from `fit_routing` or a file; a number is a threshold of `score`.
+          rule: from `measure_routing` or a file; a number is a threshold of `score`.
           score: what a threshold that is a number is compared with; a rule has its own.
           batch_size: rows per batch of the Swift.
           super_batch_size: rows per batch of the Super; None = the same.

@@ -1,31 +1,61 @@
 """What a Swift and a Super give for labelled rows, from which thresholds between them are chosen."""
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from elastic_lm.calibrate.routing import ALWAYS_SUPER, Measured
-from elastic_lm.calibrate.routing_rule import RoutingRule
-from elastic_lm.calibrate.routing_scores import PLAIN
+from elastic_lm.calibrate.routing_rule import RoutingRule, fit_routing
+from elastic_lm.calibrate.routing_scores import PLAIN, Scoring
 from elastic_lm.decode.answerers import Answer, Answerer, Row, previewing
 from elastic_lm.decode.cascade import Cascade
-from elastic_lm.plain import require
+from elastic_lm.plain import require, require_choice
+
+Unit = Literal["flops", "seconds"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredPair:
+    """Labelled rows that both models answered, and what was measured of them."""
+
+    rows: Measured
+    score: str  # that is in rows.scores
+    scoring: Scoring  # of the Swift's energy
+    seed: int  # of the score "random"
+    unit: Unit  # of the costs
+
+    def fit(self, **goal: Any) -> RoutingRule:
+        """Chooses a threshold.
+
+        Args:
+          **goal: one of target_accuracy, target_cost, super_accuracy and risk, and what else is to be
+            recorded: see `routing_rule.fit_routing`.
+
+        Returns:
+          The rule of this score.
+
+        Raises:
+          ValueError: not exactly one goal is given, or it is out of reach.
+        """
+        about: dict[str, Any] = {"score": self.score, "scoring": self.scoring, "unit": self.unit}
+        return fit_routing(self.rows, **about, seed=self.seed, **goal)
 
 
 def measure_routing(
     swift: Answerer,
     super_: Answerer,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     quality: Callable[[Row, Any], float],
     *,
     score: str = "energy",
     seed: int = 0,
-    cost: Literal["flops", "seconds"] = "flops",
+    cost: Unit = "flops",
     batch_size: int = 16,
-) -> Measured:
-    """Both models answer every row; `fit_routing` chooses a threshold on the result.
+) -> MeasuredPair:
+    """Both models answer every row; `MeasuredPair.fit` chooses a threshold on the result.
 
     A Super that `Resumes` goes on from the Swift's states, and its cost is that of the rest.
 
@@ -39,10 +69,14 @@ def measure_routing(
       cost: of a row: FLOPs, or the median seconds of all rows.
       batch_size: rows that are read at once.
 
+    Returns:
+      What thresholds are chosen on. Rows that a model failed on are left out, with a warning.
+
     Raises:
-      ValueError: the Swift has no such score, or every row failed. Rows that a model failed on are left
-        out, with a warning.
+      ValueError: the Swift has no such score, every row failed, or nobody knows what the Super costs.
     """
+    require_choice("cost", cost, get_args(Unit))
+    rows = list(rows)
     scoring = getattr(swift, "scoring", PLAIN)
     rule = RoutingRule(ALWAYS_SUPER, score, scoring.temperature, scoring.centre, seed)
     results = Cascade(swift, super_, rule, batch_size=batch_size, preview=False).answer(rows)
@@ -55,17 +89,21 @@ def measure_routing(
     whole = known = costs_of(swifts, cost)
     if previewing(swift, score) is not None:
         known = costs_of([answer.preview or answer for answer in swifts], cost)
-    return Measured.of(
+    dear = costs_of(supers, cost)
+    fix = "the Super's answers have none; give its answerer a cost, or measure cost='seconds'"
+    require(bool(np.any(dear > 0)), "cost", cost, fix)
+    measured = Measured.of(
         [np.nan if r.score is None else r.score for r in good],
         [quality(rows[r.index], r.swift.output) for r in good],
         [quality(rows[r.index], r.output) for r in good],
         known,
-        costs_of(supers, cost),
+        dear,
         whole - known,
     )
+    return MeasuredPair(measured, score, scoring, seed, cost)
 
 
-def costs_of(answers: Sequence[Answer], unit: Literal["flops", "seconds"]) -> np.ndarray:
+def costs_of(answers: Sequence[Answer], unit: Unit) -> np.ndarray:
     """[N] FLOPs, or the one median of seconds, which compilation does not move."""
     if unit == "seconds":
         return np.asarray(np.median([answer.seconds for answer in answers]))

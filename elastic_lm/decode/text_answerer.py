@@ -49,8 +49,7 @@ class TextAnswerer:
           template: makes a row's source of its fields, as `str.format` does: "sst2 sentence: {text}".
           max_len: tokens that are read of a source, its end token included; longer ones lose their end, as
             in training.
-          labels: the only texts that may be answered; the output is then the index of one. None = the names
-            of the classes of the head on the encoder, where that adds scores and has some; () = any text.
+          labels: the only texts that may be answered; the output is then the index of one.
           encoder_head: add the scores of the head on the encoder.
           scoring: of the energy; only its temperature can be chosen here.
           batch_size: rows per program; the last batch is filled up.
@@ -67,8 +66,6 @@ class TextAnswerer:
         self._longest = max_len - len(self._ends)
         fix = "energies of encoder-decoder models are not centred; fit thresholds per checkpoint"
         require(scoring.centre == "none", "centre", scoring.centre, fix)
-        if labels is None and encoder_head:
-            labels = model.config.labels
         self.scoring, self.names = scoring, tuple(labels or ())
         self._model, self._most, self._template = model, max_new_tokens, template
         there = model.config.n_labels > 0 or not encoder_head

@@ -69,6 +69,8 @@ def attach_task_exits(
     Raises:
       ValueError: the model has no task head, or no such layers below its last.
     """
+    fix = "the model has no task head, which exits begin with; attach_task_head, or train one"
+    require(config.n_labels > 0, "n_labels", config.n_labels, fix)
     new = dataclasses.replace(config, exits=tuple(exits))
     gone = {exit_name(layer) for layer in config.exits}
     kept = {name: tree for name, tree in params.items() if name not in gone}
@@ -88,17 +90,15 @@ def exit_encoder(config: EncoderConfig, params: Params, layer: int) -> tuple[Enc
     Raises:
       ValueError: there is no such exit.
     """
-    fix = f"the model has exits after layers {config.exits}; name one of them, or train it"
+    fix = f"the model has exits after layers {config.exits or 'none'}; name one of them, or train it"
     require(layer in config.exits, "exit", layer, fix)
-    small, kept = lowest_layers(
-        dataclasses.replace(config, mlm=False, exits=(), pooling="mean"), params, layer
-    )
-    heads = {exit_name(other) for other in config.exits} | {"token_head"}
-    return small, {**{k: v for k, v in kept.items() if k not in heads}, **params[exit_name(layer)]}
+    small, kept = lowest_layers(config, params, layer)
+    own = {name: tree for name, tree in kept.items() if name != "token_head"} | params[exit_name(layer)]
+    return dataclasses.replace(small, mlm=False, pooling="mean"), own
 
 
 def lowest_layers(config: EncoderConfig, params: Params, layers: int) -> tuple[EncoderConfig, Params]:
-    """An encoder of the lowest layers of another, with its embeddings, pooler, heads, and exits below.
+    """An encoder of the lowest layers of another, with its embeddings, pooler and heads, without its exits.
 
     Args:
       config: the whole encoder.
@@ -109,8 +109,6 @@ def lowest_layers(config: EncoderConfig, params: Params, layers: int) -> tuple[E
       ValueError: there are not as many.
     """
     require(1 <= layers <= config.n_layers, "layers", layers, f"the model has {config.n_layers} layers")
-    exits = tuple(layer for layer in config.exits if layer < layers)
-    gone = {f"layers_{i}" for i in range(layers, config.n_layers)}
-    gone |= {exit_name(layer) for layer in config.exits if layer not in exits}
+    gone = {f"layers_{i}" for i in range(layers, config.n_layers)} | set(map(exit_name, config.exits))
     kept = {name: tree for name, tree in params.items() if name not in gone}
-    return dataclasses.replace(config, n_layers=layers, exits=exits), kept
+    return dataclasses.replace(config, n_layers=layers, exits=()), kept

@@ -68,9 +68,12 @@ def check_pair(args: argparse.Namespace, row: Row, swift: Answerer, super_: Answ
     _check_readers(args, kinds)
     _check_fields(args, row, kinds)
     if isinstance(swift, Classifier) and not swift.classes and score != "random":
+        given = f"--swift {args.swift}"
+        if args.swift_exit is not None:
+            given = f"--swift-exit {args.swift_exit} of {args.super_}"
         raise ValueError(
-            f"--swift {args.swift}: is a regression, and has no {score} or other score that tells how sure "
-            "it is; train the Swift as a classifier, or ask a service that answers with scores"
+            f"{given}: is a regression, and has no {score} or other score that tells how sure it is; train "
+            "it as a classifier, or ask a service that answers with scores"
         )
 
 

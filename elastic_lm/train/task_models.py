@@ -109,7 +109,7 @@ def prepare_encoder(
       labels: from `labelled.classes`.
 
     Raises:
-      ValueError: the task or its length do not fit; names the field.
+      ValueError: the task, its length, or options of exits do not fit; names the field.
     """
     train, task = run.train, run.task
     assert task.problem != "text_to_text"
@@ -122,12 +122,23 @@ def prepare_encoder(
     fix = f"above the model's {config.max_len} positions; shorten it"
     require(task.max_len <= config.max_len, "task.max_len", task.max_len, fix)
     wanted = len(labels) or 1
-    if same_answers(answers_of(config), (task.problem, wanted, labels)):
+    known = same_answers(answers_of(config), (task.problem, wanted, labels))
+    fix = f"{train.init_from or 'the new model'} answers {answers_of(config)}, not "
+    fix += f"{(task.problem, wanted, labels)}: tune it on the task first, or set 'all'"
+    require(known or train.tuned != "exits", "train.tuned", train.tuned, fix)
+    if known:
         config = dataclasses.replace(config, labels=labels)
     else:
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
         config, params = attach_task_head(config, params, wanted, task.problem, key, labels)
-    return attach_task_exits(config, params, run.exits) if run.exits else (config, params)
+    if run.exits:
+        config, params = attach_task_exits(config, params, run.exits)
+    fix = "the model has no exits; name their layers in exits"
+    require(train.tuned != "exits" or bool(config.exits), "train.tuned", train.tuned, fix)
+    fix = f"needs one weight for each of the exits {config.exits or 'none'}, or none at all"
+    counted = len(train.exit_weights) in (0, len(config.exits))
+    require(counted, "train.exit_weights", train.exit_weights, fix)
+    return config, params
 
 
 def with_teacher(

@@ -25,7 +25,7 @@ from hf_models import assert_same_model, edit_config, edit_weights
 from safetensors.numpy import load_file
 
 import elastic_lm as el
-from elastic_lm import checkpoint, hf
+from elastic_lm import checkpoint, cli, hf
 from elastic_lm.encoder_config import EncoderConfig
 from elastic_lm.loading import load_decoder
 
@@ -156,6 +156,10 @@ def test_a_fresh_task_head_is_exported(model_type: str, tmp_path: Path) -> None:
     back = export_and_reload(config, params, tmp_path / "exits", "classification")
     assert_close(ours(config, params, batch), theirs(back, batch, "classification"), TOLERANCE)
     assert_same_model((config, params), hf.load(tmp_path / "exits"))
+    checkpoint.save_model(tmp_path / "saved", config, params, None)
+    without = ("--from", tmp_path / "saved", "--to", tmp_path / "bare", "--without-exits")
+    assert cli.main(["export", *map(str, without)]) == 0
+    assert hf.load(tmp_path / "bare")[0].exits == ()
     edit_config(tmp_path / "exits", elastic={"version": 1, "exits": ["first"]})
     with pytest.raises(ValueError, match=r"elastic\.exits=\['first'\]: must be layers"):
         hf.load(tmp_path / "exits")

@@ -231,7 +231,7 @@ def test_an_exit_of_an_encoder_is_a_swift(
 @pytest.mark.parametrize(
     ("super_", "message"),
     [
-        ("exit", "exit=1: the model has exits after layers (); name one of them, or train it"),
+        ("exit", "exit=1: the model has exits after layers none; name one of them, or train it"),
         ("writer", "holds an encoder_decoder, which has no exits; name a model of its own as --swift"),
     ],
 )

@@ -131,12 +131,17 @@ def test_a_task_is_learned_resumed_and_taught_on(
     kernels = (tree["layers_1"]["mlp"]["up"]["kernel"] for tree in (joint, params))
     assert not np.array_equal(*kernels)
     more = dataclasses.replace(jointly, exit_weights=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"exit_weights=\(0\.5, 1\.0\): needs one weight for each"):
+    with pytest.raises(ValueError, match=r"train\.exit_weights=\(0\.5, 1\.0\): needs one weight for each"):
         fit_task(dataclasses.replace(exit_, train=more), tmp_path / "more")
-    with pytest.raises(ValueError, match=r"tuned='exits': the model has no exits"):
+    with pytest.raises(ValueError, match=r"train\.tuned='exits': the model has no exits; name their layers"):
         fit_task(dataclasses.replace(exit_, train=exits_only), tmp_path / "none")
     with pytest.raises(ValueError, match=r"exits=\(2,\): must lie between 1 and 1"):
         fit_task(dataclasses.replace(exit_, train=exits_only, exits=(2,)), tmp_path / "last")
+    three = dataclasses.replace(run.task, labels=("neg", "pos", "odd"))
+    with pytest.raises(ValueError, match=r"train\.tuned='exits': .* answers .*: tune it on the task first"):
+        fit_task(dataclasses.replace(exit_, train=exits_only, exits=(1,), task=three), tmp_path / "three")
+    with pytest.raises(ValueError, match=r"exits=\(1,\): these exits do not train with train\.tuned='head'"):
+        dataclasses.replace(exit_, exits=(1,))
 
     other = dataclasses.replace(run.task, labels=("pos", "neg"))
     with pytest.raises(ValueError, match=r"train\.teacher_from=.*answers .*, not .*tune it on the task"):
