@@ -60,7 +60,7 @@ def export(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     """Trains what a config file describes."""
     from elastic_lm.checkpoint import QUICKSTART_MARK
-    from elastic_lm.config import ModelConfig, RunConfig
+    from elastic_lm.config import RunConfig
     from elastic_lm.train.configs import load_config
     from elastic_lm.train.run import fit
     from elastic_lm.train.tasks import fit_task
@@ -74,7 +74,8 @@ def train(args: argparse.Namespace) -> None:
         fit(config, args.workdir) if isinstance(config, RunConfig) else fit_task(config, args.workdir)
     )
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-    exits = f", {len(model.exits)} exits" if isinstance(model, ModelConfig) and model.exits else ""
+    count = len(getattr(model, "exits", ()))
+    exits = f", {count} exits" if count else ""
     print(f"{args.workdir}/model: {model.n_layers} layers{exits}; held out: {numbers or 'no text'}")
 
 
