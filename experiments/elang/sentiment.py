@@ -20,7 +20,8 @@ from elastic_lm.loading import load
 from elastic_lm.train.run import MODEL_FOLDER, fit
 from elastic_lm.train_config import TrainConfig
 
-STEPS, LAYERS = 500, 2
+STEPS, NESTED_STEPS = 500, 150  # of 8192 tokens
+LAYERS = 2
 NAME = "sentiment"
 HOW: dict[str, Any] = {"separator": "", "batch_size": 128}
 
@@ -48,7 +49,8 @@ def measured(data: Path, out: Path, base: str, seed: int) -> dict[str, Columns]:
 
     def inside() -> dict[str, Choice]:
         exit_ = (ExitConfig(LAYERS, "norm", tied=True),)
-        return nested(make("both", exit_, init_from=base, method="joint", lr=1e-3), LAYERS)
+        both = make("both", exit_, init_from=base, method="joint", lr=1e-3, steps=NESTED_STEPS)
+        return nested(both, LAYERS)
 
     pairs = {"separate": separate, "nested": inside}
     return {
@@ -63,7 +65,8 @@ def trained(folder: Path, seed: int, name: str, exits: tuple[ExitConfig, ...] = 
     if not model.is_dir():
         paths = {"paths": (str(folder / "train.jsonl"),), "eval_paths": (str(folder / "fit.jsonl"),)}
         shape = {"seq_len": 256, "batch_size": 32, "packing": "first_fit", "seed": seed}
-        fields |= {"steps": STEPS, "warmup": STEPS // 10, "eval_every": 0, "save_every": 250, "keep": 1}
+        steps = fields.setdefault("steps", STEPS)
+        fields |= {"warmup": steps // 10, "eval_every": 0, "save_every": 250, "keep": 1}
         train = TrainConfig(seed=seed, **fields)
         run = RunConfig(exits=exits, data=DataConfig(source="instruction", **paths, **shape), train=train)
         fit(run, folder / name)
