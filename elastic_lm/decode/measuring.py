@@ -86,9 +86,7 @@ def measure_routing(
         require(bool(good), "rows", len(rows), f"every row failed, the first with: {errors[0]}")
         warnings.warn(f"{len(errors)} of {len(rows)} rows failed and are left out: {errors[0]}", stacklevel=2)
     swifts, supers = [r.swift for r in good], [r.answer for r in good]
-    whole = known = costs_of(swifts, cost)
-    if previewing(swift, score) is not None:
-        known = costs_of([answer.preview or answer for answer in swifts], cost)
+    known, kept = swift_costs(swifts, cost, previewing(swift, score) is not None)
     dear = costs_of(supers, cost)
     fix = "the Super's answers have none; give its answerer a cost, or measure cost='seconds'"
     require(bool(np.any(dear > 0)), "cost", cost, fix)
@@ -98,9 +96,22 @@ def measure_routing(
         [quality(rows[r.index], r.output) for r in good],
         known,
         dear,
-        whole - known,
+        kept,
     )
     return MeasuredPair(measured, score, scoring, seed, cost)
+
+
+def swift_costs(answers: Sequence[Answer], unit: Unit, previewed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Costs until a Swift's score is known, and of what it does afterwards.
+
+    Args:
+      answers: of the Swift.
+      unit: of the costs.
+      previewed: the Swift knows its score before it answers.
+    """
+    whole = costs_of(answers, unit)
+    known = costs_of([answer.preview or answer for answer in answers], unit) if previewed else whole
+    return known, whole - known
 
 
 def costs_of(answers: Sequence[Answer], unit: Unit) -> np.ndarray:

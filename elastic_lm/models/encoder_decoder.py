@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
 from elastic_lm.models.decoder import Embedding, Params
+from elastic_lm.models.encoder import mean_state
 from elastic_lm.nn.attention import KeyValues
 from elastic_lm.nn.block import Rows, make_norm
 from elastic_lm.nn.encoder_decoder import Layer, seen_by_all
@@ -191,10 +192,7 @@ class EncoderDecoder(nn.Module):
         """
         fix = "the model has no head on its encoder: attach one with attach_encoder_head"
         require(self.config.n_labels >= 1, "n_labels", self.config.n_labels, fix)
-        weight_BS1 = default_mask(hidden_BSD, mask_BS).astype(jnp.float32)[..., None]
-        total_BD = jnp.sum(hidden_BSD * weight_BS1, axis=1)
-        mean_BD = total_BD / jnp.maximum(jnp.sum(weight_BS1, axis=1), 1.0)
-        return self.encoder_head(mean_BD)
+        return self.encoder_head(mean_state(hidden_BSD.astype(jnp.float32), mask_BS))
 
 
 def default_mask(like_BS: jax.Array, mask_BS: jax.Array | None) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 from elastic_lm.calibrate.routing import Measured
 from elastic_lm.calibrate.routing_scores import score_of
 from elastic_lm.decode.answerers import Answer, Row
-from elastic_lm.decode.measuring import costs_of
+from elastic_lm.decode.measuring import costs_of, swift_costs
 from elastic_lm.decode.routing_results import Routed
 from elastic_lm.plain import require
 from elastic_lm.routing.checks import cost_is_missing
@@ -99,16 +99,14 @@ def measured_of(
             found.append(quality(output, right[i], args.tolerance))
         return found
 
-    whole = known = costs_of(swift, args.cost)
-    if previewed:
-        known = costs_of([answer.preview or answer for answer in swift], args.cost)
+    known, kept = swift_costs(swift, args.cost, previewed)
     return Measured.of(
         [score_of(a.scores, score, args.seed, i) for i, a in zip(good, swift, strict=True)],
         qualities("swift", swift),
         qualities("super", super_),
         known,
         check_costs(super_, args),
-        whole - known,
+        kept,
     )
 
 
