@@ -31,6 +31,7 @@ HELD_BACK = 1000  # training rows that choose thresholds
 SMALL = 500  # likewise, of tasks with fewer than 3000
 BATCH = 16
 PAIR = {"text_field": "sentence1", "pair_field": "sentence2"}
+QUESTION = {"text_field": "question", "pair_field": "passage"}
 PREMISE = {"text_field": "premise", "pair_field": "hypothesis"}
 
 
@@ -49,6 +50,7 @@ class Task:
 TASKS = {
     "sst2": Task("glue_sst2_train", "glue_sst2_dev", {"text_field": "sentence"}, 48, 500, 1),
     "mrpc": Task("glue_mrpc_train", "glue_mrpc_dev", PAIR, 72, 500, 2),
+    "boolq": Task("superglue_boolq_train", "superglue_boolq_val", QUESTION, 192, 1000, 3),
     "rte": Task("superglue_rte_train", "superglue_rte_val", PREMISE, 96, 300, 2),
 }
 

@@ -2,9 +2,9 @@
 
     python experiments/elang/prepare.py --source FOLDER --out data/elang
 
-`FOLDER` holds public task files as JSON lines: GLUE's SST-2 and MRPC, SuperGLUE's RTE (whose training
-records are GLUE's), and Multi30k's English-German captions. Sentiment, as text to continue, is made of
-SST-2 for decoder-only models.
+`FOLDER` holds public task files as JSON lines: GLUE's SST-2 and MRPC, SuperGLUE's BoolQ (whose training
+records have passage and question in one text) and RTE (whose training records are GLUE's), and Multi30k's
+English-German captions. Sentiment, as text to continue, is made of SST-2 for decoder-only models.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 
 COPIED = tuple(f"glue_{task}_{split}" for task in ("sst2", "mrpc") for split in ("train", "dev"))
 ANSWERS = ("negative", "positive")
+QUESTION, ANSWER = "\nQuestion: ", "\nAnswer:"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -29,6 +30,12 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{path}: {len(lines)} records")
+
+
+def boolq(row: dict[str, Any]) -> dict[str, Any]:
+    """Question, passage and label of a record with both in one text."""
+    passage, _, question = row["query"].removesuffix(ANSWER).rpartition(QUESTION)
+    return {"question": question, "passage": passage, "label": ("true", "false")[row["gold"]]}
 
 
 def rte(row: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +64,8 @@ def main() -> None:
     tasks, texts = args.source / "eval", args.source / "text"
     for name in COPIED:
         write(args.out / f"{name}.jsonl", read(tasks / f"{name}.jsonl.gz"))
+    write(args.out / "superglue_boolq_train.jsonl", map(boolq, read(tasks / "boolq_train.jsonl.gz")))
+    write(args.out / "superglue_boolq_val.jsonl", read(tasks / "superglue_boolq_val_orig.jsonl.gz"))
     write(args.out / "superglue_rte_train.jsonl", map(rte, read(tasks / "glue_rte_train.jsonl.gz")))
     write(args.out / "superglue_rte_val.jsonl", read(tasks / "superglue_rte_val_orig.jsonl.gz"))
     for split in ("train", "dev"):

@@ -7,8 +7,8 @@ HARDWARE  a CPU; one process per task and seed: --tasks mrpc --seeds 2
 DURATION  see README.md
 EXPECTED  see README.md
 
-    sst2, mrpc, rte     a pretrained 6-layer encoder, tuned, is the Super. `separate`: its lowest layers,
-                        tuned and distilled, are a Swift of their own. `nested`: an exit of a Super, trained
+    sst2, mrpc, boolq,  a pretrained 6-layer encoder, tuned, is the Super. `separate`: its lowest layers,
+    rte                 tuned and distilled, are a Swift of their own. `nested`: an exit of a Super, trained
                         along with it
     sentiment           a decoder-only base, tuned to continue reviews with their sentiment. `separate`: its
                         lowest layers, tuned likewise. `nested`: an exit of a Super, trained along with it
