@@ -79,18 +79,19 @@ def test_what_the_model_cannot_do_is_refused_before_anything_is_trained(
 
 
 def test_exit_layers() -> None:
-    assert exit_layers(Options(), 12) == (3,)
+    assert exit_layers(Options(), 12) == (9,)
+    assert exit_layers(Options(), 2) == (1,)
     assert exit_layers(Options(exits=(2, 5)), 6) == (2, 5)
     with pytest.raises(ValueError, match="exits lie between 1 and 11"):
         exit_layers(Options(exits=(12,)), 12)
 
 
 def test_exits_that_are_there_already() -> None:
-    model = tiny_config(exits=(1,))
+    model = tiny_config(exits=(3,))
     check_exits(Options(exits=(2,)), model)
     with pytest.raises(ValueError, match="exits lie between 1 and 3"):
         check_exits(Options(exits=(4,)), model)
-    with pytest.raises(ValueError, match=r"x has exits after layers \(1,\)") as caught:
+    with pytest.raises(ValueError, match=r"x has exits after layers \(3,\)") as caught:
         check_exits(Options(hf_dir="x"), model)
     for fix in (
         "export --from x --to DIR --without-exits",

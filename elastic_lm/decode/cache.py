@@ -6,6 +6,8 @@ in place or handed through, which the compiler does without a copy where it know
 before the write (`after`).
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -54,6 +56,30 @@ def write(cache: LayerCache, rows: LayerCache, start_B: jax.Array) -> LayerCache
       The cache with these entries replaced.
     """
     return _write(cache[0], rows[0], start_B), _write(cache[1], rows[1], start_B)
+
+
+def write_all(
+    caches: Sequence[LayerCache], rows: Sequence[LayerCache], hidden_BTD: jax.Array, start_B: jax.Array
+) -> tuple[LayerCache, ...]:
+    """Writes the new keys and values of successive layers, each as soon as its own cache has been read.
+
+    Writes that all wait for the last layer become ready at once, and XLA's CPU backend hands some of so many
+    to another thread, which costs more than the writes.
+
+    Args:
+      caches: of the layers, [B, K, S, H] each.
+      rows: [B, K, T, H] each, see `write`.
+      hidden_BTD: what left the last of the layers.
+      start_B: int32, see `write`.
+
+    Returns:
+      The caches with these entries replaced.
+    """
+    above = [jnp.swapaxes(keys, 1, 2)[:, :, 0] for keys, _ in rows[1:]]
+    return tuple(
+        write(layer, new, after(read, start_B))
+        for layer, new, read in zip(caches, rows, (*above, hidden_BTD), strict=True)
+    )
 
 
 def _write(cache_BKSH: jax.Array, rows_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:

@@ -211,13 +211,12 @@ def _put_back(config: ModelConfig, state: DecodeState, held: Held, j: int) -> De
 
 
 def variants(window: int) -> tuple[int, ...]:
-    """Widths for which a deep tick is compiled: 1, 2 and 3 positions, and the whole window.
+    """Widths for which a deep tick is compiled: a few positions, and the whole window.
 
-    Most deep ticks find one to three positions pending, and on CPU a position more then costs a third
-    of the first one (`nn.linear`); between that and a whole window little could be gained, and each
-    width compiles the deeper layers once more.
+    Most deep ticks find one to three positions pending, and on CPU another position costs a third to a half
+    of the first one (`nn.linear`); each width compiles the deeper layers once more.
     """
-    return (*(width for width in (1, 2, 3) if width < window), window)
+    return (*(width for width in (1, 2, 3, 4, 6) if width < window), window)
 
 
 def movable(state: DecodeState, room_B: jax.Array) -> jax.Array:
@@ -294,8 +293,7 @@ def _tick(
     tap, rows = decoder.run_layers(
         hidden, positions, start, stop, past=[cache.past(c, done_B) for c in caches]
     )
-    start_B = cache.after(tap.hidden, done_B)
-    caches = tuple(cache.write(c, r, start_B) for c, r in zip(caches, rows, strict=True))
+    caches = cache.write_all(caches, rows, tap.hidden, done_B)
     newest_B = jnp.clip(target_B - 1 - done_B, 0, width - 1)
 
     def newest(x_BTD: jax.Array) -> jax.Array:

@@ -11,11 +11,14 @@ from jax.typing import DTypeLike
 from elastic_lm.nn.partition import partitioned
 
 # Products with few tokens are bound by reading the kernel. What XLA's CPU backend is fastest at, measured
-# in a loop as decoding has it: up to ONE_BY_ONE tokens a matrix-vector product each, of which all but the
-# first find the kernel in cache; up to FEW_TOKENS kernel @ x^T; above that x @ kernel^T, which transposes
-# the kernel in memory before it multiplies, three times the work where tokens are few.
-ONE_BY_ONE = 4
+# in a loop as decoding has it: a matrix-vector product per token for one token, and for a few where all but
+# the first find the kernel in cache; otherwise kernel @ x^T with x^T in memory and tokens padded to a power
+# of two. Left to itself it folds the transpositions of x and of the result into the product, and transposes
+# or packs the kernel first: up to twice the work.
 FEW_TOKENS = 128
+ONE_BY_ONE = 3
+CACHED_BYTES = 2**20  # of a kernel
+LEAST = 4  # tokens of a product that is padded
 
 
 def linear(
@@ -39,12 +42,11 @@ def linear(
         y = jax.lax.dot_general(x, kernel, contract, preferred_element_type=dtype)
     else:
         rows = x.reshape(tokens, x.shape[-1])
+        small = kernel.size * kernel.dtype.itemsize <= CACHED_BYTES
+        few = tokens == 1 or (tokens <= ONE_BY_ONE and small)
+        on_cpu = functools.partial(_one_by_one if few else _padded, dtype=dtype)
         together = functools.partial(_together, dtype=dtype)
-        if tokens <= ONE_BY_ONE:
-            one_by_one = functools.partial(_one_by_one, dtype=dtype)
-            y = jax.lax.platform_dependent(rows, kernel, cpu=one_by_one, default=together)
-        else:
-            y = together(rows, kernel)
+        y = jax.lax.platform_dependent(rows, kernel, cpu=on_cpu, default=together)
         y = y.reshape(*x.shape[:-1], *kernel.shape[:-1])
     return y if bias is None else y + bias.astype(y.dtype)
 
@@ -59,6 +61,15 @@ def _together(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> ja
 def _one_by_one(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     contract = (((kernel.ndim - 1,), (0,)), ((), ()))
     return jnp.stack([jax.lax.dot_general(kernel, x, contract, preferred_element_type=dtype) for x in x_MI])
+
+
+def _padded(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    tokens = x_MI.shape[0]
+    wide = max(LEAST, 1 << (tokens - 1).bit_length())
+    x_IM = jax.lax.optimization_barrier(jnp.pad(x_MI, ((0, wide - tokens), (0, 0))).T)
+    contract = (((kernel.ndim - 1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(kernel, x_IM, contract, preferred_element_type=dtype)
+    return jnp.moveaxis(jax.lax.optimization_barrier(y)[..., :tokens], -1, 0)
 
 
 class Linear(nn.Module):

@@ -65,7 +65,7 @@ def check_exits(options: Options, model: ModelConfig) -> None:
 
 
 def exit_layers(options: Options, n_layers: int) -> tuple[int, ...]:
-    """Layers with an exit: those asked for, or one after a quarter of the depth.
+    """Layers with an exit: those asked for, or one after three quarters of the depth.
 
     Args:
       options: `exits` are those asked for.
@@ -77,7 +77,7 @@ def exit_layers(options: Options, n_layers: int) -> tuple[int, ...]:
     Raises:
       ValueError: a layer is not below the last one.
     """
-    layers = options.exits or (max(1, n_layers // 4),)
+    layers = options.exits or (max(1, 3 * n_layers // 4),)
     wrong = [layer for layer in layers if not 1 <= layer < n_layers]
     if wrong or not layers:
         raise ValueError(

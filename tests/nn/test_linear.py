@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.nn.linear import FEW_TOKENS, ONE_BY_ONE, linear
+from elastic_lm.nn.linear import CACHED_BYTES, FEW_TOKENS, LEAST, ONE_BY_ONE, linear
 
-SHAPES = [(1, 1), (ONE_BY_ONE,), (2, 2), (ONE_BY_ONE + 1,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (3, 2, 5)]
+SHAPES = [(1, 1), (2,), (ONE_BY_ONE,), (LEAST,), (LEAST + 1,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (3, 2, 5)]
+LARGE = CACHED_BYTES // (4 * 7) + 1  # outputs of 7 inputs that no cache is expected to hold
 
 
-@pytest.mark.parametrize("outputs", [(6,), (2, 3, 4)])
+@pytest.mark.parametrize("outputs", [(6,), (2, 3, 4), (LARGE,)])
 @pytest.mark.parametrize("batch", SHAPES)
 def test_equals_numpy(batch, outputs):
     rng = np.random.default_rng(0)
@@ -30,7 +31,7 @@ def test_bfloat16_products_can_be_kept_in_float32(tokens):
     assert linear(x, kernel).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("tokens", [ONE_BY_ONE, FEW_TOKENS])
+@pytest.mark.parametrize("tokens", [ONE_BY_ONE, LEAST + 1, FEW_TOKENS])
 def test_gradient_is_that_of_a_product(tokens):
     x, kernel = (
         jax.random.normal(jax.random.key(0), (tokens, 5)),
