@@ -134,7 +134,7 @@ def _quickstart(parser: Parser) -> None:
         "--exits",
         type=_layers,
         metavar="L,L",
-        help="layers with an exit (default: three quarters of them)",
+        help="layers with an exit (default: one, after three quarters of them)",
     )
     add("--kind", default="norm", help="exit kind: embedding, norm, mlp or block (default: %(default)s)")
     add("--steps", type=int, metavar="N", help="EE-tuning steps (default: 60)")

@@ -80,7 +80,7 @@ def test_what_the_model_cannot_do_is_refused_before_anything_is_trained(
 
 def test_exit_layers() -> None:
     assert exit_layers(Options(), 12) == (9,)
-    assert exit_layers(Options(), 2) == (1,)
+    assert [exit_layers(Options(), n) for n in (2, 3, 5)] == [(1,), (2,), (3,)]
     assert exit_layers(Options(exits=(2, 5)), 6) == (2, 5)
     with pytest.raises(ValueError, match="exits lie between 1 and 11"):
         exit_layers(Options(exits=(12,)), 12)

@@ -63,8 +63,9 @@ def write_all(
 ) -> tuple[LayerCache, ...]:
     """Writes the new keys and values of successive layers, each as soon as its own cache has been read.
 
-    Writes that all wait for the last layer become ready at once, and XLA's CPU backend hands some of so many
-    to another thread, which costs more than the writes.
+    The keys of the layer above come from what a layer gave, and so from every read of its cache. Writes that
+    all wait for the last layer become ready at once, and XLA's CPU backend hands some of so many to another
+    thread, which costs more than the writes.
 
     Args:
       caches: of the layers, [B, K, S, H] each.

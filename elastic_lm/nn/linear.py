@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -10,15 +11,16 @@ from jax.typing import DTypeLike
 
 from elastic_lm.nn.partition import partitioned
 
-# Products with few tokens are bound by reading the kernel. What XLA's CPU backend is fastest at, measured
-# in a loop as decoding has it: a matrix-vector product per token for one token, and for a few where all but
-# the first find the kernel in cache; otherwise kernel @ x^T with x^T in memory and tokens padded to a power
-# of two. Left to itself it folds the transpositions of x and of the result into the product, and transposes
-# or packs the kernel first: up to twice the work.
-FEW_TOKENS = 128
+# Products with few tokens are bound by reading the kernel. What XLA's CPU backend is fastest at, measured in
+# a loop as decoding has it (experiments/decode): a matrix-vector product for one token, and for each of up to
+# ONE_BY_ONE tokens where all but the first find the kernel in a core's cache; up to PADDED tokens
+# kernel @ x^T with x^T and the result in memory, since otherwise the transpositions are folded into the
+# product, which then transposes or packs the kernel. Padding a sharded dimension of tokens communicates:
+# batches of meshes are better powers of two. Above FEW_TOKENS x @ kernel^T is as fast.
 ONE_BY_ONE = 3
-CACHED_BYTES = 2**20  # of a kernel
-LEAST = 4  # tokens of a product that is padded
+CACHED_BYTES = 2**20  # of a kernel; a core of the machine that was measured has this much cache
+LEAST, PADDED = 4, 32
+FEW_TOKENS = 128
 
 
 def linear(
@@ -42,13 +44,18 @@ def linear(
         y = jax.lax.dot_general(x, kernel, contract, preferred_element_type=dtype)
     else:
         rows = x.reshape(tokens, x.shape[-1])
-        small = kernel.size * kernel.dtype.itemsize <= CACHED_BYTES
-        few = tokens == 1 or (tokens <= ONE_BY_ONE and small)
-        on_cpu = functools.partial(_one_by_one if few else _padded, dtype=dtype)
         together = functools.partial(_together, dtype=dtype)
-        y = jax.lax.platform_dependent(rows, kernel, cpu=on_cpu, default=together)
+        form = functools.partial(_form(tokens, kernel), dtype=dtype)
+        y = jax.lax.platform_dependent(rows, kernel, cpu=form, default=together)
         y = y.reshape(*x.shape[:-1], *kernel.shape[:-1])
     return y if bias is None else y + bias.astype(y.dtype)
+
+
+def _form(tokens: int, kernel: jax.Array) -> Callable[..., jax.Array]:
+    cached = kernel.size * kernel.dtype.itemsize <= CACHED_BYTES
+    if tokens == 1 or (1 < tokens <= ONE_BY_ONE and cached):
+        return _one_by_one
+    return _padded if 1 < tokens <= PADDED else _together
 
 
 # Kernels are not flattened: their output dimensions may be sharded, and merging those gathers them.

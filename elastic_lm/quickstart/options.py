@@ -16,7 +16,7 @@ class Options:
     data: tuple[str, ...] = ()  # text files or folders; () = the interpreter's own library
     from_scratch: bool = False  # pretrain a small model instead of loading one
     pretrain_steps: int = 300  # with from_scratch
-    exits: tuple[int, ...] = ()  # layers with an exit; () = three quarters of them
+    exits: tuple[int, ...] = ()  # layers with an exit; () = one, after three quarters of them
     kind: ExitKind = "norm"  # what stands between the hidden state and the exit's vocabulary head
     tied: bool = False  # exits share the model's own vocabulary head
     steps: int = 60  # EE-tuning steps

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from elastic_lm.bench.timing import interleave
 from elastic_lm.machine import hardware, versions
+from elastic_lm.nn.linear import linear
 
 SHAPES = {"embedded": (192, 1024, 12), "d768": (768, 3072, 3)}  # inputs, outputs, layers
-TOKENS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 STEPS, ROUNDS = 20, 9
 Form = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -43,15 +44,20 @@ def turned(x_MI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
     return (kernel_OI @ x_MI.T).T
 
 
+def library(x_MI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
+    """What decoding runs."""
+    return linear(x_MI, kernel_OI)
+
+
 def padded(x_MI: jax.Array, kernel_OI: jax.Array) -> jax.Array:
     """(W x^T)^T with x^T and the result in memory, tokens padded to a power of two."""
-    tokens = len(x_MI)
+    tokens = x_MI.shape[0]
     wide = max(4, 1 << (tokens - 1).bit_length())
     x_IM = jax.lax.optimization_barrier(jnp.pad(x_MI, ((0, wide - tokens), (0, 0))).T)
     return jax.lax.optimization_barrier(kernel_OI @ x_IM)[:, :tokens].T
 
 
-FORMS: dict[str, Form] = {f.__name__: f for f in (one_by_one, plain, turned, padded)}
+FORMS: dict[str, Form] = {f.__name__: f for f in (one_by_one, plain, turned, padded, library)}
 
 
 @functools.partial(jax.jit, static_argnums=0)

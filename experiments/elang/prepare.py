@@ -38,6 +38,11 @@ def boolq(row: dict[str, Any]) -> dict[str, Any]:
     return {"question": question, "passage": passage, "label": ("true", "false")[row["gold"]]}
 
 
+def asked(row: dict[str, Any]) -> dict[str, Any]:
+    """A record of BoolQ with the question mark that the training records' questions have."""
+    return {**row, "question": row["question"].rstrip("? ") + "?"}
+
+
 def rte(row: dict[str, Any]) -> dict[str, Any]:
     """A record of GLUE's RTE with SuperGLUE's names of its fields."""
     return {"premise": row["sentence1"], "hypothesis": row["sentence2"], "label": row["label"]}
@@ -65,7 +70,8 @@ def main() -> None:
     for name in COPIED:
         write(args.out / f"{name}.jsonl", read(tasks / f"{name}.jsonl.gz"))
     write(args.out / "superglue_boolq_train.jsonl", map(boolq, read(tasks / "boolq_train.jsonl.gz")))
-    write(args.out / "superglue_boolq_val.jsonl", read(tasks / "superglue_boolq_val_orig.jsonl.gz"))
+    held_out = read(tasks / "superglue_boolq_val_orig.jsonl.gz")
+    write(args.out / "superglue_boolq_val.jsonl", map(asked, held_out))
     write(args.out / "superglue_rte_train.jsonl", map(rte, read(tasks / "glue_rte_train.jsonl.gz")))
     write(args.out / "superglue_rte_val.jsonl", read(tasks / "superglue_rte_val_orig.jsonl.gz"))
     for split in ("train", "dev"):

@@ -20,7 +20,7 @@ from elastic_lm.loading import load
 from elastic_lm.train.run import MODEL_FOLDER, fit
 from elastic_lm.train_config import TrainConfig
 
-STEPS = 500  # of 8192 tokens
+STEPS, NESTED_STEPS = 500, 150  # of 8192 tokens
 LAYERS = 2
 NAME = "sentiment"
 HOW: dict[str, Any] = {"separator": "", "batch_size": 128}
@@ -49,7 +49,7 @@ def measured(data: Path, out: Path, base: str, seed: int) -> dict[str, Columns]:
 
     def inside() -> dict[str, Choice]:
         exit_ = (ExitConfig(LAYERS, "norm", tied=True),)
-        both = make("both", exit_, init_from=base, method="joint", lr=1e-3)
+        both = make("both", exit_, init_from=base, method="joint", lr=1e-3, steps=NESTED_STEPS)
         return nested(both, LAYERS)
 
     pairs = {"separate": separate, "nested": inside}
@@ -65,8 +65,9 @@ def trained(folder: Path, seed: int, name: str, exits: tuple[ExitConfig, ...] = 
     if not model.is_dir():
         paths = {"paths": (str(folder / "train.jsonl"),), "eval_paths": (str(folder / "fit.jsonl"),)}
         shape = {"seq_len": 256, "batch_size": 32, "packing": "first_fit", "seed": seed}
-        fields |= {"warmup": STEPS // 10, "eval_every": 0, "save_every": 250, "keep": 1}
-        train = TrainConfig(steps=STEPS, seed=seed, **fields)
+        steps = fields.setdefault("steps", STEPS)
+        fields |= {"warmup": steps // 10, "eval_every": 0, "save_every": 250, "keep": 1}
+        train = TrainConfig(seed=seed, **fields)
         run = RunConfig(exits=exits, data=DataConfig(source="instruction", **paths, **shape), train=train)
         fit(run, folder / name)
     return str(model)

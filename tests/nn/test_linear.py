@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.nn.linear import CACHED_BYTES, FEW_TOKENS, LEAST, ONE_BY_ONE, linear
+from elastic_lm.nn.linear import CACHED_BYTES, FEW_TOKENS, LEAST, ONE_BY_ONE, PADDED, linear
 
-SHAPES = [(1, 1), (2,), (ONE_BY_ONE,), (LEAST,), (LEAST + 1,), (FEW_TOKENS,), (FEW_TOKENS + 1,), (3, 2, 5)]
+EDGES = [0, 1, 2, ONE_BY_ONE, LEAST, LEAST + 1, PADDED, PADDED + 1, FEW_TOKENS, FEW_TOKENS + 1]
+SHAPES = [*((tokens,) for tokens in EDGES), (1, 1), (3, 2, 5)]
 LARGE = CACHED_BYTES // (4 * 7) + 1  # outputs of 7 inputs that no cache is expected to hold
 
 
@@ -22,7 +23,7 @@ def test_equals_numpy(batch, outputs):
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, LEAST + 1, FEW_TOKENS, FEW_TOKENS + 1])
 def test_bfloat16_products_can_be_kept_in_float32(tokens):
     x, kernel = jnp.ones((tokens, 512), jnp.bfloat16), jnp.full((3, 512), 1.0078125)
     y = linear(x, kernel, dtype=jnp.float32)
@@ -32,10 +33,21 @@ def test_bfloat16_products_can_be_kept_in_float32(tokens):
 
 
 @pytest.mark.parametrize("tokens", [ONE_BY_ONE, LEAST + 1, FEW_TOKENS])
-def test_gradient_is_that_of_a_product(tokens):
+def test_gradients_are_those_of_a_product(tokens):
     x, kernel = (
         jax.random.normal(jax.random.key(0), (tokens, 5)),
         jax.random.normal(jax.random.key(1), (3, 5)),
     )
-    found = jax.grad(lambda k: jnp.sum(linear(x, k) ** 2))(kernel)
-    np.testing.assert_allclose(found, 2 * (x @ kernel.T).T @ x, rtol=1e-4)
+    of_x, of_kernel = jax.grad(lambda x, k: jnp.sum(linear(x, k) ** 2), argnums=(0, 1))(x, kernel)
+    np.testing.assert_allclose(of_kernel, 2 * (x @ kernel.T).T @ x, rtol=1e-4)
+    np.testing.assert_allclose(of_x, 2 * x @ kernel.T @ kernel, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [ONE_BY_ONE, LEAST + 1])
+def test_maps_over_a_further_dimension(tokens):
+    x, kernel = (
+        jax.random.normal(jax.random.key(0), (2, tokens, 5)),
+        jax.random.normal(jax.random.key(1), (2, 3, 5)),
+    )
+    found = jax.vmap(linear)(x, kernel)
+    np.testing.assert_allclose(found, jnp.einsum("nti,noi->nto", x, kernel), rtol=1e-5, atol=1e-5)
