@@ -45,17 +45,18 @@ def linear(
     else:
         rows = x.reshape(tokens, x.shape[-1])
         together = functools.partial(_together, dtype=dtype)
-        form = functools.partial(_form(tokens, kernel), dtype=dtype)
-        y = jax.lax.platform_dependent(rows, kernel, cpu=form, default=together)
+        if 0 < tokens <= PADDED:
+            on_cpu = functools.partial(_on_cpu(tokens, kernel), dtype=dtype)
+            y = jax.lax.platform_dependent(rows, kernel, cpu=on_cpu, default=together)
+        else:
+            y = together(rows, kernel)
         y = y.reshape(*x.shape[:-1], *kernel.shape[:-1])
     return y if bias is None else y + bias.astype(y.dtype)
 
 
-def _form(tokens: int, kernel: jax.Array) -> Callable[..., jax.Array]:
+def _on_cpu(tokens: int, kernel: jax.Array) -> Callable[..., jax.Array]:
     cached = kernel.size * kernel.dtype.itemsize <= CACHED_BYTES
-    if tokens == 1 or (1 < tokens <= ONE_BY_ONE and cached):
-        return _one_by_one
-    return _padded if 1 < tokens <= PADDED else _together
+    return _one_by_one if tokens == 1 or (tokens <= ONE_BY_ONE and cached) else _padded
 
 
 # Kernels are not flattened: their output dimensions may be sharded, and merging those gathers them.
