@@ -213,9 +213,9 @@ def _put_back(config: ModelConfig, state: DecodeState, held: Held, j: int) -> De
 def variants(window: int) -> tuple[int, ...]:
     """Widths for which a deep tick is compiled: a few positions, and the whole window.
 
-    Most deep ticks find one to three positions pending, and on CPU further positions are not free: each
-    costs up to half of the first one, a whole window of 16 four times as much (`nn.linear`). Each width
-    compiles the deeper layers once more.
+    Most deep ticks find one to three positions pending, and on CPU further positions are not free: each of
+    the next few costs a quarter to two thirds of the first one, a whole window of 16 four times as much
+    (`nn.linear`). Each width compiles the deeper layers once more.
     """
     return (*(width for width in (1, 2, 3, 4, 8) if width < window), window)
 
