@@ -1,16 +1,22 @@
 """The small model that ships with the package: Llama architecture, Python's standard library.
 
 COMMAND   elastic-lm train --config configs/embedded.py --workdir runs/embedded
+          elastic-lm export --from runs/embedded/model --to runs/embedded/hf --dtype bfloat16 --without-exits
+          and the same with `configs/embedded.py:longer --workdir runs/longer`, which goes on from there, and
+          with `configs/embedded.py:late --workdir runs/late`, whose export is what ships
 HARDWARE  one CPU core
-DURATION  about 95 minutes (650-800 tokens/s)
-EXPECTED  held-out loss 1.98 nats per token, 1.94 over the whole test split (1.27 bits per byte)
+DURATION  about 95, 30 and 6 minutes (650-1700 tokens/s)
+EXPECTED  held-out loss 1.98, 1.85 and 1.86 nats per token; at the end 1.82 over the whole test split (1.19
+          bits per byte)
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The recipe; `arg` = "tiny" shrinks it to a check that runs in seconds."""
+    """The recipe; `arg` = "longer" or "late" goes on with it, "tiny" is a check that runs in seconds."""
+    if arg in ("longer", "late"):
+        return _going_on(arg == "late")
     config = ConfigDict()
     config.model = {
         "vocab_size": 512,
@@ -47,6 +53,31 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.update(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, d_mlp=64, vocab_size=512)
         config.data.update(seq_len=64, batch_size=4)
         config.train.update(steps=20, warmup=5, log_every=5, eval_every=10, eval_batches=2, save_every=10)
+    return config
+
+
+def _going_on(late: bool) -> ConfigDict:
+    """More steps with the same exits; then some that draw what the lowest nine layers give to the end."""
+    config = ConfigDict()
+    config.exits = _exits(9) if late else _exits(3, 6)
+    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8, "seed": 2 if late else 1}
+    config.train = {
+        "method": "joint",
+        "init_from": "runs/longer/hf" if late else "runs/embedded/hf",
+        "exit_weights": (1.0,) if late else (0.6, 0.4),
+        "optimizer": "muon",
+        "steps": 300 if late else 1200,
+        "lr": 2e-3 if late else 3e-3,
+        "schedule": "wsd",
+        "decay_share": 0.7 if late else 0.6,
+        "min_lr": 0.02,
+        "warmup": 20 if late else 30,
+        "weight_decay": 0.1,
+        "log_every": 20,
+        "eval_every": 0 if late else 200,
+        "save_every": 300 if late else 100,
+        "seed": 2 if late else 1,
+    }
     return config
 
 

@@ -29,7 +29,7 @@ class Options:
     test_tokens: int = 20_000  # other held-out tokens that agreement is reported on
     prompts: int = 8  # held-out prompts that are continued
     prompt_tokens: int = 48  # tokens of each prompt
-    new_tokens: int = 96  # tokens generated per prompt
+    new_tokens: int = 256  # tokens generated per prompt
     rounds: int = 7  # timed rounds; full depth and all targets take turns in each
     window: int = 16  # positions whose deeper layers may be pending
     seed: int = 0  # of random exits and of the shuffle

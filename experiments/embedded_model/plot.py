@@ -1,4 +1,4 @@
-"""Draws the loss curves of a training run: python plot.py METRICS_JSONL PNG"""
+"""Draws the loss curves of training runs that went on from each other: python plot.py METRICS_JSONL... PNG"""
 
 import json
 import sys
@@ -9,12 +9,25 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+PARTS = {
+    "final": "full model",
+    "exit_9": "after layer 9",
+    "exit_6": "after layer 6",
+    "exit_3": "after layer 3",
+}
 
-def main(metrics: Path, png: Path) -> None:
-    """Reads metrics.jsonl and writes the figure."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+
+def main(runs: list[Path], png: Path) -> None:
+    """Reads metrics.jsonl of every run and writes the figure."""
+    rows, before = [], 0
     _, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for part, label in (("final", "full model"), ("exit_6", "after layer 6"), ("exit_3", "after layer 3")):
+    for run in runs:
+        own = [json.loads(line) for line in run.read_text().splitlines()]
+        rows += [row | {"step": before + row["step"]} for row in own]
+        before = rows[-1]["step"]
+        if run != runs[-1]:
+            axis.axvline(before, color="0.8", linewidth=1)
+    for part, label in PARTS.items():
         trained, held_out = (curve(rows, f"{prefix}/{part}") for prefix in ("loss", "eval_loss"))
         (line,) = axis.plot(*trained, linewidth=1)
         axis.plot(*held_out, "o", markersize=4, color=line.get_color(), label=f"{label}, held out")
@@ -31,4 +44,5 @@ def curve(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[fl
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    *runs, png = map(Path, sys.argv[1:])
+    main(runs, png)

@@ -217,6 +217,14 @@ def test_embedded_recipe_attaches_its_exits(argument: str) -> None:
     assert config.model.with_exits(config.exits).n_layers > config.exits[-1].layer
 
 
+@pytest.mark.parametrize(("argument", "layers"), [("longer", (3, 6)), ("late", (9,))])
+def test_embedded_recipe_goes_on_with_what_it_made(argument: str, layers: tuple[int, ...]) -> None:
+    config = load_config(f"{CONFIGS / 'embedded.py'}:{argument}")
+    assert tuple(e.layer for e in config.exits) == layers
+    assert len(config.train.exit_weights) == len(layers)
+    assert config.train.init_from
+
+
 def test_english_recipe_has_a_variant_with_an_exit() -> None:
     recipe = CONFIGS / "english.py"
     assert load_config(f"{recipe}:text,drafting").exits[0].layer == 2
