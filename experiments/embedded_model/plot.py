@@ -1,4 +1,4 @@
-"""Draws the loss curves of training runs that went on from each other: python plot.py METRICS_JSONL... PNG"""
+"""Draws the loss of training runs that each continue the one before: python plot.py METRICS_JSONL... PNG"""
 
 import json
 import sys

@@ -217,12 +217,17 @@ def test_embedded_recipe_attaches_its_exits(argument: str) -> None:
     assert config.model.with_exits(config.exits).n_layers > config.exits[-1].layer
 
 
-@pytest.mark.parametrize(("argument", "layers"), [("longer", (3, 6)), ("late", (9,))])
-def test_embedded_recipe_goes_on_with_what_it_made(argument: str, layers: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("argument", "source", "weights"),
+    [("longer", "runs/embedded/hf", {3: 0.6, 6: 0.4}), ("late", "runs/longer/hf", {9: 1.0})],
+)
+def test_embedded_recipe_continues_what_it_made(
+    argument: str, source: str, weights: dict[int, float]
+) -> None:
     config = load_config(f"{CONFIGS / 'embedded.py'}:{argument}")
-    assert tuple(e.layer for e in config.exits) == layers
-    assert len(config.train.exit_weights) == len(layers)
-    assert config.train.init_from
+    assert config.train.init_from == source
+    layers = [e.layer for e in config.exits]
+    assert dict(zip(layers, config.train.exit_weights, strict=True)) == weights
 
 
 def test_english_recipe_has_a_variant_with_an_exit() -> None:
