@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _continued(source: str, exit_weights: dict[int, float], steps: int, seed: int) -> ConfigDict:
-    """More steps for the model in `source`; the last ones lie after layer 9, where quickstart puts its exit."""
+    """More steps for the model in `source`, the last ones with an exit where quickstart puts its own."""
     last = 9 in exit_weights
     config = ConfigDict()
     config.exits = _exits(*exit_weights)

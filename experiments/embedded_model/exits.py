@@ -1,8 +1,8 @@
 """What exits after layers 3, 6 and 9 of a model gain: python exits.py OUT NAME=FOLDER...
 
 Every model stays frozen while its exits are tuned for 60 steps. On 18,432 tokens of the test split: agreement
-with the full model, and the largest share of tokens whose margin lets them leave while 99 % of all tokens stay
-as they are. The cut is the best one on these very tokens.
+with the full model, and the largest share of tokens whose margin lets them leave while 99 % of all tokens
+stay as they are. The cut is the best one on these very tokens.
 """
 
 import itertools
