@@ -14,13 +14,40 @@ EXPECTED  held-out loss 1.98, 1.85 and 1.86 nats per token; at the end 1.82 over
 
 from ml_collections import ConfigDict
 
+# Name: layers of the exits, seed of the shuffle, what differs in training.
+CONTINUED = {
+    "longer": (
+        (3, 6),
+        1,
+        {
+            "init_from": "runs/embedded/hf",
+            "exit_weights": (0.6, 0.4),
+            "steps": 1200,
+            "lr": 3e-3,
+            "decay_share": 0.6,
+            "warmup": 30,
+            "eval_every": 200,
+        },
+    ),
+    "late": (
+        (9,),
+        2,
+        {
+            "init_from": "runs/longer/hf",
+            "exit_weights": (1.0,),
+            "steps": 300,
+            "lr": 2e-3,
+            "decay_share": 0.7,
+            "warmup": 20,
+        },
+    ),
+}
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The recipe; `arg` = "longer", then "late" continue it, "tiny" is a check that runs in seconds."""
-    if arg == "longer":
-        return _continued("runs/embedded/hf", {3: 0.6, 6: 0.4}, 1200, seed=1)
-    if arg == "late":
-        return _continued("runs/longer/hf", {9: 1.0}, 300, seed=2)
+    if arg not in ("", "tiny", *CONTINUED):
+        raise ValueError(f"configs/embedded.py:{arg}: choose from tiny, {', '.join(CONTINUED)}")
     config = ConfigDict()
     config.model = {
         "vocab_size": 512,
@@ -49,6 +76,12 @@ def get_config(arg: str = "") -> ConfigDict:
         "eval_every": 300,
         "save_every": 100,
     }
+    if arg in CONTINUED:
+        layers, seed, changed = CONTINUED[arg]
+        del config.model
+        config.exits = _exits(*layers)
+        config.data.seed = seed
+        config.train.update(changed, seed=seed)
     if arg == "tiny":
         config.exits = (
             {"layer": 1, "kind": "norm", "tied": True},
@@ -57,32 +90,6 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.update(d_model=32, n_layers=4, n_heads=4, n_kv_heads=2, d_mlp=64, vocab_size=512)
         config.data.update(seq_len=64, batch_size=4)
         config.train.update(steps=20, warmup=5, log_every=5, eval_every=10, eval_batches=2, save_every=10)
-    return config
-
-
-def _continued(source: str, exit_weights: dict[int, float], steps: int, seed: int) -> ConfigDict:
-    """More steps for the model in `source`, the last ones with an exit where quickstart puts its own."""
-    last = 9 in exit_weights
-    config = ConfigDict()
-    config.exits = _exits(*exit_weights)
-    config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8, "seed": seed}
-    config.train = {
-        "method": "joint",
-        "init_from": source,
-        "exit_weights": tuple(exit_weights.values()),
-        "optimizer": "muon",
-        "steps": steps,
-        "lr": 2e-3 if last else 3e-3,
-        "schedule": "wsd",
-        "decay_share": 0.7 if last else 0.6,
-        "min_lr": 0.02,
-        "warmup": 20 if last else 30,
-        "weight_decay": 0.1,
-        "log_every": 20,
-        "eval_every": 0 if last else 200,
-        "save_every": 100,
-        "seed": seed,
-    }
     return config
 
 

@@ -10,9 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from elastic_lm.calibrate.observe import Observations, observe
+from elastic_lm.calibrate.search import choose, outcome
 from elastic_lm.config import DataConfig, ExitConfig, RunConfig, TrainConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer
@@ -45,15 +44,16 @@ def tuned(folder: str, workdir: Path) -> Observations:
 
 
 def gains(seen: Observations) -> dict[int, dict[str, float]]:
-    """Agreement and share of every exit."""
+    """Agreement and share of every exit, as if it were the only one."""
     counted = seen.weights > 0
     found = {}
     for i, layer in enumerate(seen.layers):
-        agrees = seen.agrees[counted, i]
-        surest_first = np.argsort(-seen.confidence[counted, i], kind="stable")
-        wrong = np.cumsum(~agrees[surest_first])
-        leaving = int(np.searchsorted(wrong, (1 - TARGET) * len(agrees), side="right"))
-        found[layer] = {"agreement": float(agrees.mean()), "share": leaving / len(agrees)}
+        tokens = seen.confidence[counted, i, None], seen.agrees[counted, i, None], (layer, seen.n_layers)
+        thresholds = choose(*tokens, [TARGET])[TARGET]
+        found[layer] = {
+            "agreement": float(tokens[1].mean()),
+            "share": outcome(*tokens, thresholds).shares[0],
+        }
     return found
 
 

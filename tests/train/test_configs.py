@@ -230,6 +230,11 @@ def test_embedded_recipe_continues_what_it_made(
     assert dict(zip(layers, config.train.exit_weights, strict=True)) == weights
 
 
+def test_embedded_recipe_names_a_wrong_argument() -> None:
+    with pytest.raises(ValueError, match=r"embedded\.py:longr: choose from tiny, longer, late"):
+        load_config(f"{CONFIGS / 'embedded.py'}:longr")
+
+
 def test_english_recipe_has_a_variant_with_an_exit() -> None:
     recipe = CONFIGS / "english.py"
     assert load_config(f"{recipe}:text,drafting").exits[0].layer == 2
