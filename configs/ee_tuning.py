@@ -8,7 +8,7 @@ DURATION  minutes
 
 from ml_collections import ConfigDict
 
-from elastic_lm.embedded import embedded_model
+from elastic_lm.checkpoints.embedded import embedded_model
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -24,7 +24,7 @@ Variants (`--config configs/flextron.py:NAME`):
 
 from ml_collections import ConfigDict
 
-from elastic_lm.embedded import embedded_model
+from elastic_lm.checkpoints.embedded import embedded_model
 
 
 def get_config(arg: str = "flextron") -> ConfigDict:

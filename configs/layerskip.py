@@ -12,7 +12,7 @@ four per step; `:scratch` trains a new model, with layer dropout that rises over
 
 from ml_collections import ConfigDict
 
-from elastic_lm.embedded import embedded_model
+from elastic_lm.checkpoints.embedded import embedded_model
 
 
 def get_config(arg: str = "rotational") -> ConfigDict:

@@ -21,7 +21,7 @@ Variants and baselines (`--config configs/sorted_finetuning.py:NAME`):
 
 from ml_collections import ConfigDict
 
-from elastic_lm.embedded import embedded_model
+from elastic_lm.checkpoints.embedded import embedded_model
 
 
 def get_config(arg: str = "soft") -> ConfigDict:

@@ -10,41 +10,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_lm import (
-        calibrate,
-        checkpoint,
-        data,
-        evaluate,
-        hf,
-        methods,
-        render,
-        sharding,
-        testing,
-        train,
-    )
-    from elastic_lm.calibrate.risk_control import RiskControl
-    from elastic_lm.calibrate.routing_rule import RoutingRule
-    from elastic_lm.calibrate.thresholds import ConfidenceExit
-    from elastic_lm.config import ExitConfig, ModelConfig, RopeConfig
+    from elastic_lm import calibrate, data, evaluate, hf, methods, testing, train
+    from elastic_lm.cascade.cascade import Cascade
+    from elastic_lm.cascade.measure import measure_routing
+    from elastic_lm.cascade.rule import RoutingRule
+    from elastic_lm.checkpoints import native as checkpoint
+    from elastic_lm.checkpoints.embedded import embedded_model
+    from elastic_lm.checkpoints.load import load
+    from elastic_lm.config.encoder import EncoderConfig
+    from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+    from elastic_lm.config.model import ExitConfig, ModelConfig, RopeConfig
+    from elastic_lm.config.subnet import Budget, Menu, Subnet
+    from elastic_lm.cost.latency_table import LatencyTable
     from elastic_lm.data.tokenizer import Tokenizer
-    from elastic_lm.decode.cascade import Cascade
-    from elastic_lm.decode.elastic import Elastic
-    from elastic_lm.decode.measuring import measure_routing
-    from elastic_lm.decode.policies import DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.decode.sampler import Sampler
-    from elastic_lm.decode.text_to_text import TextToText
-    from elastic_lm.elastic import Budget, Menu, Subnet
-    from elastic_lm.embedded import embedded_model
-    from elastic_lm.encoder_config import EncoderConfig
-    from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
-    from elastic_lm.latency_table import LatencyTable
-    from elastic_lm.loading import load
-    from elastic_lm.methods.ee_tuning import attach_exits
+    from elastic_lm.decode.seq2seq import TextToText
+    from elastic_lm.depth.guarantee import RiskControl
+    from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, StaticExit
+    from elastic_lm.models import sharding
     from elastic_lm.models.decoder import Decoder
     from elastic_lm.models.encoder import Encoder
     from elastic_lm.models.encoder_decoder import EncoderDecoder
+    from elastic_lm.models.exits import attach_exits
     from elastic_lm.models.task_heads import attach_task_exits, attach_task_head
-    from elastic_lm.slicing import slice_params
+    from elastic_lm.report import colour as render
+    from elastic_lm.width.chooser import Elastic
+    from elastic_lm.width.slicing import slice_params
 
 __version__ = "0.1.0"
 
@@ -93,35 +84,35 @@ __all__ = [
 
 _HOMES = {
     "Encoder": "models.encoder",
-    "EncoderConfig": "encoder_config",
+    "EncoderConfig": "config.encoder",
     "attach_task_exits": "models.task_heads",
     "attach_task_head": "models.task_heads",
-    "Budget": "elastic",
-    "Menu": "elastic",
-    "Subnet": "elastic",
-    "Cascade": "decode.cascade",
-    "ConfidenceExit": "calibrate.thresholds",
-    "DecayedExit": "decode.policies",
-    "LatencyTable": "latency_table",
-    "DepthSchedule": "decode.policies",
-    "RiskControl": "calibrate.risk_control",
-    "RoutingRule": "calibrate.routing_rule",
-    "measure_routing": "decode.measuring",
-    "StaticExit": "decode.policies",
+    "Budget": "config.subnet",
+    "Menu": "config.subnet",
+    "Subnet": "config.subnet",
+    "Cascade": "cascade.cascade",
+    "ConfidenceExit": "depth.calibration",
+    "DecayedExit": "depth.policies",
+    "LatencyTable": "cost.latency_table",
+    "DepthSchedule": "depth.policies",
+    "RiskControl": "depth.guarantee",
+    "RoutingRule": "cascade.rule",
+    "measure_routing": "cascade.measure",
+    "StaticExit": "depth.policies",
     "Decoder": "models.decoder",
-    "Elastic": "decode.elastic",
+    "Elastic": "width.chooser",
     "EncoderDecoder": "models.encoder_decoder",
-    "EncoderDecoderConfig": "encoder_decoder_config",
-    "ExitConfig": "config",
-    "ModelConfig": "config",
-    "RopeConfig": "config",
+    "EncoderDecoderConfig": "config.encoder_decoder",
+    "ExitConfig": "config.model",
+    "ModelConfig": "config.model",
+    "RopeConfig": "config.model",
     "Sampler": "decode.sampler",
-    "TextToText": "decode.text_to_text",
+    "TextToText": "decode.seq2seq",
     "Tokenizer": "data.tokenizer",
-    "attach_exits": "methods.ee_tuning",
-    "embedded_model": "embedded",
-    "load": "loading",
-    "slice_params": "slicing",
+    "attach_exits": "depth.ee_tuning",
+    "embedded_model": "checkpoints.embedded",
+    "load": "checkpoints.load",
+    "slice_params": "width.slicing",
 }
 
 

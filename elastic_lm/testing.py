@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config import ExitConfig, ModelConfig
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.models.decoder import Decoder, Params, abstract_params
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ExitConfig, ModelConfig
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.models.decoder import Params
 from elastic_lm.testing import all_logits, random_params, random_tokens, tiny_config
 

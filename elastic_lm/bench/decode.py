@@ -33,15 +33,15 @@ from elastic_lm.bench import early
 from elastic_lm.bench.model import random_model
 from elastic_lm.bench.report import Options, Row
 from elastic_lm.bench.timing import interleave, matvec_bandwidth
-from elastic_lm.calibrate.confidence import METRICS
-from elastic_lm.calibrate.thresholds import ConfidenceExit
-from elastic_lm.config import ExitConfig, ModelConfig
-from elastic_lm.decode.requests import bucket
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.decode.sampler import Sampler
+from elastic_lm.decode.settings import bucket
+from elastic_lm.depth.confidence import METRICS
+from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.hf import export
-from elastic_lm.machine import usable_cores
-from elastic_lm.methods.ee_tuning import without_exits
 from elastic_lm.models.decoder import Decoder, Params, init_params
+from elastic_lm.models.exits import without_exits
+from elastic_lm.report.machine import usable_cores
 
 WINDOW = 32
 

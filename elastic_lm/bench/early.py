@@ -32,17 +32,19 @@ import numpy as np
 
 from elastic_lm.bench.report import Options, Row
 from elastic_lm.bench.timing import interleave
-from elastic_lm.calibrate.thresholds import ConfidenceExit, calibrate
-from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, TrainConfig
+from elastic_lm.checkpoints.embedded import embedded_model
+from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data import pipeline
+from elastic_lm.data.batch import Batch
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.policies import ExitPolicy
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.embedded import embedded_model
-from elastic_lm.loading import load_decoder
-from elastic_lm.methods.ee_tuning import without_exits
-from elastic_lm.methods.losses import Batch
+from elastic_lm.depth.calibration import calibrate
+from elastic_lm.depth.policies import ConfidenceExit, ExitPolicy
 from elastic_lm.models.decoder import Decoder, Params, init_params
+from elastic_lm.models.exits import without_exits
+from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import MODEL_FOLDER, fit
 
 GATE = 32  # hidden width of the gates

@@ -1,6 +1,6 @@
 """The model that speed is measured on where a user names none."""
 
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 
 
 def random_model(tiny: bool = False) -> ModelConfig:

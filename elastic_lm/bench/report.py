@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import elastic_lm.bench
-from elastic_lm.machine import hardware, versions
-from elastic_lm.plain import write_text_whole
+from elastic_lm.files.atomic import write_text_whole
+from elastic_lm.report.machine import hardware, versions
 
 PLUMBING = ("early", "model", "report", "timing")
 

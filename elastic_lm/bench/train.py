@@ -31,20 +31,23 @@ import numpy as np
 
 from elastic_lm.bench.report import Options, Row
 from elastic_lm.bench.timing import interleave
-from elastic_lm.config import ExitConfig, ModelConfig, TrainConfig
-from elastic_lm.elastic import Menu
-from elastic_lm.methods.ee_tuning import EETuning, without_exits
-from elastic_lm.methods.flextron import ElasticTraining
-from elastic_lm.methods.losses import Batch, Method
-from elastic_lm.methods.pretraining import Pretraining
-from elastic_lm.methods.self_supervised_exits import CachedExits, SelfSupervisedExits, cache_taps
-from elastic_lm.methods.sorted_finetuning import SortedFineTuning
+from elastic_lm.config.model import ExitConfig, ModelConfig
+from elastic_lm.config.subnet import Menu
+from elastic_lm.data.batch import Batch
+from elastic_lm.depth.ee_tuning import EETuning
+from elastic_lm.depth.self_supervised import CachedExits, SelfSupervisedExits, cache_taps
+from elastic_lm.depth.sorted_finetuning import SortedFineTuning
 from elastic_lm.models.decoder import Params, init_params, stack_layers
-from elastic_lm.models.elastic import Choice
-from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
+from elastic_lm.models.exits import without_exits
+from elastic_lm.models.sharding import make_mesh, param_shardings, stacked_shardings
+from elastic_lm.train.config import TrainConfig
+from elastic_lm.train.losses import Method
 from elastic_lm.train.optim import make_optimizer
+from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.state import create_state, state_shardings
 from elastic_lm.train.step import make_train_step, place_batch
+from elastic_lm.width.elastic_training import ElasticTraining
+from elastic_lm.width.switched import Choice
 
 SUB_MODELS = 8
 ELASTIC_STEPS = 8  # whose draws are timed together

@@ -21,11 +21,11 @@ import numpy as np
 from elastic_lm.bench.model import random_model
 from elastic_lm.bench.report import Options, Row
 from elastic_lm.bench.timing import interleave
+from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.elastic import Menu, Subnet
 from elastic_lm.models.decoder import Decoder, init_params
-from elastic_lm.models.routed_decoder import ROUTING, RoutedConfig, RoutedDecoder, routed_params
-from elastic_lm.slicing import slice_params
+from elastic_lm.width.nested_decoder import ROUTING, RoutedConfig, RoutedDecoder, routed_params
+from elastic_lm.width.slicing import slice_params
 
 NEW_TOKENS = 64
 MENU = Menu((0.25, 0.5, 0.75, 1.0), (1 / 3, 2 / 3, 1.0))

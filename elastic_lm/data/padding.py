@@ -1,8 +1,11 @@
 """Rows of token ids as one array."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+Given = TypeVar("Given")
 
 
 def padded(rows: Sequence[Sequence[int]], count: int, width: int, fill: int = 0) -> np.ndarray:
@@ -21,3 +24,8 @@ def padded(rows: Sequence[Sequence[int]], count: int, width: int, fill: int = 0)
     for row, ids in zip(tokens, rows, strict=False):
         row[: len(ids)] = ids
     return tokens
+
+
+def filled(rows: Sequence[Given], size: int) -> list[Given]:
+    """Rows with the first one repeated until there are `size`."""
+    return [*rows, *[rows[0]] * (size - len(rows))]

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
+from elastic_lm.config.checks import require
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.config.task import TaskConfig
 from elastic_lm.data.grouping import batches_of_alike
 from elastic_lm.data.padding import padded
 from elastic_lm.data.records import Record, Records, text_of
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
-from elastic_lm.plain import require
-from elastic_lm.task_config import TaskConfig
 
 SHORTEST = 8  # columns of the narrowest batch
 

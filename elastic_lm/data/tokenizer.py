@@ -8,7 +8,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from elastic_lm.plain import read_json, require
+from elastic_lm.config.checks import require
+from elastic_lm.files.atomic import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 

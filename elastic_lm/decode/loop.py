@@ -14,14 +14,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.calibrate.confidence import (
-    METRICS,
-    state_similarity,
-)
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import cache
-from elastic_lm.decode.answer import Found, answer
 from elastic_lm.decode.cache import LayerCache
+from elastic_lm.decode.exit_check import Found, answer
+from elastic_lm.decode.lossless import deep_tokens, drafting_room, look_deep, verify
 from elastic_lm.decode.propagate import propagate
 from elastic_lm.decode.sampling import sample
 from elastic_lm.decode.state import (
@@ -34,10 +31,10 @@ from elastic_lm.decode.state import (
     no_answers,
     retire,
     segments,
-)  # fmt: skip
-from elastic_lm.decode.verify import deep_tokens, drafting_room, look_deep, verify
+)
+from elastic_lm.depth.confidence import METRICS, state_similarity
 from elastic_lm.models.decoder import Params
-from elastic_lm.models.routed_decoder import decoder_of
+from elastic_lm.width.nested_decoder import decoder_of
 
 # What segment j writes: caches of its layers, cache of its exit's block, states that leave it [B, W, D].
 Held = tuple[tuple[LayerCache, ...], LayerCache | None, jax.Array | None]

@@ -1,16 +1,17 @@
 """Prefill: one full-depth pass over the padded prompts that fills every cache."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import cache
 from elastic_lm.decode.state import FREE, DecodeState, segments
 from elastic_lm.models.decoder import Params, default_positions
-from elastic_lm.models.routed_decoder import decoder_of
+from elastic_lm.width.nested_decoder import decoder_of
 
 
 @flax.struct.dataclass
@@ -155,3 +156,16 @@ def start_state(
         accepted=jnp.zeros((b,), jnp.int32),
         ticks=jnp.zeros((n_exits + 1,), jnp.int32),
     )
+
+
+@jax.jit
+def apart(tree: Any) -> list[Any]:
+    """The rows of a tree of [B, ...] arrays, one tree each, in one program."""
+    rows = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(rows)]
+
+
+@jax.jit
+def together(rows: list[Any]) -> Any:
+    """Inverse of `apart`."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *rows)

@@ -15,11 +15,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import cache
 from elastic_lm.decode.state import DecodeState, segments
 from elastic_lm.models.decoder import Params
-from elastic_lm.models.routed_decoder import decoder_of
+from elastic_lm.width.nested_decoder import decoder_of
 
 # Caches of layers, caches of the blocks of exits.
 Deeper = tuple[tuple[cache.LayerCache, ...], tuple[cache.LayerCache | None, ...]]

@@ -8,8 +8,10 @@ from typing import Protocol
 
 import jax
 
+from elastic_lm.config.subnet import Budget, Subnet
+from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.state import DecodeState
-from elastic_lm.elastic import Budget, Subnet
+from elastic_lm.report import colour as render
 
 
 class TextTokenizer(Protocol):
@@ -169,3 +171,8 @@ def held_back(text: str, stops: tuple[str, ...]) -> str:
         if any(s.startswith(text[-size:]) for s in stops):
             return text[:-size]
     return text
+
+
+def sample_spans(tokenizer: Tokenizer, prompt: Sequence[int], sample: Sample) -> list[render.Span]:
+    """The text of a continuation of `prompt` (token ids), in runs of one depth."""
+    return render.spans(tokenizer.decode, sample.tokens, sample.exit_layers, prompt=prompt, text=sample.text)

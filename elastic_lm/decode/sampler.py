@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.decode.elastic import Elastic
-from elastic_lm.decode.policies import ExitPolicy, on_subnet
+from elastic_lm.config.checks import require
+from elastic_lm.config.subnet import Budget, Subnet
+from elastic_lm.decode.lossless import known
 from elastic_lm.decode.prefill import Begun
-from elastic_lm.decode.requests import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
 from elastic_lm.decode.results import Reader, Sample, TextTokenizer, collect, held_back
+from elastic_lm.decode.served import Served, Subnets, compilations, jit_prefill_begun
+from elastic_lm.decode.settings import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
 from elastic_lm.decode.state import Controls, DecodeState, Mode
-from elastic_lm.decode.subnets import Served, Subnets, compilations, jit_prefill_begun
-from elastic_lm.decode.verify import known
-from elastic_lm.elastic import Budget, Subnet
+from elastic_lm.depth.policies import ExitPolicy, on_subnet
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.plain import require
+from elastic_lm.width.chooser import Elastic
 
 ENDLESS = 2**30  # iterations, where nothing has to be looked at between
 

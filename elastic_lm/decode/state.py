@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.sampling import Sampling
 

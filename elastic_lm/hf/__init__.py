@@ -5,9 +5,9 @@ encoders BERT (TinyBERT, MiniLM), DistilBERT, RoBERTa; of encoder-decoders T5 (1
 torch nor transformers is needed. How exits are stored: `elastic_lm.hf.table`.
 """
 
-from elastic_lm.hf.convert import config_from_hf, config_to_hf
-from elastic_lm.hf.families import FAMILIES
-from elastic_lm.hf.reading import load
-from elastic_lm.hf.writing import export
+from elastic_lm.hf.config_json import config_from_hf, config_to_hf
+from elastic_lm.hf.export import export
+from elastic_lm.hf.load import load
+from elastic_lm.hf.registry import FAMILIES
 
 __all__ = ["FAMILIES", "config_from_hf", "config_to_hf", "export", "load"]

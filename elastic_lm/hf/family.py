@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from elastic_lm.config import Activation, ModelConfig
+from elastic_lm.config.checks import require
+from elastic_lm.config.model import Activation, ModelConfig
 from elastic_lm.hf.layouts import SAME, Layout
-from elastic_lm.plain import require
 
 REQUIRED = object()
 

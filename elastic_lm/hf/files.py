@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from elastic_lm import plain
+from elastic_lm.files import atomic as plain
 from elastic_lm.hf.layouts import Shape
 
 WEIGHTS = "model.safetensors"

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.config.checks import require
+from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.hf.family import typed
-from elastic_lm.plain import require
 
 # Values of config.json for what all of them lack here.
 REFUSE = (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from elastic_lm.models.kinds import Config
+from elastic_lm.models.registry import Config
 
 Shape = tuple[int, ...]
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from elastic_lm.config.rope import RopeConfig, RopeScaling
 from elastic_lm.hf.family import number, typed
-from elastic_lm.rope_config import RopeConfig, RopeScaling
 
 ORIGINAL = "original_max_position_embeddings"
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from elastic_lm.config.checks import require
 from elastic_lm.hf.family import number
-from elastic_lm.plain import require
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

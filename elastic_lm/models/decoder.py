@@ -14,13 +14,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.checks import require
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.nn.attention import KeyValues
 from elastic_lm.nn.block import Block, Rows, Tap, make_norm
-from elastic_lm.nn.exits import Exit, VocabHead
+from elastic_lm.nn.exit_head import Exit, VocabHead
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.partition import partitioned
-from elastic_lm.plain import require
 
 Params = dict[str, Any]
 

@@ -11,11 +11,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.config.checks import require
+from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.models.decoder import Embedding, Params
 from elastic_lm.nn.encoder import EncoderBlock, TokenHead, encoder_norm
 from elastic_lm.nn.linear import Linear
-from elastic_lm.plain import require
 
 POOLERS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 

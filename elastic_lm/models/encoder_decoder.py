@@ -7,15 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.config.checks import AT_LEAST_1, require
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.decoder import Embedding, Params
 from elastic_lm.models.encoder import mean_state
 from elastic_lm.nn.attention import KeyValues
 from elastic_lm.nn.block import Rows, make_norm
 from elastic_lm.nn.encoder_decoder import Layer, seen_by_all
-from elastic_lm.nn.exits import VocabHead
+from elastic_lm.nn.exit_head import VocabHead
 from elastic_lm.nn.linear import Linear, linear
-from elastic_lm.plain import AT_LEAST_1, require
 
 
 class Stack(nn.Module):

@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.encoder_config import EncoderConfig, Problem
+from elastic_lm.config.checks import require
+from elastic_lm.config.encoder import EncoderConfig, Problem
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder import dense, exit_name
-from elastic_lm.plain import require
 
 
 def attach_task_head(

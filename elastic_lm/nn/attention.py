@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.norm import Norm
 from elastic_lm.nn.rope import apply_rope, rope_frequencies

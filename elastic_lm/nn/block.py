@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.nn.attention import Attention, KeyValues
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.nn.attention import NEVER, KeyValues, attend
 from elastic_lm.nn.linear import Linear, linear
 from elastic_lm.nn.mlp import ACTIVATIONS, MLP

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.nn.attention import NEVER, Attention, KeyValues, attend
 from elastic_lm.nn.block import Rows, make_norm
 from elastic_lm.nn.linear import Linear

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import ModelConfig
-from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.config.encoder import EncoderConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.nn.linear import Linear
 
 

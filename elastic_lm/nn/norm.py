@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config import NormKind
+from elastic_lm.config.model import NormKind
 from elastic_lm.nn.partition import partitioned
 
 

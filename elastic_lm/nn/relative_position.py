@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.nn.partition import partitioned
 
 

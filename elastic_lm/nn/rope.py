@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config import RopeConfig
+from elastic_lm.config.model import RopeConfig
 
 
 def rope_frequencies(rope: RopeConfig, rotary_dim: int, max_len: int) -> tuple[np.ndarray, float]:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from elastic_lm.checkpoint import QUICKSTART_MARK as MARK
+from elastic_lm.checkpoints.native import QUICKSTART_MARK as MARK
 
 TUNING = "tuning"  # made before any file is written, so where it is ours the files are
 FILES = ("thresholds.json", "report.json", "curve.png", "text.html")

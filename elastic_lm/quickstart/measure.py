@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.bench.timing import interleave
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder, Params

@@ -3,8 +3,8 @@
 import argparse
 import dataclasses
 
-from elastic_lm.calibrate.confidence import metric_index
-from elastic_lm.config import ExitConfig, ExitKind
+from elastic_lm.config.model import ExitConfig, ExitKind
+from elastic_lm.depth.confidence import metric_index
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,12 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from elastic_lm import render
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.results import Sample
-from elastic_lm.evaluate.plots import SpeedPoint, quality_speed
-from elastic_lm.generation import sample_spans
-from elastic_lm.machine import hardware, versions
+from elastic_lm.decode.results import Sample, sample_spans
 from elastic_lm.quickstart.options import Options
+from elastic_lm.report import colour as render
+from elastic_lm.report.machine import hardware, versions
+from elastic_lm.report.plots import SpeedPoint, quality_speed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,22 +11,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from elastic_lm import render
-from elastic_lm.calibrate.observe import Observations, observe
-from elastic_lm.calibrate.search import outcome
-from elastic_lm.calibrate.thresholds import ConfidenceExit, calibrate
-from elastic_lm.config import DataConfig, ModelConfig
+from elastic_lm.checkpoints.embedded import embedded_model
+from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.data import pipeline
+from elastic_lm.data.batch import Batch
 from elastic_lm.data.stdlib import Split
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.embedded import embedded_model
-from elastic_lm.loading import load_decoder
-from elastic_lm.methods.ee_tuning import without_exits
-from elastic_lm.methods.losses import Batch
+from elastic_lm.depth.calibration import calibrate
+from elastic_lm.depth.observations import Observations, observe
+from elastic_lm.depth.policies import ConfidenceExit
+from elastic_lm.depth.threshold_search import outcome
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.exits import without_exits
 from elastic_lm.quickstart import folders, measure, report, text, train
 from elastic_lm.quickstart.options import Options
+from elastic_lm.report import colour as render
 
 STEPS = 6
 FULL = "full depth"

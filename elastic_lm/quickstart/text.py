@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic_lm.config import DataConfig
+from elastic_lm.config.data import DataConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.sources import (
     JSONL_SUFFIXES,
@@ -16,7 +16,7 @@ from elastic_lm.data.sources import (
 )
 from elastic_lm.data.stdlib import Split
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.plain import write_text_whole
+from elastic_lm.files.atomic import write_text_whole
 
 EVERY = 20  # of 20 consecutive pieces, the last is for testing and the one before it for calibration
 MOST, LEAST = 2048, 256  # bytes per piece of a text file

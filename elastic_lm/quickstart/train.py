@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, TrainConfig
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.quickstart import folders
 from elastic_lm.quickstart.options import Options
+from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import MODEL_FOLDER, fit
 
 

@@ -1,6 +1,7 @@
-"""Training: `fit` runs a `RunConfig`, `load_config` reads one from a file."""
+"""Training."""
 
-from elastic_lm.train.configs import load_config
-from elastic_lm.train.run import fit
+from etils import epy as _epy
 
-__all__ = ["fit", "load_config"]
+with _epy.lazy_api_imports(globals()):
+    from elastic_lm.train.load_config import load_config
+    from elastic_lm.train.run import fit

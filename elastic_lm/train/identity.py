@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config import RunConfig
-from elastic_lm.plain import from_dict, to_dict, write_text_whole
-from elastic_lm.task_config import TaskRun
+from elastic_lm.config.parse import from_dict, to_dict
+from elastic_lm.files.atomic import write_text_whole
+from elastic_lm.train.config import RunConfig, TaskRun
 
 AnyRun = RunConfig | TaskRun
 FILE = "run.json"

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from elastic_lm.checkpoint import Checkpoints
-from elastic_lm.config import TrainConfig
-from elastic_lm.methods.losses import Metrics
-from elastic_lm.metrics import Writer
+from elastic_lm.checkpoints.native import Checkpoints
 from elastic_lm.models.decoder import Params
+from elastic_lm.report.writers import Writer
+from elastic_lm.train.config import TrainConfig
+from elastic_lm.train.losses import Metrics
 from elastic_lm.train.state import TrainState, abstract_state
 from elastic_lm.train.step import EvalStep, TrainStep, place_batch
 

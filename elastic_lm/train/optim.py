@@ -6,9 +6,9 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from elastic_lm.config import TrainConfig
-from elastic_lm.methods.routing import ROUTERS, SURROGATE
 from elastic_lm.models.decoder import Params
+from elastic_lm.train.config import TrainConfig
+from elastic_lm.width.router_training import ROUTERS, SURROGATE
 
 DECAYED = ("kernel", "table")
 ADAMW_RMS = 0.2  # root mean square of an AdamW update, in units of the learning rate (arXiv 2502.16982)

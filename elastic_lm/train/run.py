@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from elastic_lm.checkpoint import (
+from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.checkpoints.native import (
     MENU_FILE,
     Checkpoints,
     check_target,
@@ -19,30 +20,38 @@ from elastic_lm.checkpoint import (
     local_folder,
     save_model,
 )
-from elastic_lm.config import WITHOUT_EXITS, ModelConfig, RunConfig
+from elastic_lm.config.checks import require
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.subnet import Menu
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
-from elastic_lm.elastic import Menu
-from elastic_lm.loading import load_decoder
-from elastic_lm.methods.ee_tuning import EETuning, JointTraining, attach_exits
-from elastic_lm.methods.flextron import TEACHER, ElasticEvaluation, ElasticTraining
-from elastic_lm.methods.losses import Method
-from elastic_lm.methods.pretraining import Pretraining
-from elastic_lm.methods.routing import ROUTERS, SURROGATE, RouterEvaluation, RouterTraining
-from elastic_lm.methods.self_supervised_exits import CachedExits, SelfSupervisedExits
-from elastic_lm.methods.sorted_finetuning import SortedFineTuning, extract
-from elastic_lm.metrics import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
+from elastic_lm.depth.cached_taps import cached_batches, place_taps
+from elastic_lm.depth.ee_tuning import EETuning, JointTraining
+from elastic_lm.depth.self_supervised import CachedExits, SelfSupervisedExits
+from elastic_lm.depth.sorted_finetuning import SortedFineTuning, extract
 from elastic_lm.models.decoder import Params, init_params, stack_layers, unstack_layers
-from elastic_lm.plain import require
-from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
+from elastic_lm.models.exits import attach_exits
+from elastic_lm.models.sharding import make_mesh, param_shardings, stacked_shardings
+from elastic_lm.report.writers import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
 from elastic_lm.train import loop
-from elastic_lm.train.cached import cached_batches, place_taps
+from elastic_lm.train.config import WITHOUT_EXITS, RunConfig
 from elastic_lm.train.identity import check_identity, save_identity
+from elastic_lm.train.losses import Method
 from elastic_lm.train.optim import make_optimizer
-from elastic_lm.train.ranking import rank_state
-from elastic_lm.train.routing import check_held_out, finished_routers, router_training
+from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.state import TrainState, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step, place_batch
+from elastic_lm.width.elastic_training import TEACHER, ElasticEvaluation, ElasticTraining
+from elastic_lm.width.ranking import rank_state
+from elastic_lm.width.router_training import (
+    ROUTERS,
+    SURROGATE,
+    RouterEvaluation,
+    RouterTraining,
+    check_held_out,
+    finished_routers,
+    router_training,
+)
 
 MODEL_FOLDER = "model"
 ELASTIC_GROUPS = 16  # of a model that becomes elastic; devices of a tensor axis divide them

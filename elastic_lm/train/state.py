@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from elastic_lm.models.decoder import Params
-from elastic_lm.sharding import replicated
+from elastic_lm.models.sharding import replicated
 
 
 @flax.struct.dataclass

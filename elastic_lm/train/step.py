@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from elastic_lm.methods.losses import Batch, Method, Metrics
+from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Params
-from elastic_lm.sharding import batch_sharding
+from elastic_lm.models.sharding import batch_sharding
+from elastic_lm.train.losses import Method, Metrics
 from elastic_lm.train.state import TrainState
 
 TrainStep = Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.bench.timing import interleave
-from elastic_lm.machine import hardware, versions
 from elastic_lm.nn.linear import linear
+from elastic_lm.report.machine import hardware, versions
 
 SHAPES = {"embedded": (192, 1024, 12), "d768": (768, 3072, 3)}  # inputs, outputs, layers
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.evaluate.plots import SpeedPoint, exit_depths, quality_speed
+from elastic_lm.report.plots import SpeedPoint, exit_depths, quality_speed
 
 HERE = Path(__file__).parent
 

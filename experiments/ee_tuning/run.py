@@ -19,20 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from elastic_lm.calibrate.confidence import METRICS
-from elastic_lm.calibrate.observe import Observations, observe
-from elastic_lm.calibrate.search import outcome
-from elastic_lm.calibrate.thresholds import calibrate
-from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, TrainConfig
+from elastic_lm.checkpoints.load import load
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.evaluate.quality import by_depth, shared_threshold_curve
-from elastic_lm.loading import load
-from elastic_lm.machine import hardware, versions
-from elastic_lm.methods.ee_tuning import attach_exits
+from elastic_lm.depth.calibration import calibrate
+from elastic_lm.depth.confidence import METRICS
+from elastic_lm.depth.observations import Observations, observe
+from elastic_lm.depth.quality import by_depth, shared_threshold_curve
+from elastic_lm.depth.threshold_search import outcome
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.exits import attach_exits
 from elastic_lm.quickstart import measure
+from elastic_lm.report.machine import hardware, versions
+from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import fit
 
 TARGETS = (0.9, 0.95, 0.98, 0.99, 0.995)

@@ -16,16 +16,16 @@ import jax
 import numpy as np
 from study import Columns, relative_times, scored, settled
 
+from elastic_lm.config.encoder import EncoderConfig
+from elastic_lm.config.task import TaskConfig
+from elastic_lm.cost.sequences import encoder_flops
 from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.encoder_config import EncoderConfig
-from elastic_lm.methods.task_tuning import TaskBatch, task_logits
 from elastic_lm.models.task_heads import exit_encoder
-from elastic_lm.sequence_cost import encoder_flops
-from elastic_lm.task_config import TaskConfig, TaskRun
+from elastic_lm.train.config import TaskRun, TrainConfig
 from elastic_lm.train.run import MODEL_FOLDER
-from elastic_lm.train.tasks import fit_task, load_of
-from elastic_lm.train_config import TrainConfig
+from elastic_lm.train.tasks.run import fit_task, load_of
+from elastic_lm.train.tasks.tuning import TaskBatch, task_logits
 
 HELD_BACK = 1000  # training rows that choose thresholds
 SMALL = 500  # likewise, of tasks with fewer than 3000

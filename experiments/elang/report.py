@@ -16,14 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from elastic_lm.calibrate.routing import (
-    Measured,
-    RoutingCurve,
-    RoutingPoint,
-    like_super,
-    most_accurate,
-    sweep,
-)
+from elastic_lm.cascade.sweep import Measured, RoutingCurve, RoutingPoint, like_super, most_accurate, sweep
 
 matplotlib.use("Agg")
 Columns = dict[str, Any]

@@ -31,7 +31,7 @@ import sentiment
 import writers
 from report import plot, tables
 
-from elastic_lm.machine import hardware, versions
+from elastic_lm.report.machine import hardware, versions
 
 TASKS = (*encoders.TASKS, "sentiment", "translation")
 

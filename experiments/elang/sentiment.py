@@ -12,13 +12,14 @@ from typing import Any
 from encoders import HELD_BACK, split
 from study import Columns, answered, settled
 
-from elastic_lm.config import DataConfig, ExitConfig, RunConfig
+from elastic_lm.cascade.multiple_choice import Choice
+from elastic_lm.cascade.shared_model import nested_choice
+from elastic_lm.checkpoints.load import load
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.choice import Choice
-from elastic_lm.decode.nested import nested_choice
-from elastic_lm.loading import load
+from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import MODEL_FOLDER, fit
-from elastic_lm.train_config import TrainConfig
 
 STEPS, NESTED_STEPS = 500, 150  # of 8192 tokens
 LAYERS = 2

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.bench.timing import interleave
-from elastic_lm.calibrate.routing_scores import logit_scores
-from elastic_lm.decode.answerers import Answer, Answerer, Resumes, Row
+from elastic_lm.cascade.answerer import Answer, Answerer, Resumes, Row
+from elastic_lm.cascade.scores import logit_scores
 
 Columns = dict[str, Any]
 ROUNDS = 7

@@ -11,14 +11,14 @@ from typing import Any
 import sacrebleu
 from study import Columns, answered, settled
 
+from elastic_lm.cascade.text_answerer import TextAnswerer
+from elastic_lm.checkpoints.load import load
+from elastic_lm.config.parse import from_dict
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.text_answerer import TextAnswerer
-from elastic_lm.decode.text_to_text import TextToText
-from elastic_lm.loading import load
-from elastic_lm.plain import from_dict
-from elastic_lm.task_config import TaskRun
+from elastic_lm.decode.seq2seq import TextToText
+from elastic_lm.train.config import TaskRun
 from elastic_lm.train.run import MODEL_FOLDER
-from elastic_lm.train.tasks import fit_task
+from elastic_lm.train.tasks.run import fit_task
 
 RECIPE = Path(__file__).parents[2] / "configs" / "translation.py"
 STEPS = 500

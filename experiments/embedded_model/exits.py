@@ -10,12 +10,14 @@ import json
 import sys
 from pathlib import Path
 
-from elastic_lm.calibrate.observe import Observations, observe
-from elastic_lm.calibrate.search import choose, outcome
-from elastic_lm.config import DataConfig, ExitConfig, RunConfig, TrainConfig
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ExitConfig
 from elastic_lm.data import pipeline
+from elastic_lm.data.batch import Batch
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.methods.losses import Batch
+from elastic_lm.depth.observations import Observations, observe
+from elastic_lm.depth.threshold_search import choose, outcome
+from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import fit
 
 LAYERS = (3, 6, 9)

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from routed import by_token, static
 from study import MENU, MODEL_FOLDER, Model, Row, Study, losses, own_loss
 
-from elastic_lm.checkpoint import save_model
-from elastic_lm.cost import CostTable
-from elastic_lm.elastic import Menu, Subnet
-from elastic_lm.methods.flextron import uniform_subnets
-from elastic_lm.methods.search import greedy, knapsack, measured_damage, random_subnets, uniform_subnet
-from elastic_lm.slicing import slice_params
+from elastic_lm.checkpoints.native import save_model
+from elastic_lm.config.subnet import Menu, Subnet
+from elastic_lm.cost.counted import CostTable
+from elastic_lm.width.elastic_training import uniform_subnets
+from elastic_lm.width.search import greedy, knapsack, measured_damage, random_subnets, uniform_subnet
+from elastic_lm.width.slicing import slice_params
 
 Arm = Callable[[Study], list[Row]]
 MLP_ONLY = Menu(mlp=MENU.mlp, heads=(1.0,))

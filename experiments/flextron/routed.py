@@ -10,13 +10,13 @@ import numpy as np
 from study import MODEL_FOLDER, Row, Study, losses
 
 from elastic_lm.bench.timing import interleave
-from elastic_lm.config import TrainConfig
-from elastic_lm.decode.elastic import Elastic
+from elastic_lm.config.subnet import Subnet
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.elastic import Subnet
-from elastic_lm.methods.routers import Routers
-from elastic_lm.methods.routing import ROUTERS, RouterTraining
 from elastic_lm.models.decoder import Decoder, stack_layers
+from elastic_lm.train.config import TrainConfig
+from elastic_lm.width.chooser import Elastic
+from elastic_lm.width.router_training import ROUTERS, RouterTraining
+from elastic_lm.width.trained_routers import Routers
 
 STEPS, LR, WIDTH = 80, 1e-2, 256
 TOKENS, ROUNDS = 64, 7

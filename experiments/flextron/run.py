@@ -37,12 +37,12 @@ from report import plot, tables
 from study import Settings, Study, key
 from times import latency_table, timed
 
-from elastic_lm.config import DataConfig
-from elastic_lm.elastic import Subnet
-from elastic_lm.embedded import embedded_model
-from elastic_lm.latency_table import LatencyTable
-from elastic_lm.machine import hardware, versions
-from elastic_lm.plain import from_dict
+from elastic_lm.checkpoints.embedded import embedded_model
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.parse import from_dict
+from elastic_lm.config.subnet import Subnet
+from elastic_lm.cost.latency_table import LatencyTable
+from elastic_lm.report.machine import hardware, versions
 
 
 def main() -> None:

@@ -10,19 +10,22 @@ from typing import Any
 
 import jax
 
-from elastic_lm.checkpoint import save_model
-from elastic_lm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from elastic_lm.cost import CostTable
+from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.native import save_model
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.subnet import Budget, Menu, Subnet
+from elastic_lm.cost.counted import CostTable
 from elastic_lm.data import pipeline
+from elastic_lm.data.batch import Batch
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.elastic import Budget, Menu, Subnet
-from elastic_lm.loading import load
-from elastic_lm.methods.flextron import ElasticTraining
-from elastic_lm.methods.importance import permute, rank
-from elastic_lm.methods.losses import Batch, TokenSums
 from elastic_lm.models.decoder import Params, stack_layers
-from elastic_lm.models.elastic import Choice
+from elastic_lm.train.config import RunConfig, TrainConfig
+from elastic_lm.train.losses import TokenSums
 from elastic_lm.train.run import ELASTIC_GROUPS, MODEL_FOLDER, fit
+from elastic_lm.width.elastic_training import ElasticTraining
+from elastic_lm.width.importance import permute, rank
+from elastic_lm.width.switched import Choice
 
 Row = dict[str, Any]
 Model = tuple[ModelConfig, Params]

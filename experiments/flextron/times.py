@@ -6,12 +6,12 @@ from typing import Any
 
 from study import MENU, elastic_config, key
 
-from elastic_lm.cost import Load
-from elastic_lm.elastic import Subnet
-from elastic_lm.latency.build import build
-from elastic_lm.latency.measure import GROUP, measure
-from elastic_lm.latency_table import LatencyTable
-from elastic_lm.plain import from_dict
+from elastic_lm.bench.latency_build import build
+from elastic_lm.bench.latency_measure import GROUP, measure
+from elastic_lm.config.parse import from_dict
+from elastic_lm.config.subnet import Subnet
+from elastic_lm.cost.counted import Load
+from elastic_lm.cost.latency_table import LatencyTable
 
 LOAD = Load(batch=1, context=128)
 UNTIMED = ("random", "full")  # drawn too often, and 1 by definition

@@ -14,15 +14,15 @@ import numpy as np
 from record import Record
 
 from elastic_lm.bench.model import random_model
-from elastic_lm.calibrate.confidence import confidence
-from elastic_lm.calibrate.thresholds import ConfidenceExit
-from elastic_lm.config import ExitConfig, ModelConfig
+from elastic_lm.checkpoints.embedded import embedded_model
+from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.embedded import embedded_model
-from elastic_lm.loading import load_decoder
-from elastic_lm.methods.ee_tuning import attach_exits, without_exits
+from elastic_lm.depth.confidence import confidence
+from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.models.decoder import Decoder, Output, Params, init_params
+from elastic_lm.models.exits import attach_exits, without_exits
 
 SHAPE = (2, 64)  # rows and tokens of the compared logits
 PROMPTS, NEW = 16, 64

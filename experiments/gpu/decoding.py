@@ -11,12 +11,12 @@ import numpy as np
 from record import Record
 
 from elastic_lm.bench.timing import interleave
-from elastic_lm.calibrate.thresholds import ConfidenceExit
-from elastic_lm.config import ExitConfig, ModelConfig
-from elastic_lm.decode.requests import bucket
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.methods.ee_tuning import without_exits
+from elastic_lm.decode.settings import bucket
+from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.models.decoder import Decoder, Params, init_params
+from elastic_lm.models.exits import without_exits
 
 WINDOW = 32
 PROMPT = 96  # with one new token or with all of them and a window, the same bucket: nothing compiles twice

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.plain import write_text_whole
+from elastic_lm.files.atomic import write_text_whole
 
 TRACE_LINES = 12
 

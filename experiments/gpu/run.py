@@ -61,7 +61,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     faulthandler.dump_traceback_later(args.seconds + GRACE, exit=True)
     prepare(args.tiny, args.cache)
-    from elastic_lm.machine import hardware, versions
+    from elastic_lm.report.machine import hardware, versions
 
     head = {"args": vars(args), "hardware": hardware(), "versions": versions(), "gpu": gpu_state()}
     record = Record(out / "results.json", args.seconds, **head)

@@ -11,12 +11,13 @@ from record import Record
 
 from elastic_lm.bench.timing import interleave
 from elastic_lm.bench.train import SUB_MODELS, random_batch, random_params, timed_step
-from elastic_lm.config import ExitConfig, ModelConfig
-from elastic_lm.methods.ee_tuning import EETuning, without_exits
-from elastic_lm.methods.losses import Method
-from elastic_lm.methods.pretraining import Pretraining
-from elastic_lm.methods.sorted_finetuning import SortedFineTuning
+from elastic_lm.config.model import ExitConfig, ModelConfig
+from elastic_lm.depth.ee_tuning import EETuning
+from elastic_lm.depth.sorted_finetuning import SortedFineTuning
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.exits import without_exits
+from elastic_lm.train.losses import Method
+from elastic_lm.train.pretraining import Pretraining
 
 
 def training(record: Record, args: argparse.Namespace) -> None:

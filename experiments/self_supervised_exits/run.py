@@ -23,18 +23,20 @@ from typing import Any, get_args
 import matplotlib
 import numpy as np
 
-from elastic_lm.calibrate.confidence import METRICS
-from elastic_lm.calibrate.observe import Observations, observe
-from elastic_lm.calibrate.risk_control import RiskControl, control
-from elastic_lm.calibrate.search import choose, outcome
-from elastic_lm.calibrate.strategies import Strategy, exit_thresholds
-from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, TrainConfig
+from elastic_lm.checkpoints.embedded import embedded_model
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data import pipeline
+from elastic_lm.data.batch import Batch
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.embedded import embedded_model
-from elastic_lm.machine import hardware, versions
-from elastic_lm.methods.losses import Batch
+from elastic_lm.depth.confidence import METRICS
+from elastic_lm.depth.guarantee import RiskControl, control
+from elastic_lm.depth.observations import Observations, observe
+from elastic_lm.depth.per_exit import Strategy, exit_thresholds
+from elastic_lm.depth.threshold_search import choose, outcome
 from elastic_lm.models.decoder import Params
+from elastic_lm.report.machine import hardware, versions
+from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import fit
 
 matplotlib.use("Agg")

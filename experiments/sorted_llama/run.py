@@ -36,23 +36,25 @@ import jax.numpy as jnp
 import numpy as np
 from report import plot, tables
 
-from elastic_lm.calibrate.observe import observe
-from elastic_lm.calibrate.search import outcome
-from elastic_lm.calibrate.thresholds import ConfidenceExit
-from elastic_lm.calibrate.thresholds import fit as fit_thresholds
-from elastic_lm.config import DataConfig, ExitConfig, ModelConfig, RunConfig, TrainConfig
+from elastic_lm.checkpoints.embedded import embedded_model
+from elastic_lm.checkpoints.load import load
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data import pipeline
+from elastic_lm.data.batch import Batch
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.embedded import embedded_model
-from elastic_lm.loading import load
-from elastic_lm.machine import hardware, versions
-from elastic_lm.methods.ee_tuning import attach_exits
-from elastic_lm.methods.losses import Batch
-from elastic_lm.methods.sorted_finetuning import extract
+from elastic_lm.depth.calibration import fit as fit_thresholds
+from elastic_lm.depth.observations import observe
+from elastic_lm.depth.policies import ConfidenceExit
+from elastic_lm.depth.sorted_finetuning import extract
+from elastic_lm.depth.threshold_search import outcome
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.exits import attach_exits
 from elastic_lm.quickstart import measure
+from elastic_lm.report.machine import hardware, versions
+from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import MODEL_FOLDER, fit
 
 Model = tuple[ModelConfig, Params]

@@ -8,10 +8,10 @@ import pytest
 
 from elastic_lm.bench import decode, early
 from elastic_lm.bench.report import Options
-from elastic_lm.checkpoint import save_model
-from elastic_lm.config import ExitConfig, ModelConfig
+from elastic_lm.checkpoints.embedded import embedded_model
+from elastic_lm.checkpoints.native import save_model
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.embedded import embedded_model
 from elastic_lm.models.decoder import init_params
 
 NAMES = {

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from elastic_lm import cli
 from elastic_lm.bench import report, timing
+from elastic_lm.cli import main as cli
 
 
 def test_interleave_alternates_after_one_warm_up() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from elastic_lm.bench import train
 from elastic_lm.bench.report import Options
-from elastic_lm.methods.flextron import ElasticTraining
 from elastic_lm.testing import tiny_config
+from elastic_lm.width.elastic_training import ElasticTraining
 
 
 def test_rows():

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.config.task import TaskConfig
 from elastic_lm.data.pairs import eval_pairs, train_pairs
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
-from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
-from elastic_lm.task_config import TaskConfig
 
 MODEL = EncoderDecoderConfig(300, 32, 1, 4, 40, decoder_start_id=2, pad_id=3, eos_ids=(0,))
 

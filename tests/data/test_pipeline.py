@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.checkpoint import Checkpoints
-from elastic_lm.config import DataConfig
+from elastic_lm.checkpoints.native import Checkpoints
+from elastic_lm.config.data import DataConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.sources import Document
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.calibrate.confidence import LOGIT_METRICS, confidence
-from elastic_lm.config import ExitConfig, ModelConfig
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.decode.sampler import Sampler
+from elastic_lm.depth.confidence import LOGIT_METRICS, confidence
 from elastic_lm.models.decoder import Decoder, Params, init_params
 from elastic_lm.testing import tiny_config
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.config import ExitConfig
+from elastic_lm.config.model import ExitConfig
 from elastic_lm.decode.loop import ring_write, variants
 from elastic_lm.decode.sampler import ENDLESS
+from elastic_lm.decode.served import jit_run
 from elastic_lm.decode.state import segments
-from elastic_lm.decode.subnets import jit_run
 from elastic_lm.models.decoder import Decoder, init_params
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from elastic_lm import hf
-from elastic_lm.config import ExitConfig
-from elastic_lm.methods.ee_tuning import attach_exits
+from elastic_lm.config.model import ExitConfig
+from elastic_lm.models.exits import attach_exits
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from elastic_lm.config import ExitConfig
+from elastic_lm.config.model import ExitConfig
 from elastic_lm.decode import loop
 from elastic_lm.models.decoder import init_params
 from elastic_lm.testing import tiny_config

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from elastic_lm.calibrate.thresholds import ConfidenceExit
-from elastic_lm.decode.elastic import Elastic
-from elastic_lm.decode.policies import (
+from elastic_lm.config.subnet import Budget, Menu, Subnet
+from elastic_lm.decode.sampler import Sampler
+from elastic_lm.decode.state import segments
+from elastic_lm.depth.policies import (
+    ConfidenceExit,
     DecayedExit,
     DepthSchedule,
     StaticExit,
@@ -19,12 +21,10 @@ from elastic_lm.decode.policies import (
     on_subnet,
     threshold_table,
 )
-from elastic_lm.decode.sampler import Sampler
-from elastic_lm.decode.state import segments
-from elastic_lm.elastic import Budget, Menu, Subnet
 from elastic_lm.models.decoder import Decoder
-from elastic_lm.slicing import slice_params
 from elastic_lm.testing import random_params, tiny_config
+from elastic_lm.width.chooser import Elastic
+from elastic_lm.width.slicing import slice_params
 
 MENU = Menu(mlp=(0.25, 0.5, 1.0), heads=(0.5, 1.0))
 NEW = 10

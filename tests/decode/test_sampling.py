@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.decode.requests import Settings
 from elastic_lm.decode.sampling import keep, sample
+from elastic_lm.decode.settings import Settings
 
 LOGITS = jnp.log(jnp.asarray([[0.5, 0.25, 0.15, 0.07, 0.03]]))
 

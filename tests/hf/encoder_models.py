@@ -7,7 +7,7 @@ import numpy as np
 from hf_models import assert_same_model
 
 from elastic_lm import hf
-from elastic_lm.encoder_config import EncoderConfig
+from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder import Encoder
 

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from elastic_lm import hf
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.models.decoder import Decoder, Params, abstract_params
 
 TOLERANCE = 1e-4  # of the largest logit, in float32

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
 

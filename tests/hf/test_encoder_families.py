@@ -25,9 +25,11 @@ from hf_models import assert_same_model, edit_config, edit_weights
 from safetensors.numpy import load_file
 
 import elastic_lm as el
-from elastic_lm import checkpoint, cli, hf
-from elastic_lm.encoder_config import EncoderConfig
-from elastic_lm.loading import load_decoder
+from elastic_lm import hf
+from elastic_lm.checkpoints import native as checkpoint
+from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.cli import main as cli
+from elastic_lm.config.encoder import EncoderConfig
 
 FOLDER = Path(__file__).parents[1] / "golden" / "encoders"
 DECODER = Path(__file__).parents[1] / "golden" / "hf" / "llama"

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import elastic_lm as el
 from elastic_lm import hf
-from elastic_lm.config import ExitConfig, ExitKind, ModelConfig, RopeConfig
+from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig, RopeConfig
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 QUERY = "model.layers.1.self_attn.q_proj.weight"

@@ -8,7 +8,7 @@ from hf_models import TOLERANCE, assert_same_model, our_logits, relative_error
 
 import elastic_lm as el
 from elastic_lm import hf
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 
 FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 

@@ -10,7 +10,9 @@ import numpy as np
 from hf_models import assert_same_model
 
 import elastic_lm as el
-from elastic_lm import checkpoint, hf, sharding
+from elastic_lm import hf
+from elastic_lm.checkpoints import native as checkpoint
+from elastic_lm.models import sharding
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 

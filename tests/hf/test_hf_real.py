@@ -13,7 +13,7 @@ from hf_models import TOLERANCE, export_and_reload, load_theirs, relative_error,
 
 import elastic_lm as el
 from elastic_lm import hf
-from elastic_lm.config import ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.models.decoder import Decoder, Params
 
 SHARED = os.environ.get("ELASTIC_LM_SHARED", "")

@@ -17,8 +17,8 @@ from hf_models import (
 )
 
 from elastic_lm import hf
-from elastic_lm.elastic import Subnet
-from elastic_lm.slicing import mask_params, slice_params
+from elastic_lm.config.subnet import Subnet
+from elastic_lm.width.slicing import mask_params, slice_params
 
 FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 

@@ -23,7 +23,7 @@ from hf_models import (
 )
 
 from elastic_lm import hf
-from elastic_lm.config import ExitConfig
+from elastic_lm.config.model import ExitConfig
 from elastic_lm.nn.rope import rope_frequencies
 
 pytest.importorskip("torch")

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 from t5_models import FOLDER, GOLDEN, VARIANTS, our_logits, random_pair, random_t5, their_logits
 
 import elastic_lm as el
-from elastic_lm import checkpoint, hf
-from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
+from elastic_lm import hf
+from elastic_lm.checkpoints import native as checkpoint
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.encoder_decoder import attach_encoder_head
 from elastic_lm.nn.relative_position import relative_buckets
 

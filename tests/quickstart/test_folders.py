@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_lm import cli
-from elastic_lm.checkpoint import check_target
+from elastic_lm.checkpoints.native import check_target
+from elastic_lm.cli import main as cli
 from elastic_lm.quickstart.folders import FILES, TUNING, check_files, check_replaceable, renew
 
 

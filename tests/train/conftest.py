@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from elastic_lm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.train.config import RunConfig, TrainConfig
 
 LINE = "def f{0}(x):\n    return x * {0} + {1}\n\n"
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import jax
 
-from elastic_lm.checkpoint import Checkpoints
-from elastic_lm.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from elastic_lm.checkpoints.native import Checkpoints
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import fit
 
 STEPS = 60

@@ -10,21 +10,22 @@ import numpy as np
 import pytest
 from test_task_runs import WORDS, write_records
 
-from elastic_lm import checkpoint, cli
-from elastic_lm.calibrate.routing_rule import RoutingRule
+from elastic_lm.cascade.rule import RoutingRule
+from elastic_lm.checkpoints import native as checkpoint
+from elastic_lm.checkpoints.load import load
+from elastic_lm.cli import main as cli
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.config.parse import to_dict
+from elastic_lm.config.task import TaskConfig
+from elastic_lm.cost.sequences import text_to_text_flops
 from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
-from elastic_lm.decode.text_to_text import TextToText
-from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
-from elastic_lm.jsonl import read_rows
-from elastic_lm.loading import load
-from elastic_lm.methods.task_tuning import TaskBatch, task_logits
-from elastic_lm.models.kinds import init_params
-from elastic_lm.plain import to_dict
-from elastic_lm.sequence_cost import text_to_text_flops
-from elastic_lm.task_config import TaskConfig, TaskRun
-from elastic_lm.train.tasks import fit_task
-from elastic_lm.train_config import TrainConfig
+from elastic_lm.decode.seq2seq import TextToText
+from elastic_lm.files.journal import read_rows
+from elastic_lm.models.registry import init_params
+from elastic_lm.train.config import TaskRun, TrainConfig
+from elastic_lm.train.tasks.run import fit_task
+from elastic_lm.train.tasks.tuning import TaskBatch, task_logits
 
 CONFIG = EncoderDecoderConfig(
     vocab_size=300, d_model=32, n_layers=1, n_heads=2, d_mlp=32, relative_buckets=8, relative_max_distance=16

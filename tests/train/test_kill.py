@@ -8,7 +8,7 @@ from pathlib import Path
 
 import chex
 
-from elastic_lm.checkpoint import load_model
+from elastic_lm.checkpoints.native import load_model
 
 SCRIPT = Path(__file__).parent / "killed_run.py"
 KILLS = 6

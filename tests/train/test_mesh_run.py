@@ -8,12 +8,13 @@ import jax
 import pytest
 from conftest import changed
 
-from elastic_lm.checkpoint import save_model
-from elastic_lm.config import MeshConfig, RunConfig
+from elastic_lm.checkpoints.native import save_model
+from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.elastic import Menu
-from elastic_lm.methods.routers import Routers
+from elastic_lm.models.sharding import MeshConfig
+from elastic_lm.train.config import RunConfig
 from elastic_lm.train.run import fit
+from elastic_lm.width.trained_routers import Routers
 
 eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 

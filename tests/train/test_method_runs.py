@@ -10,20 +10,21 @@ import pytest
 from conftest import changed
 from test_run import Stopped, metric_lines, stop_at
 
-from elastic_lm.checkpoint import load_menu, load_model, save_model
-from elastic_lm.config import ExitConfig, ModelConfig, RunConfig
+from elastic_lm.checkpoints.native import load_menu, load_model, save_model
+from elastic_lm.config.model import ExitConfig, ModelConfig
+from elastic_lm.config.subnet import Subnet
+from elastic_lm.data.batch import Batch
 from elastic_lm.data.pipeline import train_batches
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.elastic import Subnet
-from elastic_lm.methods.flextron import ElasticTraining
-from elastic_lm.methods.importance import rank
-from elastic_lm.methods.losses import Batch
 from elastic_lm.models.decoder import Params, unstack_layers
-from elastic_lm.sharding import make_mesh
-from elastic_lm.slicing import slice_params
+from elastic_lm.models.sharding import make_mesh
 from elastic_lm.testing import all_logits
-from elastic_lm.train import ranking
+from elastic_lm.train.config import RunConfig
 from elastic_lm.train.run import fit, prepare, prepare_tokenizer
+from elastic_lm.width import ranking
+from elastic_lm.width.elastic_training import ElasticTraining
+from elastic_lm.width.importance import rank
+from elastic_lm.width.slicing import slice_params
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from elastic_lm.config import TrainConfig
-from elastic_lm.sharding import make_mesh, replicated
+from elastic_lm.models.sharding import make_mesh, replicated
+from elastic_lm.train.config import TrainConfig
 from elastic_lm.train.optim import decayed, learning_rate, make_optimizer
 from elastic_lm.train.state import state_shardings
 

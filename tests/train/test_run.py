@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import pytest
 from conftest import changed
 
-from elastic_lm.checkpoint import load_model
-from elastic_lm.config import ExitConfig, RunConfig
+from elastic_lm.checkpoints.native import load_model
+from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.methods.pretraining import Pretraining
 from elastic_lm.train import run
+from elastic_lm.train.config import RunConfig
+from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.run import fit
 
 

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from elastic_lm.config import ModelConfig, TrainConfig
-from elastic_lm.elastic import Menu
-from elastic_lm.methods.flextron import ElasticTraining
-from elastic_lm.methods.losses import Batch, Method, Metrics
-from elastic_lm.methods.pretraining import Pretraining
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.subnet import Menu
+from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Params, init_params, stack_layers
-from elastic_lm.sharding import make_mesh, param_shardings, stacked_shardings
+from elastic_lm.models.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.testing import tiny_config
+from elastic_lm.train.config import TrainConfig
+from elastic_lm.train.losses import Method, Metrics
 from elastic_lm.train.optim import make_optimizer
+from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.state import create_state, state_shardings
 from elastic_lm.train.step import make_train_step, place_batch
+from elastic_lm.width.elastic_training import ElasticTraining
 
 ROWS, LENGTH, STEPS = 8, 12, 3
 # A large eps keeps AdamW from turning rounding of tiny gradients into whole steps.

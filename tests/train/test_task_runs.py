@@ -12,21 +12,21 @@ import tokenizers
 from test_run import Stopped, stop_at
 from tokenizers import models, pre_tokenizers, processors
 
-from elastic_lm import cli
-from elastic_lm.checkpoint import save_model
+from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.native import save_model
+from elastic_lm.cli import main as cli
+from elastic_lm.config.encoder import EncoderConfig
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.config.parse import to_dict
+from elastic_lm.config.task import TaskConfig
 from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.encoder_config import EncoderConfig
-from elastic_lm.encoder_decoder_config import EncoderDecoderConfig
-from elastic_lm.loading import load
-from elastic_lm.methods.task_tuning import TaskBatch, task_logits
 from elastic_lm.models.encoder import init_params
-from elastic_lm.plain import to_dict
-from elastic_lm.task_config import TaskConfig, TaskRun
-from elastic_lm.train import tasks
-from elastic_lm.train.configs import load_config
-from elastic_lm.train.tasks import fit_task
-from elastic_lm.train_config import TrainConfig
+from elastic_lm.train.config import TaskRun, TrainConfig
+from elastic_lm.train.load_config import load_config
+from elastic_lm.train.tasks import run as tasks
+from elastic_lm.train.tasks.run import fit_task
+from elastic_lm.train.tasks.tuning import TaskBatch, task_logits
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "very", "not"]
 WORDS += ["the", "a", "an", "it", "is", "was"]

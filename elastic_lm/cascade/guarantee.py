@@ -1,0 +1,132 @@
+"""A threshold between Swift and Super with a finite-sample guarantee against the Super alone.
+
+The harm of a threshold t on row i, whose answers have quality a_i (Swift) and b_i (Super) in [0, 1], is
+
+    L_i(t) = max(b_i - a_i, 0) if the Swift keeps the row, else 0
+
+so that E accuracy(t) >= E accuracy(Super) - E L(t): rows that only the Swift gets right are not counted in
+its favour. Harm never falls when more rows are kept, and thresholds that were chosen on one half of the
+rows are tested on the other, from the most cautious on (Learn-then-Test, see `risk_control`). With
+probability at least 1 - epsilon over the testing rows, what passes has E L <= the loss that is allowed.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from elastic_lm.bounds import RUNGS, fixed_sequence, hoeffding_bentkus, risk_bound, sequences_needed
+from elastic_lm.cascade.energy import keeps
+from elastic_lm.cascade.sweep import ALWAYS_SUPER, TOLERANCE, Measured, sweep
+from elastic_lm.config.checks import require
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingRisk:
+    """What is to be guaranteed."""
+
+    loss: float  # accuracy that may be lost against the Super alone
+    epsilon: float = 0.05  # probability, over the testing rows, that the guarantee fails
+
+    def __post_init__(self) -> None:
+        require(0 < self.loss < 1, "risk.loss", self.loss, "must be an accuracy that may be lost, like 0.01")
+        require(0 < self.epsilon < 1, "risk.epsilon", self.epsilon, "must be a probability like 0.05")
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingGuarantee:
+    """What was stated and what the testing rows say about the threshold it holds for."""
+
+    loss: float  # stated accuracy that may be lost
+    epsilon: float  # stated probability of failure
+    achieved: bool  # False: every row goes to the Super, which satisfies every statement
+    statement: str  # the guarantee, or why there is none, in words
+    rows: int  # that tested; as many others chose what was tested
+    accepted: int  # thresholds that passed, one after the other, of those tested
+    tested: int  # thresholds that were tested
+    p_value: float  # of "more is lost" for the reported threshold
+    harm: float  # mean harm of the testing rows
+    harm_bound: float  # upper bound of its expectation, 1 - epsilon, for this threshold alone
+    more_rows: int | None = None  # about how many more are needed; None = enough, or no number helps
+
+
+def harm(rows: Measured, threshold: float) -> np.ndarray:
+    """[N] float64 quality in [0, 1] that the Super would have added to rows that the Swift keeps."""
+    return np.where(keeps(rows.scores, threshold), np.maximum(rows.super_ - rows.swift, 0.0), 0.0)
+
+
+def ladder(rows: Measured, loss: float, rungs: int = RUNGS) -> list[float]:
+    """Thresholds to test, from the most to the least cautious.
+
+    Args:
+      rows: that do not test.
+      loss: harm that is allowed.
+      rungs: harms on these rows, evenly spaced up to `loss`, that are searched for.
+
+    Returns:
+      Distinct thresholds without those that keep no row.
+    """
+    unharmed = 1.0 - np.maximum(rows.super_ - rows.swift, 0.0)
+    curve = sweep(dataclasses.replace(rows, swift=unharmed, super_=np.ones(len(rows))))
+    thresholds, suffered = curve.threshold[::-1], 1.0 - curve.accuracy[::-1]
+    last = [int(np.flatnonzero(suffered <= loss * (i + 1) / rungs + TOLERANCE)[-1]) for i in range(rungs)]
+    return [float(thresholds[i]) for i in sorted(set(last)) if thresholds[i] < ALWAYS_SUPER]
+
+
+def control(rows: Measured, stated: RoutingRisk, seed: int = 0) -> tuple[float, RoutingGuarantee]:
+    """The least cautious threshold that passes.
+
+    Args:
+      rows: independent validation rows.
+      stated: what is to be guaranteed.
+      seed: decides which half of them chooses.
+
+    Returns:
+      (threshold, the guarantee). Where nothing passes, every row goes to the Super and the guarantee
+      describes the most cautious threshold instead, with the number of rows that would be enough.
+
+    Raises:
+      ValueError: there are fewer than two rows.
+    """
+    require(len(rows) >= 2, "rows", len(rows), "a guarantee needs at least 2: one half chooses, one tests")
+    mixed = np.random.default_rng(seed).permutation(len(rows))
+    selection, testing = rows.take(mixed[: len(mixed) // 2]), rows.take(mixed[len(mixed) // 2 :])
+    thresholds, n = ladder(selection, stated.loss), len(testing)
+    harms = [float(harm(testing, t).mean()) for t in thresholds] or [0.0]
+    p_values = [hoeffding_bentkus(h, n, stated.loss) for h in harms]
+    accepted = fixed_sequence(p_values, stated.epsilon) if thresholds else 0
+    found = max(accepted - 1, 0)
+    guarantee = RoutingGuarantee(
+        **dataclasses.asdict(stated),
+        achieved=accepted > 0,
+        statement=_statement(stated, n, harms[found], bool(thresholds), accepted > 0),
+        rows=n,
+        accepted=accepted,
+        tested=min(accepted + 1, len(thresholds)),
+        p_value=p_values[found],
+        harm=harms[found],
+        harm_bound=risk_bound(harms[found], n, stated.epsilon),
+        more_rows=None if accepted else _more(stated, n, harms[found]),
+    )
+    return (thresholds[found] if accepted else ALWAYS_SUPER), guarantee
+
+
+def _more(stated: RoutingRisk, n: int, suffered: float) -> int | None:
+    """Validation rows to add, of which half would test; None where no number helps."""
+    needed = sequences_needed(suffered, stated.loss, stated.epsilon)
+    return None if needed is None else 2 * max(1, needed - n)
+
+
+def _statement(stated: RoutingRisk, n: int, suffered: float, tried: bool, achieved: bool) -> str:
+    if achieved:
+        return (
+            f"with probability at least {1 - stated.epsilon:g} over the {n} rows that tested, the expected "
+            f"accuracy is at least that of the Super alone minus {stated.loss:g} (for independent rows like "
+            "these)"
+        )
+    start = "not achievable with these rows, every row goes to the Super: "
+    more = _more(stated, n, suffered)
+    if not tried:
+        return start + "the Super gains too much on those that the Swift is surest of"
+    if more is None:
+        return start + "even the most cautious threshold loses more than is allowed"
+    return start + f"about {more} more are needed"

@@ -1,0 +1,41 @@
+"""The curve of a cascade: accuracy against cost."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from elastic_lm.cascade.sweep import RoutingPoint
+from elastic_lm.report.plots import COLOURS, _figure
+
+
+def routing(
+    points: Sequence[RoutingPoint],
+    chosen: RoutingPoint | None,
+    path: str | Path,
+    *,
+    unit: str = "flops",
+    title: str = "Swift and Super: accuracy against cost",
+) -> None:
+    """Draws accuracy over mean cost, from the Swift alone to the Super alone.
+
+    Args:
+      points: of a rule's curve.
+      chosen: marked, with its share of rows; None = nothing is.
+      path: PNG file to write.
+      unit: of the costs.
+      title: above the axes.
+    """
+    figure, axes = _figure(title)
+    axes.plot([p.cost for p in points], [100 * p.accuracy for p in points], color=COLOURS[0])
+    for point, name in ((points[0], "Swift alone"), (points[-1], "Swift and Super always")):
+        place = (point.cost, 100 * point.accuracy)
+        axes.plot(*place, "o", color="#888888")
+        axes.annotate(name, place, (6, -12), textcoords="offset points", fontsize=8)
+    if chosen is not None:
+        place = (chosen.cost, 100 * chosen.accuracy)
+        axes.plot(*place, "o", color=COLOURS[1])
+        text = f"{chosen.share_super:.1%} to the Super"
+        axes.annotate(text, place, (6, 6), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(f"mean {unit} per row")
+    axes.set_ylabel("accuracy (%)")
+    axes.margins(0.15)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,172 @@
+"""The rule that routes between a Swift and a Super model, how it is fitted, and the file it lives in."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elastic_lm.cascade.guarantee import RoutingGuarantee, RoutingRisk, control
+from elastic_lm.cascade.scores import PLAIN, Scoring
+from elastic_lm.cascade.sweep import (
+    Measured,
+    RoutingCurve,
+    RoutingPoint,
+    cheapest,
+    like_super,
+    most_accurate,
+    sweep,
+)
+from elastic_lm.config.checks import SEED, require
+from elastic_lm.config.parse import load_dataclass
+from elastic_lm.decode.token_scores import Centre
+from elastic_lm.files.atomic import write_text_whole
+
+FORMAT = "elastic_lm routing 1"
+AVERAGES = "none: averages over the validation rows that chose the threshold, which are optimistic"
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingRule:
+    """The Swift keeps a row when its score is at least the threshold; ties stay with it."""
+
+    threshold: float
+    score: str = "energy"  # name of the Swift's score, see `calibrate.routing_scores`
+    temperature: float = 1.0  # T of the energy
+    centre: Centre = "none"  # whether the energy's logits are measured from their mean
+    seed: int = 0  # of the score "random"
+    goal: str = ""  # what the threshold was chosen for
+    measured: RoutingPoint | None = None  # what it gave on the validation rows
+    guarantee: RoutingGuarantee | None = None  # what holds for new rows; None = averages only
+    curve: tuple[RoutingPoint, ...] = ()  # other thresholds, in increasing order
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # models, data, date, versions
+
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.threshold), "threshold", self.threshold, "must be a finite number")
+        require(bool(self.score), "score", self.score, "must name a score, like energy")
+        require(SEED[0](self.seed), "seed", self.seed, SEED[1])
+        Scoring(self.temperature, self.centre)
+
+    @property
+    def scoring(self) -> Scoring:
+        """What the Swift's energy is read from."""
+        return Scoring(self.temperature, self.centre)
+
+    def check(self, scoring: Scoring | None) -> None:
+        """Checks that a Swift's energies are those that the threshold was fitted on.
+
+        Args:
+          scoring: of the Swift; None = unknown, which passes.
+
+        Raises:
+          ValueError: temperature or centring differ.
+        """
+        if scoring is not None and "energy" in self.score:
+            for field, value in dataclasses.asdict(self.scoring).items():
+                own = getattr(scoring, field)
+                require(own == value, f"swift.scoring.{field}", own, f"the rule was fitted with {value!r}")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the rule as JSON; a crash never leaves half a file."""
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
+        write_text_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RoutingRule":
+        """Reads a rule from its file.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is not JSON, not a routing rule, or holds values out of range; names the
+            field.
+        """
+        return load_dataclass(cls, path, FORMAT, "routing rule", "`elastic-lm route fit` writes one")
+
+
+def fit_routing(
+    rows: Measured,
+    *,
+    target_accuracy: float | None = None,
+    target_cost: float | None = None,
+    super_accuracy: bool = False,
+    risk: RoutingRisk | None = None,
+    score: str = "energy",
+    scoring: Scoring = PLAIN,
+    seed: int = 0,
+    unit: str = "flops",
+    models: Mapping[str, Any] | None = None,
+    fingerprints: Mapping[str, str | None] | None = None,
+    data: str = "",
+) -> RoutingRule:
+    """Chooses the threshold for one goal.
+
+    Args:
+      rows: validation rows that both models answered, with the Swift's scores.
+      target_accuracy: the cheapest threshold that reaches it.
+      target_cost: the most accurate threshold within this mean cost of a row.
+      super_accuracy: the cheapest threshold that is as accurate as the Super alone.
+      risk: the cheapest threshold of which it is guaranteed for new rows.
+      score: name of what `rows.scores` holds, recorded.
+      scoring: what the energy was read from, recorded.
+      seed: of the halves of `risk` and of the score "random", recorded.
+      unit: of the costs, recorded.
+      models: descriptions of "swift" and "super", recorded.
+      fingerprints: of the checkpoints of "swift" and "super", recorded; None = services.
+      data: description of the rows, recorded.
+
+    Returns:
+      The rule with its curve on these rows.
+
+    Raises:
+      ValueError: not exactly one goal is given, or it is out of reach.
+    """
+    goals = {"target_accuracy": target_accuracy, "target_cost": target_cost, "risk": risk}
+    given = {name: goal for name, goal in goals.items() if goal is not None}
+    given |= {"super_accuracy": True} if super_accuracy else {}
+    fix = f"set exactly one of {', '.join(goals)}, super_accuracy"
+    require(len(given) == 1, "goal", given, fix)
+    curve = sweep(rows)
+    point, guarantee = _choose(rows, curve, *next(iter(given.items())), seed)
+    counts = {"rows": len(rows), "swift": curve.swift_accuracy, "super": curve.super_accuracy}
+    provenance = {
+        "models": dict(models or {}),
+        "fingerprints": dict(fingerprints or {}),
+        "data": {"description": data, **counts},
+        "cost": unit,
+        "guarantee": guarantee.statement if guarantee else AVERAGES,
+        **_when(),
+    }
+    return RoutingRule(
+        threshold=point.threshold,
+        score=score,
+        **dataclasses.asdict(scoring),
+        seed=seed,
+        goal=" ".join(str(part) for pair in given.items() for part in pair),
+        measured=point,
+        guarantee=guarantee,
+        curve=curve.points(),
+        provenance=provenance,
+    )
+
+
+def _when() -> dict[str, Any]:
+    """The date, and versions of what computed."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+    }
+
+
+def _choose(
+    rows: Measured, curve: RoutingCurve, goal: str, value: Any, seed: int
+) -> tuple[RoutingPoint, RoutingGuarantee | None]:
+    """What a goal chooses, and what is guaranteed of it."""
+    if goal == "risk":
+        threshold, guarantee = control(rows, value, seed)
+        return rows.at(threshold), guarantee
+    if goal == "target_accuracy":
+        return cheapest(curve, value), None
+    return like_super(curve) if goal == "super_accuracy" else most_accurate(curve, value), None

@@ -1,0 +1,114 @@
+"""How sure a Swift is of a row: the energy, and what it is compared with, behind one interface.
+
+With z the logits, p = softmax(z) and p1 >= p2 the two largest probabilities, of one distribution:
+
+    energy = T ln sum exp(z / T)        max_prob = p1        margin = p1 - p2        entropy = 1 - H(p) / ln C
+    random = uniform in [0, 1), from a seed and the row's number
+
+Higher is surer in all of them, and the Swift keeps a row when its score is at least the threshold. The
+energy is not squashed here, unlike as an exit's confidence (`calibrate.confidence`), so that thresholds
+compare with published ones. A classifier has one distribution per row. A sequence has one per token, which
+are pooled: a name alone is the mean over the generated tokens, `_min` the least sure of them, and `prompt_`
+is over the prompt's positions instead, which is known before anything is generated. `encoder_` is of a
+classifier on the encoder of an encoder-decoder, which is one distribution again.
+
+Papers: E-LANG, arXiv 2203.00748 (energy, against softmax, entropy and random).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from elastic_lm.cascade.energy import POOLS, energy_score, pool
+from elastic_lm.config.checks import POSITIVE, require, require_choice
+from elastic_lm.decode.token_scores import CENTRES, Centre
+from elastic_lm.depth import confidence
+
+KINDS = ("energy", "max_prob", "entropy", "margin")  # read logits
+PLACES = ("", "prompt_", "encoder_")
+POOLED = tuple(f"{place}{kind}{end}" for place in PLACES[:2] for end in ("", "_min") for kind in KINDS)
+SCORES = (*POOLED, *(f"{PLACES[2]}{kind}" for kind in KINDS), "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """What the energy is read from; static under jit."""
+
+    temperature: float = 1.0  # T of the energy
+    centre: Centre = "none"  # "mean" = logits are measured from their own mean
+
+    def __post_init__(self) -> None:
+        require(POSITIVE[0](self.temperature), "temperature", self.temperature, POSITIVE[1])
+        require_choice("centre", self.centre, CENTRES)
+
+
+PLAIN = Scoring()  # the paper's
+
+
+def logit_scores(logits: jax.Array, scoring: Scoring = PLAIN) -> dict[str, jax.Array]:
+    """Every kind of score of distributions.
+
+    Args:
+      logits: [..., C] of any float dtype, finite.
+      scoring: static.
+
+    Returns:
+      {kind: [...] float32} for each of `KINDS`.
+    """
+    return {
+        "energy": energy_score(logits, scoring.temperature, scoring.centre),
+        **{kind: confidence.confidence(kind, logits) for kind in KINDS if kind != "energy"},
+    }
+
+
+def pooled_scores(
+    scores: Mapping[str, jax.Array], counted_BT: jax.Array, place: str = ""
+) -> dict[str, jax.Array]:
+    """Scores of sequences from those of their tokens.
+
+    Args:
+      scores: {kind: [B, T] float32}.
+      counted_BT: bool, tokens that are read.
+      place: "" where these are generated tokens, "prompt_" where they are the prompt's.
+
+    Returns:
+      {name: [B] float32}; NaN where no token counts.
+    """
+    ends = zip(POOLS, ("", "_min"), strict=True)
+    return {
+        f"{place}{kind}{end}": pool(values, counted_BT, how)
+        for how, end in ends
+        for kind, values in scores.items()
+    }
+
+
+def random_score(seed: int, index: int) -> float:
+    """Uniform in [0, 1), the same for a seed and a row wherever and in whatever order it is asked for.
+
+    Args:
+      seed: of all rows.
+      index: number of the row.
+    """
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index])).random())
+
+
+def score_of(scores: Mapping[str, float], name: str, seed: int, index: int) -> float:
+    """The score that a rule reads.
+
+    Args:
+      scores: of the Swift's answer.
+      name: one of `SCORES`, or another that the Swift gives.
+      seed: of "random".
+      index: number of the row.
+
+    Raises:
+      ValueError: the Swift's answer has no such score.
+    """
+    if name in scores:
+        return float(scores[name])
+    if name == "random":
+        return random_score(seed, index)
+    known = ", ".join(scores) or "none"
+    raise ValueError(f"score={name!r}: the Swift's answer to row {index} has {known}; choose one of them")

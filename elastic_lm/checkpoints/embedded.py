@@ -1,0 +1,18 @@
+"""The small pretrained model that comes with the package."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent.parent / "assets" / "embedded"
+
+
+def embedded_model() -> Path:
+    """Folder of the embedded model: a Hugging Face folder with its model card.
+
+    Raises:
+      FileNotFoundError: the package was installed without it.
+    """
+    if not (FOLDER / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no embedded model at {FOLDER}: name a model, or use quickstart --from-scratch"
+        )
+    return FOLDER

@@ -1,0 +1,88 @@
+"""One way in for every kind of model folder."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from elastic_lm import hf
+from elastic_lm.config.model import DTYPES
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.registry import Config, Model, kind_of, make_model
+
+CHECKPOINT = "elastic_config.json"
+
+
+def load(
+    path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Model, Params]:
+    """Loads a Hugging Face folder or a checkpoint of this package.
+
+    Args:
+      path: folder with config.json and safetensors, or with elastic_config.json.
+      dtype: "float32", "bfloat16" or "float16" of parameters and activations; None = as saved for a
+        checkpoint, and see `hf.load` for a Hugging Face folder.
+      mesh: devices to spread the parameters over; None = the default device.
+
+    Returns:
+      (model, canonical parameters); `model.config` describes it.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`, or it is neither kind of folder.
+      ValueError: see `hf.load`.
+    """
+    config, params = _load(Path(path), dtype, mesh)
+    return make_model(config), params
+
+
+def load_decoder(
+    path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Decoder, Params]:
+    """`load` where only a decoder will do.
+
+    Args:
+      path: see `load`.
+      dtype: see `load`.
+      mesh: see `load`.
+
+    Returns:
+      (model, canonical parameters).
+
+    Raises:
+      FileNotFoundError: see `load`.
+      ValueError: see `load`; or the folder holds another kind of model.
+    """
+    model, params = load(path, dtype=dtype, mesh=mesh)
+    if not isinstance(model, Decoder):
+        raise ValueError(
+            f"{path}: holds an {kind_of(model.config).name} (family={model.config.family!r}), where a "
+            "decoder is needed; name the folder of a decoder-only language model"
+        )
+    return model, params
+
+
+def _load(folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None) -> tuple[Config, Params]:
+    if (folder / CHECKPOINT).is_file():
+        return _load_checkpoint(folder, dtype, mesh)
+    if not (folder / "config.json").is_file():
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"{folder}: expected a Hugging Face folder (with config.json) or a checkpoint of this package "
+            f"(with {CHECKPOINT}); found {found}. Models are not downloaded: fetch one first, for example "
+            "with `hf download NAME --local-dir DIR`"
+        )
+    return hf.load(folder, dtype=dtype, mesh=mesh)
+
+
+def _load_checkpoint(
+    folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None
+) -> tuple[Config, Params]:
+    from elastic_lm.checkpoints.native import load_model
+
+    config, params = load_model(folder, mesh=mesh)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return config, params

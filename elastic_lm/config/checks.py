@@ -1,0 +1,50 @@
+"""Checks of fields: each refusal names the field, its value and the fix."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+AT_LEAST_1 = (lambda value: value >= 1, "must be at least 1")
+
+
+NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+
+
+POSITIVE = (lambda value: 0 < value < math.inf, "must be positive and finite")
+
+
+SEED = (lambda value: 0 <= value < 2**32, "must be in [0, 2**32)")
+
+
+def require(ok: bool, field: str, value: object, fix: str) -> None:
+    """Raises ValueError "field=value: fix" unless `ok`."""
+    if not ok:
+        raise ValueError(f"{field}={value!r}: {fix}")
+
+
+def require_each(
+    config: Any, where: str, fields: tuple[str, ...], ok: Callable[[Any], bool], fix: str
+) -> None:
+    """`require` for several fields of `config`, whose names get the prefix `where`."""
+    for field in fields:
+        require(ok(getattr(config, field)), where + field, getattr(config, field), fix)
+
+
+def require_defaults(config: Any, where: str, fields: tuple[str, ...], fix: str) -> None:
+    """`require` that these fields of the dataclass `config`, which nothing reads, were left alone."""
+    for field in dataclasses.fields(config):
+        if field.name in fields:
+            value = getattr(config, field.name)
+            require(value == field.default, where + field.name, value, f"{fix} {field.default!r}")
+
+
+def require_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """`require` for a value that must be one of `choices`."""
+    require(value in choices, field, value, f"must be one of {', '.join(choices)}")
+
+
+def require_shares(field: str, shares: tuple[float, ...]) -> None:
+    """`require` for the choices of a menu: fractions of the whole in increasing order, the last one 1."""
+    right = list(shares) == sorted(set(shares)) and shares[-1:] == (1.0,) and shares[0] > 0
+    require(right, field, shares, "must be shares in (0, 1], increasing, the last one 1.0")

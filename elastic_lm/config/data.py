@@ -1,0 +1,40 @@
+"""Where text comes from and how it becomes batches."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from elastic_lm.config.checks import AT_LEAST_1, SEED, require, require_choice, require_each
+
+DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
+
+Packing = Literal["concat", "first_fit"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches."""
+
+    source: DataSource = "stdlib"  # the interpreter's own library, text files, or JSON lines
+    paths: tuple[str, ...] = ()  # training files or folders; unused by stdlib
+    eval_paths: tuple[str, ...] = ()  # held-out files or folders; unused by stdlib (its test split)
+    text_field: str = "text"  # jsonl: key of the text
+    prompt_field: str = "prompt"  # instruction: key of what is read but not learned
+    response_field: str = "response"  # instruction: key of what is learned
+    tokenizer: str = ""  # folder or tokenizer.json; "" = that of train.init_from, or train a BPE
+    seq_len: int = 256  # tokens per row
+    batch_size: int = 16  # rows per optimizer step, over all devices
+    packing: Packing = "concat"  # cut documents at row ends, or keep each whole and pad (truncating)
+    span: int = 2048  # text is shuffled in pieces of about this many bytes, cut at line ends
+    seed: int = 0  # of the shuffle
+
+    def __post_init__(self) -> None:
+        require_choice("data.source", self.source, get_args(DataSource))
+        require_choice("data.packing", self.packing, get_args(Packing))
+        require_each(self, "data.", ("seq_len", "batch_size", "span"), *AT_LEAST_1)
+        require_each(self, "data.", ("seed",), *SEED)
+        require(
+            self.source == "stdlib" or bool(self.paths),
+            "data.paths",
+            self.paths,
+            f"source={self.source!r} reads files: name at least one",
+        )

@@ -1,0 +1,210 @@
+"""Model, exit and training descriptions: frozen, hashable, validated dataclasses.
+
+Every jitted function of the package treats these objects as *static*: they decide shapes and
+program structure. Whatever a user turns while a program runs (thresholds, temperatures, seeds,
+prompts) is traced and lives elsewhere.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require, require_choice, require_each
+from elastic_lm.config.rope import RopeConfig
+
+NormKind = Literal["rmsnorm", "layernorm"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Position = Literal["rope", "learned"]
+ExitKind = Literal["embedding", "norm", "mlp", "block"]
+ExitInit = Literal["copy", "random"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitConfig:
+    """One early exit: a head that predicts the next token after layer `layer` (EE-Tuning, sec. 2)."""
+
+    layer: int  # the exit reads the output of this many layers, 1 .. n_layers
+    kind: ExitKind = "mlp"  # what stands between the hidden state and the vocabulary head
+    tied: bool = False  # True: reads the model's own vocabulary head instead of owning a copy
+    init: ExitInit = "copy"  # copy modules of the pretrained model, or draw at random
+    temperature: float = 1.0  # logits are divided by this
+    gate: int = 0  # hidden width of a classifier that decides whether the head is read; 0 = none
+
+    def __post_init__(self) -> None:
+        require(self.layer >= 1, "exit.layer", self.layer, "layers are counted from 1")
+        require_choice("exit.kind", self.kind, get_args(ExitKind))
+        require_choice("exit.init", self.init, get_args(ExitInit))
+        require(self.gate >= 0, "exit.gate", self.gate, "must be a width, or 0 for none")
+        require(self.temperature > 0, "exit.temperature", self.temperature, "must be positive")
+
+    @property
+    def name(self) -> str:
+        """Key of this exit's parameters."""
+        return f"exit_{self.layer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer with the knobs that the supported families need."""
+
+    vocab_size: int  # rows of the embedding and of the vocabulary head
+    d_model: int  # width of the residual stream
+    n_layers: int  # transformer layers
+    n_heads: int  # query heads
+    d_mlp: int  # hidden width of the MLP
+    n_kv_heads: int = 0  # key/value heads; 0 = n_heads (no grouping)
+    head_dim: int = 0  # width of one head; 0 = d_model // n_heads
+    max_len: int = 2048  # longest supported sequence, in tokens
+    norm: NormKind = "rmsnorm"  # kind of every normalisation
+    norm_eps: float = 1e-5  # added to the variance
+    norm_offset: float = 0.0  # added to the stored scale (1 for Gemma and Nemotron)
+    sandwich_norm: bool = False  # also normalise what attention and MLP return (Gemma 2)
+    parallel_residual: bool = False  # attention and MLP both read the layer's input (NeoX)
+    activation: Activation = "silu"  # MLP non-linearity
+    gated: bool = True  # MLP is act(gate) * up instead of act(up)
+    qkv_bias: bool = False  # biases on query, key and value projections
+    out_bias: bool = False  # bias on attention's output projection
+    mlp_bias: bool = False  # biases on the MLP's projections
+    qk_norm: bool = False  # RMS-normalise each query and key head (Qwen 3)
+    position: Position = "rope"  # rotary, or a learned table added to the embedding
+    rope: RopeConfig = dataclasses.field(default=RopeConfig())  # used when position == "rope"
+    layer_mlp: tuple[int, ...] = ()  # d_mlp of every layer, the largest is d_mlp; () = all the same
+    layer_heads: tuple[int, ...] = ()  # n_heads of every layer, likewise
+    layer_kv_heads: tuple[int, ...] = ()  # n_kv_heads of every layer, likewise
+    elastic_groups: int = 0  # storage groups that ranked neurons are dealt out to; 0 = plain order
+    norm_width: int = 0  # channels a norm averages over where the others are masked to 0; 0 = d_model
+    windows: tuple[int, ...] = ()  # sliding window per layer in tokens, 0 = full; () = all full
+    attn_scale: float = 0.0  # multiplies q.k; 0 = head_dim ** -0.5
+    attn_softcap: float = 0.0  # attention logits pass c * tanh(x / c); 0 = off
+    final_softcap: float = 0.0  # the same for vocabulary logits; 0 = off
+    embed_scale: float = 1.0  # multiplies token embeddings (Gemma: sqrt(d_model))
+    tied: bool = False  # the vocabulary head is the embedding table
+    exits: tuple[ExitConfig, ...] = ()  # early exits in increasing depth
+    dtype: str = "float32"  # dtype of activations
+    param_dtype: str = "float32"  # dtype of stored parameters
+    family: str = "llama"  # Hugging Face model_type this model is exported as
+    bos_id: int | None = None  # beginning-of-text token of the checkpoint; tokenizers decide about its use
+    eos_ids: tuple[int, ...] = ()  # tokens that end a text
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len")
+        require_each(self, "", sizes, *AT_LEAST_1)
+        object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
+        if not self.head_dim:
+            require(
+                self.d_model % self.n_heads == 0,
+                "d_model",
+                self.d_model,
+                f"is not a multiple of n_heads={self.n_heads}; set head_dim explicitly",
+            )
+            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
+        require_each(self, "", ("n_kv_heads", "head_dim"), *AT_LEAST_1)
+        self._check_layer_sizes()
+        require_choice("norm", self.norm, get_args(NormKind))
+        require_choice("activation", self.activation, get_args(Activation))
+        require_choice("position", self.position, get_args(Position))
+        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("param_dtype", self.param_dtype, DTYPES)
+        require(
+            len(self.windows) in (0, self.n_layers),
+            "windows",
+            self.windows,
+            f"needs one entry per layer ({self.n_layers}) or none",
+        )
+        require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
+        require(all(w >= 0 for w in self.windows), "windows", self.windows, "must be tokens, or 0 for full")
+        layers = [e.layer for e in self.exits]
+        distinct = layers == sorted(set(layers))
+        require(distinct, "exits", tuple(layers), "must be distinct layers in increasing order")
+        require(
+            not layers or layers[-1] <= self.n_layers,
+            "exits",
+            tuple(layers),
+            f"the model has only n_layers={self.n_layers}",
+        )
+
+    def _check_layer_sizes(self) -> None:
+        for each, scalar in (
+            ("layer_mlp", "d_mlp"),
+            ("layer_heads", "n_heads"),
+            ("layer_kv_heads", "n_kv_heads"),
+        ):
+            sizes, largest = getattr(self, each), getattr(self, scalar)
+            fix = f"needs {self.n_layers} sizes of at least 1, one per layer, the largest {scalar}={largest}"
+            fits = len(sizes) == self.n_layers and min(sizes) >= 1 and max(sizes) == largest
+            require(not sizes or fits, each, sizes, fix)
+            if len(set(sizes)) == 1:
+                object.__setattr__(self, each, ())
+        groups, width = self.elastic_groups, self.norm_width
+        require(0 <= width <= self.d_model, "norm_width", width, f"must be at most d_model={self.d_model}")
+        require(groups >= 0, "elastic_groups", groups, "must be a number of groups, or 0 for plain order")
+        for i, (mlp, heads, kv) in enumerate(map(self.sizes, range(self.n_layers))):
+            where = f" of layer {i}" if self.heterogeneous else ""
+            require(heads % kv == 0, "n_kv_heads", kv, f"must divide n_heads={heads}{where}")
+            fix = f"must divide d_mlp={mlp}{where}; choose {math.gcd(mlp, groups)}"
+            require(not groups or mlp % groups == 0, "elastic_groups", groups, fix)
+
+    @property
+    def heterogeneous(self) -> bool:
+        """Whether layers differ in size."""
+        return bool(self.layer_mlp or self.layer_heads or self.layer_kv_heads)
+
+    def sizes(self, layer: int) -> tuple[int, int, int]:
+        """(MLP neurons, query heads, key/value heads) of `layer` (counted from 0)."""
+        each = (
+            (self.layer_mlp, self.d_mlp),
+            (self.layer_heads, self.n_heads),
+            (self.layer_kv_heads, self.n_kv_heads),
+        )
+        mlp, heads, kv_heads = (sizes[layer] if sizes else size for sizes, size in each)
+        return mlp, heads, kv_heads
+
+    def layer(self, layer: int) -> "ModelConfig":
+        """The model with every layer of the sizes of `layer` (counted from 0)."""
+        if not self.heterogeneous:
+            return self
+        return self.with_layers(range(self.n_layers), [self.sizes(layer)] * self.n_layers, self.exits)
+
+    def with_layers(
+        self,
+        layers: Sequence[int],
+        sizes: Sequence[tuple[int, int, int]] | None = None,
+        exits: tuple[ExitConfig, ...] = (),
+    ) -> "ModelConfig":
+        """The model made of these layers (counted from 0), of these `sizes` (None = as they are)."""
+        mlp, heads, kv_heads = zip(*(sizes or map(self.sizes, layers)), strict=True)
+        return dataclasses.replace(
+            self,
+            n_layers=len(layers),
+            windows=tuple(map(self.window, layers)) if self.windows else (),
+            exits=exits,
+            **{"d_mlp": max(mlp), "n_heads": max(heads), "n_kv_heads": max(kv_heads)},
+            **{"layer_mlp": mlp, "layer_heads": heads, "layer_kv_heads": kv_heads},
+        )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of each head that are rotated."""
+        return int(self.head_dim * self.rope.fraction)
+
+    @property
+    def query_scale(self) -> float:
+        """Factor applied to query-key products."""
+        return self.attn_scale or 1.0 / math.sqrt(self.head_dim)
+
+    def window(self, layer: int) -> int:
+        """Sliding window of `layer` (counted from 0) in tokens; 0 = full attention."""
+        return self.windows[layer] if self.windows else 0
+
+    def with_exits(self, exits: tuple[ExitConfig, ...]) -> "ModelConfig":
+        """The same model with these exits."""
+        return dataclasses.replace(self, exits=exits)
+
+
+DTYPES = ("float32", "bfloat16", "float16")

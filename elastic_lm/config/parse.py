@@ -1,0 +1,100 @@
+"""Dataclasses from plain values (JSON, config files, overrides) and back."""
+
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from elastic_lm.config.checks import require
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turns any config dataclass into plain JSON-compatible dicts and lists."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: Any, values: Any, where: str = "") -> Any:
+    """Builds config dataclass `cls` from nested dicts, refusing unknown and missing keys.
+
+    Args:
+      cls: a dataclass (nested dataclass fields are built too).
+      values: mapping from field names to values; missing fields take their defaults.
+      where: dotted prefix used in messages.
+
+    Returns:
+      An instance of `cls`.
+
+    Raises:
+      ValueError: `values` is no mapping, a key is unknown (with the closest known one) or missing, or a
+        value is refused by `cls`.
+    """
+    hints = get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    name = where.rstrip(".") or cls.__name__
+    require(isinstance(values, Mapping), name, values, f"must be a mapping like {{{known[0]!r}: ...}}")
+    kwargs = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise ValueError(f"unknown key {where}{key}={value!r}: {hint}")
+        kwargs[key] = _coerce(hints[key], value, f"{where}{key}")
+    missing = [where + f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in kwargs]
+    if missing:
+        raise ValueError(f"{name}={dict(values)!r}: needs {', '.join(missing)}; add what is missing")
+    return cls(**kwargs)
+
+
+def load_dataclass(cls: Any, path: str | Path, form: str, name: str, fix: str) -> Any:
+    """Builds a dataclass from a JSON file that says what it is.
+
+    Args:
+      cls: the dataclass.
+      path: the file.
+      form: what its "format" has to be.
+      name: what such a file is called in messages.
+      fix: how one is made.
+
+    Returns:
+      An instance of `cls`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not JSON, of another format, or holds values out of range; names the field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such {name}; {fix}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.pop("format", None) != form:
+            raise ValueError(f'"format" is not "{form}"')
+        return from_dict(cls, content)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a usable {name} ({error}); {fix}") from error
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """Turns JSON's lists and dicts into the tuples and dataclasses that `hint` asks for."""
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return value
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return value if type(value) is hint else from_dict(hint, value, where + ".")
+    if get_origin(hint) is tuple:
+        instead = () if value is None else (value,)
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}={value!r}: must be a tuple: write {instead!r}")
+        return tuple(_coerce(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint in (int, float, str, bool):
+        right = type(value) is hint or (hint is float and type(value) is int)
+        require(right, where, value, f"must be of type {hint.__name__}")
+    return value

@@ -1,0 +1,38 @@
+"""How positions are rotated: part of `config.ModelConfig`."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require, require_choice, require_each
+
+RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding and its long-context variants."""
+
+    theta: float = 10000.0  # base of the geometric sequence of wavelengths
+    fraction: float = 1.0  # share of each head that is rotated (NeoX 0.25, Nemotron 0.5)
+    scaling: RopeScaling = "none"  # how frequencies are stretched for longer contexts
+    factor: float = 1.0  # stretch factor of the scaling
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_max_len / this are stretched
+    high_freq_factor: float = 4.0  # llama3: wavelengths below original_max_len / this are kept
+    original_max_len: int = 0  # context the model was pretrained for; 0 = ModelConfig.max_len
+    beta_fast: float = 32.0  # yarn: rotations above which a frequency is kept
+    beta_slow: float = 1.0  # yarn: rotations below which a frequency is stretched
+    attention_factor: float = 0.0  # yarn: multiplier of cos and sin; 0 = 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: round the ramp's borders to whole dimensions
+
+    def __post_init__(self) -> None:
+        require_each(self, "rope.", ("theta", "low_freq_factor", "beta_fast", "beta_slow"), *POSITIVE)
+        require(0 < self.fraction <= 1, "rope.fraction", self.fraction, "must be in (0, 1]")
+        require_choice("rope.scaling", self.scaling, get_args(RopeScaling))
+        require_each(self, "rope.", ("factor",), *AT_LEAST_1)
+        require_each(self, "rope.", ("original_max_len", "attention_factor"), *NOT_NEGATIVE)
+        require(
+            self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor,
+            "rope.high_freq_factor",
+            self.high_freq_factor,
+            f"must be above low_freq_factor={self.low_freq_factor}",
+        )

@@ -1,0 +1,348 @@
+"""Widths and depths of an elastic model: sub-networks, the menu they are chosen from, and budgets.
+
+    subnet   a static choice of layers, MLP widths, heads and model width: `Subnet`
+    menu     the choices that a model was made elastic for: `Menu`
+    nested   a smaller choice is a prefix of a larger one, after ranking by importance (`methods.importance`)
+    budget   what a user asks for: latency, parameters, FLOPs or memory: `Budget`
+
+Ranked neurons are dealt out to G = `ModelConfig.elastic_groups` storage groups: the one of rank r lies in
+group r mod G at position r div G. A width k, a multiple of G, is then the prefix k / G of every group, and
+where tensor parallelism splits the groups every device keeps its own part. Heads are chosen inside every
+key/value group, which tensor parallelism does not split. Key/value groups are stored in order of rank.
+
+Everything here is plain Python: subnets are static arguments of jitted functions.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from elastic_lm.config.checks import require, require_shares
+from elastic_lm.config.model import ExitConfig, ModelConfig
+
+Ints = tuple[int, ...]
+
+
+def whole(field: str, fraction: float, size: int, unit: int, of: str) -> int:
+    """`fraction` of `size`, a multiple of `unit`.
+
+    Raises:
+      ValueError: it is none; names `field` and the nearest fractions that would be.
+    """
+    exact = fraction * size
+    if 0 < fraction <= 1 and math.isclose(exact, round(exact), rel_tol=1e-5) and round(exact) % unit == 0:
+        return round(exact)
+    low, steps = int(max(exact, 0) // unit), size // unit
+    near = sorted({min(max(n, 1), steps) * unit for n in (low, low + 1)} if steps else {size})
+    fix = f"must give a multiple of {unit} of {size} {of}; nearest: "
+    fix += ", ".join(f"{n / size:.6g} ({n})" for n in near)
+    raise ValueError(f"{field}={fraction!r}: {fix}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subnet:
+    """A sub-network of an elastic model; frozen, hashable and static under jit."""
+
+    layers: Ints  # kept layers in increasing order, counted from 0
+    mlp: Ints  # MLP neurons of every kept layer
+    heads: Ints  # query heads in every key/value group, of every kept layer
+    groups: Ints  # key/value groups of every kept layer
+    d_model: int  # width of the residual stream
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        increasing = list(layers) == sorted(set(layers)) and bool(layers) and layers[0] >= 0
+        require(increasing, "subnet.layers", layers, "must be distinct layers from 0, in increasing order")
+        for field in ("mlp", "heads", "groups"):
+            sizes = getattr(self, field)
+            fix = f"needs one size of at least 1 for each of the {len(layers)} kept layers"
+            require(len(sizes) == len(layers) and min(sizes) >= 1, f"subnet.{field}", sizes, fix)
+        require(self.d_model >= 1, "subnet.d_model", self.d_model, "must be at least 1")
+
+    @classmethod
+    def full(cls, config: ModelConfig) -> "Subnet":
+        """The whole model."""
+        return cls.uniform(config)
+
+    @classmethod
+    def uniform(
+        cls,
+        config: ModelConfig,
+        *,
+        mlp: float = 1.0,
+        heads: float = 1.0,
+        groups: float = 1.0,
+        d_model: float = 1.0,
+        depth: float = 1.0,
+        layers: Sequence[int] | None = None,
+    ) -> "Subnet":
+        """The same fractions in every layer.
+
+        Args:
+          config: the whole model.
+          mlp: share of the MLP neurons.
+          heads: share of the query heads inside every key/value group.
+          groups: share of the key/value groups.
+          d_model: share of the model's channels.
+          depth: share of the layers, the lowest.
+          layers: the layers to keep instead, counted from 0.
+
+        Raises:
+          ValueError: a share is outside (0, 1] or does not give whole neurons per storage group, heads,
+            groups, channels or layers; names the nearest that do.
+        """
+        count = whole("depth", depth, config.n_layers, 1, "layers")
+        require(layers is None or depth == 1.0, "depth", depth, "leave it at 1 where layers are named")
+        kept = tuple(range(count) if layers is None else layers)
+        _check_layers(config, kept)
+        unit = max(config.elastic_groups, 1)
+        sizes = [config.sizes(i) for i in kept]
+        return cls(
+            kept,
+            tuple(whole("mlp", mlp, f, unit, "neurons") for f, _, _ in sizes),
+            tuple(whole("heads", heads, n // k, 1, "heads per group") for _, n, k in sizes),
+            tuple(whole("groups", groups, k, 1, "key/value groups") for _, _, k in sizes),
+            config.d_model if d_model == 1.0 else whole("d_model", d_model, config.d_model, unit, "channels"),
+        )
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks that this is a sub-network of a model.
+
+        Args:
+          config: the whole model.
+
+        Raises:
+          ValueError: names what does not fit.
+        """
+        _check_layers(config, self.layers)
+        unit = config.elastic_groups
+        dealt = self.d_model == config.d_model or not unit or config.d_model % unit == 0
+        fix = f"d_model={config.d_model} of the model is no multiple of elastic_groups={unit}; keep it whole"
+        require(dealt, "subnet.d_model", self.d_model, fix)
+        for j, i in enumerate(self.layers):
+            mlp, heads, groups = config.sizes(i)
+            _check_size(f"subnet.mlp[{j}]", self.mlp[j], mlp, unit, f"MLP neurons of layer {i}")
+            _check_size(
+                f"subnet.heads[{j}]", self.heads[j], heads // groups, 0, f"heads per group of layer {i}"
+            )
+            _check_size(f"subnet.groups[{j}]", self.groups[j], groups, 0, f"key/value groups of layer {i}")
+        _check_size("subnet.d_model", self.d_model, config.d_model, unit, "channels of the model")
+
+    def sliced(self, config: ModelConfig) -> ModelConfig:
+        """The smaller model that this subnet of `config` is; its exits are those whose layer is kept."""
+        sizes = [(f, a * k, k) for f, a, k in zip(self.mlp, self.heads, self.groups, strict=True)]
+        exits = tuple(new for _, new in self.exits(config))
+        width = config.norm_width if self.d_model > config.norm_width else 0
+        cut = dataclasses.replace(config.with_layers(self.layers, sizes, exits), norm_width=width)
+        return dataclasses.replace(cut, d_model=self.d_model)
+
+    def exits(self, config: ModelConfig) -> list[tuple[ExitConfig, ExitConfig]]:
+        """Exits of `config` whose layer is kept, before and after slicing."""
+        depth = {i + 1: j + 1 for j, i in enumerate(self.layers)}
+        kept = [e for e in config.exits if e.layer in depth]
+        return [(e, dataclasses.replace(e, layer=depth[e.layer])) for e in kept]
+
+    def compose(self, inner: "Subnet") -> "Subnet":
+        """A sub-network of the model that this subnet leaves, expressed on the whole model.
+
+        Args:
+          inner: subnet of the sliced model.
+
+        Returns:
+          The subnet that gives in one slice what slicing to `self` and then to `inner` gives.
+
+        Raises:
+          ValueError: `inner` names layers that this subnet does not keep, or is wider than it.
+        """
+        fix = f"the sliced model has {len(self.layers)} layers"
+        require(inner.layers[-1] < len(self.layers), "subnet.layers", inner.layers, fix)
+        for field in ("mlp", "heads", "groups"):
+            sizes, there = getattr(inner, field), [getattr(self, field)[i] for i in inner.layers]
+            fits = all(size <= most for size, most in zip(sizes, there, strict=True))
+            require(fits, f"subnet.{field}", sizes, f"the sliced model has {tuple(there)}")
+        require(inner.d_model <= self.d_model, "subnet.d_model", inner.d_model, f"there are {self.d_model}")
+        return dataclasses.replace(inner, layers=tuple(self.layers[i] for i in inner.layers))
+
+
+def _check_layers(config: ModelConfig, layers: Ints) -> None:
+    inside = all(0 <= i < config.n_layers for i in layers)
+    fix = f"the model has {config.n_layers} layers, counted from 0"
+    require(bool(layers) and inside, "subnet.layers", layers, fix)
+
+
+def _check_size(field: str, size: int, full: int, unit: int, of: str) -> None:
+    require(size <= full, field, size, f"there are {full} {of}")
+    fits = size == full or not unit or size % unit == 0
+    require(fits, field, size, f"must be a multiple of elastic_groups={unit} of the {full} {of}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A menu in numbers; entry i of a per-layer field holds the choices of layer i, in increasing order."""
+
+    mlp: tuple[Ints, ...]  # MLP neurons
+    heads: tuple[Ints, ...]  # query heads in every key/value group
+    groups: tuple[Ints, ...]  # key/value groups
+    d_model: Ints  # width of the residual stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Menu:
+    """The choices that a model is made elastic for: fractions in increasing order, the last one 1."""
+
+    mlp: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # of the MLP neurons, per layer
+    heads: tuple[float, ...] = (0.5, 1.0)  # of the query heads in every key/value group, per layer
+    groups: tuple[float, ...] = (1.0,)  # of the key/value groups, per layer
+    d_model: tuple[float, ...] = (1.0,)  # of the model's channels
+    dropped: Ints = ()  # layers, counted from 0, that may be left out: the first n of them for n = 0, 1, ...
+
+    def __post_init__(self) -> None:
+        for field in ("mlp", "heads", "groups", "d_model"):
+            require_shares(f"menu.{field}", getattr(self, field))
+        distinct = len(set(self.dropped)) == len(self.dropped)
+        require(distinct, "menu.dropped", self.dropped, "names a layer twice; name each once")
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (menus and configs are small; searches ask many times)
+    def sizes(self, config: ModelConfig) -> Sizes:
+        """The choices in neurons, heads, groups and channels.
+
+        Args:
+          config: the whole model.
+
+        Raises:
+          ValueError: a choice does not give whole neurons per storage group, heads, groups or channels
+            (names it and the nearest that do), or all layers may be dropped.
+        """
+        self._check_dropped(config)
+        unit = max(config.elastic_groups, 1)
+        sizes = [config.sizes(i) for i in range(config.n_layers)]
+
+        def choices(field: str, size: int, unit: int, of: str) -> Ints:
+            shares = getattr(self, field)
+            return (*(whole(f"menu.{field}", s, size, unit, of) for s in shares[:-1]), size)
+
+        return Sizes(
+            tuple(choices("mlp", f, unit, "neurons") for f, _, _ in sizes),
+            tuple(choices("heads", n // k, 1, "heads per group") for _, n, k in sizes),
+            tuple(choices("groups", k, 1, "key/value groups") for _, _, k in sizes),
+            choices("d_model", config.d_model, unit, "channels"),
+        )
+
+    def _check_dropped(self, config: ModelConfig) -> None:
+        inside = all(0 <= i < config.n_layers for i in self.dropped)
+        fix = f"the model has {config.n_layers} layers, counted from 0, one of which must stay"
+        require(inside and len(self.dropped) < config.n_layers, "menu.dropped", self.dropped, fix)
+
+    def smallest(self, config: ModelConfig) -> Subnet:
+        """The subnet of the smallest choice everywhere."""
+        return self._pick(config, lambda field: 0, len(self.dropped))
+
+    def largest(self, config: ModelConfig) -> Subnet:
+        """The whole model."""
+        return self._pick(config, lambda field: -1, 0)
+
+    def sample(self, config: ModelConfig, rng: np.random.Generator, *, uniform: bool = False) -> Subnet:
+        """A random subnet, every choice equally likely.
+
+        Args:
+          config: the whole model.
+          rng: draws the choices.
+          uniform: all layers take the same choice, instead of each its own.
+        """
+
+        def draw(field: str) -> int:
+            return int(rng.integers(len(getattr(self, field))))
+
+        same = {field: draw(field) for field in ("mlp", "heads", "groups", "d_model")}
+        dropped = int(rng.integers(len(self.dropped) + 1))
+        return self._pick(config, same.__getitem__ if uniform else draw, dropped)
+
+    def _pick(self, config: ModelConfig, choose: Callable[[str], int], dropped: int) -> Subnet:
+        """The subnet of the choices whose index `choose` gives for the name of a field."""
+        sizes = self.sizes(config)
+        kept = tuple(i for i in range(config.n_layers) if i not in self.dropped[:dropped])
+        return Subnet(
+            kept,
+            tuple(sizes.mlp[i][choose("mlp")] for i in kept),
+            tuple(sizes.heads[i][choose("heads")] for i in kept),
+            tuple(sizes.groups[i][choose("groups")] for i in kept),
+            sizes.d_model[choose("d_model")],
+        )
+
+    def indices(self, config: ModelConfig, subnet: Subnet) -> tuple[Ints, Ints, Ints, tuple[bool, ...]]:
+        """What `nn.elastic` switches on to compute a subnet: all layers' indices into the choices.
+
+        Args:
+          config: the whole model.
+          subnet: chosen from this menu, with all channels.
+
+        Returns:
+          (index into the MLP choices, the head choices, the group choices, whether the layer is kept), one
+          entry per layer of the whole model; 0 where the layer is not kept.
+
+        Raises:
+          ValueError: a size is not on the menu, or channels are left out.
+        """
+        subnet.check(config)
+        fix = "channels are not switched; slice them out with slice_params"
+        require(subnet.d_model == config.d_model, "subnet.d_model", subnet.d_model, fix)
+        chosen = dict(zip(subnet.layers, zip(*self.positions(config, subnet), strict=True), strict=True))
+        each = [chosen.get(i, (0, 0, 0)) for i in range(config.n_layers)]
+        mlp, heads, groups = zip(*each, strict=True)
+        return mlp, heads, groups, tuple(i in chosen for i in range(config.n_layers))
+
+    def positions(self, config: ModelConfig, subnet: Subnet) -> tuple[Ints, Ints, Ints]:
+        """Where on the menu a subnet's sizes are.
+
+        Args:
+          config: the whole model.
+          subnet: chosen from this menu.
+
+        Returns:
+          (index into the MLP choices, the head choices, the group choices), one entry per kept layer.
+
+        Raises:
+          ValueError: a size is not on the menu.
+        """
+        sizes = self.sizes(config)
+
+        def find(field: str) -> Ints:
+            chosen, choices = getattr(subnet, field), getattr(sizes, field)
+            kept = enumerate(subnet.layers)
+            return tuple(_index(f"subnet.{field}[{j}]", chosen[j], choices[i]) for j, i in kept)
+
+        return find("mlp"), find("heads"), find("groups")
+
+
+def _index(field: str, size: int, choices: Ints) -> int:
+    require(size in choices, field, size, f"is not on the menu: choose from {choices}")
+    return choices.index(size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a sub-network may cost; exactly one field is set."""
+
+    latency_ms: float | None = None  # milliseconds, of what the latency table measured
+    parameters: float | None = None  # stored numbers
+    flops: float | None = None  # floating point operations
+    memory_bytes: float | None = None  # bytes of parameters and caches
+
+    def __post_init__(self) -> None:
+        given = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
+        names = ", ".join(f.name for f in dataclasses.fields(self))
+        require(len(given) == 1, "budget", given, f"set exactly one of {names}")
+        require(0 < self.amount < math.inf, f"budget.{self.kind}", self.amount, "must be positive and finite")
+
+    @property
+    def kind(self) -> str:
+        """Name of the field that is set."""
+        return next(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)
+
+    @property
+    def amount(self) -> float:
+        """Its value."""
+        return float(getattr(self, self.kind))

@@ -1,0 +1,259 @@
+"""What a model costs, counted: parameters, FLOPs, bytes read and bytes held.
+
+A layer of N query heads in K groups of width H, F neurons and D channels has
+
+    attention   D H (N + 2 K) + N H D           weights, and biases and norms where the family has them
+    MLP         3 D F gated, 2 D F plain
+    per token   2 FLOPs per weight, and 4 N H FLOPs per key that is seen
+    cache       2 K H numbers per position
+
+A sub-network costs what its slice costs (`Subnet.sliced`). Over a menu, costs are sums of one number per
+module and choice: `CostTable`, which latency measured on a device fills in as well (`latency`).
+"""
+
+import dataclasses
+import functools
+import itertools
+
+from elastic_lm.config.checks import NOT_NEGATIVE, require, require_each
+from elastic_lm.config.model import ExitConfig, ModelConfig
+from elastic_lm.config.subnet import Budget, Menu, Subnet
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How a model is used."""
+
+    batch: int = 1  # sequences decoded together
+    context: int = 0  # positions before the token that is decoded
+
+    def __post_init__(self) -> None:
+        require(self.batch >= 1, "load.batch", self.batch, "must be at least 1")
+        require_each(self, "load.", ("context",), *NOT_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one model, or a part of one, costs under a `Load`; costs of parts add up."""
+
+    parameters: int  # stored numbers
+    flops: int  # of one decoding step of the whole batch; a multiplication and an addition are two
+    read_bytes: int  # weights and caches that one decoding step of the whole batch reads
+    memory_bytes: int  # weights, and caches that hold `context` positions of every sequence
+
+    def __add__(self, other: "Cost") -> "Cost":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Cost(*(a + b for a, b in pairs))
+
+
+def model_cost(config: ModelConfig, load: Load = Load()) -> Cost:
+    """Cost of a model decoded at full depth; exits are held, but not run.
+
+    Args:
+      config: the model; layers may differ in size.
+      load: batch and context.
+
+    Returns:
+      Its cost, exactly that of the arrays it is made of.
+    """
+    layers = [_layer(config, i, load) for i in range(config.n_layers)]
+    return functools.reduce(Cost.__add__, layers, base_cost(config, load))
+
+
+def base_cost(config: ModelConfig, load: Load = Load()) -> Cost:
+    """Cost of what stands around the layers: tables, final norm, vocabulary head, exits held.
+
+    Args:
+      config: the model.
+      load: batch and context.
+    """
+    c, d = config, config.d_model
+    table = c.vocab_size * d
+    looked_up = table + (c.max_len * d if c.position == "learned" else 0)
+    read = (2 if c.position == "learned" else 1) * load.batch * d  # the rows of the newest tokens
+    norm, head = _norm(c), table
+    exits = sum(_exit_parameters(c, e) for e in c.exits)
+    held = looked_up + norm + (0 if c.tied else head) + exits
+    blocks = sum(_cache(c, c.sizes(e.layer - 1)[2]) for e in c.exits if e.kind == "block")
+    size = BYTES[c.param_dtype]
+    return Cost(
+        parameters=held,
+        flops=2 * head * load.batch,
+        read_bytes=(read + norm + head) * size,
+        memory_bytes=held * size + blocks * load.batch * load.context * BYTES[c.dtype],
+    )
+
+
+def attention_cost(config: ModelConfig, layer: int, heads: int, groups: int, load: Load = Load()) -> Cost:
+    """Cost of one layer's attention with its norms.
+
+    Args:
+      config: the model; its channels, head width and dtypes are read.
+      layer: counted from 0; decides about the sliding window.
+      heads: query heads in every key/value group.
+      groups: key/value groups.
+      load: batch and context.
+    """
+    c, d = config, config.d_model
+    queries = heads * groups * c.head_dim
+    projected = queries + 2 * groups * c.head_dim
+    weights = d * projected + queries * d
+    small = (projected if c.qkv_bias else 0) + (d if c.out_bias else 0) + (2 * c.head_dim if c.qk_norm else 0)
+    held = weights + small + _norm(c) * (2 if c.sandwich_norm else 1)
+    window = c.window(layer)
+    seen = min(load.context + 1, window) if window else load.context + 1
+    cache = _cache(c, groups)
+    size, state = BYTES[c.param_dtype], BYTES[c.dtype]
+    return Cost(
+        parameters=held,
+        flops=load.batch * (2 * weights + 4 * queries * seen),
+        read_bytes=held * size + load.batch * cache * (seen - 1) * state,
+        memory_bytes=held * size + load.batch * cache * load.context * state,
+    )
+
+
+def mlp_cost(config: ModelConfig, neurons: int, load: Load = Load()) -> Cost:
+    """Cost of one layer's MLP with its norms.
+
+    Args:
+      config: the model; its channels and dtypes are read.
+      neurons: hidden width.
+      load: batch and context.
+    """
+    c, d = config, config.d_model
+    ways = 2 if c.gated else 1
+    weights = (ways + 1) * d * neurons
+    held = weights + (ways * neurons + d if c.mlp_bias else 0) + _norm(c) * (2 if c.sandwich_norm else 1)
+    size = BYTES[c.param_dtype]
+    return Cost(held, 2 * weights * load.batch, held * size, held * size)
+
+
+def _layer(config: ModelConfig, layer: int, load: Load) -> Cost:
+    mlp, heads, groups = config.sizes(layer)
+    return attention_cost(config, layer, heads // groups, groups, load) + mlp_cost(config, mlp, load)
+
+
+def _norm(config: ModelConfig) -> int:
+    return config.d_model * (2 if config.norm == "layernorm" else 1)
+
+
+def _cache(config: ModelConfig, groups: int) -> int:
+    """Numbers that one position of one layer's cache holds."""
+    return 2 * groups * config.head_dim
+
+
+def _exit_parameters(config: ModelConfig, e: ExitConfig) -> int:
+    c, i = config, e.layer - 1
+    body = 0 if e.kind == "embedding" else _norm(c)
+    if e.kind == "mlp":  # without the norms around it
+        body += (
+            mlp_cost(c, c.sizes(i)[0]).parameters
+            - mlp_cost(c, 0).parameters
+            + (c.d_model if c.mlp_bias else 0)
+        )
+    if e.kind == "block":
+        body += _layer(c, i, Load()).parameters
+    gate = e.gate * c.d_model + 2 * e.gate + 1 if e.gate else 0
+    return body + gate + (0 if e.tied else c.vocab_size * c.d_model)
+
+
+@dataclasses.dataclass(frozen=True)
+class CostTable:
+    """One kind of cost of every module and choice of a menu; a subnet costs the sum of what it chooses."""
+
+    kind: str  # a field of `Budget`
+    fixed: float  # what no choice changes
+    attention: tuple[tuple[tuple[float, ...], ...], ...]  # [layer][choice of heads][choice of groups]
+    mlp: tuple[tuple[float, ...], ...]  # [layer][choice of neurons]
+
+    def __post_init__(self) -> None:
+        kinds = tuple(f.name for f in dataclasses.fields(Budget))
+        require(self.kind in kinds, "table.kind", self.kind, f"must be one of {', '.join(kinds)}")
+        same = len(self.attention) == len(self.mlp)
+        fix = f"there are {len(self.mlp)} layers of MLPs; give both for every layer"
+        require(same, "table.attention", len(self.attention), fix)
+
+    def total(self, config: ModelConfig, menu: Menu, subnet: Subnet) -> float:
+        """Cost of a subnet.
+
+        Args:
+          config: the whole model.
+          menu: whose choices the table holds.
+          subnet: chosen from it, with all channels.
+
+        Raises:
+          ValueError: a size is not on the menu, or channels are left out.
+        """
+        subnet.check(config)
+        fix = "the table holds costs at the model's full width; leave d_model whole"
+        require(subnet.d_model == config.d_model, "subnet.d_model", subnet.d_model, fix)
+        mlp, heads, groups = menu.positions(config, subnet)
+        chosen = zip(subnet.layers, mlp, heads, groups, strict=True)
+        return self.fixed + sum(self.attention[i][h][g] + self.mlp[i][f] for i, f, h, g in chosen)
+
+    def range(self, menu: Menu) -> tuple[float, float]:
+        """(least cost of the menu's subnets, without all layers that may go; cost of the whole model)."""
+        cheapest = [min(itertools.chain(*a)) + min(m) for a, m in zip(self.attention, self.mlp, strict=True)]
+        least = sum(cost for i, cost in enumerate(cheapest) if i not in menu.dropped)
+        whole = sum(a[-1][-1] + m[-1] for a, m in zip(self.attention, self.mlp, strict=True))
+        return self.fixed + least, self.fixed + whole
+
+    def check(self, budget: Budget, menu: Menu) -> None:
+        """Checks that a budget can be met.
+
+        Args:
+          budget: what may be spent.
+          menu: what may be chosen.
+
+        Raises:
+          ValueError: it is of another kind than the table, or below the least that the menu can cost.
+        """
+        require(
+            budget.kind == self.kind, "budget", budget.kind, f"this table holds {self.kind}; build one for it"
+        )
+        least, whole = self.range(menu)
+        fix = f"the cheapest sub-network of this menu costs {least:.6g} (the whole model {whole:.6g}): "
+        fix += "raise the budget, or make the model elastic with a menu of smaller choices"
+        require(budget.amount >= least, f"budget.{self.kind}", budget.amount, fix)
+
+
+def counted_table(config: ModelConfig, menu: Menu, kind: str, load: Load = Load()) -> CostTable:
+    """The table of a cost that is counted rather than measured, of a model without its exits.
+
+    Args:
+      config: the whole model.
+      menu: what may be chosen.
+      kind: "parameters", "flops" or "memory_bytes".
+      load: batch and context.
+
+    Returns:
+      The table; its totals equal `model_cost` of the slices exactly.
+
+    Raises:
+      ValueError: the kind is not counted, or the menu does not fit the model or offers widths of all of it.
+    """
+    config = config.with_exits(())
+    fix = "a table holds costs at the model's full width: leave d_model=(1.0,)"
+    require(menu.d_model == (1.0,), "menu.d_model", menu.d_model, fix)
+    counted = ("parameters", "flops", "memory_bytes")
+    fix = f"only {', '.join(counted)} are counted; latency is measured: elastic-lm latency build"
+    require(kind in counted, "kind", kind, fix)
+    sizes = menu.sizes(config)
+
+    def attention(i: int, heads: int, groups: int) -> float:
+        return float(getattr(attention_cost(config, i, heads, groups, load), kind))
+
+    def mlp(neurons: int) -> float:
+        return float(getattr(mlp_cost(config, neurons, load), kind))
+
+    each = range(config.n_layers)
+    return CostTable(
+        kind,
+        float(getattr(base_cost(config, load), kind)),
+        tuple(
+            tuple(tuple(attention(i, h, g) for g in sizes.groups[i]) for h in sizes.heads[i]) for i in each
+        ),
+        tuple(tuple(map(mlp, sizes.mlp[i])) for i in each),
+    )

@@ -1,0 +1,23 @@
+"""The batch that next-token training reads."""
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class Batch:
+    """A packed batch of next-token prediction.
+
+    Attributes:
+      tokens: [B, T] int32 inputs.
+      targets: [B, T] int32, the token that follows each input.
+      weights: [B, T] float32, how much each target counts (0 = padding or prompt).
+      positions: [B, T] int32 position of each token in its document.
+      segments: [B, T] int32 document id of each token; 0 = padding.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+    positions: jax.Array
+    segments: jax.Array

@@ -1,0 +1,247 @@
+"""From what a caller asks for to the arrays that the decode loop reads."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.data.padding import padded
+from elastic_lm.decode.sampling import Sampling
+from elastic_lm.decode.state import Controls, segments
+from elastic_lm.depth.confidence import NEVER, metric_index
+from elastic_lm.depth.policies import ExitPolicy, gate_row, threshold_table
+
+STOP_SLOTS = 8  # stop tokens beyond this recompile with twice as many slots
+SMALLEST_BUCKET = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How tokens are drawn; a sequence gives one value per row.
+
+    Attributes:
+      temperature: 0 = greedy.
+      top_k: keep the k likeliest tokens; 0 = all.
+      top_p: keep the smallest set of tokens whose probability reaches p; 1 = all.
+      min_p: drop tokens less likely than min_p times the likeliest; 0 = none.
+      repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens already present.
+      seed: row i of a batch draws with seed + i, or with the i-th seed of a sequence.
+      stop: strings that end a row; they are not part of its text.
+      stop_tokens: token ids that end a row, beside the model's own end tokens.
+      ignore_eos: do not stop at the model's own end tokens.
+    """
+
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
+    min_p: float | Sequence[float] = 0.0
+    repetition_penalty: float | Sequence[float] = 1.0
+    seed: int | Sequence[int] = 0
+    stop: tuple[str, ...] | str = ()
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple.
+
+        Raises:
+          ValueError: one is empty; every text holds that.
+        """
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if "" in stops:
+            raise ValueError(f"stop={self.stop!r}: a stop string needs at least one character")
+        return stops
+
+    def arrays(self, batch: int) -> Sampling:
+        """Validated per-row arrays.
+
+        Args:
+          batch: number of rows.
+
+        Raises:
+          ValueError: a value is out of range, or a sequence has not one entry per row.
+        """
+        seeds = np.asarray(self.seed)
+        if not np.issubdtype(seeds.dtype, np.integer):
+            raise ValueError(f"seed={self.seed!r}: must be an integer, or one integer per prompt")
+        seeds = seeds + np.arange(batch) if seeds.ndim == 0 else seeds
+        return Sampling(
+            temperature=self._row("temperature", batch, np.float32, 0.0, None),
+            top_k=self._row("top_k", batch, np.int32, 0, None),
+            top_p=self._row("top_p", batch, np.float32, 0.0, 1.0),
+            min_p=self._row("min_p", batch, np.float32, 0.0, 1.0),
+            repetition_penalty=self._row("repetition_penalty", batch, np.float32, 1e-6, None),
+            seed=jnp.asarray(per_row("seed", seeds, batch).astype(np.uint32)),
+        )
+
+    def _row(self, name: str, batch: int, dtype: type, low: float, high: float | None) -> jax.Array:
+        values = per_row(name, getattr(self, name), batch)
+        bad = (values < low) | (values > high if high is not None else False) | ~np.isfinite(values)
+        if bad.any():
+            limits = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ValueError(f"{name}={values[bad][0]}: must be {limits}")
+        return jnp.asarray(values, dtype)
+
+
+def make_settings(settings: dict[str, Any]) -> Settings:
+    """Builds `Settings`, naming unknown keys.
+
+    Raises:
+      ValueError: a key is not a field of `Settings`.
+    """
+    known = [f.name for f in dataclasses.fields(Settings)]
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"unknown setting {key}={value!r}: known ones are {', '.join(known)}")
+    return Settings(**settings)
+
+
+def per_row(name: str, value: object, batch: int) -> np.ndarray:
+    """[B, ...] of one value, or of one per row.
+
+    Raises:
+      ValueError: a sequence has not one entry per row.
+    """
+    values = np.asarray(value)
+    if values.ndim and values.shape != (batch,):
+        raise ValueError(f"{name} has {values.shape[0]} entries: give one value, or one per prompt ({batch})")
+    return np.broadcast_to(values, (batch,)).copy()
+
+
+def make_controls(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    capacity: int,
+    how: Settings,
+    policies: Sequence[ExitPolicy | None],
+    *,
+    lossless: np.ndarray,
+    adapt: bool,
+    fire_share: float,
+    together: bool,
+) -> Controls:
+    """What the decode loop reads of a batch's requests.
+
+    Args:
+      config: the model.
+      prompts: token ids per row.
+      count: tokens asked for per row.
+      capacity: positions per row.
+      how: sampling settings.
+      policies: one per row, None = full depth; all of one metric.
+      lossless: [B] bool rows that are verified.
+      adapt: draft lengths follow what is accepted.
+      fire_share: share of the living rows that must wait before a deep tick fires.
+      together: rows leave early only all at once.
+
+    Raises:
+      ValueError: a sampling setting is out of range, or has not one entry per row.
+    """
+    batch, exits = len(prompts), len(segments(config)) - 1
+    thresholds = np.full((batch, exits, capacity), NEVER, np.float32)
+    for row, (policy, prompt) in enumerate(zip(policies, prompts, strict=True)):
+        first = len(prompt) - 1  # position whose exits decide about the first emitted token
+        thresholds[row, :, first : first + count] = threshold_table(policy, exits, count)
+    metrics = [p.metric for p in policies if p is not None and p.metric is not None]
+    return Controls(
+        thresholds=jnp.asarray(thresholds),
+        gates=jnp.asarray(np.stack([gate_row(policy, exits) for policy in policies])),
+        metric=jnp.int32(metric_index(metrics[0]) if metrics else 0),
+        fire_share=jnp.float32(fire_share),
+        together=jnp.asarray(together),
+        lossless=jnp.asarray(lossless),
+        adapt=jnp.asarray(adapt),
+        stop_tokens=stop_array(config.eos_ids, how),
+        sampling=how.arrays(batch),
+    )
+
+
+def stop_array(eos_ids: tuple[int, ...], settings: Settings) -> jax.Array:
+    """[E] int32 tokens that end a row, the model's own among them, padded with -1."""
+    own = () if settings.ignore_eos else eos_ids
+    stops = (*own, *settings.stop_tokens)
+    slots = STOP_SLOTS
+    while slots < len(stops):
+        slots *= 2
+    return jnp.asarray([*stops, *[-1] * (slots - len(stops))], jnp.int32)
+
+
+def bucket(size: int) -> int:
+    """Smallest power of two that holds `size`, and at least `SMALLEST_BUCKET`."""
+    return max(SMALLEST_BUCKET, 1 << (size - 1).bit_length())
+
+
+def pad_prompts(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """Right-pads prompts to their bucket.
+
+    Args:
+      config: gives the vocabulary and the longest sequence.
+      prompts: token ids per row.
+      max_new_tokens: tokens to emit per row at most.
+
+    Returns:
+      (tokens [B, P] int32, lengths [B] int32).
+
+    Raises:
+      ValueError: no prompt, an empty or too long prompt, an unknown token id, or nothing to emit.
+    """
+    if not prompts:
+        raise ValueError("prompt=[]: give at least one prompt")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    for i, ids in enumerate(prompts):
+        _check_prompt(config, i, ids, max_new_tokens)
+    tokens, lengths = pad_rows(prompts, len(prompts), bucket(max(map(len, prompts))))
+    return jnp.asarray(tokens), jnp.asarray(lengths)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids as one array, `padded` with zeros and rows of length 0, and their lengths.
+
+    Args:
+      rows: token ids.
+      count: rows of the array, at least as many.
+      width: columns of the array, at least as many as the longest row has.
+
+    Returns:
+      (tokens [count, width] int32, lengths [count] int32).
+    """
+    lengths = [len(ids) for ids in rows] + [0] * (count - len(rows))
+    return padded(rows, count, width), np.asarray(lengths, np.int32)
+
+
+def check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Refuses token ids outside the vocabulary.
+
+    Args:
+      what: what holds them, for the message.
+      ids: at least one.
+      vocab_size: of the model.
+
+    Raises:
+      ValueError: names the worst one.
+    """
+    worst = max(ids) if min(ids) >= 0 else min(ids)
+    if not 0 <= worst < vocab_size:
+        raise ValueError(
+            f"{what} holds token id {worst}, outside the vocabulary of {vocab_size}: "
+            "is this the model's own tokenizer?"
+        )
+
+
+def _check_prompt(config: ModelConfig, row: int, ids: Sequence[int], max_new_tokens: int) -> None:
+    if not ids:
+        raise ValueError(f"prompt {row} is empty: give at least one token of text")
+    if len(ids) + max_new_tokens > config.max_len:
+        raise ValueError(
+            f"prompt {row} has {len(ids)} tokens and max_new_tokens={max_new_tokens}, together more than "
+            f"the model's max_len={config.max_len}: shorten the prompt or emit fewer tokens"
+        )
+    check_ids(f"prompt {row}", ids, config.vocab_size)

@@ -1,0 +1,218 @@
+"""Exit policies by confidence: the thresholds, how they are fitted, and the file they live in.
+
+A token leaves at the first exit j with confidence c_j >= t_j, else at full depth. Thresholds t are
+chosen on one half of the held-out sequences,
+
+    minimise mean layers    subject to    share of tokens equal to the full model's >= target
+
+and measured on the other half, so the reported numbers are not in-sample. They are averages over those
+tokens; with a `RiskControl` the other half instead tests what is stated about new text, and the file
+says what was stated (see `risk_control`).
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.parse import to_dict
+from elastic_lm.data.batch import Batch
+from elastic_lm.depth.confidence import LOGIT_METRICS, NEVER
+from elastic_lm.depth.guarantee import RiskControl, control
+from elastic_lm.depth.observations import Arrays, Observations, observe
+from elastic_lm.depth.per_exit import Strategy, exit_thresholds
+from elastic_lm.depth.policies import SHAPE, ConfidenceExit, CurvePoint
+from elastic_lm.depth.threshold_search import choose, emitting_exit, outcome
+from elastic_lm.models.decoder import Params
+
+TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+GUARANTEE = "none: averages over the measured tokens, without a finite-sample guarantee for new text"
+
+
+def calibrate(
+    config: ModelConfig,
+    params: Params,
+    batches: Iterable[Batch | Arrays],
+    *,
+    target: float = 0.99,
+    risk: RiskControl | None = None,
+    metric: str = "max_prob",
+    strategy: Strategy | Literal["joint"] = "joint",
+    targets: Sequence[float] = TARGETS,
+    active: Sequence[int] | None = None,
+    model: str = "",
+    data: str = "",
+    seed: int = 0,
+    chunk: int = 128,
+) -> ConfidenceExit:
+    """Fits one threshold per exit so that a target share of all tokens equals the full model's.
+
+    Args:
+      config: the model with its exits; static.
+      params: its parameters, canonical or stacked.
+      batches: packed held-out batches, not trained on; see `observe`.
+      target: wanted share of emitted tokens that equal the full model's greedy choice, on average over
+        the held-out tokens; not read where `risk` states a target.
+      risk: what is to be guaranteed for new text; None = averages only.
+      metric: confidence metric.
+      strategy: "joint" chooses the thresholds of all exits together, as above; the others each exit's by its
+        own tokens, for comparison (`calibrate.strategies`). Not read where `risk` is given.
+      targets: further targets that the curve shows.
+      active: layers of the exits that may be used; the others get a threshold above 1. None = all.
+      model: path or name, recorded.
+      data: description of the held-out text, recorded.
+      seed: decides which sequences choose thresholds and which measure them.
+      chunk: columns of logits alive at once; static.
+
+    Returns:
+      ConfidenceExit with the measured curve. Where no exit can be used within a target's budget of
+      disagreements its thresholds are above 1 (never exit) and the curve's note says so; so they are
+      where `risk` is not achievable, and the guarantee says how many more sequences are needed.
+
+    Raises:
+      ValueError: the model has no exits, or none with the gate that the metric reads, a target is not in
+        (0, 1], or the text is too short.
+    """
+    if not config.exits:
+        raise ValueError("config.exits=(): attach and tune exits first")
+    observations = observe(config, params, batches, metric=metric, chunk=chunk)
+    policy = fit(
+        observations,
+        target=target,
+        risk=risk,
+        metric=metric,
+        strategy=strategy,
+        targets=targets,
+        active=active,
+        seed=seed,
+    )
+    return dataclasses.replace(policy, provenance=_provenance(config, policy, model, data))
+
+
+def _provenance(config: ModelConfig, policy: ConfidenceExit, model: str, data: str) -> dict[str, Any]:
+    """Where a policy comes from; its counts of tokens are in `policy.provenance`."""
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+    shape = {field: getattr(config, field) for field in SHAPE}
+    return {
+        "model": {"path": model, "config_sha256": digest, **shape},
+        "data": {"description": data, **policy.provenance},
+        "guarantee": policy.guarantee.statement if policy.guarantee else GUARANTEE,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+    }
+
+
+def fit(
+    observations: Observations,
+    *,
+    target: float = 0.99,
+    risk: RiskControl | None = None,
+    metric: str,
+    strategy: Strategy | Literal["joint"] = "joint",
+    targets: Sequence[float] = TARGETS,
+    active: Sequence[int] | None = None,
+    seed: int = 0,
+) -> ConfidenceExit:
+    """`calibrate` from observations that exist already; arguments as there."""
+    target = risk.target if risk else target
+    targets = sorted({target, *targets})
+    for value in targets:
+        if not 0 < value <= 1:
+            raise ValueError(f"target={value}: must be a share in (0, 1]")
+    layers = observations.layers
+    unknown = set(active or ()) - set(layers)
+    if unknown:
+        raise ValueError(f"active={tuple(active or ())}: the model has exits after layers {layers}")
+    used = [i for i, layer in enumerate(layers) if active is None or layer in active]
+    depths = [*(layers[i] for i in used), observations.n_layers]
+    gates = choose_gates(observations.halves(seed)[0], used, depths, target)
+    selection, scoring = observations.gated(gates).halves(seed)
+    sure, agrees = selection.confidence[:, used], selection.agrees[:, used]
+    if strategy == "joint":
+        chosen = choose(sure, agrees, depths, targets)
+    else:
+        chosen = {value: exit_thresholds(sure, agrees, value, strategy) for value in targets}
+    points = {
+        value: _point(scoring, value, _spread(chosen[value], used, len(layers)), metric) for value in targets
+    }
+    guarantee = None
+    if risk:
+        thresholds, guarantee = control(selection, scoring, risk, used)
+        points[target] = dataclasses.replace(
+            _point(scoring, target, thresholds, metric), note=guarantee.statement
+        )
+    counts = {
+        "selection_tokens": selection.tokens,
+        "scoring_tokens": scoring.tokens,
+        "sequences": len(set(observations.sequence.tolist())),
+        "seed": seed,
+    }
+    curve = tuple(points.values())
+    thresholds = points[target].thresholds
+    gates = gates if any(gates) else ()
+    return ConfidenceExit(metric, thresholds, layers, target, curve, gates, guarantee, counts)
+
+
+def choose_gates(
+    selection: Observations, used: Sequence[int], depths: Sequence[int], target: float, kept: float = 0.98
+) -> tuple[float, ...]:
+    """How much each exit's gate must give for its vocabulary head to be read.
+
+    As much as lets a share of the tokens through that would leave there, were every head read. A gate that
+    stays shut by mistake costs depth, never agreement; thresholds are chosen with the gates in place. One
+    target decides for the whole curve, so its lower targets are deeper than they could be.
+
+    Args:
+      selection: the sequences that choose.
+      used: indices of the exits in use.
+      depths: their layers, then those of the full model.
+      target: agreement that the tokens that leave are chosen for.
+      kept: share of them that the gate must let through.
+
+    Returns:
+      One number in [0, 1] per exit; 0 where an exit has no gate, or nothing leaves there.
+    """
+    gates = [0.0] * len(selection.layers)
+    if selection.gate is None or not selection.gate.any():
+        return tuple(gates)
+    thresholds = choose(selection.confidence[:, used], selection.agrees[:, used], depths, [target])[target]
+    for i, threshold in zip(used, thresholds, strict=True):
+        leaves = selection.gate[selection.confidence[:, i] >= threshold, i]
+        if len(leaves):
+            gates[i] = float(np.quantile(leaves, 1 - kept))
+    return tuple(gates)
+
+
+def _spread(thresholds: Sequence[float], used: Sequence[int], exits: int) -> tuple[float, ...]:
+    """Thresholds of all exits; those not in use never fire."""
+    given = dict(zip(used, thresholds, strict=True))
+    return tuple(given.get(i, NEVER) for i in range(exits))
+
+
+def _point(scoring: Observations, target: float, thresholds: tuple[float, ...], metric: str) -> CurvePoint:
+    depths = (*scoring.layers, scoring.n_layers)
+    result = outcome(scoring.confidence, scoring.agrees, depths, thresholds)
+    note = ""
+    if min(thresholds) >= NEVER:
+        note = "no exit can be used at this target: every token takes the full depth"
+    elif result.agreement < target:
+        note = "measured agreement is below the target: use more held-out text or a higher target"
+    looked = _looked(scoring, thresholds, metric)
+    return CurvePoint(target, thresholds, result.agreement, result.mean_layers, result.shares, note, looked)
+
+
+def _looked(scoring: Observations, thresholds: tuple[float, ...], metric: str) -> tuple[float, ...]:
+    """Share of tokens for which each exit's vocabulary head is read, as `decode.answer` decides."""
+    chosen = emitting_exit(scoring.confidence, thresholds)
+    shares = []
+    for j, threshold in enumerate(thresholds):
+        sure = scoring.confidence[:, j]
+        passing = sure >= (0.0 if metric in LOGIT_METRICS else threshold)  # silenced ones are below 0
+        shares.append(float(np.mean((chosen >= j) & passing)) if threshold <= 1 else 0.0)
+    return tuple(shares)

@@ -1,0 +1,178 @@
+"""EE-Tuning: early exits for a pretrained model whose own parameters never change.
+
+With h_l the state after layer l, theta_l the parameters of the exit there and N counted tokens:
+
+    minimise over theta:  sum_l w_l(step) L_l,    L_l = (1/N) sum_t omega_t CE(logits_l[t], x_{t+1})
+    logits_l = exit(h_l; theta_l) / T_l,          omega_t = 1, or max_v softmax(logits_l[t])_v, detached
+    w_l(r) = w_0 + (w_l - w_0) f(r),              r = min(step / warm-up steps, 1),
+                                                  f(r) = r  or  (1 + cos(pi (r + 1))) / 2
+
+The backbone runs forward only, and only up to the deepest exit whose weight is not zero. EE-LLM's
+joint training of all parameters, L_final + sum_l w_l(step) L_l, is `JointTraining`.
+
+Papers: EE-Tuning, arXiv 2402.00518; EE-LLM, arXiv 2312.04916.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.data.batch import Batch
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.nn.block import Tap
+from elastic_lm.train.losses import Metrics, TokenSums, chunked_cross_entropy
+
+Warmup = Literal["linear", "cosine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EETuning:
+    """Trains the exits of a frozen model (a `losses.Method`)."""
+
+    config: ModelConfig  # the model with its exits; static
+    weights: tuple[float, ...] = ()  # w_l per exit; 0 leaves that exit out; () = all 1
+    warmup_steps: int = 0  # steps over which the weights move from warmup_from to their value
+    warmup_from: float = 0.0  # w_0, every exit's weight at step 0 of the warm-up
+    warmup: Warmup = "linear"  # f, shape of the warm-up
+    dynamic_token_weights: bool = False  # omega_t is the exit's own confidence
+    chunk: int = 256  # columns of logits alive at once
+    remat: bool = False  # recompute what an exit computes in its backward pass
+
+    def __post_init__(self) -> None:
+        if not self.config.exits:
+            raise ValueError("config.exits=(): attach exits first, see attach_exits")
+        if len(self.weights) not in (0, len(self.config.exits)):
+            layers = tuple(e.layer for e in self.config.exits)
+            raise ValueError(f"weights={self.weights}: needs one entry per exit, after layers {layers}")
+        if self.weights and not any(self.weights):
+            raise ValueError(f"weights={self.weights}: at least one exit needs a weight above 0")
+        if self.warmup not in get_args(Warmup):
+            raise ValueError(f"warmup={self.warmup!r}: must be one of {', '.join(get_args(Warmup))}")
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Indices into `config.exits` of the exits that train."""
+        return tuple(i for i, w in enumerate(self._targets()) if w)
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Exits in use train, everything else is frozen.
+
+        Raises:
+          ValueError: the exits in use own no parameters.
+        """
+        names = {self.config.exits[i].name for i in self.active}
+        trainable = {name: tree for name, tree in params.items() if name in names}
+        if not trainable:
+            layers = tuple(self.config.exits[i].layer for i in self.active)
+            raise ValueError(
+                f"exits after layers {layers}: tied `embedding` exits own nothing to tune; untie them, or "
+                "choose another kind"
+            )
+        return trainable, {name: tree for name, tree in params.items() if name not in names}
+
+    def exit_weights(self, step: jax.Array | int) -> jax.Array:
+        """w_l(step) of every exit: [E] float32."""
+        target = jnp.asarray(self._targets(), jnp.float32)
+        if not self.warmup_steps:
+            return target
+        r = jnp.minimum(jnp.asarray(step, jnp.float32) / self.warmup_steps, 1.0)
+        f = r if self.warmup == "linear" else (1.0 + jnp.cos(jnp.pi * (r + 1.0))) / 2.0
+        return jnp.where(target == 0, 0.0, self.warmup_from + (target - self.warmup_from) * f)
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Weighted sum of the exits' losses, in nats per counted token.
+
+        Args:
+          trainable: first result of `split`; the only parameters with a gradient.
+          frozen: second result of `split`.
+          batch: packed tokens, targets and weights.
+          step: int32 scalar, drives the warm-up.
+
+        Returns:
+          (scalar float32, metrics `loss`, `loss/exit_<layer>` and `accuracy/exit_<layer>`).
+        """
+        params = {**jax.lax.stop_gradient(frozen), **trainable}
+        depths = [self.config.exits[i].layer for i in self.active]
+        taps = self._taps(params, depths, batch)
+        total, metrics = self._exit_losses(params, taps, batch, step)
+        return total, {"loss": total, **metrics}
+
+    def _targets(self) -> tuple[float, ...]:
+        return self.weights or (1.0,) * len(self.config.exits)
+
+    def _taps(self, params: Params, depths: Sequence[int], batch: Batch) -> dict[int, Tap]:
+        decoder = Decoder(self.config, self.remat).bind({"params": params})
+        return decoder.taps(batch.tokens, depths, batch.positions, batch.segments)
+
+    def _exit_losses(
+        self, params: Params, taps: dict[int, Tap], batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """sum_l w_l(step) L_l, one exit after the other so that only one holds logits."""
+        weights = self.exit_weights(step)
+        total, metrics = jnp.zeros((), jnp.float32), {}
+        for i in self.active:
+            e = self.config.exits[i]
+
+            def sums(params: Params, tap: Tap, i: int = i) -> TokenSums:
+                return self._token_sums(params, tap, i, batch)
+
+            result = (jax.checkpoint(sums) if self.remat else sums)(params, taps[e.layer])
+            count = jnp.maximum(result.weight, 1.0)
+            total += weights[i] * result.loss / count
+            metrics[f"loss/{e.name}"] = result.cross_entropy / count
+            metrics[f"accuracy/{e.name}"] = result.correct / count
+        return total, metrics
+
+    def _token_sums(self, params: Params, tap: Tap, index: int, batch: Batch) -> TokenSums:
+        decoder = Decoder(self.config).bind({"params": params})
+        features = decoder.exit_features(index, tap, batch.positions, batch.segments)
+        return chunked_cross_entropy(
+            self.config,
+            features,
+            decoder.exit_kernel(index),
+            batch,
+            temperature=self.config.exits[index].temperature,
+            confidence_weighted=self.dynamic_token_weights,
+            chunk=self.chunk,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class JointTraining(EETuning):
+    """EE-LLM's training of all parameters: L_final + sum_l w_l(step) L_l (a `losses.Method`)."""
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Everything trains."""
+        return params, {}
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """L_final + sum_l w_l(step) L_l, in nats per counted token (EE-LLM, arXiv 2312.04916).
+
+        Args:
+          trainable: first result of `split`, all parameters.
+          frozen: second result of `split`, empty.
+          batch: packed tokens, targets and weights.
+          step: int32 scalar, drives the warm-up.
+
+        Returns:
+          (scalar float32, metrics of `EETuning.loss` and `loss/final`, `accuracy/final`).
+        """
+        params: dict[str, Any] = {**jax.lax.stop_gradient(frozen), **trainable}
+        depth = self.config.n_layers
+        taps = self._taps(params, [*(self.config.exits[i].layer for i in self.active), depth], batch)
+        exits, metrics = self._exit_losses(params, taps, batch, step)
+        decoder = Decoder(self.config).bind({"params": params})
+        features, kernel = decoder.final_features(taps[depth].hidden), decoder.final_kernel()
+        final = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
+        count = jnp.maximum(final.weight, 1.0)
+        total = final.loss / count + exits
+        metrics |= {"loss/final": final.loss / count, "accuracy/final": final.correct / count}
+        return total, {"loss": total, **metrics}

@@ -1,0 +1,140 @@
+"""Thresholds of single exits, each on its own, by what its most confident tokens agree on.
+
+With the tokens of one exit sorted by uncertainty u = 1 - confidence, c_i = 1 where token i equals the
+full model's, and A_i = (c_1 + ... + c_i) / i,
+
+    max_coverage   u_i of the last i with A_i >= target
+    min_coverage   u_i of the first i with A_i >= target
+    midpoint       (u_i + u_{i+1}) / 2 of the last one
+    platt          (logit(target) - b) / w of a fit P(c = 1) = sigmoid(w u + b)
+
+and the threshold is 1 - u. Tokens of equal uncertainty exit together, so A_i counts only where
+u_i < u_{i+1}. Averages over the tokens they were chosen on, of tokens that shallower exits may have
+taken already: `thresholds.calibrate` chooses all exits together, `risk_control` gives guarantees.
+
+Paper: self-supervised early exits, arXiv 2407.21082; Platt's targets: Platt 1999, sec. 2.2.
+"""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import numpy as np
+
+from elastic_lm.config.checks import require
+from elastic_lm.depth.confidence import NEVER
+
+Strategy = Literal["max_coverage", "min_coverage", "midpoint", "platt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitChoice:
+    """What a strategy gives for one exit."""
+
+    threshold: float  # the exit fires when its confidence is at least this; `NEVER` = it never does
+    coverage: float  # share of the tokens that reach the threshold
+    agreement: float  # share of these equal to the full model's; 1 where there are none
+
+
+def exit_threshold(
+    confidence: np.ndarray, agrees: np.ndarray, target: float, strategy: Strategy = "max_coverage"
+) -> ExitChoice:
+    """Threshold of one exit.
+
+    Args:
+      confidence: [N] in [0, 1]; negative where a gate silenced the exit, which then does not fire.
+      agrees: [N] bool, the exit's token is the full model's.
+      target: wanted agreement among the tokens that exit, in (0, 1].
+      strategy: which of the valid thresholds is taken.
+
+    Returns:
+      ExitChoice; `NEVER` where no threshold is valid.
+
+    Raises:
+      ValueError: there are no tokens, or the target or the strategy does not exist.
+    """
+    require(len(confidence) > 0, "confidence", list(confidence), "needs at least one token")
+    require(0 < target <= 1, "target", target, "must be a share in (0, 1]")
+    require(strategy in get_args(Strategy), "strategy", strategy, f"one of {', '.join(get_args(Strategy))}")
+    if strategy == "platt":
+        threshold = _platt_threshold(confidence, agrees, target)
+    else:
+        threshold = _cumulative_threshold(confidence, agrees, target, strategy)
+    exits = confidence >= threshold
+    return ExitChoice(threshold, float(exits.mean()), float(agrees[exits].mean()) if exits.any() else 1.0)
+
+
+def exit_thresholds(
+    confidence: np.ndarray, agrees: np.ndarray, target: float, strategy: Strategy = "max_coverage"
+) -> tuple[float, ...]:
+    """`exit_threshold` of every exit, from [N, E] confidences and agreements."""
+    columns = range(confidence.shape[1])
+    return tuple(exit_threshold(confidence[:, j], agrees[:, j], target, strategy).threshold for j in columns)
+
+
+def _cumulative_threshold(
+    confidence: np.ndarray, agrees: np.ndarray, target: float, strategy: Strategy
+) -> float:
+    order = np.argsort(-confidence, kind="stable")
+    ranked = confidence[order]
+    cumulative = np.cumsum(agrees[order]) / np.arange(1, len(order) + 1)
+    last_of_equals = np.append(ranked[:-1] > ranked[1:], True)
+    valid = np.flatnonzero((cumulative >= target - 1e-12) & last_of_equals & (ranked >= 0))
+    if not len(valid):
+        return NEVER
+    if strategy == "min_coverage":
+        return float(ranked[valid[0]])
+    last = valid[-1]
+    after = max(ranked[min(last + 1, len(ranked) - 1)], 0.0)
+    return float(ranked[last] + after) / 2 if strategy == "midpoint" else float(ranked[last])
+
+
+def _platt_threshold(confidence: np.ndarray, agrees: np.ndarray, target: float) -> float:
+    heard = confidence >= 0
+    confidence, agrees = confidence[heard], agrees[heard]
+    if not len(confidence):
+        return NEVER
+    uncertainty = 1.0 - confidence.astype(np.float64)
+    w, b = platt(uncertainty, agrees)
+    wanted = math.log(target / (1.0 - target)) if target < 1 else math.inf
+    if w * uncertainty.min() + b < wanted:
+        return NEVER
+    if w >= 0:
+        return float(confidence.min())
+    return max(float(confidence.min()), 1.0 - (wanted - b) / w)
+
+
+def platt(scores: np.ndarray, labels: np.ndarray, steps: int = 50) -> tuple[float, float]:
+    """Maximum-likelihood fit of P(label = 1) = sigmoid(w score + b) by damped Newton steps.
+
+    Args:
+      scores: [N].
+      labels: [N] bool; (N+ + 1) / (N+ + 2) and 1 / (N- + 2) stand for 1 and 0, which keeps w finite
+        where the scores separate the labels.
+      steps: most Newton steps.
+
+    Returns:
+      (w, b).
+    """
+    positive = int(labels.sum())
+    high, low = (positive + 1) / (positive + 2), 1 / (len(labels) - positive + 2)
+    wanted = np.where(labels, high, low)
+    design = np.column_stack([scores, np.ones(len(scores))]).astype(np.float64)
+
+    def loss(weights: np.ndarray) -> float:
+        z = design @ weights
+        return float(np.sum(np.logaddexp(0.0, z) - wanted * z))
+
+    weights = np.zeros(2)
+    for _ in range(steps):
+        p = 1.0 / (1.0 + np.exp(-np.clip(design @ weights, -500, 500)))
+        gradient = design.T @ (p - wanted)
+        curvature = design.T @ (design * (p * (1 - p))[:, None]) + 1e-9 * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        size = 1.0
+        while size > 1e-6 and loss(weights - size * step) > loss(weights):
+            size /= 2
+        weights = weights - size * step
+        if np.abs(size * step).max() < 1e-9:
+            break
+    return float(weights[0]), float(weights[1])

@@ -1,0 +1,383 @@
+"""When a token leaves: what a sampler asks of a policy, and policies that depend on the position.
+
+A policy is a confidence metric and thresholds. `ConfidenceExit` (calibrate.thresholds) has one threshold
+per exit. Here are
+
+    StaticExit:     every token leaves after layer l                              t_l = 0, the others never
+    DecayedExit:    t_j(i) = t_j (0.9 + 0.1 exp(-tau i / N))                  (CALM, arXiv 2207.07061)
+    DepthSchedule:  token i leaves at the first exit at or above depth d(i),
+                    d(i) = first + (last - first) i / (N - 1)                 (SkipDecode, arXiv 2307.02628)
+
+with i = 0 .. N - 1 the index of an emitted token and N the tokens asked for. A schedule of depths gives all
+rows of a batch that run in step the same depth, so that none waits for another.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.parse import from_dict
+from elastic_lm.config.subnet import Subnet
+from elastic_lm.depth.confidence import NEVER, metric_index
+from elastic_lm.depth.guarantee import Guarantee
+from elastic_lm.depth.observations import check_gates
+from elastic_lm.files.atomic import write_text_whole
+
+
+class ExitPolicy(Protocol):
+    """What the sampler needs to know about when to exit (`calibrate.thresholds.ConfidenceExit`)."""
+
+    @property
+    def metric(self) -> str | None:
+        """Confidence metric; None = thresholds 0 and never, which mean the same under any."""
+        ...
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """One threshold per exit, in order of depth."""
+        ...
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError where the policy does not fit the model's exits."""
+        ...
+
+
+@runtime_checkable
+class PositionPolicy(Protocol):
+    """A policy whose thresholds depend on how many tokens have been emitted."""
+
+    def schedule(self, count: int) -> np.ndarray:
+        """[J, count] thresholds of each emitted token."""
+        ...
+
+
+@runtime_checkable
+class GatedPolicy(Protocol):
+    """A policy that says when an exit's head is looked at."""
+
+    @property
+    def gates(self) -> tuple[float, ...]:
+        """Per exit, the least that its gate must give; () = every head is looked at."""
+        ...
+
+
+def threshold_table(policy: ExitPolicy | None, exits: int, count: int) -> np.ndarray:
+    """Thresholds of each emitted token.
+
+    Args:
+      policy: None = full depth.
+      exits: J, exits of the model; those that the policy does not know never fire.
+      count: tokens asked for.
+
+    Returns:
+      [J, count] float32.
+    """
+    table = np.full((exits, count), NEVER, np.float32)
+    if isinstance(policy, PositionPolicy):
+        given = policy.schedule(count)
+        table[: len(given)] = given[:exits]
+    elif policy is not None:
+        given = policy.thresholds[:exits]
+        table[: len(given)] = np.asarray(given, np.float32)[:, None]
+    return table
+
+
+def gate_row(policy: ExitPolicy | None, exits: int) -> np.ndarray:
+    """Thresholds of the gates.
+
+    Args:
+      policy: None, or without gates = every head is looked at.
+      exits: J, exits of the model.
+
+    Returns:
+      [J] float32; 0 = the head is always looked at.
+    """
+    gates = policy.gates[:exits] if isinstance(policy, GatedPolicy) else ()
+    return np.asarray([*gates, *[0.0] * (exits - len(gates))], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticExit:
+    """Every token leaves after the same layer."""
+
+    layer: int  # an exit of the model, or its last layer
+    layers: tuple[int, ...]  # the model's exits
+
+    @property
+    def metric(self) -> None:
+        """None: no confidence is looked at."""
+        return None
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """0 for the chosen exit, never for the others."""
+        return tuple(0.0 if layer == self.layer else NEVER for layer in self.layers)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError where the model has no such exit."""
+        check_layers(self.layers, config)
+        if self.layer not in (*self.layers, config.n_layers):
+            raise ValueError(
+                f"layer={self.layer}: the model has exits after layers {self.layers}, and "
+                f"{config.n_layers} layers"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecayedExit:
+    """Thresholds that fall as text is emitted, because early errors spoil more of it (CALM).
+
+    What the base was calibrated for, or guarantees, holds for its own thresholds and not for lower ones.
+    """
+
+    base: ExitPolicy  # thresholds at the first token
+    tau: float = 4.0  # how fast they fall towards 0.9 of that
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau < np.inf:
+            raise ValueError(f"tau={self.tau}: must be at least 0 and finite")
+
+    @property
+    def metric(self) -> str | None:
+        """Metric of the base."""
+        return self.base.metric
+
+    @property
+    def gates(self) -> tuple[float, ...]:
+        """Gates of the base, which do not fall."""
+        return self.base.gates if isinstance(self.base, GatedPolicy) else ()
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Thresholds of the first token."""
+        return self.base.thresholds
+
+    def check(self, config: ModelConfig) -> None:
+        """As the base."""
+        self.base.check(config)
+
+    def schedule(self, count: int) -> np.ndarray:
+        """[J, count] thresholds; what never fires at first never does."""
+        first = np.asarray(self.base.thresholds, np.float64)[:, None]
+        fallen = first * (0.9 + 0.1 * np.exp(-self.tau * np.arange(count) / count))
+        return np.where(first > 1, NEVER, fallen)
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthSchedule:
+    """One depth per emitted token, the same for every text, from `first` to `last` (SkipDecode)."""
+
+    first: float  # layers of the first emitted token
+    last: float  # layers of the last one, at most `first`
+    layers: tuple[int, ...]  # the model's exits
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.last <= self.first:
+            raise ValueError(f"first={self.first}, last={self.last}: depths fall, and are at least 1")
+
+    @property
+    def metric(self) -> None:
+        """None: no confidence is looked at."""
+        return None
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Thresholds of the first token."""
+        return tuple(self.schedule(1)[:, 0].tolist())
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError where the model's exits are others, or it is not that deep."""
+        check_layers(self.layers, config)
+        if self.first > config.n_layers:
+            raise ValueError(f"first={self.first}: the model has {config.n_layers} layers")
+
+    def schedule(self, count: int) -> np.ndarray:
+        """[J, count] thresholds: 0 for the exits at or above the depth, never for those below."""
+        depth = self.first + (self.last - self.first) * np.arange(count) / max(count - 1, 1)
+        return np.where(np.asarray(self.layers)[:, None] >= depth, 0.0, NEVER)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptExits:
+    """A policy of a model on a sub-network that lacks some of its exits; the others keep their thresholds."""
+
+    base: ExitPolicy  # of the whole model
+    kept: tuple[int, ...]  # which of the whole model's exits are left, counted from 0
+
+    @property
+    def metric(self) -> str | None:
+        """Metric of the base."""
+        return self.base.metric
+
+    @property
+    def gates(self) -> tuple[float, ...]:
+        """The base's gates of the exits that are left."""
+        row = gate_row(self.base, 1 + max(self.kept, default=-1))
+        return tuple(float(row[i]) for i in self.kept)
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Thresholds of the first token."""
+        return tuple(self.schedule(1)[:, 0].tolist())
+
+    def check(self, config: ModelConfig) -> None:
+        """As the base, of the whole model."""
+        self.base.check(config)
+
+    def schedule(self, count: int) -> np.ndarray:
+        """[J, count] thresholds of the exits that are left."""
+        table = threshold_table(self.base, 1 + max(self.kept, default=-1), count)
+        return table[np.asarray(self.kept, int)]
+
+
+def on_subnet(policy: ExitPolicy | None, config: ModelConfig, subnet: Subnet) -> ExitPolicy | None:
+    """What a policy is on a sub-network.
+
+    Thresholds of exits whose layer is kept stay as they are: what was measured or guaranteed for them is
+    about the whole model.
+
+    Args:
+      policy: of the whole model, checked; None = full depth.
+      config: the whole model.
+      subnet: of it.
+
+    Raises:
+      ValueError: every token is to leave at an exit that is gone.
+    """
+    if policy is None:
+        return None
+    exits = subnet.exits(config)
+    layers = tuple(old.layer for old, _ in exits)
+    if isinstance(policy, StaticExit) and policy.layer not in (*layers, config.n_layers):
+        raise ValueError(
+            f"exit.layer={policy.layer}: the sub-network leaves that layer and its exit out; of the model's "
+            f"exits it has those after layers {layers or 'none'}"
+        )
+    cutting = [old for old, new in exits if new.layer < len(subnet.layers)]
+    return KeptExits(policy, tuple(config.exits.index(e) for e in cutting))
+
+
+def check_layers(layers: tuple[int, ...], config: ModelConfig) -> None:
+    """Raises ValueError where these are not the model's exits."""
+    own = tuple(e.layer for e in config.exits)
+    if own != layers:
+        raise ValueError(f"layers={layers}: the model has exits after layers {own or 'none'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvePoint:
+    """What one target gave on held-out tokens that the thresholds were not chosen on."""
+
+    target: float  # wanted share of tokens equal to the full model's
+    thresholds: tuple[float, ...]  # one per exit
+    agreement: float  # measured share of tokens equal to the full model's
+    mean_layers: float  # mean depth at which tokens were emitted
+    shares: tuple[float, ...]  # share of tokens emitted at each exit, then at full depth
+    note: str = ""  # what a reader should know about this point
+    looked: tuple[float, ...] = ()  # share of tokens for which each exit's head is read; () = not measured
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfidenceExit:
+    """Exit after the first exit whose confidence is at least its threshold."""
+
+    metric: str  # confidence metric, see `calibrate.confidence`
+    thresholds: tuple[float, ...]  # one per exit; 0 always exits, above 1 never does
+    layers: tuple[int, ...]  # the exits' layers, in increasing order
+    target: float | None = None  # agreement with the full model that the thresholds were chosen for
+    curve: tuple[CurvePoint, ...] = ()  # measured targets, in increasing order
+    gates: tuple[float, ...] = ()  # least that each exit's gate must give for its head to be read; () = 0
+    guarantee: Guarantee | None = None  # what holds for `thresholds` on new text; None = averages only
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model, data, date, versions
+
+    def __post_init__(self) -> None:
+        metric_index(self.metric)
+        if len(self.thresholds) != len(self.layers):
+            raise ValueError(f"thresholds={self.thresholds}: needs one per exit, after layers {self.layers}")
+        if not all(math.isfinite(t) and t >= 0 for t in self.thresholds):
+            raise ValueError(f"thresholds={self.thresholds}: must be finite and at least 0 (above 1 = never)")
+        if len(self.gates) not in (0, len(self.layers)):
+            raise ValueError(f"gates={self.gates}: needs one per exit, after layers {self.layers}, or none")
+        if not all(math.isfinite(g) and g >= 0 for g in self.gates):
+            raise ValueError(f"gates={self.gates}: must be finite and at least 0 (0 = always open)")
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks that this policy fits a model's exits.
+
+        Raises:
+          ValueError: names what differs: the exits' layers, their gates where the metric reads them, or
+            the shape of the model it was fitted on.
+        """
+        layers = tuple(e.layer for e in config.exits)
+        if layers != self.layers:
+            raise ValueError(
+                f"thresholds are for exits after layers {self.layers}, the model has {layers or 'none'}: "
+                "calibrate on this model"
+            )
+        check_gates(config, self.metric)
+        gateless = [e.layer for e, gate in zip(config.exits, self.gates, strict=False) if gate and not e.gate]
+        if gateless:
+            raise ValueError(
+                f"gates={self.gates}: the exits after layers {gateless} have none; calibrate on this model"
+            )
+        recorded = self.provenance.get("model", {})
+        for field in SHAPE:
+            if field in recorded and recorded[field] != getattr(config, field):
+                raise ValueError(
+                    f"thresholds were fitted on a model with {field}={recorded[field]}, this one has "
+                    f"{field}={getattr(config, field)}: calibrate on this model"
+                )
+
+    def at(self, target: float) -> "ConfidenceExit":
+        """The same policy for another target of its curve; a guarantee stays with its own thresholds.
+
+        Raises:
+          ValueError: the curve does not have this target.
+        """
+        for point in self.curve:
+            if math.isclose(point.target, target):
+                kept = self.guarantee if point.thresholds == self.thresholds else None
+                return dataclasses.replace(
+                    self, target=point.target, thresholds=point.thresholds, guarantee=kept
+                )
+        known = ", ".join(f"{p.target:g}" for p in self.curve) or "none"
+        raise ValueError(f"target={target}: the curve has {known}; calibrate with this target")
+
+    @property
+    def measured(self) -> CurvePoint | None:
+        """The curve's point of this policy's own target."""
+        return next((p for p in self.curve if p.target == self.target), None)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the policy as JSON; a crash never leaves half a file."""
+        content = {"format": "elastic_lm thresholds 1", **dataclasses.asdict(self)}
+        write_text_whole(path, json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ConfidenceExit":
+        """Reads a policy from a thresholds file.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is not JSON, not a thresholds file, or holds values out of range.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such thresholds file; `elastic-lm calibrate` writes one")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.pop("format", None) != "elastic_lm thresholds 1":
+                raise ValueError('"format" is not "elastic_lm thresholds 1"')
+            points = tuple(from_dict(CurvePoint, p, "curve.") for p in content.pop("curve", []))
+            return from_dict(cls, {**content, "curve": points})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a usable thresholds file ({error}); calibrate again") from error
+
+
+SHAPE = ("n_layers", "d_model", "vocab_size")  # what has to match between a file and a model

@@ -1,0 +1,287 @@
+"""Exits that learn from the model they sit in: no labels, the backbone frozen.
+
+With z the full model's logits, z_i those of exit i (divided by its temperature), p = softmax(z),
+q = softmax(z_i), y = arg max z, and a mean over counted tokens that never looks at their targets:
+
+    minimise over the exits' parameters:  (1/E) sum_i (L_i + G_i)
+
+    kl          L = sum_v p_v (log p_v - log q_v); with top_k = K over the K likeliest tokens of p only,
+                both distributions renormalised there
+    argmax      L = -log q_y
+    penalised   L = alpha (-log q_y) + (1 - alpha) [arg max z_i != y] (log V - entropy(q))
+
+The penalty is KL(q || uniform) on the tokens that the exit gets wrong, which are held fixed: there it is
+drawn to be unsure, so that confidence tells right from wrong. The penalised loss that goes with
+arXiv 2407.21082 has the same purpose; its exact form could not be verified, this one is ours.
+
+A gate (`ExitConfig.gate`) learns whether its exit is right, from the exit's features held fixed:
+
+    G = BCE(gate, [arg max z_i = y]);  balanced: the mean over right tokens and the mean over wrong tokens
+                                       count half each, where a batch has both
+
+Everything that frozen layers compute may be kept (`cache_taps`) and read again for many epochs
+(`CachedExits`), which costs the exits alone. Balcony is a tied `block` exit with `kl`.
+
+Papers: Self-Supervised Early Exits, arXiv 2407.21082; Balcony, arXiv 2503.05005; CALM (gates),
+arXiv 2207.07061.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig
+from elastic_lm.data.batch import Batch
+from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.nn.block import Tap
+from elastic_lm.train.losses import Metrics, Objective, imitation_loss, sum_over_chunks
+
+READS: dict[ExitKind, tuple[str, ...]] = {
+    "embedding": ("hidden",),
+    "norm": ("hidden",),
+    "mlp": ("residual", "mlp_input"),
+    "block": ("hidden",),
+}
+
+
+@flax.struct.dataclass
+class Taps:
+    """What exits and the full model's head read of a batch: everything below them is frozen.
+
+    Attributes:
+      exits: for every exit, the fields of its layer's `Tap` that its kind reads, [B, T, D] each.
+      features: [B, T, D] input of the full model's head.
+      weights: [B, T] float32, how much each token counts.
+      positions: [B, T] int32.
+      segments: [B, T] int32.
+    """
+
+    exits: tuple[dict[str, jax.Array], ...]
+    features: jax.Array
+    weights: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+
+
+@flax.struct.dataclass
+class _Sums:
+    """Weighted sums over tokens for one exit, float32 scalars."""
+
+    loss: jax.Array
+    right: jax.Array  # weight of the tokens where the exit agrees with the full model
+    weight: jax.Array
+    gate_right: jax.Array  # the gate's cross-entropy where the exit is right
+    gate_wrong: jax.Array  # the gate's cross-entropy where it is wrong
+    gate_correct: jax.Array  # weight of the tokens where the gate, cut at 1/2, tells which
+
+
+def gate_cross_entropy(probability: jax.Array, right: jax.Array) -> jax.Array:
+    """-log of the probability that a gate gives to what is the case: BCE of every token.
+
+    Args:
+      probability: [...] float32 in [0, 1], that the exit is right.
+      right: [...] bool, whether it is.
+
+    Returns:
+      [...] float32, in nats; finite where the gate is sure and wrong.
+    """
+    # Below 1 by the smallest float32 step: log(1 - p) stays finite.
+    return -jnp.where(
+        right, jnp.log(jnp.maximum(probability, 1e-30)), jnp.log1p(-jnp.minimum(probability, 1 - 6e-8))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfSupervisedExits:
+    """Trains the exits of a frozen model on the model's own predictions (a `losses.Method`)."""
+
+    config: ModelConfig  # the model with its exits; static
+    objective: Objective = "kl"  # L
+    top_k: int = 0  # kl: K, over the likeliest tokens of the full model only; 0 = all
+    alpha: float = 0.9  # penalised: share of imitation
+    balance_gates: bool = True  # tokens where the exit is right, and wrong, weigh the same for its gate
+    chunk: int = 256  # columns of logits alive at once, of the full model and of one exit
+
+    def __post_init__(self) -> None:
+        if not self.config.exits:
+            raise ValueError("config.exits=(): attach exits first, see attach_exits")
+        if self.objective not in get_args(Objective):
+            choices = ", ".join(get_args(Objective))
+            raise ValueError(f"objective={self.objective!r}: must be one of {choices}")
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """The exits and their gates train, everything else is frozen.
+
+        Raises:
+          ValueError: the exits own no parameters.
+        """
+        names = {e.name for e in self.config.exits}
+        trainable = {name: tree for name, tree in params.items() if name in names}
+        if not trainable:
+            layers = tuple(e.layer for e in self.config.exits)
+            raise ValueError(
+                f"exits after layers {layers}: tied `embedding` exits own nothing to train; untie them, give "
+                "them a gate, or choose another kind"
+            )
+        return trainable, {name: tree for name, tree in params.items() if name not in names}
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Mean over the exits of what they and their gates have to learn, in nats per counted token.
+
+        Args:
+          trainable: first result of `split`; the only parameters with a gradient.
+          frozen: second result of `split`.
+          batch: packed tokens and weights; targets are not read.
+          step: not used.
+
+        Returns:
+          (scalar float32, metrics `loss`, for every exit `loss/exit_<layer>` and `agreement/exit_<layer>`
+          with the full model, for every gate `gate_loss/exit_<layer>` and `gate_accuracy/exit_<layer>`).
+        """
+        return self.loss_from_taps(trainable, frozen, self.taps(frozen, batch))
+
+    def taps(self, frozen: Params, batch: Batch) -> Taps:
+        """Runs the frozen layers, once, for all exits and the full model.
+
+        Args:
+          frozen: second result of `split`.
+          batch: packed tokens and weights; targets are not read.
+
+        Returns:
+          What the exits and the full model's head read, in the dtype of activations.
+        """
+        decoder = Decoder(self.config).bind({"params": jax.lax.stop_gradient(frozen)})
+        depths = [*(e.layer for e in self.config.exits), self.config.n_layers]
+        found = decoder.taps(batch.tokens, depths, batch.positions, batch.segments)
+        exits = tuple({f: getattr(found[e.layer], f) for f in READS[e.kind]} for e in self.config.exits)
+        features = decoder.final_features(found[self.config.n_layers].hidden)
+        return Taps(exits, features, batch.weights, batch.positions, batch.segments)
+
+    def loss_from_taps(self, trainable: Params, frozen: Params, taps: Taps) -> tuple[jax.Array, Metrics]:
+        """`loss` without running the frozen layers.
+
+        Args:
+          trainable: first result of `split`; the only parameters with a gradient.
+          frozen: second result of `split`.
+          taps: what the frozen layers gave for a batch, from `taps`.
+
+        Returns:
+          As `loss`.
+        """
+        params = {**jax.lax.stop_gradient(frozen), **trainable}
+        decoder = Decoder(self.config).bind({"params": params})
+        exits = self.config.exits
+        features = [self._features(decoder, i, taps) for i in range(len(exits))]
+        gates = [
+            decoder.exit_gate(i, jax.lax.stop_gradient(x)) if exits[i].gate else None
+            for i, x in enumerate(features)
+        ]
+        kernels = [decoder.exit_kernel(i) for i in range(len(exits))]
+        teacher_VD = decoder.final_kernel()
+
+        def sums(piece: tuple) -> list[_Sums]:
+            teacher_BTD, features, gates, weights = piece
+            teacher = jax.lax.stop_gradient(vocab_logits(self.config, teacher_BTD, teacher_VD))
+            one = jax.checkpoint(self._exit_sums, static_argnums=0)
+            each = zip(exits, features, kernels, gates, strict=True)
+            return [one(e, x, kernel, gate, teacher, weights) for e, x, kernel, gate in each]
+
+        found = sum_over_chunks(sums, (taps.features, features, gates, taps.weights), self.chunk)
+        total, metrics = jnp.zeros((), jnp.float32), {}
+        for e, result in zip(exits, found, strict=True):
+            loss, named = self._summary(e, result)
+            total, metrics = total + loss / len(exits), metrics | named
+        return total, {"loss": total, **metrics}
+
+    def _features(self, decoder: Decoder, index: int, taps: Taps) -> jax.Array:
+        """Features of one exit; fields that its kind does not read stand in for each other."""
+        stored = jax.lax.stop_gradient(taps.exits[index])
+        anything = next(iter(stored.values()))
+        tap = Tap(**{f.name: stored.get(f.name, anything) for f in dataclasses.fields(Tap)})
+        return decoder.exit_features(index, tap, taps.positions, taps.segments)
+
+    def _exit_sums(
+        self,
+        e: ExitConfig,
+        features_BTD: jax.Array,
+        kernel_VD: jax.Array,
+        gate_BT: jax.Array | None,
+        teacher_BTV: jax.Array,
+        weights_BT: jax.Array,
+    ) -> _Sums:
+        student = vocab_logits(self.config, features_BTD, kernel_VD, e.temperature)
+        loss = imitation_loss(self.objective, teacher_BTV, student, self.top_k, self.alpha)
+        right = jnp.argmax(student, axis=-1) == jnp.argmax(teacher_BTV, axis=-1)
+        zero = jnp.zeros((), jnp.float32)
+        gate = (zero, zero, zero)
+        if gate_BT is not None:
+            entropy = gate_cross_entropy(gate_BT, right) * weights_BT
+            told = jnp.sum(weights_BT * ((gate_BT > 0.5) == right))
+            gate = (jnp.sum(entropy * right), jnp.sum(entropy * ~right), told)
+        return _Sums(jnp.sum(loss * weights_BT), jnp.sum(weights_BT * right), jnp.sum(weights_BT), *gate)
+
+    def _summary(self, e: ExitConfig, sums: _Sums) -> tuple[jax.Array, Metrics]:
+        """L + G of one exit, and its metrics."""
+        count = jnp.maximum(sums.weight, 1.0)
+        loss = sums.loss / count
+        metrics = {f"loss/{e.name}": loss, f"agreement/{e.name}": sums.right / count}
+        if not e.gate:
+            return loss, metrics
+        gate = (sums.gate_right + sums.gate_wrong) / count
+        if self.balance_gates:
+            wrong = sums.weight - sums.right
+            right_mean = sums.gate_right / jnp.maximum(sums.right, 1.0)
+            wrong_mean = sums.gate_wrong / jnp.maximum(wrong, 1.0)
+            kinds = jnp.maximum((sums.right > 0).astype(jnp.float32) + (wrong > 0), 1.0)
+            gate = (right_mean + wrong_mean) / kinds
+        metrics |= {f"gate_loss/{e.name}": gate, f"gate_accuracy/{e.name}": sums.gate_correct / count}
+        return loss + gate, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedExits:
+    """`SelfSupervisedExits` whose batches are `Taps` (a `losses.Method` for the same training step)."""
+
+    method: SelfSupervisedExits
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """As the method without a cache; of what is frozen, layers serve `mlp` exits at most."""
+        return self.method.split(params)
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Any, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """As the method without a cache.
+
+        Args:
+          trainable: first result of `split`; the only parameters with a gradient.
+          frozen: second result of `split`.
+          batch: a `Taps`, placed by `place_taps`.
+          step: not used.
+
+        Returns:
+          As `SelfSupervisedExits.loss`.
+        """
+        return self.method.loss_from_taps(trainable, frozen, batch)
+
+
+def cache_taps(method: SelfSupervisedExits, frozen: Params, batches: Iterable[Batch]) -> list[Taps]:
+    """Runs the frozen layers over the data, once.
+
+    Args:
+      method: which exits; static.
+      frozen: second result of `split`.
+      batches: what to run them over.
+
+    Returns:
+      One `Taps` of host (numpy) arrays per batch, in the dtype of activations: for every token D numbers
+      for the full model and D to 2 D per exit.
+    """
+    run = jax.jit(method.taps)
+    return [jax.device_get(run(frozen, batch)) for batch in batches]

@@ -1,0 +1,269 @@
+"""Sorted fine-tuning: one model whose first n layers are a model too, for several n.
+
+With h_n the state after layer n, depths B (the full depth L among them) and N counted tokens:
+
+    logits_n = head(norm(h_n))       the model's own final norm and head, shared by all, no new parameters
+    minimise over all parameters:    sum_{n in B} w_n(t) L_n,    L_n = (1/N) sum CE(logits_n, x_next)
+    w_n(t) = C_n(t) e_n / sum_m C_m(t) e_m
+
+- SoFT (Sorted LLaMA) and LITE: e_n = 1, C = 1, the mean of the sub-models' losses.
+- CALM: e_n = n ("linear").
+- SortedNet: one sub-model per step, drawn with probability e_n / sum_m e_m ("sampled"), so that the
+  expected gradient is that of the line above with C = 1.
+- LayerSkip: e_n = s n (n - 1) / 2 below L and e_L = L - 1 + s (L - 1)(L - 2) / 2 ("layerskip"). Its
+  curricula C let only part of the sub-models into a step, always with the full one:
+    rotational   C_i(t) = 1 where (i - t) mod R = 0, for the i-th sub-model counted from 0
+    gradual      the deepest first, then one more below it every P steps; P = T / (2 |B|) unless set
+  and its layer dropout lets a row of the batch skip layer l (counted from 0) at step t:
+    h_{l+1} = h_l + m (layer_l(h_l) - h_l),   m ~ Bernoulli(1 - p(l, t)) for every row and layer
+    p(l, t) = S(t) D(l) p_max,   D(l) = 2^(l / (L - 1)) - 1,   S(t) = 1, or 2^(t / (T' - 1)) - 1 up to step T'
+  Rows that are kept are not scaled up: with all layers in place the model is the one that is evaluated.
+  Rows keep their place in the batch, so dropping layers regularises and saves no time.
+
+For every e but LayerSkip's, s ("depth_scale") multiplies the weights of all sub-models below L.
+
+Papers: SortedNet, arXiv 2309.00255; Sorted LLaMA, arXiv 2309.08968; LITE, arXiv 2310.18581; CALM,
+arXiv 2207.07061; LayerSkip, arXiv 2404.16710.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.data.batch import Batch
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.train.config import Curriculum, DepthWeights, TrainConfig
+from elastic_lm.train.losses import Metrics, TokenSums, chunked_cross_entropy
+
+WEIGHT: dict[DepthWeights, Callable[[int], float]] = {
+    "uniform": lambda n: 1.0,
+    "linear": lambda n: n,
+    "sum": lambda n: n * (n + 1) / 2,
+    "sqrt": math.sqrt,
+    "inverse": lambda n: 1 / n,
+    "inverse_sqrt": lambda n: 1 / math.sqrt(n),
+}
+
+
+def depth_weights(
+    depths: tuple[int, ...], n_layers: int, kind: DepthWeights = "uniform", scale: float = 1.0
+) -> tuple[float, ...]:
+    """e_n of every sub-model, normalised to sum 1 (see the top of this file).
+
+    Args:
+      depths: layers of the sub-models.
+      n_layers: layers of the full model.
+      kind: how the weight grows with depth.
+      scale: s, factor of the weights below the full depth.
+
+    Returns:
+      One weight per depth.
+    """
+    if len(depths) == 1:
+        return (1.0,)
+
+    def raw(n: int) -> float:
+        if kind == "layerskip":
+            below = scale * sum(range(min(n, n_layers - 1)))
+            return below if n < n_layers else n_layers - 1 + below
+        return WEIGHT[kind](n) * (1.0 if n == n_layers else scale)
+
+    total = sum(map(raw, depths))
+    return tuple(raw(n) / total for n in depths)
+
+
+def drop_probabilities(n_layers: int, highest: float, ramp: int, step: jax.Array | int) -> jax.Array:
+    """LayerSkip's p(l, t) of every layer (arXiv 2404.16710; see the top of this file).
+
+    Args:
+      n_layers: L.
+      highest: p_max, that of the last layer.
+      ramp: T', steps until S reaches 1; 0 = S is 1 from the start. Static.
+      step: t.
+
+    Returns:
+      [L] float32 probabilities.
+    """
+    depth = jnp.exp2(jnp.arange(n_layers, dtype=jnp.float32) / max(n_layers - 1, 1)) - 1.0
+    progress = jnp.minimum(jnp.asarray(step, jnp.float32) / max(ramp - 1, 1), 1.0) if ramp else 1.0
+    return highest * (jnp.exp2(progress) - 1.0) * depth
+
+
+def extract(config: ModelConfig, params: Params, n: int) -> tuple[ModelConfig, Params]:
+    """The ordinary model made of the first n layers, the final norm and the head.
+
+    Args:
+      config: the model; its exits are left out.
+      params: its parameters, canonical or stacked. No array is copied unless stacked.
+      n: layers to keep, 1 .. n_layers.
+
+    Returns:
+      (config of n layers, its parameters in the same form).
+
+    Raises:
+      ValueError: the model does not have n layers.
+    """
+    if not 1 <= n <= config.n_layers:
+        raise ValueError(f"n={n}: the model has {config.n_layers} layers; keep between 1 and all of them")
+    small = config.with_layers(range(n))
+    names = ["embed", "positions", *(f"layers_{i}" for i in range(n)), "final_norm", "head"]
+    kept = {name: params[name] for name in names if name in params}
+    if "layers" in params:
+        kept["layers"] = jax.tree.map(lambda leaf: leaf[:n], params["layers"])
+    return small, kept
+
+
+@dataclasses.dataclass(frozen=True)
+class SortedFineTuning:
+    """Trains every parameter on the losses of nested sub-models (a `losses.Method`)."""
+
+    config: ModelConfig  # the model; its exits are not used; static
+    depths: tuple[int, ...] = ()  # layers of the sub-models, the full depth is added; () = every layer
+    weighting: DepthWeights = "uniform"  # e_n
+    scale: float = 1.0  # s, factor of the weights below the full depth
+    curriculum: Curriculum = "all"  # C, or one sub-model sampled per step
+    period: int = 0  # rotational: R; gradual: P, 0 = steps / (2 |B|)
+    steps: int = 1  # T, length of the run; read by gradual with period 0
+    layer_dropout: float = 0.0  # p_max; 0 = none
+    dropout_ramp: int = 0  # T', steps over which layer dropout rises; 0 = from the start
+    seed: int = 0  # of sampled sub-models and layer dropout
+    chunk: int = 256  # columns of logits alive at once
+    remat: bool = False  # recompute layers in the backward pass
+
+    def __post_init__(self) -> None:
+        layers = self.config.n_layers
+        depths = tuple(sorted({*(self.depths or range(1, layers)), layers}))
+        if not 1 <= depths[0] <= depths[-1] <= layers:
+            raise ValueError(
+                f"train.depths={self.depths}: the model has layers 1 .. {layers}; choose among these"
+            )
+        if self.curriculum == "rotational" and self.period < 1:
+            raise ValueError(f"train.curriculum_period={self.period}: rotational needs at least 1")
+        object.__setattr__(self, "depths", depths)
+
+    @classmethod
+    def of(cls, config: ModelConfig, train: TrainConfig) -> "SortedFineTuning":
+        """The method that a training config describes.
+
+        Args:
+          config: the model; static.
+          train: its `depths`, weights, curriculum and layer dropout are read.
+
+        Returns:
+          The method.
+
+        Raises:
+          ValueError: `depths` has a layer that the model lacks.
+        """
+        return cls(
+            config,
+            depths=train.depths,
+            weighting=train.depth_weights,
+            scale=train.depth_scale,
+            curriculum=train.curriculum,
+            period=train.curriculum_period,
+            steps=train.steps,
+            layer_dropout=train.layer_dropout,
+            dropout_ramp=train.dropout_ramp,
+            seed=train.seed,
+            chunk=train.loss_chunk,
+            remat=train.remat,
+        )
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Everything trains."""
+        return params, {}
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Weighted sum of the sub-models' losses from one forward pass, in nats per counted token.
+
+        Args:
+          trainable: first result of `split`.
+          frozen: second result of `split`.
+          batch: packed tokens, targets and weights.
+          step: int32 scalar; decides about sub-models and dropped layers. The parts of an accumulated
+            batch share both.
+
+        Returns:
+          (scalar float32, metrics `loss` and, of the sub-models that train in every step, `loss/depth_<n>`
+          and `accuracy/depth_<n>`, for the full model `loss/final` and `accuracy/final`).
+        """
+        params = {**jax.lax.stop_gradient(frozen), **trainable}
+        decoder = Decoder(self.config, self.remat).bind({"params": params})
+        keep_LB = self.kept_layers(step, batch.tokens.shape[0])
+        taps = decoder.taps(batch.tokens, self.depths, batch.positions, batch.segments, keep_LB)
+        weights = self.weights(step)
+        count = jnp.maximum(jnp.sum(batch.weights), 1.0)
+        total, metrics = jnp.zeros((), jnp.float32), {}
+        for i, depth in enumerate(self.depths):
+            sums = self._token_sums(
+                params, taps[depth].hidden, batch, None if self._always(i) else weights[i]
+            )
+            total += weights[i] * sums.loss / count
+            if self._always(i):
+                name = "final" if depth == self.config.n_layers else f"depth_{depth}"
+                metrics |= {f"loss/{name}": sums.loss / count, f"accuracy/{name}": sums.correct / count}
+        return total, {"loss": total, **metrics}
+
+    def weights(self, step: jax.Array | int) -> jax.Array:
+        """w_n(t) of every sub-model: [|B|] float32 that sum to 1."""
+        base = depth_weights(self.depths, self.config.n_layers, self.weighting, self.scale)
+        weights = jnp.asarray(base, jnp.float32)
+        index, last = jnp.arange(len(base)), len(base) - 1
+        if self.curriculum == "sampled":
+            key = jax.random.fold_in(jax.random.key(self.seed), step)
+            return (index == jax.random.categorical(key, jnp.log(weights))).astype(jnp.float32)
+        if self.curriculum == "rotational":
+            weights = jnp.where(((index - step) % self.period == 0) | (index == last), weights, 0.0)
+        if self.curriculum == "gradual":
+            period = self.period or max(self.steps // (2 * len(base)), 1)
+            weights = jnp.where(index >= last - step // period, weights, 0.0)
+        return weights / jnp.sum(weights)
+
+    def kept_layers(self, step: jax.Array | int, rows: int) -> jax.Array | None:
+        """m of every layer and row of a step.
+
+        Args:
+          step: t.
+          rows: B; static.
+
+        Returns:
+          [L, B] bool, False where a row skips a layer; None without layer dropout.
+        """
+        if not self.layer_dropout:
+            return None
+        layers = self.config.n_layers
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), step), 1)
+        drop_L = drop_probabilities(layers, self.layer_dropout, self.dropout_ramp, step)
+        return jax.random.uniform(key, (layers, rows)) >= drop_L[:, None]
+
+    def _always(self, index: int) -> bool:
+        """Whether a sub-model trains in every step."""
+        last = index == len(self.depths) - 1
+        return self.curriculum == "all" or (last and self.curriculum != "sampled")
+
+    def _token_sums(
+        self, params: Params, hidden_BTD: jax.Array, batch: Batch, weight: jax.Array | None
+    ) -> TokenSums:
+        """Sums of one sub-model; its head is not computed where `weight` is 0."""
+
+        def sums(params: Params, hidden_BTD: jax.Array) -> TokenSums:
+            decoder = Decoder(self.config).bind({"params": params})
+            features, kernel = decoder.final_features(hidden_BTD), decoder.final_kernel()
+            return chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
+
+        def nothing(params: Params, hidden_BTD: jax.Array) -> TokenSums:
+            return TokenSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+
+        # Not all parameters: a branch that is not taken writes zeros for the gradient of each it is given.
+        head = "embed" if self.config.tied else "head"
+        read = {"final_norm": params["final_norm"], head: params[head]}
+        if weight is None:
+            return sums(read, hidden_BTD)
+        return jax.lax.cond(weight > 0, sums, nothing, read, hidden_BTD)

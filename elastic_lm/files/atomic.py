@@ -1,0 +1,74 @@
+"""Dataclasses from plain values (JSON, config files, overrides) and back, and their files; refusals name
+field and fix."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    """Parses a file (a `pathlib` or `epath` path) that holds a JSON object.
+
+    Raises:
+      ValueError: it does not hold one; names file and position.
+    """
+    again = "download or copy the file again"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); {again}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}; {again}")
+    return value
+
+
+def partial_path(path: str | Path) -> Path | None:
+    """Where `write_text_whole` writes a file before it appears.
+
+    Args:
+      path: the file; its folder exists.
+
+    Returns:
+      A path beside it; None for links, pipes and devices, and in folders that take no new files.
+    """
+    path = Path(path)
+    replaceable = not path.is_symlink() and (path.is_file() or not path.exists())
+    takes_files = os.access(path.parent, os.W_OK)
+    return path.with_name(path.name + ".partial") if replaceable and takes_files else None
+
+
+def write_text_whole(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 file that appears complete or not at all; what a crash leaves has a name of its own.
+
+    Args:
+      path: the file; its folder is made where it is missing. Where `partial_path` gives None it is written
+        to as it is.
+      text: what it will hold.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    (partial or path).write_text(text, encoding="utf-8")
+    if partial:
+        partial.replace(path)
+
+
+def prepare_output(path: str | None) -> None:
+    """Makes the folder of a file that will be written at the end of long work.
+
+    Args:
+      path: the file; None or - = there is none.
+
+    Raises:
+      OSError: it cannot be written there.
+    """
+    if path in (None, "-"):
+        return
+    target = Path(str(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not target.exists()
+    if is_new or target.is_file() or target.is_dir():  # a pipe would lose its reader
+        target.open("a").close()
+    if is_new:
+        target.unlink()

@@ -1,0 +1,256 @@
+"""JSON lines: rows read as a stream, and an output file that a killed run goes on with."""
+
+import gzip
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from elastic_lm.config.checks import require
+from elastic_lm.files.atomic import read_json, write_text_whole
+
+CHUNK = 1 << 16
+REWRITTEN = 1024  # lines at once
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file, one at a time.
+
+    Args:
+      path: JSON lines, plain or .gz; blank lines are skipped.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: a line holds no JSON object; names it.
+    """
+    for where, line in _lines(Path(path)):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON ({error}); write one object per line") from error
+        require(isinstance(row, dict), where, line[:80].decode(errors="replace"), "must be a JSON object")
+        yield row
+
+
+def count_rows(path: str | Path) -> int:
+    """How many rows `read_rows` gives, without reading them."""
+    return sum(1 for _ in _lines(Path(path)))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path} line {number}", line
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+
+
+class Journal:
+    """An output of one JSON line per row, in order, that survives the end of its process.
+
+    Lines are appended in batches and synchronised to the disk. When the file is opened again the run goes on
+    after the longest beginning whose rows are all there: what a killed process left half written is dropped,
+    and so are damaged lines with what follows them. With a name that ends in .gz every batch is a gzip member
+    of its own. FILE.run.json says what the run is; another run is refused, and so is a second process.
+
+    Attributes:
+      rows: whole lines in the file.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        """Opens the file, or goes on with it.
+
+        Args:
+          path: the output.
+          settings: JSON values that name the run.
+
+        Raises:
+          OSError: the file cannot be written.
+          ValueError: it holds something else, or another run's lines, or another process has it open.
+        """
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._packed = self._path.suffix == ".gz"
+        self._broken = False
+        self._file = _locked(self._path)
+        try:
+            self.rows = self._begin(json.loads(json.dumps(dict(settings))))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Writes lines for the next rows, whose `index` says which they are; on the disk when it returns.
+
+        Raises:
+          OSError: they cannot be written.
+          ValueError: an earlier write failed, so that it is unknown what the file holds.
+        """
+        if not records:
+            return
+        fix = "an earlier write failed; open the file again, which finds out what it holds"
+        require(not self._broken, "journal", str(self._path), fix)
+        self._broken = True  # until all of it is on the disk: an interrupt may come at any point
+        _write(self._file, self._bytes(records))
+        self.rows += len(records)
+        self._broken = False
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What was written, line by line."""
+        return read_rows(self._path)
+
+    def replace(self, records: Mapping[int, Mapping[str, Any]]) -> None:
+        """Writes the file anew with other lines for some of its rows; it changes at once or not at all.
+
+        Args:
+          records: lines by `index`.
+        """
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.unlink(missing_ok=True)
+        file, batch = _locked(partial), []
+        try:
+            for line in self.lines():
+                batch.append(records.get(line["index"], line))
+                if len(batch) == REWRITTEN:
+                    _write(file, self._bytes(batch))
+                    batch = []
+            _write(file, self._bytes(batch))
+            partial.replace(self._path)
+        except BaseException:
+            file.close()
+            partial.unlink(missing_ok=True)
+            raise
+        self._file.close()
+        self._file = file
+
+    def close(self) -> None:
+        """Closes the file; one that nothing was written to is removed."""
+        if not os.fstat(self._file.fileno()).st_size:
+            for path in (self._path, self._settings_path):
+                path.unlink(missing_ok=True)
+        self._file.close()
+
+    @property
+    def _settings_path(self) -> Path:
+        return self._path.with_name(self._path.name + ".run.json")
+
+    def _begin(self, settings: dict[str, Any]) -> int:
+        """Checks whose file it is, and drops what does not count; returns the rows that do."""
+        if not self._path.stat().st_size:
+            write_text_whole(self._settings_path, json.dumps(settings, indent=2) + "\n")
+            return 0
+        self._check(settings)
+        rows, end, after = self._whole()
+        if after:
+            print(
+                f"{self._path}: row {rows} is damaged or out of place: it and what follows it, "
+                f"{after} lines, are done again",
+                file=sys.stderr,
+            )
+        self._file.truncate(end)
+        return rows
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        other = "choose another path, or remove it to begin again"
+        if not self._settings_path.is_file():
+            raise ValueError(f"{self._path}: exists and was not written by a run like this; {other}")
+        found = read_json(self._settings_path)
+        for key in [*settings, *(key for key in found if key not in settings)]:
+            old, new = found.get(key), settings.get(key)
+            if old != new:
+                raise ValueError(f"{self._path}: was begun with {key}={old!r}, now {key}={new!r}; {other}")
+
+    def _whole(self) -> tuple[int, int, int]:
+        """(rows in sequence from the first, bytes up to where they end, whole lines after that)."""
+        rows = end = after = 0
+        with self._path.open("rb") as file:
+            for text, stop in _members(file) if self._packed else _whole_lines(file):
+                lines = text.splitlines()
+                right = all(_index(line) == rows + i for i, line in enumerate(lines))
+                if after or not right:
+                    after += len(lines)
+                else:
+                    rows, end = rows + len(lines), stop
+        return rows, end, after
+
+    def _bytes(self, records: Sequence[Mapping[str, Any]]) -> bytes:
+        text = "".join(json.dumps(record, default=_plain) + "\n" for record in records).encode()
+        return gzip.compress(text) if self._packed and records else text
+
+
+def _locked(path: Path) -> FileIO:
+    """A file to append to that no other process has open so; what is written passes no buffer.
+
+    Raises:
+      ValueError: another process writes it.
+    """
+    file = FileIO(path, "ab")
+    if sys.platform == "win32":
+        return file
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = os.path.samestat(os.fstat(file.fileno()), path.stat())  # not replaced in between
+    except BlockingIOError:
+        same = False
+    if not same:
+        file.close()
+        raise ValueError(f"{path}: another process is writing it; wait for its end, or choose another path")
+    return file
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    """Writes all of it, to the disk."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
+    os.fsync(file.fileno())
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and their numbers as lists and numbers; anything else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _index(line: bytes) -> Any:
+    try:
+        return json.loads(line)["index"]
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Lines that end, and where they do."""
+    end = 0
+    for line in file:
+        if not line.endswith(b"\n"):
+            return
+        end += len(line)
+        yield line, end
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Contents of whole gzip members, and where these end."""
+    end, rest = 0, b""
+    while True:
+        unpack, parts, used = zlib.decompressobj(wbits=31), [], 0
+        while not unpack.eof:
+            chunk = rest or file.read(CHUNK)
+            rest = b""
+            try:
+                parts.append(unpack.decompress(chunk))
+            except zlib.error:
+                return
+            if not chunk:
+                return
+            used += len(chunk)
+        rest = unpack.unused_data
+        end += used - len(rest)
+        yield b"".join(parts), end

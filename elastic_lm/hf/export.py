@@ -1,0 +1,166 @@
+"""Writing a Hugging Face folder that transformers loads."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from elastic_lm.hf.config_json import config_to_hf
+from elastic_lm.hf.files import INDEX, WEIGHTS, replace_folder
+from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
+from elastic_lm.models.decoder import Params
+from elastic_lm.models.registry import Config
+
+WRITTEN = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+)
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "pad_token_id")
+
+
+class Tokenizer(Protocol):
+    """What `export` needs of a tokenizer."""
+
+    def save(self, folder: str | Path) -> Any:
+        """Writes tokenizer.json, and what transformers wants beside it, into `folder`."""
+        ...
+
+
+def export(
+    config: Config,
+    params: Params,
+    path: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model as a Hugging Face folder of `config.family`; `load` reads it back bit by bit.
+
+    The folder appears complete or not at all. Exits go to `elastic_exits.safetensors`, described in
+    an `elastic` block of config.json; transformers ignores both and loads the full-depth model.
+
+    Args:
+      config: the model.
+      params: its canonical parameters, in the dtype that is to be stored.
+      path: folder to create.
+      tokenizer: saved beside the weights, if given.
+      max_shard_bytes: weights above this size are split over several files with an index.
+      overwrite: replace an earlier export at `path`.
+
+    Raises:
+      ValueError: the family cannot express the model, or parameters and config disagree.
+      FileExistsError: `path` holds something that may not be replaced.
+    """
+    target = Path(path)
+    _check_target(target, overwrite)
+    leaves = [(binding, _leaf(params, binding)) for binding in bindings(config)]
+    dtype = str(leaves[0][1].dtype)
+    entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write_weights(config, leaves, partial, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        ids = {key: entries[key] for key in GENERATION_IDS if key in entries}
+        if ids:
+            _write_json(partial / "generation_config.json", ids)
+        _write_json(partial / "config.json", entries)
+        for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
+            shutil.copymode(partial / "config.json", shard)
+        replace_folder(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target}: exists already; choose another path, or pass overwrite=True")
+    if not (target / "config.json").is_file():
+        raise FileExistsError(
+            f"{target}: is no Hugging Face folder and is not overwritten; choose another path"
+        )
+    for path in sorted(target.iterdir()):
+        if not path.is_file() or not any(path.match(pattern) for pattern in WRITTEN):
+            raise FileExistsError(
+                f"{path}: not written by an export, so the folder is not overwritten; move it away, or "
+                "choose another path"
+            )
+
+
+def _leaf(params: Params, binding: Binding) -> Any:
+    leaf: Any = params
+    for key in binding.path:
+        if not isinstance(leaf, dict) or key not in leaf:
+            raise ValueError(
+                f"params has no {'/'.join(binding.path)}, which the config asks for; stacked parameters "
+                "must pass models.decoder.unstack_layers first"
+            )
+        leaf = leaf[key]
+    if leaf.shape != binding.shape:
+        raise ValueError(
+            f"params {'/'.join(binding.path)} has shape {leaf.shape}, but the config asks for {binding.shape}"
+        )
+    return leaf
+
+
+def _write_weights(
+    config: Config, leaves: list[tuple[Binding, Any]], folder: Path, max_shard_bytes: int
+) -> None:
+    backbone = [pair for pair in leaves if not pair[0].is_exit]
+    exits = [pair for pair in leaves if pair[0].is_exit]
+    shards = list(_shards(backbone, max_shard_bytes))
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(_save(config, shard, folder / name), name)
+    if exits:
+        _save(config, exits, folder / EXITS_FILE)
+    if exits or len(shards) > 1:
+        # With exits the index tells readers that take every *.safetensors which ones are the model.
+        total = sum(leaf.nbytes for _, leaf in backbone)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(leaves: list[tuple[Binding, Any]], limit: int) -> Iterator[list[tuple[Binding, Any]]]:
+    """Groups parameters in order into runs of at most `limit` bytes (or one larger parameter)."""
+    shard: list[tuple[Binding, Any]] = []
+    size = 0
+    for binding, leaf in leaves:
+        if shard and size + leaf.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append((binding, leaf))
+        size += leaf.nbytes
+    yield shard
+
+
+def _save(config: Config, leaves: list[tuple[Binding, Any]], path: Path) -> list[str]:
+    """Writes one file and returns the names of its tensors."""
+    tensors = {}
+    for binding, leaf in leaves:
+        parts = binding.layout.split(config, np.asarray(leaf))
+        tensors |= {n: np.ascontiguousarray(p) for n, p in zip(binding.names, parts, strict=True)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return list(tensors)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,105 @@
+"""Exits attached to a model, and removed again."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config.checks import require
+from elastic_lm.config.model import ExitConfig, ModelConfig
+from elastic_lm.models.decoder import Params, abstract_params
+
+
+def attach_exits(
+    config: ModelConfig, params: Params, exits: Sequence[ExitConfig], key: jax.Array
+) -> tuple[ModelConfig, Params]:
+    """Adds exits to a model; what the model computes at its last layer stays bit-identical.
+
+    Copied exits start from the vocabulary head (the embedding table where that is the head), the
+    final norm, the MLP of the same layer and the last layer (`block`). Random ones draw N(0, 0.02),
+    output projections / sqrt(2 l) for an exit after layer l, with identity norms and zero biases. Gates,
+    which have nothing to be copied from, draw N(0, 1 / inputs).
+
+    Args:
+      config: the model; exits it already has are kept.
+      params: its parameters, canonical or stacked. No array is copied or changed.
+      exits: what to add; `ExitConfig.init` decides between copying and drawing.
+      key: typed PRNG key, read by random exits only.
+
+    Returns:
+      (config with the exits, parameters with one more sub-tree per exit).
+
+    Raises:
+      ValueError: two exits share a layer, one lies above the last layer, or a `block` would be copied to
+        a layer of other sizes than the last.
+    """
+    new = config.with_exits(tuple(sorted((*config.exits, *exits), key=lambda e: e.layer)))
+    shapes = nn.unbox(abstract_params(new))
+    grown = dict(params)
+    for e in exits:
+        if e.name not in shapes:  # tied `embedding` exits own nothing
+            continue
+        if e.init == "copy":
+            grown[e.name] = jax.tree.map(jnp.copy, _sources(config, params, e))
+            drawn = {name: tree for name, tree in shapes[e.name].items() if name == "gate"}
+        else:
+            drawn = shapes[e.name]
+        grown.setdefault(e.name, {}).update(_draw(config, e, drawn, jax.random.fold_in(key, e.layer)))
+    return new, grown
+
+
+def without_exits(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The model alone, the inverse of `attach_exits`.
+
+    Args:
+      config: the model with any exits.
+      params: its parameters, canonical or stacked. No array is copied.
+
+    Returns:
+      (config without exits, parameters without theirs).
+    """
+    owned = {e.name for e in config.exits}
+    return config.with_exits(()), {name: tree for name, tree in params.items() if name not in owned}
+
+
+def _sources(config: ModelConfig, params: Params, e: ExitConfig) -> Params:
+    """The pretrained modules that a copied exit starts from."""
+    modules: Params = {}
+    if e.kind != "embedding":
+        modules["norm"] = params["final_norm"]
+    if e.kind == "mlp":
+        modules["mlp"] = _layer(params, e.layer - 1)["mlp"]
+    if e.kind == "block":
+        own, last = config.sizes(e.layer - 1), config.sizes(config.n_layers - 1)
+        fix = f"layer {e.layer} has sizes {own} and the last layer, to be copied, {last}; set init='random'"
+        require(own == last, "exit.init", e.init, fix)
+        modules["block"] = _layer(params, config.n_layers - 1)
+    if not e.tied:
+        modules["head"] = {"kernel": params["embed"]["table"]} if config.tied else params["head"]
+    return modules
+
+
+def _layer(params: Params, index: int) -> Params:
+    """Parameters of one layer, from either form."""
+    if "layers" in params:
+        return jax.tree.map(lambda leaf: leaf[index], params["layers"])
+    return params[f"layers_{index}"]
+
+
+def _draw(config: ModelConfig, e: ExitConfig, shapes: Params, key: jax.Array) -> Params:
+    """Random parameters of one exit."""
+    draws = []
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(shapes)):
+        names = [entry.key for entry in path]
+        if names[-1] == "scale":
+            draws.append(jnp.full(leaf.shape, 1.0 - config.norm_offset, leaf.dtype))
+        elif names[-1] == "bias":
+            draws.append(jnp.zeros(leaf.shape, leaf.dtype))
+        else:
+            deviation = 0.02 / (2 * e.layer) ** 0.5 if names[-2] in ("out", "down") else 0.02
+            if names[0] == "gate":  # small and trained for few steps: starts at the scale of its input
+                deviation = leaf.shape[-1] ** -0.5
+            noise = jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+            draws.append((deviation * noise).astype(leaf.dtype))
+    return jax.tree.unflatten(jax.tree.structure(shapes), draws)

@@ -1,0 +1,89 @@
+"""Pictures: of a model with exits quality against speed, and where tokens leave; of a cascade its curve."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d6a9f")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedPoint:
+    """One point of a quality-speed curve."""
+
+    agreement: float  # share of tokens equal to the full model's, 0 .. 1
+    speedup: float  # against full depth
+    label: str = ""  # written beside the point
+    spread: float = 0.0  # half the height of the error bar
+
+
+def quality_speed(
+    series: Mapping[str, Sequence[SpeedPoint]],
+    path: str | Path,
+    *,
+    title: str = "Early exits: agreement against speed",
+    y_label: str = "speed-up against full depth",
+) -> None:
+    """Draws speed-up over agreement, one line per series, and full depth as a dashed line.
+
+    Args:
+      series: name -> points; the legend is left out where there is only one.
+      path: PNG file to write.
+      title: above the axes.
+      y_label: what `SpeedPoint.speedup` measures.
+    """
+    figure, axes = _figure(title)
+    for (name, points), colour in zip(series.items(), COLOURS, strict=False):
+        points = sorted(points, key=lambda p: p.agreement)
+        x, y = [100 * p.agreement for p in points], [p.speedup for p in points]
+        bars = [p.spread for p in points] if any(p.spread for p in points) else None
+        axes.errorbar(x, y, bars, fmt="o-", color=colour, capsize=3, label=name)
+        for point, place in zip(points, zip(x, y, strict=True), strict=True):
+            axes.annotate(point.label, place, (6, 6), textcoords="offset points", fontsize=8)
+    axes.axhline(1.0, color="#888888", linewidth=1, linestyle="--")
+    axes.set_xlabel("agreement with the full model (%)")
+    axes.set_ylabel(y_label)
+    axes.margins(0.12)
+    if len(series) > 1:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def exit_depths(
+    counts: Mapping[int, int], n_layers: int, path: str | Path, *, title: str = "Where tokens leave the model"
+) -> None:
+    """Draws the share of tokens per depth.
+
+    Args:
+      counts: depth in layers -> tokens emitted there.
+      n_layers: layers of the full model.
+      path: PNG file to write.
+      title: above the axes.
+
+    Raises:
+      ValueError: there is no token.
+    """
+    total = sum(counts.values())
+    if total == 0:
+        raise ValueError(f"counts={dict(counts)}: no tokens to draw")
+    figure, axes = _figure(title)
+    depths = sorted({*counts, n_layers})
+    shares = [100 * counts.get(depth, 0) / total for depth in depths]
+    colours = ["#888888" if depth == n_layers else COLOURS[0] for depth in depths]
+    bars = axes.bar([str(depth) for depth in depths], shares, color=colours, width=0.6)
+    axes.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=2)
+    axes.set_xlabel(f"layers run before the token was chosen (of {n_layers})")
+    axes.set_ylabel(f"share of {total} tokens (%)")
+    axes.margins(y=0.12)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

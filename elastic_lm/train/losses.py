@@ -1,0 +1,191 @@
+"""What every training method shares: the batch it reads, its interface, and chunked cross-entropy."""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.data.batch import Batch
+from elastic_lm.models.decoder import Params, vocab_logits
+
+Objective = Literal["kl", "argmax", "penalised"]
+
+
+Metrics = dict[str, jax.Array]
+
+
+AnyBatch = TypeVar("AnyBatch", contravariant=True)
+
+
+class Method(Protocol[AnyBatch]):
+    """A training method: which parameters train, and the loss of a batch of its kind."""
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Splits parameters into (trainable, frozen), two trees with disjoint top-level keys."""
+        ...
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: AnyBatch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """What is minimised; pure and traced.
+
+        Args:
+          trainable: first result of `split`; the gradient is taken with respect to it.
+          frozen: second result of `split`.
+          batch: rows, with the `weights` of what counts.
+          step: int32 scalar, optimizer steps done; the largest int32 in evaluation.
+
+        Returns:
+          (scalar float32, float32 scalars by name), each per counted token or row of the batch.
+        """
+        ...
+
+
+@flax.struct.dataclass
+class TokenSums:
+    """Weighted sums over the tokens of a batch.
+
+    Attributes:
+      loss: sum of weight * token_weight * cross-entropy, in nats.
+      cross_entropy: sum of weight * cross-entropy, in nats.
+      correct: sum of weight where the arg max is the target.
+      weight: sum of weights.
+    """
+
+    loss: jax.Array
+    cross_entropy: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+
+
+def token_sums(
+    logits_BTV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    confidence_weighted: bool = False,
+) -> TokenSums:
+    """Next-token cross-entropy of logits.
+
+    Args:
+      logits_BTV: float32.
+      targets_BT: int32 token that follows each input.
+      weights_BT: float32, how much each target counts.
+      confidence_weighted: see `chunked_cross_entropy`; static.
+
+    Returns:
+      TokenSums of float32 scalars.
+    """
+    normaliser = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    entropy = (normaliser - target) * weights_BT
+    top = jnp.max(logits_BTV, axis=-1)
+    confidence = jnp.exp(jax.lax.stop_gradient(top - normaliser)) if confidence_weighted else 1.0
+    return TokenSums(
+        jnp.sum(entropy * confidence),
+        jax.lax.stop_gradient(jnp.sum(entropy)),
+        jnp.sum(weights_BT * (target >= top)),
+        jnp.sum(weights_BT),
+    )
+
+
+def chunked_cross_entropy(
+    config: ModelConfig,
+    features_BTD: jax.Array,
+    kernel_VD: jax.Array,
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+    confidence_weighted: bool = False,
+    chunk: int = 256,
+) -> TokenSums:
+    """Next-token cross-entropy that never holds more than `chunk` columns of logits.
+
+    Logits are recomputed in the backward pass, so memory is B * chunk * V whatever T and the number
+    of exits are. Chunks run along T, so a batch sharded over rows stays sharded.
+
+    Args:
+      config: static; its final softcap is applied.
+      features_BTD: input of the vocabulary head.
+      kernel_VD: vocabulary head.
+      batch: targets and weights.
+      temperature: logits are divided by it; static.
+      confidence_weighted: multiply each token's loss by the detached max probability (EE-Tuning's
+        dynamic token weighting, not renormalised); static.
+      chunk: columns of T per chunk; static.
+
+    Returns:
+      TokenSums of float32 scalars.
+    """
+
+    def one(xs: tuple[jax.Array, jax.Array, jax.Array]) -> TokenSums:
+        features, targets, weights = xs
+        logits = vocab_logits(config, features, kernel_VD, temperature)
+        return token_sums(logits, targets, weights, confidence_weighted=confidence_weighted)
+
+    return sum_over_chunks(one, (features_BTD, batch.targets, batch.weights), chunk)
+
+
+def sum_over_chunks(function: Callable[[Any], Any], arrays: Any, chunk: int) -> Any:
+    """Sums what `function` returns for pieces of `arrays`, one after the other.
+
+    What a piece computes is forgotten, and computed again in its backward pass.
+
+    Args:
+      function: from a tree like `arrays`, with `chunk` columns, to a tree of sums. Columns that fill up
+        the last piece are all zeros, weights too.
+      arrays: a tree of [B, T, ...] arrays.
+      chunk: columns of T per piece; static.
+
+    Returns:
+      A tree like that of `function`, summed over the pieces.
+    """
+    b, t = jax.tree.leaves(arrays)[0].shape[:2]
+    chunk = min(chunk, t)
+    one = jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
+    if chunk == t:
+        return one(arrays)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+
+    pieces = jax.tree.map(split, arrays)
+    sums = jax.eval_shape(function, jax.tree.map(lambda x: x[0], pieces))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+    total, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, one(x)), None), zero, pieces)
+    return total
+
+
+def imitation_loss(
+    objective: Objective, teacher_V: jax.Array, student_V: jax.Array, top_k: int = 0, alpha: float = 0.9
+) -> jax.Array:
+    """L of every token (see the top of this file).
+
+    Args:
+      objective: which; static.
+      teacher_V: [..., V] float32 logits of the full model, held fixed.
+      student_V: [..., V] float32 logits of the exit.
+      top_k: kl: K, 0 = all tokens; static.
+      alpha: penalised: share of imitation; static.
+
+    Returns:
+      [...] float32, in nats.
+    """
+    if objective == "kl":
+        if top_k:
+            teacher_V, ids = jax.lax.top_k(teacher_V, min(top_k, teacher_V.shape[-1]))
+            student_V = jnp.take_along_axis(student_V, ids, axis=-1)
+        p, q = jax.nn.log_softmax(teacher_V), jax.nn.log_softmax(student_V)
+        return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    log_q = jax.nn.log_softmax(student_V)
+    y = jnp.argmax(teacher_V, axis=-1)
+    imitation = -jnp.take_along_axis(log_q, y[..., None], axis=-1)[..., 0]
+    if objective == "argmax":
+        return imitation
+    wrong = jnp.argmax(student_V, axis=-1) != y
+    confidence = jnp.log(student_V.shape[-1]) + jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
+    return alpha * imitation + (1.0 - alpha) * wrong * confidence

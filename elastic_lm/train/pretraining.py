@@ -1,0 +1,49 @@
+"""Plain next-token training of all parameters.
+
+L = (1/N) sum_t CE(logits_t, x_{t+1}),  N = number of counted tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.data.batch import Batch
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.train.losses import Metrics, chunked_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """Trains every parameter of a decoder without exits (a `losses.Method`)."""
+
+    config: ModelConfig  # the model; static
+    remat: bool = False  # recompute layers in the backward pass
+    chunk: int = 256  # columns of logits alive at once
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Everything trains."""
+        return params, {}
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Mean cross-entropy L in nats per counted token (see the top of this file).
+
+        Args:
+          trainable: first result of `split`, all parameters.
+          frozen: second result of `split`, empty.
+          batch: packed tokens, targets and weights.
+          step: not used.
+
+        Returns:
+          (scalar float32, metrics `loss` and `accuracy`).
+        """
+        decoder = Decoder(self.config, self.remat).bind({"params": {**trainable, **frozen}})
+        depth = self.config.n_layers
+        hidden = decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)[depth].hidden
+        features, kernel = decoder.final_features(hidden), decoder.final_kernel()
+        sums = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
+        count = jnp.maximum(sums.weight, 1.0)
+        return sums.loss / count, {"loss": sums.loss / count, "accuracy": sums.correct / count}

@@ -1,0 +1,201 @@
+"""Fine-tuning an encoder on labelled records, alone or towards a larger model's answers.
+
+The encoder of an encoder-decoder learns like any other, its head alone: E-LANG's head on it.
+
+With f the logits of a record, y its class, g the logits of the model it learns from, T a temperature:
+
+    L = (1 - d) CE(y, f) + d T^2 KL(softmax(g/T) || softmax(f/T)) + z logsumexp(f)^2
+
+d = 0 is plain fine-tuning (BERT, arXiv 1810.04805, sec. 4), d > 0 distillation (Hinton et al., arXiv
+1503.02531, sec. 2). Neither CE nor KL sees a constant that is added to all logits, while energy does: z, of
+the order of 1e-4, keeps the normaliser near 0, so that energies of different records can be compared (E-LANG,
+arXiv 2203.00748, routes by them). Regression, without z: L = (1 - d) (f - y)^2 + d (f - g)^2.
+
+An encoder with exits, heads of their own after layers l_i, learns sum_i w_i L_i + L, all of it or its exits
+alone over layers that stay as they are (the second stage of DeeBERT, arXiv 2004.12993, and EE-Tuning, arXiv
+2402.00518), which leaves L out.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config.checks import require
+from elastic_lm.config.encoder import EncoderConfig, Problem
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.models.encoder import Encoder, exit_name
+from elastic_lm.models.encoder_decoder import EncoderDecoder
+from elastic_lm.train.config import Tuned
+from elastic_lm.train.losses import Metrics
+
+TEACHER = "teacher"  # key of the frozen model's parameters
+HEAD = ("pooler", "head")  # keys of what a task's head is made of
+ENCODER_HEAD = ("encoder_head",)  # likewise, of an encoder-decoder
+Params = Mapping[str, Any]
+Config = EncoderConfig | EncoderDecoderConfig
+
+
+@flax.struct.dataclass
+class TaskBatch:
+    """Padded records with their targets.
+
+    Attributes:
+      tokens: [B, T] int32.
+      mask: [B, T] bool, False where a row is filled up.
+      types: [B, T] int32, 0 for the first text of a pair and 1 for the second.
+      targets: [B] int32 classes, or float32 numbers of a regression.
+      weights: [B] float32, how much each record counts (0 = filled up).
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    types: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskTuning:
+    """Trains an encoder with a task head, or parts of it (a method like those of `losses.Method`)."""
+
+    config: Config  # the model; static
+    teacher: Config | None = None  # the model that it learns from; static
+    distil: float = 0.0  # d
+    temperature: float = 1.0  # T
+    z_loss: float = 0.0  # z
+    tuned: Tuned = "all"  # or the task's head, or the exits, and everything else stays as it is
+    exit_weights: tuple[float, ...] = ()  # w_i of every exit; () = all 1
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.config, EncoderConfig)
+        fix = "must be 'head' for an encoder-decoder, whose decoder has no part in the loss"
+        require(whole or self.tuned == "head", "tuned", self.tuned, fix)
+        fix = "the model has no exits; attach some"
+        require(self.tuned != "exits" or bool(self.exits), "tuned", self.tuned, fix)
+        fix = f"needs one weight for each of the exits {self.exits} that train, or none at all"
+        counted = len(self.exit_weights) in (0, len(self.exits))
+        require(counted, "exit_weights", self.exit_weights, fix)
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Layers whose exits train."""
+        if isinstance(self.config, EncoderDecoderConfig) or self.tuned == "head":
+            return ()
+        return self.config.exits
+
+    def split(self, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything trains but the teacher, which is under `TEACHER`; or only the head, or the exits."""
+        head = HEAD if isinstance(self.config, EncoderConfig) else ENCODER_HEAD
+        parts = {
+            "all": [name for name in params if name != TEACHER],
+            "head": [name for name in params if name in head],
+            "exits": [exit_name(layer) for layer in self.exits],
+        }
+        trains = parts[self.tuned]
+        frozen = {name: tree for name, tree in params.items() if name not in trains}
+        return {name: params[name] for name in trains}, frozen
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: TaskBatch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Mean loss per counted record (see the top of this file).
+
+        Args:
+          trainable: first result of `split`.
+          frozen: second result of `split`.
+          batch: records.
+          step: not used.
+
+        Returns:
+          (scalar float32, metrics `loss`, and where classes are told apart `accuracy` of the head and
+          `accuracy/exit_<layer>` of exits, of those that are in the loss).
+        """
+        params, teacher_BC = {**frozen, **trainable}, None
+        if self.teacher is not None:
+            teacher_BC = jax.lax.stop_gradient(task_logits(self.teacher, frozen[TEACHER], batch))
+        classes = answers_of(self.config)[0] == "classification"
+        total_B, metrics, count = jnp.zeros_like(batch.weights), {}, jnp.maximum(jnp.sum(batch.weights), 1.0)
+        for name, (weight, logits_BC) in self._answers(params, batch).items():
+            total_B += weight * self._loss(logits_BC, teacher_BC, batch)
+            if classes:
+                right_B = jnp.argmax(logits_BC, axis=-1) == batch.targets
+                metrics[f"accuracy{name}"] = jnp.sum(right_B * batch.weights) / count
+        loss = jnp.sum(total_B * batch.weights) / count
+        return loss, {"loss": loss, **metrics}
+
+    def _answers(self, params: Params, batch: TaskBatch) -> dict[str, tuple[float, jax.Array]]:
+        """w_i and [B, C] logits of every part of the loss, by the end of its metrics' names."""
+        if not self.exits:
+            return {"": (1.0, task_logits(self.config, params, batch))}
+        names = [f"/{exit_name(layer)}" for layer in self.exits]
+        weights = self.exit_weights or (1.0,) * len(names)
+        whole = self.tuned == "all"
+        logits = exit_logits(self.config, params, batch, last=whole)
+        if whole:
+            names, weights = [*names, ""], (*weights, 1.0)
+        return dict(zip(names, zip(weights, logits, strict=True), strict=True))
+
+    def _loss(self, logits_BC: jax.Array, teacher_BC: jax.Array | None, batch: TaskBatch) -> jax.Array:
+        """[B] L of one head."""
+        loss_B = (1 - self.distil) * task_loss(self.config, logits_BC, batch.targets)
+        if teacher_BC is not None:
+            loss_B += self.distil * distance(self.config, teacher_BC, logits_BC, self.temperature)
+        if self.z_loss:
+            loss_B += self.z_loss * jnp.square(jax.nn.logsumexp(logits_BC, axis=-1))
+        return loss_B
+
+
+def answers_of(config: Config) -> tuple[Problem, int, tuple[str, ...]]:
+    """(problem, outputs, names of the classes) of a model's head."""
+    problem = "classification" if isinstance(config, EncoderDecoderConfig) else config.problem
+    return problem, config.n_labels, config.labels
+
+
+def task_logits(config: Config, params: Params, batch: TaskBatch) -> jax.Array:
+    """[B, C] float32 logits of a task head; an encoder-decoder is not decoded."""
+    own = {name: tree for name, tree in params.items() if name != TEACHER}
+    if isinstance(config, EncoderDecoderConfig):
+        model = EncoderDecoder(config).bind({"params": own})
+        return model.encoder_logits(model.encode(batch.tokens, batch.mask), batch.mask)
+    output: Any = Encoder(config).apply({"params": own}, batch.tokens, batch.mask, known_types(config, batch))
+    return output.logits
+
+
+def exit_logits(config: Config, params: Params, batch: TaskBatch, *, last: bool = True) -> list[jax.Array]:
+    """[B, C] float32 logits of an encoder's exits, in order, and of its head.
+
+    Args:
+      config: an encoder with exits; static.
+      params: its parameters, and maybe a teacher's.
+      batch: records.
+      last: with the head; else nothing above the last exit runs. Static.
+    """
+    assert isinstance(config, EncoderConfig)
+    own = {name: tree for name, tree in params.items() if name != TEACHER}
+    encoder = Encoder(config).bind({"params": own})
+    return encoder.all_logits(batch.tokens, batch.mask, known_types(config, batch), last=last)
+
+
+def known_types(config: EncoderConfig, batch: TaskBatch) -> jax.Array:
+    """[B, T] token types, where the model knows fewer than a pair has the last of those that it knows."""
+    return jnp.minimum(batch.types, max(config.type_vocab_size - 1, 0))
+
+
+def task_loss(config: Config, logits_BC: jax.Array, targets_B: jax.Array) -> jax.Array:
+    """[B] float32: cross-entropy in nats, or squared error of a regression."""
+    if answers_of(config)[0] == "regression":
+        return jnp.square(logits_BC[:, 0] - targets_B)
+    chosen_B = jnp.take_along_axis(logits_BC, targets_B[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits_BC, axis=-1) - chosen_B
+
+
+def distance(config: Config, teacher_BC: jax.Array, logits_BC: jax.Array, temperature: float) -> jax.Array:
+    """[B] float32: T^2 KL(softmax(g/T) || softmax(f/T)) in nats, or squared difference of a regression."""
+    if answers_of(config)[0] == "regression":
+        return jnp.square(logits_BC[:, 0] - teacher_BC[:, 0])
+    aim, own = (jax.nn.log_softmax(x / temperature) for x in (teacher_BC, logits_BC))
+    return temperature**2 * jnp.sum(jnp.exp(aim) * (aim - own), axis=-1)

@@ -1,0 +1,349 @@
+"""Elastic training: one model whose narrower sub-networks are models too, for many widths.
+
+A subnet x chooses, in every layer, a share of the MLP neurons, of the query heads in each key/value group and
+of these groups from a `Menu`, and may leave out layers; it computes what its slice computes
+(`elastic_lm.slicing`). Where heads share no groups, the groups are the heads.
+With z the logits of the whole model, z_s those of subnet x_s, q_s = softmax(z_s), N counted tokens:
+
+    minimise over all parameters:    CE(z) + (1/S) sum_{s=1..S} [(1 - d) CE(z_s) + d KL(p || q_s)]
+    CE(z) = (1/N) sum -log softmax(z)_{x_next},    KL(p || q) = (1/N) sum sum_v p_v (log p_v - log q_v)
+
+    x_s      drawn anew in every step, each layer's choices for itself ("per_layer") or one for all layers
+             ("uniform"); with probability `smallest_share`, x_1 is the menu's smallest subnet
+    d        `distil`
+    p        softmax(z) of the whole model: of this step, with no gradient through it ("live", the trainable
+             teacher of Nemotron Elastic), or of the parameters that training began with ("frozen")
+
+- Flextron, first stage: d = 0; its exact sampling could not be verified, this one is ours.
+- MatFormer: CE(z_1) alone ("one_per_step"), x_1 the same granularity in all layers, every one as often, the
+  whole model among them.
+
+Choices are traced: one compiled step serves all subnets, and pays for the widths that were drawn. A frozen
+teacher is a second copy of the parameters in memory, and one more forward pass of the whole model.
+
+Papers: Flextron, arXiv 2406.10260; MatFormer, arXiv 2310.07707; Nemotron Elastic, arXiv 2511.16664.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config.checks import require, require_choice
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.subnet import Menu, Subnet
+from elastic_lm.data.batch import Batch
+from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.train.config import Draw, Teacher, TrainConfig
+from elastic_lm.train.losses import (
+    Metrics,
+    TokenSums,
+    chunked_cross_entropy,
+    imitation_loss,
+    sum_over_chunks,
+    token_sums,
+)
+from elastic_lm.width.switched import Choice, elastic_taps
+
+TEACHER = "teacher"  # key of the frozen teacher's parameters
+
+
+def draw_choice(key: jax.Array, menu: Menu, n_layers: int, *, uniform: bool = False) -> Choice:
+    """A random subnet of a menu, every choice equally likely.
+
+    Args:
+      key: typed PRNG key; traced.
+      menu: what may be chosen; static. Channels stay whole.
+      n_layers: L; static.
+      uniform: all layers take the same choice, instead of each its own; static.
+
+    Returns:
+      The choice, [L] each.
+    """
+    mlp, heads, depth, groups = jax.random.split(key, 4)
+    shape = () if uniform else (n_layers,)
+
+    def indices(key: jax.Array, shares: tuple[float, ...]) -> jax.Array:
+        return jnp.broadcast_to(jax.random.randint(key, shape, 0, len(shares)), (n_layers,))
+
+    left_out = jax.random.randint(depth, (), 0, len(menu.dropped) + 1)
+    place = {layer: n for n, layer in enumerate(menu.dropped)}
+    place_L = jnp.asarray([place.get(layer, len(place)) for layer in range(n_layers)])
+    stays_L = place_L >= left_out
+    return Choice(indices(mlp, menu.mlp), indices(heads, menu.heads), stays_L, indices(groups, menu.groups))
+
+
+def draw_choices(
+    key: jax.Array,
+    menu: Menu,
+    n_layers: int,
+    samples: int,
+    *,
+    smallest_share: float = 0.0,
+    uniform: bool = False,
+) -> Choice:
+    """Independent random subnets, one of which is often the smallest.
+
+    Args:
+      key: typed PRNG key; traced.
+      menu: what may be chosen; static.
+      n_layers: L; static.
+      samples: S; static.
+      smallest_share: probability that the first one is the menu's smallest; static.
+      uniform: see `draw_choice`; static.
+
+    Returns:
+      The choices, [S, L] each.
+    """
+    drawn, coin = jax.random.split(key)
+    keys = jax.random.split(drawn, samples)
+    choices = jax.vmap(lambda key: draw_choice(key, menu, n_layers, uniform=uniform))(keys)
+    stays = jnp.asarray([i not in menu.dropped for i in range(n_layers)])
+    first = jnp.zeros(n_layers, jnp.int32)
+    smallest = Choice(first, first, stays, first)
+    taken = jax.random.bernoulli(coin, smallest_share) & (jnp.arange(samples) == 0)
+    return jax.tree.map(lambda one, all_: jnp.where(taken[:, None], one, all_), smallest, choices)
+
+
+def uniform_subnets(config: ModelConfig, menu: Menu) -> dict[str, Subnet]:
+    """The subnets that held-out text is read by: every uniform width of a menu, and its smallest one.
+
+    Args:
+      config: the whole model.
+      menu: what may be chosen.
+
+    Returns:
+      {name: subnet}: "final" is the whole model, "smallest" the smallest subnet of all, and
+      "mlp_0.5_heads_1" has half of the neurons and all heads of all layers; where there is nothing to choose,
+      here groups, the share is left out of the name.
+    """
+    elastic = [axis for axis in ("mlp", "heads", "groups") if len(getattr(menu, axis)) > 1]
+    names: dict[Subnet, str] = {}
+    for shares in itertools.product(*(getattr(menu, axis) for axis in elastic)):
+        named: dict[str, Any] = dict(zip(elastic, shares, strict=True))
+        name = "_".join(f"{axis}_{share:g}" for axis, share in named.items())
+        names[Subnet.uniform(config, **named)] = name
+    names |= {menu.smallest(config): "smallest", menu.largest(config): "final"}
+    return {name: subnet for subnet, name in names.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ElasticTraining:
+    """Trains every parameter on the losses of the whole model and of random subnets (a `losses.Method`)."""
+
+    config: ModelConfig  # the model, ranked (`methods.importance`) or new; its exits are not used; static
+    menu: Menu = dataclasses.field(default=Menu())  # channels must stay whole; static
+    draw: Draw = "per_layer"  # which subnets; one_per_step reads none of the next four fields
+    samples: int = 2  # S
+    smallest_share: float = 0.5  # probability that x_1 is the smallest
+    distil: float = 0.0  # d
+    teacher: Teacher = "live"  # p, where d > 0
+    seed: int = 0  # of the draws
+    chunk: int = 256  # columns of logits alive at once, of the teacher and of one subnet
+    remat: bool = False  # recompute layers in the backward pass
+
+    def __post_init__(self) -> None:
+        require_choice("draw", self.draw, get_args(Draw))
+        require_choice("teacher", self.teacher, get_args(Teacher))
+        require(self.samples >= 1, "samples", self.samples, "must be at least 1")
+        for field in ("smallest_share", "distil"):
+            require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "must be in [0, 1]")
+        width = self.menu.d_model
+        fix = "is one width for all layers, which switches inside the layers cannot choose; set (1.0,)"
+        require(width == (1.0,), "menu.d_model", width, fix)
+        self.menu.sizes(self.config)
+
+    @classmethod
+    def of(cls, config: ModelConfig, train: TrainConfig) -> "ElasticTraining":
+        """The method that a training config describes.
+
+        Args:
+          config: the model; static.
+          train: its menu, draw, samples and distillation are read.
+
+        Returns:
+          The method.
+
+        Raises:
+          ValueError: the menu does not fit the model.
+        """
+        menu = Menu(train.menu_mlp, train.menu_heads, train.menu_groups, dropped=train.menu_dropped)
+        try:
+            menu.sizes(config)
+        except ValueError as error:
+            message = str(error).replace("menu.", "train.menu_", 1)
+            alone = any(heads == groups for _, heads, groups in map(config.sizes, range(config.n_layers)))
+            if alone and message.startswith("train.menu_heads"):
+                message += "; this model's heads share no key/value groups: set train.menu_heads=(1.0,) and "
+                message += "choose heads by train.menu_groups"
+            raise ValueError(message) from error
+        return cls(
+            config,
+            menu,
+            train.draw,
+            train.samples,
+            train.smallest_share,
+            train.distil,
+            train.teacher,
+            train.seed,
+            train.loss_chunk,
+            train.remat,
+        )
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Everything trains; a frozen teacher is a copy of `params` under the key `TEACHER`."""
+        return params, {TEACHER: jax.tree.map(jnp.copy, params)} if self._has_frozen_teacher else {}
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Loss of the whole model and of this step's subnets, in nats per counted token.
+
+        Args:
+          trainable: first result of `split`, canonical or stacked.
+          frozen: second result of `split`.
+          batch: packed tokens, targets and weights.
+          step: int32 scalar; decides about the subnets. The parts of an accumulated batch share them.
+
+        Returns:
+          (scalar float32, metrics `loss` and, unless one subnet is drawn per step, `loss/final` and
+          `accuracy/final` of the whole model, `loss/sampled` = mean cross-entropy of the subnets and, with
+          distillation, `kl/sampled`).
+        """
+        choices = self.choices(step)
+        if self.draw == "one_per_step":
+            sums = self.token_sums(trainable, jax.tree.map(lambda x: x[0], choices), batch)
+            loss = sums.loss / jnp.maximum(sums.weight, 1.0)
+            return loss, {"loss": loss}
+        final, sampled, divergence = self._sums(trainable, frozen, batch, choices)
+        count = jnp.maximum(final.weight, 1.0)
+        entropy, divergence = sampled / count / self.samples, divergence / count / self.samples
+        loss = final.loss / count + (1.0 - self.distil) * entropy + self.distil * divergence
+        metrics = {"loss": loss, "loss/final": final.loss / count, "accuracy/final": final.correct / count}
+        distilled = {"kl/sampled": divergence} if self.distil else {}
+        return loss, {**metrics, "loss/sampled": entropy, **distilled}
+
+    def choices(self, step: jax.Array | int) -> Choice:
+        """Subnets of a step, [S, L] each; one for one_per_step. Seed and step decide."""
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        layers = self.config.n_layers
+        if self.draw == "one_per_step":
+            return draw_choices(key, self.menu, layers, 1, uniform=True)
+        uniform, share = self.draw == "uniform", self.smallest_share
+        return draw_choices(key, self.menu, layers, self.samples, smallest_share=share, uniform=uniform)
+
+    def token_sums(self, params: Params, choice: Choice, batch: Batch) -> TokenSums:
+        """Cross-entropy of one subnet.
+
+        Args:
+          params: canonical or stacked parameters.
+          choice: [L] each; traced.
+          batch: packed tokens, targets and weights.
+
+        Returns:
+          TokenSums of float32 scalars.
+        """
+        features, kernel = self._features(params, choice, batch), self._kernel(params)
+        return chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
+
+    @property
+    def _has_frozen_teacher(self) -> bool:
+        return self.draw != "one_per_step" and self.distil > 0 and self.teacher == "frozen"
+
+    def _sums(
+        self, params: Params, frozen: Params, batch: Batch, choices: Choice
+    ) -> tuple[TokenSums, jax.Array, jax.Array]:
+        """(sums of the whole model, cross-entropy and KL summed over subnets and tokens)."""
+        kernel = self._kernel(params)
+        full = self._full_features(params, batch)
+        each = jax.lax.map(lambda choice: self._features(params, choice, batch), choices)
+        teacher_kernel, taught = kernel, None
+        if self._has_frozen_teacher:
+            original = jax.lax.stop_gradient(frozen[TEACHER])
+            teacher_kernel, taught = self._kernel(original), self._full_features(original, batch)
+
+        @jax.checkpoint
+        def student(
+            features: jax.Array, teacher: jax.Array | None, targets: jax.Array, weights: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            logits = vocab_logits(self.config, features, kernel)
+            entropy = token_sums(logits, targets, weights).loss
+            if teacher is None:
+                return entropy, jnp.zeros_like(entropy)
+            return entropy, jnp.sum(weights * imitation_loss("kl", teacher, logits))
+
+        def one(piece: Any) -> tuple[TokenSums, jax.Array, jax.Array]:
+            full, taught, each, targets, weights = piece
+            logits = vocab_logits(self.config, full, kernel)
+            teacher = logits if taught is None else vocab_logits(self.config, taught, teacher_kernel)
+            held = jax.lax.stop_gradient(teacher) if self.distil else None
+            found = [student(features, held, targets, weights) for features in each]
+            entropy, divergence = (sum(sums, jnp.zeros(())) for sums in zip(*found, strict=True))
+            return token_sums(logits, targets, weights), entropy, divergence
+
+        arrays = (full, taught, list(each), batch.targets, batch.weights)
+        return sum_over_chunks(one, arrays, self.chunk)
+
+    def _features(self, params: Params, choice: Choice, batch: Batch) -> jax.Array:
+        """[B, T, D] of one subnet for the vocabulary head."""
+        depth = self.config.n_layers
+        taps = elastic_taps(
+            self.config,
+            self.menu,
+            params,
+            batch.tokens,
+            choice,
+            (depth,),
+            batch.positions,
+            batch.segments,
+            remat=self.remat,
+        )
+        return Decoder(self.config).bind({"params": params}).final_features(taps[depth].hidden)
+
+    def _full_features(self, params: Params, batch: Batch) -> jax.Array:
+        """[B, T, D] of the whole model, without branches."""
+        decoder, depth = Decoder(self.config, self.remat).bind({"params": params}), self.config.n_layers
+        taps = decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)
+        return decoder.final_features(taps[depth].hidden)
+
+    def _kernel(self, params: Params) -> jax.Array:
+        return Decoder(self.config).bind({"params": params}).final_kernel()
+
+
+@dataclasses.dataclass(frozen=True)
+class ElasticEvaluation:
+    """Cross-entropy of a menu's uniform subnets (a `losses.Method` that nothing is drawn in)."""
+
+    method: ElasticTraining
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """As the method that trains."""
+        return self.method.split(params)
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Mean cross-entropy of the subnets that `uniform_subnets` names, in nats per counted token.
+
+        Args:
+          trainable: first result of `split`, canonical or stacked.
+          frozen: not used.
+          batch: packed tokens, targets and weights.
+          step: not used.
+
+        Returns:
+          (scalar float32, metrics `loss`, for every subnet `loss/<name>`, and `accuracy/final`).
+        """
+        config, menu = self.method.config, self.method.menu
+        subnets = uniform_subnets(config, menu)
+        each = [Choice.of(config, menu, subnet) for subnet in subnets.values()]
+        choices = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        sums = jax.lax.map(lambda choice: self.method.token_sums(trainable, choice, batch), choices)
+        count = jnp.maximum(sums.weight[0], 1.0)
+        losses = dict(zip(subnets, sums.cross_entropy / count, strict=True))
+        mean = jnp.mean(sums.cross_entropy) / count
+        accuracy = sums.correct[list(subnets).index("final")] / count
+        named = {f"loss/{name}": loss for name, loss in losses.items()}
+        return mean, {"loss": mean, **named, "accuracy/final": accuracy}

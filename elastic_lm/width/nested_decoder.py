@@ -1,0 +1,165 @@
+"""A decoder that chooses the widths of its layers while it decodes, for every token or for every row.
+
+    per token   layer l asks its router, with the budget's code and the state that enters it
+    per row     the choices are given, one per layer and row; `prompt_choices` asks the routers for them, by
+                the mean of their logits over the row's prompt
+
+Layers are kept in nested blocks (`nn.nested`), so that what is not chosen is not read. Budgets and choices
+are traced: one program serves them all.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.subnet import Menu
+from elastic_lm.models.decoder import Decoder, Params, default_positions
+from elastic_lm.nn.attention import KeyValues
+from elastic_lm.nn.block import Rows, Tap
+from elastic_lm.width.nested import nest, nested_block
+from elastic_lm.width.router import layer_router, router_input
+
+ROUTING = "routing"  # key of what decides: {"code", "tilt"}, or the choices {"heads", "mlp": [B, L]}
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedConfig(ModelConfig):
+    """A model whose layers choose from a menu while it decodes."""
+
+    menu: Menu = dataclasses.field(default=Menu())  # what may be chosen: heads and neurons
+    per_token: bool = True  # routers choose for every token; False = choices of every row are given
+    router_width: int = 32  # per_token: width of the routers' hidden layers
+
+    @classmethod
+    def of(cls, config: ModelConfig, menu: Menu, **fields: Any) -> "RoutedConfig":
+        """The routed form of a model; `fields` are those above."""
+        own = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
+        return cls(**own, menu=menu, **fields)
+
+
+class RoutedDecoder(Decoder):
+    """`Decoder` over nested layers; parameters are from `routed_params`."""
+
+    config: RoutedConfig
+
+    def run_layers(
+        self,
+        hidden_BTD: jax.Array,
+        positions_BT: jax.Array,
+        start: int,
+        stop: int,
+        *,
+        segments_BT: jax.Array | None = None,
+        past: Sequence[KeyValues] | None = None,
+        keep_LB: jax.Array | None = None,
+    ) -> tuple[Tap, list[Rows]]:
+        """See `Decoder.run_layers`; packed documents and layer dropout belong to training."""
+        assert segments_BT is None
+        assert keep_LB is None
+        c, params = self.config, self.variables["params"]
+        sizes = c.menu.sizes(c)
+        rows = []
+        tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
+        for i in range(start, stop):
+            own = params[f"layers_{i}"]
+            heads_BT, mlp_BT = self._choices(i, own, tap.hidden)
+            tap, new = nested_block(
+                c.layer(i), sizes.mlp[i], own, tap.hidden, positions_BT, heads_BT, mlp_BT,
+                window=c.window(i), past=past[i - start] if past else None,
+            )  # fmt: skip
+            rows.append(new)
+        return tap, rows
+
+    def _choices(self, i: int, layer: Params, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """int32 indices into the choices of heads and of neurons, [B, T or 1] each."""
+        routing = self.variables["params"][ROUTING]
+        if not self.config.per_token:
+            return routing["heads"][:, i, None], routing["mlp"][:, i, None]
+        logits = layer_logits(self.config, layer, routing, hidden_BTD)
+        return jnp.argmax(logits["heads"], axis=-1), jnp.argmax(logits["mlp"], axis=-1)
+
+
+def decoder_of(config: ModelConfig) -> Decoder:
+    """The decoder that a config describes."""
+    return RoutedDecoder(config) if isinstance(config, RoutedConfig) else Decoder(config)
+
+
+def layer_logits(
+    config: RoutedConfig, layer: Params, routing: Params, hidden_BTD: jax.Array
+) -> dict[str, jax.Array]:
+    """Logits of a layer's choices for every token, tilted towards the budget.
+
+    Args:
+      config: static.
+      layer: the layer's parameters, its `router` and the `costs` of its choices among them.
+      routing: `code` [A] of the budget and `tilt`.
+      hidden_BTD: state that enters the layer.
+
+    Returns:
+      {"heads", "mlp": [B, T, choices] float32}.
+    """
+    router, code = layer_router(config.menu, config.router_width), routing["code"]
+    logits: Any = router.apply({"params": layer["router"]}, router_input(code, hidden_BTD))
+    return {name: r + routing["tilt"] * layer["costs"][name] for name, r in logits.items()}
+
+
+def prompt_choices(
+    config: RoutedConfig, params: Params, tokens_BP: jax.Array, length_B: jax.Array
+) -> dict[str, jax.Array]:
+    """What the routers choose for whole rows, by the mean of their logits over the prompt.
+
+    Args:
+      config: static; per_token.
+      params: from `routed_params`, with `ROUTING`.
+      tokens_BP: int32 prompts, padded on the right.
+      length_B: int32 prompt lengths.
+
+    Returns:
+      {"heads", "mlp": [B, L] int32}, the `ROUTING` of the same model with per_token=False.
+    """
+    decoder, sizes = RoutedDecoder(config).bind({"params": params}), config.menu.sizes(config)
+    positions = default_positions(tokens_BP, None)
+    share_BT1 = ((positions < length_B[:, None]) / length_B[:, None])[..., None]
+    hidden = decoder.embed(tokens_BP, positions)
+    chosen: list[tuple[jax.Array, jax.Array]] = []
+    for i in range(config.n_layers):
+        layer = params[f"layers_{i}"]
+        logits = layer_logits(config, layer, params[ROUTING], hidden)
+        mean = {name: jnp.sum(r * share_BT1, axis=1) for name, r in logits.items()}
+        chosen.append((jnp.argmax(mean["heads"], axis=-1), jnp.argmax(mean["mlp"], axis=-1)))
+        tap, _ = nested_block(
+            config.layer(i), sizes.mlp[i], layer, hidden, positions,
+            chosen[-1][0][:, None], chosen[-1][1][:, None], window=config.window(i),
+        )  # fmt: skip
+        hidden = tap.hidden
+    heads, mlp = (jnp.stack(each, axis=1) for each in zip(*chosen, strict=True))
+    return {"heads": heads, "mlp": mlp}
+
+
+def routed_params(
+    config: RoutedConfig, params: Params, routers: Params | None = None, costs: Any = None
+) -> Params:
+    """Canonical parameters with their layers in nested blocks, and what decides about each.
+
+    Args:
+      config: static.
+      params: canonical parameters.
+      routers: {"hidden", "heads", "mlp"} stacked over layers; per_token only.
+      costs: {"heads", "mlp": [L, choices]} shares of the whole model's cost; per_token only.
+
+    Returns:
+      Parameters without `ROUTING`, which changes from call to call.
+    """
+    sizes = config.menu.sizes(config)
+    nested = dict(params)
+    for i in range(config.n_layers):
+        layer = nest(config.layer(i), sizes.heads[i], sizes.mlp[i], params[f"layers_{i}"])
+        if config.per_token:
+            own = {"router": routers, "costs": costs}
+            layer |= {name: jax.tree.map(lambda leaf, i=i: leaf[i], tree) for name, tree in own.items()}
+        nested[f"layers_{i}"] = layer
+    return nested

@@ -1,0 +1,465 @@
+"""Routers that choose the sub-network for a budget: Flextron's second stage, in two schemes.
+
+A router gives the choices of every layer for a budget b, a share of the whole model's cost (`nn.router`).
+Every row of a batch draws a budget from the anchors; x is the sub-network that its routers pick with Gumbel
+noise, c(x) its cost as a share of the whole model's, from a `CostTable`, measured or counted:
+
+    miss(x, b)  = |c(x) / b - 1|, 0 where it is below DEAD_ZONE and b < 1
+                  + WHOLE (mean over layers of (1 - y_largest)^2, summed over what is chosen)     where b = 1
+
+    end_to_end    minimise over routers (and, jointly, the model)
+                      (1 - d) CE(z_x) + d KL(p || q_x) + a miss(x, b)
+    surrogate     with e = CE(z_x) - CE(z) of the row, and S a small network that reads what was picked:
+                  minimise over S         (S(x) - e)^2
+                  minimise over routers   S(x) + a miss(x, b), in steps where S is trusted:
+                                          mean |S(x) - e| < `surrogate_error`
+
+Both have the gradient of the straight-through choice. The first one needs a backward pass through the model;
+the second none, and forgets S afterwards. The paper's surrogate predicts the loss from the routers' logits;
+ours predicts from the choice that was run how much the row's loss rises over that of the whole model, so that
+neither the noise of the choice nor how hard a text is has to be learned. As training goes on the noise fades:
+tau falls geometrically over TAU, the logits' scale rises linearly over SCALE.
+
+Routers that read states choose for every token (`end_to_end` only). c(x) is then a mean over the row.
+
+Papers: Flextron, arXiv 2406.10260, sec. 3; Nemotron Elastic, arXiv 2511.16664 (budget loss, schedules).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from elastic_lm.checkpoints.native import load_menu
+from elastic_lm.config.checks import require, require_choice
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.subnet import Budget, Menu
+from elastic_lm.cost.counted import CostTable, Load, counted_table
+from elastic_lm.cost.latency_table import LatencyTable
+from elastic_lm.data.batch import Batch
+from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.nn.linear import Linear
+from elastic_lm.train.config import Scheme, TrainConfig
+from elastic_lm.train.losses import Metrics, TokenSums, imitation_loss, sum_over_chunks, token_sums
+from elastic_lm.train.step import place_batch
+from elastic_lm.width.gated import Picks, routed_hidden
+from elastic_lm.width.router import SLOPE, budget_code, init_router, router_input, straight_through
+from elastic_lm.width.trained_routers import Routers, RouterShape, shares
+
+ROUTERS, SURROGATE = "routers", "surrogate"  # keys of their parameters
+DEAD_ZONE = 0.05  # relative miss of a budget that costs nothing
+WHOLE = 10.0  # weight of choices that are not the largest where the budget is the whole model
+TAU = (1.0, 0.05)  # temperature of the straight-through gradient, from the first to the last step
+SCALE = (1.0, 10.0)  # of the logits against the noise
+STEEPEST = 100.0  # logits by which the widest tilt tells the menu's nearest costs apart
+HALVINGS = 24  # of the interval that a tilt is looked for in
+
+
+class Surrogate(nn.Module):
+    """S: from one-hot choices to the rise of the loss, in nats per token."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, picked_BI: jax.Array) -> jax.Array:
+        x = nn.leaky_relu(Linear((self.width,), (None, None), name="hidden")(picked_BI), SLOPE)
+        return Linear((1,), (None, None), name="rise")(x)[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterTraining:
+    """Trains routers, and the model with them where wanted (a `losses.Method`)."""
+
+    shape: RouterShape  # model, menu, budgets; static
+    table: CostTable  # costs of the menu's choices; static
+    steps: int  # of the whole run, over which noise fades
+    scheme: Scheme = "end_to_end"
+    initial: Any = dataclasses.field(default=None, compare=False)  # routers to start from; None = new ones
+    train_model: bool = False  # end_to_end: the model trains too
+    budget_weight: float = 10.0  # a
+    distil: float = 0.0  # end_to_end: d; p of the whole model in this step, with no gradient through it
+    surrogate_error: float = 0.5  # surrogate: mean error below which the routers train, in nats per token
+    seed: int = 0  # of the draws and of new routers
+    chunk: int = 256  # columns of logits alive at once
+    remat: bool = False  # recompute layers in the backward pass
+
+    def __post_init__(self) -> None:
+        require_choice("scheme", self.scheme, get_args(Scheme))
+        fix = "needs scheme='end_to_end': the surrogate predicts from one choice per row"
+        require(self.scheme == "end_to_end" or self.shape.reads == "budget", "reads", self.shape.reads, fix)
+        fix = "needs scheme='end_to_end': the surrogate sends no gradient to the model"
+        require(self.scheme == "end_to_end" or not self.train_model, "train_model", self.train_model, fix)
+        whole = self.table.range(self.shape.menu)[1]
+        for share in self.shape.anchors:
+            self.table.check(Budget(**{self.table.kind: share * whole}), self.shape.menu)
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Routers (and the surrogate, or the model) train; new ones lie on all devices of the model."""
+        routers, surrogate = jax.random.split(jax.random.key(self.seed))
+        new: Params = {ROUTERS: self.initial or self.shape.init(routers)}
+        if self.scheme == "surrogate":
+            menu = self.shape.menu
+            inputs = self.shape.config.n_layers * (len(menu.heads) + len(menu.mlp)) + len(menu.dropped) + 1
+            new[SURROGATE] = init_router(Surrogate(self.shape.width), inputs, surrogate)
+        mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+        new = new if mesh is None else jax.device_put(new, NamedSharding(mesh, PartitionSpec()))
+        return ({**params, **new}, {}) if self.train_model else (new, params)
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """What is minimised (see the top of this file), in nats per counted token.
+
+        Args:
+          trainable: first result of `split`, the model stacked.
+          frozen: second result of `split`.
+          batch: packed tokens, targets and weights.
+          step: int32 scalar; with the seed it decides about budgets and noise. The parts of an accumulated
+            batch share them.
+
+        Returns:
+          (scalar float32, metrics `loss`, `loss/picked` = mean cross-entropy of what was picked,
+          `budget/miss` = mean |c(x) / b - 1|; with the surrogate `surrogate/error` and `surrogate/trusted`).
+        """
+        params = {**frozen, **trainable}
+        budgets, noise = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), step))
+        anchors = jnp.asarray(self.shape.anchors)
+        budget_B = anchors[jax.random.randint(budgets, (batch.tokens.shape[0],), 0, anchors.size)]
+        progress = step / self.steps
+        tau = TAU[0] * (TAU[1] / TAU[0]) ** progress
+        scale = SCALE[0] + (SCALE[1] - SCALE[0]) * progress
+        hidden, picked = self.forward(params, batch, budget_B, noise, scale, tau)
+        off_B, whole_B = self.misses(picked, budget_B)
+        charged_B = jnp.where((off_B < DEAD_ZONE) & (budget_B < 1), 0.0, off_B) + WHOLE * whole_B
+        miss = self.budget_weight * row_mean(charged_B, batch)
+        metrics = {"budget/miss": row_mean(off_B, batch)}
+        if self.scheme == "end_to_end":
+            loss, entropy = self._quality(params, batch, hidden)
+            return loss + miss, {"loss": loss + miss, "loss/picked": entropy, **metrics}
+        rise_B, entropy = self._rise(params, batch, hidden)
+        loss, surrogate = self._surrogate_loss(params[SURROGATE], batch, picked, rise_B, miss)
+        return loss, {"loss": loss, "loss/picked": entropy, **metrics, **surrogate}
+
+    def forward(
+        self,
+        params: Params,
+        batch: Batch,
+        budget_B: jax.Array,
+        key: jax.Array | None = None,
+        scale: jax.Array | float = 1.0,
+        tau: jax.Array | float = 1.0,
+        tilt: jax.Array | float = 0.0,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Runs what the routers pick for every row's budget.
+
+        Args:
+          params: model, stacked, and routers.
+          batch: packed tokens.
+          budget_B: float32 shares of the whole model's cost.
+          key: of the noise; None = the likeliest choices.
+          scale: of the logits.
+          tau: of the gradient.
+          tilt: times its cost as a share of the whole model's, raises a choice's logit where states are read.
+
+        Returns:
+          ([B, T, D] state after the last layer, {"heads", "mlp": [L, B, choices], "dropped": [B, choices]}).
+        """
+        shape, routers = self.shape, params[ROUTERS]
+        heads_key, mlp_key, depth_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+        code_BA = budget_code(budget_B, shape.anchors)
+        layers, dropped_BC = shape.all_logits(routers, code_BA)
+        dropped_BC = straight_through(dropped_BC, depth_key, scale, tau)
+        keep_LB = (dropped_BC @ shape.kept).T
+
+        def picks(logits: dict[str, jax.Array], heads: Any, mlp: Any) -> Picks:
+            return Picks(
+                straight_through(logits["heads"], heads, scale, tau),
+                straight_through(logits["mlp"], mlp, scale, tau),
+            )
+
+        def of_state(given: Any, hidden: jax.Array) -> Picks:
+            router, heads, mlp, *keys = given
+            logits = shape.layer_logits(router, router_input(code_BA[:, None], hidden))
+            return picks({"heads": logits["heads"] + heads, "mlp": logits["mlp"] + mlp}, *keys)
+
+        def run(pick: Any, given: Any, keep_LB: jax.Array) -> tuple[jax.Array, Picks]:
+            return routed_hidden(
+                shape.config, shape.menu, params, batch.tokens, pick, given, keep_LB,
+                batch.positions, batch.segments, remat=self.remat,
+            )  # fmt: skip
+
+        if shape.reads == "hidden":
+            each = [None if k is None else jax.random.split(k, len(keep_LB)) for k in (heads_key, mlp_key)]
+            tilts = [tilt * costs for costs in self._shares()]
+            hidden, mean = run(of_state, (routers["layers"], *tilts, *each), keep_LB)
+            return hidden, {"heads": mean.heads, "mlp": mean.mlp, "dropped": dropped_BC}
+        assert layers is not None
+        picked = picks(layers, heads_key, mlp_key)
+        given, keep = jax.tree.map(lambda x: x[:, :, None], picked), keep_LB
+        if self.scheme == "surrogate":
+            given, keep = jax.lax.stop_gradient((given, keep))
+        hidden, _ = run(lambda given, _: given, given, keep)
+        return hidden, {"heads": picked.heads, "mlp": picked.mlp, "dropped": dropped_BC}
+
+    def misses(self, picked: dict[str, jax.Array], budget_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B] relative distance from the budget; [B] squared one from the whole model, where that is due."""
+        largest = [picked[name][..., -1] for name in ("heads", "mlp")]
+        far_B = sum(jnp.mean(jnp.square(1 - last), axis=0) for last in largest)
+        far_B = far_B + jnp.square(1 - picked["dropped"][:, 0])
+        return jnp.abs(self.costs(picked) / budget_B - 1), jnp.where(budget_B >= 1, far_B, 0.0)
+
+    def costs(self, picked: dict[str, jax.Array]) -> jax.Array:
+        """[B] cost of what was picked, as a share of the whole model's."""
+        whole = self.table.range(self.shape.menu)[1]
+        attention, mlp = self._shares()
+        layers_LB = jnp.einsum("lbc,lc->lb", picked["heads"], attention)
+        layers_LB = layers_LB + jnp.einsum("lbc,lc->lb", picked["mlp"], mlp)
+        keep_LB = (picked["dropped"] @ self.shape.kept).T
+        return self.table.fixed / whole + jnp.sum(keep_LB * layers_LB, axis=0)
+
+    def _shares(self) -> tuple[jax.Array, jax.Array]:
+        """Shares of the choices of heads and of neurons."""
+        costs = shares(self.table, self.shape.menu)
+        return costs["heads"], costs["mlp"]
+
+    def token_sums(self, params: Params, batch: Batch, hidden: jax.Array) -> TokenSums:
+        """[B] sums of every row, from the state after the last layer."""
+        return self._row_sums(params, batch, hidden)[0]
+
+    def _quality(self, params: Params, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """((1 - d) CE + d KL, CE), per counted token."""
+        taught = jax.lax.stop_gradient(self._whole(params, batch)) if self.distil else None
+        sums, divergence_B = self._row_sums(params, batch, hidden, taught)
+        count = jnp.maximum(jnp.sum(sums.weight), 1.0)
+        entropy = jnp.sum(sums.loss) / count
+        return (1 - self.distil) * entropy + self.distil * jnp.sum(divergence_B) / count, entropy
+
+    def _rise(self, params: Params, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """([B] e, scalar CE of what was picked), without gradient."""
+        hidden, params = jax.lax.stop_gradient((hidden, params))
+        picked = self.token_sums(params, batch, hidden)
+        whole = self.token_sums(params, batch, self._whole(params, batch))
+        entropy = jnp.sum(picked.loss) / jnp.maximum(jnp.sum(picked.weight), 1.0)
+        return (picked.loss - whole.loss) / jnp.maximum(picked.weight, 1.0), entropy
+
+    def _surrogate_loss(
+        self,
+        surrogate: Params,
+        batch: Batch,
+        picked: dict[str, jax.Array],
+        rise_B: jax.Array,
+        miss: jax.Array,
+    ) -> tuple[jax.Array, Metrics]:
+        network = Surrogate(self.shape.width)
+        flat = [jnp.moveaxis(picked[name], 1, 0).reshape(rise_B.shape[0], -1) for name in ("heads", "mlp")]
+        picked_BI = jnp.concatenate([*flat, picked["dropped"]], axis=-1)
+        held = jax.lax.stop_gradient
+        predicted_B: Any = network.apply({"params": surrogate}, held(picked_BI))
+        wished_B: Any = network.apply({"params": held(surrogate)}, picked_BI)
+        error = row_mean(jnp.abs(held(predicted_B) - rise_B), batch)
+        trusted = error < self.surrogate_error
+        routers = jnp.where(trusted, row_mean(wished_B, batch) + miss, 0.0)
+        loss = row_mean(jnp.square(predicted_B - rise_B), batch) + routers
+        return loss, {"surrogate/error": error, "surrogate/trusted": trusted.astype(jnp.float32)}
+
+    def _whole(self, params: Params, batch: Batch) -> jax.Array:
+        """[B, T, D] state of the whole model after its last layer."""
+        config = self.shape.config
+        decoder, depth = Decoder(config, self.remat).bind({"params": params}), config.n_layers
+        return decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)[depth].hidden
+
+    def _row_sums(
+        self, params: Params, batch: Batch, hidden: jax.Array, taught: jax.Array | None = None
+    ) -> tuple[TokenSums, jax.Array]:
+        """([B] sums of every row, [B] KL to the logits of `taught`)."""
+        config = self.shape.config
+        decoder = Decoder(config).bind({"params": params})
+        kernel = decoder.final_kernel()
+        rows = jax.vmap(token_sums)
+
+        def one(piece: Any) -> tuple[TokenSums, jax.Array]:
+            features, teacher, targets, weights = piece
+            logits = vocab_logits(config, features, kernel)
+            sums = rows(logits, targets, weights)
+            if teacher is None:
+                return sums, jnp.zeros_like(sums.loss)
+            losses = imitation_loss("kl", vocab_logits(config, teacher, kernel), logits)
+            return sums, jnp.sum(weights * losses, axis=1)
+
+        teacher = None if taught is None else decoder.final_features(taught)
+        arrays = (decoder.final_features(hidden), teacher, batch.targets, batch.weights)
+        return sum_over_chunks(one, arrays, self.chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterEvaluation:
+    """What routers pick without noise, at their anchors and between them (a `losses.Method`)."""
+
+    method: RouterTraining
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """As the method that trains."""
+        return self.method.split(params)
+
+    def loss(
+        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """Cross-entropy and cost of the likeliest choices at every budget.
+
+        Args:
+          trainable: first result of `split`, the model stacked.
+          frozen: second result of `split`.
+          batch: packed tokens, targets and weights.
+          step: not used.
+
+        Returns:
+          (mean over the anchors, metrics `loss` and, for every anchor b and every mean of two neighbours,
+          `loss/budget_<b>` in nats per counted token and `spent/budget_<b>`, cost over budget).
+        """
+        params, anchors = {**frozen, **trainable}, self.method.shape.anchors
+        between = [(low + high) / 2 for low, high in itertools.pairwise(anchors)]
+        budgets = jnp.asarray([*anchors, *between], jnp.float32)
+
+        def one(budget: jax.Array) -> tuple[jax.Array, jax.Array]:
+            budget_B = jnp.full(batch.tokens.shape[:1], budget)
+            hidden, picked = self.method.forward(params, batch, budget_B)
+            sums = self.method.token_sums(params, batch, hidden)
+            entropy = jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.weight), 1.0)
+            return entropy, row_mean(self.method.costs(picked), batch) / budget
+
+        losses, spent = jax.lax.map(one, budgets)
+        names = [f"budget_{b:.4g}" for b in (*anchors, *between)]
+        metrics = {f"loss/{name}": loss for name, loss in zip(names, losses, strict=True)}
+        metrics |= {f"spent/{name}": share for name, share in zip(names, spent, strict=True)}
+        mean = jnp.mean(losses[: len(anchors)])
+        return mean, {"loss": mean, **metrics}
+
+
+def row_mean(x_B: jax.Array, batch: Batch) -> jax.Array:
+    """Mean over rows by their tokens; rows of padding do not count."""
+    tokens_B = jnp.sum(batch.segments > 0, axis=1)
+    return jnp.sum(x_B * tokens_B) / jnp.maximum(jnp.sum(tokens_B), 1)
+
+
+def fit_tilts(method: RouterTraining, params: Params, batches: Sequence[Batch]) -> tuple[float, ...]:
+    """Tilts with which routers that read states spend each anchor on average over some text.
+
+    Args:
+      method: whose routers read states.
+      params: model, stacked, and trained routers.
+      batches: text that budgets are to be met on; batches count alike.
+
+    Returns:
+      One tilt per anchor, found by halving an interval: what is spent is at most the anchor, and as near to
+      it as the interval is small; 0 for the whole model.
+    """
+    costs_of = shares(method.table, method.shape.menu)
+    steps = np.concatenate([np.diff(np.asarray(costs)).ravel() for costs in costs_of.values()])
+    widest = STEEPEST / np.min(steps[steps > 0], initial=1.0)
+
+    @jax.jit
+    def spent(params: Params, batch: Batch, budget: jax.Array, tilt: jax.Array) -> jax.Array:
+        budget_B = jnp.full(batch.tokens.shape[:1], budget)
+        return row_mean(method.costs(method.forward(params, batch, budget_B, tilt=tilt)[1]), batch)
+
+    def fit(anchor: float) -> float:
+        low, high = -widest, widest
+        for _ in range(HALVINGS):
+            tilt = (low + high) / 2
+            fits = np.mean([spent(params, batch, anchor, tilt) for batch in batches]) <= anchor
+            low, high = (tilt, high) if fits else (low, tilt)
+        return float(low)
+
+    return (*(fit(anchor) for anchor in method.shape.anchors[:-1]), 0.0)
+
+
+TILT_BATCHES = 4  # held-out batches on which routers that read states are held to their budgets
+
+
+def router_training(train: TrainConfig, model: ModelConfig) -> RouterTraining:
+    """The method that a training config describes.
+
+    Args:
+      train: its init_from holds the menu, and routers where those are to be trained on.
+      model: the model, without exits.
+
+    Returns:
+      The method.
+
+    Raises:
+      FileNotFoundError: init_from has no menu, or there is no latency table.
+      ValueError: the budgets cannot be met, the table is of another model, menu or device, or the routers in
+        init_from are of another form.
+    """
+    menu = load_menu(train.init_from)
+    table = cost_table(train, model, menu)
+    shape = RouterShape(model, menu, train.budgets, train.reads, train.router_width)
+    return RouterTraining(
+        shape,
+        table,
+        train.steps,
+        train.scheme,
+        initial_routers(train, shape),
+        train.train_model,
+        train.budget_weight,
+        train.distil,
+        train.surrogate_error,
+        train.seed,
+        train.loss_chunk,
+        train.remat,
+    )
+
+
+def cost_table(train: TrainConfig, model: ModelConfig, menu: Menu) -> CostTable:
+    """Costs of a menu, of the kind that the budgets are in; raises as `router_training` does."""
+    if train.priced == "latency_ms":
+        return LatencyTable.load(train.latency_table).checked(model, menu)
+    return counted_table(model, menu, train.priced, Load(context=train.context))
+
+
+def initial_routers(train: TrainConfig, shape: RouterShape) -> Params | None:
+    """Routers beside the model, to be trained on; None where there are none."""
+    try:
+        found = Routers.load(train.init_from, shape.config)
+    except FileNotFoundError:
+        return None
+    for name, field in (("budgets", "anchors"), ("reads", "reads"), ("router_width", "width")):
+        value, own = getattr(shape, field), getattr(found.shape, field)
+        fix = f"the routers in {train.init_from} have {own!r}; set that, or take a model without routers"
+        require(value == own, f"train.{name}", value, fix)
+    return found.params
+
+
+def check_held_out(method: RouterTraining, held_out: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Checks that routers that read states have text to be held to their budgets on.
+
+    Raises:
+      ValueError: they have none.
+    """
+    if method.shape.reads == "hidden" and next(iter(held_out), None) is None:
+        fix = "such routers are held to budgets on held-out text: name more in data.eval_paths"
+        raise ValueError(f"train.reads={method.shape.reads!r}: {fix}")
+
+
+def finished_routers(
+    method: RouterTraining, params: Params, held_out: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
+) -> Routers:
+    """Trained routers, those that read states tilted towards their budgets.
+
+    Args:
+      method: that trained them.
+      params: model, stacked, and routers.
+      held_out: batches on which routers that read states are held to their budgets.
+      mesh: where `params` are.
+    """
+    tilts: tuple[float, ...] = ()
+    if method.shape.reads == "hidden":
+        batches = [place_batch(batch, mesh) for batch in itertools.islice(held_out, TILT_BATCHES)]
+        tilts = fit_tilts(method, params, batches)
+    return Routers(method.shape, params[ROUTERS], method.table, tilts)

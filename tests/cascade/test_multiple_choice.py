@@ -1,0 +1,225 @@
+"""Multiple choice by likelihood: against a plain forward pass, whatever rows are batched with."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from small_models import Letters
+
+import elastic_lm as el
+from elastic_lm import testing
+from elastic_lm.cascade import known_tokens as reading
+from elastic_lm.cascade.cascade import Cascade
+from elastic_lm.cascade.multiple_choice import Choice
+from elastic_lm.cascade.scores import PLAIN, Scoring
+from elastic_lm.cascade.shared_model import nested_choice
+from elastic_lm.config.subnet import Subnet
+from elastic_lm.cost.sequences import head_flops, layer_flops
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.width import slicing
+
+CONFIG = testing.tiny_config(exits=(1,), n_layers=2)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return testing.random_params(CONFIG, scale=0.2)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    rng, letters = np.random.default_rng(0), "abcdefghij klmno"
+
+    def text(n: int) -> str:
+        return "".join(rng.choice(list(letters), n))
+
+    return [
+        {"prompt": text(rng.integers(1, 50)), "choices": [text(rng.integers(1, 9)) for _ in range(2 + i % 2)]}
+        for i in range(14)
+    ]
+
+
+def by_hand(config, params, row: dict, depth: int, divide: str = "tokens") -> list[float]:
+    sums = []
+    for choice in row["choices"]:
+        start, end = Letters().encode(row["prompt"], bos=True), Letters().encode(" " + choice)
+        logits = testing.all_logits(
+            config, params, jnp.asarray([[*start, *end] + [0] * (64 - len(start + end))])
+        )
+        log_p = jax.nn.log_softmax(logits[depth][0])
+        nats = sum(float(log_p[len(start) + m - 1, token]) for m, token in enumerate(end))
+        sums.append(nats / {"tokens": len(end), "bytes": len(choice), "none": 1}[divide])
+    return sums
+
+
+@pytest.mark.parametrize("divide", ["tokens", "bytes", "none"])
+def test_the_likeliest_choice_wins(params, rows: list[dict], divide) -> None:
+    choice = Choice(Decoder(CONFIG), params, Letters(), normalise=divide, scoring=Scoring(0.5), batch_size=8)
+    for row, answer in zip(rows[:6], choice.answer(rows[:6]), strict=True):
+        expected = by_hand(CONFIG, params, row, 2, divide)
+        assert answer.output == int(np.argmax(expected))
+        energy = 0.5 * np.log(np.sum(np.exp(np.asarray(expected) / 0.5)))
+        assert answer.scores["energy"] == pytest.approx(energy, rel=1e-4, abs=1e-4)
+        p = np.exp(expected) / np.sum(np.exp(expected))
+        assert answer.scores["max_prob"] == pytest.approx(p.max(), rel=1e-4)
+        lengths = [len(row["prompt"]) + 2 + len(c) for c in row["choices"]]
+        cost = sum(layer_flops(CONFIG, n - 1) for n in lengths)
+        assert answer.cost == cost + head_flops(CONFIG, sum(len(c) + 1 for c in row["choices"]))
+
+
+def llama_2_tokenizer() -> el.Tokenizer:
+    """Every text begins with a space, which is part of its first token."""
+    vocab = {"<unk>": 0, "▁": 1, "a": 2, "b": 3, "ab": 4, "▁ab": 5, "▁▁": 6, "c": 7, "abc": 8}
+    merges = [("▁", "▁"), ("a", "b"), ("▁", "ab"), ("ab", "c")]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>"))
+    steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    backend.normalizer = tokenizers.normalizers.Sequence(steps)
+    return el.Tokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "choice", "separator", "tokens", "scored"),
+    [
+        ("ab", "ab", " ", "▁ab ▁ab", 1),  # each alone: ▁ab ▁▁ ab
+        ("ab ab", "a", " ", "▁ab ▁ab ▁ a", 2),
+        ("ba", "b", "", "▁ b ab", 1),  # the prompt's last token, a, is part of another one here
+        ("ab", "", " ", "▁ab ▁", 1),
+        ("ab", "ab", "", "▁ab ab", 1),
+    ],
+)
+def test_prompt_and_choice_are_one_text(params, prompt, choice, separator, tokens: str, scored: int) -> None:
+    tokenizer = llama_2_tokenizer()
+    answerer = Choice(Decoder(CONFIG), params, tokenizer, separator=separator)
+    row = {"prompt": prompt, "choices": [choice]}
+    question = answerer._question(row)
+    assert [tokenizer.backend.id_to_token(i) for i in question.sequences[0]] == tokens.split()
+    assert question.answered == question.sizes[0] == scored
+    ids = question.sequences[0]
+    log_p = jax.nn.log_softmax(testing.all_logits(CONFIG, params, jnp.asarray([ids]))[2][0])
+    nats = [float(log_p[i - 1, ids[i]]) for i in range(len(ids) - scored, len(ids))]
+    assert answerer.answer([row])[0].scores["energy"] == pytest.approx(sum(nats) / scored, rel=1e-4)
+
+
+def test_a_choice_without_a_token_to_score_fails(params) -> None:
+    answerer = Choice(Decoder(CONFIG), params, llama_2_tokenizer(), separator="")
+    answers = answerer.answer([{"prompt": "ab", "choices": ["ab", ""]}, {"prompt": "", "choices": ["ab"]}])
+    assert "choices=['ab', '']: every choice needs at least one character" in str(answers[0].error)
+    assert "prompt='': needs at least one token" in str(answers[1].error)
+
+
+def test_a_real_tokenizer_reads_a_choice_as_it_reads_text(params) -> None:
+    folder = Path(os.environ.get("ELASTIC_LM_SHARED", "")) / "data" / "weights" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("needs ELASTIC_LM_SHARED with a real tokenizer")
+    tokenizer, prompt, choice = el.Tokenizer.load(folder), "Once upon a time", "there was a little girl"
+    question = Choice(Decoder(CONFIG), params, tokenizer)._question({"prompt": prompt, "choices": [choice]})
+    assert question.sequences == [tokenizer.encode(f"{prompt} {choice}", bos=True)]
+    assert tokenizer.decode(question.sequences[0][question.starts[0] :]).strip() == choice
+
+
+def test_answers_do_not_depend_on_the_batch_and_nothing_is_compiled_per_row(params, rows) -> None:
+    choice = Choice(Decoder(CONFIG), params, Letters(), batch_size=8)
+    together = choice.answer(rows)
+    programs = reading.read._cache_size()
+    assert [choice.answer([row])[0] for row in rows] == together
+    assert choice.answer(rows[::-1])[::-1] == together
+    assert reading.read._cache_size() == programs
+    assert {choice.bucket(row) for row in rows} == {32, 64}
+
+
+def test_an_exit_is_a_swift_whose_state_the_super_goes_on_from(params, rows) -> None:
+    swift, super_ = nested_choice(Decoder(CONFIG), params, Letters(), exit=1, batch_size=8)
+    first, alone = swift.answer(rows), super_.answer(rows)
+    for row, answer in zip(rows[:4], first, strict=False):
+        assert answer.output == int(np.argmax(by_hand(CONFIG, params, row, 1)))
+    order = [5, 0, 12, 7, 3]
+    resumed = super_.resume([rows[i] for i in order], [first[i] for i in order])
+    for i, answer in zip(order, resumed, strict=True):
+        assert answer.output == alone[i].output
+        assert dict(answer.scores) == pytest.approx(dict(alone[i].scores), rel=1e-5, abs=1e-5)
+        tokens = [len(rows[i]["prompt"]) + 1 + len(c) for c in rows[i]["choices"]]
+        assert alone[i].cost - answer.cost == sum(layer_flops(CONFIG, n, 0, 1) for n in tokens)
+    cut = float(np.median([a.scores["energy"] for a in first]))
+    results = Cascade(swift, super_, cut, batch_size=4, super_batch_size=2).answer(rows)
+    assert {r.model for r in results} == {"swift", "super"}
+    assert [r.output for r in results] == [
+        (first if a.scores["energy"] >= cut else alone)[i].output for i, a in enumerate(first)
+    ]
+    assert all(r.cost <= alone[r.index].cost * 1.2 for r in results)  # both heads, layers once
+
+
+def test_a_sub_network_is_a_swift_that_holds_nothing(params, rows) -> None:
+    subnet = Subnet.uniform(CONFIG, mlp=0.5, heads=0.5, layers=[1])
+    small, cut = slicing.slice_params(CONFIG, params, subnet)
+    expected = Choice(Decoder(small), cut, Letters(), batch_size=8).answer(rows)
+    del cut
+    before, size = held(), sum(x.nbytes for x in jax.tree.leaves(params))
+    swift, super_ = nested_choice(Decoder(CONFIG), params, Letters(), subnet=subnet, batch_size=8)
+    answers = swift.answer(rows)
+    super_.answer(rows)
+    assert held() - before <= 0.02 * size
+    for answer, other in zip(answers, expected, strict=True):
+        assert (answer.output, answer.cost) == (other.output, other.cost)
+        assert dict(answer.scores) == pytest.approx(dict(other.scores), rel=1e-5, abs=1e-5)
+
+
+def test_a_sub_network_is_sliced_layer_by_layer() -> None:
+    config = testing.tiny_config(n_layers=4, d_model=64, n_heads=4, d_mlp=1024, vocab_size=64)
+    params = testing.random_params(config)
+    subnet = dataclasses.replace(Subnet.uniform(config, mlp=0.5, heads=0.5), d_model=32)
+    slices = [slicing.slice_layer(config, params, subnet, i) for i in range(4)]
+    small, cut = slicing.slice_params(config, params, subnet)
+    chex.assert_trees_all_equal(slices, [{name: cut[name]} for name in (f"layers_{i}" for i in range(4))])
+    layer = sum(x.nbytes for x in jax.tree.leaves(slices[0]))
+    head = cut["embed"]["table"].nbytes
+    tokens = jnp.ones((1, 32), jnp.int32)
+    own, inside = (
+        reading.read.lower(*given, tokens, scoring=PLAIN).compile().memory_analysis().temp_size_in_bytes
+        for given in ((reading.Part(small), cut), (reading.Part(config, subnet=subnet), params))
+    )
+    assert inside <= own + 1.2 * layer + head
+    assert 1.2 * layer + head < 2 * layer
+
+
+def held() -> int:
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_rows_that_cannot_be_read_fail_alone(params, rows) -> None:
+    bad = [
+        {"prompt": "x"},
+        {"prompt": "x", "choices": "yes"},
+        {"prompt": 3, "choices": ["a"]},
+        {"prompt": "x" * 200, "choices": ["a"]},
+    ]
+    choice = Choice(Decoder(CONFIG), params, Letters(), batch_size=8)
+    answers = choice.answer([*bad, rows[0]])
+    assert [a.error is None for a in answers] == [False] * 4 + [True]
+    assert "choices" in str(answers[0].error)
+    assert "choices='yes': must be a list" in str(answers[1].error)
+    assert "max_len=128" in str(answers[3].error)
+    assert answers[4] == choice.answer(rows[:1])[0]
+    assert choice.bucket(bad[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"exit": 0}, r"exit=0: the model that reads has exits after layers \(1,\)"),
+        ({"exit": 2}, "exit=2: the last of 2 layers"),
+        ({}, "name an exit or a subnet"),
+        ({"exit": 1, "subnet": Subnet.full(CONFIG)}, "one of them"),
+        ({"subnet": dataclasses.replace(Subnet.full(CONFIG), d_model=64)}, "subnet.d_model"),
+        ({"exit": 1, "normalise": "words"}, "normalise='words'"),
+        ({"exit": 1, "batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_nested_refuses(params, how: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nested_choice(Decoder(CONFIG), params, Letters(), **how)

@@ -1,0 +1,80 @@
+"""An exit of an encoder as its Swift: the Super goes on from it, and one model lies in memory."""
+
+import jax
+import numpy as np
+import pytest
+
+import elastic_lm as el
+from elastic_lm.cascade.answerer import Answer
+from elastic_lm.cascade.classifier import Classifier
+from elastic_lm.cascade.shared_model import nested_classifier
+from elastic_lm.cost.sequences import encoder_flops
+from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+from elastic_lm.models.encoder import init_params
+from elastic_lm.models.task_heads import exit_encoder
+
+SIZES = {"vocab_size": 260, "d_model": 16, "n_layers": 3, "n_heads": 2, "d_mlp": 32, "max_len": 64}
+CONFIG = el.EncoderConfig(**SIZES, n_labels=2, mlm=True, exits=(1, 2))
+HOW = {"text_field": "text", "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(["some text"], 260)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda x: 8 * x, init_params(CONFIG, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    rng = np.random.default_rng(0)
+    return [{"text": "".join(rng.choice(list("abcdefgh "), rng.integers(1, 40)))} for _ in range(11)]
+
+
+def assert_same(answers: list[Answer], others: list[Answer]) -> None:
+    """Equal outputs, and scores but for the rounding of different programs."""
+    for one, other in zip(answers, others, strict=True):
+        assert one.output == other.output
+        np.testing.assert_allclose(list(one.scores.values()), list(other.scores.values()), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_resumed_rows_are_answered_as_from_scratch(params, tokenizer, rows, layer: int) -> None:
+    model = el.Encoder(CONFIG)
+    swift, super_ = nested_classifier(model, params, tokenizer, exit=layer, **HOW)
+    small, own = exit_encoder(CONFIG, params, layer)
+    alone = Classifier(el.Encoder(small), own, tokenizer, **HOW).answer(rows)
+    begun, whole = swift.answer(rows), super_.answer(rows)
+    assert_same(begun, alone)
+    assert_same(whole, Classifier(model, params, tokenizer, **HOW).answer(rows))
+    assert len({answer.output for answer in whole}) == 2
+    some = [10, 3, 4, 7, 0]
+    resumed = super_.resume([rows[i] for i in some], [begun[i] for i in some])
+    assert_same(resumed, [whole[i] for i in some])
+    for i, answer in zip(some, resumed, strict=True):
+        tokens = len(tokenizer.encode_pair(rows[i]["text"])[0])
+        assert answer.cost == encoder_flops(CONFIG, tokens, 3 - layer)
+        assert begun[i].cost + answer.cost > whole[i].cost > answer.cost
+
+
+def test_a_cascade_holds_one_model_and_keeps_order(params, tokenizer, rows) -> None:
+    swift, super_ = nested_classifier(el.Encoder(CONFIG), params, tokenizer, exit=1, **HOW)
+    held = {id(leaf) for part in (swift, super_) for leaf in jax.tree.leaves(part._params)}
+    other_exit = {id(leaf) for leaf in jax.tree.leaves(params["exit_2"])}
+    assert held == {id(leaf) for leaf in jax.tree.leaves(params)} - other_exit
+    begun, whole = swift.answer(rows), super_.answer(rows)
+    threshold = float(np.median([answer.scores["margin"] for answer in begun]))
+    cascade = el.Cascade(swift, super_, threshold, score="margin", batch_size=4)
+    results = cascade.answer(rows)
+    assert [result.index for result in results] == list(range(len(rows)))
+    assert {result.model for result in results} == {"swift", "super"}
+    for result, small, large in zip(results, begun, whole, strict=True):
+        assert result.answer.output == (small if result.model == "swift" else large).output
+
+
+def test_exits_that_are_not_there_are_refused(params, tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"exit=3: the model has exits after layers \(1, 2\)"):
+        nested_classifier(el.Encoder(CONFIG), params, tokenizer, exit=3)

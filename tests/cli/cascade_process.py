@@ -1,0 +1,33 @@
+"""Routes ten thousand rows, to be killed meanwhile: routed_process.py IN OUT SECONDS_PER_BATCH."""
+
+import sys
+import time
+
+from elastic_lm.cascade.answerer import Answer
+from elastic_lm.cascade.cascade import Cascade
+from elastic_lm.cascade.endpoint import Function
+from elastic_lm.cli.route.run import route
+from elastic_lm.files.journal import Journal, count_rows, read_rows
+
+
+def swift(row: dict) -> Answer:
+    return Answer(f"swift {row['n']}", {"energy": float(row["n"] * 7919 % 101)}, cost=1.0)
+
+
+def super_(row: dict) -> Answer:
+    return Answer(f"super {row['n']}", cost=10.0)
+
+
+def main(data: str, out: str, pause: float) -> None:
+    def slow(rows: list[dict]) -> list[Answer]:
+        time.sleep(pause)
+        return [swift(row) for row in rows]
+
+    cascade = Cascade(Function(slow, batches=True), Function(super_), 50.0, batch_size=16)
+    journal = Journal(out, {"data": data})
+    print(route(cascade, read_rows(data), journal, count_rows(data)).text())
+    journal.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]))

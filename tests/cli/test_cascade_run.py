@@ -1,0 +1,273 @@
+"""`elastic-lm route`: rules fitted and files answered, killed runs, Supers that fail, and bad input."""
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import routed_process
+
+from elastic_lm import testing
+from elastic_lm.cascade.answerer import Answer
+from elastic_lm.cascade.cascade import Cascade
+from elastic_lm.cascade.endpoint import Endpoint, Function
+from elastic_lm.cascade.rule import RoutingRule
+from elastic_lm.cascade.scores import Scoring
+from elastic_lm.checkpoints import native as checkpoint
+from elastic_lm.cli import main as cli
+from elastic_lm.cli import parser as flags
+from elastic_lm.cli.route.models import make_pair
+from elastic_lm.cli.route.run import record, route
+from elastic_lm.config.encoder import EncoderConfig
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.data.tokenizer import train_bpe
+from elastic_lm.files.journal import Journal, read_rows
+from elastic_lm.models import encoder_decoder
+from elastic_lm.models.encoder import init_params
+from elastic_lm.models.task_heads import exit_encoder
+
+ROWS = 10_000
+LETTERS = list("abcdefgh ")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("rows") / "in.jsonl"
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(ROWS)))
+    return path
+
+
+def expected(n: int) -> dict:
+    answer = routed_process.swift({"n": n})
+    score = answer.scores["energy"]
+    kept = score >= 50.0
+    output = answer.output if kept else routed_process.super_({"n": n}).output
+    cost = 1.0 if kept else 11.0
+    return {"index": n, "output": output, "model": "swift" if kept else "super", "score": score, "cost": cost}
+
+
+def test_a_run_that_is_killed_loses_and_doubles_nothing(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, routed_process.__file__, str(data), str(out)]
+    killed = subprocess.Popen([*command, "0.01"], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while (not out.exists() or out.stat().st_size < 20_000) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert out.stat().st_size >= 20_000
+    with out.open("ab") as file:
+        file.write(b'{"index": 99')  # half a line more
+    again = subprocess.run([*command, "0"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    there = int(again.stderr.split()[0])
+    assert 100 < there < ROWS
+    assert f"{ROWS - there} rows in" in again.stdout
+    assert list(read_rows(out)) == [expected(n) for n in range(ROWS)]
+
+
+def test_a_super_that_is_down_is_reported_and_the_rest_is_finished(
+    data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    nobody = Endpoint("http://127.0.0.1:9/", retries=0, workers=4)
+    swift = Function(lambda row: Answer(row["n"], {"energy": float(row["n"] % 100 != 7)}))
+    journal = Journal(tmp_path / "out.jsonl", {})
+    statistics = route(Cascade(swift, nobody, 0.5, batch_size=64), read_rows(data), journal, ROWS)
+    journal.close()
+    assert (statistics.rows, statistics.to_super, statistics.failed) == (ROWS, 100, 100)
+    for n, line in enumerate(read_rows(tmp_path / "out.jsonl")):
+        if n % 100 == 7:
+            assert line["error"].startswith("http://127.0.0.1:9/: no answer after 1 tries")
+            assert (line["output"], line["fallback"]) == (None, n)
+        else:
+            assert (line["output"], line["model"]) == (n, "swift")
+
+
+def test_services_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("--super", "https://host/v1", "--swift", "http://host/", "--style", "openai", "--data", "d")
+    parser, _ = flags.build_parsers()
+    args = parser.parse_args(
+        ["route", "run", *given, "--service-model", "big", "--threshold", "1", "--out", "o"]
+    )
+    monkeypatch.setenv("ELASTIC_LM_API_KEY", "secret")
+    swift, super_ = make_pair(args, {}, Scoring())
+    assert isinstance(swift, Endpoint)
+    assert isinstance(super_, Endpoint)
+    assert super_.url == "https://host/v1"
+    sent = super_._body({"text": "Is it?"})
+    assert sent == {"temperature": 0, "max_tokens": 32, "model": "big", "prompt": "Is it?"}
+    assert super_._headers == {"Authorization": "Bearer secret"}
+
+
+def test_scores_that_are_nan_are_null() -> None:
+    swift = Function(lambda row: Answer(0, {"energy": float("nan")}))
+    (result,) = Cascade(swift, Function(lambda row: 1), 0.0).answer([{}])
+    assert (
+        json.dumps(record(result))
+        == '{"index": 0, "output": 1, "model": "super", "score": null, "cost": 0.0}'
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A decoder whose exit is sure of other things than its last layer."""
+    folder = tmp_path_factory.mktemp("model")
+    config = testing.tiny_config(exits=(1,), n_layers=2, vocab_size=260)
+    checkpoint.save_model(folder, config, testing.random_params(config), train_bpe(["some text"], 260))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("questions") / "val.jsonl"
+    rows = [
+        {"text": "".join(rng.choice(LETTERS, 9)), "choices": ["ab", "cd"], "label": int(rng.integers(2))}
+        for _ in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(*arguments: object) -> object:
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_fit_then_run_and_run_again(
+    model: pathlib.Path, questions: pathlib.Path, tmp_path: pathlib.Path, capsys
+) -> None:
+    rule, out = tmp_path / "rule.json", tmp_path / "out.jsonl"
+    models = ("--swift-exit", 1, "--super", model, "--data", questions)
+    plot = tmp_path / "curve.png"
+    assert run("route", "fit", *models, "--super-accuracy", "--out", rule, "--plot", plot) == 0
+    printed = capsys.readouterr()
+    assert "40 rows: Swift alone" in printed.out
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    fitted = RoutingRule.load(rule)
+    assert fitted.provenance["models"] == {"swift": f"{model} exit 1", "super": str(model)}
+    assert fitted.measured is not None
+    assert run("route", "run", *models, "--rule", rule, "--out", out) == 0
+    assert "rows in" in capsys.readouterr().out
+    lines = list(read_rows(out))
+    assert [line["index"] for line in lines] == list(range(40))
+    share = np.mean([line["model"] == "super" for line in lines])
+    assert share == pytest.approx(fitted.measured.share_super)
+    labels = [row["label"] for row in read_rows(questions)]
+    right = [line["output"] == label for line, label in zip(lines, labels, strict=True)]
+    assert np.mean(right) == pytest.approx(fitted.measured.accuracy)
+    assert np.mean([line["cost"] for line in lines]) == pytest.approx(fitted.measured.cost)
+    before = out.read_bytes()
+    assert run("route", "run", *models, "--rule", rule, "--out", out) == 0
+    assert "40 of 40 rows are there already" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    assert run("route", "run", *models, "--threshold", 9, "--out", out) == 2
+    assert "was begun with threshold=" in capsys.readouterr().err
+
+
+def test_what_the_prompt_decides_is_decided_before_text_is_generated(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys
+) -> None:
+    rule, out, data = (tmp_path / name for name in ("rule.json", "out.jsonl", "prompts.jsonl"))
+    rng = np.random.default_rng(1)
+    prompts = [{"text": "".join(rng.choice(LETTERS, 9)), "label": "?"} for _ in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    models = ("--swift-exit", 1, "--super", model, "--data", data, "--max-new-tokens", 3)
+    goal = ("--target-cost", 1e12, "--out", rule)
+    assert run("route", "fit", *models, *goal, "--score", "prompt_energy") == 0
+    fitted = RoutingRule.load(rule)
+    middle = fitted.curve[len(fitted.curve) // 2]
+    given = ("--score", "prompt_energy", "--threshold", repr(middle.threshold), "--out", out)
+    assert run("route", "run", *models, *given) == 0
+    lines = list(read_rows(out))
+    assert {line["model"] for line in lines} == {"swift", "super"}
+    assert np.mean([line["cost"] for line in lines]) == pytest.approx(middle.cost)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    """An encoder with an exit, that exit as a model of its own, and an encoder-decoder."""
+    tokenizer = train_bpe(["some text"], 260)
+    config = EncoderConfig(
+        vocab_size=260, d_model=16, n_layers=2, n_heads=2, d_mlp=32, max_len=32, n_labels=2, exits=(1,)
+    )
+    whole = jax.tree.map(lambda x: 8 * x, init_params(config, jax.random.key(0)))
+    writer = EncoderDecoderConfig(vocab_size=260, d_model=8, n_layers=1, n_heads=1, d_mlp=8)
+    models = {
+        "whole": (config, whole),
+        "exit": exit_encoder(config, whole, 1),
+        "writer": (writer, encoder_decoder.init_params(writer, jax.random.key(0))),
+    }
+    folder = tmp_path_factory.mktemp("encoders")
+    for name, (own, params) in models.items():
+        checkpoint.save_model(folder / name, own, params, tokenizer)
+    return {name: folder / name for name in models}
+
+
+def test_an_exit_of_an_encoder_is_a_swift(
+    encoders: dict[str, pathlib.Path], questions: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    pair = ("--super", encoders["whole"], "--data", questions)
+    rule = tmp_path / "rule.json"
+    assert run("route", "fit", "--swift-exit", 1, *pair, "--target-cost", 1e9, "--out", rule) == 0
+    fitted = RoutingRule.load(rule)
+    middle, lines = fitted.curve[len(fitted.curve) // 2], []
+    for swift in (("--swift", encoders["exit"]), ("--swift-exit", 1)):
+        out = tmp_path / f"{len(lines)}.jsonl"
+        assert run("route", "run", *swift, *pair, "--threshold", middle.threshold, "--out", out) == 0
+        lines.append(list(read_rows(out)))
+    apart, inside = lines
+    saved = [a.pop("cost") - b.pop("cost") for a, b in zip(apart, inside, strict=True)]
+    assert [saving > 0 for saving in saved] == [line["model"] == "super" for line in inside]
+    assert {line["model"] for line in inside} == {"swift", "super"}
+    for a, b in zip(apart, inside, strict=True):
+        assert a == {**b, "score": pytest.approx(b["score"])}
+
+
+@pytest.mark.parametrize(
+    ("super_", "message"),
+    [
+        ("exit", "exit=1: the model has exits after layers none; name one of them, or train it"),
+        ("writer", "holds an encoder_decoder, which has no exits; name a model of its own as --swift"),
+    ],
+)
+def test_exits_that_are_not_there(encoders, questions, tmp_path, capsys, super_, message) -> None:
+    given = ("--swift-exit", 1, "--super", encoders[super_], "--data", questions)
+    assert run("route", "run", *given, "--threshold", 0, "--out", tmp_path / "o") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fit", "--risk", "0.1"), "--swift: name the small model"),
+        (("fit", "--swift", "a", "--swift-exit", "1", "--risk", "0.1"), "leave --swift out"),
+        (("fit", "--swift-exit", "9", "--risk", "0.1"), "exit=9"),
+        (("fit", "--swift-exit", "1"), "one of the arguments --target-accuracy"),
+        (("fit", "--swift-exit", "1", "--super-accuracy", "--epsilon", "0.1"), "give --risk too"),
+        (("fit", "--swift-exit", "1", "--risk", "0.1", "--label-field", "x"), "row 1: no 'x'"),
+        (("fit", "--swift-exit", "1", "--target-accuracy", "1"), "no threshold reaches it"),
+        (("fit", "--swift-exit", "1", "--risk", "0.1", "--score", "surprise"), "score='surprise'"),
+        (("fit", "--swift-exit", "1", "--risk", "0.1", "--temperature", "0"), "temperature=0.0"),
+        (("run", "--swift-exit", "1"), "give one of them"),
+        (("run", "--swift-exit", "1", "--rule", "r.json", "--score", "energy"), "settled by --rule"),
+        (("run", "--swift-exit", "1", "--rule", "r.json"), "no such routing rule"),
+        (("run", "--swift-exit", "1", "--treshold", "1"), "did you mean --threshold?"),
+    ],
+)
+def test_bad_input_is_one_line(
+    model: pathlib.Path, questions: pathlib.Path, tmp_path, capsys, monkeypatch, arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("--super", model, "--data", questions, "--out", tmp_path / "o")
+    assert run("route", *arguments, *given) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().count("\n") == 0

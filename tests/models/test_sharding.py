@@ -1,0 +1,111 @@
+"""Meshes and rules: what fits, what is refused, and restoring onto another mesh."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from elastic_lm.checkpoints.native import load_model, save_model
+from elastic_lm.config.model import ExitConfig
+from elastic_lm.models.decoder import Decoder, default_positions, init_params, stack_layers
+from elastic_lm.models.sharding import (
+    Rules,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    replicated,
+    stacked_shardings,
+)
+from elastic_lm.testing import tiny_config
+
+eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+
+
+def test_one_device_is_a_mesh_of_one() -> None:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@eight
+def test_minus_one_takes_what_is_left() -> None:
+    assert dict(make_mesh(fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@eight
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (-1, 3, 1), (16, 1, 1), (-1, 16, 1), (0, 8, 1)])
+def test_sizes_that_do_not_fit_are_refused(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="does not fit 8 devices"):
+        make_mesh(*sizes)
+
+
+def test_rules_name_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="'heds' has no rule"):
+        Rules().spec(("heds", "embed"))
+    with pytest.raises(ValueError, match="used twice"):
+        Rules(embed="tensor").spec(("mlp", "embed"))
+    with pytest.raises(ValueError, match=r"rules.mlp='model'"):
+        Rules(mlp="model")
+    assert Rules().spec(("mlp", None, "embed")) == PartitionSpec("tensor", None, "fsdp")
+
+
+@eight
+def test_every_parameter_gets_its_part() -> None:
+    config = tiny_config(exits=(2,), qkv_bias=True)
+    shardings = param_shardings(config, make_mesh(2, 2, 2))
+    placed = jax.device_put(init_params(config, jax.random.key(0)), shardings)
+    kernel = placed["layers_0"]["mlp"]["up"]["kernel"]
+    assert kernel.shape == (2, 64, 32)
+    assert kernel.addressable_shards[0].data.shape == (2, 32, 16)
+    assert placed["exit_2"]["head"]["kernel"].addressable_shards[0].data.shape == (32, 16)
+
+
+@eight
+def test_stacked_form_keeps_the_layer_dimension_whole() -> None:
+    config = tiny_config()
+    mesh = make_mesh(1, 4, 2)
+    shardings = stacked_shardings(param_shardings(config, mesh))
+    placed = jax.device_put(stack_layers(init_params(config, jax.random.key(0))), shardings)
+    assert placed["layers"]["attn"]["qkv"]["kernel"].addressable_shards[0].data.shape == (4, 1, 4, 8, 8)
+
+
+@eight
+def test_a_dimension_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"attn.qkv.kernel .*: 2 cannot be split over tensor=4"):
+        param_shardings(tiny_config(), make_mesh(2, 1, 4))
+
+
+@eight
+def test_tensor_parallel_layers_gather_no_kernel() -> None:
+    config = tiny_config(n_layers=1)
+    mesh = make_mesh(1, 1, 2, devices=jax.devices()[:2])
+    params = jax.device_put(init_params(config, jax.random.key(0)), param_shardings(config, mesh))
+    for length in (1, 8, 64):  # every form of the linear map
+        hidden = jax.device_put(np.ones((1, length, config.d_model), np.float32), replicated(mesh))
+
+        def layers(params, hidden):
+            decoder = Decoder(config).bind({"params": params})
+            tap, _ = decoder.run_layers(hidden, default_positions(hidden, None), 0, 1)
+            return tap.hidden
+
+        program = jax.jit(layers).lower(params, hidden).compile().as_text()
+        assert "all-reduce" in program
+        assert "all-gather" not in program
+
+
+@eight
+def test_rows_are_spread_over_data_and_fsdp() -> None:
+    rows = jax.device_put(np.zeros((8, 3)), batch_sharding(make_mesh(2, 2, 2)))
+    assert rows.addressable_shards[0].data.shape == (2, 3)
+
+
+@eight
+def test_a_model_loads_onto_any_mesh(tmp_path) -> None:
+    config = tiny_config().with_exits((ExitConfig(2, "mlp"),))
+    params = init_params(config, jax.random.key(0))
+    save_model(tmp_path, config, jax.device_put(params, param_shardings(config, make_mesh(1, 4, 2))), None)
+    mesh = make_mesh(4, 2, 1)
+    _, loaded = load_model(tmp_path, mesh)
+    chex.assert_trees_all_equal(jax.device_get(loaded), jax.device_get(params))
+    chex.assert_trees_all_equal(jax.tree.map(lambda p: p.sharding, loaded), param_shardings(config, mesh))

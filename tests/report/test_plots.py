@@ -1,0 +1,45 @@
+"""Plots: the files are pictures with named axes."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from elastic_lm.report import plots
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Figures in the order in which they are saved."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def remember(self: Figure, *args, **kwargs) -> None:
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures
+
+
+def test_quality_speed(tmp_path: Path, drawn: list[Figure]) -> None:
+    points = [plots.SpeedPoint(0.9, 2.0, "90 %", 0.1), plots.SpeedPoint(0.99, 1.2, "99 %")]
+    plots.quality_speed({"calibrated": points, "one threshold": points[:1]}, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes()[:8] == PNG
+    axes = drawn[0].axes[0]
+    assert axes.get_xlabel() == "agreement with the full model (%)"
+    assert axes.get_ylabel() == "speed-up against full depth"
+    assert [text.get_text() for text in axes.texts] == ["90 %", "99 %", "90 %"]
+    assert axes.get_legend() is not None
+
+
+def test_exit_depths(tmp_path: Path, drawn: list[Figure]) -> None:
+    plots.exit_depths({3: 30, 6: 10}, 12, tmp_path / "depths.png")
+    assert (tmp_path / "depths.png").read_bytes()[:8] == PNG
+    axes = drawn[0].axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [75.0, 25.0, 0.0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["3", "6", "12"]
+    with pytest.raises(ValueError, match="no tokens to draw"):
+        plots.exit_depths({}, 12, tmp_path / "none.png")
