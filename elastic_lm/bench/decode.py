@@ -31,7 +31,7 @@ import numpy as np
 
 from elastic_lm.bench import early
 from elastic_lm.bench.model import random_model
-from elastic_lm.bench.report import Options, Row
+from elastic_lm.bench.report import Measurement, Options
 from elastic_lm.bench.timing import interleave, matvec_bandwidth
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.decode.sampler import Sampler
@@ -46,7 +46,7 @@ from elastic_lm.report.machine import usable_cores
 WINDOW = 32
 
 
-def rows(options: Options) -> Iterator[Row]:
+def rows(options: Options) -> Iterator[Measurement]:
     """Measures every row of this module and of `bench.early`.
 
     Args:
@@ -64,7 +64,7 @@ def rows(options: Options) -> Iterator[Row]:
     return _rows(own, options)
 
 
-def _rows(own: early.OwnModel | None, options: Options) -> Iterator[Row]:
+def _rows(own: early.OwnModel | None, options: Options) -> Iterator[Measurement]:
     config, new_tokens = random_model(options.tiny), 64 if options.tiny else 128
     half = config.n_layers // 2
     exits = config.with_exits((ExitConfig(half, "norm", tied=True),))
@@ -111,7 +111,7 @@ def _compare(
     seconds: dict[str, list[float]],
     bandwidth: list[float],
     new_tokens: int,
-) -> list[Row]:
+) -> list[Measurement]:
     """Rows from interleaved timings; every ratio is formed within a round, then the median is taken.
 
     The time of a call for one token, most of it prefill, is taken off: bytes predict what a token costs.
@@ -129,16 +129,18 @@ def _compare(
 
     reached = full * (new_tokens - 1) / plain
     return [
-        Row.of("decode/full_vs_bandwidth", float(np.median(reached)), float(np.median(bandwidth[1:]))),
-        Row.of("decode/exits_never", speed("never"), full / (full + head)),
-        Row.of("decode/exit_half", speed("half"), full / (lower + head + upper / WINDOW)),
+        Measurement.of(
+            "decode/full_vs_bandwidth", float(np.median(reached)), float(np.median(bandwidth[1:]))
+        ),
+        Measurement.of("decode/exits_never", speed("never"), full / (full + head)),
+        Measurement.of("decode/exit_half", speed("half"), full / (lower + head + upper / WINDOW)),
     ]
 
 
-def _against(seconds: dict[str, list[float]], new_tokens: int) -> Row:
+def _against(seconds: dict[str, list[float]], new_tokens: int) -> Measurement:
     """The full model's tokens/s against transformers', prefill included on both sides."""
     plain, theirs = np.asarray(seconds["plain"]), np.asarray(seconds["transformers"])
-    return Row(
+    return Measurement(
         "decode/full_vs_transformers",
         float(np.median(new_tokens / plain)),
         float(np.median(new_tokens / theirs)),
@@ -177,7 +179,7 @@ def _transformers(
     return generate
 
 
-def _compilations(config: ModelConfig, params: Params, half: int) -> Row:
+def _compilations(config: ModelConfig, params: Params, half: int) -> Measurement:
     """Counts programs while everything that is traced changes."""
     rng, new_tokens = np.random.default_rng(0), 4
     lengths = (3, 20, 40, 60)
@@ -190,4 +192,6 @@ def _compilations(config: ModelConfig, params: Params, half: int) -> Row:
             sampler.sample(prompt, new_tokens, temperature=threshold, top_k=length, seed=length)
     prefills = {(bucket(n), bucket(n + new_tokens + WINDOW - 1)) for n in lengths}
     loops = {bucket(n + new_tokens + WINDOW - 1) for n in lengths}
-    return Row.of("decode/compilations", Sampler.compilations() - before, float(len(prefills) + len(loops)))
+    return Measurement.of(
+        "decode/compilations", Sampler.compilations() - before, float(len(prefills) + len(loops))
+    )

@@ -30,10 +30,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from elastic_lm.bench.report import Options, Row
+from elastic_lm.bench.report import Measurement, Options
 from elastic_lm.bench.timing import interleave
 from elastic_lm.checkpoints.embedded import embedded_model
-from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data import pipeline
@@ -64,7 +64,7 @@ OPENINGS = (
 OwnModel = tuple[ModelConfig, Params, list[list[int]]]  # with token ids of the prompts
 
 
-def gate_rows(config: ModelConfig, options: Options, prompt: list[int], new_tokens: int) -> list[Row]:
+def gate_rows(config: ModelConfig, options: Options, prompt: list[int], new_tokens: int) -> list[Measurement]:
     """What four exits cost that are never taken, with and without gates.
 
     Args:
@@ -103,12 +103,12 @@ def gate_rows(config: ModelConfig, options: Options, prompt: list[int], new_toke
         for name in ("gated", "heads")
     }
     return [
-        Row.of("decode/gated_exits_never", float(np.median(own["plain"] / own["gated"])), 1.0),
-        Row.of("decode/gate_vs_head", milliseconds["gated"], milliseconds["heads"]),
+        Measurement.of("decode/gated_exits_never", float(np.median(own["plain"] / own["gated"])), 1.0),
+        Measurement.of("decode/gate_vs_head", milliseconds["gated"], milliseconds["heads"]),
     ]
 
 
-def embedded_rows(options: Options) -> Iterator[Row]:
+def embedded_rows(options: Options) -> Iterator[Measurement]:
     """Drafts and batches on the embedded model, with an exit that is tuned first.
 
     Args:
@@ -162,7 +162,7 @@ def own_model(folder: str) -> OwnModel:
     return model.config, params, prompts
 
 
-def model_row(own: OwnModel, options: Options) -> Row:
+def model_row(own: OwnModel, options: Options) -> Measurement:
     """Drafts on a checkpoint of the user's own.
 
     Args:
@@ -219,7 +219,7 @@ def _each(sampler: Sampler, prompts: Sequence[list[int]], tokens: int) -> list[l
 
 def _lossless(
     name: str, config: ModelConfig, params: Params, prompts: list[list[int]], tokens: int, rounds: int
-) -> Row:
+) -> Measurement:
     """Speed of drafting and verifying against full depth, one prompt after the other.
 
     Raises:
@@ -243,7 +243,9 @@ def _lossless(
         "lossless": lambda: _each(drafting, prompts, tokens) and None,
     }
     seconds = interleave(sides, rounds)
-    return Row.of(name, float(np.median(np.asarray(seconds["full"]) / np.asarray(seconds["lossless"]))), 1.0)
+    return Measurement.of(
+        name, float(np.median(np.asarray(seconds["full"]) / np.asarray(seconds["lossless"]))), 1.0
+    )
 
 
 def _batches(
@@ -253,7 +255,7 @@ def _batches(
     prompts: list[list[int]],
     tokens: int,
     rounds: int,
-) -> list[Row]:
+) -> list[Measurement]:
     """Throughput of eight rows: each on its own, all at once, and at full depth."""
     data = DataConfig(source="stdlib", seq_len=256, batch_size=8)
     held_out = itertools.islice(
@@ -274,7 +276,7 @@ def _batches(
     speed = {name: float(np.median(len(prompts) * tokens / np.asarray(s))) for name, s in seconds.items()}
     pairs = (("decode/batch8_per_row_vs_full", "full"), ("decode/batch8_per_row_vs_wait_for_all", "together"))
     return [
-        Row(
+        Measurement(
             name,
             speed["per_row"],
             speed[other],

@@ -25,7 +25,7 @@ from elastic_lm.bench.latency_measure import Progress, measure
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Ints, Menu, Subnet
-from elastic_lm.cost.counted import CostTable, Load, attention_cost, base_cost, mlp_cost
+from elastic_lm.cost.counted import CostTable, Workload, attention_cost, base_cost, mlp_cost
 from elastic_lm.cost.latency_table import PHASES, Device, LatencyTable, Phase
 from elastic_lm.models.decoder import Params
 from elastic_lm.report.machine import versions
@@ -37,7 +37,7 @@ RANDOM = 6  # random sub-networks per class of layers, beside the chosen ones
 def build(
     config: ModelConfig,
     menu: Menu,
-    load: Load,
+    load: Workload,
     *,
     params: Params | None = None,
     rounds: int = 5,
@@ -172,7 +172,7 @@ def design(config: ModelConfig, menu: Menu, subnets: Sequence[Subnet]) -> np.nda
     return shares
 
 
-def counted_shares(config: ModelConfig, menu: Menu, load: Load, phase: Phase) -> np.ndarray:
+def counted_shares(config: ModelConfig, menu: Menu, load: Workload, phase: Phase) -> np.ndarray:
     """What bytes or FLOPs predict, in the order of `design`'s columns.
 
     Args:
@@ -185,7 +185,7 @@ def counted_shares(config: ModelConfig, menu: Menu, load: Load, phase: Phase) ->
       Costs of a whole class at each choice, relative to the full model's.
     """
     if phase == "prefill":
-        load, kind = Load(load.batch * load.context, load.context // 2), "flops"
+        load, kind = Workload(load.batch * load.context, load.context // 2), "flops"
     else:
         kind = "read_bytes"
     sizes = menu.sizes(config)

@@ -20,7 +20,7 @@ from elastic_lm.bench.timing import interleave
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Subnet
-from elastic_lm.cost.counted import Load
+from elastic_lm.cost.counted import Workload
 from elastic_lm.cost.latency_table import PHASES, Phase
 from elastic_lm.decode.sampler import ENDLESS
 from elastic_lm.decode.served import jit_prefill, jit_run
@@ -52,7 +52,7 @@ class Measured:
 class Program:
     """One model's prefill and decoding, and the milliseconds of every run."""
 
-    def __init__(self, config: ModelConfig, params: Params, load: Load, seed: int) -> None:
+    def __init__(self, config: ModelConfig, params: Params, load: Workload, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self.config, self.params = config, params
         self.prompts = rng.integers(0, config.vocab_size, (load.batch, load.context)).tolist()
@@ -85,7 +85,7 @@ def measure(
     config: ModelConfig,
     params: Params | None,
     subnets: Sequence[Subnet],
-    load: Load,
+    load: Workload,
     *,
     rounds: int,
     seed: int = 0,

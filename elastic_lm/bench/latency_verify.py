@@ -17,7 +17,7 @@ import numpy as np
 
 from elastic_lm.bench.latency_build import programs
 from elastic_lm.bench.latency_measure import Progress, measure
-from elastic_lm.bench.report import Row
+from elastic_lm.bench.report import Measurement
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Subnet
@@ -48,7 +48,7 @@ def verify(
     rounds: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
-) -> tuple[list[Row], list[Checked]]:
+) -> tuple[list[Measurement], list[Checked]]:
     """Times random sub-networks of a table's menu and compares with what it predicts.
 
     Args:
@@ -82,14 +82,14 @@ def verify(
     error = [abs(c.predicted / c.measured - 1) for c in checked]
     prefill_error = [abs(c.prefill_predicted / c.prefill_measured - 1) for c in checked]
     rows = [
-        Row.of("latency/median_error", float(np.median(error)), ALLOWED),
-        Row.of("latency/prefill_median_error", float(np.median(prefill_error)), ALLOWED),
-        Row.of("latency/full_vs_table", found.full["decode"], table.total(Subnet.full(config))),
+        Measurement.of("latency/median_error", float(np.median(error)), ALLOWED),
+        Measurement.of("latency/prefill_median_error", float(np.median(prefill_error)), ALLOWED),
+        Measurement.of("latency/full_vs_table", found.full["decode"], table.total(Subnet.full(config))),
     ]
     if half:
         read = [model_cost(s.sliced(config), table.workload).read_bytes for s in (half, Subnet.full(config))]
         ratio = float(found.relative["decode"][-1])
-        rows.append(Row.of("latency/half_width_vs_ideal", ratio, read[0] / read[1]))
+        rows.append(Measurement.of("latency/half_width_vs_ideal", ratio, read[0] / read[1]))
     return rows, checked
 
 

@@ -16,7 +16,7 @@ PLUMBING = ("early", "model", "report", "timing")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Measurement:
     """One measured number beside what it should be.
 
     Attributes:
@@ -35,7 +35,7 @@ class Row:
     note: str = ""
 
     @classmethod
-    def of(cls, name: str, measured: float, ideal: float) -> "Row":
+    def of(cls, name: str, measured: float, ideal: float) -> "Measurement":
         """A row whose ratio is measured / ideal."""
         return cls(name, measured, ideal, measured / ideal)
 
@@ -74,7 +74,7 @@ def run(name: str, options: Options, seen: Callable[[dict[str, Any]], None] | No
     """
     if name not in names():
         raise ValueError(f"benchmark {name!r} does not exist: choose from {', '.join(names())}")
-    rows: Iterable[Row] = importlib.import_module(f"elastic_lm.bench.{name}").rows(options)
+    rows: Iterable[Measurement] = importlib.import_module(f"elastic_lm.bench.{name}").rows(options)
     result = {
         "rows": [],
         "hardware": hardware(),

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.bench.report import Options, Row
+from elastic_lm.bench.report import Measurement, Options
 from elastic_lm.bench.timing import interleave
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.config.subnet import Menu
@@ -47,14 +47,14 @@ from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.state import create_state, state_shardings
 from elastic_lm.train.step import make_train_step, place_batch
 from elastic_lm.width.elastic_training import ElasticTraining
-from elastic_lm.width.switched import Choice
+from elastic_lm.width.switched import MenuIndices
 
 SUB_MODELS = 8
 ELASTIC_STEPS = 8  # whose draws are timed together
 MENU = Menu(mlp=(0.25, 0.5, 0.75, 1.0), heads=(1.0,), groups=(0.5, 1.0))  # heads share no groups
 
 
-def rows(options: Options) -> list[Row]:
+def rows(options: Options) -> list[Measurement]:
     """Measures every row of this module.
 
     Args:
@@ -100,13 +100,13 @@ def rows(options: Options) -> list[Row]:
     found = [
         _time(name, seconds[name], seconds["sft"], notes.get(name, "")) for name in methods if name != "sft"
     ]
-    return [*found, Row.of("train/soft8_memory_vs_sft", memory["soft8"], memory["sft"])]
+    return [*found, Measurement.of("train/soft8_memory_vs_sft", memory["soft8"], memory["sft"])]
 
 
 class Repeating(ElasticTraining):
     """Elastic training that draws the sub-networks of its first `ELASTIC_STEPS` steps again and again."""
 
-    def choices(self, step: jax.Array | int) -> Choice:
+    def choices(self, step: jax.Array | int) -> MenuIndices:
         """Subnets of a step, [S, L] each."""
         return super().choices(step % ELASTIC_STEPS)
 
@@ -174,7 +174,7 @@ def timed_step(method: Method, params: Params, batch: Any, steps: int = 1) -> tu
     return run, float(size - used.alias_size_in_bytes)
 
 
-def _time(name: str, seconds: np.ndarray, sft: np.ndarray, note: str) -> Row:
+def _time(name: str, seconds: np.ndarray, sft: np.ndarray, note: str) -> Measurement:
     """One row of time per step; ratios are formed within a round, then the median is taken."""
     ratio = float(np.median(seconds / sft))
-    return Row(f"train/{name}_vs_sft", float(np.median(seconds)), float(np.median(sft)), ratio, note)
+    return Measurement(f"train/{name}_vs_sft", float(np.median(seconds)), float(np.median(sft)), ratio, note)

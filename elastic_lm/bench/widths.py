@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.bench.model import random_model
-from elastic_lm.bench.report import Options, Row
+from elastic_lm.bench.report import Measurement, Options
 from elastic_lm.bench.timing import interleave
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder, init_params
-from elastic_lm.width.nested_decoder import ROUTING, RoutedConfig, RoutedDecoder, routed_params
+from elastic_lm.width.nested_decoder import ROUTING, NestedConfig, NestedDecoder, nested_params
 from elastic_lm.width.slicing import slice_params
 
 NEW_TOKENS = 64
@@ -32,7 +32,7 @@ MENU = Menu((0.25, 0.5, 0.75, 1.0), (1 / 3, 2 / 3, 1.0))
 TINY_MENU = Menu((0.5, 1.0), (0.5, 1.0))
 
 
-def rows(options: Options) -> Iterator[Row]:
+def rows(options: Options) -> Iterator[Measurement]:
     """Measures every row of this module, each as soon as it is measured.
 
     Args:
@@ -42,13 +42,13 @@ def rows(options: Options) -> Iterator[Row]:
         yield from _rows(options, batch)
 
 
-def _rows(options: Options, batch: int) -> Iterator[Row]:
+def _rows(options: Options, batch: int) -> Iterator[Measurement]:
     groups, menu = (2, TINY_MENU) if options.tiny else (4, MENU)
     config = dataclasses.replace(random_model(options.tiny), n_kv_heads=groups, elastic_groups=16)
     params = init_params(config, jax.random.key(options.seed))
     half = Subnet.uniform(config, mlp=0.5, heads=menu.heads[-2])
-    routed = RoutedConfig.of(config, menu, per_token=False)
-    nested = routed_params(routed, params)
+    routed = NestedConfig.of(config, menu, per_token=False)
+    nested = nested_params(routed, params)
     rng = np.random.default_rng(options.seed)
     prompts = rng.integers(3, config.vocab_size, (batch, 16)).tolist()
 
@@ -57,7 +57,7 @@ def _rows(options: Options, batch: int) -> Iterator[Row]:
 
     def chosen(subnet: Subnet) -> Sampler:
         mlp, heads, _, _ = (jnp.tile(jnp.asarray(n), (batch, 1)) for n in menu.indices(config, subnet))
-        return Sampler(RoutedDecoder(routed), {**nested, ROUTING: {"mlp": mlp, "heads": heads}})
+        return Sampler(NestedDecoder(routed), {**nested, ROUTING: {"mlp": mlp, "heads": heads}})
 
     small, sliced = slice_params(config, params, half)
     sides = {
@@ -68,11 +68,11 @@ def _rows(options: Options, batch: int) -> Iterator[Row]:
     }
     seconds = {name: np.asarray(times) for name, times in interleave(sides, options.rounds).items()}
 
-    def row(name: str, ours: str, theirs: str) -> Row:
+    def row(name: str, ours: str, theirs: str) -> Measurement:
         measured, ideal = (batch * NEW_TOKENS / float(np.median(seconds[s])) for s in (ours, theirs))
         suffix = "" if batch == 1 else f"_batch{batch}"
         ratio = float(np.median(seconds[theirs] / seconds[ours]))
-        return Row(f"widths/{name}{suffix}", measured, ideal, ratio)
+        return Measurement(f"widths/{name}{suffix}", measured, ideal, ratio)
 
     yield row("nested_whole", "nested", "plain")
     yield row("nested_half", "half", "slice")

@@ -1,0 +1,51 @@
+"""Cascade, the third dial: a Swift model answers, a Super model is asked when it is not sure (E-LANG)."""
+
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):
+    from elastic_lm.cascade.answerer import Answer, Answerer
+    from elastic_lm.cascade.cascade import Cascade
+    from elastic_lm.cascade.classifier import Classifier
+    from elastic_lm.cascade.endpoint import Endpoint, Function
+    from elastic_lm.cascade.generator import Generator
+    from elastic_lm.cascade.guarantee import CascadeGuarantee, CascadeRisk
+    from elastic_lm.cascade.measure import MeasuredPair, measure_cascade
+    from elastic_lm.cascade.multiple_choice import MultipleChoice
+    from elastic_lm.cascade.plot import plot_cascade
+    from elastic_lm.cascade.results import CascadeResult, CascadeStatistics
+    from elastic_lm.cascade.rule import CascadeRule, fit_rule
+    from elastic_lm.cascade.scores import Scoring
+    from elastic_lm.cascade.shared_model import shared_classifier, shared_generator, shared_multiple_choice
+    from elastic_lm.cascade.sweep import CascadeCurve, CascadePoint
+    from elastic_lm.cascade.text_answerer import TextAnswerer
+
+__all__ = [
+    "Answer",
+    "Answerer",
+    "Cascade",
+    "CascadeCurve",
+    "CascadeGuarantee",
+    "CascadePoint",
+    "CascadeResult",
+    "CascadeRisk",
+    "CascadeRule",
+    "CascadeStatistics",
+    "Classifier",
+    "Endpoint",
+    "Function",
+    "Generator",
+    "MeasuredPair",
+    "MultipleChoice",
+    "Scoring",
+    "TextAnswerer",
+    "fit_rule",
+    "measure_cascade",
+    "plot_cascade",
+    "shared_classifier",
+    "shared_generator",
+    "shared_multiple_choice",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-Row = Mapping[str, Any]  # fields by name; what an answerer reads of them is its own affair
+Record = Mapping[str, Any]  # fields by name; what an answerer reads of them is its own affair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Answer:
 class Answerer(Protocol):
     """A model, or anything else that answers rows."""
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Record]) -> list[Answer]:
         """Answers rows, independently of each other.
 
         Args:
@@ -40,7 +40,7 @@ class Answerer(Protocol):
 class Bucketed(Protocol):
     """An answerer whose rows should be batched with their like."""
 
-    def bucket(self, row: Row) -> Hashable:
+    def bucket(self, row: Record) -> Hashable:
         """Rows of one bucket run as one program of one shape; None = the answerer cannot tell."""
         ...
 
@@ -49,7 +49,7 @@ class Bucketed(Protocol):
 class Resumes(Protocol):
     """A Super that goes on from what the Swift computed instead of beginning again."""
 
-    def resume(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+    def resume(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
         """Answers rows that the Swift has begun.
 
         Args:
@@ -70,7 +70,7 @@ class Previews(Protocol):
         """Whether a score is known before."""
         ...
 
-    def preview(self, rows: Sequence[Row]) -> list[Answer]:
+    def preview(self, rows: Sequence[Record]) -> list[Answer]:
         """Scores of rows.
 
         Args:
@@ -82,7 +82,7 @@ class Previews(Protocol):
         """
         ...
 
-    def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+    def finish(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
         """Answers rows that have been previewed.
 
         Args:

@@ -18,11 +18,11 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from elastic_lm.cascade.answerer import Answer, Answerer, Resumes, Row, failed, previewing
+from elastic_lm.cascade.answerer import Answer, Answerer, Record, Resumes, failed, previewing
 from elastic_lm.cascade.energy import keeps
 from elastic_lm.cascade.queue import Gathering, Waiting
-from elastic_lm.cascade.results import Routed, Statistics, Tally
-from elastic_lm.cascade.rule import RoutingRule
+from elastic_lm.cascade.results import CascadeResult, CascadeStatistics, Tally
+from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import PLAIN, score_of
 from elastic_lm.config.checks import AT_LEAST_1, require
 
@@ -36,7 +36,7 @@ class Cascade:
         self,
         swift: Answerer,
         super_: Answerer,
-        rule: RoutingRule | float,
+        rule: CascadeRule | float,
         *,
         score: str = "energy",
         batch_size: int = 32,
@@ -50,7 +50,7 @@ class Cascade:
           swift: the small model. Its answers have the score that the rule reads; one that lacks it is a
             failure of the Swift, but for the first, which shows that the rule is wrong.
           super_: the large one. One that `Resumes` goes on from the Swift's state.
-          rule: from `measure_routing` or a file; a number is a threshold of `score`.
+          rule: from `measure_cascade` or a file; a number is a threshold of `score`.
           score: what a threshold that is a number is compared with; a rule has its own.
           batch_size: rows per batch of the Swift.
           super_batch_size: rows per batch of the Super; None = the same.
@@ -62,9 +62,9 @@ class Cascade:
           ValueError: a number is out of range, or the rule was fitted on other energies than the Swift's.
         """
         scoring = getattr(swift, "scoring", None)
-        if not isinstance(rule, RoutingRule):
+        if not isinstance(rule, CascadeRule):
             own = scoring or PLAIN
-            rule = RoutingRule(float(rule), score, temperature=own.temperature, centre=own.centre)
+            rule = CascadeRule(float(rule), score, temperature=own.temperature, centre=own.centre)
         rule.check(scoring)
         super_size = batch_size if super_batch_size is None else super_batch_size
         most_held = HELD_BATCHES * max(batch_size, super_size) if most_held is None else most_held
@@ -75,7 +75,7 @@ class Cascade:
         self.batch_size, self.super_batch_size, self.most_held = batch_size, super_size, most_held
         self.previews = previewing(swift, rule.score) if preview else None
 
-    def run(self, rows: Iterable[Row], start: int = 0) -> "Run":
+    def run(self, rows: Iterable[Record], start: int = 0) -> "Run":
         """Routes a stream of rows.
 
         Args:
@@ -87,33 +87,33 @@ class Cascade:
         """
         return Run(self, rows, start)
 
-    def answer(self, rows: Sequence[Row]) -> list[Routed]:
+    def answer(self, rows: Sequence[Record]) -> list[CascadeResult]:
         """`run` for rows that are all there."""
         return list(self.run(rows))
 
 
-class Run(Iterator[Routed]):
+class Run(Iterator[CascadeResult]):
     """One pass of a cascade over a stream."""
 
-    def __init__(self, cascade: Cascade, rows: Iterable[Row], start: int) -> None:
+    def __init__(self, cascade: Cascade, rows: Iterable[Record], start: int) -> None:
         self._cascade, self._rule = cascade, cascade.rule
         self._swift = Gathering(cascade.swift, cascade.batch_size)
         self._kept = Gathering(cascade.swift, cascade.batch_size)  # rows that were previewed
         self._super = Gathering(cascade.super_, cascade.super_batch_size)
-        self._done: dict[int, Routed] = {}
+        self._done: dict[int, CascadeResult] = {}
         self._held, self._any_score = 0, False
         self._next = start
         self._tally = Tally()
         self._results = self._stream(enumerate(rows, start))
 
-    def __next__(self) -> Routed:
+    def __next__(self) -> CascadeResult:
         return next(self._results)
 
-    def statistics(self) -> Statistics:
-        """What the results given back so far cost, as `routing_results.Statistics`."""
+    def statistics(self) -> CascadeStatistics:
+        """What the results given back so far cost, as `routing_results.CascadeStatistics`."""
         return self._tally.statistics()
 
-    def _stream(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Routed]:
+    def _stream(self, rows: Iterable[tuple[int, Record]]) -> Iterator[CascadeResult]:
         for index, row in rows:
             self._held += 1
             self._ask_swift(self._swift.add(Waiting(index, row, time.perf_counter())))
@@ -125,7 +125,7 @@ class Run(Iterator[Routed]):
                 self._hurry()
             yield from self._ready()
 
-    def _ready(self) -> Iterator[Routed]:
+    def _ready(self) -> Iterator[CascadeResult]:
         """Results whose turn it is."""
         while self._next in self._done:
             result = self._done.pop(self._next)
@@ -155,7 +155,7 @@ class Run(Iterator[Routed]):
             elif previews:
                 self._finish_kept(self._kept.add(waiting.begun(answer, score)))
             else:
-                self._finish(waiting, Routed(waiting.index, "swift", answer, answer, score))
+                self._finish(waiting, CascadeResult(waiting.index, "swift", answer, answer, score))
 
     def _finish_kept(self, batch: list[Waiting]) -> None:
         """Answers a batch that was previewed; what the Swift fails on after all waits for the Super."""
@@ -164,7 +164,7 @@ class Run(Iterator[Routed]):
         finish = functools.partial(previews.finish, begun=[w.swift for w in batch if w.swift])
         for waiting, answer in zip(batch, self._ask("swift", finish, batch), strict=True):
             if answer.error is None:
-                self._finish(waiting, Routed(waiting.index, "swift", answer, answer, waiting.score))
+                self._finish(waiting, CascadeResult(waiting.index, "swift", answer, answer, waiting.score))
             else:
                 self._ask_super(self._super.add(waiting.begun(answer, None)))
 
@@ -195,7 +195,7 @@ class Run(Iterator[Routed]):
         for waiting, answer in zip(batch, answers, strict=True):
             assert waiting.swift is not None
             swift = fallen_back.get(waiting.index, waiting.swift)
-            self._finish(waiting, Routed(waiting.index, "super", answer, swift, waiting.score))
+            self._finish(waiting, CascadeResult(waiting.index, "super", answer, swift, waiting.score))
 
     def _fall_back(self, batch: list[Waiting]) -> dict[int, Answer]:
         """The Swift's answers to rows that it has only previewed and the Super failed on, by index."""
@@ -210,7 +210,9 @@ class Run(Iterator[Routed]):
             for w, answer, cost in zip(batch, answers, costs, strict=True)
         }
 
-    def _ask(self, name: str, ask: Callable[[list[Row]], list[Answer]], batch: list[Waiting]) -> list[Answer]:
+    def _ask(
+        self, name: str, ask: Callable[[list[Record]], list[Answer]], batch: list[Waiting]
+    ) -> list[Answer]:
         if not batch:
             return []
         rows = [waiting.row for waiting in batch]
@@ -221,5 +223,5 @@ class Run(Iterator[Routed]):
         require(len(answers) == len(rows), f"{name} answers", len(answers), fix)
         return answers
 
-    def _finish(self, waiting: Waiting, result: Routed) -> None:
+    def _finish(self, waiting: Waiting, result: CascadeResult) -> None:
         self._done[waiting.index] = result.finished(time.perf_counter() - waiting.began)

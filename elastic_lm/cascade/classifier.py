@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Row
+from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_alike, shape_or_none
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
 from elastic_lm.config.checks import AT_LEAST_1, require
@@ -98,21 +98,21 @@ class Classifier:
         self._fields, self._longest, self._batch_size = (text_field, pair_field), longest, batch_size
         self._keep = keep_state
 
-    def bucket(self, row: Row) -> int | None:
+    def bucket(self, row: Record) -> int | None:
         """Columns of the program that reads a row; None = the row will fail."""
         shape = shape_or_none((row, None), self._encode)
         return shape[0] if shape else None
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Record]) -> list[Answer]:
         """See `answerers.Answerer`."""
         return answer_alike([(row, None) for row in rows], self._encode, self._batch, self._batch_size)
 
-    def resume(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+    def resume(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
         """See `answerers.Resumes`; states are `Begun`, of this model's own lowest layers."""
         given = [(row, answer.state) for row, answer in zip(rows, begun, strict=True)]
         return answer_alike(given, self._encode, self._batch, self._batch_size)
 
-    def _encode(self, given: tuple[Row, Begun | None]) -> tuple[Shape, tuple[Pair, Begun | None]]:
+    def _encode(self, given: tuple[Record, Begun | None]) -> tuple[Shape, tuple[Pair, Begun | None]]:
         row, begun = given
         first, second = (None if name is None else row[name] for name in self._fields)
         ids, types = self._tokenizer.encode_pair(str_of(first), second, max_len=self._longest)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from elastic_lm.cascade.answerer import Answer, Row, failed
+from elastic_lm.cascade.answerer import Answer, Record, failed
 from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require, require_choice
 
 STYLES = ("rows", "openai")
@@ -34,11 +34,11 @@ class Function:
         require(NOT_NEGATIVE[0](cost), "cost", cost, NOT_NEGATIVE[1])
         self._function, self._cost, self._batches = function, cost, batches
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Record]) -> list[Answer]:
         """See `answerers.Answerer`."""
         return self._whole(rows) if self._batches else [self._one(row) for row in rows]
 
-    def _one(self, row: Row) -> Answer:
+    def _one(self, row: Record) -> Answer:
         began = time.perf_counter()
         try:
             output = self._function(row)
@@ -46,7 +46,7 @@ class Function:
             return failed(error, time.perf_counter() - began)
         return self._answer(output, time.perf_counter() - began)
 
-    def _whole(self, rows: Sequence[Row]) -> list[Answer]:
+    def _whole(self, rows: Sequence[Record]) -> list[Answer]:
         began = time.perf_counter()
         try:
             outputs = list(self._function(list(rows)))
@@ -115,12 +115,12 @@ class Endpoint:
         self._options, self._headers = dict(options or {}), dict(headers or {})
         self._down, self._opener = False, opener()
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Record]) -> list[Answer]:
         """See `answerers.Answerer`."""
         with ThreadPoolExecutor(min(self._workers, max(len(rows), 1))) as pool:
             return list(pool.map(self._one, rows))
 
-    def _one(self, row: Row) -> Answer:
+    def _one(self, row: Record) -> Answer:
         began = time.perf_counter()
         try:
             body = json.dumps(self._body(row)).encode()
@@ -128,7 +128,7 @@ class Endpoint:
         except (OSError, ValueError, TypeError, LookupError) as error:
             return Answer(error=f"{self.url}: {_reason(error)}", seconds=time.perf_counter() - began)
 
-    def _body(self, row: Row) -> dict[str, Any]:
+    def _body(self, row: Record) -> dict[str, Any]:
         if self._style == "rows":
             return {"row": dict(row)}
         require(isinstance(row.get(self._field), str), self._field, row.get(self._field), "must be a text")

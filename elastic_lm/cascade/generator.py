@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Row
+from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_alike, shape_or_none
 from elastic_lm.cascade.known_tokens import Part, read, width_of
 from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, pooled_scores
@@ -101,15 +101,15 @@ class Generator:
         self._scored, self._keep = scored, keep_state and scored
         self._goes_on = not self._runs.model.exits  # from the state of a prompt, which is read first
 
-    def bucket(self, row: Row) -> Shape | None:
+    def bucket(self, row: Record) -> Shape | None:
         """The shape of the programs that generate from a row; None = the row will fail."""
         return shape_or_none(row, self._encode)
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Record]) -> list[Answer]:
         """See `answerers.Answerer`."""
         return answer_alike([(row, None) for row in rows], self._encode_begun, self._batch, self._batch_size)
 
-    def resume(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+    def resume(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
         """See `answerers.Resumes`; states are `State`, of the first layers of this sampler's whole model."""
         given = [(row, answer.state) for row, answer in zip(rows, begun, strict=True)]
         return answer_alike(given, self._encode_begun, self._batch, self._batch_size)
@@ -118,21 +118,21 @@ class Generator:
         """See `answerers.Previews`."""
         return self._scored and score.startswith(PLACES[1])
 
-    def preview(self, rows: Sequence[Row]) -> list[Answer]:
+    def preview(self, rows: Sequence[Record]) -> list[Answer]:
         """See `answerers.Previews`; what is begun are `State`, of all layers."""
         given = [(row, None) for row in rows]
         return answer_alike(given, self._encode_begun, self._preview, self._batch_size)
 
-    def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+    def finish(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
         """See `answerers.Previews`."""
 
-        def encode(given: tuple[Row, Answer]) -> tuple[Shape, tuple[list[int], Answer]]:
+        def encode(given: tuple[Record, Answer]) -> tuple[Shape, tuple[list[int], Answer]]:
             shape, ids = self._encode(given[0])
             return shape, (ids, given[1])
 
         return answer_alike(zip(rows, begun, strict=True), encode, self._finish, self._batch_size)
 
-    def _encode(self, row: Row) -> tuple[Shape, list[int]]:
+    def _encode(self, row: Record) -> tuple[Shape, list[int]]:
         assert self._sampler.tokenizer is not None
         ids = self._sampler.tokenizer.encode(row[self._field], bos=True)
         require(bool(ids), self._field, row[self._field], "needs at least one token")
@@ -141,7 +141,9 @@ class Generator:
         require(longest <= self._sampler.config.max_len, "prompt tokens", len(ids), fix)
         return (bucket(len(ids)), bucket(longest + self._sampler.window)), ids
 
-    def _encode_begun(self, given: tuple[Row, State | None]) -> tuple[Shape, tuple[list[int], State | None]]:
+    def _encode_begun(
+        self, given: tuple[Record, State | None]
+    ) -> tuple[Shape, tuple[list[int], State | None]]:
         shape, ids = self._encode(given[0])
         return (*shape, given[1].layers if given[1] else 0), (ids, given[1])
 

@@ -21,7 +21,7 @@ from elastic_lm.config.checks import require
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutingRisk:
+class CascadeRisk:
     """What is to be guaranteed."""
 
     loss: float  # accuracy that may be lost against the Super alone
@@ -33,7 +33,7 @@ class RoutingRisk:
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutingGuarantee:
+class CascadeGuarantee:
     """What was stated and what the testing rows say about the threshold it holds for."""
 
     loss: float  # stated accuracy that may be lost
@@ -72,7 +72,7 @@ def ladder(rows: Measured, loss: float, rungs: int = RUNGS) -> list[float]:
     return [float(thresholds[i]) for i in sorted(set(last)) if thresholds[i] < ALWAYS_SUPER]
 
 
-def control(rows: Measured, stated: RoutingRisk, seed: int = 0) -> tuple[float, RoutingGuarantee]:
+def control(rows: Measured, stated: CascadeRisk, seed: int = 0) -> tuple[float, CascadeGuarantee]:
     """The least cautious threshold that passes.
 
     Args:
@@ -95,7 +95,7 @@ def control(rows: Measured, stated: RoutingRisk, seed: int = 0) -> tuple[float, 
     p_values = [hoeffding_bentkus(h, n, stated.loss) for h in harms]
     accepted = fixed_sequence(p_values, stated.epsilon) if thresholds else 0
     found = max(accepted - 1, 0)
-    guarantee = RoutingGuarantee(
+    guarantee = CascadeGuarantee(
         **dataclasses.asdict(stated),
         achieved=accepted > 0,
         statement=_statement(stated, n, harms[found], bool(thresholds), accepted > 0),
@@ -110,13 +110,13 @@ def control(rows: Measured, stated: RoutingRisk, seed: int = 0) -> tuple[float, 
     return (thresholds[found] if accepted else ALWAYS_SUPER), guarantee
 
 
-def _more(stated: RoutingRisk, n: int, suffered: float) -> int | None:
+def _more(stated: CascadeRisk, n: int, suffered: float) -> int | None:
     """Validation rows to add, of which half would test; None where no number helps."""
     needed = sequences_needed(suffered, stated.loss, stated.epsilon)
     return None if needed is None else 2 * max(1, needed - n)
 
 
-def _statement(stated: RoutingRisk, n: int, suffered: float, tried: bool, achieved: bool) -> str:
+def _statement(stated: CascadeRisk, n: int, suffered: float, tried: bool, achieved: bool) -> str:
     if achieved:
         return (
             f"with probability at least {1 - stated.epsilon:g} over the {n} rows that tested, the expected "

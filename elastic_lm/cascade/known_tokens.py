@@ -23,7 +23,7 @@ from elastic_lm.cost.sequences import layer_flops
 from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.settings import bucket
 from elastic_lm.models.decoder import Decoder, Params, default_positions, vocab_logits
-from elastic_lm.nn.block import Rows, Tap
+from elastic_lm.nn.block import NewKeyValues, Tap
 from elastic_lm.width.slicing import slice_layer, slice_params
 
 CHUNK = 64  # columns of logits alive at once
@@ -138,7 +138,7 @@ def read(
 
 def _run_slices(
     part: Part, subnet: Subnet, params: Params, tokens_BT: jax.Array, hidden_BTD: jax.Array
-) -> tuple[Tap, list[Rows]]:
+) -> tuple[Tap, list[NewKeyValues]]:
     """`Decoder.run_layers` over layers that are sliced one after the other; arguments as in `read`.
 
     Each is sliced inside a conditional, which begins when the state is there: XLA's CPU backend would slice
@@ -147,11 +147,11 @@ def _run_slices(
     tap, rows, always, positions_BT = None, [], jnp.all(tokens_BT >= 0), default_positions(tokens_BT, None)
     for i in range(part.begun, part.layers):
 
-        def layer(hidden_BTD: jax.Array, i: int = i) -> tuple[Tap, list[Rows]]:
+        def layer(hidden_BTD: jax.Array, i: int = i) -> tuple[Tap, list[NewKeyValues]]:
             own = slice_layer(part.config, params, subnet, i)
             return Decoder(part.model).bind({"params": own}).run_layers(hidden_BTD, positions_BT, i, i + 1)
 
-        def nothing(hidden_BTD: jax.Array, layer: Any = layer) -> tuple[Tap, list[Rows]]:
+        def nothing(hidden_BTD: jax.Array, layer: Any = layer) -> tuple[Tap, list[NewKeyValues]]:
             shapes = jax.eval_shape(layer, hidden_BTD)
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

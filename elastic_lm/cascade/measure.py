@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Answerer, Row, previewing
+from elastic_lm.cascade.answerer import Answer, Answerer, Record, previewing
 from elastic_lm.cascade.cascade import Cascade
-from elastic_lm.cascade.rule import RoutingRule, fit_routing
+from elastic_lm.cascade.rule import CascadeRule, fit_rule
 from elastic_lm.cascade.scores import PLAIN, Scoring
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, Measured
 from elastic_lm.config.checks import require, require_choice
@@ -27,12 +27,12 @@ class MeasuredPair:
     seed: int  # of the score "random"
     unit: Unit  # of the costs
 
-    def fit(self, **goal: Any) -> RoutingRule:
+    def fit(self, **goal: Any) -> CascadeRule:
         """Chooses a threshold.
 
         Args:
           **goal: one of target_accuracy, target_cost, super_accuracy and risk, and what else is to be
-            recorded: see `routing_rule.fit_routing`.
+            recorded: see `routing_rule.fit_rule`.
 
         Returns:
           The rule of this score.
@@ -41,14 +41,14 @@ class MeasuredPair:
           ValueError: not exactly one goal is given, or it is out of reach.
         """
         about: dict[str, Any] = {"score": self.score, "scoring": self.scoring, "unit": self.unit}
-        return fit_routing(self.rows, **about, seed=self.seed, **goal)
+        return fit_rule(self.rows, **about, seed=self.seed, **goal)
 
 
-def measure_routing(
+def measure_cascade(
     swift: Answerer,
     super_: Answerer,
-    rows: Iterable[Row],
-    quality: Callable[[Row, Any], float],
+    rows: Iterable[Record],
+    quality: Callable[[Record, Any], float],
     *,
     score: str = "energy",
     seed: int = 0,
@@ -78,7 +78,7 @@ def measure_routing(
     require_choice("cost", cost, get_args(Unit))
     rows = list(rows)
     scoring = getattr(swift, "scoring", PLAIN)
-    rule = RoutingRule(ALWAYS_SUPER, score, scoring.temperature, scoring.centre, seed)
+    rule = CascadeRule(ALWAYS_SUPER, score, scoring.temperature, scoring.centre, seed)
     results = Cascade(swift, super_, rule, batch_size=batch_size, preview=False).answer(rows)
     errors = [error for r in results if (error := r.swift.error or r.error) is not None]
     good = [r for r in results if r.swift.error is None and r.error is None]

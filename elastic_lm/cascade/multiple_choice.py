@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Row
+from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_alike, shape_or_none
 from elastic_lm.cascade.known_tokens import Part, Reading, read, width_of
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
@@ -67,7 +67,7 @@ class Begun:
     hidden: list[jax.Array]
 
 
-class Choice:
+class MultipleChoice:
     """A decoder-only model that chooses; the output is the index of the choice."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Choice:
           choices_field: of rows; a list of texts.
           scoring: of the energy; static.
           batch_size: sequences per program; the last batch is filled up.
-          keep_state: answers keep what another `Choice` on the same model goes on from (`nested`).
+          keep_state: answers keep what another `MultipleChoice` on the same model goes on from (`nested`).
 
         Raises:
           ValueError: an argument is out of range, or the part is none of the model.
@@ -112,26 +112,26 @@ class Choice:
         self._separator, self._fields = separator, (prompt_field, choices_field)
         self._batch_size, self._keep = batch_size, keep_state
 
-    def bucket(self, row: Row) -> int | None:
+    def bucket(self, row: Record) -> int | None:
         """Columns of the program that reads a row; None = the row will fail."""
         shape = shape_or_none((row, None), self._encode)
         return shape[0] if shape else None
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Record]) -> list[Answer]:
         """See `answerers.Answerer`."""
         return answer_alike([(row, None) for row in rows], self._encode, self._read, max(len(rows), 1))
 
-    def resume(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+    def resume(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
         """See `answerers.Resumes`; states are `Begun`, of the same whole model."""
         given = [(row, answer.state) for row, answer in zip(rows, begun, strict=True)]
         return answer_alike(given, self._encode, self._read, max(len(rows), 1))
 
-    def _encode(self, given: tuple[Row, Begun | None]) -> tuple[Shape, tuple[Question, Begun | None]]:
+    def _encode(self, given: tuple[Record, Begun | None]) -> tuple[Shape, tuple[Question, Begun | None]]:
         row, state = given
         question = self._question(row)
         return (question.width, state.layers if state else 0), (question, state)
 
-    def _question(self, row: Row) -> Question:
+    def _question(self, row: Record) -> Question:
         prompt, choices = (row[name] for name in self._fields)
         right = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
         require(right, self._fields[1], choices, "must be a list of at least one text")

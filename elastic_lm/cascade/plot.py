@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic_lm.cascade.sweep import RoutingPoint
+from elastic_lm.cascade.sweep import CascadePoint
 from elastic_lm.report.plots import COLOURS, _figure
 
 
-def routing(
-    points: Sequence[RoutingPoint],
-    chosen: RoutingPoint | None,
+def plot_cascade(
+    points: Sequence[CascadePoint],
+    chosen: CascadePoint | None,
     path: str | Path,
     *,
     unit: str = "flops",

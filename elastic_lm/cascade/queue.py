@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Hashable
 
-from elastic_lm.cascade.answerer import Answer, Answerer, Bucketed, Row
+from elastic_lm.cascade.answerer import Answer, Answerer, Bucketed, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,7 +11,7 @@ class Waiting:
     """A row on its way through a cascade."""
 
     index: int  # its place in the stream
-    row: Row
+    row: Record
     began: float  # `time.perf_counter()` when it was read
     swift: Answer | None = None  # the Swift's answer, once there is one
     score: float | None = None  # that the rule read of it

@@ -12,7 +12,7 @@ REMEMBERED = 4096  # latencies, a random sample of all
 
 
 @dataclasses.dataclass(frozen=True)
-class Routed:
+class CascadeResult:
     """A row's answer and who gave it."""
 
     index: int  # number of the row
@@ -42,14 +42,14 @@ class Routed:
         """FLOPs of all that ran for this row."""
         return self.swift.cost + (self.answer.cost if self.model == "super" else 0.0)
 
-    def finished(self, latency: float) -> "Routed":
+    def finished(self, latency: float) -> "CascadeResult":
         """The same without the states that models hand on, which are large."""
         answer, swift = (dataclasses.replace(a, state=None, begun=None) for a in (self.answer, self.swift))
         return dataclasses.replace(self, answer=answer, swift=swift, latency=latency)
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
+class CascadeStatistics:
     """What a pass of a cascade cost."""
 
     rows: int  # given back
@@ -102,7 +102,7 @@ class Tally:
         """Counts time that a model ("swift" or "super") took."""
         self._seconds[model] += seconds
 
-    def add(self, result: Routed) -> None:
+    def add(self, result: CascadeResult) -> None:
         """Counts a result."""
         self._rows += 1
         self._to_super += result.model == "super"
@@ -115,10 +115,10 @@ class Tally:
         elif (place := int(self._draw.integers(self._rows))) < REMEMBERED:
             self._latencies[place] = result.latency
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> CascadeStatistics:
         """The sums so far."""
         p50, p95 = np.percentile(self._latencies or [0.0], [50, 95]).tolist()
-        return Statistics(
+        return CascadeStatistics(
             rows=self._rows,
             to_super=self._to_super,
             failed=self._failed,

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.cascade.guarantee import RoutingGuarantee, RoutingRisk, control
+from elastic_lm.cascade.guarantee import CascadeGuarantee, CascadeRisk, control
 from elastic_lm.cascade.scores import PLAIN, Scoring
 from elastic_lm.cascade.sweep import (
+    CascadeCurve,
+    CascadePoint,
     Measured,
-    RoutingCurve,
-    RoutingPoint,
     cheapest,
     like_super,
     most_accurate,
@@ -30,7 +30,7 @@ AVERAGES = "none: averages over the validation rows that chose the threshold, wh
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutingRule:
+class CascadeRule:
     """The Swift keeps a row when its score is at least the threshold; ties stay with it."""
 
     threshold: float
@@ -39,9 +39,9 @@ class RoutingRule:
     centre: Centre = "none"  # whether the energy's logits are measured from their mean
     seed: int = 0  # of the score "random"
     goal: str = ""  # what the threshold was chosen for
-    measured: RoutingPoint | None = None  # what it gave on the validation rows
-    guarantee: RoutingGuarantee | None = None  # what holds for new rows; None = averages only
-    curve: tuple[RoutingPoint, ...] = ()  # other thresholds, in increasing order
+    measured: CascadePoint | None = None  # what it gave on the validation rows
+    guarantee: CascadeGuarantee | None = None  # what holds for new rows; None = averages only
+    curve: tuple[CascadePoint, ...] = ()  # other thresholds, in increasing order
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # models, data, date, versions
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class RoutingRule:
         write_text_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> "RoutingRule":
+    def load(cls, path: str | Path) -> "CascadeRule":
         """Reads a rule from its file.
 
         Raises:
@@ -86,13 +86,13 @@ class RoutingRule:
         return load_dataclass(cls, path, FORMAT, "routing rule", "`elastic-lm route fit` writes one")
 
 
-def fit_routing(
+def fit_rule(
     rows: Measured,
     *,
     target_accuracy: float | None = None,
     target_cost: float | None = None,
     super_accuracy: bool = False,
-    risk: RoutingRisk | None = None,
+    risk: CascadeRisk | None = None,
     score: str = "energy",
     scoring: Scoring = PLAIN,
     seed: int = 0,
@@ -100,7 +100,7 @@ def fit_routing(
     models: Mapping[str, Any] | None = None,
     fingerprints: Mapping[str, str | None] | None = None,
     data: str = "",
-) -> RoutingRule:
+) -> CascadeRule:
     """Chooses the threshold for one goal.
 
     Args:
@@ -139,7 +139,7 @@ def fit_routing(
         "guarantee": guarantee.statement if guarantee else AVERAGES,
         **_when(),
     }
-    return RoutingRule(
+    return CascadeRule(
         threshold=point.threshold,
         score=score,
         **dataclasses.asdict(scoring),
@@ -161,8 +161,8 @@ def _when() -> dict[str, Any]:
 
 
 def _choose(
-    rows: Measured, curve: RoutingCurve, goal: str, value: Any, seed: int
-) -> tuple[RoutingPoint, RoutingGuarantee | None]:
+    rows: Measured, curve: CascadeCurve, goal: str, value: Any, seed: int
+) -> tuple[CascadePoint, CascadeGuarantee | None]:
     """What a goal chooses, and what is guaranteed of it."""
     if goal == "risk":
         threshold, guarantee = control(rows, value, seed)

@@ -18,7 +18,7 @@ from typing import Any
 from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.generator import Generator
 from elastic_lm.cascade.known_tokens import Part
-from elastic_lm.cascade.multiple_choice import Choice
+from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Subnet
@@ -30,7 +30,7 @@ from elastic_lm.models.encoder import Encoder, exit_name
 from elastic_lm.models.task_heads import exit_encoder
 
 
-def nested_choice(
+def shared_multiple_choice(
     model: Decoder,
     params: Params,
     tokenizer: TextTokenizer,
@@ -38,7 +38,7 @@ def nested_choice(
     exit: int | None = None,
     subnet: Subnet | None = None,
     **how: Any,
-) -> tuple[Choice, Choice]:
+) -> tuple[MultipleChoice, MultipleChoice]:
     """Swift and Super for multiple choice, of one model.
 
     Args:
@@ -47,7 +47,7 @@ def nested_choice(
       tokenizer: of the model.
       exit: layer of the exit that is the Swift.
       subnet: the sub-network that is the Swift, instead.
-      **how: other arguments of `Choice`, for both.
+      **how: other arguments of `MultipleChoice`, for both.
 
     Returns:
       (Swift, Super). The Super's answers to rows that the Swift has begun equal those from scratch, to float
@@ -59,10 +59,12 @@ def nested_choice(
     _one_of(exit, subnet)
     given = (model, params, tokenizer)
     _below(model.config, exit)
-    return Choice(*given, exit=exit, subnet=subnet, keep_state=exit is not None, **how), Choice(*given, **how)
+    return MultipleChoice(
+        *given, exit=exit, subnet=subnet, keep_state=exit is not None, **how
+    ), MultipleChoice(*given, **how)
 
 
-def nested_generator(
+def shared_generator(
     model: Decoder,
     params: Params,
     tokenizer: TextTokenizer,
@@ -106,7 +108,7 @@ def nested_generator(
     return Generator(sampler, max_new_tokens, reads=reads, keep_state=True, **how), super_
 
 
-def nested_classifier(
+def shared_classifier(
     model: Encoder, params: Params, tokenizer: Tokenizer, *, exit: int, **how: Any
 ) -> tuple[Classifier, Classifier]:
     """Swift and Super for labels, of one encoder.

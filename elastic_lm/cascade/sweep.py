@@ -27,11 +27,11 @@ ALWAYS_SUPER = sys.float_info.max  # a threshold that no score reaches
 ALWAYS_SWIFT = -sys.float_info.max  # one that every score reaches
 TOLERANCE = 1e-12  # of sums of accuracies
 
-Rows = Sequence[float] | np.ndarray
+PerRecord = Sequence[float] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutingPoint:
+class CascadePoint:
     """What a threshold gives on average."""
 
     threshold: float  # the Swift keeps rows with a score of at least this
@@ -41,7 +41,7 @@ class RoutingPoint:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RoutingCurve:
+class CascadeCurve:
     """Every threshold that routes the measured rows differently, from the Swift alone to the Super alone."""
 
     threshold: np.ndarray  # [K] float64, increasing
@@ -55,12 +55,12 @@ class RoutingCurve:
     def __len__(self) -> int:
         return len(self.threshold)
 
-    def point(self, index: int) -> RoutingPoint:
+    def point(self, index: int) -> CascadePoint:
         """One threshold and what it gives."""
         columns = (self.threshold, self.share_super, self.accuracy, self.cost)
-        return RoutingPoint(*(float(column[index]) for column in columns))
+        return CascadePoint(*(float(column[index]) for column in columns))
 
-    def points(self, most: int = 101) -> tuple[RoutingPoint, ...]:
+    def points(self, most: int = 101) -> tuple[CascadePoint, ...]:
         """At most `most` thresholds, spread evenly, the first and the last among them."""
         chosen = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int))
         return tuple(self.point(i) for i in chosen)
@@ -89,12 +89,12 @@ class Measured:
     @classmethod
     def of(
         cls,
-        scores: Rows,
-        swift: Rows,
-        super_: Rows,
-        cost_swift: Rows | float,
-        cost_super: Rows | float,
-        cost_kept: Rows | float = 0.0,
+        scores: PerRecord,
+        swift: PerRecord,
+        super_: PerRecord,
+        cost_swift: PerRecord | float,
+        cost_super: PerRecord | float,
+        cost_kept: PerRecord | float = 0.0,
     ) -> "Measured":
         """Checked arrays.
 
@@ -130,17 +130,17 @@ class Measured:
         """Some of the rows."""
         return Measured(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
-    def at(self, threshold: float) -> RoutingPoint:
+    def at(self, threshold: float) -> CascadePoint:
         """What a threshold gives on these rows."""
         kept = keeps(self.scores, threshold)
         quality = np.where(kept, self.swift, self.super_)
         cost = self.cost_swift + np.where(kept, self.cost_kept, self.cost_super)
-        return RoutingPoint(
+        return CascadePoint(
             float(threshold), float(np.mean(~kept)), float(quality.mean()), float(cost.mean())
         )
 
 
-def _costs(name: str, value: Rows | float, n: int) -> np.ndarray:
+def _costs(name: str, value: PerRecord | float, n: int) -> np.ndarray:
     costs = np.asarray(value, np.float64)
     require(costs.shape in ((), (n,)), f"{name}.shape", costs.shape, f"give one cost, or one per row ({n})")
     right = np.isfinite(costs).all() and (costs >= 0).all()
@@ -148,7 +148,7 @@ def _costs(name: str, value: Rows | float, n: int) -> np.ndarray:
     return np.broadcast_to(costs, (n,))
 
 
-def sweep(rows: Measured) -> RoutingCurve:
+def sweep(rows: Measured) -> CascadeCurve:
     """Every threshold that matters.
 
     Args:
@@ -175,10 +175,10 @@ def sweep(rows: Measured) -> RoutingCurve:
     quality = (sums(rows.swift) + rows.super_.sum() - sums(rows.super_)) / n
     cost = rows.cost_swift.mean() + (rows.cost_super.sum() - sums(rows.cost_super - rows.cost_kept)) / n
     means = float(rows.swift.mean()), float(rows.super_.mean())
-    return RoutingCurve(np.asarray(threshold), 1 - kept / n, quality, cost, *means, n)
+    return CascadeCurve(np.asarray(threshold), 1 - kept / n, quality, cost, *means, n)
 
 
-def cheapest(curve: RoutingCurve, accuracy: float) -> RoutingPoint:
+def cheapest(curve: CascadeCurve, accuracy: float) -> CascadePoint:
     """The least mean cost that reaches an accuracy; among equals, the most accurate.
 
     Raises:
@@ -192,7 +192,7 @@ def cheapest(curve: RoutingCurve, accuracy: float) -> RoutingPoint:
     return curve.point(int(reached[np.lexsort((-curve.accuracy[reached], curve.cost[reached]))[0]]))
 
 
-def most_accurate(curve: RoutingCurve, cost: float | None = None) -> RoutingPoint:
+def most_accurate(curve: CascadeCurve, cost: float | None = None) -> CascadePoint:
     """The most accurate threshold within a mean cost; among equals, the cheapest.
 
     Args:
@@ -208,6 +208,6 @@ def most_accurate(curve: RoutingCurve, cost: float | None = None) -> RoutingPoin
     return curve.point(int(within[np.lexsort((curve.cost[within], -curve.accuracy[within]))[0]]))
 
 
-def like_super(curve: RoutingCurve) -> RoutingPoint:
+def like_super(curve: CascadeCurve) -> CascadePoint:
     """The cheapest threshold that is as accurate as the Super alone: E-LANG's own choice."""
     return cheapest(curve, curve.super_accuracy)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Row
+from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_alike, shape_or_none
 from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, logit_scores, pooled_scores
 from elastic_lm.config.checks import AT_LEAST_1, require
@@ -73,11 +73,11 @@ class TextAnswerer:
         require(there, "encoder_head", encoder_head, "the model has none; train one with tuned='head'")
         self._batch_size, self._encoder_head = batch_size, encoder_head
 
-    def bucket(self, row: Row) -> int | None:
+    def bucket(self, row: Record) -> int | None:
         """Columns of the program that reads a row; None = the row will fail."""
         return shape_or_none(row, self._encode)
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Record]) -> list[Answer]:
         """See `answerers.Answerer`."""
         return answer_alike(rows, self._encode, self._batch, self._batch_size)
 
@@ -85,17 +85,17 @@ class TextAnswerer:
         """See `answerers.Previews`."""
         return self._encoder_head and score.startswith(PLACES[2])
 
-    def preview(self, rows: Sequence[Row]) -> list[Answer]:
+    def preview(self, rows: Sequence[Record]) -> list[Answer]:
         """See `answerers.Previews`; what is begun are `text_to_text.Encoded`."""
         return answer_alike(rows, self._encode, self._preview, self._batch_size)
 
-    def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+    def finish(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
         """See `answerers.Previews`."""
         return answer_alike(
             begun, lambda one: (bucket(len(one.begun.tokens)), one), self._finish, self._batch_size
         )
 
-    def _encode(self, row: Row) -> tuple[int, list[int]]:
+    def _encode(self, row: Record) -> tuple[int, list[int]]:
         assert self._model.tokenizer is not None
         source = self._template.format_map(row)
         require(bool(source), "source", source, "is empty: give at least one character")

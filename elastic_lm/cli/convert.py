@@ -40,7 +40,7 @@ def convert(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """Elastic checkpoint to Hugging Face folder."""
     from elastic_lm import hf
-    from elastic_lm.checkpoints.load import load
+    from elastic_lm.checkpoints.loading import load
     from elastic_lm.config.encoder import EncoderConfig
     from elastic_lm.config.model import ModelConfig
     from elastic_lm.models.exits import without_exits
@@ -259,7 +259,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def route(args: argparse.Namespace) -> None:
     """Fits the rule of a cascade, or answers rows by one."""
-    from elastic_lm.cli.route import run as commands
+    from elastic_lm.cli.cascade import run as commands
 
     commands.run(args)
 
@@ -354,7 +354,7 @@ def _check_latency(args: argparse.Namespace) -> None:
 def _timed_model(args: argparse.Namespace) -> "tuple[ModelConfig, Params | None]":
     """The model that --model names, or one without parameters, which are then random."""
     from elastic_lm.bench.model import random_model
-    from elastic_lm.checkpoints.load import load_decoder
+    from elastic_lm.checkpoints.loading import load_decoder
 
     if not args.model:
         return random_model(args.tiny), None
@@ -366,7 +366,7 @@ def _built_table(args: argparse.Namespace, config: "ModelConfig", params: "Param
     """The table of the workload and menu that the flags describe."""
     from elastic_lm.bench.latency_build import build, default_menu
     from elastic_lm.checkpoints.native import load_menu
-    from elastic_lm.cost.counted import Load
+    from elastic_lm.cost.counted import Workload
     from elastic_lm.report.writers import ProgressWriter
 
     menu = default_menu(config)
@@ -376,7 +376,7 @@ def _built_table(args: argparse.Namespace, config: "ModelConfig", params: "Param
     shares = {name: getattr(args, name) for name in ("mlp", "heads", "groups")}
     menu = dataclasses.replace(menu, **{k: v for k, v in shares.items() if v is not None})
     given = {name: getattr(args, name) for name in ("batch", "context")}
-    load = Load(**{"context": 128, **{k: v for k, v in given.items() if v is not None}})
+    load = Workload(**{"context": 128, **{k: v for k, v in given.items() if v is not None}})
     how = {"rounds": args.rounds, "seed": args.seed, "progress": ProgressWriter}
     return build(config, menu, load, params=params, **how)
 

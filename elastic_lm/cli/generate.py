@@ -14,7 +14,7 @@ from elastic_lm.cli.held_out import load_with_tokenizer
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
-from elastic_lm.cost.counted import Load
+from elastic_lm.cost.counted import Workload
 from elastic_lm.cost.latency_table import LatencyTable
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.results import Sample, sample_spans
@@ -22,7 +22,7 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.files.atomic import prepare_output
 from elastic_lm.report import colour as render
-from elastic_lm.width.chooser import Elastic
+from elastic_lm.width.chooser import SubnetChooser
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 ROWS = 32  # texts written at once where there is no prompt
@@ -104,20 +104,22 @@ def read_budget(
     return budget
 
 
-def elastic_choices(folder: str, config: ModelConfig, budget: Budget, args: argparse.Namespace) -> Elastic:
+def elastic_choices(
+    folder: str, config: ModelConfig, budget: Budget, args: argparse.Namespace
+) -> SubnetChooser:
     """The choices of a checkpoint, with the latency table or the context that the flags name.
 
     Raises:
       ValueError: a context is named, and the checkpoint's routers were trained for another one.
     """
-    found = Elastic.load(folder, config)
+    found = SubnetChooser.load(folder, config)
     if args.latency_table:
         return found.with_latency(LatencyTable.load(args.latency_table), args.latency_table)
     if args.context is not None:
         routed = found.routers is not None and found.routers.table.kind == budget.kind
         fix = "the routers of this model keep to the context that they were trained for; leave it out"
         require(not routed, "--context", args.context, fix)
-        return dataclasses.replace(found, workload=Load(context=args.context))
+        return dataclasses.replace(found, workload=Workload(context=args.context))
     return found
 
 

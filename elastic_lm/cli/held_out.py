@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 
 from elastic_lm.checkpoints.embedded import embedded_model
-from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.config.data import DataConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.batch import Batch

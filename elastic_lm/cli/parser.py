@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from elastic_lm.cli.route.flags import add_route
+from elastic_lm.cli.cascade.flags import add_route
 
 DESCRIPTION = """\
 Pretrained language models whose compute is a dial.

@@ -8,7 +8,7 @@ from elastic_lm.config.model import DTYPES, Activation
 
 Pooler = Literal["none", "tanh", "relu"]
 Pooling = Literal["first", "mean"]
-Problem = Literal["classification", "regression"]
+TaskProblem = Literal["classification", "regression"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EncoderConfig:
     pooler: Pooler = "tanh"  # non-linearity of the dense layer over the pooled state; none = no such layer
     pooling: Pooling = "first"  # what the pooler reads: the first token's state, or the mean of all tokens'
     n_labels: int = 0  # outputs of the task head; 0 = no task head
-    problem: Problem = "classification"  # what the task head's outputs are: logits of classes, or values
+    problem: TaskProblem = "classification"  # what the task head's outputs are: logits of classes, or values
     labels: tuple[str, ...] = ()  # names of the outputs; () = they have none
     mlm: bool = False  # has a masked language model's head, whose kernel is the embedding
     exits: tuple[int, ...] = ()  # layers, counted from 1, with a pooler and a task head of their own behind
@@ -54,7 +54,7 @@ class EncoderConfig:
             ("activation", get_args(Activation)),
             ("pooler", get_args(Pooler)),
             ("pooling", get_args(Pooling)),
-            ("problem", get_args(Problem)),
+            ("problem", get_args(TaskProblem)),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
         ):

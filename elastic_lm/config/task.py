@@ -5,14 +5,14 @@ from typing import Literal, get_args
 
 from elastic_lm.config.checks import AT_LEAST_1, SEED, require, require_choice, require_each
 
-Problem = Literal["classification", "regression", "text_to_text"]
+TaskProblem = Literal["classification", "regression", "text_to_text"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
     """Labelled records, and which of their fields are read and learned."""
 
-    problem: Problem = "classification"  # a class, a number, or a text for every record
+    problem: TaskProblem = "classification"  # a class, a number, or a text for every record
     paths: tuple[str, ...] = ()  # training files or folders: JSON lines, CSV or TSV, also .gz
     eval_paths: tuple[str, ...] = ()  # held-out files or folders
     text_field: str = "sentence"  # key of what is read
@@ -27,7 +27,7 @@ class TaskConfig:
     seed: int = 0  # of the shuffle
 
     def __post_init__(self) -> None:
-        require_choice("task.problem", self.problem, get_args(Problem))
+        require_choice("task.problem", self.problem, get_args(TaskProblem))
         require_each(self, "task.", ("max_len", "max_target", "batch_size"), *AT_LEAST_1)
         require_each(self, "task.", ("seed",), *SEED)
         require(bool(self.paths), "task.paths", self.paths, "name the training files")

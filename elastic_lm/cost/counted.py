@@ -23,7 +23,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class Workload:
     """How a model is used."""
 
     batch: int = 1  # sequences decoded together
@@ -36,7 +36,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one model, or a part of one, costs under a `Load`; costs of parts add up."""
+    """What one model, or a part of one, costs under a `Workload`; costs of parts add up."""
 
     parameters: int  # stored numbers
     flops: int  # of one decoding step of the whole batch; a multiplication and an addition are two
@@ -48,7 +48,7 @@ class Cost:
         return Cost(*(a + b for a, b in pairs))
 
 
-def model_cost(config: ModelConfig, load: Load = Load()) -> Cost:
+def model_cost(config: ModelConfig, load: Workload = Workload()) -> Cost:
     """Cost of a model decoded at full depth; exits are held, but not run.
 
     Args:
@@ -62,7 +62,7 @@ def model_cost(config: ModelConfig, load: Load = Load()) -> Cost:
     return functools.reduce(Cost.__add__, layers, base_cost(config, load))
 
 
-def base_cost(config: ModelConfig, load: Load = Load()) -> Cost:
+def base_cost(config: ModelConfig, load: Workload = Workload()) -> Cost:
     """Cost of what stands around the layers: tables, final norm, vocabulary head, exits held.
 
     Args:
@@ -86,7 +86,9 @@ def base_cost(config: ModelConfig, load: Load = Load()) -> Cost:
     )
 
 
-def attention_cost(config: ModelConfig, layer: int, heads: int, groups: int, load: Load = Load()) -> Cost:
+def attention_cost(
+    config: ModelConfig, layer: int, heads: int, groups: int, load: Workload = Workload()
+) -> Cost:
     """Cost of one layer's attention with its norms.
 
     Args:
@@ -114,7 +116,7 @@ def attention_cost(config: ModelConfig, layer: int, heads: int, groups: int, loa
     )
 
 
-def mlp_cost(config: ModelConfig, neurons: int, load: Load = Load()) -> Cost:
+def mlp_cost(config: ModelConfig, neurons: int, load: Workload = Workload()) -> Cost:
     """Cost of one layer's MLP with its norms.
 
     Args:
@@ -130,7 +132,7 @@ def mlp_cost(config: ModelConfig, neurons: int, load: Load = Load()) -> Cost:
     return Cost(held, 2 * weights * load.batch, held * size, held * size)
 
 
-def _layer(config: ModelConfig, layer: int, load: Load) -> Cost:
+def _layer(config: ModelConfig, layer: int, load: Workload) -> Cost:
     mlp, heads, groups = config.sizes(layer)
     return attention_cost(config, layer, heads // groups, groups, load) + mlp_cost(config, mlp, load)
 
@@ -154,7 +156,7 @@ def _exit_parameters(config: ModelConfig, e: ExitConfig) -> int:
             + (c.d_model if c.mlp_bias else 0)
         )
     if e.kind == "block":
-        body += _layer(c, i, Load()).parameters
+        body += _layer(c, i, Workload()).parameters
     gate = e.gate * c.d_model + 2 * e.gate + 1 if e.gate else 0
     return body + gate + (0 if e.tied else c.vocab_size * c.d_model)
 
@@ -219,7 +221,7 @@ class CostTable:
         require(budget.amount >= least, f"budget.{self.kind}", budget.amount, fix)
 
 
-def counted_table(config: ModelConfig, menu: Menu, kind: str, load: Load = Load()) -> CostTable:
+def counted_table(config: ModelConfig, menu: Menu, kind: str, load: Workload = Workload()) -> CostTable:
     """The table of a cost that is counted rather than measured, of a model without its exits.
 
     Args:

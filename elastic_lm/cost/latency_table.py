@@ -20,7 +20,7 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import load_dataclass
 from elastic_lm.config.subnet import Menu, Subnet
-from elastic_lm.cost.counted import CostTable, Load
+from elastic_lm.cost.counted import CostTable, Workload
 from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.report.machine import hardware
 
@@ -75,7 +75,7 @@ class LatencyTable:
 
     model: ModelConfig  # the whole model, without exits
     menu: Menu  # whose choices were measured
-    workload: Load  # batch and context they were measured at
+    workload: Workload  # batch and context they were measured at
     device: Device  # that they were measured on
     decode: CostTable  # of one decoding step of the whole batch
     prefill: CostTable  # of the prompts of the whole batch, `workload.context` tokens each

@@ -1,0 +1,26 @@
+"""Text and labelled records as batches: tokenizers, sources, packing, a resumable pipeline."""
+
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):
+    from elastic_lm.config.data import DataConfig
+    from elastic_lm.config.task import TaskConfig
+    from elastic_lm.data.batch import Batch
+    from elastic_lm.data.pipeline import eval_batches, train_batches
+    from elastic_lm.data.stdlib import stdlib_files
+    from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+
+__all__ = [
+    "Batch",
+    "DataConfig",
+    "TaskConfig",
+    "Tokenizer",
+    "eval_batches",
+    "stdlib_files",
+    "train_batches",
+    "train_bpe",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

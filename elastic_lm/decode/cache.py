@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.nn.attention import NEVER, KeyValues
+from elastic_lm.nn.attention import HIDDEN_POSITION, KeyValues
 
 LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, K, S, H] each
 
@@ -24,11 +24,11 @@ def past(cache: LayerCache, done_B: jax.Array) -> KeyValues:
       done_B: int32 positions processed.
 
     Returns:
-      The same arrays with the position of each entry, or `NEVER` from `done_B` on.
+      The same arrays with the position of each entry, or `HIDDEN_POSITION` from `done_B` on.
     """
     b, _, s, _ = cache[0].shape
     index = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
-    return KeyValues(cache[0], cache[1], jnp.where(index < done_B[:, None], index, NEVER))
+    return KeyValues(cache[0], cache[1], jnp.where(index < done_B[:, None], index, HIDDEN_POSITION))
 
 
 def after(read_BTD: jax.Array, start_B: jax.Array) -> jax.Array:

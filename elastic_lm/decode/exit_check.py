@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode.lossless import deep_logits
-from elastic_lm.decode.state import Answers, Controls, DecodeState, segments
+from elastic_lm.decode.state import Controls, DecodeState, Emissions, segments
 from elastic_lm.depth.confidence import LOGIT_METRICS, METRICS, Evidence, confidence_by_index
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.width.nested_decoder import decoder_of
@@ -33,18 +33,18 @@ class Found:
     deep: jax.Array | None = None
 
 
-def answer(
+def check_exit(
     config: ModelConfig,
     params: Params,
     controls: Controls,
-    answers: Answers,
+    answers: Emissions,
     j: int,
     asking_B: jax.Array,
     found: Found,
     state: DecodeState,
     room_B: jax.Array,
     window: int,
-) -> Answers:
+) -> Emissions:
     """Looks at the head after segment `j` for the rows that asked; confident rows have their answer.
 
     Args:
@@ -66,8 +66,8 @@ def answer(
     decoder = decoder_of(config).bind({"params": params})
     features, cosine = found.features, found.cosine
 
-    def answered(logits: jax.Array, confident_B: jax.Array) -> Answers:
-        return Answers(
+    def answered(logits: jax.Array, confident_B: jax.Array) -> Emissions:
+        return Emissions(
             rows=answers.rows | confident_B,
             logits=jnp.where(confident_B[:, None], logits, answers.logits),
             depth=jnp.where(confident_B, depth, answers.depth),
@@ -75,7 +75,7 @@ def answer(
 
     if depth == config.n_layers:
 
-        def final() -> Answers:
+        def final() -> Emissions:
             if found.deep is not None:
                 return answered(deep_logits(found.deep, window), asking_B)
             assert features is not None
@@ -90,7 +90,7 @@ def answer(
     last_draft = controls.lossless & (state.done[0] - state.done[-1] >= room_B)
     eager_B = asking_B & (threshold_B <= 1.0) & ~last_draft
 
-    def look(eager_B: jax.Array) -> Answers:
+    def look(eager_B: jax.Array) -> Emissions:
         learned = _gate(config, decoder, controls, j, eager_B, features)
         known = jnp.where(controls.metric == METRICS.index("cosine"), cosine, learned)
         before_head = controls.metric >= len(LOGIT_METRICS)
@@ -98,7 +98,7 @@ def answer(
         if config.exits[j].gate:
             passing_B &= learned >= controls.gates[:, j]
 
-        def head() -> Answers:
+        def head() -> Emissions:
             logits = decoder.exit_logits(j, features)[:, 0]
             sure = confidence_by_index(controls.metric, logits, Evidence(cosine, learned))
             confident_B = passing_B & (sure >= threshold_B)

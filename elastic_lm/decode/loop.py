@@ -17,18 +17,18 @@ import jax.numpy as jnp
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import cache
 from elastic_lm.decode.cache import LayerCache
-from elastic_lm.decode.exit_check import Found, answer
+from elastic_lm.decode.exit_check import Found, check_exit
 from elastic_lm.decode.lossless import deep_tokens, drafting_room, look_deep, verify
 from elastic_lm.decode.propagate import propagate
 from elastic_lm.decode.sampling import sample
 from elastic_lm.decode.state import (
     FREE,
-    Answers,
     Controls,
     DecodeState,
+    Emissions,
     Mode,
     emit,
-    no_answers,
+    no_emissions,
     retire,
     segments,
 )
@@ -70,7 +70,7 @@ def run(
 
     def iteration(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
         state, count = carry
-        answers = no_answers(config, state)
+        answers = no_emissions(config, state)
         for j in range(len(segments(config))):
             state, answers = _segment(config, params, state, controls, answers, j, mode)
         return _emit(state, answers, controls), count + 1
@@ -78,7 +78,7 @@ def run(
     return jax.lax.while_loop(unfinished, iteration, (state, jnp.int32(0)))[0]
 
 
-def _emit(state: DecodeState, answers: Answers, controls: Controls) -> DecodeState:
+def _emit(state: DecodeState, answers: Emissions, controls: Controls) -> DecodeState:
     """Draws a token for every row that has an answer; one place, so that it is compiled once."""
 
     def draw() -> jax.Array:
@@ -94,10 +94,10 @@ def _segment(
     params: Params,
     state: DecodeState,
     controls: Controls,
-    answers: Answers,
+    answers: Emissions,
     j: int,
     mode: Mode,
-) -> tuple[DecodeState, Answers]:
+) -> tuple[DecodeState, Emissions]:
     """Runs segment `j` (static) where it is due, then lets the rows that asked for it answer."""
     window = _window(state)
     room_B = drafting_room(state, controls, window)
@@ -123,7 +123,7 @@ def _segment(
         asking &= ~rejected
         answers = dataclasses.replace(answers, rows=answers.rows & ~rejected)
     before = answers.rows
-    answers = answer(config, params, controls, answers, j, asking, found, state, room_B, window)
+    answers = check_exit(config, params, controls, answers, j, asking, found, state, room_B, window)
     state = dataclasses.replace(state, wait=jnp.where(asking, jnp.where(answers.rows, FREE, j), state.wait))
     if mode == "propagate" and j < len(segments(config)) - 1:
         state = propagate(config, params, state, answers.rows & ~before, j)
@@ -306,9 +306,9 @@ def _tick(
         )
         return (caches, None, None), Found(deep=deep)
     past = None if exit_cache is None else cache.past(exit_cache, done_B)
-    exit_hidden, exit_rows = decoder.exit_state(j, tap, positions, past=past)
-    if exit_cache is not None and exit_rows is not None:
-        exit_cache = cache.write(exit_cache, exit_rows, cache.after(exit_hidden, done_B))
+    exit_hidden, exit_key_values = decoder.exit_state(j, tap, positions, past=past)
+    if exit_cache is not None and exit_key_values is not None:
+        exit_cache = cache.write(exit_cache, exit_key_values, cache.after(exit_hidden, done_B))
     ring = ring_write(ring, tap.hidden, done_B, target_B - done_B)
     features = decoder.exit_head_input(j, newest(exit_hidden), jax.tree.map(newest, tap))
     cosine = jax.lax.cond(

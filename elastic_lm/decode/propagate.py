@@ -55,7 +55,7 @@ def propagate(
         own = tuple(
             cache.write(c, rows, start[k]) for c, rows, k in zip(deeper[0], layers, above, strict=True)
         )
-        blocks = [decoder.exit_rows(k, hidden, position) for k in range(j + 1, len(state.exit_cache))]
+        blocks = [decoder.exit_key_values(k, hidden, position) for k in range(j + 1, len(state.exit_cache))]
         return own, tuple(
             c if c is None or rows is None else cache.write(c, rows, start[k])
             for k, (c, rows) in enumerate(zip(deeper[1], blocks, strict=True), start=j + 1)

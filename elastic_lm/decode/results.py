@@ -27,7 +27,7 @@ class TextTokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Statistics:
+class SampleStatistics:
     """What one call cost.
 
     Attributes:
@@ -78,11 +78,11 @@ class Sample:
     text: str
     tokens: list[int]
     exit_layers: list[int]
-    stats: Statistics
+    stats: SampleStatistics
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class Detokenizer:
     """Reads emitted tokens as text."""
 
     tokenizer: TextTokenizer | None  # None = every text is empty
@@ -116,7 +116,7 @@ class Reader:
 def collect(
     state: DecodeState,
     prompts: list[list[int]],
-    reader: Reader,
+    reader: Detokenizer,
     began: float,
     subnet: Subnet | None = None,
     budget: Budget | None = None,
@@ -128,8 +128,8 @@ def collect(
       prompts: token ids per row.
       reader: reads the emitted tokens.
       began: `time.perf_counter()` when the call began.
-      subnet: see `Statistics`.
-      budget: see `Statistics`.
+      subnet: see `SampleStatistics`.
+      budget: see `SampleStatistics`.
 
     Returns:
       One sample per row.
@@ -145,7 +145,7 @@ def collect(
     ]
     counts = Counter(depth for row in layers for depth in row)
     total = sum(counts.values())
-    stats = Statistics(
+    stats = SampleStatistics(
         tokens=total,
         prompt_tokens=sum(map(len, prompts)),
         seconds=seconds,

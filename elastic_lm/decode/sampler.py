@@ -14,13 +14,13 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.lossless import known
 from elastic_lm.decode.prefill import Begun
-from elastic_lm.decode.results import Reader, Sample, TextTokenizer, collect, held_back
-from elastic_lm.decode.served import Served, Subnets, compilations, jit_prefill_begun
+from elastic_lm.decode.results import Detokenizer, Sample, TextTokenizer, collect, held_back
+from elastic_lm.decode.served import Served, ServedModels, compilations, jit_prefill_begun
 from elastic_lm.decode.settings import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
 from elastic_lm.decode.state import Controls, DecodeState, Mode
 from elastic_lm.depth.policies import ExitPolicy, on_subnet
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.width.chooser import Elastic
+from elastic_lm.width.chooser import SubnetChooser
 
 ENDLESS = 2**30  # iterations, where nothing has to be looked at between
 
@@ -50,10 +50,10 @@ class Call:
     policies: list[ExitPolicy | None]
     lossless: np.ndarray
     mode: Mode
-    reader: Reader
+    reader: Detokenizer
 
 
-def choose(elastic: Elastic, budget: Budget) -> Subnet | Budget:
+def choose(elastic: SubnetChooser, budget: Budget) -> Subnet | Budget:
     """The sub-network for a budget; the budget itself where routers choose while text is made."""
     return budget if elastic.is_routed(budget) else elastic.subnet(budget)
 
@@ -80,7 +80,7 @@ class Sampler:
         draft: int | None = None,
         missing: Literal["exact", "propagate"] = "exact",
         together: bool = False,
-        elastic: Elastic | None = None,
+        elastic: SubnetChooser | None = None,
         budget: Budget | None = None,
         subnet: Subnet | None = None,
         keep_subnets: int = 4,
@@ -140,7 +140,7 @@ class Sampler:
         self._chosen = functools.lru_cache(BUDGETS)(functools.partial(choose, elastic)) if elastic else None
         self.runs: Subnet | Budget | None = None  # where a call says nothing; None = the whole model
         self.runs = self._choose(budget, subnet)
-        self._subnets = Subnets(model.config, params, keep_subnets, slice_inside)
+        self._subnets = ServedModels(model.config, params, keep_subnets, slice_inside)
 
     @overload
     def sample(self, prompt: Prompt, max_new_tokens: int = 64, **settings: Any) -> Sample: ...
@@ -262,7 +262,7 @@ class Sampler:
         """Everything but the prompts checked, the sub-network sliced; arguments as in `sample`."""
         how, rows = make_settings(settings or {}), len(prompts)
         policies, verified = self._policies(exit, rows), self._lossless(lossless, rows)
-        reader = Reader(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
+        reader = Detokenizer(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
         if reader.stops and self.tokenizer is None:
             raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
         served = self._serve(budget, subnet)

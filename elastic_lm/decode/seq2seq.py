@@ -11,7 +11,7 @@ import numpy as np
 from elastic_lm.config.checks import AT_LEAST_1, POSITIVE, require
 from elastic_lm.data.padding import filled
 from elastic_lm.decode.prefill import apart, together
-from elastic_lm.decode.results import Reader, TextTokenizer
+from elastic_lm.decode.results import Detokenizer, TextTokenizer
 from elastic_lm.decode.seq2seq_loop import Request, Targets, encode, generate, label_scores
 from elastic_lm.decode.settings import Settings, bucket, check_ids, make_settings, pad_rows, stop_array
 from elastic_lm.models.decoder import Params
@@ -241,8 +241,8 @@ class TextToText:
         require(bool(text), what, text, "is empty: give at least one character of text")
         return [*self.tokenizer.encode(text), *self.config.eos_ids[:1]]
 
-    def _reader(self, how: Settings) -> Reader:
-        reader = Reader(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
+    def _reader(self, how: Settings) -> Detokenizer:
+        reader = Detokenizer(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
         if reader.stops and self.tokenizer is None:
             raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
         return reader
@@ -282,7 +282,7 @@ def _temperature(value: float) -> jax.Array:
     return jnp.float32(value)
 
 
-def _collect(targets: Targets, count: int, reader: Reader) -> list[Text2TextResult]:
+def _collect(targets: Targets, count: int, reader: Detokenizer) -> list[Text2TextResult]:
     """Brings tokens and scores to the host, once."""
     tokens, lengths, s = jax.device_get((targets.tokens, targets.length, targets.scores))
     results = []

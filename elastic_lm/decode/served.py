@@ -20,8 +20,8 @@ from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill, prefill_begun
 from elastic_lm.models.decoder import Params
-from elastic_lm.width.chooser import Elastic, Per, for_prompts, routed_model, routing
-from elastic_lm.width.nested_decoder import ROUTING, RoutedConfig
+from elastic_lm.width.chooser import Per, SubnetChooser, for_prompts, routed_model, routing
+from elastic_lm.width.nested_decoder import ROUTING, NestedConfig
 from elastic_lm.width.slicing import slice_params
 
 
@@ -63,13 +63,13 @@ class Served:
 
     def for_prompts(self, tokens_BP: jax.Array, length_B: jax.Array) -> "Served":
         """The model for these prompts (see `routed.prompt_choices`): itself where they decide nothing."""
-        if self.per == "token" or not isinstance(self.config, RoutedConfig):
+        if self.per == "token" or not isinstance(self.config, NestedConfig):
             return self
         config, params = for_prompts(self.config, self.params, tokens_BP, length_B)
         return dataclasses.replace(self, config=config, params=params)
 
 
-class Subnets:
+class ServedModels:
     """The whole model and at most `keep` sub-networks of it, the least recently served of which go first."""
 
     def __init__(self, config: ModelConfig, params: Params, keep: int, inside: bool = False) -> None:
@@ -89,7 +89,7 @@ class Subnets:
         self._whole = Served(None, config, params, jit_prefill, jit_run)
         self._slice = _sliced_inside if inside else _sliced
         self._keep, self._kept = keep, collections.OrderedDict[Subnet, Served]()
-        self._routed: tuple[RoutedConfig, Params] | None = None
+        self._routed: tuple[NestedConfig, Params] | None = None
 
     def serve(self, subnet: Subnet | None) -> Served:
         """The model that a sub-network is, sliced now unless it is in memory.
@@ -114,7 +114,7 @@ class Subnets:
         self._kept.move_to_end(subnet)
         return self._kept[subnet]
 
-    def route(self, elastic: Elastic, budget: Budget) -> Served:
+    def route(self, elastic: SubnetChooser, budget: Budget) -> Served:
         """The model whose routers choose while it decodes.
 
         Args:

@@ -12,7 +12,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.padding import padded
 from elastic_lm.decode.sampling import Sampling
 from elastic_lm.decode.state import Controls, segments
-from elastic_lm.depth.confidence import NEVER, metric_index
+from elastic_lm.depth.confidence import NEVER_EXITS, metric_index
 from elastic_lm.depth.policies import ExitPolicy, gate_row, threshold_table
 
 STOP_SLOTS = 8  # stop tokens beyond this recompile with twice as many slots
@@ -143,7 +143,7 @@ def make_controls(
       ValueError: a sampling setting is out of range, or has not one entry per row.
     """
     batch, exits = len(prompts), len(segments(config)) - 1
-    thresholds = np.full((batch, exits, capacity), NEVER, np.float32)
+    thresholds = np.full((batch, exits, capacity), NEVER_EXITS, np.float32)
     for row, (policy, prompt) in enumerate(zip(policies, prompts, strict=True)):
         first = len(prompt) - 1  # position whose exits decide about the first emitted token
         thresholds[row, :, first : first + count] = threshold_table(policy, exits, count)

@@ -85,7 +85,7 @@ class DecodeState:
 
 
 @flax.struct.dataclass
-class Answers:
+class Emissions:
     """What the rows will emit at the end of an iteration.
 
     Attributes:
@@ -99,7 +99,7 @@ class Answers:
     depth: jax.Array
 
 
-def no_answers(config: ModelConfig, state: DecodeState) -> Answers:
+def no_emissions(config: ModelConfig, state: DecodeState) -> Emissions:
     """The beginning of an iteration.
 
     Args:
@@ -111,7 +111,7 @@ def no_answers(config: ModelConfig, state: DecodeState) -> Answers:
     """
     b = state.length.shape[0]
     logits = jnp.zeros((b, config.vocab_size), jnp.float32)
-    return Answers(jnp.zeros((b,), bool), logits, jnp.zeros((b,), jnp.int32))
+    return Emissions(jnp.zeros((b,), bool), logits, jnp.zeros((b,), jnp.int32))
 
 
 def segments(config: ModelConfig) -> tuple[tuple[int, int], ...]:

@@ -1,0 +1,50 @@
+"""Depth, the first dial: easy tokens leave the network after a few layers.
+
+How exits learn (EE-Tuning, sorted fine-tuning, self-supervised exits), when a token leaves (confidence and
+policies), and how thresholds are chosen (calibration, guarantee, forecast).
+"""
+
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):
+    from elastic_lm.config.model import ExitConfig
+    from elastic_lm.depth.calibration import calibrate
+    from elastic_lm.depth.confidence import METRICS
+    from elastic_lm.depth.ee_tuning import EETuning, JointTraining
+    from elastic_lm.depth.forecasting import Forecast, forecast
+    from elastic_lm.depth.guarantee import Guarantee, RiskControl
+    from elastic_lm.depth.observations import Observations, observe
+    from elastic_lm.depth.per_exit import exit_thresholds
+    from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, ExitPolicy, StaticExit
+    from elastic_lm.depth.self_supervised import SelfSupervisedExits
+    from elastic_lm.depth.sorted_finetuning import SortedFineTuning, extract
+    from elastic_lm.models.exits import attach_exits, without_exits
+
+__all__ = [
+    "METRICS",
+    "ConfidenceExit",
+    "DecayedExit",
+    "DepthSchedule",
+    "EETuning",
+    "ExitConfig",
+    "ExitPolicy",
+    "Forecast",
+    "Guarantee",
+    "JointTraining",
+    "Observations",
+    "RiskControl",
+    "SelfSupervisedExits",
+    "SortedFineTuning",
+    "StaticExit",
+    "attach_exits",
+    "calibrate",
+    "exit_thresholds",
+    "extract",
+    "forecast",
+    "observe",
+    "without_exits",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -23,7 +23,7 @@ import numpy as np
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import to_dict
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.confidence import LOGIT_METRICS, NEVER
+from elastic_lm.depth.confidence import LOGIT_METRICS, NEVER_EXITS
 from elastic_lm.depth.guarantee import RiskControl, control
 from elastic_lm.depth.observations import Arrays, Observations, observe
 from elastic_lm.depth.per_exit import Strategy, exit_thresholds
@@ -192,14 +192,14 @@ def choose_gates(
 def _spread(thresholds: Sequence[float], used: Sequence[int], exits: int) -> tuple[float, ...]:
     """Thresholds of all exits; those not in use never fire."""
     given = dict(zip(used, thresholds, strict=True))
-    return tuple(given.get(i, NEVER) for i in range(exits))
+    return tuple(given.get(i, NEVER_EXITS) for i in range(exits))
 
 
 def _point(scoring: Observations, target: float, thresholds: tuple[float, ...], metric: str) -> CurvePoint:
     depths = (*scoring.layers, scoring.n_layers)
     result = outcome(scoring.confidence, scoring.agrees, depths, thresholds)
     note = ""
-    if min(thresholds) >= NEVER:
+    if min(thresholds) >= NEVER_EXITS:
         note = "no exit can be used at this target: every token takes the full depth"
     elif result.agreement < target:
         note = "measured agreement is below the target: use more held-out text or a higher target"

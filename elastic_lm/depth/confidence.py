@@ -157,4 +157,4 @@ def confidence_by_index(index: jax.Array, logits: jax.Array, state: Evidence | N
     return jax.lax.switch(index, branches, logits.astype(jnp.float32), state)
 
 
-NEVER = 2.0  # a threshold that no confidence reaches
+NEVER_EXITS = 2.0  # a threshold that no confidence reaches

@@ -40,7 +40,7 @@ from elastic_lm.bounds import (
     sequences_needed,
 )
 from elastic_lm.config.checks import require
-from elastic_lm.depth.confidence import NEVER
+from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.observations import Observations
 from elastic_lm.depth.threshold_search import choose, emitting_exit
 
@@ -131,12 +131,12 @@ def ladder(
     depths = [*(selection.layers[i] for i in used), selection.n_layers]
     targets = [1.0 - stated.allowed * (i + 1) / rungs for i in range(rungs)]
     chosen = choose(selection.confidence[:, used], selection.agrees[:, used], depths, targets)
-    spread = [[NEVER] * len(selection.layers) for _ in targets]
+    spread = [[NEVER_EXITS] * len(selection.layers) for _ in targets]
     for row, target in zip(spread, targets, strict=True):
         for i, threshold in zip(used, chosen[target], strict=True):
             row[i] = threshold
     distinct = dict.fromkeys(map(tuple, spread))
-    return [thresholds for thresholds in distinct if min(thresholds) < NEVER]
+    return [thresholds for thresholds in distinct if min(thresholds) < NEVER_EXITS]
 
 
 def control(
@@ -159,7 +159,7 @@ def control(
       (one threshold per exit, the guarantee). Where nothing passes, no exit is used and the guarantee
       describes the most cautious thresholds instead, with the number of sequences that would be enough.
     """
-    never = (NEVER,) * len(testing.layers)
+    never = (NEVER_EXITS,) * len(testing.layers)
     rows = ladder(selection, range(len(never)) if used is None else used, stated, rungs)
     if not rows:
         losses = sequence_losses(testing, never)

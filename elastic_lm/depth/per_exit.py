@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from elastic_lm.config.checks import require
-from elastic_lm.depth.confidence import NEVER
+from elastic_lm.depth.confidence import NEVER_EXITS
 
 Strategy = Literal["max_coverage", "min_coverage", "midpoint", "platt"]
 
@@ -31,7 +31,7 @@ Strategy = Literal["max_coverage", "min_coverage", "midpoint", "platt"]
 class ExitChoice:
     """What a strategy gives for one exit."""
 
-    threshold: float  # the exit fires when its confidence is at least this; `NEVER` = it never does
+    threshold: float  # the exit fires when its confidence is at least this; `NEVER_EXITS` = it never does
     coverage: float  # share of the tokens that reach the threshold
     agreement: float  # share of these equal to the full model's; 1 where there are none
 
@@ -48,7 +48,7 @@ def exit_threshold(
       strategy: which of the valid thresholds is taken.
 
     Returns:
-      ExitChoice; `NEVER` where no threshold is valid.
+      ExitChoice; `NEVER_EXITS` where no threshold is valid.
 
     Raises:
       ValueError: there are no tokens, or the target or the strategy does not exist.
@@ -81,7 +81,7 @@ def _cumulative_threshold(
     last_of_equals = np.append(ranked[:-1] > ranked[1:], True)
     valid = np.flatnonzero((cumulative >= target - 1e-12) & last_of_equals & (ranked >= 0))
     if not len(valid):
-        return NEVER
+        return NEVER_EXITS
     if strategy == "min_coverage":
         return float(ranked[valid[0]])
     last = valid[-1]
@@ -93,12 +93,12 @@ def _platt_threshold(confidence: np.ndarray, agrees: np.ndarray, target: float) 
     heard = confidence >= 0
     confidence, agrees = confidence[heard], agrees[heard]
     if not len(confidence):
-        return NEVER
+        return NEVER_EXITS
     uncertainty = 1.0 - confidence.astype(np.float64)
     w, b = platt(uncertainty, agrees)
     wanted = math.log(target / (1.0 - target)) if target < 1 else math.inf
     if w * uncertainty.min() + b < wanted:
-        return NEVER
+        return NEVER_EXITS
     if w >= 0:
         return float(confidence.min())
     return max(float(confidence.min()), 1.0 - (wanted - b) / w)

@@ -24,7 +24,7 @@ import numpy as np
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import from_dict
 from elastic_lm.config.subnet import Subnet
-from elastic_lm.depth.confidence import NEVER, metric_index
+from elastic_lm.depth.confidence import NEVER_EXITS, metric_index
 from elastic_lm.depth.guarantee import Guarantee
 from elastic_lm.depth.observations import check_gates
 from elastic_lm.files.atomic import write_text_whole
@@ -78,7 +78,7 @@ def threshold_table(policy: ExitPolicy | None, exits: int, count: int) -> np.nda
     Returns:
       [J, count] float32.
     """
-    table = np.full((exits, count), NEVER, np.float32)
+    table = np.full((exits, count), NEVER_EXITS, np.float32)
     if isinstance(policy, PositionPolicy):
         given = policy.schedule(count)
         table[: len(given)] = given[:exits]
@@ -117,7 +117,7 @@ class StaticExit:
     @property
     def thresholds(self) -> tuple[float, ...]:
         """0 for the chosen exit, never for the others."""
-        return tuple(0.0 if layer == self.layer else NEVER for layer in self.layers)
+        return tuple(0.0 if layer == self.layer else NEVER_EXITS for layer in self.layers)
 
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError where the model has no such exit."""
@@ -166,7 +166,7 @@ class DecayedExit:
         """[J, count] thresholds; what never fires at first never does."""
         first = np.asarray(self.base.thresholds, np.float64)[:, None]
         fallen = first * (0.9 + 0.1 * np.exp(-self.tau * np.arange(count) / count))
-        return np.where(first > 1, NEVER, fallen)
+        return np.where(first > 1, NEVER_EXITS, fallen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ class DepthSchedule:
     def schedule(self, count: int) -> np.ndarray:
         """[J, count] thresholds: 0 for the exits at or above the depth, never for those below."""
         depth = self.first + (self.last - self.first) * np.arange(count) / max(count - 1, 1)
-        return np.where(np.asarray(self.layers)[:, None] >= depth, 0.0, NEVER)
+        return np.where(np.asarray(self.layers)[:, None] >= depth, 0.0, NEVER_EXITS)
 
 
 @dataclasses.dataclass(frozen=True)

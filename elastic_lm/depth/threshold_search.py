@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from elastic_lm.depth.confidence import NEVER
+from elastic_lm.depth.confidence import NEVER_EXITS
 
 Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (layers, disagreements) -> cost
 
@@ -85,7 +85,7 @@ class Tokens:
     def thresholds(self, positions: np.ndarray) -> tuple[float, ...]:
         """Thresholds at the given positions."""
         pairs = zip(self.values, positions, strict=True)
-        return tuple(float(values[k]) if k >= 0 else NEVER for values, k in pairs)
+        return tuple(float(values[k]) if k >= 0 else NEVER_EXITS for values, k in pairs)
 
     def line(self, j: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Total layers and disagreements at every position of exit j, from -1 on, the others fixed."""
@@ -157,7 +157,7 @@ def choose(
       prices: how many prices of a disagreement are tried for all targets; more are tried for each.
 
     Returns:
-      {target: E thresholds}; all `NEVER` where no exit can be used within the budget.
+      {target: E thresholds}; all `NEVER_EXITS` where no exit can be used within the budget.
     """
     tokens = Tokens(confidence, agrees, depths)
     never = Candidate(np.full(tokens.exits, -1), float(tokens.n * depths[-1]), 0.0)

@@ -2,12 +2,25 @@
 
 Supported: Llama 1, 2, 3, Mistral, Qwen 2, Qwen 3, Gemma 2, GPT-2, GPT-NeoX (Pythia), Nemotron; of
 encoders BERT (TinyBERT, MiniLM), DistilBERT, RoBERTa; of encoder-decoders T5 (1.0, 1.1, Flan-T5). Neither
-torch nor transformers is needed. How exits are stored: `elastic_lm.hf.table`.
+torch nor transformers is needed. How exits are stored: `elastic_lm.hf.tensors`.
 """
 
-from elastic_lm.hf.config_json import config_from_hf, config_to_hf
-from elastic_lm.hf.export import export
-from elastic_lm.hf.load import load
-from elastic_lm.hf.registry import FAMILIES
+from etils import epy as _epy
 
-__all__ = ["FAMILIES", "config_from_hf", "config_to_hf", "export", "load"]
+with _epy.lazy_api_imports(globals()):
+    from elastic_lm.hf.config_json import config_from_hf, config_to_hf
+    from elastic_lm.hf.exporting import export
+    from elastic_lm.hf.loading import load
+    from elastic_lm.hf.registry import FAMILIES
+
+__all__ = [
+    "FAMILIES",
+    "config_from_hf",
+    "config_to_hf",
+    "export",
+    "load",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.nn.attention import KeyValues
-from elastic_lm.nn.block import Block, Rows, Tap, make_norm
+from elastic_lm.nn.block import Block, NewKeyValues, Tap, make_norm
 from elastic_lm.nn.exit_head import Exit, VocabHead
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.partition import partitioned
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
         segments_BT: jax.Array | None = None,
         past: Sequence[KeyValues] | None = None,
         keep_LB: jax.Array | None = None,
-    ) -> tuple[Tap, list[Rows]]:
+    ) -> tuple[Tap, list[NewKeyValues]]:
         """Runs layers start .. stop-1 (static).
 
         Args:
@@ -222,7 +222,9 @@ class Decoder(nn.Module):
         tap = run(hidden_BTD, last, windows[-1] if windowed else 0)
         return tap.skipped(None if keep_LB is None else keep_LB[-1])
 
-    def rows(self, hidden_BTD: jax.Array, positions_BT: jax.Array, start: int, stop: int) -> list[Rows]:
+    def rows(
+        self, hidden_BTD: jax.Array, positions_BT: jax.Array, start: int, stop: int
+    ) -> list[NewKeyValues]:
         """Keys and values that layers start .. stop-1 (static) would have if this state entered each of them.
 
         State propagation of CALM (arXiv 2207.07061, sec. 3.3): tokens that left early give deeper layers
@@ -230,7 +232,9 @@ class Decoder(nn.Module):
         """
         return [self.layers[i].rows(hidden_BTD, positions_BT) for i in range(start, stop)]
 
-    def exit_rows(self, index: int, hidden_BTD: jax.Array, positions_BT: jax.Array) -> Rows | None:
+    def exit_key_values(
+        self, index: int, hidden_BTD: jax.Array, positions_BT: jax.Array
+    ) -> NewKeyValues | None:
         """The same for the own block of exit `index` (static); None where it has none."""
         return self.exits[index].rows(hidden_BTD, positions_BT)
 
@@ -254,7 +258,7 @@ class Decoder(nn.Module):
         *,
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
-    ) -> tuple[jax.Array, Rows | None]:
+    ) -> tuple[jax.Array, NewKeyValues | None]:
         """State of exit `index` and, for `block` exits, its new key and value rows."""
         return self.exits[index].state(tap, positions_BT, segments_BT=segments_BT, past=past)
 

@@ -12,7 +12,7 @@ from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.decoder import Embedding, Params
 from elastic_lm.models.encoder import mean_state
 from elastic_lm.nn.attention import KeyValues
-from elastic_lm.nn.block import Rows, make_norm
+from elastic_lm.nn.block import NewKeyValues, make_norm
 from elastic_lm.nn.encoder_decoder import Layer, seen_by_all
 from elastic_lm.nn.exit_head import VocabHead
 from elastic_lm.nn.linear import Linear, linear
@@ -43,7 +43,7 @@ class Stack(nn.Module):
         *,
         past: Sequence[KeyValues] | None = None,
         source: Sequence[KeyValues] | None = None,
-    ) -> tuple[jax.Array, list[Rows]]:
+    ) -> tuple[jax.Array, list[NewKeyValues]]:
         """Runs every layer; arguments as in `Layer`, one entry per layer.
 
         Args:
@@ -146,7 +146,7 @@ class EncoderDecoder(nn.Module):
 
     def step(
         self, token_B: jax.Array, place: jax.Array, past: Sequence[KeyValues], source: Sequence[KeyValues]
-    ) -> tuple[jax.Array, list[Rows]]:
+    ) -> tuple[jax.Array, list[NewKeyValues]]:
         """Predicts what follows one more token of every row.
 
         Args:

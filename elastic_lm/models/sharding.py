@@ -125,12 +125,3 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices per mesh axis; -1 on one axis = all that are left."""
-
-    data: int = -1  # rows of a batch
-    fsdp: int = 1  # rows of a batch and slices of every parameter
-    tensor: int = 1  # heads, MLP width and vocabulary

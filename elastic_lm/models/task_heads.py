@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.checks import require
-from elastic_lm.config.encoder import EncoderConfig, Problem
+from elastic_lm.config.encoder import EncoderConfig, TaskProblem
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder import dense, exit_name
 
@@ -17,7 +17,7 @@ def attach_task_head(
     config: EncoderConfig,
     params: Params,
     n_labels: int,
-    problem: Problem,
+    problem: TaskProblem,
     key: jax.Array,
     labels: Sequence[str] = (),
 ) -> tuple[EncoderConfig, Params]:

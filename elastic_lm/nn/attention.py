@@ -13,7 +13,7 @@ from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.norm import Norm
 from elastic_lm.nn.rope import apply_rope, rope_frequencies
 
-NEVER = jnp.iinfo(jnp.int32).max  # position of a key that no query may see
+HIDDEN_POSITION = jnp.iinfo(jnp.int32).max  # position of a key that no query may see
 
 
 @flax.struct.dataclass
@@ -23,7 +23,7 @@ class KeyValues:
     Attributes:
       k: [B, K, S, H] keys, already rotated.
       v: [B, K, S, H] values.
-      positions: [B, S] int32 position of each key; `NEVER` hides it.
+      positions: [B, S] int32 position of each key; `HIDDEN_POSITION` hides it.
       segments: [B, S] int32 document ids for packed training batches, or None.
     """
 

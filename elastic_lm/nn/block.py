@@ -13,7 +13,7 @@ from elastic_lm.nn.attention import Attention, KeyValues
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm
 
-Rows = tuple[jax.Array, jax.Array]  # new keys and values, [B, K, T, H] each
+NewKeyValues = tuple[jax.Array, jax.Array]  # new keys and values, [B, K, T, H] each
 
 
 @flax.struct.dataclass
@@ -75,7 +75,7 @@ class Block(nn.Module):
         window: int | jax.Array = 0,
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
-    ) -> tuple[Tap, Rows]:
+    ) -> tuple[Tap, NewKeyValues]:
         """Runs the layer.
 
         Args:
@@ -89,7 +89,7 @@ class Block(nn.Module):
           (Tap with the layer's output and what exits need, (k [B, K, T, H], v [B, K, T, H])).
         """
 
-        def attention(x_BTD: jax.Array) -> tuple[jax.Array, Rows]:
+        def attention(x_BTD: jax.Array) -> tuple[jax.Array, NewKeyValues]:
             return self.attn(x_BTD, positions_BT, window=window, segments_BT=segments_BT, past=past)
 
         return self.around(x_BTD, attention, self.mlp)
@@ -97,9 +97,9 @@ class Block(nn.Module):
     def around(
         self,
         x_BTD: jax.Array,
-        attention: Callable[[jax.Array], tuple[jax.Array, Rows]],
+        attention: Callable[[jax.Array], tuple[jax.Array, NewKeyValues]],
         mlp: Callable[[jax.Array], jax.Array],
-    ) -> tuple[Tap, Rows]:
+    ) -> tuple[Tap, NewKeyValues]:
         """The layer with any attention and any MLP in it, both maps of normalised input [B, T, D].
 
         Args:
@@ -115,7 +115,7 @@ class Block(nn.Module):
         hidden = self.add_mlp(residual, mlp(mlp_input))
         return Tap(hidden, residual, mlp_input, x_BTD), rows
 
-    def rows(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Rows:
+    def rows(self, x_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues:
         """Keys and values that this layer would have for an input, and nothing else.
 
         Args:

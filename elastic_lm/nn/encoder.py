@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.encoder import EncoderConfig
-from elastic_lm.nn.attention import NEVER, KeyValues, attend
+from elastic_lm.nn.attention import HIDDEN_POSITION, KeyValues, attend
 from elastic_lm.nn.linear import Linear, linear
 from elastic_lm.nn.mlp import ACTIVATIONS, MLP
 from elastic_lm.nn.norm import Norm
@@ -25,7 +25,7 @@ def attend_all(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask_BS:
       [B, T, N, H] in the dtype of `q_BTNH`; probabilities are float32.
     """
     # To `attend`, what every query may see lies at position 0, and the rest never comes.
-    positions_BS = jnp.where(mask_BS, 0, NEVER).astype(jnp.int32)
+    positions_BS = jnp.where(mask_BS, 0, HIDDEN_POSITION).astype(jnp.int32)
     keys = KeyValues(jnp.moveaxis(k_BSNH, 1, 2), jnp.moveaxis(v_BSNH, 1, 2), positions_BS)
     scale = q_BTNH.shape[-1] ** -0.5
     return attend(q_BTNH, [keys], jnp.zeros(q_BTNH.shape[:2], jnp.int32), scale=scale)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
-from elastic_lm.nn.attention import NEVER, Attention, KeyValues, attend
-from elastic_lm.nn.block import Rows, make_norm
+from elastic_lm.nn.attention import HIDDEN_POSITION, Attention, KeyValues, attend
+from elastic_lm.nn.block import NewKeyValues, make_norm
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.relative_position import RelativeBias
@@ -24,7 +24,7 @@ def seen_by_all(mask_BS: jax.Array) -> jax.Array:
     Returns:
       [B, S] int32.
     """
-    return jnp.where(mask_BS, 0, NEVER)
+    return jnp.where(mask_BS, 0, HIDDEN_POSITION)
 
 
 class CrossAttention(nn.Module):
@@ -42,7 +42,7 @@ class CrossAttention(nn.Module):
         self.kv = Linear((c.n_heads, 2, c.head_dim), axes, param_dtype=c.param_dtype)
         self.out = Linear((c.d_model,), ("embed", "heads"), param_dtype=c.param_dtype)
 
-    def rows(self, source_BSD: jax.Array) -> Rows:
+    def rows(self, source_BSD: jax.Array) -> NewKeyValues:
         """Keys and values [B, N, S, H] of the encoder's output."""
         k, v = jnp.moveaxis(self.kv(source_BSD), 3, 0)  # [B, S, N, H] each
         return jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
@@ -95,7 +95,7 @@ class Layer(nn.Module):
         *,
         past: KeyValues | None = None,
         source: KeyValues | None = None,
-    ) -> tuple[jax.Array, Rows]:
+    ) -> tuple[jax.Array, NewKeyValues]:
         """Runs the layer.
 
         Args:

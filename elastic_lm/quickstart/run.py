@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from elastic_lm.checkpoints.embedded import embedded_model
-from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data import pipeline

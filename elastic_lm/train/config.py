@@ -18,9 +18,9 @@ from elastic_lm.config.checks import (
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.config.mesh import MeshConfig
 from elastic_lm.config.model import DTYPES, ExitConfig, ModelConfig
 from elastic_lm.config.task import TaskConfig
-from elastic_lm.models.sharding import MeshConfig
 from elastic_lm.train.losses import Objective
 
 MethodName = Literal[
@@ -36,9 +36,9 @@ MethodName = Literal[
 DepthWeights = Literal["uniform", "linear", "sum", "sqrt", "inverse", "inverse_sqrt", "layerskip"]
 Curriculum = Literal["all", "sampled", "rotational", "gradual"]
 Draw = Literal["per_layer", "uniform", "one_per_step"]
-Teacher = Literal["live", "frozen"]
+TeacherKind = Literal["live", "frozen"]
 Scheme = Literal["end_to_end", "surrogate"]
-Reads = Literal["budget", "hidden"]
+RoutersRead = Literal["budget", "hidden"]
 Priced = Literal["parameters", "flops", "memory_bytes", "latency_ms"]
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Optimizer = Literal["adamw", "muon"]
@@ -120,7 +120,7 @@ class TrainConfig:
     samples: int = 2  # flextron, beside the full model: random sub-networks of a step
     smallest_share: float = 0.5  # flextron: probability that one of them is the smallest there is
     distil: float = 0.0  # flextron, routers, task_tuning: weight of KL to the full model or teacher_from
-    teacher: Teacher = "live"  # flextron, KL to: the full model of the step, or a copy of the first one
+    teacher: TeacherKind = "live"  # flextron, KL to: the full model of the step, or a copy of the first one
     elastic_groups: int = 0  # flextron: storage groups of neurons; 0 = the model's own, or 16
     rank_batches: int = 16  # flextron: batches that rank neurons and heads of init_from, unless it is ranked
     budgets: tuple[float, ...] = (0.5, 0.625, 0.75, 0.875, 1.0)  # routers: shares of the full model's cost
@@ -128,7 +128,7 @@ class TrainConfig:
     latency_table: str = ""  # routers, latency_ms: file of elastic-lm latency build, of this device
     context: int = 0  # routers, flops or memory_bytes: positions before the token that is decoded
     scheme: Scheme = "end_to_end"  # routers: through the model, or by a surrogate of its loss
-    reads: Reads = "budget"  # routers: what they choose by; hidden: by every token's state, too
+    reads: RoutersRead = "budget"  # routers: what they choose by; hidden: by every token's state, too
     router_width: int = 256  # routers: width of their hidden layer
     router_lr: float = 1.0  # routers: their learning rate as a multiple of the model's
     budget_weight: float = 10.0  # routers: weight of the relative distance from the budget
@@ -183,14 +183,14 @@ class TrainConfig:
         require_choice("train.curriculum", self.curriculum, get_args(Curriculum))
         require_choice("train.objective", self.objective, get_args(Objective))
         require_choice("train.draw", self.draw, get_args(Draw))
-        require_choice("train.teacher", self.teacher, get_args(Teacher))
+        require_choice("train.teacher", self.teacher, get_args(TeacherKind))
         require_choice("train.tuned", self.tuned, get_args(Tuned))
         distinct = len(set(self.menu_dropped)) == len(self.menu_dropped)
         require(distinct, "train.menu_dropped", self.menu_dropped, "names a layer twice; name each once")
         for field in ("menu_mlp", "menu_heads", "menu_groups", "budgets"):
             require_shares(f"train.{field}", getattr(self, field))
         require_choice("train.scheme", self.scheme, get_args(Scheme))
-        require_choice("train.reads", self.reads, get_args(Reads))
+        require_choice("train.reads", self.reads, get_args(RoutersRead))
         require_choice("train.priced", self.priced, get_args(Priced))
         fix = "name the file that elastic-lm latency build wrote on this device"
         named = self.priced != "latency_ms" or bool(self.latency_table)
@@ -245,9 +245,9 @@ class RunConfig:
 
     model: ModelConfig | None = None  # architecture; None = that of train.init_from
     exits: tuple[ExitConfig, ...] = ()  # exits attached before training
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default=DataConfig())
     train: TrainConfig = dataclasses.field(default=TrainConfig())
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = dataclasses.field(default=MeshConfig())
 
     def __post_init__(self) -> None:
         require(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.checkpoints.native import (
     MENU_FILE,
     Checkpoints,

@@ -1,0 +1,54 @@
+"""Width, the second dial: nested sub-networks of a checkpoint, ranked by importance, chosen for a budget."""
+
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):
+    from elastic_lm.config.subnet import Budget, Menu, Subnet
+    from elastic_lm.cost.counted import CostTable, Workload, counted_table
+    from elastic_lm.cost.latency_table import LatencyTable
+    from elastic_lm.width.chooser import SubnetChooser
+    from elastic_lm.width.elastic_training import ElasticTraining, uniform_subnets
+    from elastic_lm.width.importance import Importance, permute, rank
+    from elastic_lm.width.router_training import RouterTraining
+    from elastic_lm.width.search import (
+        Damage,
+        evolutionary,
+        greedy,
+        knapsack,
+        measured_damage,
+        random_subnets,
+        uniform_subnet,
+    )
+    from elastic_lm.width.slicing import mask_params, slice_params
+    from elastic_lm.width.trained_routers import Routers
+
+__all__ = [
+    "Budget",
+    "CostTable",
+    "Damage",
+    "ElasticTraining",
+    "Importance",
+    "LatencyTable",
+    "Menu",
+    "RouterTraining",
+    "Routers",
+    "Subnet",
+    "SubnetChooser",
+    "Workload",
+    "counted_table",
+    "evolutionary",
+    "greedy",
+    "knapsack",
+    "mask_params",
+    "measured_damage",
+    "permute",
+    "random_subnets",
+    "rank",
+    "slice_params",
+    "uniform_subnet",
+    "uniform_subnets",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,9 +12,9 @@ import numpy as np
 from elastic_lm.config.checks import require, require_choice
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
-from elastic_lm.cost.counted import CostTable, Load, counted_table
+from elastic_lm.cost.counted import CostTable, Workload, counted_table
 from elastic_lm.models.decoder import Params
-from elastic_lm.width.nested_decoder import ROUTING, RoutedConfig, prompt_choices, routed_params
+from elastic_lm.width.nested_decoder import ROUTING, NestedConfig, nested_params, prompt_choices
 from elastic_lm.width.router import budget_code
 from elastic_lm.width.search import uniform_subnet
 from elastic_lm.width.search_space import check_shape
@@ -37,7 +37,7 @@ class Measured(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Elastic:
+class SubnetChooser:
     """An elastic model's choices, what they cost, and who makes them.
 
     Costs are those of the model without its exits.
@@ -47,7 +47,7 @@ class Elastic:
     menu: Menu  # the choices that it was made elastic for
     table: CostTable | None = None  # measured milliseconds (`with_latency`); other costs are counted
     choose: Callable[[Budget], Subnet] | None = None  # for less than the whole model costs; None = search
-    workload: Load = dataclasses.field(default=Load())  # at which FLOPs and bytes are counted
+    workload: Workload = dataclasses.field(default=Workload())  # at which FLOPs and bytes are counted
     routers: Routers | None = None  # learned; choose where `choose` does not
     per: Per = "token"  # routers that read states: who has widths of its own
 
@@ -68,7 +68,7 @@ class Elastic:
             check_shape("elastic.table", self.table.attention, self.table.mlp, self.config, self.menu)
 
     @classmethod
-    def load(cls, folder: str | Path, config: ModelConfig | None = None) -> "Elastic":
+    def load(cls, folder: str | Path, config: ModelConfig | None = None) -> "SubnetChooser":
         """Reads what a checkpoint says about its choices, its routers where it has some.
 
         Args:
@@ -88,7 +88,7 @@ class Elastic:
         routed = (Path(folder) / DESCRIPTION).is_file()
         return cls(config, load_menu(folder), routers=Routers.load(folder, config) if routed else None)
 
-    def with_latency(self, table: Measured, source: str = "latency table") -> "Elastic":
+    def with_latency(self, table: Measured, source: str = "latency table") -> "SubnetChooser":
         """The same with measured milliseconds, for budgets of latency.
 
         Args:
@@ -180,7 +180,7 @@ class Elastic:
 jit_choices = jax.jit(prompt_choices, static_argnames="config")
 
 
-def routed_model(config: ModelConfig, params: Params, routers: Routers) -> tuple[RoutedConfig, Params]:
+def routed_model(config: ModelConfig, params: Params, routers: Routers) -> tuple[NestedConfig, Params]:
     """A model whose layers choose for every token.
 
     Args:
@@ -192,9 +192,9 @@ def routed_model(config: ModelConfig, params: Params, routers: Routers) -> tuple
       (config, parameters without `ROUTING`).
     """
     shape = routers.shape
-    routed = RoutedConfig.of(config, shape.menu, router_width=shape.width)
+    routed = NestedConfig.of(config, shape.menu, router_width=shape.width)
     costs = shares(routers.table, shape.menu)
-    return routed, routed_params(routed, params, routers.params["layers"], costs)
+    return routed, nested_params(routed, params, routers.params["layers"], costs)
 
 
 def routing(routers: Routers, budget: Budget) -> dict[str, Any]:
@@ -230,8 +230,8 @@ def check_routed(routers: Routers, budget: Budget) -> None:
 
 
 def for_prompts(
-    config: RoutedConfig, params: Params, tokens_BP: jax.Array, length_B: jax.Array
-) -> tuple[RoutedConfig, Params]:
+    config: NestedConfig, params: Params, tokens_BP: jax.Array, length_B: jax.Array
+) -> tuple[NestedConfig, Params]:
     """The same model with choices fixed for every row by its prompt; arguments as in `prompt_choices`."""
     chosen = jit_choices(config, params, tokens_BP, length_B)
     return dataclasses.replace(config, per_token=False), {**params, ROUTING: chosen}

@@ -36,7 +36,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
-from elastic_lm.train.config import Draw, Teacher, TrainConfig
+from elastic_lm.train.config import Draw, TeacherKind, TrainConfig
 from elastic_lm.train.losses import (
     Metrics,
     TokenSums,
@@ -45,12 +45,12 @@ from elastic_lm.train.losses import (
     sum_over_chunks,
     token_sums,
 )
-from elastic_lm.width.switched import Choice, elastic_taps
+from elastic_lm.width.switched import MenuIndices, elastic_taps
 
 TEACHER = "teacher"  # key of the frozen teacher's parameters
 
 
-def draw_choice(key: jax.Array, menu: Menu, n_layers: int, *, uniform: bool = False) -> Choice:
+def draw_choice(key: jax.Array, menu: Menu, n_layers: int, *, uniform: bool = False) -> MenuIndices:
     """A random subnet of a menu, every choice equally likely.
 
     Args:
@@ -72,7 +72,9 @@ def draw_choice(key: jax.Array, menu: Menu, n_layers: int, *, uniform: bool = Fa
     place = {layer: n for n, layer in enumerate(menu.dropped)}
     place_L = jnp.asarray([place.get(layer, len(place)) for layer in range(n_layers)])
     stays_L = place_L >= left_out
-    return Choice(indices(mlp, menu.mlp), indices(heads, menu.heads), stays_L, indices(groups, menu.groups))
+    return MenuIndices(
+        indices(mlp, menu.mlp), indices(heads, menu.heads), stays_L, indices(groups, menu.groups)
+    )
 
 
 def draw_choices(
@@ -83,7 +85,7 @@ def draw_choices(
     *,
     smallest_share: float = 0.0,
     uniform: bool = False,
-) -> Choice:
+) -> MenuIndices:
     """Independent random subnets, one of which is often the smallest.
 
     Args:
@@ -102,7 +104,7 @@ def draw_choices(
     choices = jax.vmap(lambda key: draw_choice(key, menu, n_layers, uniform=uniform))(keys)
     stays = jnp.asarray([i not in menu.dropped for i in range(n_layers)])
     first = jnp.zeros(n_layers, jnp.int32)
-    smallest = Choice(first, first, stays, first)
+    smallest = MenuIndices(first, first, stays, first)
     taken = jax.random.bernoulli(coin, smallest_share) & (jnp.arange(samples) == 0)
     return jax.tree.map(lambda one, all_: jnp.where(taken[:, None], one, all_), smallest, choices)
 
@@ -139,14 +141,14 @@ class ElasticTraining:
     samples: int = 2  # S
     smallest_share: float = 0.5  # probability that x_1 is the smallest
     distil: float = 0.0  # d
-    teacher: Teacher = "live"  # p, where d > 0
+    teacher: TeacherKind = "live"  # p, where d > 0
     seed: int = 0  # of the draws
     chunk: int = 256  # columns of logits alive at once, of the teacher and of one subnet
     remat: bool = False  # recompute layers in the backward pass
 
     def __post_init__(self) -> None:
         require_choice("draw", self.draw, get_args(Draw))
-        require_choice("teacher", self.teacher, get_args(Teacher))
+        require_choice("teacher", self.teacher, get_args(TeacherKind))
         require(self.samples >= 1, "samples", self.samples, "must be at least 1")
         for field in ("smallest_share", "distil"):
             require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "must be in [0, 1]")
@@ -225,7 +227,7 @@ class ElasticTraining:
         distilled = {"kl/sampled": divergence} if self.distil else {}
         return loss, {**metrics, "loss/sampled": entropy, **distilled}
 
-    def choices(self, step: jax.Array | int) -> Choice:
+    def choices(self, step: jax.Array | int) -> MenuIndices:
         """Subnets of a step, [S, L] each; one for one_per_step. Seed and step decide."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         layers = self.config.n_layers
@@ -234,7 +236,7 @@ class ElasticTraining:
         uniform, share = self.draw == "uniform", self.smallest_share
         return draw_choices(key, self.menu, layers, self.samples, smallest_share=share, uniform=uniform)
 
-    def token_sums(self, params: Params, choice: Choice, batch: Batch) -> TokenSums:
+    def token_sums(self, params: Params, choice: MenuIndices, batch: Batch) -> TokenSums:
         """Cross-entropy of one subnet.
 
         Args:
@@ -253,7 +255,7 @@ class ElasticTraining:
         return self.draw != "one_per_step" and self.distil > 0 and self.teacher == "frozen"
 
     def _sums(
-        self, params: Params, frozen: Params, batch: Batch, choices: Choice
+        self, params: Params, frozen: Params, batch: Batch, choices: MenuIndices
     ) -> tuple[TokenSums, jax.Array, jax.Array]:
         """(sums of the whole model, cross-entropy and KL summed over subnets and tokens)."""
         kernel = self._kernel(params)
@@ -286,7 +288,7 @@ class ElasticTraining:
         arrays = (full, taught, list(each), batch.targets, batch.weights)
         return sum_over_chunks(one, arrays, self.chunk)
 
-    def _features(self, params: Params, choice: Choice, batch: Batch) -> jax.Array:
+    def _features(self, params: Params, choice: MenuIndices, batch: Batch) -> jax.Array:
         """[B, T, D] of one subnet for the vocabulary head."""
         depth = self.config.n_layers
         taps = elastic_taps(
@@ -338,7 +340,7 @@ class ElasticEvaluation:
         """
         config, menu = self.method.config, self.method.menu
         subnets = uniform_subnets(config, menu)
-        each = [Choice.of(config, menu, subnet) for subnet in subnets.values()]
+        each = [MenuIndices.of(config, menu, subnet) for subnet in subnets.values()]
         choices = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
         sums = jax.lax.map(lambda choice: self.method.token_sums(trainable, choice, batch), choices)
         count = jnp.maximum(sums.weight[0], 1.0)

@@ -30,7 +30,7 @@ class Picks:
     mlp: jax.Array
 
 
-def routed_hidden(
+def gated_hidden(
     config: ModelConfig,
     menu: Menu,
     params: Params,

@@ -22,7 +22,7 @@ import numpy as np
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Ints
 from elastic_lm.nn.attention import KeyValues, attend
-from elastic_lm.nn.block import Block, Rows, Tap
+from elastic_lm.nn.block import Block, NewKeyValues, Tap
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm
@@ -75,7 +75,7 @@ def nested_block(
     *,
     window: int = 0,
     past: KeyValues | None = None,
-) -> tuple[Tap, Rows]:
+) -> tuple[Tap, NewKeyValues]:
     """`nn.block.Block` in which every token takes its own widths.
 
     Args:
@@ -102,7 +102,7 @@ def nested_block(
     def feed_forward(x_BTD: jax.Array) -> jax.Array:
         return _chain(len(mlp), mlp_BT, lambda b: block(b, x_BTD))
 
-    def attention(x_BTD: jax.Array) -> tuple[jax.Array, Rows]:
+    def attention(x_BTD: jax.Array) -> tuple[jax.Array, NewKeyValues]:
         return _attention(config, params["attn"], x_BTD, positions_BT, heads_BT, window, past)
 
     found: Any = Block(config, parent=None).apply(
@@ -132,7 +132,7 @@ def _attention(
     heads_BT: jax.Array,
     window: int,
     past: KeyValues | None,
-) -> tuple[jax.Array, Rows]:
+) -> tuple[jax.Array, NewKeyValues]:
     """`nn.attention.Attention` in blocks of heads."""
     c, (b, t) = config, x_BTD.shape[:2]
 

@@ -19,7 +19,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.models.decoder import Decoder, Params, default_positions
 from elastic_lm.nn.attention import KeyValues
-from elastic_lm.nn.block import Rows, Tap
+from elastic_lm.nn.block import NewKeyValues, Tap
 from elastic_lm.width.nested import nest, nested_block
 from elastic_lm.width.router import layer_router, router_input
 
@@ -27,7 +27,7 @@ ROUTING = "routing"  # key of what decides: {"code", "tilt"}, or the choices {"h
 
 
 @dataclasses.dataclass(frozen=True)
-class RoutedConfig(ModelConfig):
+class NestedConfig(ModelConfig):
     """A model whose layers choose from a menu while it decodes."""
 
     menu: Menu = dataclasses.field(default=Menu())  # what may be chosen: heads and neurons
@@ -35,16 +35,16 @@ class RoutedConfig(ModelConfig):
     router_width: int = 32  # per_token: width of the routers' hidden layers
 
     @classmethod
-    def of(cls, config: ModelConfig, menu: Menu, **fields: Any) -> "RoutedConfig":
+    def of(cls, config: ModelConfig, menu: Menu, **fields: Any) -> "NestedConfig":
         """The routed form of a model; `fields` are those above."""
         own = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
         return cls(**own, menu=menu, **fields)
 
 
-class RoutedDecoder(Decoder):
-    """`Decoder` over nested layers; parameters are from `routed_params`."""
+class NestedDecoder(Decoder):
+    """`Decoder` over nested layers; parameters are from `nested_params`."""
 
-    config: RoutedConfig
+    config: NestedConfig
 
     def run_layers(
         self,
@@ -56,7 +56,7 @@ class RoutedDecoder(Decoder):
         segments_BT: jax.Array | None = None,
         past: Sequence[KeyValues] | None = None,
         keep_LB: jax.Array | None = None,
-    ) -> tuple[Tap, list[Rows]]:
+    ) -> tuple[Tap, list[NewKeyValues]]:
         """See `Decoder.run_layers`; packed documents and layer dropout belong to training."""
         assert segments_BT is None
         assert keep_LB is None
@@ -85,11 +85,11 @@ class RoutedDecoder(Decoder):
 
 def decoder_of(config: ModelConfig) -> Decoder:
     """The decoder that a config describes."""
-    return RoutedDecoder(config) if isinstance(config, RoutedConfig) else Decoder(config)
+    return NestedDecoder(config) if isinstance(config, NestedConfig) else Decoder(config)
 
 
 def layer_logits(
-    config: RoutedConfig, layer: Params, routing: Params, hidden_BTD: jax.Array
+    config: NestedConfig, layer: Params, routing: Params, hidden_BTD: jax.Array
 ) -> dict[str, jax.Array]:
     """Logits of a layer's choices for every token, tilted towards the budget.
 
@@ -108,20 +108,20 @@ def layer_logits(
 
 
 def prompt_choices(
-    config: RoutedConfig, params: Params, tokens_BP: jax.Array, length_B: jax.Array
+    config: NestedConfig, params: Params, tokens_BP: jax.Array, length_B: jax.Array
 ) -> dict[str, jax.Array]:
     """What the routers choose for whole rows, by the mean of their logits over the prompt.
 
     Args:
       config: static; per_token.
-      params: from `routed_params`, with `ROUTING`.
+      params: from `nested_params`, with `ROUTING`.
       tokens_BP: int32 prompts, padded on the right.
       length_B: int32 prompt lengths.
 
     Returns:
       {"heads", "mlp": [B, L] int32}, the `ROUTING` of the same model with per_token=False.
     """
-    decoder, sizes = RoutedDecoder(config).bind({"params": params}), config.menu.sizes(config)
+    decoder, sizes = NestedDecoder(config).bind({"params": params}), config.menu.sizes(config)
     positions = default_positions(tokens_BP, None)
     share_BT1 = ((positions < length_B[:, None]) / length_B[:, None])[..., None]
     hidden = decoder.embed(tokens_BP, positions)
@@ -140,8 +140,8 @@ def prompt_choices(
     return {"heads": heads, "mlp": mlp}
 
 
-def routed_params(
-    config: RoutedConfig, params: Params, routers: Params | None = None, costs: Any = None
+def nested_params(
+    config: NestedConfig, params: Params, routers: Params | None = None, costs: Any = None
 ) -> Params:
     """Canonical parameters with their layers in nested blocks, and what decides about each.
 

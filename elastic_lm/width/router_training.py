@@ -40,7 +40,7 @@ from elastic_lm.checkpoints.native import load_menu
 from elastic_lm.config.checks import require, require_choice
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Menu
-from elastic_lm.cost.counted import CostTable, Load, counted_table
+from elastic_lm.cost.counted import CostTable, Workload, counted_table
 from elastic_lm.cost.latency_table import LatencyTable
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
@@ -48,7 +48,7 @@ from elastic_lm.nn.linear import Linear
 from elastic_lm.train.config import Scheme, TrainConfig
 from elastic_lm.train.losses import Metrics, TokenSums, imitation_loss, sum_over_chunks, token_sums
 from elastic_lm.train.step import place_batch
-from elastic_lm.width.gated import Picks, routed_hidden
+from elastic_lm.width.gated import Picks, gated_hidden
 from elastic_lm.width.router import SLOPE, budget_code, init_router, router_input, straight_through
 from elastic_lm.width.trained_routers import Routers, RouterShape, shares
 
@@ -189,7 +189,7 @@ class RouterTraining:
             return picks({"heads": logits["heads"] + heads, "mlp": logits["mlp"] + mlp}, *keys)
 
         def run(pick: Any, given: Any, keep_LB: jax.Array) -> tuple[jax.Array, Picks]:
-            return routed_hidden(
+            return gated_hidden(
                 shape.config, shape.menu, params, batch.tokens, pick, given, keep_LB,
                 batch.positions, batch.segments, remat=self.remat,
             )  # fmt: skip
@@ -420,7 +420,7 @@ def cost_table(train: TrainConfig, model: ModelConfig, menu: Menu) -> CostTable:
     """Costs of a menu, of the kind that the budgets are in; raises as `router_training` does."""
     if train.priced == "latency_ms":
         return LatencyTable.load(train.latency_table).checked(model, menu)
-    return counted_table(model, menu, train.priced, Load(context=train.context))
+    return counted_table(model, menu, train.priced, Workload(context=train.context))
 
 
 def initial_routers(train: TrainConfig, shape: RouterShape) -> Params | None:

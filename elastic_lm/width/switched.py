@@ -22,7 +22,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.models.decoder import Decoder, default_positions
 from elastic_lm.nn.attention import Attention, KeyValues
-from elastic_lm.nn.block import Block, Rows, Tap
+from elastic_lm.nn.block import Block, NewKeyValues, Tap
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.width.axes import Params, edit_params, slice_edit
 
@@ -42,7 +42,7 @@ def elastic_block(
     window: int | jax.Array = 0,
     segments_BT: jax.Array | None = None,
     past: KeyValues | None = None,
-) -> tuple[Tap, Rows]:
+) -> tuple[Tap, NewKeyValues]:
     """`nn.block.Block` with MLP width, heads and key/value groups of a traced choice.
 
     New rows have the whole layer's shape under every choice, so caches keep theirs. Those of a group that is
@@ -73,7 +73,7 @@ def elastic_block(
     attention_index = heads_index * len(groups) + groups_index
     mlps = [jax.checkpoint(functools.partial(_mlp, config, f)) for f in mlp]
 
-    def attention(x_BTD: jax.Array) -> tuple[jax.Array, Rows]:
+    def attention(x_BTD: jax.Array) -> tuple[jax.Array, NewKeyValues]:
         return jax.lax.switch(attention_index, attentions, params["attn"], x_BTD)
 
     def feed_forward(x_BTD: jax.Array) -> jax.Array:
@@ -93,7 +93,7 @@ def _attention(
     *,
     past: KeyValues | None,
     **kwargs: Any,
-) -> tuple[jax.Array, Rows]:
+) -> tuple[jax.Array, NewKeyValues]:
     """Attention of the first `heads` query heads of each of the first `groups` groups."""
     small = dataclasses.replace(config, n_heads=heads * groups, n_kv_heads=groups)
     edit = slice_edit(config, config.d_mlp, heads, groups, config.d_model)
@@ -114,7 +114,7 @@ def _mlp(config: ModelConfig, neurons: int, params: Params, x_BTD: jax.Array) ->
 
 
 @flax.struct.dataclass
-class Choice:
+class MenuIndices:
     """A subnet as indices into a menu; traced.
 
     Attributes:
@@ -130,7 +130,7 @@ class Choice:
     groups: jax.Array | None = None
 
     @classmethod
-    def of(cls, config: ModelConfig, menu: Menu, subnet: Subnet) -> "Choice":
+    def of(cls, config: ModelConfig, menu: Menu, subnet: Subnet) -> "MenuIndices":
         """The choice that computes a subnet; raises as `Menu.indices` does."""
         mlp, heads, groups, keep = menu.indices(config, subnet)
         mlp, heads, groups = (jnp.asarray(indices, jnp.int32) for indices in (mlp, heads, groups))
@@ -142,7 +142,7 @@ def elastic_taps(
     menu: Menu,
     params: Params,
     tokens_BT: jax.Array,
-    choice: Choice,
+    choice: MenuIndices,
     depths: Sequence[int] | None = None,
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
@@ -169,7 +169,7 @@ def elastic_taps(
     sizes = menu.sizes(config)
     hidden = Decoder(config).bind({"params": params}).embed(tokens_BT, positions_BT)
 
-    def layer(i: int, params: Params, hidden: jax.Array, chosen: Choice, window: int | jax.Array) -> Tap:
+    def layer(i: int, params: Params, hidden: jax.Array, chosen: MenuIndices, window: int | jax.Array) -> Tap:
         groups = jnp.int32(len(sizes.groups[i]) - 1) if chosen.groups is None else chosen.groups
 
         def run(hidden: jax.Array) -> Tap:

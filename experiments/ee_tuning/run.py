@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data import pipeline

@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from elastic_lm.cascade.sweep import Measured, RoutingCurve, RoutingPoint, like_super, most_accurate, sweep
+from elastic_lm.cascade.sweep import CascadeCurve, CascadePoint, Measured, like_super, most_accurate, sweep
 
 matplotlib.use("Agg")
 Columns = dict[str, Any]
@@ -48,7 +48,7 @@ def kinds_of(columns: Columns) -> list[str]:
     return [k for k in KINDS if k in found] + [k for k in found if k not in KINDS]
 
 
-def mean_accuracy(curve: RoutingCurve) -> float:
+def mean_accuracy(curve: CascadeCurve) -> float:
     """Area under accuracy over the share of rows that go to the Super, from 0 to 1."""
     grid = np.linspace(0, 1, 201)
     return float(np.interp(grid, curve.share_super, curve.accuracy).mean())
@@ -112,12 +112,12 @@ def routes(found: list[Columns]) -> str:
     return markdown(["score", *shares, *best], lines)
 
 
-def accuracy_at(curve: RoutingCurve, share: float) -> float:
+def accuracy_at(curve: CascadeCurve, share: float) -> float:
     """Accuracy where a share of the rows goes to the Super, between the nearest thresholds."""
     return float(np.interp(share, curve.share_super, curve.accuracy))
 
 
-def transferred(columns: Columns, kind: str) -> RoutingPoint:
+def transferred(columns: Columns, kind: str) -> CascadePoint:
     """On the test rows, the cheapest threshold that reached the Super's quality on the fit rows."""
     threshold = like_super(sweep(rows(columns, "fit", kind))).threshold
     return rows(columns, "test", kind).at(threshold)

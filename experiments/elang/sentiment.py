@@ -12,9 +12,9 @@ from typing import Any
 from encoders import HELD_BACK, split
 from study import Columns, answered, settled
 
-from elastic_lm.cascade.multiple_choice import Choice
-from elastic_lm.cascade.shared_model import nested_choice
-from elastic_lm.checkpoints.load import load
+from elastic_lm.cascade.multiple_choice import MultipleChoice
+from elastic_lm.cascade.shared_model import shared_multiple_choice
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.tokenizer import Tokenizer
@@ -43,12 +43,12 @@ def measured(data: Path, out: Path, base: str, seed: int) -> dict[str, Columns]:
     split(data / f"{NAME}_train.jsonl", folder, seed)
     make = functools.partial(trained, folder, seed)
 
-    def separate() -> dict[str, Choice]:
+    def separate() -> dict[str, MultipleChoice]:
         whole = make("super", init_from=base, lr=1e-3)
         small = make("swift", init_from=base, init_layers=LAYERS, lr=2e-3)
         return {"swift": choice(small), "super": choice(whole)}
 
-    def inside() -> dict[str, Choice]:
+    def inside() -> dict[str, MultipleChoice]:
         exit_ = (ExitConfig(LAYERS, "norm", tied=True),)
         both = make("both", exit_, init_from=base, method="joint", lr=1e-3, steps=NESTED_STEPS)
         return nested(both, LAYERS)
@@ -74,16 +74,16 @@ def trained(folder: Path, seed: int, name: str, exits: tuple[ExitConfig, ...] = 
     return str(model)
 
 
-def choice(folder: str) -> Choice:
+def choice(folder: str) -> MultipleChoice:
     """A model that chooses the sentiment."""
     model, params = load(folder)
-    return Choice(model, params, Tokenizer.load(folder), **HOW)
+    return MultipleChoice(model, params, Tokenizer.load(folder), **HOW)
 
 
-def nested(folder: str, layer: int) -> dict[str, Choice]:
+def nested(folder: str, layer: int) -> dict[str, MultipleChoice]:
     """An exit and the model that it is part of."""
     model, params = load(folder)
-    swift, super_ = nested_choice(model, params, Tokenizer.load(folder), exit=layer, **HOW)
+    swift, super_ = shared_multiple_choice(model, params, Tokenizer.load(folder), exit=layer, **HOW)
     return {"swift": swift, "super": super_}
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.bench.timing import interleave
-from elastic_lm.cascade.answerer import Answer, Answerer, Resumes, Row
+from elastic_lm.cascade.answerer import Answer, Answerer, Record, Resumes
 from elastic_lm.cascade.scores import logit_scores
 
 Columns = dict[str, Any]
@@ -44,8 +44,8 @@ def scored(
 
 def answered(
     models: Mapping[str, Answerer],
-    splits: Mapping[str, Sequence[Row]],
-    quality: Callable[[Row, Any], float],
+    splits: Mapping[str, Sequence[Record]],
+    quality: Callable[[Record, Any], float],
     seed: int,
 ) -> Columns:
     """Columns of any two models of a cascade.
@@ -77,7 +77,7 @@ def answered(
     return found
 
 
-def resumed(model: Answerer, rows: Sequence[Row], answers: Mapping[str, list[Answer]]) -> list[Answer]:
+def resumed(model: Answerer, rows: Sequence[Record], answers: Mapping[str, list[Answer]]) -> list[Answer]:
     """The Super's answers from where the Swift stopped.
 
     Raises:

@@ -12,7 +12,7 @@ import sacrebleu
 from study import Columns, answered, settled
 
 from elastic_lm.cascade.text_answerer import TextAnswerer
-from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.parse import from_dict
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.seq2seq import TextToText

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 from routed import by_token, static
-from study import MENU, MODEL_FOLDER, Model, Row, Study, losses, own_loss
+from study import MENU, MODEL_FOLDER, Measurement, Model, Study, losses, own_loss
 
 from elastic_lm.checkpoints.native import save_model
 from elastic_lm.config.subnet import Menu, Subnet
@@ -19,11 +19,11 @@ from elastic_lm.width.elastic_training import uniform_subnets
 from elastic_lm.width.search import greedy, knapsack, measured_damage, random_subnets, uniform_subnet
 from elastic_lm.width.slicing import slice_params
 
-Arm = Callable[[Study], list[Row]]
+Arm = Callable[[Study], list[Measurement]]
 MLP_ONLY = Menu(mlp=MENU.mlp, heads=(1.0,))
 
 
-def zero_shot(study: Study) -> list[Row]:
+def zero_shot(study: Study) -> list[Measurement]:
     """Sub-networks of the ranked base, which was never trained to be narrow: uniform ones, and knapsack."""
     model = study.ranked()
     rows, loss = uniform_rows(study, "zero-shot", model), losses(model, study.held_out)
@@ -34,7 +34,7 @@ def zero_shot(study: Study) -> list[Row]:
     return rows
 
 
-def elastic(study: Study) -> list[Row]:
+def elastic(study: Study) -> list[Measurement]:
     """Elastic training; sub-networks chosen uniformly, by search, and at random."""
     model = elastic_model(study)
     rows, loss = uniform_rows(study, "elastic", model), losses(model, study.held_out)
@@ -78,7 +78,7 @@ def elastic_model(study: Study) -> Model:
     return study.trained("elastic", train)
 
 
-def matformer(study: Study) -> list[Row]:
+def matformer(study: Study) -> list[Measurement]:
     """MatFormer's training: one width of all MLPs per step, the whole one among them."""
     study.ranked()
     train = dataclasses.replace(
@@ -92,7 +92,7 @@ def matformer(study: Study) -> list[Row]:
     return uniform_rows(study, "matformer", study.trained("matformer", train), MLP_ONLY)
 
 
-def scratch(study: Study) -> list[Row]:
+def scratch(study: Study) -> list[Measurement]:
     """New models of the sizes of uniform sub-networks, each trained alone."""
     s, rows = study.settings, []
     train = dataclasses.replace(study.recipe, optimizer="muon", lr=s.scratch_lr)
@@ -102,7 +102,7 @@ def scratch(study: Study) -> list[Row]:
     return rows
 
 
-def tuned_slices(study: Study) -> list[Row]:
+def tuned_slices(study: Study) -> list[Measurement]:
     """Uniform slices of the ranked base, each fine-tuned alone."""
     s, rows = study.settings, []
     for share, subnet in alone(study):
@@ -121,7 +121,7 @@ def alone(study: Study) -> list[tuple[float, Subnet]]:
     return [(share, uniform_subnet(*given, study.budget(share))) for share in study.settings.alone]
 
 
-def uniform_rows(study: Study, arm: str, model: Model, menu: Menu = MENU) -> list[Row]:
+def uniform_rows(study: Study, arm: str, model: Model, menu: Menu = MENU) -> list[Measurement]:
     """The whole model, and the dearest uniform sub-network of every budget that the menu can meet."""
     loss, table = losses(model, study.held_out), of_menu(study.table, menu)
     full = Subnet.full(study.config)

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from study import MODEL_FOLDER, Row, Study, losses
+from study import MODEL_FOLDER, Measurement, Study, losses
 
 from elastic_lm.bench.timing import interleave
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder, stack_layers
 from elastic_lm.train.config import TrainConfig
-from elastic_lm.width.chooser import Elastic
+from elastic_lm.width.chooser import SubnetChooser
 from elastic_lm.width.router_training import ROUTERS, RouterTraining
 from elastic_lm.width.trained_routers import Routers
 
@@ -39,7 +39,7 @@ def recipe(study: Study, elastic: str, **fields: Any) -> TrainConfig:
     )
 
 
-def static(study: Study) -> list[Row]:
+def static(study: Study) -> list[Measurement]:
     """One sub-network per budget, from routers trained end to end and by the surrogate."""
     rows = []
     schemes: dict[str, Any] = {"end to end": {}, "surrogate": {"scheme": "surrogate"}}
@@ -57,7 +57,7 @@ def static(study: Study) -> list[Row]:
     return rows
 
 
-def by_token(study: Study) -> list[Row]:
+def by_token(study: Study) -> list[Measurement]:
     """Widths chosen for every token, tilted to meet each budget on average over held-out text."""
     fields: dict[str, Any] = {"reads": "hidden", "router_width": 32}
     model = study.trained("router_by_token", recipe(study, "elastic", **fields))
@@ -70,7 +70,7 @@ def by_token(study: Study) -> list[Row]:
         tilt = np.interp(share, routers.shape.anchors, routers.tilts)
         sums = jax.device_get([measured(batch, share, tilt) for batch in study.held_out])
         entropy, tokens, cost = np.sum(sums, axis=0)
-        row: Row = {"arm": "router", "how": "by token", "budget": share, "subnet": None}
+        row: Measurement = {"arm": "router", "how": "by token", "budget": share, "subnet": None}
         row |= {"predicted": float(cost / len(sums)), "loss": float(entropy / tokens)}
         rows.append(row | {"relative": _relative_time(study, model, routers, share)})
     return rows
@@ -85,7 +85,7 @@ def _loss_and_cost(training: RouterTraining, params: Any, batch: Any, share: Any
 
 def _relative_time(study: Study, model: Any, routers: Routers, share: float) -> float:
     """Measured time per token of generated text against the whole model's, in turns."""
-    elastic = Elastic(study.config, routers.shape.menu, study.table, routers=routers)
+    elastic = SubnetChooser(study.config, routers.shape.menu, study.table, routers=routers)
     sampler = Sampler(Decoder(study.config), model[1], elastic=elastic)
     prompt = np.asarray(study.held_out[0].tokens[0, :64]).tolist()
     asked: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.checkpoints.native import save_model
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ModelConfig
@@ -25,9 +25,9 @@ from elastic_lm.train.losses import TokenSums
 from elastic_lm.train.run import ELASTIC_GROUPS, MODEL_FOLDER, fit
 from elastic_lm.width.elastic_training import ElasticTraining
 from elastic_lm.width.importance import permute, rank
-from elastic_lm.width.switched import Choice
+from elastic_lm.width.switched import MenuIndices
 
-Row = dict[str, Any]
+Measurement = dict[str, Any]
 Model = tuple[ModelConfig, Params]
 
 MENU = Menu(mlp=(0.25, 0.5, 0.75, 1.0), heads=(1 / 3, 2 / 3, 1.0))
@@ -102,7 +102,7 @@ class Study:
         least = table.range(menu)[0]
         return [share for share in self.settings.budgets if self.budget(share).amount >= least]
 
-    def row(self, arm: str, how: str, share: float, subnet: Subnet, loss: float) -> Row:
+    def row(self, arm: str, how: str, share: float, subnet: Subnet, loss: float) -> Measurement:
         """One measured sub-network; `predicted` is its share of the whole model's time by the table."""
         whole = self.table.range(MENU)[1]
         return {
@@ -172,7 +172,7 @@ def losses(model: Model, text: Sequence[Batch], menu: Menu = MENU) -> Callable[[
 
     @functools.cache
     def loss(subnet: Subnet) -> float:
-        choice = Choice.of(config, menu, subnet)
+        choice = MenuIndices.of(config, menu, subnet)
         sums = jax.device_get([_sums(method, params, choice, batch) for batch in text])
         return float(sum(s.cross_entropy for s in sums) / sum(s.weight for s in sums))
 
@@ -185,7 +185,7 @@ def own_loss(model: Model, text: Sequence[Batch]) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(method: ElasticTraining, params: Params, choice: Choice, batch: Batch) -> TokenSums:
+def _sums(method: ElasticTraining, params: Params, choice: MenuIndices, batch: Batch) -> TokenSums:
     return method.token_sums(params, choice, batch)
 
 

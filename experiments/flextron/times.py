@@ -10,10 +10,10 @@ from elastic_lm.bench.latency_build import build
 from elastic_lm.bench.latency_measure import GROUP, measure
 from elastic_lm.config.parse import from_dict
 from elastic_lm.config.subnet import Subnet
-from elastic_lm.cost.counted import Load
+from elastic_lm.cost.counted import Workload
 from elastic_lm.cost.latency_table import LatencyTable
 
-LOAD = Load(batch=1, context=128)
+LOAD = Workload(batch=1, context=128)
 UNTIMED = ("random", "full")  # drawn too often, and 1 by definition
 
 

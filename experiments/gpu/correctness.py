@@ -15,7 +15,7 @@ from record import Record
 
 from elastic_lm.bench.model import random_model
 from elastic_lm.checkpoints.embedded import embedded_model
-from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler

@@ -21,7 +21,7 @@ from elastic_lm.models.exits import without_exits
 WINDOW = 32
 PROMPT = 96  # with one new token or with all of them and a window, the same bucket: nothing compiles twice
 NEW = 128
-NEVER, ALWAYS = 1.0, 0.0  # thresholds: random weights are never certain, but have their head read
+NEVER_EXITS, ALWAYS = 1.0, 0.0  # thresholds: random weights are never certain, but have their head read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def make_sides(big: Big, batch: int) -> dict[str, Callable[[], Any]]:
     return {
         "one_token": side(big.plain, big.backbone, new=1),
         "plain": side(big.plain, big.backbone),
-        "never": side(big.exits, big.params, NEVER),
+        "never": side(big.exits, big.params, NEVER_EXITS),
         "half": side(big.exits, big.params, ALWAYS),
     }
 

@@ -37,7 +37,7 @@ import numpy as np
 from report import plot, tables
 
 from elastic_lm.checkpoints.embedded import embedded_model
-from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data import pipeline

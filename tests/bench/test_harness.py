@@ -45,7 +45,10 @@ def test_bandwidth_is_plausible() -> None:
 def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     fake = types.ModuleType("elastic_lm.bench.fake")
     fake.__dict__["rows"] = lambda options: iter(
-        [report.Row.of("fake/one", 3.0, 4.0), report.Row("fake/two", 1.0, 1.0, 1.0, "two of three")]
+        [
+            report.Measurement.of("fake/one", 3.0, 4.0),
+            report.Measurement("fake/two", 1.0, 1.0, 1.0, "two of three"),
+        ]
     )
     monkeypatch.setitem(sys.modules, "elastic_lm.bench.fake", fake)
     monkeypatch.setattr(report, "names", lambda: ["fake"])
@@ -73,8 +76,8 @@ def test_unknown_benchmark() -> None:
 def test_rows_stay_where_a_later_one_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def rows(options: report.Options) -> Iterator[report.Row]:
-        yield report.Row.of("fake/one", 3.0, 4.0)
+    def rows(options: report.Options) -> Iterator[report.Measurement]:
+        yield report.Measurement.of("fake/one", 3.0, 4.0)
         if options.seed:
             raise ValueError("the second row cannot be measured")
 

@@ -16,7 +16,7 @@ from elastic_lm.cli import main as cli
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.cost import latency_table as table
-from elastic_lm.cost.counted import CostTable, Load
+from elastic_lm.cost.counted import CostTable, Workload
 from elastic_lm.cost.latency_table import Device, LatencyTable
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder, init_params
@@ -26,7 +26,7 @@ LLAMA = ModelConfig(32000, d_model=768, n_layers=12, n_heads=12, n_kv_heads=6, d
 WINDOWED = dataclasses.replace(LLAMA, windows=(64, 0) * 6)
 UNEQUAL = dataclasses.replace(LLAMA, layer_mlp=(2048, 1024, 512) * 4)
 MENU = Menu(groups=(0.5, 1.0))
-LOAD = Load(context=128)
+LOAD = Workload(context=128)
 HERE = Device("cpu", "cpu", "A Processor", 2)
 
 
@@ -249,7 +249,7 @@ def test_what_cannot_be_measured_is_refused():
         build.build(LLAMA, Menu(d_model=(0.5, 1.0)), LOAD)
     for context in (0, 97):
         with pytest.raises(ValueError, match=rf"load.context={context}: must be from 1 to 96"):
-            build.build(tiny_config(), Menu(), Load(context=context), params={})
+            build.build(tiny_config(), Menu(), Workload(context=context), params={})
 
 
 def test_the_programs_that_are_timed_are_those_of_the_sampler():
@@ -258,7 +258,7 @@ def test_the_programs_that_are_timed_are_those_of_the_sampler():
     sampler = Sampler(Decoder(config), params)
     sampler.sample([[1] * 5] * 2, measure.NEW_TOKENS, ignore_eos=True)
     before = Sampler.compilations()
-    program = measure.Program(config, params, Load(2, 5), seed=0)
+    program = measure.Program(config, params, Workload(2, 5), seed=0)
     program.run()
     program.run()
     assert Sampler.compilations() == before
@@ -290,7 +290,7 @@ def test_verify_and_build_on_the_command_line(
     assert "at batch 2 after 8 tokens" in capsys.readouterr().out
     built = LatencyTable.load(file)
     assert built.menu == Menu((0.5, 1.0), (1.0,))
-    assert (built.workload, built.rounds, built.device) == (Load(2, 8), 1, Device.here())
+    assert (built.workload, built.rounds, built.device) == (Workload(2, 8), 1, Device.here())
     assert run("verify", *few, "--table", file, "--subnets", 1) == 0
     assert "latency/half_width_vs_ideal" in capsys.readouterr().out
 

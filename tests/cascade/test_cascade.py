@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import elastic_lm as el
-from elastic_lm.cascade.answerer import Answer, Row
+from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.endpoint import Function
 from elastic_lm.cascade.queue import Gathering, Waiting
@@ -19,19 +19,19 @@ class Watched:
     def __init__(self, function, kinds: int = 1) -> None:
         self.function, self.kinds, self.batches = function, kinds, []
 
-    def bucket(self, row: Row) -> int:
+    def bucket(self, row: Record) -> int:
         return row["n"] % self.kinds
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Record]) -> list[Answer]:
         self.batches.append([row["n"] for row in rows])
         return [self.function(row) for row in rows]
 
 
-def swift_answer(row: Row) -> Answer:
+def swift_answer(row: Record) -> Answer:
     return Answer(f"swift {row['n']}", {"energy": random_score(7, row["n"])}, cost=1.0)
 
 
-def super_answer(row: Row) -> Answer:
+def super_answer(row: Record) -> Answer:
     return Answer(f"super {row['n']}", cost=10.0)
 
 
@@ -96,7 +96,7 @@ def test_ties_stay_and_a_missing_score_is_named() -> None:
 
 
 def test_a_single_answer_without_the_score_is_a_failure_of_the_swift() -> None:
-    def swift(row: Row) -> Answer:
+    def swift(row: Record) -> Answer:
         return Answer("swift", {} if row["n"] == 50 else {"energy": None if row["n"] == 51 else 1.0}, 1.0)
 
     run = Cascade(Function(swift), Function(lambda row: "super"), 0.5, batch_size=8).run(rows_of(100))
@@ -108,19 +108,19 @@ def test_a_single_answer_without_the_score_is_a_failure_of_the_swift() -> None:
 
 
 def test_random_routing_goes_by_the_row_not_the_batch() -> None:
-    cascade = Cascade(Function(lambda row: 0), Function(lambda row: 1), el.RoutingRule(0.5, "random", seed=3))
+    cascade = Cascade(Function(lambda row: 0), Function(lambda row: 1), el.CascadeRule(0.5, "random", seed=3))
     whole = [r.model for r in cascade.run(rows_of(100))]
     assert [r.model for r in cascade.run(list(rows_of(100))[40:], start=40)] == whole[40:]
     assert 30 < whole.count("super") < 70
 
 
 def test_failures_are_reported_and_the_rest_is_finished() -> None:
-    def super_function(row: Row) -> str:
+    def super_function(row: Record) -> str:
         if row["n"] % 3 == 0:
             raise RuntimeError("no luck")
         return "super"
 
-    def swift_function(row: Row) -> Answer:
+    def swift_function(row: Record) -> Answer:
         if row["n"] == 4:
             raise KeyError("text")
         return Answer("swift", {"energy": float(row["n"] >= 6)})
@@ -139,10 +139,10 @@ def test_failures_are_reported_and_the_rest_is_finished() -> None:
 class Resuming:
     """A Super that goes on from the Swift's state."""
 
-    def answer(self, rows: Sequence[Row]) -> list[Answer]:
+    def answer(self, rows: Sequence[Record]) -> list[Answer]:
         return [Answer(2 * row["n"], cost=10.0) for row in rows]
 
-    def resume(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+    def resume(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
         return [Answer(2 * answer.state, cost=4.0) for answer in begun]
 
 
@@ -162,20 +162,20 @@ class Previewing(Watched):
         super().__init__(self.whole, kinds=2)
         self.previewed, self.finished, self.fails = [], [], fails
 
-    def whole(self, row: Row) -> Answer:
+    def whole(self, row: Record) -> Answer:
         return Answer(f"swift {row['n']}", {"energy": 1.0, **self.known(row)}, cost=4.0)
 
-    def known(self, row: Row) -> dict[str, float]:
+    def known(self, row: Record) -> dict[str, float]:
         return {"encoder_energy": random_score(7, row["n"])}
 
     def previews(self, score: str) -> bool:
         return score == "encoder_energy"
 
-    def preview(self, rows: Sequence[Row]) -> list[Answer]:
+    def preview(self, rows: Sequence[Record]) -> list[Answer]:
         self.previewed.append([row["n"] for row in rows])
         return [Answer(None, self.known(row), 1.0, begun=row["n"]) for row in rows]
 
-    def finish(self, rows: Sequence[Row], begun: Sequence[Answer]) -> list[Answer]:
+    def finish(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
         assert [answer.begun for answer in begun] == [row["n"] for row in rows]
         self.finished.append([row["n"] for row in rows])
         return [Answer(error="no") if row["n"] in self.fails else self.whole(row) for row in rows]
@@ -213,7 +213,7 @@ def test_previewed_rows_that_fail_go_on_and_fall_back() -> None:
     order = np.argsort(scores).tolist()
     down, lost, kept = order[0], order[-1], sorted(order[4:-1])
 
-    def super_function(row: Row) -> str:
+    def super_function(row: Record) -> str:
         if row["n"] == down:
             raise RuntimeError("no luck")
         return "super"
@@ -232,7 +232,7 @@ def test_a_rule_of_other_energies_is_refused() -> None:
         scoring = Scoring(2.0)
 
     with pytest.raises(ValueError, match=r"swift.scoring.temperature=2.0: the rule was fitted with 1.0"):
-        Cascade(Scored(swift_answer), Watched(super_answer), el.RoutingRule(0.0))
+        Cascade(Scored(swift_answer), Watched(super_answer), el.CascadeRule(0.0))
     assert Cascade(Scored(swift_answer), Watched(super_answer), 0.0).rule.temperature == 2.0
 
 
@@ -244,7 +244,7 @@ def test_sizes_are_checked(name: str) -> None:
 
 def test_an_answerer_that_loses_rows_is_named() -> None:
     class Short(Watched):
-        def answer(self, rows: Sequence[Row]) -> list[Answer]:
+        def answer(self, rows: Sequence[Record]) -> list[Answer]:
             return super().answer(rows)[:-1]
 
     with pytest.raises(ValueError, match=r"swift answers=1: answer one per row \(2\)"):

@@ -10,7 +10,7 @@ from elastic_lm import testing
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.generator import Generator
 from elastic_lm.cascade.scores import POOLED, Scoring
-from elastic_lm.cascade.shared_model import exit_model, nested_generator
+from elastic_lm.cascade.shared_model import exit_model, shared_generator
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import generation_flops, head_flops, layer_flops
 from elastic_lm.decode.sampler import ENDLESS, Sampler
@@ -92,7 +92,7 @@ def test_draws_go_by_the_row_not_the_batch(whole: Sampler, rows) -> None:
 
 
 def test_an_exit_is_a_swift_that_the_super_goes_on_from(params, rows, alone) -> None:
-    swift, super_ = nested_generator(Decoder(CONFIG), params, Letters(), NEW, exit=1, batch_size=4)
+    swift, super_ = shared_generator(Decoder(CONFIG), params, Letters(), NEW, exit=1, batch_size=4)
     first, again = swift.answer(rows), super_.answer(rows)
     assert [a.output for a in first] == texts(greedy(CONFIG, params, rows, 1)[0])
     assert [a.output for a in again] == texts(alone[0])
@@ -140,7 +140,7 @@ def test_a_sampler_with_exits_reads_a_prompt_twice(params, rows, whole: Sampler)
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_cascade_generates_what_the_swift_keeps_alone(params, rows, whole, monkeypatch, nested) -> None:
     if nested:  # the Super goes on from the states that the previews left
-        swift, super_ = nested_generator(Decoder(CONFIG), params, Letters(), NEW, exit=1, batch_size=4)
+        swift, super_ = shared_generator(Decoder(CONFIG), params, Letters(), NEW, exit=1, batch_size=4)
     else:  # and here it must not
         swift = Generator(Sampler(*exit_model(CONFIG, params, 1), Letters(), window=1), NEW, batch_size=4)
         super_ = Generator(whole, NEW, batch_size=4, scored=False)
@@ -171,7 +171,7 @@ def test_one_models_weights_lie_in_memory_between_calls(params, rows) -> None:
     before, size = held(), sum(x.nbytes for x in jax.tree.leaves(params))
     subnet = Subnet.uniform(CONFIG, mlp=0.5, heads=0.5)
     rows = [row for row in rows if len(row["prompt"]) < 20]
-    swift, _ = nested_generator(Decoder(CONFIG), params, Letters(), NEW, subnet=subnet, batch_size=4)
+    swift, _ = shared_generator(Decoder(CONFIG), params, Letters(), NEW, subnet=subnet, batch_size=4)
     answers = swift.answer(rows)
     exit_model(CONFIG, params, 1)
     assert held() - before <= 0.02 * size
@@ -211,4 +211,4 @@ def test_refusals(whole: Sampler, params) -> None:
         Generator(whole, tempature=1.0)
     config = testing.tiny_config(n_layers=2)
     with pytest.raises(ValueError, match="exit=1: the model that reads has exits after layers none"):
-        nested_generator(Decoder(config), params, Letters(), exit=1)
+        shared_generator(Decoder(config), params, Letters(), exit=1)

@@ -23,7 +23,7 @@ def right(row: dict, output: int) -> float:
 
 
 def test_both_models_answer_every_row() -> None:
-    pair = el.measure_routing(Function(swift), Function(super_), iter(ROWS), right)
+    pair = el.measure_cascade(Function(swift), Function(super_), iter(ROWS), right)
     rows = pair.rows
     np.testing.assert_array_equal(rows.scores, np.arange(40))
     np.testing.assert_array_equal(rows.swift, [float(n % 2 == n % 3) for n in range(40)])
@@ -35,7 +35,7 @@ def test_both_models_answer_every_row() -> None:
     assert np.mean([right(row, r.output) for row, r in zip(ROWS, results, strict=True)]) == 1.0
     assert np.mean([r.cost for r in results]) == pytest.approx(rule.measured.cost)
     assert rule.threshold > rows.scores.min()
-    other = el.measure_routing(Function(swift), Function(super_), ROWS, right, score="margin")
+    other = el.measure_cascade(Function(swift), Function(super_), ROWS, right, score="margin")
     np.testing.assert_array_equal(other.rows.scores, -np.arange(40.0))
     assert other.fit(super_accuracy=True).score == "margin"
 
@@ -47,15 +47,15 @@ def test_what_fails_is_left_out_aloud() -> None:
         return super_(row)
 
     with pytest.warns(UserWarning, match="10 of 40 rows failed and are left out.*503"):
-        rows = el.measure_routing(Function(swift), Function(bad), ROWS, right).rows
+        rows = el.measure_cascade(Function(swift), Function(bad), ROWS, right).rows
     np.testing.assert_array_equal(rows.scores, [n for n in range(40) if n % 4])
     with pytest.raises(ValueError, match=r"rows=1: every row failed, the first with: .*503"):
-        el.measure_routing(Function(swift), Function(bad), ROWS[:1], right)
+        el.measure_cascade(Function(swift), Function(bad), ROWS[:1], right)
 
 
 def test_seconds_are_one_median() -> None:
     timed = Function(lambda row: row["label"])
-    pair = el.measure_routing(Function(swift), timed, ROWS, right, cost="seconds")
+    pair = el.measure_cascade(Function(swift), timed, ROWS, right, cost="seconds")
     assert len(set(pair.rows.cost_super.tolist())) == 1
     assert 0 < pair.rows.cost_super[0] < 0.1
     assert pair.fit(super_accuracy=True).provenance["cost"] == "seconds"
@@ -64,6 +64,6 @@ def test_seconds_are_one_median() -> None:
 def test_costs_that_nobody_knows() -> None:
     free = Function(lambda row: row["label"])
     with pytest.raises(ValueError, match="cost='flops': the Super's answers have none; give its answerer"):
-        el.measure_routing(Function(swift), free, ROWS, right)
+        el.measure_cascade(Function(swift), free, ROWS, right)
     with pytest.raises(ValueError, match="cost='time': must be one of flops, seconds"):
-        el.measure_routing(Function(swift), Function(super_), ROWS, right, cost="time")
+        el.measure_cascade(Function(swift), Function(super_), ROWS, right, cost="time")

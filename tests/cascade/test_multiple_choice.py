@@ -16,9 +16,9 @@ import elastic_lm as el
 from elastic_lm import testing
 from elastic_lm.cascade import known_tokens as reading
 from elastic_lm.cascade.cascade import Cascade
-from elastic_lm.cascade.multiple_choice import Choice
+from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.cascade.scores import PLAIN, Scoring
-from elastic_lm.cascade.shared_model import nested_choice
+from elastic_lm.cascade.shared_model import shared_multiple_choice
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import head_flops, layer_flops
 from elastic_lm.models.decoder import Decoder
@@ -60,7 +60,9 @@ def by_hand(config, params, row: dict, depth: int, divide: str = "tokens") -> li
 
 @pytest.mark.parametrize("divide", ["tokens", "bytes", "none"])
 def test_the_likeliest_choice_wins(params, rows: list[dict], divide) -> None:
-    choice = Choice(Decoder(CONFIG), params, Letters(), normalise=divide, scoring=Scoring(0.5), batch_size=8)
+    choice = MultipleChoice(
+        Decoder(CONFIG), params, Letters(), normalise=divide, scoring=Scoring(0.5), batch_size=8
+    )
     for row, answer in zip(rows[:6], choice.answer(rows[:6]), strict=True):
         expected = by_hand(CONFIG, params, row, 2, divide)
         assert answer.output == int(np.argmax(expected))
@@ -95,7 +97,7 @@ def llama_2_tokenizer() -> el.Tokenizer:
 )
 def test_prompt_and_choice_are_one_text(params, prompt, choice, separator, tokens: str, scored: int) -> None:
     tokenizer = llama_2_tokenizer()
-    answerer = Choice(Decoder(CONFIG), params, tokenizer, separator=separator)
+    answerer = MultipleChoice(Decoder(CONFIG), params, tokenizer, separator=separator)
     row = {"prompt": prompt, "choices": [choice]}
     question = answerer._question(row)
     assert [tokenizer.backend.id_to_token(i) for i in question.sequences[0]] == tokens.split()
@@ -107,7 +109,7 @@ def test_prompt_and_choice_are_one_text(params, prompt, choice, separator, token
 
 
 def test_a_choice_without_a_token_to_score_fails(params) -> None:
-    answerer = Choice(Decoder(CONFIG), params, llama_2_tokenizer(), separator="")
+    answerer = MultipleChoice(Decoder(CONFIG), params, llama_2_tokenizer(), separator="")
     answers = answerer.answer([{"prompt": "ab", "choices": ["ab", ""]}, {"prompt": "", "choices": ["ab"]}])
     assert "choices=['ab', '']: every choice needs at least one character" in str(answers[0].error)
     assert "prompt='': needs at least one token" in str(answers[1].error)
@@ -118,13 +120,15 @@ def test_a_real_tokenizer_reads_a_choice_as_it_reads_text(params) -> None:
     if not folder.is_dir():
         pytest.skip("needs ELASTIC_LM_SHARED with a real tokenizer")
     tokenizer, prompt, choice = el.Tokenizer.load(folder), "Once upon a time", "there was a little girl"
-    question = Choice(Decoder(CONFIG), params, tokenizer)._question({"prompt": prompt, "choices": [choice]})
+    question = MultipleChoice(Decoder(CONFIG), params, tokenizer)._question(
+        {"prompt": prompt, "choices": [choice]}
+    )
     assert question.sequences == [tokenizer.encode(f"{prompt} {choice}", bos=True)]
     assert tokenizer.decode(question.sequences[0][question.starts[0] :]).strip() == choice
 
 
 def test_answers_do_not_depend_on_the_batch_and_nothing_is_compiled_per_row(params, rows) -> None:
-    choice = Choice(Decoder(CONFIG), params, Letters(), batch_size=8)
+    choice = MultipleChoice(Decoder(CONFIG), params, Letters(), batch_size=8)
     together = choice.answer(rows)
     programs = reading.read._cache_size()
     assert [choice.answer([row])[0] for row in rows] == together
@@ -134,7 +138,7 @@ def test_answers_do_not_depend_on_the_batch_and_nothing_is_compiled_per_row(para
 
 
 def test_an_exit_is_a_swift_whose_state_the_super_goes_on_from(params, rows) -> None:
-    swift, super_ = nested_choice(Decoder(CONFIG), params, Letters(), exit=1, batch_size=8)
+    swift, super_ = shared_multiple_choice(Decoder(CONFIG), params, Letters(), exit=1, batch_size=8)
     first, alone = swift.answer(rows), super_.answer(rows)
     for row, answer in zip(rows[:4], first, strict=False):
         assert answer.output == int(np.argmax(by_hand(CONFIG, params, row, 1)))
@@ -157,10 +161,10 @@ def test_an_exit_is_a_swift_whose_state_the_super_goes_on_from(params, rows) -> 
 def test_a_sub_network_is_a_swift_that_holds_nothing(params, rows) -> None:
     subnet = Subnet.uniform(CONFIG, mlp=0.5, heads=0.5, layers=[1])
     small, cut = slicing.slice_params(CONFIG, params, subnet)
-    expected = Choice(Decoder(small), cut, Letters(), batch_size=8).answer(rows)
+    expected = MultipleChoice(Decoder(small), cut, Letters(), batch_size=8).answer(rows)
     del cut
     before, size = held(), sum(x.nbytes for x in jax.tree.leaves(params))
-    swift, super_ = nested_choice(Decoder(CONFIG), params, Letters(), subnet=subnet, batch_size=8)
+    swift, super_ = shared_multiple_choice(Decoder(CONFIG), params, Letters(), subnet=subnet, batch_size=8)
     answers = swift.answer(rows)
     super_.answer(rows)
     assert held() - before <= 0.02 * size
@@ -198,7 +202,7 @@ def test_rows_that_cannot_be_read_fail_alone(params, rows) -> None:
         {"prompt": 3, "choices": ["a"]},
         {"prompt": "x" * 200, "choices": ["a"]},
     ]
-    choice = Choice(Decoder(CONFIG), params, Letters(), batch_size=8)
+    choice = MultipleChoice(Decoder(CONFIG), params, Letters(), batch_size=8)
     answers = choice.answer([*bad, rows[0]])
     assert [a.error is None for a in answers] == [False] * 4 + [True]
     assert "choices" in str(answers[0].error)
@@ -222,4 +226,4 @@ def test_rows_that_cannot_be_read_fail_alone(params, rows) -> None:
 )
 def test_nested_refuses(params, how: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        nested_choice(Decoder(CONFIG), params, Letters(), **how)
+        shared_multiple_choice(Decoder(CONFIG), params, Letters(), **how)

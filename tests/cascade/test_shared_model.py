@@ -7,7 +7,7 @@ import pytest
 import elastic_lm as el
 from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.classifier import Classifier
-from elastic_lm.cascade.shared_model import nested_classifier
+from elastic_lm.cascade.shared_model import shared_classifier
 from elastic_lm.cost.sequences import encoder_flops
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.models.encoder import init_params
@@ -44,7 +44,7 @@ def assert_same(answers: list[Answer], others: list[Answer]) -> None:
 @pytest.mark.parametrize("layer", [1, 2])
 def test_resumed_rows_are_answered_as_from_scratch(params, tokenizer, rows, layer: int) -> None:
     model = el.Encoder(CONFIG)
-    swift, super_ = nested_classifier(model, params, tokenizer, exit=layer, **HOW)
+    swift, super_ = shared_classifier(model, params, tokenizer, exit=layer, **HOW)
     small, own = exit_encoder(CONFIG, params, layer)
     alone = Classifier(el.Encoder(small), own, tokenizer, **HOW).answer(rows)
     begun, whole = swift.answer(rows), super_.answer(rows)
@@ -61,7 +61,7 @@ def test_resumed_rows_are_answered_as_from_scratch(params, tokenizer, rows, laye
 
 
 def test_a_cascade_holds_one_model_and_keeps_order(params, tokenizer, rows) -> None:
-    swift, super_ = nested_classifier(el.Encoder(CONFIG), params, tokenizer, exit=1, **HOW)
+    swift, super_ = shared_classifier(el.Encoder(CONFIG), params, tokenizer, exit=1, **HOW)
     held = {id(leaf) for part in (swift, super_) for leaf in jax.tree.leaves(part._params)}
     other_exit = {id(leaf) for leaf in jax.tree.leaves(params["exit_2"])}
     assert held == {id(leaf) for leaf in jax.tree.leaves(params)} - other_exit
@@ -77,4 +77,4 @@ def test_a_cascade_holds_one_model_and_keeps_order(params, tokenizer, rows) -> N
 
 def test_exits_that_are_not_there_are_refused(params, tokenizer) -> None:
     with pytest.raises(ValueError, match=r"exit=3: the model has exits after layers \(1, 2\)"):
-        nested_classifier(el.Encoder(CONFIG), params, tokenizer, exit=3)
+        shared_classifier(el.Encoder(CONFIG), params, tokenizer, exit=3)

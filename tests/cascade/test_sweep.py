@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from elastic_lm.cascade.guarantee import RoutingRisk, control, harm, ladder
-from elastic_lm.cascade.rule import RoutingRule, fit_routing
+from elastic_lm.cascade.guarantee import CascadeRisk, control, harm, ladder
+from elastic_lm.cascade.rule import CascadeRule, fit_rule
 from elastic_lm.cascade.scores import Scoring
 from elastic_lm.cascade.sweep import (
     ALWAYS_SUPER,
@@ -118,9 +118,9 @@ def shifted(rows: Measured, constant: float) -> Measured:
     "goal", [{"target_accuracy": 0.8}, {"target_cost": 6.0}, {"super_accuracy": True}, {"risk": 0.2}]
 )
 def test_models_that_differ_by_a_constant_route_the_same(goal: dict) -> None:
-    goal = {name: RoutingRisk(value) if name == "risk" else value for name, value in goal.items()}
+    goal = {name: CascadeRisk(value) if name == "risk" else value for name, value in goal.items()}
     rows = measured(n=400, ties=False)
-    rule, other = fit_routing(rows, **goal), fit_routing(shifted(rows, 37.5), **goal)
+    rule, other = fit_rule(rows, **goal), fit_rule(shifted(rows, 37.5), **goal)
     kept, others = rows.scores >= rule.threshold, rows.scores + 37.5 >= other.threshold
     assert 0 < kept.mean() < 1
     assert (kept == others).all()
@@ -149,7 +149,7 @@ def test_guarantee_fails_as_seldom_as_it_says() -> None:
     draw, lost, achieved = np.random.default_rng(1), [], 0
     for seed in range(200):
         threshold, guarantee = control(
-            population.take(draw.integers(0, len(population), 400)), RoutingRisk(0.1, 0.1), seed
+            population.take(draw.integers(0, len(population), 400)), CascadeRisk(0.1, 0.1), seed
         )
         achieved += guarantee.achieved
         lost.append(population.super_.mean() - population.at(threshold).accuracy)
@@ -159,7 +159,7 @@ def test_guarantee_fails_as_seldom_as_it_says() -> None:
 
 def test_without_enough_rows_every_row_goes_to_the_super() -> None:
     rows = measured(n=40)
-    rule = fit_routing(rows, risk=RoutingRisk(0.01))
+    rule = fit_rule(rows, risk=CascadeRisk(0.01))
     assert rule.threshold == ALWAYS_SUPER
     assert rule.guarantee is not None
     assert not rule.guarantee.achieved
@@ -171,15 +171,15 @@ def test_without_enough_rows_every_row_goes_to_the_super() -> None:
 def test_fit_wants_one_goal() -> None:
     for goals in ({}, {"target_accuracy": 0.5, "super_accuracy": True}):
         with pytest.raises(ValueError, match="exactly one of"):
-            fit_routing(measured(), **goals)
+            fit_rule(measured(), **goals)
 
 
 def test_rule_survives_its_file(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "rules" / "rule.json"
-    goal = {"risk": RoutingRisk(0.2), "score": "energy_min", "scoring": Scoring(2.0, "mean")}
-    rule = fit_routing(measured(300), **goal, models={"swift": "a", "super": "b"}, data="rows")
+    goal = {"risk": CascadeRisk(0.2), "score": "energy_min", "scoring": Scoring(2.0, "mean")}
+    rule = fit_rule(measured(300), **goal, models={"swift": "a", "super": "b"}, data="rows")
     rule.save(file)
-    loaded = RoutingRule.load(file)
+    loaded = CascadeRule.load(file)
     assert loaded == rule
     assert loaded.scoring == Scoring(2.0, "mean")
     assert loaded.provenance["models"] == {"swift": "a", "super": "b"}
@@ -187,7 +187,7 @@ def test_rule_survives_its_file(tmp_path: pathlib.Path) -> None:
     loaded.check(None)
     with pytest.raises(ValueError, match=r"swift.scoring.temperature=1.0: the rule was fitted with 2.0"):
         loaded.check(Scoring())
-    RoutingRule(0.0, "max_prob", temperature=2.0).check(Scoring())  # reads no energy
+    CascadeRule(0.0, "max_prob", temperature=2.0).check(Scoring())  # reads no energy
 
 
 @pytest.mark.parametrize(
@@ -203,15 +203,15 @@ def test_rule_survives_its_file(tmp_path: pathlib.Path) -> None:
 )
 def test_load_names_what_is_wrong(tmp_path: pathlib.Path, change: dict, message: str) -> None:
     file = tmp_path / "rule.json"
-    RoutingRule(1.0).save(file)
+    CascadeRule(1.0).save(file)
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ValueError, match=f"rule.json: not a usable routing rule.*{message}"):
-        RoutingRule.load(file)
+        CascadeRule.load(file)
 
 
 def test_load_wants_a_file(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match="route fit"):
-        RoutingRule.load(tmp_path / "none.json")
+        CascadeRule.load(tmp_path / "none.json")
     (tmp_path / "half.json").write_text('{"format": "elastic')
     with pytest.raises(ValueError, match="not a usable routing rule"):
-        RoutingRule.load(tmp_path / "half.json")
+        CascadeRule.load(tmp_path / "half.json")

@@ -6,7 +6,7 @@ import time
 from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.endpoint import Function
-from elastic_lm.cli.route.run import route
+from elastic_lm.cli.cascade.run import route
 from elastic_lm.files.journal import Journal, count_rows, read_rows
 
 

@@ -12,12 +12,12 @@ from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import main as cli
 from elastic_lm.cli import parser as flags
 from elastic_lm.config.subnet import Budget, Menu
-from elastic_lm.cost.counted import Load, counted_table, model_cost
+from elastic_lm.cost.counted import Workload, counted_table, model_cost
 from elastic_lm.cost.latency_table import Device, LatencyTable
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.models.decoder import init_params
 from elastic_lm.testing import tiny_config
-from elastic_lm.width.chooser import Elastic
+from elastic_lm.width.chooser import SubnetChooser
 
 CONFIG = tiny_config(exits=(2,), n_heads=6, n_kv_heads=2, head_dim=8, vocab_size=300, elastic_groups=16)
 MENU = Menu(mlp=(0.25, 0.5, 1.0), heads=(1 / 3, 2 / 3, 1.0))
@@ -37,7 +37,7 @@ def table(tmp_path: pathlib.Path) -> pathlib.Path:
     """A millisecond per 10 000 weights."""
     costs = dataclasses.replace(counted_table(CONFIG, MENU, "parameters"), kind="latency_ms")
     config, residuals = CONFIG.with_exits(()), {"decode": 0.0, "prefill": 0.0}
-    found = LatencyTable(config, MENU, Load(1, 8), Device.here(), costs, costs, residuals, 1, "", {})
+    found = LatencyTable(config, MENU, Workload(1, 8), Device.here(), costs, costs, residuals, 1, "", {})
     found.save(tmp_path / "latency.json")
     return tmp_path / "latency.json"
 
@@ -52,14 +52,14 @@ def test_kinds_are_the_budgets() -> None:
 
 
 def test_bytes_are_counted_at_a_context(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    at = counted_table(CONFIG, MENU, "memory_bytes", Load(context=64))
+    at = counted_table(CONFIG, MENU, "memory_bytes", Workload(context=64))
     amount = 0.8 * at.range(MENU)[1]
     assert generate(model, "--budget", f"memory_bytes={amount}", "--context", 64, "--json", "-") == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
-    elastic = dataclasses.replace(Elastic.load(model), workload=Load(context=64))
+    elastic = dataclasses.replace(SubnetChooser.load(model), workload=Workload(context=64))
     chosen = elastic.subnet(Budget(memory_bytes=amount))
     assert row["stats"]["subnet"] == json.loads(json.dumps(dataclasses.asdict(chosen)))
-    assert chosen != Elastic.load(model).subnet(Budget(memory_bytes=amount))
+    assert chosen != SubnetChooser.load(model).subnet(Budget(memory_bytes=amount))
     assert generate(model, "--budget", "parameters=9e9", "--context", 64) == 2
     assert "--context 64: is read for --budget flops=N or memory_bytes=N" in capsys.readouterr().err
 
@@ -73,7 +73,7 @@ def test_generate_serves_a_budget(
     assert generate(model, "--budget", f"{kind}={half.amount}", *given, "--json", "-") == 0
     printed = capsys.readouterr()
     (row,) = map(json.loads, printed.out.splitlines())
-    elastic = Elastic.load(model)
+    elastic = SubnetChooser.load(model)
     if given:
         elastic = elastic.with_latency(LatencyTable.load(table))
     chosen = elastic.subnet(half)

@@ -3,7 +3,14 @@
 import pytest
 
 from elastic_lm.cascade.endpoint import Function
-from elastic_lm.cli.route.quality import choice_of, class_names, named, quality, right_answers, written_names
+from elastic_lm.cli.cascade.quality import (
+    choice_of,
+    class_names,
+    named,
+    quality,
+    right_answers,
+    written_names,
+)
 
 STARS = {"swift": ("1", "2", "3"), "super": ("3", "1", "2")}
 

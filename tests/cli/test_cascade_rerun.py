@@ -17,13 +17,13 @@ from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.endpoint import Function
-from elastic_lm.cascade.rule import RoutingRule
+from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import main as cli
-from elastic_lm.cli.route.checks import check_pair
-from elastic_lm.cli.route.identity import warn_other_models
-from elastic_lm.cli.route.run import retry, route
+from elastic_lm.cli.cascade.checks import check_pair
+from elastic_lm.cli.cascade.identity import warn_other_models
+from elastic_lm.cli.cascade.run import retry, route
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.cost.sequences import text_to_text_flops
@@ -144,7 +144,7 @@ def test_failed_rows_are_answered_again(tmp_path: pathlib.Path, capsys, score: s
 def test_outputs_are_names_whatever_the_order(pair: tuple, tmp_path: pathlib.Path, capsys) -> None:
     rule, out = tmp_path / "rule.json", tmp_path / "o.jsonl"
     assert run(capsys, "fit", *pair, "--target-cost", 1e12, "--out", rule)[0] == 0
-    fitted = RoutingRule.load(rule)
+    fitted = CascadeRule.load(rule)
     accuracies = {point.accuracy for point in fitted.curve}
     assert len(accuracies) == 1  # both models answer alike
     middle = fitted.curve[len(fitted.curve) // 2].threshold
@@ -207,7 +207,7 @@ def test_a_rule_is_about_its_checkpoints(
 def test_other_descriptions_of_models(models: object, capsys) -> None:
     parser, _ = cli.build_parsers()
     given = ("route", "run", "--swift", "a", "--super", "b", "--data", "d", "--out", "o")
-    rule = RoutingRule(1.0, provenance={"models": models})
+    rule = CascadeRule(1.0, provenance={"models": models})
     warn_other_models(rule, parser.parse_args(given), {"swift": "1", "super": "2"})
     assert capsys.readouterr().err == ""
 

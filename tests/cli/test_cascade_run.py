@@ -16,13 +16,13 @@ from elastic_lm import testing
 from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.endpoint import Endpoint, Function
-from elastic_lm.cascade.rule import RoutingRule
+from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import Scoring
 from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import main as cli
 from elastic_lm.cli import parser as flags
-from elastic_lm.cli.route.models import make_pair
-from elastic_lm.cli.route.run import record, route
+from elastic_lm.cli.cascade.models import make_pair
+from elastic_lm.cli.cascade.run import record, route
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data.tokenizer import train_bpe
@@ -151,7 +151,7 @@ def test_fit_then_run_and_run_again(
     printed = capsys.readouterr()
     assert "40 rows: Swift alone" in printed.out
     assert plot.read_bytes()[:4] == b"\x89PNG"
-    fitted = RoutingRule.load(rule)
+    fitted = CascadeRule.load(rule)
     assert fitted.provenance["models"] == {"swift": f"{model} exit 1", "super": str(model)}
     assert fitted.measured is not None
     assert run("route", "run", *models, "--rule", rule, "--out", out) == 0
@@ -182,7 +182,7 @@ def test_what_the_prompt_decides_is_decided_before_text_is_generated(
     models = ("--swift-exit", 1, "--super", model, "--data", data, "--max-new-tokens", 3)
     goal = ("--target-cost", 1e12, "--out", rule)
     assert run("route", "fit", *models, *goal, "--score", "prompt_energy") == 0
-    fitted = RoutingRule.load(rule)
+    fitted = CascadeRule.load(rule)
     middle = fitted.curve[len(fitted.curve) // 2]
     given = ("--score", "prompt_energy", "--threshold", repr(middle.threshold), "--out", out)
     assert run("route", "run", *models, *given) == 0
@@ -217,7 +217,7 @@ def test_an_exit_of_an_encoder_is_a_swift(
     pair = ("--super", encoders["whole"], "--data", questions)
     rule = tmp_path / "rule.json"
     assert run("route", "fit", "--swift-exit", 1, *pair, "--target-cost", 1e9, "--out", rule) == 0
-    fitted = RoutingRule.load(rule)
+    fitted = CascadeRule.load(rule)
     middle, lines = fitted.curve[len(fitted.curve) // 2], []
     for swift in (("--swift", encoders["exit"]), ("--swift-exit", 1)):
         out = tmp_path / f"{len(lines)}.jsonl"

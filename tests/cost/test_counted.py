@@ -10,7 +10,7 @@ from elastic_models import EXITS, MODELS, WITH_EXITS, make
 
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
-from elastic_lm.cost.counted import Load, counted_table, model_cost
+from elastic_lm.cost.counted import Workload, counted_table, model_cost
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder, abstract_params
 from elastic_lm.testing import tiny_config
@@ -140,7 +140,9 @@ def test_cache_bytes_are_those_of_the_arrays(dtype: str) -> None:
     _, state, _ = sampler._start(sampler._call([[1, 2, 3]] * 3), 5)
     arrays = jax.tree.leaves((state.cache, state.exit_cache))
     capacity = arrays[0].shape[2]
-    held = model_cost(config, Load(batch=3, context=capacity)).memory_bytes - model_cost(config).memory_bytes
+    held = (
+        model_cost(config, Workload(batch=3, context=capacity)).memory_bytes - model_cost(config).memory_bytes
+    )
     assert held * (state.length.shape[0] // 3) == sum(a.nbytes for a in arrays)
 
 
@@ -154,8 +156,8 @@ def test_flops_are_two_per_weight_and_four_per_head_channel_and_key() -> None:
     ]
     seen = 10 + 4 + 10  # keys, the newest one's among them
     expected = 2 * (sum(kernels) + config.vocab_size * config.d_model) + 4 * config.d_model * seen
-    assert model_cost(config, Load(context=9)).flops == expected
-    assert model_cost(config, Load(batch=5, context=9)).flops == 5 * expected
+    assert model_cost(config, Workload(context=9)).flops == expected
+    assert model_cost(config, Workload(batch=5, context=9)).flops == 5 * expected
 
 
 def test_a_step_reads_weights_once_and_every_cache() -> None:
@@ -164,7 +166,7 @@ def test_a_step_reads_weights_once_and_every_cache() -> None:
     assert model_cost(config).read_bytes == weights
     cache = 2 * config.n_kv_heads * config.head_dim * config.n_layers * 2
     more = 2 * config.d_model * 4  # rows of the embedding
-    assert model_cost(config, Load(batch=3, context=7)).read_bytes == weights + more + 3 * 7 * cache
+    assert model_cost(config, Workload(batch=3, context=7)).read_bytes == weights + more + 3 * 7 * cache
 
 
 @pytest.mark.parametrize("kind", ["parameters", "flops", "memory_bytes"])
@@ -173,7 +175,7 @@ def test_table_totals_are_the_costs_of_slices(name: str, kind: str) -> None:
     config, _ = make(name, EXITS[:1] if name in WITH_EXITS else ())
     config = dataclasses.replace(config, dtype="bfloat16")
     menu = Menu(mlp=(0.5, 1.0), heads=heads(name), groups=(1.0,) if name == "of many sizes" else (0.5, 1.0))
-    load = Load(batch=2, context=11)
+    load = Workload(batch=2, context=11)
     table = counted_table(config, menu, kind, load)
     rng = np.random.default_rng(0)
     for subnet in [
@@ -210,7 +212,7 @@ def test_what_is_not_counted_is_refused() -> None:
     with pytest.raises(ValueError, match="latency is measured: elastic-lm latency build"):
         counted_table(config, Menu(), "latency_ms")
     with pytest.raises(ValueError, match=r"load\.batch=0"):
-        Load(batch=0)
+        Workload(batch=0)
     with pytest.raises(ValueError, match=r"menu.d_model=\(0.5, 1.0\): a table holds costs at the model's"):
         counted_table(config, Menu(d_model=(0.5, 1.0)), "flops")
     table = counted_table(config, Menu(), "flops")

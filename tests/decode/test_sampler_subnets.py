@@ -23,7 +23,7 @@ from elastic_lm.depth.policies import (
 )
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.testing import random_params, tiny_config
-from elastic_lm.width.chooser import Elastic
+from elastic_lm.width.chooser import SubnetChooser
 from elastic_lm.width.slicing import slice_params
 
 MENU = Menu(mlp=(0.25, 0.5, 1.0), heads=(0.5, 1.0))
@@ -46,8 +46,8 @@ def subnets(model) -> dict[str, Subnet]:
 KEPT = {"uneven": (0, 1), "first exit": (0,), "second exit": (1,), "exit at the end": (0,), "no exit": ()}
 
 
-def choices(model) -> Elastic:
-    return Elastic(model.config, MENU)
+def choices(model) -> SubnetChooser:
+    return SubnetChooser(model.config, MENU)
 
 
 def outputs(samples) -> list[tuple[list[int], list[int]]]:
@@ -268,7 +268,7 @@ def test_what_cannot_be_served_is_named(model, subnets, prompts):
     refuse(r"subnet.mlp\[1\]=128", sampler.sample, prompts[0], 2, subnet=wide)
     least = Budget(parameters=10)
     refuse(r"budget.parameters=10.0: the cheapest", sampler.sample, prompts[0], 2, budget=least)
-    other = Elastic(dataclasses.replace(model.config, dtype="bfloat16"), MENU)
+    other = SubnetChooser(dataclasses.replace(model.config, dtype="bfloat16"), MENU)
     refuse("elastic.config.dtype='bfloat16': the .* has 'float32'", model.sampler, elastic=other)
     routed = dataclasses.replace(elastic, choose=lambda budget: wide)
     refuse(r"subnet.mlp\[1\]=128", model.sampler, elastic=routed, budget=budget)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from elastic_lm.depth.calibration import fit
-from elastic_lm.depth.confidence import NEVER
+from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.guarantee import RiskControl
 from elastic_lm.depth.observations import Observations
 from elastic_lm.depth.per_exit import exit_threshold
@@ -79,7 +79,7 @@ def test_unreachable_target_says_never() -> None:
     hopeless = observations()
     hopeless.agrees[:] = False
     fitted = fit(hopeless, target=1.0, metric="max_prob", targets=())
-    assert fitted.thresholds == (NEVER, NEVER)
+    assert fitted.thresholds == (NEVER_EXITS, NEVER_EXITS)
     assert fitted.curve[0].agreement == 1.0
     assert fitted.curve[0].mean_layers == 4
     assert "full depth" in fitted.curve[0].note
@@ -87,7 +87,7 @@ def test_unreachable_target_says_never() -> None:
 
 def test_inactive_exits_never_fire() -> None:
     fitted = fit(observations(), target=0.9, metric="max_prob", active=(3,))
-    assert fitted.thresholds[0] == NEVER
+    assert fitted.thresholds[0] == NEVER_EXITS
     assert fitted.thresholds[1] < 1
     assert fitted.curve[0].shares[0] == 0
     with pytest.raises(ValueError, match=r"active=\(2,\): the model has exits after layers \(1, 3\)"):
@@ -130,7 +130,7 @@ def test_guarantee_is_kept_in_the_file_and_with_its_own_target(tmp_path: Path) -
 
 def test_guarantee_out_of_reach_exits_never_and_says_what_is_missing() -> None:
     fitted = fit(observations(rows=40), risk=RiskControl(0.95, 0.05), metric="max_prob")
-    assert fitted.thresholds == (NEVER, NEVER)
+    assert fitted.thresholds == (NEVER_EXITS, NEVER_EXITS)
     assert fitted.guarantee is not None
     assert not fitted.guarantee.achieved
     assert fitted.guarantee.more_sequences is not None

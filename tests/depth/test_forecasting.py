@@ -8,7 +8,7 @@ import pytest
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.depth.confidence import NEVER
+from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.forecasting import (
     GATE_WIDTH,
     WeightBytes,
@@ -50,7 +50,7 @@ def test_a_gate_reads_the_head_only_to_exit() -> None:
 
 
 def test_unused_exits_cost_nothing() -> None:
-    found = forecast(WEIGHTS, (0.0, 1.0), (NEVER,))
+    found = forecast(WEIGHTS, (0.0, 1.0), (NEVER_EXITS,))
     assert found.speedup == pytest.approx(1.0)
     assert found.verdict == "no gain expected"
     looked_at = forecast(WEIGHTS, (0.0, 1.0), (1.0,))

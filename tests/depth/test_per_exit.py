@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elastic_lm.depth.confidence import NEVER
+from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.per_exit import Strategy, exit_threshold, exit_thresholds, platt
 
 CONFIDENCE = 1 - np.array([0.1, 0.2, 0.3, 0.4])
@@ -36,12 +36,12 @@ def test_midpoint_lies_half_way_to_the_next_token() -> None:
 @pytest.mark.parametrize("strategy", ["max_coverage", "min_coverage", "midpoint", "platt"])
 def test_never_where_none_is_valid(strategy: Strategy) -> None:
     found = exit_threshold(CONFIDENCE, np.zeros(4, bool), 0.75, strategy)
-    assert (found.threshold, found.coverage, found.agreement) == (NEVER, 0.0, 1.0)
+    assert (found.threshold, found.coverage, found.agreement) == (NEVER_EXITS, 0.0, 1.0)
 
 
 def test_equal_confidences_exit_together() -> None:
     confidence, agrees = np.array([0.9, 0.9, 0.5]), np.array([True, False, True])
-    assert exit_threshold(confidence, agrees, 0.9).threshold == NEVER
+    assert exit_threshold(confidence, agrees, 0.9).threshold == NEVER_EXITS
     assert exit_threshold(confidence, agrees, 0.6).threshold == 0.5
     assert exit_threshold(confidence, agrees, 0.5, "min_coverage").threshold == 0.9
 
@@ -62,13 +62,13 @@ def test_platt_stays_within_the_tokens() -> None:
     assert exit_threshold(confidence, np.ones(50, bool), 0.5, "platt").threshold == pytest.approx(0.2)
     separated = exit_threshold(confidence, confidence > 0.5, 0.5, "platt")
     assert separated.threshold == pytest.approx(0.5, abs=0.03)
-    assert exit_threshold(confidence, np.ones(50, bool), 1.0, "platt").threshold == NEVER
+    assert exit_threshold(confidence, np.ones(50, bool), 1.0, "platt").threshold == NEVER_EXITS
 
 
 def test_every_exit_on_its_own() -> None:
     confidence = np.column_stack([CONFIDENCE, CONFIDENCE[::-1]])
     agrees = np.column_stack([AGREES, np.zeros(4, bool)])
-    assert exit_thresholds(confidence, agrees, 0.75) == pytest.approx((0.6, NEVER))
+    assert exit_thresholds(confidence, agrees, 0.75) == pytest.approx((0.6, NEVER_EXITS))
 
 
 def test_messages() -> None:

@@ -255,8 +255,8 @@ def test_block_of_a_deeper_exit_gets_keys_and_values_of_the_state_that_left(make
     decoder = Decoder(config).bind({"params": params})
     positions = jnp.arange(filled)[None]
     taps = decoder.taps(state.tokens[:, :filled], (1, 2))
-    expected = decoder.exit_rows(1, taps[1].hidden, positions)
-    own = decoder.exit_rows(1, taps[2].hidden, positions)
+    expected = decoder.exit_key_values(1, taps[1].hidden, positions)
+    own = decoder.exit_key_values(1, taps[2].hidden, positions)
     emitted = slice(len(prompt) - 1, filled)  # positions whose token left after layer 1
     for ours, lent, computed in zip(state.exit_cache[1], expected, own, strict=True):
         np.testing.assert_allclose(ours[:, :, emitted], lent[:, :, emitted], rtol=0, atol=1e-6)

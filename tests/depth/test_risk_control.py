@@ -15,7 +15,7 @@ from elastic_lm.bounds import (
     risk_bound,
     sequences_needed,
 )
-from elastic_lm.depth.confidence import NEVER
+from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.guarantee import (
     RiskControl,
     climb,
@@ -127,7 +127,7 @@ def observations(agrees: list[list[bool]]) -> Observations:
 def test_loss_of_a_sequence_is_its_share_of_other_tokens() -> None:
     seen = observations([[True, False], [True, True, True, False], [True]])
     np.testing.assert_allclose(sequence_losses(seen, (1.0,)), [0.5, 0.25, 0.0])
-    np.testing.assert_allclose(sequence_losses(seen, (NEVER,)), [0.0, 0.0, 0.0])
+    np.testing.assert_allclose(sequence_losses(seen, (NEVER_EXITS,)), [0.0, 0.0, 0.0])
 
 
 def test_with_delta_both_statements_are_tested() -> None:
@@ -170,7 +170,7 @@ def test_not_achievable() -> None:
     assert "even the most cautious" in bad.statement
     seen = observations([[False] * 4] * 40)
     thresholds, guarantee = control(*seen.halves(), RiskControl(0.9, 0.05))
-    assert thresholds == (NEVER,)
+    assert thresholds == (NEVER_EXITS,)
     assert guarantee.tested == 0
     assert "no exit agrees" in guarantee.statement
 
@@ -186,7 +186,7 @@ def test_ladder_runs_from_caution_to_the_target() -> None:
     assert risks == sorted(risks)
     assert len(set(rungs)) == len(rungs) == 16
     assert risks[-1] == pytest.approx(0.2, abs=0.005)
-    assert all(thresholds[0] == NEVER for thresholds in ladder(seen, (1,), RiskControl(0.8)))
+    assert all(thresholds[0] == NEVER_EXITS for thresholds in ladder(seen, (1,), RiskControl(0.8)))
 
 
 @pytest.mark.parametrize(

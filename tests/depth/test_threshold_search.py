@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from elastic_lm.depth.confidence import NEVER
+from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.threshold_search import choose, emitting_exit, outcome
 
 DEPTHS = (2, 4, 8)
@@ -24,8 +24,8 @@ def test_first_confident_exit_emits_and_ties_exit() -> None:
     confidence = np.array([[0.5, 0.9], [0.4, 0.7], [0.4, 0.6], [0.9, 0.1]], np.float32)
     assert emitting_exit(confidence, (0.5, 0.7)).tolist() == [0, 1, 2, 0]
     assert emitting_exit(confidence, (0.0, 0.0)).tolist() == [0, 0, 0, 0]
-    assert emitting_exit(confidence, (NEVER, NEVER)).tolist() == [2, 2, 2, 2]
-    assert emitting_exit(confidence, (NEVER, 0.0)).tolist() == [1, 1, 1, 1]
+    assert emitting_exit(confidence, (NEVER_EXITS, NEVER_EXITS)).tolist() == [2, 2, 2, 2]
+    assert emitting_exit(confidence, (NEVER_EXITS, 0.0)).tolist() == [1, 1, 1, 1]
 
 
 def test_outcome_by_hand() -> None:
@@ -53,7 +53,7 @@ def test_equal_confidences_exit_together() -> None:
     confidence = np.full((10, 1), 0.7, np.float32)
     agrees = np.arange(10)[:, None] != 0
     chosen = choose(confidence, agrees, (2, 8), (0.95, 0.9))
-    assert chosen[0.95] == (NEVER,)  # nine of ten would do, but the tenth has the same confidence
+    assert chosen[0.95] == (NEVER_EXITS,)  # nine of ten would do, but the tenth has the same confidence
     assert chosen[0.9] == pytest.approx((0.7,))
 
 
@@ -77,9 +77,9 @@ def test_close_to_brute_force_and_better_than_one_shared_threshold(seed: int) ->
         result = outcome(confidence, agrees, DEPTHS, thresholds)
         return result.mean_layers if result.agreement >= target - 1e-9 else np.inf
 
-    options = [np.append(np.unique(confidence[:, j]), NEVER) for j in range(2)]
+    options = [np.append(np.unique(confidence[:, j]), NEVER_EXITS) for j in range(2)]
     best = min(layers(pair) for pair in itertools.product(*options))
-    shared = min(layers((t, t)) for t in np.append(np.unique(confidence), NEVER))
+    shared = min(layers((t, t)) for t in np.append(np.unique(confidence), NEVER_EXITS))
     found = layers(choose(confidence, agrees, DEPTHS, (target,))[target])
     assert best <= found <= best * 1.02
     assert found <= shared

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 import elastic_lm as el
 from elastic_lm import hf
 from elastic_lm.checkpoints import native as checkpoint
-from elastic_lm.checkpoints.load import load_decoder
+from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.cli import main as cli
 from elastic_lm.config.encoder import EncoderConfig
 

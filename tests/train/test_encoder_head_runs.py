@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_task_runs import WORDS, write_records
 
-from elastic_lm.cascade.rule import RoutingRule
+from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.checkpoints import native as checkpoint
-from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.cli import main as cli
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.parse import to_dict
@@ -131,7 +131,7 @@ def test_route_asks_the_head_and_decodes_only_what_is_kept(
     rule, out = tmp_path / "rule.json", tmp_path / "out.jsonl"
     command = ("--target-cost", 1e12, "--score", "encoder_energy", "--out", rule)
     assert cli.main([str(a) for a in ("route", "fit", *models, *command)]) == 0
-    fitted = RoutingRule.load(rule)
+    fitted = CascadeRule.load(rule)
     middle = fitted.curve[len(fitted.curve) // 2]
     dataclasses.replace(fitted, threshold=middle.threshold).save(rule)
     assert cli.main([str(a) for a in ("route", "run", *models, "--rule", rule, "--out", out)]) == 0

@@ -9,9 +9,9 @@ import pytest
 from conftest import changed
 
 from elastic_lm.checkpoints.native import save_model
+from elastic_lm.config.mesh import MeshConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.models.sharding import MeshConfig
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.run import fit
 from elastic_lm.width.trained_routers import Routers

@@ -12,7 +12,7 @@ import tokenizers
 from test_run import Stopped, stop_at
 from tokenizers import models, pre_tokenizers, processors
 
-from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.checkpoints.native import save_model
 from elastic_lm.cli import main as cli
 from elastic_lm.config.encoder import EncoderConfig

@@ -10,17 +10,17 @@ import pytest
 import elastic_lm as el
 from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.config.subnet import Budget, Menu, Subnet
-from elastic_lm.cost.counted import CostTable, Load, counted_table, model_cost
+from elastic_lm.cost.counted import CostTable, Workload, counted_table, model_cost
 from elastic_lm.cost.latency_table import Device, LatencyTable
 from elastic_lm.models.decoder import Decoder, init_params
 from elastic_lm.testing import tiny_config
-from elastic_lm.width.chooser import Elastic
+from elastic_lm.width.chooser import SubnetChooser
 from elastic_lm.width.search import uniform_subnet
 from elastic_lm.width.slicing import slice_params
 
 CONFIG = tiny_config(n_heads=6, n_kv_heads=2, head_dim=8, elastic_groups=16)
 MENU = Menu(mlp=(0.25, 0.5, 1.0), heads=(1 / 3, 2 / 3, 1.0), dropped=(2,))
-WORK = Load(batch=2, context=40)
+WORK = Workload(batch=2, context=40)
 
 
 def table(fixed: float = 1.0) -> LatencyTable:
@@ -33,13 +33,13 @@ def table(fixed: float = 1.0) -> LatencyTable:
     return LatencyTable(CONFIG, MENU, WORK, Device.here(), costs, costs, residuals, 1, "", {})
 
 
-def whole_cost(elastic: Elastic, kind: str) -> float:
+def whole_cost(elastic: SubnetChooser, kind: str) -> float:
     return elastic.costs(kind).range(MENU)[1]
 
 
 @pytest.mark.parametrize("kind", ["parameters", "flops", "memory_bytes"])
 def test_counted_budgets_are_kept_exactly_by_the_slice(kind: str) -> None:
-    elastic = Elastic(CONFIG, MENU, workload=WORK)
+    elastic = SubnetChooser(CONFIG, MENU, workload=WORK)
     whole = getattr(model_cost(CONFIG, WORK), kind)
     params, seen = init_params(CONFIG, jax.random.key(0)), set()
     for share in (0.5, 0.65, 0.8, 0.9, 0.99, 1.0, 3.0):
@@ -57,11 +57,11 @@ def test_counted_budgets_are_kept_exactly_by_the_slice(kind: str) -> None:
 def test_exits_do_not_count() -> None:
     with_exits = tiny_config(exits=(1, 3), n_heads=6, n_kv_heads=2, head_dim=8, elastic_groups=16)
     budget = Budget(parameters=0.7 * model_cost(CONFIG).parameters)
-    assert Elastic(with_exits, MENU).subnet(budget) == Elastic(CONFIG, MENU).subnet(budget)
+    assert SubnetChooser(with_exits, MENU).subnet(budget) == SubnetChooser(CONFIG, MENU).subnet(budget)
 
 
 def test_latency_budgets_are_kept_by_the_table() -> None:
-    elastic = Elastic(CONFIG, MENU).with_latency(table())
+    elastic = SubnetChooser(CONFIG, MENU).with_latency(table())
     whole = whole_cost(elastic, "latency_ms")
     assert whole == pytest.approx(table().total(Subnet.full(CONFIG)))
     assert elastic.subnet(Budget(latency_ms=whole)) == Subnet.full(CONFIG)
@@ -70,7 +70,7 @@ def test_latency_budgets_are_kept_by_the_table() -> None:
     assert len(set(found)) == 2
     assert table().total(found[0]) <= 0.6 * whole < table().total(found[1]) <= 0.8 * whole
     assert elastic.subnet(Budget(parameters=1e9)) == Subnet.full(CONFIG)  # counted as before
-    assert Elastic(CONFIG, MENU, table().checked(CONFIG, MENU)) == elastic
+    assert SubnetChooser(CONFIG, MENU, table().checked(CONFIG, MENU)) == elastic
 
 
 def test_a_router_decides_below_the_cost_of_the_whole_model() -> None:
@@ -81,7 +81,7 @@ def test_a_router_decides_below_the_cost_of_the_whole_model() -> None:
         asked.append(budget)
         return chosen
 
-    elastic = Elastic(CONFIG, MENU, choose=choose)
+    elastic = SubnetChooser(CONFIG, MENU, choose=choose)
     whole = model_cost(CONFIG).parameters
     assert elastic.subnet(Budget(parameters=whole)) == Subnet.full(CONFIG)
     assert not asked
@@ -93,36 +93,36 @@ def test_a_router_decides_below_the_cost_of_the_whole_model() -> None:
 
 
 def test_budgets_that_cannot_be_kept_are_named() -> None:
-    plain = Elastic(CONFIG, MENU)
+    plain = SubnetChooser(CONFIG, MENU)
     with pytest.raises(ValueError, match=r"elastic.table=None: .*elastic-lm latency build.*with_latency\("):
         plain.subnet(Budget(latency_ms=3.0))
     with pytest.raises(ValueError, match=r"budget.latency_ms=0.1: the cheapest sub-network of this"):
         plain.with_latency(table()).subnet(Budget(latency_ms=0.1))
     with pytest.raises(ValueError, match=r"budget.flops=1.0: the cheapest"):
         plain.subnet(Budget(flops=1.0))
-    channels = Elastic(CONFIG, dataclasses.replace(MENU, d_model=(0.5, 1.0)))
+    channels = SubnetChooser(CONFIG, dataclasses.replace(MENU, d_model=(0.5, 1.0)))
     with pytest.raises(ValueError, match=r"menu.d_model=\(0.5, 1.0\): a table holds costs at"):
         channels.subnet(Budget(flops=1e9))
 
 
 def test_tables_of_something_else_are_named() -> None:
-    plain, wider = Elastic(CONFIG, MENU), dataclasses.replace(CONFIG, d_mlp=128)
+    plain, wider = SubnetChooser(CONFIG, MENU), dataclasses.replace(CONFIG, d_mlp=128)
     with pytest.raises(ValueError, match=r"t.json: model.d_mlp=64: this model has 128"):
-        Elastic(wider, MENU).with_latency(table(), "t.json")
+        SubnetChooser(wider, MENU).with_latency(table(), "t.json")
     coarse = dataclasses.replace(MENU, mlp=(0.5, 1.0))
     with pytest.raises(
         ValueError, match=r"latency table: menu.mlp=\(0.25, 0.5, 1.0\): this menu has \(0.5, 1.0\)"
     ):
-        Elastic(CONFIG, coarse).with_latency(table())
+        SubnetChooser(CONFIG, coarse).with_latency(table())
     moved = dataclasses.replace(table(), device=Device("tpu", "v9", "x", 1))
     with pytest.raises(ValueError, match=r"latency table: device.platform='tpu': this device has"):
         plain.with_latency(moved)
     with pytest.raises(ValueError, match=r"elastic.table='LatencyTable': must be .*with_latency"):
         dataclasses.replace(plain, table=table())
     with pytest.raises(ValueError, match=r"choices of elastic.table=.*is of another menu or model"):
-        Elastic(CONFIG, coarse, table().decode)
+        SubnetChooser(CONFIG, coarse, table().decode)
     with pytest.raises(ValueError, match=r"menu.mlp=0.3: must give a multiple of 16"):
-        Elastic(CONFIG, Menu(mlp=(0.3, 1.0)))
+        SubnetChooser(CONFIG, Menu(mlp=(0.3, 1.0)))
 
 
 @pytest.fixture
@@ -134,11 +134,11 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
 def test_a_menu_travels_with_its_checkpoint(folder: pathlib.Path) -> None:
     assert checkpoint.load_menu(folder) == MENU
     assert checkpoint.load_config(folder) == CONFIG
-    assert el.Elastic.load(folder) == Elastic(CONFIG, MENU)
+    assert el.SubnetChooser.load(folder) == SubnetChooser(CONFIG, MENU)
     half = dataclasses.replace(CONFIG, param_dtype="bfloat16")
-    assert Elastic.load(folder, half).config == half
+    assert SubnetChooser.load(folder, half).config == half
     model, params = el.load(folder)
-    sampler = el.Sampler(model, params, elastic=Elastic.load(folder), budget=Budget(parameters=40_000))
+    sampler = el.Sampler(model, params, elastic=SubnetChooser.load(folder), budget=Budget(parameters=40_000))
     stats = sampler.sample([1, 2, 3], 2).stats
     assert stats.subnet is not None
     assert model_cost(stats.subnet.sliced(CONFIG)).parameters <= 40_000
@@ -152,9 +152,9 @@ def test_no_menu_of_an_earlier_model_stays(folder: pathlib.Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"m has no menu.json: train .*configs/flextron.py, or give a Menu"
     ):
-        Elastic.load(folder)
+        SubnetChooser.load(folder)
     with pytest.raises(FileNotFoundError, match="is not an elastic checkpoint"):
-        Elastic.load(folder / "nowhere")
+        SubnetChooser.load(folder / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_damaged_menu_is_named(folder: pathlib.Path, change: dict, message: st
 
 def test_latency_budgets_through_the_sampler(folder: pathlib.Path) -> None:
     model, params = el.load(folder)
-    elastic = Elastic.load(folder, model.config).with_latency(table())
+    elastic = SubnetChooser.load(folder, model.config).with_latency(table())
     budget = Budget(latency_ms=0.7 * whole_cost(elastic, "latency_ms"))
     served = el.Sampler(Decoder(model.config), params, elastic=elastic).sample([1, 2], 2, budget=budget)
     assert served.stats.subnet == elastic.subnet(budget)

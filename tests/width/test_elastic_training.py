@@ -26,7 +26,7 @@ from elastic_lm.width.elastic_training import (
     uniform_subnets,
 )
 from elastic_lm.width.slicing import slice_params
-from elastic_lm.width.switched import Choice
+from elastic_lm.width.switched import MenuIndices
 
 CLOSE = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
 CONFIG = tiny_config(n_layers=2, n_heads=8, head_dim=4, elastic_groups=8)
@@ -74,7 +74,7 @@ def divergence(teacher: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def draws(method: ElasticTraining, step: int) -> Choice:
+def draws(method: ElasticTraining, step: int) -> MenuIndices:
     return method.choices(step)
 
 
@@ -197,7 +197,7 @@ def test_one_granularity_per_step() -> None:
     np.testing.assert_allclose(counts / 3000, 1 / 6, atol=0.03)
 
 
-def granularities(choices: Choice) -> tuple[np.ndarray, np.ndarray]:
+def granularities(choices: MenuIndices) -> tuple[np.ndarray, np.ndarray]:
     """Indices [..., S] of uniform choices [..., S, L]."""
     mlp, heads = np.asarray(choices.mlp), np.asarray(choices.heads)
     assert np.all(mlp == mlp[..., :1])
@@ -209,7 +209,7 @@ def test_draws_follow_seed_and_step() -> None:
     method = ElasticTraining(CONFIG, MENU, samples=8)
     again, other = ElasticTraining(CONFIG, MENU, samples=8), ElasticTraining(CONFIG, MENU, samples=8, seed=1)
 
-    def same(a: Choice, b: Choice) -> bool:
+    def same(a: MenuIndices, b: MenuIndices) -> bool:
         return jax.tree.all(jax.tree.map(jnp.array_equal, a, b))
 
     assert same(draws(method, 5), again.choices(jnp.int32(5)))
@@ -217,7 +217,7 @@ def test_draws_follow_seed_and_step() -> None:
     assert not same(draws(method, 5), draws(other, 5))
 
 
-def many(menu: Menu, layers: int, samples: int, **options: Any) -> Choice:
+def many(menu: Menu, layers: int, samples: int, **options: Any) -> MenuIndices:
     keys = jax.random.split(jax.random.key(0), 4000)
     draw = functools.partial(draw_choices, menu=menu, n_layers=layers, samples=samples, **options)
     return jax.device_get(jax.vmap(draw)(keys))

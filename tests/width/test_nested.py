@@ -13,10 +13,10 @@ from elastic_lm.models.decoder import Decoder
 from elastic_lm.testing import random_tokens
 from elastic_lm.width.nested_decoder import (
     ROUTING,
-    RoutedConfig,
-    RoutedDecoder,
+    NestedConfig,
+    NestedDecoder,
+    nested_params,
     prompt_choices,
-    routed_params,
 )
 from elastic_lm.width.router import budget_code
 from elastic_lm.width.slicing import slice_params
@@ -33,22 +33,22 @@ def test_a_row_of_choices_is_a_slice(name: str) -> None:
     config, params = make(name)
     menu, rng = menu_of(name), np.random.default_rng(0)
     subnets = [menu.sample(config, rng) for _ in range(2)]
-    routed = RoutedConfig.of(config, menu, per_token=False)
+    routed = NestedConfig.of(config, menu, per_token=False)
     mlp, heads = (jnp.asarray([menu.indices(config, s)[n] for s in subnets]) for n in (0, 1))
-    nested = {**routed_params(routed, params), ROUTING: {"mlp": mlp, "heads": heads}}
+    nested = {**nested_params(routed, params), ROUTING: {"mlp": mlp, "heads": heads}}
     tokens = random_tokens(config, 2, 9)
-    found = RoutedDecoder(routed).apply({"params": nested}, tokens).logits
+    found = NestedDecoder(routed).apply({"params": nested}, tokens).logits
     for row, subnet in enumerate(subnets):
         small, sliced = slice_params(config, params, subnet)
         expected = Decoder(small).apply({"params": sliced}, tokens[row : row + 1]).logits
         assert_close(found[row], expected[0])
 
 
-def by_token(tilt: float = 0.0) -> tuple[RoutedConfig, Any]:
+def by_token(tilt: float = 0.0) -> tuple[NestedConfig, Any]:
     """A model with random routers."""
     config, params = make("llama")
     menu = Menu((0.25, 0.5, 1.0), (0.5, 1.0))
-    routed = RoutedConfig.of(config, menu, router_width=8)
+    routed = NestedConfig.of(config, menu, router_width=8)
     key = jax.random.key(0)
     shapes = {"hidden": (3, 8, 2 + config.d_model), "heads": (3, 2, 8), "mlp": (3, 3, 8)}
     routers = {name: {"kernel": jax.random.normal(key, shape)} for name, shape in shapes.items()}
@@ -57,15 +57,15 @@ def by_token(tilt: float = 0.0) -> tuple[RoutedConfig, Any]:
         "mlp": jnp.tile(jnp.asarray([0.1, 0.2, 0.4]), (3, 1)),
     }
     code = budget_code(jnp.asarray(0.7), (0.5, 1.0))
-    return routed, {**routed_params(routed, params, routers, costs), ROUTING: {"code": code, "tilt": tilt}}
+    return routed, {**nested_params(routed, params, routers, costs), ROUTING: {"code": code, "tilt": tilt}}
 
 
 def test_tokens_choose_for_themselves() -> None:
     config, params = by_token()
     tokens = random_tokens(config, 3, 7)
-    whole = RoutedDecoder(config).apply({"params": params}, tokens).logits
+    whole = NestedDecoder(config).apply({"params": params}, tokens).logits
     for row in range(3):
-        alone = RoutedDecoder(config).apply({"params": params}, tokens[row : row + 1, :5]).logits
+        alone = NestedDecoder(config).apply({"params": params}, tokens[row : row + 1, :5]).logits
         assert_close(whole[row, :5], alone[0])
 
 
@@ -74,7 +74,7 @@ def test_a_tilt_leads_to_the_smallest_or_the_whole_model() -> None:
         config, params = by_token(tilt)
         small, sliced = slice_params(*make("llama"), subnet(make("llama")[0]))
         tokens = random_tokens(config, 2, 7)
-        found = RoutedDecoder(config).apply({"params": params}, tokens).logits
+        found = NestedDecoder(config).apply({"params": params}, tokens).logits
         assert_close(found, Decoder(small).apply({"params": sliced}, tokens).logits)
 
 

@@ -15,8 +15,8 @@ from elastic_lm.cost.counted import counted_table
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.policies import StaticExit
 from elastic_lm.models.decoder import Decoder
-from elastic_lm.width.chooser import Elastic, routed_model, routing
-from elastic_lm.width.nested_decoder import ROUTING, RoutedDecoder, prompt_choices
+from elastic_lm.width.chooser import SubnetChooser, routed_model, routing
+from elastic_lm.width.nested_decoder import ROUTING, NestedDecoder, prompt_choices
 from elastic_lm.width.trained_routers import Routers, RouterShape
 
 MENU = Menu((0.5, 1.0), (0.5, 1.0))
@@ -26,14 +26,14 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9]]
 
 
 @functools.cache
-def routed(exits: tuple[ExitConfig, ...] = ()) -> tuple[Decoder, Any, Elastic]:
+def routed(exits: tuple[ExitConfig, ...] = ()) -> tuple[Decoder, Any, SubnetChooser]:
     """A model, and random routers."""
     config, params = make("llama", exits, n_layers=2)
     shape = RouterShape(config.with_exits(()), MENU, (0.6, 0.8, 1.0), "hidden", 8)
     trained = shape.init(jax.random.key(2))
     table = counted_table(config, MENU, "parameters")
     routers = Routers(shape, trained, table, (-0.5, -0.2, 0.0))
-    return Decoder(config), params, Elastic(config, MENU, routers=routers)
+    return Decoder(config), params, SubnetChooser(config, MENU, routers=routers)
 
 
 def budget(share: float) -> Budget:
@@ -52,7 +52,7 @@ def test_greedy_tokens_are_those_of_the_forward_pass() -> None:
     assert elastic.routers is not None
     config, nested = routed_model(model.config, params, elastic.routers)
     nested = {**nested, ROUTING: routing(elastic.routers, budget(0.7))}
-    forward = jax.jit(lambda tokens: RoutedDecoder(config).apply({"params": nested}, tokens).logits)
+    forward = jax.jit(lambda tokens: NestedDecoder(config).apply({"params": nested}, tokens).logits)
     tokens = PROMPTS[0]
     for emitted in sampler().sample(tokens, NEW, ignore_eos=True).tokens:
         padded = np.zeros((1, 16), np.int32)

@@ -18,7 +18,7 @@ from elastic_lm.models.decoder import Decoder
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.load_config import load_config
 from elastic_lm.train.run import fit
-from elastic_lm.width.chooser import Elastic
+from elastic_lm.width.chooser import SubnetChooser
 from elastic_lm.width.trained_routers import Routers
 
 MENU = Menu((0.25, 0.5, 1.0), (0.5, 1.0))
@@ -54,7 +54,7 @@ def test_routers_resume_bit_identically_and_serve_budgets(
     chex.assert_trees_all_equal(first.params, second.params)
 
     assert load_menu(folders[0]) == MENU
-    chosen = Elastic.load(folders[0], model)
+    chosen = SubnetChooser.load(folders[0], model)
     budget = Budget(parameters=0.7 * chosen.costs("parameters").range(MENU)[1])
     found = Sampler(Decoder(model), params, elastic=chosen, budget=budget).sample([1, 2, 3], 2)
     assert found.stats.subnet == first.subnet(budget)

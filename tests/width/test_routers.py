@@ -17,7 +17,7 @@ from elastic_lm.cost.counted import CostTable, counted_table
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, stack_layers
 from elastic_lm.testing import random_params, random_tokens, tiny_config
-from elastic_lm.width.gated import Picks, routed_hidden
+from elastic_lm.width.gated import Picks, gated_hidden
 from elastic_lm.width.router import budget_code, straight_through
 from elastic_lm.width.router_training import ROUTERS, SURROGATE, RouterEvaluation, RouterTraining, fit_tilts
 from elastic_lm.width.slicing import slice_params
@@ -114,7 +114,7 @@ def test_gated_layers_compute_what_the_slice_computes() -> None:
         given = Picks(one_hot(heads, 3)[:, None, None], one_hot(mlp, 4)[:, None, None])
         keep_LB = jnp.broadcast_to(jnp.asarray(keep, jnp.float32)[:, None], (4, 2))
         tokens = random_tokens(config, 2, 9)
-        found, mean = routed_hidden(
+        found, mean = gated_hidden(
             config, MENU, stack_layers(params), tokens, lambda given, _: given, given, keep_LB
         )
         small, sliced = slice_params(config, params, subnet)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
-from elastic_lm.cost.counted import CostTable, Load, counted_table
+from elastic_lm.cost.counted import CostTable, Workload, counted_table
 from elastic_lm.testing import tiny_config
 from elastic_lm.width.search import (
     Damage,
@@ -33,7 +33,7 @@ PROBLEMS = {"wide": (WIDE, MENU), "uneven": (UNEVEN, NARROW)}
 COUNTED = ("parameters", "flops", "memory_bytes")
 SHARES = (0.0, 0.1, 0.35, 0.5, 0.77, 0.95)  # of the way from the least to the greatest cost
 
-Problem = tuple[ModelConfig, Menu, CostTable, Damage]
+TaskProblem = tuple[ModelConfig, Menu, CostTable, Damage]
 
 
 def all_subnets(config: ModelConfig, menu: Menu) -> list[Subnet]:
@@ -78,12 +78,12 @@ def measured_table(config: ModelConfig, menu: Menu, seed: int) -> CostTable:
     return CostTable("latency_ms", 0.3, tuple(attention), tuple(mlp))
 
 
-def problem(name: str, kind: str, seed: int = 0) -> Problem:
+def problem(name: str, kind: str, seed: int = 0) -> TaskProblem:
     config, menu = PROBLEMS[name]
     table = (
         measured_table(config, menu, seed)
         if kind == "latency_ms"
-        else counted_table(config, menu, kind, Load(batch=2, context=9))
+        else counted_table(config, menu, kind, Workload(batch=2, context=9))
     )
     return config, menu, table, random_damage(config, menu, seed)
 
@@ -155,7 +155,7 @@ def test_whole_numbers_are_exact_on_a_grid_of_their_common_divisor(kind: str) ->
         assert damage.total(config, menu, subnet) == pytest.approx(best, abs=1e-12)
 
 
-def searched(given: Problem, budget: Budget, uniform: bool = True) -> dict[str, Subnet]:
+def searched(given: TaskProblem, budget: Budget, uniform: bool = True) -> dict[str, Subnet]:
     """What each of the searches finds."""
     config, menu, table, damage = given
     each = config, menu, table, budget

@@ -13,11 +13,11 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.models.decoder import Decoder, Params, stack_layers
 from elastic_lm.nn.attention import KeyValues
-from elastic_lm.nn.block import Block, Rows, Tap
+from elastic_lm.nn.block import Block, NewKeyValues, Tap
 from elastic_lm.testing import all_logits, random_tokens
 from elastic_lm.width.axes import edit_params, slice_edit
 from elastic_lm.width.slicing import mask_params, slice_params
-from elastic_lm.width.switched import Choice, elastic_block, elastic_taps
+from elastic_lm.width.switched import MenuIndices, elastic_block, elastic_taps
 
 GROUPS = (0.5, 1.0)
 CASES = {
@@ -38,7 +38,7 @@ def test_the_switch_computes_what_slice_and_mask_compute(case: str) -> None:
     traces = []
 
     @jax.jit
-    def switched(params: Params, choice: Choice) -> jax.Array:
+    def switched(params: Params, choice: MenuIndices) -> jax.Array:
         traces.append(1)
         decoder = Decoder(config).bind({"params": params})
         tap = elastic_taps(config, menu, params, tokens, choice, (1, depth), remat=stacked)[depth]
@@ -49,7 +49,7 @@ def test_the_switch_computes_what_slice_and_mask_compute(case: str) -> None:
     held = stack_layers(params) if stacked else params
     for subnet in subnets:
         small = slice_params(config, params, subnet)
-        found = switched(held, Choice.of(config, menu, subnet))
+        found = switched(held, MenuIndices.of(config, menu, subnet))
         assert_close(found, logits(*small)[small[0].n_layers])
         assert_close(found, logits(*mask_params(config, params, subnet))[depth])
     assert len(traces) == 1
@@ -58,7 +58,7 @@ def test_the_switch_computes_what_slice_and_mask_compute(case: str) -> None:
 def test_the_switch_has_gradients_of_the_slice() -> None:
     config, params = make("llama", n_layers=2)
     menu, subnet = Menu(mlp=(0.5, 1.0), groups=GROUPS), Subnet((0, 1), (32, 64), (2, 4), (2, 1), 32)
-    choice, tokens = Choice.of(config, menu, subnet), random_tokens(config, 2, 5)
+    choice, tokens = MenuIndices.of(config, menu, subnet), random_tokens(config, 2, 5)
 
     def switched(params: Params) -> jax.Array:
         return jnp.sum(elastic_taps(config, menu, params, tokens, choice)[2].hidden ** 2)
@@ -76,9 +76,9 @@ def test_the_switch_has_gradients_of_the_slice() -> None:
 def test_a_choice_without_groups_has_all_of_them() -> None:
     config, params = make("llama", n_layers=2)
     menu, tokens = Menu(groups=GROUPS), random_tokens(config, 2, 5)
-    whole = Choice.of(config, menu, menu.largest(config))
+    whole = MenuIndices.of(config, menu, menu.largest(config))
     states = jax.jit(lambda choice: elastic_taps(config, menu, params, tokens, choice)[2].hidden)
-    unsaid = Choice(whole.mlp, whole.heads, whole.keep)
+    unsaid = MenuIndices(whole.mlp, whole.heads, whole.keep)
     np.testing.assert_allclose(states(unsaid), states(whole), rtol=1e-6)
 
 
@@ -94,7 +94,9 @@ def test_rows_keep_their_shape_and_extend_a_cache() -> None:
     expected = block(x)[0].hidden
 
     @jax.jit
-    def step(i: jax.Array, x: jax.Array, positions: jax.Array, past: KeyValues | None) -> tuple[Tap, Rows]:
+    def step(
+        i: jax.Array, x: jax.Array, positions: jax.Array, past: KeyValues | None
+    ) -> tuple[Tap, NewKeyValues]:
         return elastic_block(config, (32, 64), (2, 4), (1, 2), layer, x, positions, i, i, i, past=past)
 
     smallest = jnp.int32(0)

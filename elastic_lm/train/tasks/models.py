@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh
 
-from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
@@ -20,7 +20,7 @@ from elastic_lm.train.config import TaskRun, TrainConfig
 from elastic_lm.train.tasks.tuning import TEACHER, TaskTuning, answers_of
 
 Params = dict[str, Any]
-Answers = tuple[str, int, tuple[str, ...]]  # problem, outputs, their names
+TaskHead = tuple[str, int, tuple[str, ...]]  # problem, outputs, their names
 Config = TypeVar("Config", bound=EncoderConfig | EncoderDecoderConfig)
 
 
@@ -161,7 +161,7 @@ def with_teacher(
     return TaskTuning(config, teacher, **options), {**params, TEACHER: given}
 
 
-def same_answers(some: Answers, others: Answers) -> bool:
+def same_answers(some: TaskHead, others: TaskHead) -> bool:
     """Whether two heads answer the same: as many outputs of one kind, of equal names where both have some."""
     named = bool(some[2]) and bool(others[2])
     return some[:2] == others[:2] and (not named or some[2] == others[2])

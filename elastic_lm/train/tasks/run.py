@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.checkpoints.native import Checkpoints, check_target, local_folder, save_model
 from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig

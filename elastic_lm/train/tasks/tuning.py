@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.checks import require
-from elastic_lm.config.encoder import EncoderConfig, Problem
+from elastic_lm.config.encoder import EncoderConfig, TaskProblem
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.encoder import Encoder, exit_name
 from elastic_lm.models.encoder_decoder import EncoderDecoder
@@ -149,7 +149,7 @@ class TaskTuning:
         return loss_B
 
 
-def answers_of(config: Config) -> tuple[Problem, int, tuple[str, ...]]:
+def answers_of(config: Config) -> tuple[TaskProblem, int, tuple[str, ...]]:
     """(problem, outputs, names of the classes) of a model's head."""
     problem = "classification" if isinstance(config, EncoderDecoderConfig) else config.problem
     return problem, config.n_labels, config.labels

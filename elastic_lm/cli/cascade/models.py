@@ -4,15 +4,15 @@ import argparse
 import os
 from typing import Any, cast
 
-from elastic_lm.cascade.answerer import Answerer, Row
+from elastic_lm.cascade.answerer import Answerer, Record
 from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.endpoint import Endpoint
 from elastic_lm.cascade.generator import Generator
-from elastic_lm.cascade.multiple_choice import Choice
+from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.cascade.scores import PLACES, Scoring
-from elastic_lm.cascade.shared_model import nested_choice, nested_classifier, nested_generator
+from elastic_lm.cascade.shared_model import shared_classifier, shared_generator, shared_multiple_choice
 from elastic_lm.cascade.text_answerer import TextAnswerer
-from elastic_lm.checkpoints.load import load
+from elastic_lm.checkpoints.loading import load
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.seq2seq import LONGEST, TextToText
@@ -29,7 +29,7 @@ def is_url(place: str) -> bool:
 
 
 def make_pair(
-    args: argparse.Namespace, row: Row, scoring: Scoring, score: str = "energy"
+    args: argparse.Namespace, row: Record, scoring: Scoring, score: str = "energy"
 ) -> tuple[Answerer, Answerer]:
     """The Swift and the Super that flags name.
 
@@ -53,7 +53,7 @@ def make_pair(
 
 
 def make_answerer(
-    args: argparse.Namespace, place: str, row: Row, scoring: Scoring, *, cost: float, score: str = ""
+    args: argparse.Namespace, place: str, row: Record, scoring: Scoring, *, cost: float, score: str = ""
 ) -> Answerer:
     """One model, of the kind that its folder holds.
 
@@ -80,7 +80,7 @@ def make_answerer(
         shared |= {"template": template, "labels": labels, "encoder_head": score.startswith(PLACES[2])}
         return TextAnswerer(texts, args.max_new_tokens, **shared)
     if args.choices_field in row:
-        return Choice(model, params, tokenizer, **_choice_flags(args), **shared)
+        return MultipleChoice(model, params, tokenizer, **_choice_flags(args), **shared)
     shared |= {"prompt_field": args.text_field, "scored": bool(score)}
     return Generator(Sampler(*_whole(model, params), tokenizer, window=1), args.max_new_tokens, **shared)
 
@@ -102,21 +102,21 @@ def _service(args: argparse.Namespace, url: str, cost: float) -> Endpoint:
     )
 
 
-def _nested(args: argparse.Namespace, row: Row, scoring: Scoring) -> tuple[Answerer, Answerer]:
+def _nested(args: argparse.Namespace, row: Record, scoring: Scoring) -> tuple[Answerer, Answerer]:
     model, params = load(args.super_)
     tokenizer = Tokenizer.load(args.super_)
     how: dict[str, Any] = {"exit": args.swift_exit, "scoring": scoring, "batch_size": args.batch_size}
     if isinstance(model, Encoder):
-        return nested_classifier(model, params, tokenizer, **_text_flags(args), **how)
+        return shared_classifier(model, params, tokenizer, **_text_flags(args), **how)
     if not isinstance(model, Decoder):
         raise ValueError(
             f"--swift-exit {args.swift_exit}: {args.super_} holds an {kind_of(model.config).name}, which has "
             "no exits; name a model of its own as --swift"
         )
     if args.choices_field in row:
-        return nested_choice(model, params, tokenizer, **_choice_flags(args), **how)
+        return shared_multiple_choice(model, params, tokenizer, **_choice_flags(args), **how)
     how["prompt_field"] = args.text_field
-    return nested_generator(model, params, tokenizer, args.max_new_tokens, **how)
+    return shared_generator(model, params, tokenizer, args.max_new_tokens, **how)
 
 
 def _text_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Row
+from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.measure import costs_of, swift_costs
-from elastic_lm.cascade.results import Routed
+from elastic_lm.cascade.results import CascadeResult
 from elastic_lm.cascade.scores import score_of
 from elastic_lm.cascade.sweep import Measured
-from elastic_lm.cli.route.checks import cost_is_missing
-from elastic_lm.cli.route.quality import Names, choice_of, named, quality
+from elastic_lm.cli.cascade.checks import cost_is_missing
+from elastic_lm.cli.cascade.quality import Names, choice_of, named, quality
 from elastic_lm.config.checks import require
 
 Pair = tuple[Answer, Answer]  # of the Swift, of the Super
 UNNAMED: Names = {}
 
 
-def record(result: Routed, names: Names = UNNAMED) -> dict[str, Any]:
+def record(result: CascadeResult, names: Names = UNNAMED) -> dict[str, Any]:
     """A result as a line of an output.
 
     Args:
@@ -36,7 +36,7 @@ def record(result: Routed, names: Names = UNNAMED) -> dict[str, Any]:
     return line
 
 
-def answers_line(result: Routed) -> dict[str, Any]:
+def answers_line(result: CascadeResult) -> dict[str, Any]:
     """Both models' answers to a row as a line; `answers_of` reads it."""
     line = {"index": result.index, "swift": _values(result.swift), "super": _values(result.answer)}
     error = result.swift.error or result.error
@@ -60,7 +60,7 @@ def _answer(values: Mapping[str, Any]) -> Answer:
 
 def measured_of(
     pairs: Sequence[Pair],
-    rows: Sequence[Row],
+    rows: Sequence[Record],
     right: Sequence[Sequence[Any]],
     names: Names,
     args: argparse.Namespace,

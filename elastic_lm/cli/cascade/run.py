@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from typing import Any
 
-from elastic_lm.cascade.answerer import Row, previewing
+from elastic_lm.cascade.answerer import Record, previewing
 from elastic_lm.cascade.cascade import Cascade
-from elastic_lm.cascade.guarantee import RoutingRisk
-from elastic_lm.cascade.results import Routed, Statistics
-from elastic_lm.cascade.rule import RoutingRule, fit_routing
+from elastic_lm.cascade.guarantee import CascadeRisk
+from elastic_lm.cascade.results import CascadeResult, CascadeStatistics
+from elastic_lm.cascade.rule import CascadeRule, fit_rule
 from elastic_lm.cascade.scores import Scoring
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, Measured
-from elastic_lm.cli.route.checks import check_goals, check_pair
-from elastic_lm.cli.route.identity import (
+from elastic_lm.cli.cascade.checks import check_goals, check_pair
+from elastic_lm.cli.cascade.identity import (
     answers_path,
     fingerprints,
     fit_identity,
@@ -26,16 +26,16 @@ from elastic_lm.cli.route.identity import (
     swift_name,
     warn_other_models,
 )
-from elastic_lm.cli.route.lines import answers_line, answers_of, check_costs, measured_of, record
-from elastic_lm.cli.route.models import make_pair
-from elastic_lm.cli.route.quality import class_names, right_answers, written_names
+from elastic_lm.cli.cascade.lines import answers_line, answers_of, check_costs, measured_of, record
+from elastic_lm.cli.cascade.models import make_pair
+from elastic_lm.cli.cascade.quality import class_names, right_answers, written_names
 from elastic_lm.config.checks import require
 from elastic_lm.files.atomic import prepare_output
 from elastic_lm.files.journal import Journal, count_rows, read_rows
 from elastic_lm.report.writers import ProgressWriter
 
 PROGRESS_SECONDS = 5.0  # between lines of progress
-Line = Callable[[Routed], dict[str, Any]]
+Line = Callable[[CascadeResult], dict[str, Any]]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 def fit_command(args: argparse.Namespace) -> None:
     """Both models answer labelled rows; a threshold is chosen, printed and written."""
     check_goals(args)
-    risk = None if args.risk is None else RoutingRisk(args.risk, args.epsilon or 0.05)
+    risk = None if args.risk is None else CascadeRisk(args.risk, args.epsilon or 0.05)
     scoring = Scoring(1.0 if args.temperature is None else args.temperature, args.centre or "none")
     for path in (args.out, args.plot):
         prepare_output(path)
@@ -63,19 +63,19 @@ def fit_command(args: argparse.Namespace) -> None:
     how = {"score": score, "scoring": scoring, "seed": args.seed, "unit": args.cost, "data": args.data}
     models = {"swift": swift_name(args), "super": args.super_}
     try:
-        rule = fit_routing(measured, **goals, risk=risk, **how, models=models, fingerprints=found)
+        rule = fit_rule(measured, **goals, risk=risk, **how, models=models, fingerprints=found)
     except ValueError as error:
         raise ValueError(f"{error}; the answers are kept in {kept}: another goal asks no model") from error
     rule.save(args.out)
     print(table(rule))
     if args.plot:
-        from elastic_lm.cascade.plot import routing
+        from elastic_lm.cascade.plot import plot_cascade
 
-        routing(rule.curve, rule.measured, args.plot, unit=args.cost)
+        plot_cascade(rule.curve, rule.measured, args.plot, unit=args.cost)
     print(f"written to {args.out}; {kept} keeps the answers for other goals", file=sys.stderr)
 
 
-def measure(args: argparse.Namespace, rows: Sequence[Row], scoring: Scoring, journal: Journal) -> Measured:
+def measure(args: argparse.Namespace, rows: Sequence[Record], scoring: Scoring, journal: Journal) -> Measured:
     """What both models give for labelled rows.
 
     Args:
@@ -94,10 +94,10 @@ def measure(args: argparse.Namespace, rows: Sequence[Row], scoring: Scoring, jou
     fields = {"data": args.data, "label_field": args.label_field, "choices_field": args.choices_field}
     names = class_names(swift, super_)
     right = right_answers(rows, names, **fields, tolerance=args.tolerance)
-    rule = RoutingRule(ALWAYS_SUPER, score, scoring.temperature, scoring.centre, args.seed)  # both answer
+    rule = CascadeRule(ALWAYS_SUPER, score, scoring.temperature, scoring.centre, args.seed)  # both answer
     cascade = Cascade(swift, super_, rule, batch_size=args.batch_size, preview=False)
 
-    def line(result: Routed) -> dict[str, Any]:
+    def line(result: CascadeResult) -> dict[str, Any]:
         if result.index == 0 and result.error is None:
             check_costs([result.answer], args)
         return answers_line(result)
@@ -137,20 +137,20 @@ def _check_models(args: argparse.Namespace) -> None:
         raise ValueError("--swift: name the small model, or --swift-exit of the Super")
 
 
-def _rule(args: argparse.Namespace) -> RoutingRule:
+def _rule(args: argparse.Namespace) -> CascadeRule:
     """The rule of --rule, or of --threshold."""
     given = [name for name in ("score", "temperature", "centre") if getattr(args, name) is not None]
     if (args.rule is None) == (args.threshold is None):
         raise ValueError(f"--rule {args.rule}, --threshold {args.threshold}: give one of them")
     if args.rule is None:
         own = {name: getattr(args, name) for name in given}
-        return RoutingRule(args.threshold, **{"score": "energy", **own}, seed=args.seed)
+        return CascadeRule(args.threshold, **{"score": "energy", **own}, seed=args.seed)
     if given:
         raise ValueError(f"--{given[0]} {getattr(args, given[0])}: is settled by --rule; leave it out")
-    return RoutingRule.load(args.rule)
+    return CascadeRule.load(args.rule)
 
 
-def table(rule: RoutingRule) -> str:
+def table(rule: CascadeRule) -> str:
     """Some of a rule's curve, and what was chosen."""
     assert rule.measured is not None
     unit, data = rule.provenance["cost"], rule.provenance["data"]
@@ -169,8 +169,8 @@ def table(rule: RoutingRule) -> str:
 
 
 def route(
-    cascade: Cascade, rows: Iterable[Row], journal: Journal, total: int, line: Line | None = None
-) -> Statistics:
+    cascade: Cascade, rows: Iterable[Record], journal: Journal, total: int, line: Line | None = None
+) -> CascadeStatistics:
     """Answers the rows that a journal does not hold yet.
 
     Args:
@@ -204,7 +204,7 @@ def route(
     return results.statistics()
 
 
-def retry(cascade: Cascade, rows: Iterable[Row], journal: Journal, line: Line = record) -> None:
+def retry(cascade: Cascade, rows: Iterable[Record], journal: Journal, line: Line = record) -> None:
     """Answers the rows again whose lines have an error, and puts the new lines in place of the old ones.
 
     Args:
@@ -219,7 +219,7 @@ def retry(cascade: Cascade, rows: Iterable[Row], journal: Journal, line: Line = 
     wanted, again = set(failed), {}
     given = ((i, row) for i, row in enumerate(rows) if i in wanted)
     apart = cascade.rule.score == "random"  # which depends on a row's number
-    groups: Iterable[list[tuple[int, Row]]] = ([pair] for pair in given) if apart else [list(given)]
+    groups: Iterable[list[tuple[int, Record]]] = ([pair] for pair in given) if apart else [list(given)]
     try:
         for group in groups:
             results = cascade.run((row for _, row in group), start=group[0][0])
@@ -231,5 +231,5 @@ def retry(cascade: Cascade, rows: Iterable[Row], journal: Journal, line: Line = 
         print(f"{len(failed)} rows had failed, {left} of them are without an answer still", file=sys.stderr)
 
 
-def _show(progress: ProgressWriter, rows: int, statistics: Statistics) -> None:
+def _show(progress: ProgressWriter, rows: int, statistics: CascadeStatistics) -> None:
     progress.write(rows, {"to Super": statistics.share_super, "failed": statistics.failed})

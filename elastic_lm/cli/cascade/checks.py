@@ -5,13 +5,13 @@ import re
 import string
 from typing import Any
 
-from elastic_lm.cascade.answerer import Answerer, Row
+from elastic_lm.cascade.answerer import Answerer, Record
 from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.endpoint import Endpoint
-from elastic_lm.cascade.multiple_choice import Choice
+from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.cascade.text_answerer import TextAnswerer
-from elastic_lm.cli.route.flags import DEFAULTS
-from elastic_lm.cli.route.models import is_url
+from elastic_lm.cli.cascade.flags import DEFAULTS
+from elastic_lm.cli.cascade.models import is_url
 from elastic_lm.config.checks import NOT_NEGATIVE, require
 
 ENCODER, WRITER, CHOOSER, GENERATOR = "encoders", "encoder-decoders", "decoders that choose", "decoders"
@@ -51,7 +51,7 @@ def cost_is_missing(args: argparse.Namespace) -> str:
     return f"--super-cost {args.super_cost:g}: {fix}"
 
 
-def check_pair(args: argparse.Namespace, row: Row, swift: Answerer, super_: Answerer, score: str) -> None:
+def check_pair(args: argparse.Namespace, row: Record, swift: Answerer, super_: Answerer, score: str) -> None:
     """Checks flags against the models that they named.
 
     Args:
@@ -80,7 +80,7 @@ def check_pair(args: argparse.Namespace, row: Row, swift: Answerer, super_: Answ
 def _kind(args: argparse.Namespace, model: Answerer) -> str:
     if isinstance(model, Endpoint):
         return COMPLETION if args.style == "openai" else SERVICE
-    kinds = {Classifier: ENCODER, TextAnswerer: WRITER, Choice: CHOOSER}
+    kinds = {Classifier: ENCODER, TextAnswerer: WRITER, MultipleChoice: CHOOSER}
     return kinds.get(type(model), GENERATOR)
 
 
@@ -109,7 +109,7 @@ def _check_readers(args: argparse.Namespace, kinds: list[str]) -> None:
         require(value is None or kinds[0] not in (SERVICE, COMPLETION), flag_name(flag), value, fix)
 
 
-def _check_fields(args: argparse.Namespace, row: Row, kinds: list[str]) -> None:
+def _check_fields(args: argparse.Namespace, row: Record, kinds: list[str]) -> None:
     """Fields that the models read have to be in the first row."""
     reads_text = {ENCODER, CHOOSER, GENERATOR, COMPLETION} | (set() if args.template else {WRITER})
     fix = f"is no field of the first row of {args.data}, which has {', '.join(row)}"
@@ -136,7 +136,7 @@ def _fields(template: str) -> list[str]:
     return [re.split(r"[.\[]", name)[0] for name in parts]
 
 
-def _fill(template: str, row: Row) -> None:
+def _fill(template: str, row: Record) -> None:
     try:
         template.format_map(row)
     except (AttributeError, LookupError, TypeError, ValueError) as error:

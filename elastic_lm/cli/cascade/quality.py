@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elastic_lm.cascade.answerer import Answerer, Row
+from elastic_lm.cascade.answerer import Answerer, Record
 from elastic_lm.config.checks import require
 from elastic_lm.data.records import text_of
 
@@ -56,7 +56,7 @@ def named(output: Any, model: str, names: Names) -> Any:
 
 
 def right_answers(
-    rows: Sequence[Row],
+    rows: Sequence[Record],
     names: Names,
     *,
     data: str,

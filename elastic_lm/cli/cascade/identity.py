@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.cascade.rule import RoutingRule
+from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import PLACES, Scoring
-from elastic_lm.cli.route.models import is_url
+from elastic_lm.cli.cascade.models import is_url
 from elastic_lm.files.fingerprints import checkpoint_fingerprint, file_sha256
 
 # Flags that change answers; others change how long they take, or are of no concern to a model.
@@ -77,14 +77,14 @@ def answers_path(out: str | Path, settings: Mapping[str, Any]) -> Path:
 
 
 def run_identity(
-    args: argparse.Namespace, found: Mapping[str, str | None], rule: RoutingRule
+    args: argparse.Namespace, found: Mapping[str, str | None], rule: CascadeRule
 ) -> dict[str, Any]:
     """`identity` of an output."""
     own = {"score": rule.score, "threshold": rule.threshold, "seed": rule.seed, "super_cost": args.super_cost}
     return {**identity(args, found, rule.scoring), **own}
 
 
-def warn_other_models(rule: RoutingRule, args: argparse.Namespace, found: Mapping[str, str | None]) -> None:
+def warn_other_models(rule: CascadeRule, args: argparse.Namespace, found: Mapping[str, str | None]) -> None:
     """Says where a rule was fitted on other models: an energy is about one checkpoint."""
     places = {"swift": swift_name(args), "super": args.super_}
     fitted = {key: _mapping(rule.provenance.get(key)) for key in ("models", "fingerprints")}

@@ -1,0 +1,12 @@
+"""How many devices each axis of the mesh has."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; -1 on one axis = all that are left."""
+
+    data: int = -1  # rows of a batch
+    fsdp: int = 1  # rows of a batch and slices of every parameter
+    tensor: int = 1  # heads, MLP width and vocabulary

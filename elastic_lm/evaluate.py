@@ -1,0 +1,33 @@
+"""Evaluation: quality of every depth, agreement against thresholds, and the curves of both."""
+
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):
+    from elastic_lm.cascade.measure import measure_cascade
+    from elastic_lm.cascade.plot import plot_cascade
+    from elastic_lm.depth.observations import Observations, observe
+    from elastic_lm.depth.quality import DepthQuality, by_depth, evaluate, shared_threshold_curve
+    from elastic_lm.report.colour import legend, spans, to_ansi, to_html
+    from elastic_lm.report.plots import SpeedPoint, exit_depths, quality_speed
+
+__all__ = [
+    "DepthQuality",
+    "Observations",
+    "SpeedPoint",
+    "by_depth",
+    "evaluate",
+    "exit_depths",
+    "legend",
+    "measure_cascade",
+    "observe",
+    "plot_cascade",
+    "quality_speed",
+    "shared_threshold_curve",
+    "spans",
+    "to_ansi",
+    "to_html",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
