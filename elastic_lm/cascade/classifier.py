@@ -24,7 +24,7 @@ from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.cost.sequences import encoder_flops
 from elastic_lm.data.padding import filled, padded
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.prefill import apart, together
+from elastic_lm.decode.prefill import split_rows, stack_rows
 from elastic_lm.decode.settings import bucket
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder import Encoder
@@ -126,10 +126,10 @@ class Classifier:
         types = padded([kinds for _, kinds in pairs], size, width)
         mask = padded([[1] * len(ids) for ids, _ in pairs], size, width).astype(bool)
         states = [begun.hidden for _, begun in filled(group, self._batch_size) if begun]
-        entering = together(states) if states else None
+        entering = stack_rows(states) if states else None
         how = {"scoring": self.scoring, "begun": layers, "keep": self._keep}
         found = classify(self._config, self._params, tokens, mask, types, entering, **how)
-        hidden = apart(found.hidden)[: len(group)] if self._keep else [None] * len(group)
+        hidden = split_rows(found.hidden)[: len(group)] if self._keep else [None] * len(group)
         logits, scores = jax.device_get((found.logits, found.scores))
         each = (time.perf_counter() - began) / len(group)
         answers = [

@@ -25,7 +25,7 @@ from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.cost.sequences import generation_flops, head_flops, layer_flops
 from elastic_lm.data.padding import filled, padded
-from elastic_lm.decode.prefill import Begun, apart, together
+from elastic_lm.decode.prefill import PromptState, split_rows, stack_rows
 from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.settings import bucket, make_settings
@@ -41,12 +41,12 @@ class State:
     Attributes:
       layers: that ran.
       hidden: [T, D] state after them.
-      rows: their keys and values, [K, T, H] each.
+      kv: their keys and values, [K, T, H] each.
     """
 
     layers: int
     hidden: jax.Array
-    rows: tuple[tuple[jax.Array, jax.Array], ...]
+    kv: tuple[tuple[jax.Array, jax.Array], ...]
 
 
 class Generator:
@@ -171,8 +171,8 @@ class Generator:
         keep = self._keep or self._goes_on
         reading = read(part, self._params, tokens, entering, scoring=self.scoring, keep=keep)
         scores = self._by_row(_of_prompts(reading.scores, self._column(map(len, prompts))))
-        all_rows = (*(before.rows if before else ()), *reading.rows)
-        kept = [State(part.layers, *own) for own in apart((reading.hidden, all_rows))] if keep else []
+        all_kv = (*(before.kv if before else ()), *reading.kv)
+        kept = [State(part.layers, *own) for own in split_rows((reading.hidden, all_kv))] if keep else []
         each = (time.perf_counter() - began) / len(prompts)
         return [
             Answer(
@@ -210,7 +210,7 @@ class Generator:
         begun = _begun(filled(states, self._batch_size), shape[0]) if states else None
         every = filled(prompts, self._batch_size)
         seeds = [(zlib.crc32(np.asarray(ids).tobytes()) + self._seed) % 2**32 for ids in every]
-        named: dict[str, Any] = {**self._settings, "seed": seeds, "begun": begun}
+        named: dict[str, Any] = {**self._settings, "seed": seeds, "prompt_state": begun}
         return self._sampler.sample(every, self._most, **named)[: len(prompts)]
 
     def _flops(self, prompt: list[int], sample: Sample, saved: int) -> float:
@@ -261,7 +261,7 @@ def _of_generated(scores: dict[str, jax.Array], emitted_B1: jax.Array) -> dict[s
     return pooled_scores(scores, jnp.arange(next(iter(scores.values())).shape[1]) < emitted_B1)
 
 
-def _begun(states: list[State], width: int) -> Begun:
+def _begun(states: list[State], width: int) -> PromptState:
     """What the first layers gave for a batch of prompts, cut to the prompts' columns."""
 
     def cut(x: jax.Array, axis: int) -> jax.Array:
@@ -270,5 +270,5 @@ def _begun(states: list[State], width: int) -> Begun:
             return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
         return jax.lax.slice_in_dim(x, 0, width, axis=axis)
 
-    rows = [(cut(s.hidden, 0), tuple((cut(k, 1), cut(v, 1)) for k, v in s.rows)) for s in states]
-    return Begun(*together(rows))
+    rows = [(cut(s.hidden, 0), tuple((cut(k, 1), cut(v, 1)) for k, v in s.kv)) for s in states]
+    return PromptState(states[0].layers, *stack_rows(rows))

@@ -29,7 +29,7 @@ from elastic_lm.config.checks import AT_LEAST_1, require, require_choice
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import head_flops
 from elastic_lm.data.padding import filled, padded
-from elastic_lm.decode.prefill import apart, together
+from elastic_lm.decode.prefill import split_rows, stack_rows
 from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.models.decoder import Decoder, Params
 
@@ -162,7 +162,7 @@ class MultipleChoice:
             rows = slice(first, first + self._batch_size)
             reading = self._program(part, width, sequences[rows], entering[rows])
             log_probs += list(np.asarray(reading.log_prob)[: len(sequences[rows])])
-            hidden += apart(reading.hidden)[: len(sequences[rows])] if self._keep else []
+            hidden += split_rows(reading.hidden)[: len(sequences[rows])] if self._keep else []
         answers, at = [], 0
         for question, _ in group:
             rows = slice(at, at := at + len(question.sequences))
@@ -174,7 +174,7 @@ class MultipleChoice:
         self, part: Part, width: int, sequences: list[list[int]], entering: list[jax.Array]
     ) -> Reading:
         tokens = jnp.asarray(padded(sequences, self._batch_size, width))
-        state = together(filled(entering, self._batch_size)) if entering else None
+        state = stack_rows(filled(entering, self._batch_size)) if entering else None
         return read(part, self._params, tokens, state, scoring=self.scoring, keep=self._keep)
 
     def _choose(

@@ -15,16 +15,21 @@ from elastic_lm.width.nested_decoder import decoder_of
 
 
 @flax.struct.dataclass
-class Begun:
-    """What the first layers of a model gave for a batch of padded prompts.
+class PromptState:
+    """What the first layers of a model have computed for a batch of padded prompts, or for one prompt.
+
+    The state of one prompt has no leading dimension B and only as many positions as the prompt; `stack_rows`
+    and `split_rows` lead from one form to the other.
 
     Attributes:
+      layers: number of layers that have run; static under jit.
       hidden: [B, P, D] state that enters the next layer.
-      rows: keys and values of each layer that ran, [B, K, P, H] each.
+      kv: keys and values of each of these layers, [B, K, P, H] each; () where nothing is decoded.
     """
 
+    layers: int = flax.struct.field(pytree_node=False)
     hidden: jax.Array
-    rows: tuple[cache.LayerCache, ...]
+    kv: tuple[cache.LayerCache, ...] = ()
 
 
 def prefill(
@@ -62,9 +67,9 @@ def prefill(
     caches: list[cache.LayerCache] = []
     exit_caches: list[cache.LayerCache | None] = []
     for j, (start, stop) in enumerate(segments(config)):
-        tap, rows = decoder.run_layers(hidden, positions, start, stop)
+        tap, new_kv = decoder.run_layers(hidden, positions, start, stop)
         hidden = tap.hidden
-        caches += [cache.from_prefill(r, capacity) for r in rows]
+        caches += [cache.from_prefill(kv, capacity) for kv in new_kv]
         if stop < config.n_layers:
             _, own = decoder.exit_state(j, tap, positions)
             exit_caches.append(None if own is None else cache.from_prefill(own, capacity))
@@ -73,10 +78,10 @@ def prefill(
     )
 
 
-def prefill_begun(
+def prefill_from_state(
     config: ModelConfig,
     params: Params,
-    begun: Begun,
+    prompt_state: PromptState,
     tokens_BP: jax.Array,
     length_B: jax.Array,
     limit_B: jax.Array,
@@ -90,7 +95,7 @@ def prefill_begun(
     Args:
       config: static; without exits.
       params: canonical parameters.
-      begun: what the first layers gave for the padded prompts.
+      prompt_state: what the first layers computed for the padded prompts.
       tokens_BP: see `prefill`, as the other arguments.
       length_B: see `prefill`.
       limit_B: see `prefill`.
@@ -102,12 +107,11 @@ def prefill_begun(
       What `prefill` gives.
     """
     decoder = decoder_of(config).bind({"params": params})
-    done = len(begun.rows)
-    rows = list(begun.rows)
-    if done < config.n_layers:
+    all_kv = list(prompt_state.kv)
+    if prompt_state.layers < config.n_layers:
         positions = default_positions(tokens_BP, None)
-        rows += decoder.run_layers(begun.hidden, positions, done, config.n_layers)[1]
-    caches = [cache.from_prefill(r, capacity) for r in rows]
+        all_kv += decoder.run_layers(prompt_state.hidden, positions, prompt_state.layers, config.n_layers)[1]
+    caches = [cache.from_prefill(kv, capacity) for kv in all_kv]
     return start_state(
         config, tokens_BP, length_B, limit_B, draft, caches, [], capacity=capacity, window=window
     )
@@ -159,13 +163,13 @@ def start_state(
 
 
 @jax.jit
-def apart(tree: Any) -> list[Any]:
+def split_rows(tree: Any) -> list[Any]:
     """The rows of a tree of [B, ...] arrays, one tree each, in one program."""
     rows = jax.tree.leaves(tree)[0].shape[0]
     return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(rows)]
 
 
 @jax.jit
-def together(rows: list[Any]) -> Any:
-    """Inverse of `apart`."""
+def stack_rows(rows: list[Any]) -> Any:
+    """Inverse of `split_rows`."""
     return jax.tree.map(lambda *xs: jnp.stack(xs), *rows)

@@ -13,9 +13,9 @@ import numpy as np
 from elastic_lm.config.checks import require
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.lossless import known
-from elastic_lm.decode.prefill import Begun
+from elastic_lm.decode.prefill import PromptState
 from elastic_lm.decode.results import Detokenizer, Sample, TextTokenizer, collect, held_back
-from elastic_lm.decode.served import Served, ServedModels, compilations, jit_prefill_begun
+from elastic_lm.decode.served import Served, ServedModels, compilations, jit_prefill_from_state
 from elastic_lm.decode.settings import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
 from elastic_lm.decode.state import Controls, DecodeState, Mode
 from elastic_lm.depth.policies import ExitPolicy, on_subnet
@@ -160,7 +160,7 @@ class Sampler:
         lossless: bool | Sequence[bool] | None = None,
         budget: Budget | None = None,
         subnet: Subnet | None = None,
-        begun: Begun | None = None,
+        prompt_state: PromptState | None = None,
         **settings: Any,
     ) -> Sample | list[Sample]:
         """Generates a continuation of one prompt, or of every prompt of a list as one batch.
@@ -173,8 +173,8 @@ class Sampler:
           lossless: another choice than the sampler's for this call, or one per row.
           budget: another budget than the sampler's for this call.
           subnet: another sub-network for this call, instead of a budget; `Subnet.full` = the whole model.
-          begun: what the first layers of the model that runs, which has no exits, gave for the padded
-            prompts.
+          prompt_state: what the first layers of the model that runs, which has no exits, have computed for
+            the padded prompts.
           **settings: fields of `requests.Settings`: temperature, top_k, top_p, min_p, repetition_penalty,
             seed, stop, stop_tokens, ignore_eos.
 
@@ -188,7 +188,7 @@ class Sampler:
         prompts, single = self._encode(prompt)
         began = time.perf_counter()
         call = self._call(prompts, exit, lossless, budget, subnet, settings)
-        call, state, controls = self._start(call, max_new_tokens, begun)
+        call, state, controls = self._start(call, max_new_tokens, prompt_state)
         if call.reader.stops:
             *_, final = self._advance(call, state, controls)
         else:
@@ -310,7 +310,7 @@ class Sampler:
         return encoded, single
 
     def _start(
-        self, call: Call, max_new_tokens: int, begun: Begun | None = None
+        self, call: Call, max_new_tokens: int, prompt_state: PromptState | None = None
     ) -> tuple[Call, DecodeState, Controls]:
         """Prefills the prompts; the call is about the model for them, where they have a say in it."""
         prompts = call.prompts
@@ -326,11 +326,11 @@ class Sampler:
         draft = min(self.draft or FIRST_DRAFT, max(self.window - 1, 1))
         shapes = {"capacity": capacity, "window": self.window}
         rest = tokens, lengths, lengths + max_new_tokens, jnp.int32(draft)
-        if begun is None:
+        if prompt_state is None:
             state = model.prefill(model.config, model.params, *rest, **shapes)
         else:
-            require(not model.config.exits, "exit", model.config.exits, "begun prompts go on without exits")
-            state = jit_prefill_begun(model.config, model.params, begun, *rest, **shapes)
+            require(not model.config.exits, "exit", model.config.exits, "prompt states go on without exits")
+            state = jit_prefill_from_state(model.config, model.params, prompt_state, *rest, **shapes)
         return dataclasses.replace(call, served=model), state, controls
 
     def _advance(self, call: Call, state: DecodeState, controls: Controls) -> Iterator[DecodeState]:

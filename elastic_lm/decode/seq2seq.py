@@ -10,7 +10,7 @@ import numpy as np
 
 from elastic_lm.config.checks import AT_LEAST_1, POSITIVE, require
 from elastic_lm.data.padding import filled
-from elastic_lm.decode.prefill import apart, together
+from elastic_lm.decode.prefill import split_rows, stack_rows
 from elastic_lm.decode.results import Detokenizer, TextTokenizer
 from elastic_lm.decode.seq2seq_loop import Request, Targets, encode, generate, label_scores
 from elastic_lm.decode.settings import Settings, bucket, check_ids, make_settings, pad_rows, stop_array
@@ -202,7 +202,7 @@ class TextToText:
         """
         rows = self._encode(sources)
         hidden, logits = jit_encode(self.config, self.params, *_pad(rows))
-        found = zip(rows, apart(hidden), jax.device_get(logits), strict=False)
+        found = zip(rows, split_rows(hidden), jax.device_get(logits), strict=False)
         return [Encoded(*one) for one in found]
 
     def encoder_logits(self, sources: Source | Sequence[Source]) -> np.ndarray:
@@ -269,7 +269,7 @@ def _hidden(sources: Any, count: int, width: int) -> jax.Array | None:
         hidden_SD = hidden_SD[:width]
         return jnp.pad(hidden_SD, ((0, width - hidden_SD.shape[0]), (0, 0)))
 
-    return together([fit(one.hidden) for one in filled(given, count)])
+    return stack_rows([fit(one.hidden) for one in filled(given, count)])
 
 
 def _fill(rows: Any, more: int) -> Any:

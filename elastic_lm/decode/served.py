@@ -18,7 +18,7 @@ from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.loop import run
-from elastic_lm.decode.prefill import prefill, prefill_begun
+from elastic_lm.decode.prefill import prefill, prefill_from_state
 from elastic_lm.models.decoder import Params
 from elastic_lm.width.chooser import Per, SubnetChooser, for_prompts, routed_model, routing
 from elastic_lm.width.nested_decoder import ROUTING, NestedConfig
@@ -36,7 +36,7 @@ def _jit_run(function: Callable[..., Any]) -> Any:
 
 
 jit_prefill, jit_run = _jit_prefill(prefill), _jit_run(run)  # of whole models, for the life of the process
-jit_prefill_begun = _jit_prefill(prefill_begun)
+jit_prefill_from_state = _jit_prefill(prefill_from_state)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
