@@ -23,7 +23,8 @@ from elastic_lm.cost.sequences import layer_flops
 from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.settings import bucket
 from elastic_lm.models.decoder import Decoder, Params, default_positions, vocab_logits
-from elastic_lm.nn.block import NewKeyValues, Tap
+from elastic_lm.nn.attention import NewKeyValues
+from elastic_lm.nn.block import Tap
 from elastic_lm.width.slicing import slice_layer, slice_params
 
 CHUNK = 64  # columns of logits alive at once
@@ -71,13 +72,13 @@ class Reading:
       log_prob: [B, T] float32, nats of the token that follows each position.
       scores: {kind: [B, T] float32} of the distributions at each position.
       hidden: [B, T, D] state after the last layer that ran.
-      rows: keys and values of each layer that ran, [B, K, T, H] each.
+      kv: keys and values of each layer that ran, [B, K, T, H] each.
     """
 
     log_prob: jax.Array
     scores: dict[str, jax.Array]
     hidden: jax.Array
-    rows: tuple[LayerCache, ...]
+    kv: tuple[LayerCache, ...]
 
 
 @functools.partial(jax.jit, static_argnames=("part", "scoring", "keep"))
@@ -100,10 +101,10 @@ def read(
       entering_BTD: state that enters the first layer to run; None = the embedded tokens.
       at_BN: int32 positions whose distributions are read, in place of all T.
       scoring: of the energy; static.
-      keep: give back states and rows too, to go on from; static.
+      keep: give back states, keys and values too, to go on from; static.
 
     Returns:
-      Reading; with arrays of no size as states and rows unless `keep`.
+      Reading; with arrays of no size as states, keys and values unless `keep`.
     """
     config, whole = part.model, params
     if part.subnet is not None:  # of layers, no more than exits read
@@ -112,9 +113,9 @@ def read(
     positions = default_positions(tokens_BT, None)
     hidden = decoder.embed(tokens_BT, positions) if entering_BTD is None else entering_BTD
     if part.subnet is None:
-        tap, rows = decoder.run_layers(hidden, positions, part.begun, part.layers)
+        tap, new_kv = decoder.run_layers(hidden, positions, part.begun, part.layers)
     else:
-        tap, rows = _run_slices(part, part.subnet, whole, tokens_BT, hidden)
+        tap, new_kv = _run_slices(part, part.subnet, whole, tokens_BT, hidden)
     if part.exit is None:
         features, kernel, temperature = decoder.final_features(tap.hidden), decoder.final_kernel(), 1.0
     else:
@@ -132,7 +133,7 @@ def read(
         features = jnp.take_along_axis(features, at_BN[..., None], axis=1)
         following = jnp.take_along_axis(following, at_BN, axis=1)
     log_prob, scores = _over_columns(columns, (features, following))
-    kept = (tap.hidden, tuple(rows)) if keep else (jnp.zeros(0), ())
+    kept = (tap.hidden, tuple(new_kv)) if keep else (jnp.zeros(0), ())
     return Reading(log_prob, scores, *kept)
 
 
@@ -144,7 +145,7 @@ def _run_slices(
     Each is sliced inside a conditional, which begins when the state is there: XLA's CPU backend would slice
     all layers first, as nothing has to be waited for. The condition always holds, which XLA cannot know.
     """
-    tap, rows, always, positions_BT = None, [], jnp.all(tokens_BT >= 0), default_positions(tokens_BT, None)
+    tap, new_kv, always, positions_BT = None, [], jnp.all(tokens_BT >= 0), default_positions(tokens_BT, None)
     for i in range(part.begun, part.layers):
 
         def layer(hidden_BTD: jax.Array, i: int = i) -> tuple[Tap, list[NewKeyValues]]:
@@ -155,10 +156,10 @@ def _run_slices(
             shapes = jax.eval_shape(layer, hidden_BTD)
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        tap, new = jax.lax.cond(always, layer, nothing, hidden_BTD)
-        hidden_BTD, rows = tap.hidden, [*rows, *new]
+        tap, kv = jax.lax.cond(always, layer, nothing, hidden_BTD)
+        hidden_BTD, new_kv = tap.hidden, [*new_kv, *kv]
     assert tap is not None
-    return tap, rows
+    return tap, new_kv
 
 
 def _over_columns(function: Callable[[Any], Any], arrays: Any) -> Any:

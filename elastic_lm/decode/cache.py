@@ -44,22 +44,22 @@ def after(read_BTD: jax.Array, start_B: jax.Array) -> jax.Array:
     return start_B + (read_BTD[:, 0, 0] > jnp.inf)
 
 
-def write(cache: LayerCache, rows: LayerCache, start_B: jax.Array) -> LayerCache:
+def write(cache: LayerCache, new_kv: LayerCache, start_B: jax.Array) -> LayerCache:
     """Writes new keys and values at positions start_B .. start_B + T - 1 of every row.
 
     Args:
       cache: of one layer, [B, K, S, H] each.
-      rows: [B, K, T, H] each, of any float dtype.
+      new_kv: [B, K, T, H] each, of any float dtype.
       start_B: int32, or a scalar for all rows; the caller keeps start_B + T within S.
 
     Returns:
       The cache with these entries replaced.
     """
-    return _write(cache[0], rows[0], start_B), _write(cache[1], rows[1], start_B)
+    return _write(cache[0], new_kv[0], start_B), _write(cache[1], new_kv[1], start_B)
 
 
 def write_all(
-    caches: Sequence[LayerCache], rows: Sequence[LayerCache], hidden_BTD: jax.Array, start_B: jax.Array
+    caches: Sequence[LayerCache], new_kv: Sequence[LayerCache], hidden_BTD: jax.Array, start_B: jax.Array
 ) -> tuple[LayerCache, ...]:
     """Writes the new keys and values of successive layers, each as soon as its own cache has been read.
 
@@ -69,40 +69,40 @@ def write_all(
 
     Args:
       caches: of the layers, [B, K, S, H] each.
-      rows: [B, K, T, H] each, see `write`.
+      new_kv: [B, K, T, H] each, see `write`.
       hidden_BTD: what left the last of the layers.
       start_B: int32, see `write`.
 
     Returns:
       The caches with these entries replaced.
     """
-    above = [jnp.swapaxes(keys, 1, 2)[:, :, 0] for keys, _ in rows[1:]]
+    above = [jnp.swapaxes(keys, 1, 2)[:, :, 0] for keys, _ in new_kv[1:]]
     return tuple(
-        write(layer, new, after(read, start_B))
-        for layer, new, read in zip(caches, rows, (*above, hidden_BTD), strict=True)
+        write(layer, kv, after(read, start_B))
+        for layer, kv, read in zip(caches, new_kv, (*above, hidden_BTD), strict=True)
     )
 
 
-def _write(cache_BKSH: jax.Array, rows_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
-    rows_BKTH = rows_BKTH.astype(cache_BKSH.dtype)
+def _write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
+    new_BKTH = new_BKTH.astype(cache_BKSH.dtype)
     if start_B.ndim == 0 or cache_BKSH.shape[0] == 1:
         start = start_B.reshape(())
-        return jax.lax.dynamic_update_slice(cache_BKSH, rows_BKTH, (0, 0, start, 0))
+        return jax.lax.dynamic_update_slice(cache_BKSH, new_BKTH, (0, 0, start, 0))
     return jax.vmap(lambda c, r, i: jax.lax.dynamic_update_slice(c, r, (0, i, 0)))(
-        cache_BKSH, rows_BKTH, start_B
+        cache_BKSH, new_BKTH, start_B
     )
 
 
-def from_prefill(rows: LayerCache, capacity: int) -> LayerCache:
+def from_prefill(kv: LayerCache, capacity: int) -> LayerCache:
     """A cache that begins with the keys and values of a prompt.
 
     Args:
-      rows: [B, K, T, H] each.
+      kv: [B, K, T, H] each.
       capacity: S, static, at least T.
 
     Returns:
       The cache, [B, K, S, H] each; zeros from T on.
     """
-    room = capacity - rows[0].shape[2]
+    room = capacity - kv[0].shape[2]
     pad = [(0, 0), (0, 0), (0, room), (0, 0)]
-    return jnp.pad(rows[0], pad), jnp.pad(rows[1], pad)
+    return jnp.pad(kv[0], pad), jnp.pad(kv[1], pad)

@@ -288,10 +288,10 @@ def _tick(
     else:
         below = state.hidden[j - 1]
         hidden = jnp.take_along_axis(below, (positions % below.shape[1])[..., None], axis=1)
-    tap, rows = decoder.run_layers(
+    tap, new_kv = decoder.run_layers(
         hidden, positions, start, stop, past=[cache.past(c, done_B) for c in caches]
     )
-    caches = cache.write_all(caches, rows, tap.hidden, done_B)
+    caches = cache.write_all(caches, new_kv, tap.hidden, done_B)
     newest_B = jnp.clip(target_B - 1 - done_B, 0, width - 1)
 
     def newest(x_BTD: jax.Array) -> jax.Array:

@@ -51,14 +51,12 @@ def propagate(
         hidden = jnp.take_along_axis(ring, (position % ring.shape[1])[..., None], axis=1)
         start = jnp.where(rows_B, position[:, 0], state.done)  # [J + 1, B]
         above = [k for k, (first, stop) in enumerate(pieces) for _ in range(first, stop) if k > j]
-        layers = decoder.rows(hidden, position, cut, config.n_layers)
-        own = tuple(
-            cache.write(c, rows, start[k]) for c, rows, k in zip(deeper[0], layers, above, strict=True)
-        )
+        layers = decoder.key_values(hidden, position, cut, config.n_layers)
+        own = tuple(cache.write(c, kv, start[k]) for c, kv, k in zip(deeper[0], layers, above, strict=True))
         blocks = [decoder.exit_key_values(k, hidden, position) for k in range(j + 1, len(state.exit_cache))]
         return own, tuple(
-            c if c is None or rows is None else cache.write(c, rows, start[k])
-            for k, (c, rows) in enumerate(zip(deeper[1], blocks, strict=True), start=j + 1)
+            c if c is None or kv is None else cache.write(c, kv, start[k])
+            for k, (c, kv) in enumerate(zip(deeper[1], blocks, strict=True), start=j + 1)
         )
 
     held = state.cache[cut:], state.exit_cache[j + 1 :]

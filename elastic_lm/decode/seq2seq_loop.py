@@ -89,9 +89,9 @@ def generate(
         done_B = jnp.broadcast_to(state.place, length_B.shape)
         token_B = jax.lax.dynamic_index_in_dim(state.tokens, state.place, axis=1, keepdims=False)
         past = [cache.past(layer, done_B) for layer in state.cache]
-        logits_BV, rows = model.step(token_B, state.place, past, source)
+        logits_BV, new_kv = model.step(token_B, state.place, past, source)
         start = cache.after(logits_BV[:, None], state.place)[0]
-        layers = tuple(cache.write(c, r, start) for c, r in zip(state.cache, rows, strict=True))
+        layers = tuple(cache.write(c, kv, start) for c, kv in zip(state.cache, new_kv, strict=True))
         return _emit(config, dataclasses.replace(state, cache=layers), logits_BV, request)
 
     start = _start(config, length_B, capacity)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.nn.attention import KeyValues
-from elastic_lm.nn.block import Block, NewKeyValues, Tap, make_norm
+from elastic_lm.nn.attention import KeyValues, NewKeyValues
+from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.exit_head import Exit, VocabHead
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.partition import partitioned
@@ -166,16 +166,16 @@ class Decoder(nn.Module):
           keep_LB: see `taps`, of the layers that are run.
 
         Returns:
-          (Tap of the last layer, new key and value rows per layer; with stacked parameters, which
-          serve training only, no rows).
+          (Tap of the last layer, new keys and values per layer; with stacked parameters, which
+          serve training only, none).
         """
         if "layers" in self.variables.get("params", {}):
             return self._scan_layers(hidden_BTD, positions_BT, start, stop, segments_BT, keep_LB), []
         block = nn.remat(Block.__call__) if self.remat else Block.__call__
-        rows = []
+        new_kv = []
         tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
         for i in range(start, stop):
-            tap, new = block(
+            tap, kv = block(
                 self.layers[i],
                 tap.hidden,
                 positions_BT,
@@ -184,8 +184,8 @@ class Decoder(nn.Module):
                 past=past[i - start] if past else None,
             )
             tap = tap.skipped(None if keep_LB is None else keep_LB[i - start])
-            rows.append(new)
-        return tap, rows
+            new_kv.append(kv)
+        return tap, new_kv
 
     def _scan_layers(
         self,
@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         tap = run(hidden_BTD, last, windows[-1] if windowed else 0)
         return tap.skipped(None if keep_LB is None else keep_LB[-1])
 
-    def rows(
+    def key_values(
         self, hidden_BTD: jax.Array, positions_BT: jax.Array, start: int, stop: int
     ) -> list[NewKeyValues]:
         """Keys and values that layers start .. stop-1 (static) would have if this state entered each of them.
@@ -230,13 +230,13 @@ class Decoder(nn.Module):
         State propagation of CALM (arXiv 2207.07061, sec. 3.3): tokens that left early give deeper layers
         the state they left with. Canonical parameters only.
         """
-        return [self.layers[i].rows(hidden_BTD, positions_BT) for i in range(start, stop)]
+        return [self.layers[i].key_values(hidden_BTD, positions_BT) for i in range(start, stop)]
 
     def exit_key_values(
         self, index: int, hidden_BTD: jax.Array, positions_BT: jax.Array
     ) -> NewKeyValues | None:
         """The same for the own block of exit `index` (static); None where it has none."""
-        return self.exits[index].rows(hidden_BTD, positions_BT)
+        return self.exits[index].key_values(hidden_BTD, positions_BT)
 
     def exit_features(
         self,
@@ -259,7 +259,7 @@ class Decoder(nn.Module):
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
     ) -> tuple[jax.Array, NewKeyValues | None]:
-        """State of exit `index` and, for `block` exits, its new key and value rows."""
+        """State of exit `index` and, for `block` exits, its new keys and values."""
         return self.exits[index].state(tap, positions_BT, segments_BT=segments_BT, past=past)
 
     def exit_head_input(self, index: int, hidden_BTD: jax.Array, tap: Tap) -> jax.Array:

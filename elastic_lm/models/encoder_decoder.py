@@ -11,8 +11,8 @@ from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.decoder import Embedding, Params
 from elastic_lm.models.encoder import mean_state
-from elastic_lm.nn.attention import KeyValues
-from elastic_lm.nn.block import NewKeyValues, make_norm
+from elastic_lm.nn.attention import KeyValues, NewKeyValues
+from elastic_lm.nn.block import make_norm
 from elastic_lm.nn.encoder_decoder import Layer, seen_by_all
 from elastic_lm.nn.exit_head import VocabHead
 from elastic_lm.nn.linear import Linear, linear
@@ -60,22 +60,22 @@ class Stack(nn.Module):
         biases = [bias(place_T, place_T)]
         if past:
             biases.insert(0, bias(place_T, jnp.arange(past[0].k.shape[2], dtype=jnp.int32)))
-        rows = []
+        new_kv = []
         for i, layer in enumerate(self.layers):
-            hidden_BTD, new = layer(
+            hidden_BTD, kv = layer(
                 hidden_BTD,
                 positions_BT,
                 biases,
                 past=past[i] if past else None,
                 source=source[i] if source else None,
             )
-            rows.append(new)
-        return self.final_norm(hidden_BTD), rows
+            new_kv.append(kv)
+        return self.final_norm(hidden_BTD), new_kv
 
     def source(self, hidden_BSD: jax.Array, mask_BS: jax.Array) -> list[KeyValues]:
         """What every layer of a decoder sees of the source; arguments as in `EncoderDecoder.source`."""
         positions_BS = seen_by_all(mask_BS)
-        return [KeyValues(*layer.cross.rows(hidden_BSD), positions_BS) for layer in self.layers]
+        return [KeyValues(*layer.cross.key_values(hidden_BSD), positions_BS) for layer in self.layers]
 
 
 class EncoderDecoder(nn.Module):
@@ -160,8 +160,8 @@ class EncoderDecoder(nn.Module):
         """
         positions_B1 = jnp.broadcast_to(place, (*token_B.shape, 1))
         hidden = self.embed(token_B[:, None])
-        hidden, rows = self.decoder(hidden, positions_B1, place[None], past=past, source=source)
-        return self.logits(hidden)[:, 0], rows
+        hidden, new_kv = self.decoder(hidden, positions_B1, place[None], past=past, source=source)
+        return self.logits(hidden)[:, 0], new_kv
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Token embeddings [B, T, D], of sources and targets alike."""

@@ -14,6 +14,7 @@ from elastic_lm.nn.norm import Norm
 from elastic_lm.nn.rope import apply_rope, rope_frequencies
 
 HIDDEN_POSITION = jnp.iinfo(jnp.int32).max  # position of a key that no query may see
+NewKeyValues = tuple[jax.Array, jax.Array]  # keys and values of new tokens, [B, K, T, H] each
 
 
 @flax.struct.dataclass
@@ -135,8 +136,8 @@ class Attention(nn.Module):
         past: KeyValues | None = None,
         gate_BTN: jax.Array | None = None,
         biases: Sequence[jax.Array] | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Attends over `past` and the new tokens; returns the output and the new rows of k and v.
+    ) -> tuple[jax.Array, NewKeyValues]:
+        """Attends over `past` and the new tokens; returns the output and the new keys and values.
 
         Args:
           x_BTD: normalised input.

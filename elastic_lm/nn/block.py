@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.nn.attention import Attention, KeyValues
+from elastic_lm.nn.attention import Attention, KeyValues, NewKeyValues
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm
-
-NewKeyValues = tuple[jax.Array, jax.Array]  # new keys and values, [B, K, T, H] each
 
 
 @flax.struct.dataclass
@@ -104,18 +102,18 @@ class Block(nn.Module):
 
         Args:
           x_BTD: input of the layer.
-          attention: gives its output and new key and value rows.
+          attention: gives its output and the new keys and values.
           mlp: gives its output.
         """
-        attended, rows = attention(self.attn_norm(x_BTD))
+        attended, new_kv = attention(self.attn_norm(x_BTD))
         if self.config.sandwich_norm:
             attended = self.post_attn_norm(attended)
         residual = x_BTD + attended
         mlp_input = self.mlp_norm(x_BTD if self.config.parallel_residual else residual)
         hidden = self.add_mlp(residual, mlp(mlp_input))
-        return Tap(hidden, residual, mlp_input, x_BTD), rows
+        return Tap(hidden, residual, mlp_input, x_BTD), new_kv
 
-    def rows(self, x_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues:
+    def key_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues:
         """Keys and values that this layer would have for an input, and nothing else.
 
         Args:

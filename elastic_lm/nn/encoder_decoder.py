@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
-from elastic_lm.nn.attention import HIDDEN_POSITION, Attention, KeyValues, attend
-from elastic_lm.nn.block import NewKeyValues, make_norm
+from elastic_lm.nn.attention import HIDDEN_POSITION, Attention, KeyValues, NewKeyValues, attend
+from elastic_lm.nn.block import make_norm
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.relative_position import RelativeBias
@@ -42,7 +42,7 @@ class CrossAttention(nn.Module):
         self.kv = Linear((c.n_heads, 2, c.head_dim), axes, param_dtype=c.param_dtype)
         self.out = Linear((c.d_model,), ("embed", "heads"), param_dtype=c.param_dtype)
 
-    def rows(self, source_BSD: jax.Array) -> NewKeyValues:
+    def key_values(self, source_BSD: jax.Array) -> NewKeyValues:
         """Keys and values [B, N, S, H] of the encoder's output."""
         k, v = jnp.moveaxis(self.kv(source_BSD), 3, 0)  # [B, S, N, H] each
         return jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
@@ -52,7 +52,7 @@ class CrossAttention(nn.Module):
 
         Args:
           x_BTD: normalised input.
-          source: from `rows`, with the positions of `seen_by_all`.
+          source: from `key_values`, with the positions of `seen_by_all`.
 
         Returns:
           [B, T, D].
@@ -108,9 +108,9 @@ class Layer(nn.Module):
         Returns:
           ([B, T, D], new keys and values of self-attention [B, N, T, H]).
         """
-        attended, rows = self.attn(self.attn_norm(x_BTD), positions_BT, past=past, biases=biases)
+        attended, new_kv = self.attn(self.attn_norm(x_BTD), positions_BT, past=past, biases=biases)
         hidden = x_BTD + attended
         if self.decodes:
             assert source is not None
             hidden = hidden + self.cross(self.cross_norm(hidden), source)
-        return hidden + self.mlp(self.mlp_norm(hidden)), rows
+        return hidden + self.mlp(self.mlp_norm(hidden)), new_kv

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.nn.attention import KeyValues
+from elastic_lm.nn.attention import KeyValues, NewKeyValues
 from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.mlp import MLP
@@ -74,7 +74,7 @@ class Exit(nn.Module):
         *,
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, NewKeyValues | None]:
         """Runs an exit's own block, where it has one.
 
         Args:
@@ -84,14 +84,14 @@ class Exit(nn.Module):
           past: cached keys and values of the exit's own block, or None.
 
         Returns:
-          (h [B, T, D] that leaves the block or the layer, new key and value rows or None).
+          (h [B, T, D] that leaves the block or the layer, new keys and values or None).
         """
         if self.exit.kind != "block":
             return tap.hidden, None
-        tap, rows = self.block(tap.hidden, positions_BT, segments_BT=segments_BT, past=past)
-        return tap.hidden, rows
+        tap, new_kv = self.block(tap.hidden, positions_BT, segments_BT=segments_BT, past=past)
+        return tap.hidden, new_kv
 
-    def rows(self, hidden_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    def key_values(self, hidden_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues | None:
         """Keys and values of an exit's own block, and nothing else.
 
         Args:
@@ -101,7 +101,7 @@ class Exit(nn.Module):
         Returns:
           (k [B, K, T, H], v [B, K, T, H]), or None where the exit has no block.
         """
-        return self.block.rows(hidden_BTD, positions_BT) if self.exit.kind == "block" else None
+        return self.block.key_values(hidden_BTD, positions_BT) if self.exit.kind == "block" else None
 
     def features(
         self,

@@ -21,8 +21,8 @@ import numpy as np
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Ints
-from elastic_lm.nn.attention import KeyValues, attend
-from elastic_lm.nn.block import Block, NewKeyValues, Tap
+from elastic_lm.nn.attention import KeyValues, NewKeyValues, attend
+from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm
@@ -90,7 +90,7 @@ def nested_block(
       past: cached keys and values, or None.
 
     Returns:
-      (Tap, new key and value rows), as `Block` does.
+      (Tap, new keys and values), as `Block` does.
     """
     widths = np.diff((0, *mlp))
 

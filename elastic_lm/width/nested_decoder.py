@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.models.decoder import Decoder, Params, default_positions
-from elastic_lm.nn.attention import KeyValues
-from elastic_lm.nn.block import NewKeyValues, Tap
+from elastic_lm.nn.attention import KeyValues, NewKeyValues
+from elastic_lm.nn.block import Tap
 from elastic_lm.width.nested import nest, nested_block
 from elastic_lm.width.router import layer_router, router_input
 
@@ -62,17 +62,17 @@ class NestedDecoder(Decoder):
         assert keep_LB is None
         c, params = self.config, self.variables["params"]
         sizes = c.menu.sizes(c)
-        rows = []
+        new_kv = []
         tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
         for i in range(start, stop):
             own = params[f"layers_{i}"]
             heads_BT, mlp_BT = self._choices(i, own, tap.hidden)
-            tap, new = nested_block(
+            tap, kv = nested_block(
                 c.layer(i), sizes.mlp[i], own, tap.hidden, positions_BT, heads_BT, mlp_BT,
                 window=c.window(i), past=past[i - start] if past else None,
             )  # fmt: skip
-            rows.append(new)
-        return tap, rows
+            new_kv.append(kv)
+        return tap, new_kv
 
     def _choices(self, i: int, layer: Params, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """int32 indices into the choices of heads and of neurons, [B, T or 1] each."""

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.models.decoder import Decoder, default_positions
-from elastic_lm.nn.attention import Attention, KeyValues
-from elastic_lm.nn.block import Block, NewKeyValues, Tap
+from elastic_lm.nn.attention import Attention, KeyValues, NewKeyValues
+from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.width.axes import Params, edit_params, slice_edit
 
@@ -64,7 +64,7 @@ def elastic_block(
       past: cached keys and values, or None.
 
     Returns:
-      (Tap, new key and value rows), as `Block` does.
+      (Tap, new keys and values), as `Block` does.
     """
     attend = functools.partial(
         _attention, config, positions_BT=positions_BT, window=window, segments_BT=segments_BT, past=past

@@ -57,8 +57,8 @@ def test_steps_with_caches_give_the_logits_of_one_pass() -> None:
         caches, found = [(room, room)] * 2, []
         for t in range(4):
             past = [cache.past(layer, jnp.full((2,), t)) for layer in caches]
-            new, rows = model.step(jnp.asarray(TARGET[:, t]), jnp.int32(t), past, source)
-            caches = [cache.write(c, r, jnp.int32(t)) for c, r in zip(caches, rows, strict=True)]
+            new, new_kv = model.step(jnp.asarray(TARGET[:, t]), jnp.int32(t), past, source)
+            caches = [cache.write(c, kv, jnp.int32(t)) for c, kv in zip(caches, new_kv, strict=True)]
             found.append(new)
         return jnp.stack(found, axis=1)
 

@@ -12,8 +12,8 @@ import elastic_lm as el
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.models.decoder import Decoder, Params, stack_layers
-from elastic_lm.nn.attention import KeyValues
-from elastic_lm.nn.block import Block, NewKeyValues, Tap
+from elastic_lm.nn.attention import KeyValues, NewKeyValues
+from elastic_lm.nn.block import Block, Tap
 from elastic_lm.testing import all_logits, random_tokens
 from elastic_lm.width.axes import edit_params, slice_edit
 from elastic_lm.width.slicing import mask_params, slice_params
