@@ -44,7 +44,7 @@ def verify(
     config: ModelConfig,
     *,
     params: Params | None = None,
-    count: int = 20,
+    count: int,
     rounds: int = 5,
     seed: int = 0,
     progress: Progress | None = None,

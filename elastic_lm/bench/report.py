@@ -12,7 +12,7 @@ import elastic_lm.bench
 from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.report.machine import hardware, versions
 
-PLUMBING = ("early", "model", "report", "timing")
+PLUMBING = ("early", "latency_build", "latency_measure", "latency_verify", "model", "report", "timing")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from elastic_lm.cascade.queue import Gathering, Waiting
 from elastic_lm.cascade.results import CascadeResult, CascadeStatistics, Tally
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import PLAIN, score_of
+from elastic_lm.config.cascade import DEFAULT_SCORE
 from elastic_lm.config.checks import AT_LEAST_1, require
 
 HELD_BATCHES = 64  # batches' worth of rows that may be held at once
@@ -38,7 +39,7 @@ class Cascade:
         super_: Answerer,
         rule: CascadeRule | float,
         *,
-        score: str = "energy",
+        score: str = DEFAULT_SCORE,
         batch_size: int = 32,
         super_batch_size: int | None = None,
         most_held: int | None = None,

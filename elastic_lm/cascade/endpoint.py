@@ -10,12 +10,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, get_args
 
 from elastic_lm.cascade.answerer import Answer, Record, failed
+from elastic_lm.config.cascade import RETRIES, TIMEOUT, Style
 from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require, require_choice
 
-STYLES = ("rows", "openai")
 BUSY = (408, 425, 429)  # statuses beside 5xx after which trying again may help
 
 
@@ -77,11 +77,11 @@ class Endpoint:
         self,
         url: str,
         *,
-        timeout: float = 30.0,
-        retries: int = 2,
+        timeout: float = TIMEOUT,
+        retries: int = RETRIES,
         backoff: float = 0.5,
         workers: int = 8,
-        style: Literal["rows", "openai"] = "rows",
+        style: Style = "rows",
         text_field: str = "text",
         options: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
@@ -109,7 +109,7 @@ class Endpoint:
         for name, value in (("retries", retries), ("backoff", backoff), ("cost", cost)):
             require(NOT_NEGATIVE[0](value), name, value, NOT_NEGATIVE[1])
         require(AT_LEAST_1[0](workers), "workers", workers, AT_LEAST_1[1])
-        require_choice("style", style, STYLES)
+        require_choice("style", style, get_args(Style))
         self.url, self._timeout, self._retries, self._backoff = url, timeout, retries, backoff
         self._workers, self._style, self._field, self._cost = workers, style, text_field, cost
         self._options, self._headers = dict(options or {}), dict(headers or {})

@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.decode.token_scores import Centre, free_energy
+from elastic_lm.config.cascade import Centre
+from elastic_lm.decode.token_scores import free_energy
 
 POOLS = ("mean", "min")
 

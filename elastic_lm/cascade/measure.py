@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -12,9 +12,8 @@ from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.rule import CascadeRule, fit_rule
 from elastic_lm.cascade.scores import PLAIN, Scoring
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, Measured
+from elastic_lm.config.cascade import DEFAULT_SCORE, CostUnit
 from elastic_lm.config.checks import require, require_choice
-
-Unit = Literal["flops", "seconds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class MeasuredPair:
     score: str  # that is in rows.scores
     scoring: Scoring  # of the Swift's energy
     seed: int  # of the score "random"
-    unit: Unit  # of the costs
+    unit: CostUnit  # of the costs
 
     def fit(self, **goal: Any) -> CascadeRule:
         """Chooses a threshold.
@@ -50,9 +49,9 @@ def measure_cascade(
     rows: Iterable[Record],
     quality: Callable[[Record, Any], float],
     *,
-    score: str = "energy",
+    score: str = DEFAULT_SCORE,
     seed: int = 0,
-    cost: Unit = "flops",
+    cost: CostUnit = "flops",
     batch_size: int = 16,
 ) -> MeasuredPair:
     """Both models answer every row; `MeasuredPair.fit` chooses a threshold on the result.
@@ -75,7 +74,7 @@ def measure_cascade(
     Raises:
       ValueError: the Swift has no such score, every row failed, or nobody knows what the Super costs.
     """
-    require_choice("cost", cost, get_args(Unit))
+    require_choice("cost", cost, get_args(CostUnit))
     rows = list(rows)
     scoring = getattr(swift, "scoring", PLAIN)
     rule = CascadeRule(ALWAYS_SUPER, score, scoring.temperature, scoring.centre, seed)
@@ -101,7 +100,7 @@ def measure_cascade(
     return MeasuredPair(measured, score, scoring, seed, cost)
 
 
-def swift_costs(answers: Sequence[Answer], unit: Unit, previewed: bool) -> tuple[np.ndarray, np.ndarray]:
+def swift_costs(answers: Sequence[Answer], unit: CostUnit, previewed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Costs until a Swift's score is known, and of what it does afterwards.
 
     Args:
@@ -114,7 +113,7 @@ def swift_costs(answers: Sequence[Answer], unit: Unit, previewed: bool) -> tuple
     return known, whole - known
 
 
-def costs_of(answers: Sequence[Answer], unit: Unit) -> np.ndarray:
+def costs_of(answers: Sequence[Answer], unit: CostUnit) -> np.ndarray:
     """[N] FLOPs, or the one median of seconds, which compilation does not move."""
     if unit == "seconds":
         return np.asarray(np.median([answer.seconds for answer in answers]))

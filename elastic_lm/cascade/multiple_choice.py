@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_alike, shape_or_none
 from elastic_lm.cascade.known_tokens import Part, Reading, read, width_of
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
+from elastic_lm.config.cascade import Normalise
 from elastic_lm.config.checks import AT_LEAST_1, require, require_choice
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import head_flops
@@ -33,7 +34,6 @@ from elastic_lm.decode.prefill import split_rows, stack_rows
 from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.models.decoder import Decoder, Params
 
-NORMALISED = ("tokens", "bytes", "none")
 Shape = tuple[int, int]  # columns of the program, layers that have run before
 
 _scores = jax.jit(logit_scores, static_argnames="scoring")  # one program per number of choices
@@ -78,7 +78,7 @@ class MultipleChoice:
         *,
         exit: int | None = None,
         subnet: Subnet | None = None,
-        normalise: Literal["tokens", "bytes", "none"] = "tokens",
+        normalise: Normalise = "tokens",
         separator: str = " ",
         prompt_field: str = "prompt",
         choices_field: str = "choices",
@@ -105,7 +105,7 @@ class MultipleChoice:
         Raises:
           ValueError: an argument is out of range, or the part is none of the model.
         """
-        require_choice("normalise", normalise, NORMALISED)
+        require_choice("normalise", normalise, get_args(Normalise))
         require(AT_LEAST_1[0](batch_size), "batch_size", batch_size, AT_LEAST_1[1])
         self.scoring, self._part = scoring, Part(model.config, exit, subnet)
         self._params, self._tokenizer, self._normalise = params, tokenizer, normalise

@@ -20,9 +20,9 @@ from elastic_lm.cascade.sweep import (
     most_accurate,
     sweep,
 )
+from elastic_lm.config.cascade import DEFAULT_SCORE, Centre
 from elastic_lm.config.checks import SEED, require
 from elastic_lm.config.parse import load_dataclass
-from elastic_lm.decode.token_scores import Centre
 from elastic_lm.files.atomic import write_text_whole
 
 FORMAT = "elastic_lm routing 1"
@@ -34,7 +34,7 @@ class CascadeRule:
     """The Swift keeps a row when its score is at least the threshold; ties stay with it."""
 
     threshold: float
-    score: str = "energy"  # name of the Swift's score, see `calibrate.routing_scores`
+    score: str = DEFAULT_SCORE  # name of the Swift's score, see `calibrate.routing_scores`
     temperature: float = 1.0  # T of the energy
     centre: Centre = "none"  # whether the energy's logits are measured from their mean
     seed: int = 0  # of the score "random"
@@ -83,7 +83,7 @@ class CascadeRule:
           ValueError: the file is not JSON, not a routing rule, or holds values out of range; names the
             field.
         """
-        return load_dataclass(cls, path, FORMAT, "routing rule", "`elastic-lm route fit` writes one")
+        return load_dataclass(cls, path, FORMAT, "routing rule", "`elastic-lm cascade fit` writes one")
 
 
 def fit_rule(
@@ -93,7 +93,7 @@ def fit_rule(
     target_cost: float | None = None,
     super_accuracy: bool = False,
     risk: CascadeRisk | None = None,
-    score: str = "energy",
+    score: str = DEFAULT_SCORE,
     scoring: Scoring = PLAIN,
     seed: int = 0,
     unit: str = "flops",

@@ -22,11 +22,11 @@ import jax
 import numpy as np
 
 from elastic_lm.cascade.energy import POOLS, energy_score, pool
+from elastic_lm.config.cascade import KINDS, Centre
 from elastic_lm.config.checks import POSITIVE, require, require_choice
-from elastic_lm.decode.token_scores import CENTRES, Centre
+from elastic_lm.decode.token_scores import CENTRES
 from elastic_lm.depth import confidence
 
-KINDS = ("energy", "max_prob", "entropy", "margin")  # read logits
 PLACES = ("", "prompt_", "encoder_")
 POOLED = tuple(f"{place}{kind}{end}" for place in PLACES[:2] for end in ("", "_min") for kind in KINDS)
 SCORES = (*POOLED, *(f"{PLACES[2]}{kind}" for kind in KINDS), "random")

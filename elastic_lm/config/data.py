@@ -9,6 +9,9 @@ DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
 
 Packing = Literal["concat", "first_fit"]
 
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".py", ".md")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

@@ -17,11 +17,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from elastic_lm.config.checks import require, require_shares
 from elastic_lm.config.model import ExitConfig, ModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Ints = tuple[int, ...]
 
@@ -244,7 +246,7 @@ class Menu:
         """The whole model."""
         return self._pick(config, lambda field: -1, 0)
 
-    def sample(self, config: ModelConfig, rng: np.random.Generator, *, uniform: bool = False) -> Subnet:
+    def sample(self, config: ModelConfig, rng: "np.random.Generator", *, uniform: bool = False) -> Subnet:
         """A random subnet, every choice equally likely.
 
         Args:
@@ -346,3 +348,6 @@ class Budget:
     def amount(self) -> float:
         """Its value."""
         return float(getattr(self, self.kind))
+
+
+BUDGET_KINDS = tuple(field.name for field in dataclasses.fields(Budget))

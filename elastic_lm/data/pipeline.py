@@ -9,8 +9,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from elastic_lm.config.data import DataConfig
-from elastic_lm.data.sources import JSONL_SUFFIXES, TEXT_SUFFIXES, Document, JsonLines, TextFiles, find_files
+from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES, DataConfig
+from elastic_lm.data.sources import Document, JsonLines, TextFiles, find_files
 from elastic_lm.data.stdlib import Split, stdlib_files
 from elastic_lm.data.tokenizer import Tokenizer
 

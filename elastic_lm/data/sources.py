@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".py", ".md")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
-
 
 class Document(NamedTuple):
     """A piece of text to learn from.

@@ -8,17 +8,16 @@ A low energy is a high likelihood of the input (arXiv 2203.00748). Unlike the ot
 with an offset of all logits.
 """
 
-from typing import Literal
+from typing import get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.config.cascade import Centre
 from elastic_lm.depth.confidence import margin, max_prob
 
-Centre = Literal["none", "mean"]
-
-CENTRES = ("none", "mean")
+CENTRES = get_args(Centre)
 
 
 @flax.struct.dataclass

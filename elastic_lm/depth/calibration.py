@@ -20,13 +20,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from elastic_lm.config.exit_policy import DEFAULT_TARGET, Strategy
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import to_dict
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.confidence import LOGIT_METRICS, NEVER_EXITS
+from elastic_lm.depth.confidence import DEFAULT_METRIC, LOGIT_METRICS, NEVER_EXITS
 from elastic_lm.depth.guarantee import RiskControl, control
 from elastic_lm.depth.observations import Arrays, Observations, observe
-from elastic_lm.depth.per_exit import Strategy, exit_thresholds
+from elastic_lm.depth.per_exit import exit_thresholds
 from elastic_lm.depth.policies import SHAPE, ConfidenceExit, CurvePoint
 from elastic_lm.depth.threshold_search import choose, emitting_exit, outcome
 from elastic_lm.models.decoder import Params
@@ -40,9 +41,9 @@ def calibrate(
     params: Params,
     batches: Iterable[Batch | Arrays],
     *,
-    target: float = 0.99,
+    target: float = DEFAULT_TARGET,
     risk: RiskControl | None = None,
-    metric: str = "max_prob",
+    metric: str = DEFAULT_METRIC,
     strategy: Strategy | Literal["joint"] = "joint",
     targets: Sequence[float] = TARGETS,
     active: Sequence[int] | None = None,
@@ -111,7 +112,7 @@ def _provenance(config: ModelConfig, policy: ConfidenceExit, model: str, data: s
 def fit(
     observations: Observations,
     *,
-    target: float = 0.99,
+    target: float = DEFAULT_TARGET,
     risk: RiskControl | None = None,
     metric: str,
     strategy: Strategy | Literal["joint"] = "joint",

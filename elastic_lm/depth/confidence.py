@@ -22,8 +22,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-LOGIT_METRICS = ("max_prob", "margin", "entropy", "logit_margin", "energy")
-METRICS = (*LOGIT_METRICS, "cosine", "learned")
+from elastic_lm.config.exit_policy import DEFAULT_METRIC as DEFAULT_METRIC
+from elastic_lm.config.exit_policy import LOGIT_METRICS, METRICS
+
 ENERGY_SCALE = 16.0  # energies around this size are told apart best
 LARGEST = float(jnp.finfo(jnp.float32).max)
 

@@ -22,7 +22,13 @@ import numpy as np
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.confidence import Evidence, confidence_by_index, metric_index, state_similarity
+from elastic_lm.depth.confidence import (
+    DEFAULT_METRIC,
+    Evidence,
+    confidence_by_index,
+    metric_index,
+    state_similarity,
+)
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.block import Tap
 
@@ -116,7 +122,7 @@ def observe(
     params: Params,
     batches: Iterable[Batch | Arrays],
     *,
-    metric: str = "max_prob",
+    metric: str = DEFAULT_METRIC,
     chunk: int = 128,
 ) -> Observations:
     """Runs held-out text through the model once and keeps the scalars that calibration needs.

@@ -17,14 +17,13 @@ Paper: self-supervised early exits, arXiv 2407.21082; Platt's targets: Platt 199
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from elastic_lm.config.checks import require
+from elastic_lm.config.exit_policy import Strategy
 from elastic_lm.depth.confidence import NEVER_EXITS
-
-Strategy = Literal["max_coverage", "min_coverage", "midpoint", "platt"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import jax
-
 PACKAGES = ("elastic-lm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
 def hardware() -> dict[str, Any]:
     """Processor, usable cores, memory in GiB and jax devices."""
+    import jax  # late: the command line imports this module for its help
+
     devices = jax.devices()
     return {
         "platform": platform.platform(),

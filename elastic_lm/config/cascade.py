@@ -1,0 +1,19 @@
+"""What a cascade can be told, by name: scores, how they are computed, services, and the unit of costs.
+
+The classes that read the names import JAX or NumPy. The names stand here so that the command line can show
+them without either.
+"""
+
+from typing import Literal
+
+KINDS = ("energy", "max_prob", "entropy", "margin")  # of scores that read logits
+DEFAULT_SCORE = KINDS[0]
+
+Centre = Literal["none", "mean"]  # what the logits of an energy are measured from
+Normalise = Literal["tokens", "bytes", "none"]  # what the log-likelihood of a choice is divided by
+CostUnit = Literal["flops", "seconds"]  # what a cascade saves
+DEFAULT_EPSILON = 0.05  # probability that a guarantee fails
+
+Style = Literal["rows", "openai"]  # what a service is sent, and what it answers
+TIMEOUT = 30.0  # seconds that a service may take for a row
+RETRIES = 2  # further tries per row
