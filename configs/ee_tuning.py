@@ -8,7 +8,7 @@ DURATION  minutes
 
 from ml_collections import ConfigDict
 
-from elastic_lm.checkpoints.embedded import embedded_model
+import elastic_lm as el
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -17,9 +17,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.exits = [{"layer": layer, "kind": "mlp", "init": "copy"} for layer in layers]
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.method = {"name": "ee_tuning"}
     config.train = {
-        "method": "ee_tuning",
-        "init_from": str(embedded_model()),
+        "init_from": str(el.embedded_model()),
         "steps": 1000,
         "lr": 1e-3,
         "warmup": 50,

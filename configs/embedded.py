@@ -14,14 +14,14 @@ EXPECTED  held-out loss 1.98, 1.85 and 1.86 nats per token; at the end 1.82 over
 
 from ml_collections import ConfigDict
 
-# Name: layers of the exits, seed of the shuffle, what differs in training.
+# Name: layers of the exits, seed of the shuffle, weights of the exits, what differs in training.
 CONTINUED = {
     "longer": (
         (3, 6),
         1,
+        (0.6, 0.4),
         {
             "init_from": "runs/embedded/hf",
-            "exit_weights": (0.6, 0.4),
             "steps": 1200,
             "lr": 3e-3,
             "decay_share": 0.6,
@@ -32,9 +32,9 @@ CONTINUED = {
     "late": (
         (9,),
         2,
+        (1.0,),
         {
             "init_from": "runs/longer/hf",
-            "exit_weights": (1.0,),
             "steps": 300,
             "lr": 2e-3,
             "decay_share": 0.7,
@@ -61,9 +61,8 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     config.exits = _exits(3, 6)
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.method = {"name": "joint", "weights": (0.4, 0.4)}
     config.train = {
-        "method": "joint",
-        "exit_weights": (0.4, 0.4),
         "optimizer": "muon",
         "steps": 2000,
         "lr": 5e-3,
@@ -77,10 +76,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "save_every": 100,
     }
     if arg in CONTINUED:
-        layers, seed, changed = CONTINUED[arg]
+        layers, seed, weights, changed = CONTINUED[arg]
         del config.model
         config.exits = _exits(*layers)
         config.data.seed = seed
+        config.method.weights = weights
         config.train.update(changed, seed=seed)
     if arg == "tiny":
         config.exits = (

@@ -34,8 +34,8 @@ def get_config(arg: str = "data/english") -> ConfigDict:
         "seq_len": 256,
         "batch_size": 8,
     }
+    config.method = {"name": "pretraining"}
     config.train = {
-        "method": "pretraining",
         "optimizer": "muon",
         "steps": 1600,
         "lr": 5e-3,
@@ -50,5 +50,5 @@ def get_config(arg: str = "data/english") -> ConfigDict:
     }
     if folder != arg:
         config.exits = ({"layer": 2, "kind": "norm", "tied": True},)
-        config.train.update(method="joint", exit_weights=(0.7,))
+        config.method = {"name": "joint", "weights": (0.7,)}
     return config

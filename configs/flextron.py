@@ -1,13 +1,13 @@
 """Elastic training (Flextron's first stage): one model whose narrower sub-networks are models too.
 
 COMMAND   elastic-lm train --config configs/flextron.py --workdir runs/elastic
-          another model: --config.train.init_from=HF_DIR --config.train.menu_heads="(0.5,1.0)"; where heads
+          another model: --config.train.init_from=HF_DIR --config.method.menu.heads="(0.5,1.0)"; where heads
           share no key/value groups, like those of GPT-2: --config configs/flextron.py:mha
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  each sampled sub-network adds two forward passes and a backward one of its width: see
           experiments/train_step and experiments/flextron
 EXPECTED  lower `eval_loss/smallest` and `eval_loss/<width>`; with `--config.train.lr=5e-5
-          --config.train.distil=1.0` the whole model keeps its loss: see experiments/flextron
+          --config.method.distil=1.0` the whole model keeps its loss: see experiments/flextron
 
 Neurons and heads of a pretrained model are first sorted by importance; the model that is saved slices.
 Variants (`--config configs/flextron.py:NAME`):
@@ -24,30 +24,29 @@ Variants (`--config configs/flextron.py:NAME`):
 
 from ml_collections import ConfigDict
 
-from elastic_lm.checkpoints.embedded import embedded_model
+import elastic_lm as el
 
 
 def get_config(arg: str = "flextron") -> ConfigDict:
     """The recipe; `arg` = one of the variants above, "" = flextron."""
-    matformer = {"draw": "one_per_step", "menu_mlp": (0.125, 0.25, 0.5, 1.0), "menu_heads": (1.0,)}
+    matformer = {"draw": "one_per_step", "menu": {"mlp": (0.125, 0.25, 0.5, 1.0), "heads": (1.0,)}}
     variants = {
         "flextron": {},
         "uniform": {"draw": "uniform"},
         "live": {"distil": 0.5},
         "frozen": {"distil": 0.5, "teacher": "frozen"},
         "matformer": matformer,
-        "mha": {"menu_heads": (1.0,), "menu_groups": (0.5, 1.0)},
-        "scratch": {**matformer, "init_from": "", "lr": 3e-3, "steps": 2000},
+        "mha": {"menu": {"heads": (1.0,), "groups": (0.5, 1.0)}},
+        "scratch": matformer,
     }
     variant = arg or "flextron"
     if variant not in variants:
         raise ValueError(f"configs/flextron.py:{arg}: choose from {', '.join(variants)}")
     config = ConfigDict()
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.method = {"name": "flextron", "menu": {"heads": (1 / 3, 2 / 3, 1.0)}, **variants[variant]}
     config.train = {
-        "method": "flextron",
-        "init_from": str(embedded_model()),
-        "menu_heads": (1 / 3, 2 / 3, 1.0),
+        "init_from": str(el.embedded_model()),
         "steps": 1000,
         "lr": 3e-4,
         "warmup": 50,
@@ -55,8 +54,8 @@ def get_config(arg: str = "flextron") -> ConfigDict:
         "eval_every": 250,
         "save_every": 250,
     }
-    config.train.update(variants[variant])
     if variant == "scratch":
+        config.train.update({"init_from": "", "lr": 3e-3, "steps": 2000})
         config.model = {
             "vocab_size": 512,
             "d_model": 192,

@@ -4,12 +4,12 @@ COMMAND   hf download google-bert/bert-base-uncased --local-dir models/bert-base
           elastic-lm train --config configs/glue.py:DATA,sst2 --workdir runs/sst2
           another encoder: --config.train.init_from=HF_DIR
           towards a teacher that was tuned on the same task:
-          --config.train.teacher_from=runs/sst2/model --config.train.distil=0.7
+          --config.method.teacher_from=runs/sst2/model --config.method.distil=0.7
           heads after layers 3 and 6 as well, each a Swift inside the model: --config.exits="(3, 6)"
           (them alone, on a tuned model that stays as it is: --config.train.init_from=runs/sst2/model
-          --config.train.tuned=exits)
-          a head on the encoder of a T5, by which `elastic-lm route --score encoder_energy` goes:
-          --config.train.init_from=T5_DIR --config.train.tuned=head --config.task.prefix="sst2 sentence: "
+          --config.method.tuned=exits)
+          a head on the encoder of a T5, by which `elastic-lm cascade --score encoder_energy` goes:
+          --config.train.init_from=T5_DIR --config.method.tuned=head --config.task.prefix="sst2 sentence: "
           files of your own: --config.task.paths="('my.csv',)" --config.task.text_field=review
 HARDWARE  one accelerator, or a CPU for small encoders
 DURATION  on one CPU core a 6-layer encoder of width 384 reads about 15 sentences of 32 tokens per second
@@ -17,7 +17,7 @@ EXPECTED  see experiments/elang
 
 `DATA` holds NAME_train.jsonl.gz and NAME_dev.jsonl.gz as listed below (JSON lines, CSV or TSV, packed or
 not, under any name that is given as task.paths and task.eval_paths). `z_loss` keeps energies comparable, by
-which cascades are routed (`elastic-lm route`).
+which cascades are routed (`elastic-lm cascade`).
 """
 
 from pathlib import Path
@@ -54,8 +54,8 @@ def get_config(arg: str = "data/glue,sst2") -> ConfigDict:
     regression = fields.get("problem") == "regression"
     config = ConfigDict()
     config.task = {"paths": (_file(folder, train),), "eval_paths": (_file(folder, held_out),), **fields}
+    config.method = {"name": "task_tuning", "z_loss": 0.0 if regression else 1e-4}
     config.train = {
-        "method": "task_tuning",
         "init_from": "models/bert-base-uncased",
         "steps": 1000,
         "lr": 1e-4,
@@ -63,7 +63,6 @@ def get_config(arg: str = "data/glue,sst2") -> ConfigDict:
         "min_lr": 0.0,
         "warmup": 100,
         "weight_decay": 0.01,
-        "z_loss": 0.0 if regression else 1e-4,
         "log_every": 20,
         "eval_every": 250,
         "eval_batches": 0,

@@ -12,7 +12,7 @@ four per step; `:scratch` trains a new model, with layer dropout that rises over
 
 from ml_collections import ConfigDict
 
-from elastic_lm.checkpoints.embedded import embedded_model
+import elastic_lm as el
 
 
 def get_config(arg: str = "rotational") -> ConfigDict:
@@ -22,13 +22,15 @@ def get_config(arg: str = "rotational") -> ConfigDict:
         raise ValueError(f"configs/layerskip.py:{arg}: choose from rotational, gradual, scratch")
     config = ConfigDict()
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
-    config.train = {
-        "method": "sorted_finetuning",
+    config.method = {
+        "name": "sorted_finetuning",
         "depth_weights": "layerskip",
         "depth_scale": 0.2,
         "curriculum": "gradual" if variant == "gradual" else "rotational",
         "curriculum_period": 0 if variant == "gradual" else 4,
         "layer_dropout": 0.1,
+    }
+    config.train = {
         "steps": 1000,
         "lr": 3e-4,
         "warmup": 50,
@@ -47,7 +49,8 @@ def get_config(arg: str = "rotational") -> ConfigDict:
             "max_len": 1024,
             "tied": True,
         }
-        config.train.update({"lr": 3e-3, "steps": 2000, "dropout_ramp": 2000})
+        config.method.dropout_ramp = 2000
+        config.train.update({"lr": 3e-3, "steps": 2000})
     else:
-        config.train.update({"init_from": str(embedded_model())})
+        config.train.update({"init_from": str(el.embedded_model())})
     return config

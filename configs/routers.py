@@ -14,8 +14,8 @@ The model is one that configs/flextron.py made; its folder holds the menu. Varia
   by_token    every token's state decides as well
   joint       static, and the model trains along
 
-Budgets are shares of the whole model's cost: parameters, or `--config.train.priced=flops`, `memory_bytes`
-(with `--config.train.context=N`) or `latency_ms` (with `--config.train.latency_table=FILE`).
+Budgets are shares of the whole model's cost: parameters, or `--config.method.priced=flops`, `memory_bytes`
+(with `--config.method.context=N`) or `latency_ms` (with `--config.method.latency_table=FILE`).
 """
 
 from ml_collections import ConfigDict
@@ -28,14 +28,14 @@ def get_config(arg: str = "runs/elastic/model") -> ConfigDict:
         "static": {},
         "surrogate": {"scheme": "surrogate"},
         "by_token": {"reads": "hidden", "router_width": 32},
-        "joint": {"train_model": True, "lr": 1e-4, "router_lr": 100.0, "distil": 0.5},
+        "joint": {"train_model": True, "router_lr": 100.0, "distil": 0.5},
     }
     if (variant or "static") not in variants:
         raise ValueError(f"configs/routers.py:{arg}: choose from {', '.join(variants)} after the comma")
     config = ConfigDict()
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.method = {"name": "routers", **variants[variant or "static"]}
     config.train = {
-        "method": "routers",
         "init_from": folder or "runs/elastic/model",
         "steps": 300,
         "lr": 1e-2,
@@ -46,5 +46,6 @@ def get_config(arg: str = "runs/elastic/model") -> ConfigDict:
         "eval_batches": 10,
         "save_every": 100,
     }
-    config.train.update(variants[variant or "static"])
+    if variant == "joint":
+        config.train.lr = 1e-4
     return config

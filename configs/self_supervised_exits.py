@@ -20,7 +20,7 @@ Variants (`--config configs/self_supervised_exits.py:NAME`):
 
 from ml_collections import ConfigDict
 
-from elastic_lm.checkpoints.embedded import embedded_model
+import elastic_lm as el
 
 
 def get_config(arg: str = "kl") -> ConfigDict:
@@ -30,7 +30,7 @@ def get_config(arg: str = "kl") -> ConfigDict:
         "topk": {"top_k": 64},
         "argmax": {"objective": "argmax"},
         "penalised": {"objective": "penalised"},
-        "balcony": {"lr": 5e-4},
+        "balcony": {},
         "cached": {"cached_batches": 64},
         "gates": {},
     }
@@ -43,16 +43,15 @@ def get_config(arg: str = "kl") -> ConfigDict:
     config = ConfigDict()
     config.exits = [{"layer": layer, **exits} for layer in (3, 6)]
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
+    config.method = {"name": "self_supervised_exits", **variants[variant]}
     config.train = {
-        "method": "self_supervised_exits",
-        "init_from": str(embedded_model()),
+        "init_from": str(el.embedded_model()),
         "steps": 1000,
-        "lr": 1e-3,
+        "lr": 5e-4 if variant == "balcony" else 1e-3,
         "warmup": 50,
         "weight_decay": 0.0,
         "log_every": 20,
         "eval_every": 250,
         "save_every": 250,
     }
-    config.train.update(variants[variant])
     return config

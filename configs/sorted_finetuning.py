@@ -2,7 +2,7 @@
 
 COMMAND   elastic-lm train --config configs/sorted_finetuning.py --workdir runs/sorted
           on instructions: --config.data.source=instruction --config.data.paths="('train.jsonl',)"
-          another model: --config.train.init_from=HF_DIR --config.train.depths="(8,16,24)"
+          another model: --config.train.init_from=HF_DIR --config.method.depths="(8,16,24)"
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  that of plain fine-tuning plus one vocabulary head per sub-model: minutes for the embedded model
 EXPECTED  every `loss/depth_<n>` falls below what that depth gives before:
@@ -21,7 +21,7 @@ Variants and baselines (`--config configs/sorted_finetuning.py:NAME`):
 
 from ml_collections import ConfigDict
 
-from elastic_lm.checkpoints.embedded import embedded_model
+import elastic_lm as el
 
 
 def get_config(arg: str = "soft") -> ConfigDict:
@@ -30,8 +30,7 @@ def get_config(arg: str = "soft") -> ConfigDict:
     config = ConfigDict()
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
     config.train = {
-        "method": "sorted_finetuning",
-        "init_from": str(embedded_model()),
+        "init_from": str(el.embedded_model()),
         "steps": 1000,
         "lr": 3e-4,
         "warmup": 50,
@@ -44,15 +43,15 @@ def get_config(arg: str = "soft") -> ConfigDict:
         "lite": {"depths": (2, 4, 6, 8, 10, 12)},
         "calm": {"depth_weights": "linear"},
         "sortednet": {"depths": (3, 6, 9, 12), "curriculum": "sampled"},
-        "sft": {"method": "pretraining"},
-        "extracted": {"method": "pretraining"},
-        "ict": {"method": "ee_tuning", "weight_decay": 0.0},
+        "sft": {"name": "pretraining"},
+        "extracted": {"name": "pretraining"},
+        "ict": {"name": "ee_tuning"},
     }
     if name not in variants:
         raise ValueError(f"configs/sorted_finetuning.py:{arg}: choose from {', '.join(variants)}")
     if dash and name != "extracted":
         raise ValueError(f"configs/sorted_finetuning.py:{arg}: {name} takes no number; write {name}")
-    config.train.update(variants[name])
+    config.method = {"name": "sorted_finetuning", **variants[name]}
     if name == "extracted":
         if dash and not (layers.isdecimal() and int(layers)):
             raise ValueError(
@@ -60,5 +59,6 @@ def get_config(arg: str = "soft") -> ConfigDict:
             )
         config.train.update(init_layers=int(layers or 3))
     if name == "ict":
+        config.train.weight_decay = 0.0
         config.exits = [{"layer": layer, "kind": "norm", "init": "copy"} for layer in (3, 6, 9)]
     return config

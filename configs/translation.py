@@ -34,8 +34,8 @@ def get_config(arg: str = "data/elang") -> ConfigDict:
         "max_target": 64,
         "batch_size": 96,
     }
+    config.method = {"name": "task_tuning", "z_loss": 1e-4}
     config.train = {
-        "method": "task_tuning",
         "optimizer": "muon",
         "steps": 1500,
         "lr": 2e-3,
@@ -44,7 +44,6 @@ def get_config(arg: str = "data/elang") -> ConfigDict:
         "min_lr": 0.02,
         "warmup": 20,
         "weight_decay": 0.01,
-        "z_loss": 1e-4,
         "log_every": 20,
         "eval_every": 500,
         "eval_batches": 0,

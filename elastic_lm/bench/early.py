@@ -41,6 +41,7 @@ from elastic_lm.data.batch import Batch
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.calibration import calibrate
+from elastic_lm.depth.ee_tuning import EETuningConfig
 from elastic_lm.depth.policies import ConfidenceExit, ExitPolicy
 from elastic_lm.models.decoder import Decoder, Params, init_params
 from elastic_lm.models.exits import without_exits
@@ -184,8 +185,8 @@ def _tuned(folder: Path, steps: int = 60) -> tuple[ModelConfig, Params]:
     run = RunConfig(
         exits=(ExitConfig(max(1, base.n_layers // 4), "norm"),),
         data=DataConfig(source="stdlib", seq_len=256, batch_size=16),
+        method=EETuningConfig(),
         train=TrainConfig(
-            method="ee_tuning",
             init_from=str(embedded_model()),
             steps=steps,
             lr=1e-3,

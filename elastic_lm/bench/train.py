@@ -35,13 +35,13 @@ from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.batch import Batch
 from elastic_lm.depth.ee_tuning import EETuning
-from elastic_lm.depth.self_supervised import CachedExits, SelfSupervisedExits, cache_taps
+from elastic_lm.depth.self_supervised import SelfSupervisedExits, cache_taps
 from elastic_lm.depth.sorted_finetuning import SortedFineTuning
 from elastic_lm.models.decoder import Params, init_params, stack_layers
 from elastic_lm.models.exits import without_exits
 from elastic_lm.models.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.train.config import TrainConfig
-from elastic_lm.train.losses import Method
+from elastic_lm.train.method import Method
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.state import create_state, state_shardings
@@ -79,14 +79,14 @@ def rows(options: Options) -> list[Measurement]:
     cached = cache_taps(distilled, distilled.split(params)[1], [batch])[0]
     count = min(SUB_MODELS, layers)
     depths = tuple(layers * (i + 1) // count for i in range(count))
-    elastic = Repeating(config, MENU, samples=2, smallest_share=0.5, seed=options.seed)
-    methods: dict[str, tuple[Method, Any]] = {
+    elastic = Repeating(config, menu=MENU, samples=2, smallest_share=0.5, seed=options.seed)
+    methods: dict[str, tuple[Method[Any], Any]] = {
         "sft": (Pretraining(config), batch),
         "ee_tuning": (EETuning(exits), batch),
         "self_supervised": (distilled, batch),
-        "self_supervised_cached": (CachedExits(distilled), jax.device_put(cached)),
+        "self_supervised_cached": (distilled, jax.device_put(cached)),
         "elastic": (elastic, batch),
-        "soft8": (SortedFineTuning(config, depths), batch),
+        "soft8": (SortedFineTuning(config, depths=depths), batch),
     }
     _, plain = without_exits(exits, params)
     sides, memory = {}, {}
@@ -152,7 +152,9 @@ def random_batch(config: ModelConfig, shape: tuple[int, int], seed: int) -> Batc
     return place_batch(arrays, make_mesh())
 
 
-def timed_step(method: Method, params: Params, batch: Any, steps: int = 1) -> tuple[Callable[[], Any], float]:
+def timed_step(
+    method: Method[Any], params: Params, batch: Any, steps: int = 1
+) -> tuple[Callable[[], Any], float]:
     """(`steps` optimizer steps that go on from the last, bytes that one needs)."""
     optimizer = make_optimizer(TrainConfig())
     trainable, frozen = method.split(params)

@@ -88,7 +88,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return value
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
     if dataclasses.is_dataclass(hint):
-        return value if type(value) is hint else from_dict(hint, value, where + ".")
+        if isinstance(value, hint):  # pyright: ignore[reportArgumentType]
+            return value
+        # A base class, like that of the `method` sections, knows which of its subclasses the values describe.
+        resolve = getattr(hint, "resolve", None)
+        return from_dict(hint if resolve is None else resolve(value, where), value, where + ".")
     if get_origin(hint) is tuple:
         instead = () if value is None else (value,)
         if not isinstance(value, list | tuple):

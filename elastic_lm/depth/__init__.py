@@ -17,8 +17,8 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.per_exit import exit_thresholds
     from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, ExitPolicy, StaticExit
     from elastic_lm.depth.self_supervised import SelfSupervisedExits
-    from elastic_lm.depth.sorted_finetuning import SortedFineTuning, extract
-    from elastic_lm.models.exits import attach_exits, without_exits
+    from elastic_lm.depth.sorted_finetuning import SortedFineTuning
+    from elastic_lm.models.exits import attach_exits, extract, without_exits
 
 __all__ = [
     "METRICS",

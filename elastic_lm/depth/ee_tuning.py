@@ -14,44 +14,74 @@ Papers: EE-Tuning, arXiv 2402.00518; EE-LLM, arXiv 2312.04916.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.checks import NOT_NEGATIVE, require, require_choice, require_each
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.block import Tap
 from elastic_lm.train.losses import Metrics, TokenSums, chunked_cross_entropy
+from elastic_lm.train.method import Method, MethodConfig
 
 Warmup = Literal["linear", "cosine"]
 
 
-@dataclasses.dataclass(frozen=True)
-class EETuning:
-    """Trains the exits of a frozen model (a `losses.Method`)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EETuningConfig(MethodConfig):
+    """Options of `EETuning`.
 
-    config: ModelConfig  # the model with its exits; static
+    Example:
+      ```python
+      import elastic_lm as el
+
+      method = el.depth.EETuningConfig(weights=(1.0, 0.5), warmup_steps=50)
+      ```
+    """
+
+    trains_exits = True
+
+    name: str = "ee_tuning"
     weights: tuple[float, ...] = ()  # w_l per exit; 0 leaves that exit out; () = all 1
     warmup_steps: int = 0  # steps over which the weights move from warmup_from to their value
     warmup_from: float = 0.0  # w_0, every exit's weight at step 0 of the warm-up
     warmup: Warmup = "linear"  # f, shape of the warm-up
     dynamic_token_weights: bool = False  # omega_t is the exit's own confidence
-    chunk: int = 256  # columns of logits alive at once
+
+    def __post_init__(self) -> None:
+        for field in ("weights", "warmup_from"):
+            value = getattr(self, field)
+            finite = all(0 <= w < math.inf for w in (value if field == "weights" else (value,)))
+            require(finite, f"method.{field}", value, "must not be negative")
+        if self.weights and not any(self.weights):
+            raise ValueError(f"method.weights={self.weights}: at least one exit needs a weight above 0")
+        require_each(self, "method.", ("warmup_steps",), *NOT_NEGATIVE)
+        require_choice("method.warmup", self.warmup, get_args(Warmup))
+
+
+@dataclasses.dataclass(frozen=True)
+class EETuning(EETuningConfig, Method[Batch]):
+    """Trains the exits of a frozen model (EE-Tuning, arXiv 2402.00518)."""
+
+    section = EETuningConfig
+
+    config: ModelConfig  # the model with its exits; static
+    loss_chunk: int = 256  # columns of logits alive at once
     remat: bool = False  # recompute what an exit computes in its backward pass
 
     def __post_init__(self) -> None:
-        if not self.config.exits:
-            raise ValueError("config.exits=(): attach exits first, see attach_exits")
+        super().__post_init__()
+        check_exits(self.config)
         if len(self.weights) not in (0, len(self.config.exits)):
             layers = tuple(e.layer for e in self.config.exits)
-            raise ValueError(f"weights={self.weights}: needs one entry per exit, after layers {layers}")
-        if self.weights and not any(self.weights):
-            raise ValueError(f"weights={self.weights}: at least one exit needs a weight above 0")
-        if self.warmup not in get_args(Warmup):
-            raise ValueError(f"warmup={self.warmup!r}: must be one of {', '.join(get_args(Warmup))}")
+            raise ValueError(
+                f"method.weights={self.weights}: needs one entry per exit, after layers {layers}"
+            )
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -64,15 +94,7 @@ class EETuning:
         Raises:
           ValueError: the exits in use own no parameters.
         """
-        names = {self.config.exits[i].name for i in self.active}
-        trainable = {name: tree for name, tree in params.items() if name in names}
-        if not trainable:
-            layers = tuple(self.config.exits[i].layer for i in self.active)
-            raise ValueError(
-                f"exits after layers {layers}: tied `embedding` exits own nothing to tune; untie them, or "
-                "choose another kind"
-            )
-        return trainable, {name: tree for name, tree in params.items() if name not in names}
+        return split_exits(params, [self.config.exits[i] for i in self.active])
 
     def exit_weights(self, step: jax.Array | int) -> jax.Array:
         """w_l(step) of every exit: [E] float32."""
@@ -139,13 +161,24 @@ class EETuning:
             batch,
             temperature=self.config.exits[index].temperature,
             confidence_weighted=self.dynamic_token_weights,
-            chunk=self.chunk,
+            chunk=self.loss_chunk,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointTrainingConfig(EETuningConfig):
+    """Options of `JointTraining`, those of `EETuning`."""
+
+    name: str = "joint"
 
 
 @dataclasses.dataclass(frozen=True)
 class JointTraining(EETuning):
-    """EE-LLM's training of all parameters: L_final + sum_l w_l(step) L_l (a `losses.Method`)."""
+    """Trains all parameters, L_final + sum_l w_l(step) L_l (EE-LLM, arXiv 2312.04916)."""
+
+    section = JointTrainingConfig
+
+    name: str = dataclasses.field(default="joint", kw_only=True)
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Everything trains."""
@@ -171,8 +204,35 @@ class JointTraining(EETuning):
         exits, metrics = self._exit_losses(params, taps, batch, step)
         decoder = Decoder(self.config).bind({"params": params})
         features, kernel = decoder.final_features(taps[depth].hidden), decoder.final_kernel()
-        final = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
+        final = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
         count = jnp.maximum(final.weight, 1.0)
         total = final.loss / count + exits
         metrics |= {"loss/final": final.loss / count, "accuracy/final": final.correct / count}
         return total, {"loss": total, **metrics}
+
+
+def check_exits(config: ModelConfig) -> None:
+    """Refuses a model without exits."""
+    if not config.exits:
+        raise ValueError("config.exits=(): attach exits first, with el.attach_exits or a run's `exits`")
+
+
+def split_exits(params: Params, exits: Sequence[ExitConfig]) -> tuple[Params, Params]:
+    """(the parameters of these exits, all others), for methods that leave the backbone as it is.
+
+    Args:
+      params: of the model.
+      exits: those that train.
+
+    Raises:
+      ValueError: the exits own no parameters.
+    """
+    names = {e.name for e in exits}
+    trainable = {name: tree for name, tree in params.items() if name in names}
+    if not trainable:
+        layers = tuple(e.layer for e in exits)
+        raise ValueError(
+            f"exits after layers {layers}: tied `embedding` exits own nothing to train; untie them, give "
+            "them a gate, or choose another kind"
+        )
+    return trainable, {name: tree for name, tree in params.items() if name not in names}

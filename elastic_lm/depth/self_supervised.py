@@ -20,25 +20,30 @@ A gate (`ExitConfig.gate`) learns whether its exit is right, from the exit's fea
                                        count half each, where a batch has both
 
 Everything that frozen layers compute may be kept (`cache_taps`) and read again for many epochs
-(`CachedExits`), which costs the exits alone. Balcony is a tied `block` exit with `kl`.
+(`cached_batches`), which costs the exits alone. Balcony is a tied `block` exit with `kl`.
 
 Papers: Self-Supervised Early Exits, arXiv 2407.21082; Balcony, arXiv 2503.05005; CALM (gates),
 arXiv 2207.07061.
 """
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.config.checks import NOT_NEGATIVE, require, require_choice, require_defaults, require_each
 from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig
 from elastic_lm.data.batch import Batch
+from elastic_lm.depth.cached_taps import CachedBatches, Taps
+from elastic_lm.depth.ee_tuning import check_exits, split_exits
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.block import Tap
 from elastic_lm.train.losses import Metrics, Objective, imitation_loss, sum_over_chunks
+from elastic_lm.train.method import Method, MethodConfig, RunData
 
 READS: dict[ExitKind, tuple[str, ...]] = {
     "embedding": ("hidden",),
@@ -46,25 +51,6 @@ READS: dict[ExitKind, tuple[str, ...]] = {
     "mlp": ("residual", "mlp_input"),
     "block": ("hidden",),
 }
-
-
-@flax.struct.dataclass
-class Taps:
-    """What exits and the full model's head read of a batch: everything below them is frozen.
-
-    Attributes:
-      exits: for every exit, the fields of its layer's `Tap` that its kind reads, [B, T, D] each.
-      features: [B, T, D] input of the full model's head.
-      weights: [B, T] float32, how much each token counts.
-      positions: [B, T] int32.
-      segments: [B, T] int32.
-    """
-
-    exits: tuple[dict[str, jax.Array], ...]
-    features: jax.Array
-    weights: jax.Array
-    positions: jax.Array
-    segments: jax.Array
 
 
 @flax.struct.dataclass
@@ -95,23 +81,50 @@ def gate_cross_entropy(probability: jax.Array, right: jax.Array) -> jax.Array:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class SelfSupervisedExits:
-    """Trains the exits of a frozen model on the model's own predictions (a `losses.Method`)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfSupervisedConfig(MethodConfig):
+    """Options of `SelfSupervisedExits`.
 
-    config: ModelConfig  # the model with its exits; static
+    Example:
+      ```python
+      import elastic_lm as el
+
+      method = el.depth.SelfSupervisedConfig(objective="kl", cached_batches=64)
+      ```
+    """
+
+    trains_exits = True
+    trains_gates = True
+
+    name: str = "self_supervised_exits"
     objective: Objective = "kl"  # L
     top_k: int = 0  # kl: K, over the likeliest tokens of the full model only; 0 = all
     alpha: float = 0.9  # penalised: share of imitation
     balance_gates: bool = True  # tokens where the exit is right, and wrong, weigh the same for its gate
-    chunk: int = 256  # columns of logits alive at once, of the full model and of one exit
+    cached_batches: int = 0  # batches that pass the frozen layers once, and train for many epochs; 0 = none
 
     def __post_init__(self) -> None:
-        if not self.config.exits:
-            raise ValueError("config.exits=(): attach exits first, see attach_exits")
-        if self.objective not in get_args(Objective):
-            choices = ", ".join(get_args(Objective))
-            raise ValueError(f"objective={self.objective!r}: must be one of {choices}")
+        require_choice("method.objective", self.objective, get_args(Objective))
+        require_each(self, "method.", ("top_k", "cached_batches"), *NOT_NEGATIVE)
+        require(0 <= self.alpha <= 1, "method.alpha", self.alpha, "must be in [0, 1]")
+        for fields, objective in ((("top_k",), "kl"), (("alpha",), "penalised")):
+            if self.objective != objective:
+                unread = f"not read with method.objective={self.objective!r}, only with {objective}; set"
+                require_defaults(self, "method.", fields, unread)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
+    """Trains the exits of a frozen model on the model's own predictions (arXiv 2407.21082)."""
+
+    section = SelfSupervisedConfig
+
+    config: ModelConfig  # the model with its exits; static
+    loss_chunk: int = 256  # columns of logits alive at once, of the full model and of one exit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_exits(self.config)
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """The exits and their gates train, everything else is frozen.
@@ -119,32 +132,39 @@ class SelfSupervisedExits:
         Raises:
           ValueError: the exits own no parameters.
         """
-        names = {e.name for e in self.config.exits}
-        trainable = {name: tree for name, tree in params.items() if name in names}
-        if not trainable:
-            layers = tuple(e.layer for e in self.config.exits)
-            raise ValueError(
-                f"exits after layers {layers}: tied `embedding` exits own nothing to train; untie them, give "
-                "them a gate, or choose another kind"
-            )
-        return trainable, {name: tree for name, tree in params.items() if name not in names}
+        return split_exits(params, self.config.exits)
+
+    def batches(self, batches: Iterator[Any], frozen: Params, data: RunData) -> Any:
+        """The data as it comes, or `cached_batches` of it as taps that come again in every epoch.
+
+        Args:
+          batches: host batches of the data, in order.
+          frozen: second result of `split`.
+          data: what the run reads.
+        """
+        if not self.cached_batches:
+            return batches
+        first = itertools.islice(batches, self.cached_batches)
+        return CachedBatches(cache_taps(self, frozen, data.placed(first)), data.seed)
 
     def loss(
-        self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
+        self, trainable: Params, frozen: Params, batch: Batch | Taps, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """Mean over the exits of what they and their gates have to learn, in nats per counted token.
 
         Args:
           trainable: first result of `split`; the only parameters with a gradient.
           frozen: second result of `split`.
-          batch: packed tokens and weights; targets are not read.
+          batch: packed tokens and weights, targets are not read; or what the frozen layers gave for them.
           step: not used.
 
         Returns:
           (scalar float32, metrics `loss`, for every exit `loss/exit_<layer>` and `agreement/exit_<layer>`
           with the full model, for every gate `gate_loss/exit_<layer>` and `gate_accuracy/exit_<layer>`).
         """
-        return self.loss_from_taps(trainable, frozen, self.taps(frozen, batch))
+        # Which of the two it is, is static: each compiles to a program of its own.
+        taps = batch if isinstance(batch, Taps) else self.taps(frozen, batch)
+        return self.loss_from_taps(trainable, frozen, taps)
 
     def taps(self, frozen: Params, batch: Batch) -> Taps:
         """Runs the frozen layers, once, for all exits and the full model.
@@ -192,7 +212,7 @@ class SelfSupervisedExits:
             each = zip(exits, features, kernels, gates, strict=True)
             return [one(e, x, kernel, gate, teacher, weights) for e, x, kernel, gate in each]
 
-        found = sum_over_chunks(sums, (taps.features, features, gates, taps.weights), self.chunk)
+        found = sum_over_chunks(sums, (taps.features, features, gates, taps.weights), self.loss_chunk)
         total, metrics = jnp.zeros((), jnp.float32), {}
         for e, result in zip(exits, found, strict=True):
             loss, named = self._summary(e, result)
@@ -242,33 +262,6 @@ class SelfSupervisedExits:
             gate = (right_mean + wrong_mean) / kinds
         metrics |= {f"gate_loss/{e.name}": gate, f"gate_accuracy/{e.name}": sums.gate_correct / count}
         return loss + gate, metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class CachedExits:
-    """`SelfSupervisedExits` whose batches are `Taps` (a `losses.Method` for the same training step)."""
-
-    method: SelfSupervisedExits
-
-    def split(self, params: Params) -> tuple[Params, Params]:
-        """As the method without a cache; of what is frozen, layers serve `mlp` exits at most."""
-        return self.method.split(params)
-
-    def loss(
-        self, trainable: Params, frozen: Params, batch: Any, step: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """As the method without a cache.
-
-        Args:
-          trainable: first result of `split`; the only parameters with a gradient.
-          frozen: second result of `split`.
-          batch: a `Taps`, placed by `place_taps`.
-          step: not used.
-
-        Returns:
-          As `SelfSupervisedExits.loss`.
-        """
-        return self.method.loss_from_taps(trainable, frozen, batch)
 
 
 def cache_taps(method: SelfSupervisedExits, frozen: Params, batches: Iterable[Batch]) -> list[Taps]:

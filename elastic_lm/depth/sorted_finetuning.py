@@ -29,15 +29,20 @@ arXiv 2207.07061; LayerSkip, arXiv 2404.16710.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.config.checks import NOT_NEGATIVE, POSITIVE, require, require_choice, require_each
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.train.config import Curriculum, DepthWeights, TrainConfig
 from elastic_lm.train.losses import Metrics, TokenSums, chunked_cross_entropy
+from elastic_lm.train.method import Method, MethodConfig
+
+DepthWeights = Literal["uniform", "linear", "sum", "sqrt", "inverse", "inverse_sqrt", "layerskip"]
+Curriculum = Literal["all", "sampled", "rotational", "gradual"]
 
 WEIGHT: dict[DepthWeights, Callable[[int], float]] = {
     "uniform": lambda n: 1.0,
@@ -93,90 +98,91 @@ def drop_probabilities(n_layers: int, highest: float, ramp: int, step: jax.Array
     return highest * (jnp.exp2(progress) - 1.0) * depth
 
 
-def extract(config: ModelConfig, params: Params, n: int) -> tuple[ModelConfig, Params]:
-    """The ordinary model made of the first n layers, the final norm and the head.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SortedFineTuningConfig(MethodConfig):
+    """Options of `SortedFineTuning`.
 
-    Args:
-      config: the model; its exits are left out.
-      params: its parameters, canonical or stacked. No array is copied unless stacked.
-      n: layers to keep, 1 .. n_layers.
+    Example:
+      ```python
+      import elastic_lm as el
 
-    Returns:
-      (config of n layers, its parameters in the same form).
-
-    Raises:
-      ValueError: the model does not have n layers.
+      soft = el.depth.SortedFineTuningConfig(depths=(8, 16, 24))
+      layerskip = el.depth.SortedFineTuningConfig(
+          depth_weights="layerskip", depth_scale=0.2, curriculum="rotational", curriculum_period=4
+      )
+      ```
     """
-    if not 1 <= n <= config.n_layers:
-        raise ValueError(f"n={n}: the model has {config.n_layers} layers; keep between 1 and all of them")
-    small = config.with_layers(range(n))
-    names = ["embed", "positions", *(f"layers_{i}" for i in range(n)), "final_norm", "head"]
-    kept = {name: params[name] for name in names if name in params}
-    if "layers" in params:
-        kept["layers"] = jax.tree.map(lambda leaf: leaf[:n], params["layers"])
-    return small, kept
+
+    name: str = "sorted_finetuning"
+    depths: tuple[int, ...] = ()  # layers of the sub-models, the full depth is added; () = every layer
+    depth_weights: DepthWeights = "uniform"  # e_n
+    depth_scale: float = 1.0  # s, factor of the weights below the full depth
+    curriculum: Curriculum = "all"  # C, or one sub-model sampled per step
+    curriculum_period: int = 0  # rotational: R; gradual: P, 0 = steps / (2 |B|)
+    layer_dropout: float = 0.0  # p_max; 0 = none
+    dropout_ramp: int = 0  # T', steps over which layer dropout rises; 0 = from the start
+
+    def __post_init__(self) -> None:
+        require_choice("method.depth_weights", self.depth_weights, get_args(DepthWeights))
+        require_choice("method.curriculum", self.curriculum, get_args(Curriculum))
+        increasing = list(self.depths) == sorted(set(self.depths)) and all(d >= 1 for d in self.depths)
+        require(
+            increasing,
+            "method.depths",
+            self.depths,
+            "must be distinct layers, counted from 1, in increasing order",
+        )
+        require_each(self, "method.", ("curriculum_period", "dropout_ramp"), *NOT_NEGATIVE)
+        require_each(self, "method.", ("depth_scale",), *POSITIVE)
+        require(0 <= self.layer_dropout <= 1, "method.layer_dropout", self.layer_dropout, "must be in [0, 1]")
+
+        require(
+            self.curriculum != "rotational" or self.curriculum_period >= 1,
+            "method.curriculum_period",
+            self.curriculum_period,
+            "rotational trains one in so many sub-models a step: must be at least 1",
+        )
+        require(
+            self.curriculum in ("rotational", "gradual") or not self.curriculum_period,
+            "method.curriculum_period",
+            self.curriculum_period,
+            f"not read with method.curriculum={self.curriculum!r}, only with rotational or gradual; set 0",
+        )
+        require(
+            not self.dropout_ramp or self.layer_dropout > 0,
+            "method.dropout_ramp",
+            self.dropout_ramp,
+            "not read with method.layer_dropout=0.0; raise that, or set 0",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class SortedFineTuning:
-    """Trains every parameter on the losses of nested sub-models (a `losses.Method`)."""
+class SortedFineTuning(SortedFineTuningConfig, Method[Batch]):
+    """Trains every parameter on the losses of nested sub-models (SoFT, arXiv 2309.08968)."""
+
+    section = SortedFineTuningConfig
 
     config: ModelConfig  # the model; its exits are not used; static
-    depths: tuple[int, ...] = ()  # layers of the sub-models, the full depth is added; () = every layer
-    weighting: DepthWeights = "uniform"  # e_n
-    scale: float = 1.0  # s, factor of the weights below the full depth
-    curriculum: Curriculum = "all"  # C, or one sub-model sampled per step
-    period: int = 0  # rotational: R; gradual: P, 0 = steps / (2 |B|)
-    steps: int = 1  # T, length of the run; read by gradual with period 0
-    layer_dropout: float = 0.0  # p_max; 0 = none
-    dropout_ramp: int = 0  # T', steps over which layer dropout rises; 0 = from the start
+    steps: int = 1  # T, length of the run; read by gradual with curriculum_period 0
     seed: int = 0  # of sampled sub-models and layer dropout
-    chunk: int = 256  # columns of logits alive at once
+    loss_chunk: int = 256  # columns of logits alive at once
     remat: bool = False  # recompute layers in the backward pass
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         layers = self.config.n_layers
         depths = tuple(sorted({*(self.depths or range(1, layers)), layers}))
         if not 1 <= depths[0] <= depths[-1] <= layers:
             raise ValueError(
-                f"train.depths={self.depths}: the model has layers 1 .. {layers}; choose among these"
+                f"method.depths={self.depths}: the model has layers 1 .. {layers}; choose among these"
             )
-        if self.curriculum == "rotational" and self.period < 1:
-            raise ValueError(f"train.curriculum_period={self.period}: rotational needs at least 1")
         object.__setattr__(self, "depths", depths)
 
-    @classmethod
-    def of(cls, config: ModelConfig, train: TrainConfig) -> "SortedFineTuning":
-        """The method that a training config describes.
-
-        Args:
-          config: the model; static.
-          train: its `depths`, weights, curriculum and layer dropout are read.
-
-        Returns:
-          The method.
-
-        Raises:
-          ValueError: `depths` has a layer that the model lacks.
-        """
-        return cls(
-            config,
-            depths=train.depths,
-            weighting=train.depth_weights,
-            scale=train.depth_scale,
-            curriculum=train.curriculum,
-            period=train.curriculum_period,
-            steps=train.steps,
-            layer_dropout=train.layer_dropout,
-            dropout_ramp=train.dropout_ramp,
-            seed=train.seed,
-            chunk=train.loss_chunk,
-            remat=train.remat,
+    def for_evaluation(self) -> "SortedFineTuning":
+        """The same method with every sub-model in the loss and no layer dropped."""
+        return dataclasses.replace(
+            self, curriculum="all", curriculum_period=0, layer_dropout=0.0, dropout_ramp=0
         )
-
-    def split(self, params: Params) -> tuple[Params, Params]:
-        """Everything trains."""
-        return params, {}
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
@@ -213,16 +219,18 @@ class SortedFineTuning:
 
     def weights(self, step: jax.Array | int) -> jax.Array:
         """w_n(t) of every sub-model: [|B|] float32 that sum to 1."""
-        base = depth_weights(self.depths, self.config.n_layers, self.weighting, self.scale)
+        base = depth_weights(self.depths, self.config.n_layers, self.depth_weights, self.depth_scale)
         weights = jnp.asarray(base, jnp.float32)
         index, last = jnp.arange(len(base)), len(base) - 1
         if self.curriculum == "sampled":
             key = jax.random.fold_in(jax.random.key(self.seed), step)
             return (index == jax.random.categorical(key, jnp.log(weights))).astype(jnp.float32)
         if self.curriculum == "rotational":
-            weights = jnp.where(((index - step) % self.period == 0) | (index == last), weights, 0.0)
+            weights = jnp.where(
+                ((index - step) % self.curriculum_period == 0) | (index == last), weights, 0.0
+            )
         if self.curriculum == "gradual":
-            period = self.period or max(self.steps // (2 * len(base)), 1)
+            period = self.curriculum_period or max(self.steps // (2 * len(base)), 1)
             weights = jnp.where(index >= last - step // period, weights, 0.0)
         return weights / jnp.sum(weights)
 
@@ -256,7 +264,7 @@ class SortedFineTuning:
         def sums(params: Params, hidden_BTD: jax.Array) -> TokenSums:
             decoder = Decoder(self.config).bind({"params": params})
             features, kernel = decoder.final_features(hidden_BTD), decoder.final_kernel()
-            return chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
+            return chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
 
         def nothing(params: Params, hidden_BTD: jax.Array) -> TokenSums:
             return TokenSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))

@@ -103,3 +103,27 @@ def _draw(config: ModelConfig, e: ExitConfig, shapes: Params, key: jax.Array) ->
             noise = jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
             draws.append((deviation * noise).astype(leaf.dtype))
     return jax.tree.unflatten(jax.tree.structure(shapes), draws)
+
+
+def extract(config: ModelConfig, params: Params, n: int) -> tuple[ModelConfig, Params]:
+    """The ordinary model made of the first n layers, the final norm and the head.
+
+    Args:
+      config: the model; its exits are left out.
+      params: its parameters, canonical or stacked. No array is copied unless stacked.
+      n: layers to keep, 1 .. n_layers.
+
+    Returns:
+      (config of n layers, its parameters in the same form).
+
+    Raises:
+      ValueError: the model does not have n layers.
+    """
+    if not 1 <= n <= config.n_layers:
+        raise ValueError(f"n={n}: the model has {config.n_layers} layers; keep between 1 and all of them")
+    small = config.with_layers(range(n))
+    names = ["embed", "positions", *(f"layers_{i}" for i in range(n)), "final_norm", "head"]
+    kept = {name: params[name] for name in names if name in params}
+    if "layers" in params:
+        kept["layers"] = jax.tree.map(lambda leaf: leaf[:n], params["layers"])
+    return small, kept

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from elastic_lm.models.decoder import LAYER, Params
 from elastic_lm.models.registry import Config, abstract_params
+from elastic_lm.config.checks import require
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -125,3 +126,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def check_rows(field: str, rows: int, mesh: Mesh, parts: int) -> None:
+    """Refuses a batch that the devices cannot share evenly.
+
+    Args:
+      field: names `rows` in the message.
+      rows: of a batch.
+      mesh: its axes data and fsdp hold different rows.
+      parts: that a batch is computed in, one after the other (`train.accumulate`).
+    """
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * parts
+    require(
+        rows % unit == 0,
+        field,
+        rows,
+        f"must be a multiple of {unit}, the devices that hold different rows times train.accumulate",
+    )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ExitConfig, ModelConfig
+from elastic_lm.depth.ee_tuning import EETuningConfig
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.quickstart import folders
 from elastic_lm.quickstart.options import Options
@@ -27,7 +28,6 @@ def tune_exits(
     """
     exits = tuple(ExitConfig(layer, options.kind, options.tied) for layer in exit_layers(options, n_layers))
     train = TrainConfig(
-        method="ee_tuning",
         init_from=str(source),
         steps=options.steps,
         lr=options.lr,
@@ -40,7 +40,7 @@ def tune_exits(
         save_every=options.steps,
     )
     folder = Path(options.out) / folders.TUNING
-    config, params = _fit(RunConfig(exits=exits, data=data, train=train), folder)
+    config, params = _fit(RunConfig(exits=exits, data=data, method=EETuningConfig(), train=train), folder)
     return Decoder(config), params, folder / MODEL_FOLDER
 
 

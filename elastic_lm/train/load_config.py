@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config.parse import from_dict
+from elastic_lm.config.parse import from_dict, to_dict
 from elastic_lm.train.config import RunConfig, TaskRun
+from elastic_lm.train.old_configs import upgraded
 
 PREFIX = "--config."
 
@@ -16,8 +17,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
     """Runs a config file and applies overrides.
 
     Args:
-      path: a Python file with `get_config(arg="")` that returns a ConfigDict or a dict; what follows a
-        colon is passed to it as `arg`.
+      path: a Python file with `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict
+        or dict of their sections; what follows a colon is passed to it as `arg`.
       overrides: "train.lr=3e-4", or the same with "--config." in front; values are Python literals,
         true, false, none, or else strings.
 
@@ -34,7 +35,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
         if not equals or (override.startswith("-") and not override.startswith(PREFIX)):
             raise ValueError(f"{override!r} is not an override: write {PREFIX}section.key=value")
         _assign(values, key, _parse(text))
-    return from_dict(TaskRun if "task" in values else RunConfig, values)
+    return from_dict(TaskRun if "task" in values else RunConfig, upgraded(values))
 
 
 def _run_file(path: str) -> dict[str, Any]:
@@ -46,6 +47,8 @@ def _run_file(path: str) -> dict[str, Any]:
     if "get_config" not in definitions:
         raise ValueError(f"config file {file} has no function get_config")
     config = definitions["get_config"](argument)
+    if isinstance(config, RunConfig | TaskRun):
+        return to_dict(config)
     return config.to_dict() if hasattr(config, "to_dict") else config
 
 

@@ -1,27 +1,25 @@
-"""The training loop: read, step, write down, evaluate, save; stop at the first number that is not one."""
+"""The training loop: read, step, log, evaluate, save; stop at the first NaN or infinity."""
 
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from elastic_lm.checkpoints.native import Checkpoints
 from elastic_lm.models.decoder import Params
 from elastic_lm.report.writers import Writer
 from elastic_lm.train.config import TrainConfig
 from elastic_lm.train.losses import Metrics
+from elastic_lm.train.method import Arrays
 from elastic_lm.train.state import TrainState, abstract_state
-from elastic_lm.train.step import EvalStep, TrainStep, place_batch
+from elastic_lm.train.step import EvalStep, TrainStep
 
-Arrays = Mapping[str, np.ndarray]
 REMEDY = (
     "lower train.lr, lengthen train.warmup or set train.clip, in a new workdir; checkpoints before that step "
     "are kept"
@@ -30,18 +28,25 @@ REMEDY = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a loop runs."""
+    """What a loop runs.
+
+    Attributes:
+      config: steps, logging, evaluation and saving.
+      train_step: compiled.
+      eval_step: compiled.
+      held_out: makes the batches of one evaluation.
+      place: puts a host batch on the mesh.
+      per_step: tokens of a step, or of whatever `rate` says.
+      rate: name of what is counted per second.
+    """
 
     config: TrainConfig
-    mesh: Mesh
     train_step: TrainStep
     eval_step: EvalStep
-    held_out: Callable[[], Iterable[Arrays]]  # batches of one evaluation
-    per_step: int  # tokens, or whatever `rate` says
-    place: Callable[[Any, Mesh], Any] = place_batch  # puts a training batch on the mesh
-    place_held_out: Callable[[Any, Mesh], Any] = place_batch
-    begin: Callable[[TrainState], TrainState] | None = None  # changes the state of a run at its first start
-    rate: str = "tokens_per_s"  # name of what is counted per second
+    held_out: Callable[[], Iterable[Arrays]]
+    place: Callable[[Any], Any]
+    per_step: int
+    rate: str = "tokens_per_s"
 
 
 @dataclasses.dataclass
@@ -109,7 +114,7 @@ def run(
     config, window, pending = job.config, _Window(), None
     evaluation: dict[str, float] = {}
     for step in range(start + 1, config.steps + 1):
-        state, metrics = job.train_step(state, frozen, job.place(next(batches), job.mesh))
+        state, metrics = job.train_step(state, frozen, job.place(next(batches)))
         if pending is not None:
             window.rows.append(_finite(step - 1, pending))
         pending = metrics
@@ -148,7 +153,7 @@ def evaluate(job: Job, trainable: Params, frozen: Params) -> dict[str, float]:
     totals: dict[str, float] = {}
     tokens = 0.0
     for arrays in itertools.islice(job.held_out(), job.config.eval_batches or None):
-        metrics, count = job.eval_step(trainable, frozen, job.place_held_out(arrays, job.mesh))
+        metrics, count = job.eval_step(trainable, frozen, job.place(arrays))
         tokens += float(count)
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * float(count)

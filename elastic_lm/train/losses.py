@@ -1,7 +1,7 @@
-"""What every training method shares: the batch it reads, its interface, and chunked cross-entropy."""
+"""What the losses of training methods share: cross-entropy in chunks of the logits, and imitation."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -9,39 +9,10 @@ import jax.numpy as jnp
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.models.decoder import Params, vocab_logits
+from elastic_lm.models.decoder import vocab_logits
 
 Objective = Literal["kl", "argmax", "penalised"]
-
-
 Metrics = dict[str, jax.Array]
-
-
-AnyBatch = TypeVar("AnyBatch", contravariant=True)
-
-
-class Method(Protocol[AnyBatch]):
-    """A training method: which parameters train, and the loss of a batch of its kind."""
-
-    def split(self, params: Params) -> tuple[Params, Params]:
-        """Splits parameters into (trainable, frozen), two trees with disjoint top-level keys."""
-        ...
-
-    def loss(
-        self, trainable: Params, frozen: Params, batch: AnyBatch, step: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """What is minimised; pure and traced.
-
-        Args:
-          trainable: first result of `split`; the gradient is taken with respect to it.
-          frozen: second result of `split`.
-          batch: rows, with the `weights` of what counts.
-          step: int32 scalar, optimizer steps done; the largest int32 in evaluation.
-
-        Returns:
-          (scalar float32, float32 scalars by name), each per counted token or row of the batch.
-        """
-        ...
 
 
 @flax.struct.dataclass

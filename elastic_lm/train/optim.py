@@ -1,5 +1,7 @@
 """AdamW or Muon with warm-up, decay and clipping, composed from optax."""
 
+import functools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from elastic_lm.models.decoder import Params
 from elastic_lm.train.config import TrainConfig
-from elastic_lm.width.router_training import ROUTERS, SURROGATE
+from elastic_lm.train.method import ParameterGroup
 
 DECAYED = ("kernel", "table")
 ADAMW_RMS = 0.2  # root mean square of an AdamW update, in units of the learning rate (arXiv 2502.16982)
@@ -39,61 +41,83 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: TrainConfig, groups: Sequence[ParameterGroup] = ()
+) -> optax.GradientTransformation:
     """Clips by global norm, then AdamW or Muon; kernels and tables decay, with Muon the layers' kernels.
 
     Muon's updates are scaled to AdamW's size (arXiv 2502.16982, sec. 2.2), so that one learning rate
     serves both and the parameters that AdamW keeps: tables, vocabulary heads, norms and biases.
+
+    Args:
+      config: optimizer, schedule and clipping.
+      groups: parameters that AdamW updates without decay, with learning rates of their own.
     """
+    names = {name for group in groups for name in group.names}
     make = _muon if config.optimizer == "muon" else _adamw
-    optimizer = make(config)
-    if config.router_lr != 1.0:
-        optimizer = optax.chain(optimizer, optax.masked(optax.scale(config.router_lr), routing))
+    optimizer = make(config, names)
+    for group in groups:
+        if group.lr != 1.0:
+            scaled = optax.masked(optax.scale(group.lr), functools.partial(in_group, group.names))
+            optimizer = optax.chain(optimizer, scaled)
     return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip else optimizer
 
 
-def decayed(params: Params) -> Params:
-    """True for the parameters that weight decay applies to: the model's kernels and tables."""
-    routers = routing(params)
-    kernels = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
-    return jax.tree.map(lambda kernel, router: kernel and not router, kernels, routers)
+def in_group(names: Collection[str], params: Params) -> Params:
+    """True for the parameters under these top-level keys."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key in names, params)
 
 
-def routing(params: Params) -> Params:
-    """True for the parameters of routers and of the surrogate that trains them."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key in (ROUTERS, SURROGATE), params)
+def decayed(params: Params, without: Collection[str] = ()) -> Params:
+    """True for the parameters that weight decay applies to: kernels and tables.
+
+    Args:
+      params: trainable parameters.
+      without: top-level keys under which nothing decays.
+    """
+
+    def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        return path[-1].key in DECAYED and path[0].key not in without
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def matrices(params: Any) -> Any:
-    """Which axes of a parameter Muon orthogonalises, None where AdamW updates it."""
+def matrices(params: Any, without: Collection[str] = ()) -> Any:
+    """Which axes of a parameter Muon orthogonalises, None where AdamW updates it.
+
+    Args:
+      params: trainable parameters.
+      without: top-level keys under which AdamW updates everything.
+    """
 
     def axes(path: tuple[Any, ...], leaf: jax.Array) -> Any:
         names = [entry.key for entry in path]
         inner = names[-1] == "kernel" and "head" not in names and leaf.ndim >= 2
-        inner = inner and names[0] not in (ROUTERS, SURROGATE)
-        return MuonDimensionNumbers(reduction_axis=-1, output_axis=-2) if inner else None
+        if not inner or names[0] in without:
+            return None
+        return MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _adamw(config: TrainConfig) -> optax.GradientTransformation:
+def _adamw(config: TrainConfig, without: Collection[str]) -> optax.GradientTransformation:
     return optax.adamw(
         learning_rate(config),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=decayed,
+        mask=functools.partial(decayed, without=without),
     )
 
 
-def _muon(config: TrainConfig) -> optax.GradientTransformation:
+def _muon(config: TrainConfig, without: Collection[str]) -> optax.GradientTransformation:
     return muon(
         learning_rate(config),
         eps=config.eps,
         weight_decay=config.weight_decay,
         adam_b1=config.b1,
         adam_b2=config.b2,
-        muon_weight_dimension_numbers=matrices,
+        muon_weight_dimension_numbers=functools.partial(matrices, without=without),
         consistent_rms=ADAMW_RMS,
     )

@@ -12,19 +12,25 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.train.losses import Metrics, chunked_cross_entropy
+from elastic_lm.train.method import Method, MethodConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainingConfig(MethodConfig):
+    """Plain next-token training has no options of its own."""
+
+    name: str = "pretraining"
 
 
 @dataclasses.dataclass(frozen=True)
-class Pretraining:
-    """Trains every parameter of a decoder without exits (a `losses.Method`)."""
+class Pretraining(PretrainingConfig, Method[Batch]):
+    """Trains every parameter of a decoder without exits."""
+
+    section = PretrainingConfig
 
     config: ModelConfig  # the model; static
     remat: bool = False  # recompute layers in the backward pass
-    chunk: int = 256  # columns of logits alive at once
-
-    def split(self, params: Params) -> tuple[Params, Params]:
-        """Everything trains."""
-        return params, {}
+    loss_chunk: int = 256  # columns of logits alive at once
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
@@ -43,7 +49,8 @@ class Pretraining:
         decoder = Decoder(self.config, self.remat).bind({"params": {**trainable, **frozen}})
         depth = self.config.n_layers
         hidden = decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)[depth].hidden
+
         features, kernel = decoder.final_features(hidden), decoder.final_kernel()
-        sums = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
+        sums = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
         count = jnp.maximum(sums.weight, 1.0)
         return sums.loss / count, {"loss": sums.loss / count, "accuracy": sums.correct / count}

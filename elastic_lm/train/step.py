@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation step, compiled once, for any `losses.Method` and its batches."""
+"""One optimizer step and one evaluation step, compiled once, for any method and its batches."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.sharding import batch_sharding
-from elastic_lm.train.losses import Method, Metrics
+from elastic_lm.train.losses import Metrics
+from elastic_lm.train.method import Method
 from elastic_lm.train.state import TrainState
 
 TrainStep = Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]
@@ -56,15 +56,20 @@ def make_eval_step(method: Method[Any]) -> EvalStep:
     return jax.jit(eval_step)
 
 
-def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+def place_batch(arrays: Any, mesh: Mesh, batch: type = Batch) -> Any:
     """Puts a host batch on the mesh, rows over data and fsdp.
 
     Args:
-      arrays: this process's rows of every field of `Batch`.
+      arrays: this process's rows: the fields of `batch` by name, or a tree of arrays that is a batch already.
       mesh: from `sharding.make_mesh`.
+      batch: class of the batch that the fields make.
+
+    Returns:
+      The batch, of global arrays.
     """
     sharding = batch_sharding(mesh)
-    return Batch(**{k: jax.make_array_from_process_local_data(sharding, v) for k, v in arrays.items()})
+    placed = jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), arrays)
+    return batch(**placed) if isinstance(placed, Mapping) else placed
 
 
 def _gradients(

@@ -26,17 +26,24 @@ Papers: Flextron, arXiv 2406.10260; MatFormer, arXiv 2310.07707; Nemotron Elasti
 
 import dataclasses
 import itertools
-from typing import Any, get_args
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from elastic_lm.config.checks import require, require_choice
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    require,
+    require_choice,
+    require_defaults,
+    require_each,
+)
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
-from elastic_lm.train.config import Draw, TeacherKind, TrainConfig
 from elastic_lm.train.losses import (
     Metrics,
     TokenSums,
@@ -45,9 +52,14 @@ from elastic_lm.train.losses import (
     sum_over_chunks,
     token_sums,
 )
+from elastic_lm.train.method import TEACHER, Finished, Method, MethodConfig, RunData, options
+from elastic_lm.train.state import TrainState
+from elastic_lm.width.ranking import rank_state
 from elastic_lm.width.switched import MenuIndices, elastic_taps
 
-TEACHER = "teacher"  # key of the frozen teacher's parameters
+Draw = Literal["per_layer", "uniform", "one_per_step"]
+TeacherKind = Literal["live", "frozen"]
+STORAGE_GROUPS = 16  # of a model that becomes elastic; devices of a tensor axis divide them
 
 
 def draw_choice(key: jax.Array, menu: Menu, n_layers: int, *, uniform: bool = False) -> MenuIndices:
@@ -131,72 +143,127 @@ def uniform_subnets(config: ModelConfig, menu: Menu) -> dict[str, Subnet]:
     return {name: subnet for subnet, name in names.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class ElasticTraining:
-    """Trains every parameter on the losses of the whole model and of random subnets (a `losses.Method`)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ElasticTrainingConfig(MethodConfig):
+    """Options of `ElasticTraining`.
 
-    config: ModelConfig  # the model, ranked (`methods.importance`) or new; its exits are not used; static
-    menu: Menu = dataclasses.field(default=Menu())  # channels must stay whole; static
+    Example:
+      ```python
+      import elastic_lm as el
+
+      menu = el.Menu(mlp=(0.25, 0.5, 1.0), heads=(0.5, 1.0))
+      method = el.width.ElasticTrainingConfig(menu=menu, distil=0.5)
+      ```
+    """
+
+    name: str = "flextron"
+    menu: Menu = dataclasses.field(default=Menu(heads=(1.0,)))  # channels must stay whole
     draw: Draw = "per_layer"  # which subnets; one_per_step reads none of the next four fields
     samples: int = 2  # S
     smallest_share: float = 0.5  # probability that x_1 is the smallest
     distil: float = 0.0  # d
     teacher: TeacherKind = "live"  # p, where d > 0
-    seed: int = 0  # of the draws
-    chunk: int = 256  # columns of logits alive at once, of the teacher and of one subnet
-    remat: bool = False  # recompute layers in the backward pass
+    elastic_groups: int = 0  # storage groups of neurons; 0 = the model's own, or 16
+    rank_batches: int = 16  # batches that rank neurons and heads of init_from, unless it is ranked
 
     def __post_init__(self) -> None:
-        require_choice("draw", self.draw, get_args(Draw))
-        require_choice("teacher", self.teacher, get_args(TeacherKind))
-        require(self.samples >= 1, "samples", self.samples, "must be at least 1")
-        for field in ("smallest_share", "distil"):
-            require(0 <= getattr(self, field) <= 1, field, getattr(self, field), "must be in [0, 1]")
-        width = self.menu.d_model
-        fix = "is one width for all layers, which switches inside the layers cannot choose; set (1.0,)"
-        require(width == (1.0,), "menu.d_model", width, fix)
+        require_choice("method.draw", self.draw, get_args(Draw))
+        require_choice("method.teacher", self.teacher, get_args(TeacherKind))
+        require_each(self, "method.", ("samples", "rank_batches"), *AT_LEAST_1)
+        require_each(self, "method.", ("elastic_groups",), *NOT_NEGATIVE)
+        require_each(
+            self, "method.", ("smallest_share", "distil"), lambda v: 0 <= v <= 1, "must be in [0, 1]"
+        )
+
+        require(
+            self.menu.d_model == (1.0,),
+            "method.menu.d_model",
+            self.menu.d_model,
+            "is one width for all layers, which switches inside the layers cannot choose; set (1.0,)",
+        )
+        if self.draw == "one_per_step":
+            unread = f"not read with method.draw={self.draw!r}, only with per_layer or uniform; set"
+            require_defaults(self, "method.", ("samples", "smallest_share", "teacher", "distil"), unread)
+        require(
+            self.teacher == "live" or self.distil > 0,
+            "method.teacher",
+            self.teacher,
+            "not read with method.distil=0.0; raise that, or set 'live'",
+        )
+
+    def check(self, run: Any) -> None:
+        """Refuses a number of ranking batches where there is nothing to rank."""
+        if not run.train.init_from:
+            unread = "not read with train.init_from='', which is not ranked; name a model, or set"
+            require_defaults(self, "method.", ("rank_batches",), unread)
+
+
+@dataclasses.dataclass(frozen=True)
+class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
+    """Trains every parameter on the losses of the whole model and of random subnets (Flextron)."""
+
+    section = ElasticTrainingConfig
+
+    config: ModelConfig  # the model, ranked (`width.importance`) or new; its exits are not used; static
+    seed: int = 0  # of the draws
+    loss_chunk: int = 256  # columns of logits alive at once, of the teacher and of one subnet
+    remat: bool = False  # recompute layers in the backward pass
+    unsorted: bool = False  # a pretrained model whose neurons and heads `begin` sorts
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.menu.sizes(self.config)
 
     @classmethod
-    def of(cls, config: ModelConfig, train: TrainConfig) -> "ElasticTraining":
-        """The method that a training config describes.
-
-        Args:
-          config: the model; static.
-          train: its menu, draw, samples and distillation are read.
-
-        Returns:
-          The method.
+    def create(
+        cls, section: MethodConfig, model: ModelConfig, params: Params, train: Any, mesh: Mesh
+    ) -> tuple[Self, Params]:
+        """The method for a model, to which storage groups are added where it has none.
 
         Raises:
-          ValueError: the menu does not fit the model.
+          ValueError: the menu or the groups do not fit the model.
         """
-        menu = Menu(train.menu_mlp, train.menu_heads, train.menu_groups, dropped=train.menu_dropped)
-        try:
-            menu.sizes(config)
-        except ValueError as error:
-            message = str(error).replace("menu.", "train.menu_", 1)
-            alone = any(heads == groups for _, heads, groups in map(config.sizes, range(config.n_layers)))
-            if alone and message.startswith("train.menu_heads"):
-                message += "; this model's heads share no key/value groups: set train.menu_heads=(1.0,) and "
-                message += "choose heads by train.menu_groups"
-            raise ValueError(message) from error
-        return cls(
-            config,
-            menu,
-            train.draw,
-            train.samples,
-            train.smallest_share,
-            train.distil,
-            train.teacher,
-            train.seed,
-            train.loss_chunk,
-            train.remat,
+        assert isinstance(section, ElasticTrainingConfig)
+        unsorted = not model.elastic_groups
+        if unsorted:
+            model = dataclasses.replace(model, elastic_groups=section.elastic_groups or STORAGE_GROUPS)
+        require(
+            section.elastic_groups in (0, model.elastic_groups),
+            "method.elastic_groups",
+            section.elastic_groups,
+            f"the model has {model.elastic_groups} already; set 0 to keep",
         )
 
+        pretrained = bool(train.init_from)
+        try:
+            method = cls(model, unsorted=unsorted and pretrained, **options(cls, section, train))
+        except ValueError as error:
+            raise _about_method(error, model) from error
+        return method, params
+
     def split(self, params: Params) -> tuple[Params, Params]:
-        """Everything trains; a frozen teacher is a copy of `params` under the key `TEACHER`."""
+        """Everything trains; a frozen teacher is a copy of `params` under the key `TEACHER`.
+
+        The copy is made before `begin` sorts the model: sorted or not, it computes the same.
+        """
         return params, {TEACHER: jax.tree.map(jnp.copy, params)} if self._has_frozen_teacher else {}
+
+    def begin(self, state: TrainState, data: RunData) -> TrainState:
+        """Sorts a pretrained model by importance on the first training batches."""
+        if not self.unsorted:
+            return state
+        print(f"ranking neurons and heads on {self.rank_batches} batches", flush=True)
+        first = itertools.islice(iter(data.train), self.rank_batches)
+        return rank_state(self.config, state, data.placed(first))
+
+    def for_evaluation(self) -> "ElasticEvaluation":
+        """Cross-entropy of the menu's uniform subnets."""
+        return ElasticEvaluation(self)
+
+    def finish(self, params: Params, data: RunData) -> Finished:
+        """The model without the teacher, and the menu that it is elastic for."""
+        own = {name: tree for name, tree in params.items() if name != TEACHER}
+        return Finished(own, self.menu)
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
@@ -248,7 +315,7 @@ class ElasticTraining:
           TokenSums of float32 scalars.
         """
         features, kernel = self._features(params, choice, batch), self._kernel(params)
-        return chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.chunk)
+        return chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
 
     @property
     def _has_frozen_teacher(self) -> bool:
@@ -286,7 +353,7 @@ class ElasticTraining:
             return token_sums(logits, targets, weights), entropy, divergence
 
         arrays = (full, taught, list(each), batch.targets, batch.weights)
-        return sum_over_chunks(one, arrays, self.chunk)
+        return sum_over_chunks(one, arrays, self.loss_chunk)
 
     def _features(self, params: Params, choice: MenuIndices, batch: Batch) -> jax.Array:
         """[B, T, D] of one subnet for the vocabulary head."""
@@ -315,14 +382,10 @@ class ElasticTraining:
 
 
 @dataclasses.dataclass(frozen=True)
-class ElasticEvaluation:
-    """Cross-entropy of a menu's uniform subnets (a `losses.Method` that nothing is drawn in)."""
+class ElasticEvaluation(Method[Batch]):
+    """Cross-entropy of a menu's uniform subnets; nothing is drawn."""
 
     method: ElasticTraining
-
-    def split(self, params: Params) -> tuple[Params, Params]:
-        """As the method that trains."""
-        return self.method.split(params)
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
@@ -349,3 +412,16 @@ class ElasticEvaluation:
         accuracy = sums.correct[list(subnets).index("final")] / count
         named = {f"loss/{name}": loss for name, loss in losses.items()}
         return mean, {"loss": mean, **named, "accuracy/final": accuracy}
+
+
+def _about_method(error: ValueError, model: ModelConfig) -> ValueError:
+    """The same error about a menu, with the name that its field has in a run's config."""
+    message = str(error)
+    if not message.startswith("menu."):
+        return error
+    message = f"method.{message}"
+    alone = any(heads == groups for _, heads, groups in map(model.sizes, range(model.n_layers)))
+    if alone and message.startswith("method.menu.heads"):
+        message += "; this model's heads share no key/value groups: set method.menu.heads=(1.0,) and choose "
+        message += "heads by method.menu.groups"
+    return ValueError(message)

@@ -27,8 +27,8 @@ Papers: Flextron, arXiv 2406.10260, sec. 3; Nemotron Elastic, arXiv 2511.16664 (
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self, get_args
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elastic_lm.checkpoints.native import load_menu
-from elastic_lm.config.checks import require, require_choice
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    require,
+    require_choice,
+    require_defaults,
+    require_each,
+    require_shares,
+)
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Menu
 from elastic_lm.cost.counted import CostTable, Workload, counted_table
@@ -45,12 +54,14 @@ from elastic_lm.cost.latency_table import LatencyTable
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.linear import Linear
-from elastic_lm.train.config import Scheme, TrainConfig
 from elastic_lm.train.losses import Metrics, TokenSums, imitation_loss, sum_over_chunks, token_sums
-from elastic_lm.train.step import place_batch
+from elastic_lm.train.method import Finished, Method, MethodConfig, ParameterGroup, RunData, options
 from elastic_lm.width.gated import Picks, gated_hidden
 from elastic_lm.width.router import SLOPE, budget_code, init_router, router_input, straight_through
-from elastic_lm.width.trained_routers import Routers, RouterShape, shares
+from elastic_lm.width.trained_routers import RouterReads, Routers, RouterShape, shares
+
+Scheme = Literal["end_to_end", "surrogate"]
+Priced = Literal["parameters", "flops", "memory_bytes", "latency_ms"]
 
 ROUTERS, SURROGATE = "routers", "surrogate"  # keys of their parameters
 DEAD_ZONE = 0.05  # relative miss of a budget that costs nothing
@@ -59,6 +70,14 @@ TAU = (1.0, 0.05)  # temperature of the straight-through gradient, from the firs
 SCALE = (1.0, 10.0)  # of the logits against the noise
 STEEPEST = 100.0  # logits by which the widest tilt tells the menu's nearest costs apart
 HALVINGS = 24  # of the interval that a tilt is looked for in
+TILT_BATCHES = 4  # held-out batches on which routers that read states are held to their budgets
+# Options, the option that decides whether they are read, and its values that have them read.
+READ_WITH = (
+    (("train_model", "distil"), "scheme", ("end_to_end",)),
+    (("surrogate_error",), "scheme", ("surrogate",)),
+    (("latency_table",), "priced", ("latency_ms",)),
+    (("context",), "priced", ("flops", "memory_bytes")),
+)
 
 
 class Surrogate(nn.Module):
@@ -72,32 +91,147 @@ class Surrogate(nn.Module):
         return Linear((1,), (None, None), name="rise")(x)[..., 0]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterTrainingConfig(MethodConfig):
+    """Options of `RouterTraining`.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      method = el.width.RouterTrainingConfig(budgets=(0.5, 0.75, 1.0), scheme="surrogate")
+      ```
+    """
+
+    name: str = "routers"
+    budgets: tuple[float, ...] = (0.5, 0.625, 0.75, 0.875, 1.0)  # shares of the whole model's cost
+    priced: Priced = "parameters"  # what a budget is counted or measured in
+    latency_table: str = ""  # latency_ms: file of elastic-lm latency build, of this device
+    context: int = 0  # flops or memory_bytes: positions before the token that is decoded
+    scheme: Scheme = "end_to_end"  # through the model, or by a surrogate of its loss
+    reads: RouterReads = "budget"  # what they choose by; hidden: by every token's state, too
+    router_width: int = 256  # width of their hidden layer
+    router_lr: float = 1.0  # their learning rate as a multiple of the model's
+    budget_weight: float = 10.0  # a
+    train_model: bool = False  # end_to_end: the model trains too
+    distil: float = 0.0  # end_to_end: d; p of the whole model in this step, with no gradient through it
+    surrogate_error: float = 0.5  # surrogate: mean error below which the routers train, in nats per token
+
+    def __post_init__(self) -> None:
+        require_shares("method.budgets", self.budgets)
+        require_choice("method.priced", self.priced, get_args(Priced))
+        require_choice("method.scheme", self.scheme, get_args(Scheme))
+        require_choice("method.reads", self.reads, get_args(RouterReads))
+        require_each(self, "method.", ("router_width",), *AT_LEAST_1)
+        require_each(self, "method.", ("router_lr", "surrogate_error"), *POSITIVE)
+        require_each(self, "method.", ("budget_weight", "context"), *NOT_NEGATIVE)
+        require(0 <= self.distil <= 1, "method.distil", self.distil, "must be in [0, 1]")
+
+        require(
+            self.priced != "latency_ms" or bool(self.latency_table),
+            "method.latency_table",
+            self.latency_table,
+            "name the file that elastic-lm latency build wrote on this device",
+        )
+        for fields, by, values in READ_WITH:
+            if (value := getattr(self, by)) not in values:
+                unread = f"not read with method.{by}={value!r}, only with {' or '.join(values)}; set"
+                require_defaults(self, "method.", fields, unread)
+        require(
+            self.scheme == "end_to_end" or self.reads == "budget",
+            "method.reads",
+            self.reads,
+            "needs scheme='end_to_end': the surrogate predicts from one choice per row",
+        )
+
+    def check(self, run: Any) -> None:
+        """Refuses a run without an elastic model."""
+        require(
+            bool(run.train.init_from),
+            "train.init_from",
+            run.train.init_from,
+            "routers choose for an elastic model: name its folder",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
-class RouterTraining:
-    """Trains routers, and the model with them where wanted (a `losses.Method`)."""
+class RouterTraining(RouterTrainingConfig, Method[Batch]):
+    """Trains routers, and the model with them where wanted (Flextron, arXiv 2406.10260, sec. 3)."""
+
+    section = RouterTrainingConfig
 
     shape: RouterShape  # model, menu, budgets; static
     table: CostTable  # costs of the menu's choices; static
     steps: int  # of the whole run, over which noise fades
-    scheme: Scheme = "end_to_end"
     initial: Any = dataclasses.field(default=None, compare=False)  # routers to start from; None = new ones
-    train_model: bool = False  # end_to_end: the model trains too
-    budget_weight: float = 10.0  # a
-    distil: float = 0.0  # end_to_end: d; p of the whole model in this step, with no gradient through it
-    surrogate_error: float = 0.5  # surrogate: mean error below which the routers train, in nats per token
     seed: int = 0  # of the draws and of new routers
-    chunk: int = 256  # columns of logits alive at once
+    loss_chunk: int = 256  # columns of logits alive at once
     remat: bool = False  # recompute layers in the backward pass
 
     def __post_init__(self) -> None:
-        require_choice("scheme", self.scheme, get_args(Scheme))
-        fix = "needs scheme='end_to_end': the surrogate predicts from one choice per row"
-        require(self.scheme == "end_to_end" or self.shape.reads == "budget", "reads", self.shape.reads, fix)
-        fix = "needs scheme='end_to_end': the surrogate sends no gradient to the model"
-        require(self.scheme == "end_to_end" or not self.train_model, "train_model", self.train_model, fix)
+        super().__post_init__()
         whole = self.table.range(self.shape.menu)[1]
         for share in self.shape.anchors:
             self.table.check(Budget(**{self.table.kind: share * whole}), self.shape.menu)
+
+    @classmethod
+    def create(
+        cls, section: MethodConfig, model: ModelConfig, params: Params, train: Any, mesh: Mesh
+    ) -> tuple[Self, Params]:
+        """The method for an elastic model: `train.init_from` holds its menu, and routers to be trained on.
+
+        Raises:
+          FileNotFoundError: init_from has no menu, or there is no latency table.
+          ValueError: the budgets cannot be met, the table is of another model, menu or device, or the routers
+            in init_from are of another form.
+        """
+        assert isinstance(section, RouterTrainingConfig)
+        menu = load_menu(train.init_from)
+        shape = RouterShape(model, menu, section.budgets, section.reads, section.router_width)
+        method = cls(
+            shape=shape,
+            table=cost_table(section, model, menu),
+            initial=initial_routers(section, shape, train.init_from),
+            **options(cls, section, train),
+        )
+        return method, params
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model, without exits."""
+        return self.shape.config
+
+    def parameter_groups(self) -> tuple[ParameterGroup, ...]:
+        """Routers and the surrogate have no weight decay, and a learning rate of their own."""
+        return (ParameterGroup((ROUTERS, SURROGATE), self.router_lr),)
+
+    def batches(self, batches: Iterator[Any], frozen: Params, data: RunData) -> Any:
+        """The data as it comes.
+
+        Raises:
+          ValueError: routers that read states have no held-out text on which they are held to their budgets.
+        """
+        if self.reads == "hidden" and next(iter(data.held_out()), None) is None:
+            raise ValueError(
+                f"method.reads={self.reads!r}: such routers are held to budgets on held-out text: name more "
+                "in data.eval_paths"
+            )
+        return batches
+
+    def for_evaluation(self) -> "RouterEvaluation":
+        """What the routers pick without noise."""
+        return RouterEvaluation(self)
+
+    def finish(self, params: Params, data: RunData) -> Finished:
+        """The model and, beside it, the routers; those that read states are tilted towards their budgets."""
+        tilts: tuple[float, ...] = ()
+        if self.reads == "hidden":
+            tilts = fit_tilts(
+                self, params, list(data.placed(itertools.islice(data.held_out(), TILT_BATCHES)))
+            )
+        routers = Routers(self.shape, params[ROUTERS], self.table, tilts)
+        model = {name: tree for name, tree in params.items() if name not in (ROUTERS, SURROGATE)}
+        return Finished(model, self.shape.menu, routers.save)
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Routers (and the surrogate, or the model) train; new ones lie on all devices of the model."""
@@ -294,18 +428,14 @@ class RouterTraining:
 
         teacher = None if taught is None else decoder.final_features(taught)
         arrays = (decoder.final_features(hidden), teacher, batch.targets, batch.weights)
-        return sum_over_chunks(one, arrays, self.chunk)
+        return sum_over_chunks(one, arrays, self.loss_chunk)
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterEvaluation:
-    """What routers pick without noise, at their anchors and between them (a `losses.Method`)."""
+class RouterEvaluation(Method[Batch]):
+    """What routers pick without noise, at their anchors and between them."""
 
     method: RouterTraining
-
-    def split(self, params: Params) -> tuple[Params, Params]:
-        """As the method that trains."""
-        return self.method.split(params)
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
@@ -379,87 +509,25 @@ def fit_tilts(method: RouterTraining, params: Params, batches: Sequence[Batch]) 
     return (*(fit(anchor) for anchor in method.shape.anchors[:-1]), 0.0)
 
 
-TILT_BATCHES = 4  # held-out batches on which routers that read states are held to their budgets
+def cost_table(section: RouterTrainingConfig, model: ModelConfig, menu: Menu) -> CostTable:
+    """Costs of a menu, of the kind that the budgets are in; raises as `RouterTraining.create` does."""
+    if section.priced == "latency_ms":
+        return LatencyTable.load(section.latency_table).checked(model, menu)
+    return counted_table(model, menu, section.priced, Workload(context=section.context))
 
 
-def router_training(train: TrainConfig, model: ModelConfig) -> RouterTraining:
-    """The method that a training config describes.
-
-    Args:
-      train: its init_from holds the menu, and routers where those are to be trained on.
-      model: the model, without exits.
-
-    Returns:
-      The method.
-
-    Raises:
-      FileNotFoundError: init_from has no menu, or there is no latency table.
-      ValueError: the budgets cannot be met, the table is of another model, menu or device, or the routers in
-        init_from are of another form.
-    """
-    menu = load_menu(train.init_from)
-    table = cost_table(train, model, menu)
-    shape = RouterShape(model, menu, train.budgets, train.reads, train.router_width)
-    return RouterTraining(
-        shape,
-        table,
-        train.steps,
-        train.scheme,
-        initial_routers(train, shape),
-        train.train_model,
-        train.budget_weight,
-        train.distil,
-        train.surrogate_error,
-        train.seed,
-        train.loss_chunk,
-        train.remat,
-    )
-
-
-def cost_table(train: TrainConfig, model: ModelConfig, menu: Menu) -> CostTable:
-    """Costs of a menu, of the kind that the budgets are in; raises as `router_training` does."""
-    if train.priced == "latency_ms":
-        return LatencyTable.load(train.latency_table).checked(model, menu)
-    return counted_table(model, menu, train.priced, Workload(context=train.context))
-
-
-def initial_routers(train: TrainConfig, shape: RouterShape) -> Params | None:
-    """Routers beside the model, to be trained on; None where there are none."""
+def initial_routers(section: RouterTrainingConfig, shape: RouterShape, folder: str) -> Params | None:
+    """Routers beside the model in `folder`, to be trained on; None where there are none."""
     try:
-        found = Routers.load(train.init_from, shape.config)
+        found = Routers.load(folder, shape.config)
     except FileNotFoundError:
         return None
     for name, field in (("budgets", "anchors"), ("reads", "reads"), ("router_width", "width")):
-        value, own = getattr(shape, field), getattr(found.shape, field)
-        fix = f"the routers in {train.init_from} have {own!r}; set that, or take a model without routers"
-        require(value == own, f"train.{name}", value, fix)
+        value, stored = getattr(section, name), getattr(found.shape, field)
+        require(
+            value == stored,
+            f"method.{name}",
+            value,
+            f"the routers in {folder} have {stored!r}; set that, or take a model without routers",
+        )
     return found.params
-
-
-def check_held_out(method: RouterTraining, held_out: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Checks that routers that read states have text to be held to their budgets on.
-
-    Raises:
-      ValueError: they have none.
-    """
-    if method.shape.reads == "hidden" and next(iter(held_out), None) is None:
-        fix = "such routers are held to budgets on held-out text: name more in data.eval_paths"
-        raise ValueError(f"train.reads={method.shape.reads!r}: {fix}")
-
-
-def finished_routers(
-    method: RouterTraining, params: Params, held_out: Iterable[Mapping[str, np.ndarray]], mesh: Mesh
-) -> Routers:
-    """Trained routers, those that read states tilted towards their budgets.
-
-    Args:
-      method: that trained them.
-      params: model, stacked, and routers.
-      held_out: batches on which routers that read states are held to their budgets.
-      mesh: where `params` are.
-    """
-    tilts: tuple[float, ...] = ()
-    if method.shape.reads == "hidden":
-        batches = [place_batch(batch, mesh) for batch in itertools.islice(held_out, TILT_BATCHES)]
-        tilts = fit_tilts(method, params, batches)
-    return Routers(method.shape, params[ROUTERS], method.table, tilts)

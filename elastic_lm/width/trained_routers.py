@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable
 from elastic_lm.files.atomic import read_json, write_text_whole
 from elastic_lm.models.decoder import Params
-from elastic_lm.train.config import RoutersRead
 from elastic_lm.width.router import Router, budget_code, init_router, layer_router
 from elastic_lm.width.search import Damage, knapsack
 from elastic_lm.width.search_space import Move, Space
@@ -35,6 +34,7 @@ from elastic_lm.width.search_space import Move, Space
 FORMAT = "elastic_lm routers 1"
 WEIGHTS, DESCRIPTION = "routers.safetensors", "routers.json"
 RESOLUTION = 10_000  # of the knapsack
+RouterReads = Literal["budget", "hidden"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,11 @@ class RouterShape:
     config: ModelConfig  # the whole model, all layers of one size; static
     menu: Menu  # what may be chosen; groups and channels stay whole; static
     anchors: tuple[float, ...]  # budgets that are trained for, as shares of the whole model's cost
-    reads: RoutersRead = "budget"  # "budget": one sub-network per budget; "hidden": a choice per token, too
+    reads: RouterReads = "budget"  # "budget": one sub-network per budget; "hidden": a choice per token, too
     width: int = 256  # of the routers' hidden layers
 
     def __post_init__(self) -> None:
-        require_choice("reads", self.reads, get_args(RoutersRead))
+        require_choice("reads", self.reads, get_args(RouterReads))
         require(self.width >= 1, "width", self.width, "must be at least 1")
         increasing = list(self.anchors) == sorted(set(self.anchors)) and self.anchors[-1:] == (1.0,)
         fix = "must be shares of the whole model's cost in (0, 1], increasing, the last one 1.0"

@@ -1,27 +1,23 @@
-"""The model that a task tunes: a pretrained one or a new one, with a head for the task, and its teacher."""
+"""The model that a task tunes: a pretrained one or a new one, with a head for the task."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models.encoder import init_params
 from elastic_lm.models.encoder_decoder import attach_encoder_head
-from elastic_lm.models.registry import KINDS, kind_of
 from elastic_lm.models.sharding import param_shardings
 from elastic_lm.models.task_heads import attach_task_exits, attach_task_head, lowest_layers
-from elastic_lm.train.config import TaskRun, TrainConfig
-from elastic_lm.train.tasks.tuning import TEACHER, TaskTuning, answers_of
+from elastic_lm.train.config import TaskRun
+from elastic_lm.train.tasks.answers import answers_of, check_vocabulary, load_any, same_answers
 
 Params = dict[str, Any]
-TaskHead = tuple[str, int, tuple[str, ...]]  # problem, outputs, their names
-Config = TypeVar("Config", bound=EncoderConfig | EncoderDecoderConfig)
 
 
 def prepare_model(
@@ -71,13 +67,13 @@ def prepare_encoder_head(
     Raises:
       ValueError: the run asks for more than a head that tells classes apart, or the model has another head.
     """
-    train, task = run.train, run.task
+    train, task, method = run.train, run.task, run.method
     fix = f"{train.init_from} holds an encoder-decoder, "
     numbers = fix + "whose head on the encoder tells classes apart; make classes of the numbers"
     require(task.problem == "classification", "task.problem", task.problem, numbers)
     write = fix + "which answers by writing: set task.problem='text_to_text', where labels are texts, or "
-    write += "train.tuned='head', for a head on its encoder"
-    require(train.tuned == "head", "train.tuned", train.tuned, write)
+    write += "method.tuned='head', for a head on its encoder"
+    require(method.tuned == "head", "method.tuned", method.tuned, write)
     one = "which reads one text: put both into one field, and leave this out"
     require(not task.pair_field, "task.pair_field", task.pair_field, fix + one)
     whole = "of which no layers are left out; set 0"
@@ -110,7 +106,7 @@ def prepare_encoder(
     Raises:
       ValueError: the task, its length, or options of exits do not fit; names the field.
     """
-    train, task = run.train, run.task
+    train, task, method = run.train, run.task, run.method
     assert task.problem != "text_to_text"
     fix = "is read by encoder-decoders only; leave it out"
     require(not task.prefix, "task.prefix", task.prefix, fix)
@@ -124,7 +120,7 @@ def prepare_encoder(
     known = same_answers(answers_of(config), (task.problem, wanted, labels))
     fix = f"{train.init_from or 'the new model'} answers {answers_of(config)}, not "
     fix += f"{(task.problem, wanted, labels)}: tune it on the task first, or set 'all'"
-    require(known or train.tuned != "exits", "train.tuned", train.tuned, fix)
+    require(known or method.tuned != "exits", "method.tuned", method.tuned, fix)
     if known:
         config = dataclasses.replace(config, labels=labels)
     else:
@@ -133,76 +129,8 @@ def prepare_encoder(
     if run.exits:
         config, params = attach_task_exits(config, params, run.exits)
     fix = "the model has no exits; name their layers in exits"
-    require(train.tuned != "exits" or bool(config.exits), "train.tuned", train.tuned, fix)
+    require(method.tuned != "exits" or bool(config.exits), "method.tuned", method.tuned, fix)
     fix = f"needs one weight for each of the exits {config.exits or 'none'}, or none at all"
-    counted = len(train.exit_weights) in (0, len(config.exits))
-    require(counted, "train.exit_weights", train.exit_weights, fix)
+    counted = len(method.exit_weights) in (0, len(config.exits))
+    require(counted, "method.exit_weights", method.exit_weights, fix)
     return config, params
-
-
-def with_teacher(
-    train: TrainConfig, config: EncoderConfig | EncoderDecoderConfig, params: Params, mesh: Mesh
-) -> tuple[TaskTuning, Params]:
-    """The method, and the parameters with the teacher's among them where there is one.
-
-    Raises:
-      ValueError: the teacher answers another task, or is of another kind; names the field.
-    """
-    options: dict[str, Any] = {"tuned": train.tuned, "exit_weights": train.exit_weights}
-    options |= {"distil": train.distil, "temperature": train.temperature, "z_loss": train.z_loss}
-    if not train.teacher_from:
-        return TaskTuning(config, **options), params
-    teacher, given = load_of(type(config), "train.teacher_from", train.teacher_from, None, mesh)
-    theirs, ours = answers_of(teacher), answers_of(config)
-    fix = f"answers {theirs}, not {ours}; tune it on the task"
-    require(same_answers(theirs, ours), "train.teacher_from", train.teacher_from, fix)
-    fix = f"reads {teacher.vocab_size} token ids, not {config.vocab_size}: both models need one tokenizer"
-    require(teacher.vocab_size == config.vocab_size, "train.teacher_from", train.teacher_from, fix)
-    return TaskTuning(config, teacher, **options), {**params, TEACHER: given}
-
-
-def same_answers(some: TaskHead, others: TaskHead) -> bool:
-    """Whether two heads answer the same: as many outputs of one kind, of equal names where both have some."""
-    named = bool(some[2]) and bool(others[2])
-    return some[:2] == others[:2] and (not named or some[2] == others[2])
-
-
-def load_any(
-    field: str, folder: str, dtype: str | None = None, mesh: Mesh | None = None
-) -> tuple[EncoderConfig | EncoderDecoderConfig, Params]:
-    """`load_of`, for encoders and encoder-decoders alike."""
-    model, params = load(folder, dtype=dtype, mesh=mesh)
-    config: Any = model.config
-    fix = f"holds a {kind_of(config).name}, where an encoder or encoder-decoder is needed"
-    require(isinstance(config, EncoderConfig | EncoderDecoderConfig), field, folder, fix)
-    return config, params
-
-
-def load_of(
-    kind: type[Config], field: str, folder: str, dtype: str | None = None, mesh: Mesh | None = None
-) -> tuple[Config, Params]:
-    """A model of one kind from its folder.
-
-    Args:
-      kind: class of its config.
-      field: names `folder` in messages.
-      folder: Hugging Face folder or checkpoint of this package.
-      dtype: see `load`.
-      mesh: where the parameters go.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: it holds another kind of model.
-    """
-    model, params = load(folder, dtype=dtype, mesh=mesh)
-    config: Any = model.config
-    wanted = next(k.name for k in KINDS.values() if k.config is kind)
-    fix = f"holds a model of kind {kind_of(config).name}, where one of kind {wanted} is needed"
-    require(isinstance(config, kind), field, folder, fix)
-    return config, params
-
-
-def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
-    """Refuses a tokenizer with more ids than the model has embeddings."""
-    fix = f"the tokenizer has more ids ({tokenizer.vocab_size}): name the one that belongs to the model"
-    require(tokenizer.vocab_size <= size, "model.vocab_size", size, fix)

@@ -15,13 +15,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config.checks import NOT_NEGATIVE, POSITIVE, require, require_each
+from elastic_lm.config.checks import require
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
 from elastic_lm.train.losses import Metrics, sum_over_chunks
-
-TEACHER = "teacher"  # where the frozen parameters hold those of the teacher
+from elastic_lm.train.method import TEACHER, Finished, Method, RunData
+from elastic_lm.train.tasks.config import TaskTuningConfig
 
 
 @flax.struct.dataclass
@@ -43,19 +43,6 @@ class PairBatch:
     weights: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A model whose distributions are imitated.
-
-    Attributes:
-      config: static; of the student's vocabulary.
-      params: its canonical parameters, which do not train.
-    """
-
-    config: EncoderDecoderConfig
-    params: Params
-
-
 @flax.struct.dataclass
 class PairSums:
     """Weighted sums over the target tokens of a batch.
@@ -73,37 +60,42 @@ class PairSums:
     correct: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SequenceToSequence:
-    """Trains every parameter of an encoder-decoder model but a head on its encoder.
+@dataclasses.dataclass(frozen=True)
+class SequenceToSequence(TaskTuningConfig, Method[PairBatch]):
+    """Trains every parameter of an encoder-decoder but a head on its encoder (T5, arXiv 1910.10683)."""
 
-    The interface is that of `losses.Method`, with `PairBatch` for batches.
-    """
+    section = TaskTuningConfig
+    batch = PairBatch
 
     config: EncoderDecoderConfig  # the model; static
-    teacher: Teacher | None = None  # what is distilled; needed where distil > 0
-    distil: float = 0.0  # share of the divergence in the loss, d
-    temperature: float = 1.0  # of both distributions in the divergence, T
-    z_loss: float = 0.0  # weight of squared log normalisers, c
-    chunk: int = 256  # target positions per row whose logits are alive at once
+    teacher: EncoderDecoderConfig | None = None  # what is distilled, its parameters under `TEACHER`; static
+    loss_chunk: int = 256  # target positions per row whose logits are alive at once
 
     def __post_init__(self) -> None:
-        require(0 <= self.distil <= 1, "distil", self.distil, "must be a share between 0 and 1")
-        require_each(self, "", ("temperature",), *POSITIVE)
-        require_each(self, "", ("z_loss",), *NOT_NEGATIVE)
-        require(self.chunk >= 1, "chunk", self.chunk, "must be at least 1")
-        fix = "give a teacher exactly where distil is above 0"
-        require((self.teacher is None) == (self.distil == 0), "distil", self.distil, fix)
+        super().__post_init__()
+        require(self.loss_chunk >= 1, "loss_chunk", self.loss_chunk, "must be at least 1")
+        require(
+            (self.teacher is None) == (self.distil == 0),
+            "method.distil",
+            self.distil,
+            "give a teacher exactly where distil is above 0",
+        )
         if self.teacher is not None:
-            theirs, ours = self.teacher.config.vocab_size, self.config.vocab_size
-            require(theirs == ours, "teacher.config.vocab_size", theirs, f"must be the student's, {ours}")
+            theirs, ours = self.teacher.vocab_size, self.config.vocab_size
+            require(theirs == ours, "teacher.vocab_size", theirs, f"must be the student's, {ours}")
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """(all parameters but those of a head on the encoder, that head and the teacher's parameters)."""
-        frozen = {name: tree for name, tree in params.items() if name == "encoder_head"}
-        if self.teacher is not None:
-            frozen[TEACHER] = self.teacher.params
+        frozen = {name: tree for name, tree in params.items() if name in ("encoder_head", TEACHER)}
         return {name: tree for name, tree in params.items() if name not in frozen}, frozen
+
+    def for_evaluation(self) -> "SequenceToSequence":
+        """The task's own loss, without a teacher."""
+        return dataclasses.replace(self, teacher=None, distil=0.0, z_loss=0.0)
+
+    def finish(self, params: Params, data: RunData) -> Finished:
+        """The model without its teacher."""
+        return Finished({name: tree for name, tree in params.items() if name != TEACHER})
 
     def loss(
         self, trainable: Params, frozen: Params, batch: PairBatch, step: jax.Array
@@ -134,7 +126,7 @@ class SequenceToSequence:
         arrays = {"hidden": hidden, "target": batch.target, "weights": batch.weights}
         teacher = None
         if self.teacher is not None:
-            teacher = EncoderDecoder(self.teacher.config).bind({"params": frozen[TEACHER]})
+            teacher = EncoderDecoder(self.teacher).bind({"params": frozen[TEACHER]})
             arrays["taught"] = _decoded(teacher, batch)
 
         def one(part: dict[str, jax.Array]) -> PairSums:
@@ -142,7 +134,7 @@ class SequenceToSequence:
             logits = model.logits(part["hidden"])
             return pair_sums(logits, part["target"], part["weights"], taught, self.temperature)
 
-        return sum_over_chunks(one, arrays, self.chunk)
+        return sum_over_chunks(one, arrays, self.loss_chunk)
 
 
 def _decoded(model: EncoderDecoder, batch: PairBatch) -> jax.Array:

@@ -23,16 +23,19 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from elastic_lm.config.checks import require
-from elastic_lm.config.encoder import EncoderConfig, TaskProblem
+from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.encoder import Encoder, exit_name
 from elastic_lm.models.encoder_decoder import EncoderDecoder
-from elastic_lm.train.config import Tuned
 from elastic_lm.train.losses import Metrics
+from elastic_lm.train.method import TEACHER, Finished, Method, MethodConfig, RunData, options
+from elastic_lm.train.tasks.answers import answers_of, check_same_answers, load_of
+from elastic_lm.train.tasks.config import TaskTuningConfig
+from elastic_lm.train.tasks.seq2seq import SequenceToSequence
 
-TEACHER = "teacher"  # key of the frozen model's parameters
 HEAD = ("pooler", "head")  # keys of what a task's head is made of
 ENCODER_HEAD = ("encoder_head",)  # likewise, of an encoder-decoder
 Params = Mapping[str, Any]
@@ -59,26 +62,59 @@ class TaskBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskTuning:
-    """Trains an encoder with a task head, or parts of it (a method like those of `losses.Method`)."""
+class TaskTuning(TaskTuningConfig, Method[TaskBatch]):
+    """Trains an encoder with a task head, or parts of it (BERT, arXiv 1810.04805; DeeBERT, 2004.12993)."""
+
+    section = TaskTuningConfig
+    batch = TaskBatch
 
     config: Config  # the model; static
     teacher: Config | None = None  # the model that it learns from; static
-    distil: float = 0.0  # d
-    temperature: float = 1.0  # T
-    z_loss: float = 0.0  # z
-    tuned: Tuned = "all"  # or the task's head, or the exits, and everything else stays as it is
-    exit_weights: tuple[float, ...] = ()  # w_i of every exit; () = all 1
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.config, EncoderConfig)
-        fix = "must be 'head' for an encoder-decoder, whose decoder has no part in the loss"
-        require(whole or self.tuned == "head", "tuned", self.tuned, fix)
-        fix = "the model has no exits; attach some"
-        require(self.tuned != "exits" or bool(self.exits), "tuned", self.tuned, fix)
-        fix = f"needs one weight for each of the exits {self.exits} that train, or none at all"
-        counted = len(self.exit_weights) in (0, len(self.exits))
-        require(counted, "exit_weights", self.exit_weights, fix)
+        super().__post_init__()
+        require(
+            isinstance(self.config, EncoderConfig) or self.tuned == "head",
+            "method.tuned",
+            self.tuned,
+            "must be 'head' for an encoder-decoder, whose decoder has no part in the loss",
+        )
+        require(
+            self.tuned != "exits" or bool(self.exits),
+            "method.tuned",
+            self.tuned,
+            "the model has no exits; attach some",
+        )
+        require(
+            len(self.exit_weights) in (0, len(self.exits)),
+            "method.exit_weights",
+            self.exit_weights,
+            f"needs one weight for each of the exits {self.exits} that train, or none at all",
+        )
+
+    @classmethod
+    def create(
+        cls, section: MethodConfig, model: Config, params: Any, train: Any, mesh: Mesh
+    ) -> "tuple[Method[Any], Any]":
+        """The method for a model and, under `TEACHER`, the parameters of the model that it learns from.
+
+        Raises:
+          FileNotFoundError: there is no such teacher.
+          ValueError: the teacher answers another task, or is of another kind; names the field.
+        """
+        assert isinstance(section, TaskTuningConfig)
+        writes = isinstance(model, EncoderDecoderConfig) and section.tuned != "head"
+        method: Any = SequenceToSequence if writes else cls
+
+        teacher = None
+        if section.teacher_from:
+            field, folder = "method.teacher_from", section.teacher_from
+            teacher, theirs = load_of(type(model), field, folder, None, mesh)
+            if not writes:
+                check_same_answers(field, folder, teacher, model)
+            require(teacher.vocab_size == model.vocab_size, field, folder, Z)
+            params = {**params, TEACHER: theirs}
+        return method(model, teacher, **options(method, section, train)), params
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -98,6 +134,14 @@ class TaskTuning:
         trains = parts[self.tuned]
         frozen = {name: tree for name, tree in params.items() if name not in trains}
         return {name: params[name] for name in trains}, frozen
+
+    def for_evaluation(self) -> "TaskTuning":
+        """The task's own loss, without a teacher."""
+        return dataclasses.replace(self, teacher=None, distil=0.0, z_loss=0.0)
+
+    def finish(self, params: Any, data: RunData) -> Finished:
+        """The model without its teacher."""
+        return Finished({name: tree for name, tree in params.items() if name != TEACHER})
 
     def loss(
         self, trainable: Params, frozen: Params, batch: TaskBatch, step: jax.Array
@@ -147,12 +191,6 @@ class TaskTuning:
         if self.z_loss:
             loss_B += self.z_loss * jnp.square(jax.nn.logsumexp(logits_BC, axis=-1))
         return loss_B
-
-
-def answers_of(config: Config) -> tuple[TaskProblem, int, tuple[str, ...]]:
-    """(problem, outputs, names of the classes) of a model's head."""
-    problem = "classification" if isinstance(config, EncoderDecoderConfig) else config.problem
-    return problem, config.n_labels, config.labels
 
 
 def task_logits(config: Config, params: Params, batch: TaskBatch) -> jax.Array:

@@ -1,0 +1,35 @@
+"""A run at step 0: what `train.run.fit` needs, whether the run is about text or about labelled records."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from elastic_lm.config.subnet import Menu
+from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.models.decoder import Params
+from elastic_lm.train.method import Method, RunData
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model with its method and data.
+
+    Attributes:
+      method: trains the model; its `config` is the model's.
+      params: all parameters, on the mesh, in the form that they train in.
+      tokenizer: of the model.
+      data: what the run reads.
+      per_step: what is counted per optimizer step.
+      rate: name of what is counted per second.
+      menu: widths that the initial checkpoint is elastic for; None = it is not.
+      canonical: from the form that parameters train in to the form that they are saved in.
+    """
+
+    method: Method[Any]
+    params: Params
+    tokenizer: Tokenizer
+    data: RunData
+    per_step: int
+    rate: str = "tokens_per_s"
+    menu: Menu | None = None
+    canonical: Callable[[Params], Params] = lambda params: params

@@ -1,0 +1,168 @@
+"""A run of a decoder on text, at step 0: tokenizer, model, method and batches."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from elastic_lm.checkpoints.loading import load_decoder
+from elastic_lm.checkpoints.native import MENU_FILE, load_menu
+from elastic_lm.config.checks import require
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.subnet import Menu
+from elastic_lm.data import pipeline
+from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+from elastic_lm.models.decoder import Params, init_params, stack_layers, unstack_layers
+from elastic_lm.models.exits import attach_exits, extract
+from elastic_lm.models.sharding import check_rows, param_shardings, stacked_shardings
+from elastic_lm.train.config import RunConfig
+from elastic_lm.train.method import Arrays, RunData
+from elastic_lm.train.prepared import Prepared
+from elastic_lm.train.registry import method_class
+from elastic_lm.train.step import place_batch
+
+
+def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
+    """Everything that a run on text needs, at step 0.
+
+    Args:
+      config: the whole run.
+      workdir: a learned tokenizer is written here, or read where one lies there already.
+      mesh: from `sharding.make_mesh`.
+
+    Returns:
+      The run, its parameters stacked: training scans over the layers, so that programs stay small.
+
+    Raises:
+      FileNotFoundError: data, tokenizer or initial checkpoint do not exist.
+      ValueError: something does not fit; names field, value and fix.
+    """
+    rows = config.data.batch_size
+    check_rows("data.batch_size", rows, mesh, config.train.accumulate)
+    tokenizer = prepare_tokenizer(config, workdir)
+    model, params = prepare_model(config, tokenizer, mesh)
+
+    shardings = stacked_shardings(param_shardings(model, mesh))
+    params = jax.device_put(stack_layers(params), shardings)
+    cls = method_class(config.method.name)
+    method, params = cls.create(config.method, model, params, config.train, mesh)
+
+    pipeline.check_learnable(config.data, tokenizer)
+    data = RunData(
+        train=pipeline.train_batches(config.data, tokenizer),
+        held_out=functools.partial(held_out, config, tokenizer),
+        mesh=mesh,
+        place=functools.partial(place_batch, batch=cls.batch),
+        seed=config.data.seed,
+    )
+    return Prepared(
+        method=method,
+        params=params,
+        tokenizer=tokenizer,
+        data=data,
+        per_step=rows * config.data.seq_len,
+        menu=initial_menu(config),
+        canonical=unstack_layers,
+    )
+
+
+def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
+    """The configured tokenizer, that of the initial checkpoint, or a BPE learned from the training text.
+
+    A learned one is kept in `workdir`, so that a resumed run reads the same ids.
+
+    Args:
+      config: the whole run.
+      workdir: a learned tokenizer.json is written here, or read where it lies there already.
+
+    Raises:
+      FileNotFoundError: the configured tokenizer, or the text to learn one from, does not exist.
+    """
+    source = config.data.tokenizer or config.train.init_from
+    if source:
+        return Tokenizer.load(source)
+
+    if not (workdir / "tokenizer.json").is_file():
+        assert config.model is not None
+        train_bpe(pipeline.file_texts(config.data), config.model.vocab_size).save(workdir)
+    return Tokenizer.load(workdir)
+
+
+def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[ModelConfig, Params]:
+    """Random or loaded parameters, with the configured exits attached.
+
+    Args:
+      config: the whole run.
+      tokenizer: its special tokens go into a new model; its ids must fit the vocabulary.
+      mesh: where loaded parameters go.
+
+    Returns:
+      (model config, canonical parameters).
+
+    Raises:
+      FileNotFoundError: the initial checkpoint does not exist.
+      ValueError: vocabulary, rows, layers or exits do not fit the model or the method; names the field.
+    """
+    train, key = config.train, jax.random.key(config.train.seed)
+    if train.init_from:
+        decoder, params = load_decoder(train.init_from, dtype=train.param_dtype or None, mesh=mesh)
+        model = decoder.config
+        if train.init_layers:
+            model, params = extract(model, params, train.init_layers)
+        require(
+            not model.exits or config.method.trains_exits,
+            "method.name",
+            config.method.name,
+            f"{train.init_from} has exits, which it does not train; choose joint or ee_tuning, or export the "
+            "model without exits",
+        )
+    else:
+        assert config.model is not None
+        model = dataclasses.replace(config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
+        params = init_params(model, key)
+
+    require(
+        tokenizer.vocab_size <= model.vocab_size,
+        "model.vocab_size",
+        model.vocab_size,
+        f"the tokenizer has {tokenizer.vocab_size} ids; raise it",
+    )
+    require(
+        config.data.seq_len <= model.max_len,
+        "data.seq_len",
+        config.data.seq_len,
+        f"above model.max_len={model.max_len}; shorten it",
+    )
+
+    if train.dtype:
+        model = dataclasses.replace(model, dtype=train.dtype)
+    if config.exits:
+        model, params = attach_exits(model, params, config.exits, jax.random.fold_in(key, 1))
+    return model, params
+
+
+def held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterable[Arrays]:
+    """One pass over the held-out split.
+
+    Args:
+      config: the whole run; `data` is read.
+      tokenizer: of the model.
+
+    Returns:
+      Dicts with the fields of `Batch`, [batch_size, seq_len] NumPy arrays; none where no held-out text is
+      named.
+    """
+    if config.data.source != "stdlib" and not config.data.eval_paths:
+        return ()
+    return pipeline.eval_batches(config.data, tokenizer)
+
+
+def initial_menu(config: RunConfig) -> Menu | None:
+    """The widths that the initial checkpoint is elastic for, where all of its layers are kept."""
+    folder = config.train.init_from
+    if not folder or config.train.init_layers or not (Path(folder) / MENU_FILE).is_file():
+        return None
+    return load_menu(folder)
