@@ -14,9 +14,10 @@ import dataclasses
 
 import numpy as np
 
-from elastic_lm.bounds import RUNGS, fixed_sequence, hoeffding_bentkus, risk_bound, sequences_needed
+from elastic_lm.bounds import RUNGS, fixed_sequence_test, risk_bound
 from elastic_lm.cascade.energy import keeps
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, TOLERANCE, Measured, sweep
+from elastic_lm.config.cascade import DEFAULT_EPSILON
 from elastic_lm.config.checks import require
 
 
@@ -25,7 +26,7 @@ class CascadeRisk:
     """What is to be guaranteed."""
 
     loss: float  # accuracy that may be lost against the Super alone
-    epsilon: float = 0.05  # probability, over the testing rows, that the guarantee fails
+    epsilon: float = DEFAULT_EPSILON  # probability, over the testing rows, that the guarantee fails
 
     def __post_init__(self) -> None:
         require(0 < self.loss < 1, "risk.loss", self.loss, "must be an accuracy that may be lost, like 0.01")
@@ -90,42 +91,44 @@ def control(rows: Measured, stated: CascadeRisk, seed: int = 0) -> tuple[float, 
     require(len(rows) >= 2, "rows", len(rows), "a guarantee needs at least 2: one half chooses, one tests")
     mixed = np.random.default_rng(seed).permutation(len(rows))
     selection, testing = rows.take(mixed[: len(mixed) // 2]), rows.take(mixed[len(mixed) // 2 :])
-    thresholds, n = ladder(selection, stated.loss), len(testing)
-    harms = [float(harm(testing, t).mean()) for t in thresholds] or [0.0]
-    p_values = [hoeffding_bentkus(h, n, stated.loss) for h in harms]
-    accepted = fixed_sequence(p_values, stated.epsilon) if thresholds else 0
-    found = max(accepted - 1, 0)
+    verdict = fixed_sequence_test(
+        ladder(selection, stated.loss),
+        lambda threshold: harm(testing, threshold),
+        stated.loss,
+        stated.epsilon,
+        otherwise=ALWAYS_SUPER,
+    )
+
+    suffered = float(verdict.losses.mean())
+    # One half of the rows chooses, so that the half that tests grows by every second one.
+    more = 2 * verdict.more if verdict.more else None
+    achieved, n = verdict.accepted > 0, len(testing)
     guarantee = CascadeGuarantee(
         **dataclasses.asdict(stated),
-        achieved=accepted > 0,
-        statement=_statement(stated, n, harms[found], bool(thresholds), accepted > 0),
+        achieved=achieved,
+        statement=_statement(stated, n) if achieved else _refusal(verdict.tested, more),
         rows=n,
-        accepted=accepted,
-        tested=min(accepted + 1, len(thresholds)),
-        p_value=p_values[found],
-        harm=harms[found],
-        harm_bound=risk_bound(harms[found], n, stated.epsilon),
-        more_rows=None if accepted else _more(stated, n, harms[found]),
+        accepted=verdict.accepted,
+        tested=verdict.tested,
+        p_value=verdict.p_value,
+        harm=suffered,
+        harm_bound=risk_bound(suffered, n, stated.epsilon),
+        more_rows=more,
     )
-    return (thresholds[found] if accepted else ALWAYS_SUPER), guarantee
+    return verdict.chosen, guarantee
 
 
-def _more(stated: CascadeRisk, n: int, suffered: float) -> int | None:
-    """Validation rows to add, of which half would test; None where no number helps."""
-    needed = sequences_needed(suffered, stated.loss, stated.epsilon)
-    return None if needed is None else 2 * max(1, needed - n)
+def _statement(stated: CascadeRisk, n: int) -> str:
+    return (
+        f"with probability at least {1 - stated.epsilon:g} over the {n} rows that tested, the expected "
+        f"accuracy is at least that of the Super alone minus {stated.loss:g} (for independent rows like "
+        "these)"
+    )
 
 
-def _statement(stated: CascadeRisk, n: int, suffered: float, tried: bool, achieved: bool) -> str:
-    if achieved:
-        return (
-            f"with probability at least {1 - stated.epsilon:g} over the {n} rows that tested, the expected "
-            f"accuracy is at least that of the Super alone minus {stated.loss:g} (for independent rows like "
-            "these)"
-        )
+def _refusal(tested: int, more: int | None) -> str:
     start = "not achievable with these rows, every row goes to the Super: "
-    more = _more(stated, n, suffered)
-    if not tried:
+    if not tested:
         return start + "the Super gains too much on those that the Swift is surest of"
     if more is None:
         return start + "even the most cautious threshold loses more than is allowed"

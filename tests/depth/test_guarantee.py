@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import elastic_lm as el
-from elastic_lm.bounds import clopper_pearson
+from elastic_lm.bounds import clopper_pearson, fixed_sequence_test
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data import pipeline
 from elastic_lm.depth.confidence import NEVER_EXITS
-from elastic_lm.depth.guarantee import RiskControl, climb, control, ladder, sequence_losses
+from elastic_lm.depth.guarantee import RiskControl, control, ladder, sequence_losses
 from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.threshold_search import outcome
 
@@ -134,8 +134,15 @@ def test_guarantee_on_pretrained_models(
         for _ in range(10):
             testing = rng.integers(0, len(losses[0]), 200)
             for found in (marginal, both):
-                guarantee = climb([column[testing] for column in losses], found.stated)
-                found.add(rungs[guarantee.accepted - 1] if guarantee.accepted else (NEVER_EXITS,) * 3)
+                verdict = fixed_sequence_test(
+                    range(len(rungs)),
+                    [column[testing] for column in losses].__getitem__,
+                    found.allowed,
+                    EPSILON,
+                    otherwise=-1,
+                    share=found.stated.delta,
+                )
+                found.add(rungs[verdict.chosen] if verdict.accepted else (NEVER_EXITS,) * 3)
     for found in (marginal, both, merely_chosen):
         print(name, found.violations(), np.mean(found.risk), np.mean(found.layers))
     assert marginal.violations()[0] <= MOST

@@ -1,31 +1,46 @@
-"""Bounds and tests of risk against closed forms, scipy and simulation."""
+"""Bounds and tests of risk against closed forms, their defining properties and simulation."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from elastic_lm.bounds import (
     binomial_tail,
     clopper_pearson,
-    fixed_sequence,
+    fixed_sequence_test,
     hoeffding_bentkus,
+    p_value,
     risk_bound,
     sequences_needed,
 )
 from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.guarantee import (
+    Guarantee,
     RiskControl,
-    climb,
     control,
+    describe,
     ladder,
-    p_value,
     sequence_losses,
     token_bound,
 )
 from elastic_lm.depth.observations import Observations
+
+
+def guarantee_of(losses: list[np.ndarray], stated: RiskControl) -> Guarantee:
+    """What is guaranteed from the losses of candidates, the most cautious first."""
+    verdict = fixed_sequence_test(
+        range(len(losses)),
+        losses.__getitem__,
+        stated.allowed,
+        stated.epsilon,
+        otherwise=-1,
+        share=stated.delta,
+    )
+    return describe(verdict, stated)
 
 
 def test_hoeffding_bentkus_by_hand() -> None:
@@ -73,23 +88,56 @@ def test_token_bound_holds_where_tokens_of_a_sequence_are_alike() -> None:
     assert failures / 200 <= 0.1 + 2 * (0.1 * 0.9 / 200) ** 0.5
 
 
+@pytest.mark.parametrize("n", [1, 2, 10, 50, 1000, 100_000])
+@pytest.mark.parametrize("epsilon", [0.001, 0.05, 0.2, 0.9])
+def test_at_the_clopper_pearson_bound_so_few_errors_are_just_improbable(n: int, epsilon: float) -> None:
+    counts = sorted({0, 1, n // 20, n // 2, n - 1, n})
+    found = [clopper_pearson(wrong, n, epsilon) for wrong in counts]
+    assert found == sorted(found)
+    assert found[-1] == 1.0
+    assert found[0] == pytest.approx(1 - epsilon ** (1 / n), abs=1e-11)
+    for wrong, bound in zip(counts[:-1], found[:-1], strict=True):
+        assert binomial_tail(wrong, n, bound) == pytest.approx(epsilon, rel=1e-4)
+        # The other closed form: a quantile of a beta distribution.
+        assert bound == pytest.approx(special.betaincinv(wrong + 1, n - wrong, 1 - epsilon), abs=1e-11)
+
+
 @pytest.mark.parametrize(("wrong", "n"), [(0, 10), (1, 10), (7, 50), (49, 50), (50, 50)])
-@pytest.mark.parametrize("epsilon", [0.05, 0.2])
-def test_clopper_pearson_is_that_of_scipy(wrong: int, n: int, epsilon: float) -> None:
-    test = stats.binomtest(wrong, n, alternative="less")
-    expected = test.proportion_ci(1 - epsilon, method="exact").high
-    assert clopper_pearson(wrong, n, epsilon) == pytest.approx(expected, rel=1e-9)
+def test_binomial_tail_is_the_p_value_of_the_exact_test(wrong: int, n: int) -> None:
     for rate in (0.1, 0.5):
         expected = stats.binomtest(wrong, n, rate, alternative="less").pvalue
         assert binomial_tail(wrong, n, rate) == pytest.approx(expected, rel=1e-9)
 
 
+def test_p_values_fall_with_what_is_allowed_and_with_the_number_of_sequences() -> None:
+    allowed = np.linspace(0.001, 0.999, 200)
+    for n in (1, 7, 100, 5000):
+        for risk in (0.0, 0.003, 0.05, 0.3, 0.9, 1.0):
+            found = [hoeffding_bentkus(risk, n, a) for a in allowed]
+            assert all(1 >= p >= after >= 0 for p, after in itertools.pairwise(found))
+            # Where no less was lost than is allowed, nothing speaks for the statement.
+            assert all(p == 1 for p, a in zip(found, allowed, strict=True) if a <= risk)
+            # The exponent of Hoeffding's bound is the divergence of two coins, here as a sum of logarithms.
+            for p, a in zip(found, allowed, strict=True):
+                if 0 < risk < a:
+                    h = risk * math.log(risk / a) + (1 - risk) * math.log((1 - risk) / (1 - a))
+                    assert p <= math.exp(-n * h) * (1 + 1e-9)
+    # With losses of 0 or 1 alone, more sequences with the same share of losses are always better evidence.
+    for share in (0.0, 0.1, 0.5):
+        found = [hoeffding_bentkus(share, n, 0.6) for n in (10, 20, 50, 200)]
+        assert found == sorted(found, reverse=True)
+
+
 def test_risk_bound_is_where_the_p_value_reaches_epsilon() -> None:
-    for risk, n in ((0.0, 30), (0.03, 200), (0.5, 40)):
-        bound = risk_bound(risk, n, 0.05)
-        assert hoeffding_bentkus(risk, n, bound) <= 0.05
-        assert hoeffding_bentkus(risk, n, bound - 1e-6) > 0.05
+    for risk in (0.0, 0.001, 0.03, 0.5, 0.97):
+        for n in (1, 30, 200, 10_000):
+            for epsilon in (0.001, 0.05, 0.3):
+                bound = risk_bound(risk, n, epsilon)
+                assert risk < bound <= 1
+                assert bound == 1 or hoeffding_bentkus(risk, n, bound) <= epsilon
+                assert hoeffding_bentkus(risk, n, bound - 2e-9) > epsilon
     assert risk_bound(0.0, 30, 0.05) == pytest.approx(1 - 0.05 ** (1 / 30))
+    assert risk_bound(1.0, 30, 0.05) == 1.0
 
 
 def test_sequences_needed() -> None:
@@ -104,13 +152,37 @@ def test_sequences_needed() -> None:
         assert hoeffding_bentkus(risk, count, 0.1) <= 0.05
 
 
-def test_fixed_sequence_stops_at_the_first_failure() -> None:
-    assert fixed_sequence([0.01, 0.05, 0.06, 0.001], 0.05) == 2
-    assert fixed_sequence([0.2, 0.001], 0.05) == 0
-    assert fixed_sequence([], 0.05) == 0
-    read = iter([0.01, 0.9, 0.01])
-    assert fixed_sequence(read, 0.05) == 1
-    assert next(read) == 0.01
+def test_candidates_are_tested_up_to_the_first_failure() -> None:
+    losses = {"a": np.zeros(100), "b": np.full(100, 0.01), "c": np.full(100, 0.3), "d": np.zeros(100)}
+    asked = []
+
+    def loss(name: str) -> np.ndarray:
+        asked.append(name)
+        return losses.get(name, np.zeros(100))
+
+    found = fixed_sequence_test("abcd", loss, 0.1, 0.05, otherwise="none")
+    assert asked == ["a", "b", "c"]
+    assert (found.chosen, found.described, found.accepted, found.tested) == ("b", "b", 2, 3)
+    assert found.p_value == hoeffding_bentkus(0.01, 100, 0.1)
+    assert found.more is None
+
+    refused = fixed_sequence_test("cab", loss, 0.1, 0.05, otherwise="none")
+    assert (refused.chosen, refused.described, refused.accepted, refused.tested) == ("none", "c", 0, 1)
+    assert refused.p_value == 1.0
+    assert refused.more is None  # more sequences like these would not help
+
+    empty = fixed_sequence_test("", loss, 0.1, 0.05, otherwise="none")
+    assert (empty.chosen, empty.described, empty.accepted, empty.tested) == ("none", "none", 0, 0)
+
+
+def test_where_none_passes_it_says_how_many_losses_are_missing() -> None:
+    losses = np.full(20, 0.01)
+    found = fixed_sequence_test([0], lambda _: losses, 0.1, 0.05, otherwise=1)
+    assert found.more is not None
+    assert p_value(np.full(20 + found.more, 0.01), 0.1) <= 0.05
+    # A second statement may need more than the first.
+    both = fixed_sequence_test([0], lambda _: losses, 0.1, 0.05, otherwise=1, share=0.01)
+    assert both.more == 299 - 20
 
 
 def observations(agrees: list[list[bool]]) -> Observations:
@@ -132,21 +204,21 @@ def test_loss_of_a_sequence_is_its_share_of_other_tokens() -> None:
 
 def test_with_delta_both_statements_are_tested() -> None:
     losses = np.append(np.zeros(95), np.ones(5))
-    marginal = p_value(losses, RiskControl(0.8, 0.05))
+    marginal = p_value(losses, 0.2)
     assert marginal == hoeffding_bentkus(0.05, 100, 0.2)
-    assert p_value(losses, RiskControl(0.8, 0.05, 0.1)) == pytest.approx(stats.binom.cdf(5, 100, 0.1))
-    assert p_value(losses, RiskControl(0.8, 0.05, 0.9)) == marginal
+    assert p_value(losses, 0.2, 0.1) == pytest.approx(stats.binom.cdf(5, 100, 0.1))
+    assert p_value(losses, 0.2, 0.9) == marginal
 
 
 def test_a_loss_equal_to_what_is_allowed_is_not_below_the_target() -> None:
     losses = np.full(100, 1 - 0.8)  # not exactly 0.2 in binary
-    assert climb([losses], RiskControl(0.8, 0.05, 0.1)).below == 0.0
+    assert guarantee_of([losses], RiskControl(0.8, 0.05, 0.1)).below == 0.0
 
 
 def test_figures_of_a_guarantee_by_hand() -> None:
     cautious, bold = np.zeros(200), np.append(np.zeros(180), np.full(20, 0.5))
     bolder = np.append(np.zeros(100), np.ones(100))
-    found = climb([cautious, bold, bolder, bold], RiskControl(0.85, 0.05, 0.2))
+    found = guarantee_of([cautious, bold, bolder, bold], RiskControl(0.85, 0.05, 0.2))
     assert found.achieved
     assert (found.accepted, found.tested) == (2, 3)
     assert found.agreement == pytest.approx(0.95)
@@ -161,11 +233,11 @@ def test_figures_of_a_guarantee_by_hand() -> None:
 
 
 def test_not_achievable() -> None:
-    few = climb([np.zeros(20)], RiskControl(0.99, 0.05))
+    few = guarantee_of([np.zeros(20)], RiskControl(0.99, 0.05))
     assert not few.achieved
     assert few.more_sequences == 2 * (299 - 20)
     assert "about 558 more sequences" in few.statement
-    bad = climb([np.full(50, 0.5)], RiskControl(0.9, 0.05))
+    bad = guarantee_of([np.full(50, 0.5)], RiskControl(0.9, 0.05))
     assert bad.more_sequences is None
     assert "even the most cautious" in bad.statement
     seen = observations([[False] * 4] * 40)
