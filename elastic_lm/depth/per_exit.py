@@ -9,8 +9,9 @@ full model's, and A_i = (c_1 + ... + c_i) / i,
     platt          (logit(target) - b) / w of a fit P(c = 1) = sigmoid(w u + b)
 
 and the threshold is 1 - u. Tokens of equal uncertainty exit together, so A_i counts only where
-u_i < u_{i+1}. Averages over the tokens they were chosen on, of tokens that shallower exits may have
-taken already: `thresholds.calibrate` chooses all exits together, `risk_control` gives guarantees.
+u_i < u_{i+1}. The agreements are averages over the tokens that the thresholds were chosen on, and shallower
+exits may have taken some of these tokens already: `depth.calibrate` chooses all exits together, and a
+`RiskControl` gives guarantees.
 
 Paper: self-supervised early exits, arXiv 2407.21082; Platt's targets: Platt 1999, sec. 2.2.
 """
@@ -20,6 +21,7 @@ import math
 from typing import get_args
 
 import numpy as np
+import scipy
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.exit_policy import Strategy
@@ -47,7 +49,7 @@ def exit_threshold(
       strategy: which of the valid thresholds is taken.
 
     Returns:
-      ExitChoice; `NEVER_EXITS` where no threshold is valid.
+      ExitChoice; its threshold is `NEVER_EXITS` where none is valid.
 
     Raises:
       ValueError: there are no tokens, or the target or the strategy does not exist.
@@ -55,10 +57,12 @@ def exit_threshold(
     require(len(confidence) > 0, "confidence", list(confidence), "needs at least one token")
     require(0 < target <= 1, "target", target, "must be a share in (0, 1]")
     require(strategy in get_args(Strategy), "strategy", strategy, f"one of {', '.join(get_args(Strategy))}")
+
     if strategy == "platt":
         threshold = _platt_threshold(confidence, agrees, target)
     else:
         threshold = _cumulative_threshold(confidence, agrees, target, strategy)
+
     exits = confidence >= threshold
     return ExitChoice(threshold, float(exits.mean()), float(agrees[exits].mean()) if exits.any() else 1.0)
 
@@ -66,7 +70,33 @@ def exit_threshold(
 def exit_thresholds(
     confidence: np.ndarray, agrees: np.ndarray, target: float, strategy: Strategy = "max_coverage"
 ) -> tuple[float, ...]:
-    """`exit_threshold` of every exit, from [N, E] confidences and agreements."""
+    """Thresholds of all exits, each chosen as if it were the only one.
+
+    Args:
+      confidence: [N, E] in [0, 1] of N tokens at E exits; negative where a gate silenced the exit, which then
+        does not fire.
+      agrees: [N, E] bool, the exit's token is the full model's.
+      target: wanted agreement among the tokens that exit, in (0, 1].
+      strategy: "max_coverage", "min_coverage", "midpoint" or "platt", see the top of this file.
+
+    Returns:
+      E thresholds; `NEVER_EXITS`, which no confidence reaches, where no threshold is valid.
+
+    Raises:
+      ValueError: there are no tokens, or the target or the strategy does not exist.
+
+    Example:
+      ```python
+      import numpy as np
+      import elastic_lm as el
+
+      confidence = np.array([[0.9, 0.2], [0.8, 0.9], [0.7, 0.6], [0.3, 0.4]])
+      agrees = np.array([[True, False], [True, True], [False, True], [False, True]])
+      el.depth.exit_thresholds(confidence, agrees, target=0.9)  # (0.8, 0.4)
+      ```
+
+    Paper: self-supervised early exits, arXiv 2407.21082.
+    """
     columns = range(confidence.shape[1])
     return tuple(exit_threshold(confidence[:, j], agrees[:, j], target, strategy).threshold for j in columns)
 
@@ -77,22 +107,26 @@ def _cumulative_threshold(
     order = np.argsort(-confidence, kind="stable")
     ranked = confidence[order]
     cumulative = np.cumsum(agrees[order]) / np.arange(1, len(order) + 1)
+
+    # Tokens of equal confidence exit together, so that only the last of them can be the last that exits.
     last_of_equals = np.append(ranked[:-1] > ranked[1:], True)
     valid = np.flatnonzero((cumulative >= target - 1e-12) & last_of_equals & (ranked >= 0))
     if not len(valid):
         return NEVER_EXITS
     if strategy == "min_coverage":
         return float(ranked[valid[0]])
+
     last = valid[-1]
     after = max(ranked[min(last + 1, len(ranked) - 1)], 0.0)
     return float(ranked[last] + after) / 2 if strategy == "midpoint" else float(ranked[last])
 
 
 def _platt_threshold(confidence: np.ndarray, agrees: np.ndarray, target: float) -> float:
-    heard = confidence >= 0
-    confidence, agrees = confidence[heard], agrees[heard]
+    open_gate = confidence >= 0
+    confidence, agrees = confidence[open_gate], agrees[open_gate]
     if not len(confidence):
         return NEVER_EXITS
+
     uncertainty = 1.0 - confidence.astype(np.float64)
     w, b = platt(uncertainty, agrees)
     wanted = math.log(target / (1.0 - target)) if target < 1 else math.inf
@@ -100,40 +134,30 @@ def _platt_threshold(confidence: np.ndarray, agrees: np.ndarray, target: float) 
         return NEVER_EXITS
     if w >= 0:
         return float(confidence.min())
+
+    # The fit says nothing about tokens that are less confident than all that were seen.
     return max(float(confidence.min()), 1.0 - (wanted - b) / w)
 
 
-def platt(scores: np.ndarray, labels: np.ndarray, steps: int = 50) -> tuple[float, float]:
-    """Maximum-likelihood fit of P(label = 1) = sigmoid(w score + b) by damped Newton steps.
+def platt(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Maximum-likelihood fit of P(label = 1) = sigmoid(w score + b).
 
     Args:
       scores: [N].
       labels: [N] bool; (N+ + 1) / (N+ + 2) and 1 / (N- + 2) stand for 1 and 0, which keeps w finite
         where the scores separate the labels.
-      steps: most Newton steps.
 
     Returns:
       (w, b).
     """
     positive = int(labels.sum())
-    high, low = (positive + 1) / (positive + 2), 1 / (len(labels) - positive + 2)
-    wanted = np.where(labels, high, low)
+    wanted = np.where(labels, (positive + 1) / (positive + 2), 1 / (len(labels) - positive + 2))
     design = np.column_stack([scores, np.ones(len(scores))]).astype(np.float64)
 
-    def loss(weights: np.ndarray) -> float:
+    def loss_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
         z = design @ weights
-        return float(np.sum(np.logaddexp(0.0, z) - wanted * z))
+        loss = float(np.sum(np.logaddexp(0.0, z) - wanted * z))
+        return loss, design.T @ (scipy.special.expit(z) - wanted)
 
-    weights = np.zeros(2)
-    for _ in range(steps):
-        p = 1.0 / (1.0 + np.exp(-np.clip(design @ weights, -500, 500)))
-        gradient = design.T @ (p - wanted)
-        curvature = design.T @ (design * (p * (1 - p))[:, None]) + 1e-9 * np.eye(2)
-        step = np.linalg.solve(curvature, gradient)
-        size = 1.0
-        while size > 1e-6 and loss(weights - size * step) > loss(weights):
-            size /= 2
-        weights = weights - size * step
-        if np.abs(size * step).max() < 1e-9:
-            break
-    return float(weights[0]), float(weights[1])
+    w, b = scipy.optimize.minimize(loss_and_gradient, np.zeros(2), jac=True, tol=1e-9).x
+    return float(w), float(b)

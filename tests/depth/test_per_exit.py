@@ -57,6 +57,22 @@ def test_platt_recovers_a_logistic_curve() -> None:
     assert 1 - found.threshold == pytest.approx((4 - np.log(9)) / 8, abs=0.02)
 
 
+@pytest.mark.parametrize("kind", ["noisy", "separated", "all right"])
+@pytest.mark.parametrize("n", [5, 200, 20_000])
+def test_platt_is_where_the_likelihood_has_no_slope(kind: str, n: int) -> None:
+    rng = np.random.default_rng(n)
+    scores = rng.uniform(size=n)
+    labels = {"noisy": rng.uniform(size=n) < scores, "separated": scores > 0.4, "all right": scores >= 0}[
+        kind
+    ]
+    w, b = platt(scores, labels)
+    positive = labels.sum()
+    wanted = np.where(labels, (positive + 1) / (positive + 2), 1 / (n - positive + 2))
+    residual = 1 / (1 + np.exp(-(w * scores + b))) - wanted
+    assert abs(residual.sum()) < 1e-6
+    assert abs(residual @ scores) < 1e-6
+
+
 def test_platt_stays_within_the_tokens() -> None:
     confidence = np.linspace(0.2, 0.9, 50)
     assert exit_threshold(confidence, np.ones(50, bool), 0.5, "platt").threshold == pytest.approx(0.2)
