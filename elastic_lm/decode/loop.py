@@ -1,15 +1,20 @@
-"""The decode loop: shallow ticks over new tokens, deep ticks over pending windows.
+"""The decode loop: shallow ticks over new tokens, deep ticks over pending positions.
 
-One mechanism serves every row of a batch independently. A row whose exit is confident emits and goes
-on; the deeper segments of that position stay pending. A row that is not confident waits for the next
-deep tick, which runs the deeper segment over all pending positions of all rows at once, fills their
-keys and values exactly, and answers the rows that waited. A row's tokens therefore depend neither on
-the other rows, nor on the window, nor on when deep ticks fire.
+The J exits of a model cut its layers into J + 1 segments. An iteration of the loop visits the segments from
+the lowest to the deepest, and each of them runs if it is due; one such run is a tick.
 
-Per row, length >= done[0] >= ... >= done[J], and done[0] - done[J] <= W bounds the pending work.
+A row whose exit is confident emits its token and goes on; the deeper segments of that position stay pending.
+A row whose exit is not confident waits for a tick of the next segment. This deep tick processes the pending
+positions of all rows at once, fills their keys and values exactly, and gives the waiting rows their tokens,
+or lets them wait for the segment above. Rows do this independently: the tokens of a row depend neither on
+the other rows, nor on the size of the window, nor on when deep ticks fire.
+
+With done[j] the positions that segment j has processed, length >= done[0] >= ... >= done[J] holds in every
+row, and done[0] - done[J] <= W bounds the pending work.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +22,11 @@ import jax.numpy as jnp
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import cache
 from elastic_lm.decode.cache import LayerCache
-from elastic_lm.decode.exit_check import Found, check_exit
+from elastic_lm.decode.exit_check import check_exit
 from elastic_lm.decode.lossless import deep_tokens, drafting_room, look_deep, verify
 from elastic_lm.decode.propagate import propagate
 from elastic_lm.decode.sampling import sample
+from elastic_lm.decode.segment import Segment, TickOutput
 from elastic_lm.decode.state import (
     FREE,
     Controls,
@@ -34,10 +40,20 @@ from elastic_lm.decode.state import (
 )
 from elastic_lm.depth.confidence import METRICS, state_similarity
 from elastic_lm.models.decoder import Params
-from elastic_lm.width.nested_decoder import decoder_of
 
-# What segment j writes: caches of its layers, cache of its exit's block, states that leave it [B, W, D].
-Held = tuple[tuple[LayerCache, ...], LayerCache | None, jax.Array | None]
+
+class SegmentState(NamedTuple):
+    """The parts of the decode state that one segment writes.
+
+    Attributes:
+      caches: one per layer of the segment.
+      exit_cache: of the exit's own block; None where the exit has none.
+      ring: [B, W, D] states that leave the segment at the pending positions; None after the last layer.
+    """
+
+    caches: tuple[LayerCache, ...]
+    exit_cache: LayerCache | None
+    ring: jax.Array | None
 
 
 def run(
@@ -57,9 +73,9 @@ def run(
       controls: traced.
       iterations: int32, traced; stops after this many iterations even if rows are alive, so that a
         caller can stream.
-      mode: static. "exact" = deeper layers of early tokens run later, in windows; "verify" = the same,
+      mode: static. "exact" = the deeper layers of early tokens run later, in windows; "verify" = the same,
         and the rows that `controls.lossless` marks keep only what the full model would have emitted;
-        "propagate" = deeper layers of early tokens never run, CALM's approximation takes their place.
+        "propagate" = the deeper layers of early tokens never run, CALM's approximation takes their place.
 
     Returns:
       The advanced state.
@@ -70,159 +86,84 @@ def run(
 
     def iteration(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
         state, count = carry
-        answers = no_emissions(config, state)
+        emissions = no_emissions(config, state)
+
+        # The segments are unrolled, not scanned: each has its own condition, exit and caches.
         for j in range(len(segments(config))):
-            state, answers = _segment(config, params, state, controls, answers, j, mode)
-        return _emit(state, answers, controls), count + 1
+            segment = Segment(config, params, controls, mode, j)
+            state, emissions = _run_segment(segment, state, emissions)
 
-    return jax.lax.while_loop(unfinished, iteration, (state, jnp.int32(0)))[0]
+        return _emit(state, emissions, controls), count + 1
+
+    state, _ = jax.lax.while_loop(unfinished, iteration, (state, jnp.int32(0)))
+    return state
 
 
-def _emit(state: DecodeState, answers: Emissions, controls: Controls) -> DecodeState:
-    """Draws a token for every row that has an answer; one place, so that it is compiled once."""
+def _emit(state: DecodeState, emissions: Emissions, controls: Controls) -> DecodeState:
+    """Draws the tokens of the rows that emit, and ends the rows whose last token this was."""
 
     def draw() -> jax.Array:
-        return sample(answers.logits, state.tokens, state.length, controls.sampling)
+        return sample(emissions.logits, state.tokens, state.length, controls.sampling)
 
-    tokens_B = jax.lax.cond(jnp.any(answers.rows), draw, lambda: jnp.zeros_like(state.length))
-    state = emit(state, answers.rows, tokens_B, answers.depth, controls.stop_tokens)
+    # Tokens are drawn here for all rows, whichever segment they emit from, so that the code of sampling
+    # is compiled once and not once per segment.
+    tokens_B = jax.lax.cond(jnp.any(emissions.rows), draw, lambda: jnp.zeros_like(state.length))
+    state = emit(state, emissions.rows, tokens_B, emissions.depth, controls.stop_tokens)
     return retire(state, controls.lossless)
 
 
-def _segment(
-    config: ModelConfig,
-    params: Params,
-    state: DecodeState,
-    controls: Controls,
-    answers: Emissions,
-    j: int,
-    mode: Mode,
-) -> tuple[DecodeState, Emissions]:
-    """Runs segment `j` (static) where it is due, then lets the rows that asked for it answer."""
+def _run_segment(segment: Segment, state: DecodeState, emissions: Emissions) -> tuple[DecodeState, Emissions]:
+    """Runs a segment if it is due, then decides which of the rows that waited for it emit."""
+    controls, j = segment.controls, segment.index
     window = _window(state)
     room_B = drafting_room(state, controls, window)
+
+    # Which rows ask this segment for a token, up to which position it has to run, and whether it does now.
     if j == 0:
-        asking = movable(state, room_B)
-        target = state.done[0] + asking
-        fires = jnp.any(asking)
+        asking_B = can_advance(state, room_B)
+        target_B = state.done[0] + asking_B
+        fires = jnp.any(asking_B)
     else:
-        asking = state.alive & (state.wait == j - 1)
-        target = state.done[j - 1]
-        fires = deep_fires(state, controls, answers.rows, j, room_B)
-        asking &= fires
-    begin = state.done[j]
-    widths = (1,) if j == 0 or mode == "propagate" else variants(window)
-    held, found = _narrowest(config, params, state, controls, target, j, fires, widths, mode)
-    state = _put_back(config, state, held, j)
-    target = jnp.where(fires, target, begin)
-    state = dataclasses.replace(state, done=state.done.at[j].set(target), ticks=state.ticks.at[j].add(fires))
-    if found.deep is not None:
-        state, rejected = verify(state, controls, deep_tokens(found.deep, window), begin, target)
-        # A row that an exit answered in this very iteration takes the full model's answer instead.
-        asking |= answers.rows & controls.lossless & (target == state.length)
-        asking &= ~rejected
-        answers = dataclasses.replace(answers, rows=answers.rows & ~rejected)
-    before = answers.rows
-    answers = check_exit(config, params, controls, answers, j, asking, found, state, room_B, window)
-    state = dataclasses.replace(state, wait=jnp.where(asking, jnp.where(answers.rows, FREE, j), state.wait))
-    if mode == "propagate" and j < len(segments(config)) - 1:
-        state = propagate(config, params, state, answers.rows & ~before, j)
-    return state, answers
+        asking_B = state.alive & (state.wait == j - 1)
+        target_B = state.done[j - 1]
+        fires = deep_tick_fires(state, controls, emissions.rows, j, room_B)
+        asking_B &= fires
 
-
-def _window(state: DecodeState) -> int:
-    """W, positions that may be pending."""
-    return state.hidden[0].shape[1] if state.hidden else 1
-
-
-def _narrowest(
-    config: ModelConfig,
-    params: Params,
-    state: DecodeState,
-    controls: Controls,
-    target_B: jax.Array,
-    j: int,
-    fires: jax.Array,
-    widths: tuple[int, ...],
-    mode: Mode,
-) -> tuple[Held, Found]:
-    """Runs the tick of the smallest width that takes all pending positions, or none.
-
-    One `cond` after the other and not a `switch`: XLA copies a cache that several branches write.
-    """
-    held = _hold(config, state, j)
-
-    def tick(held: Held, width: int) -> tuple[Held, Found]:
-        return _tick(config, params, state, controls, held, target_B, j, width, mode)
-
-    nothing = _nothing(config, state, j, mode)
-
-    def ticks() -> tuple[Held, Found]:
-        if len(widths) == 1:
-            return tick(held, widths[0])
-        pending = jnp.max(target_B - state.done[j])
-        choice = jnp.sum(jnp.asarray(widths) < pending)
-        result = held, nothing
-        for i, width in enumerate(widths):
-            result = jax.lax.cond(
-                choice == i,
-                lambda held, _, width=width: tick(held, width),
-                lambda held, found: (held, found),
-                *result,
-            )
-        return result
-
-    return jax.lax.cond(fires, ticks, lambda: (held, nothing))
-
-
-def _nothing(config: ModelConfig, state: DecodeState, j: int, mode: Mode) -> Found:
-    """What stands in where no tick ran."""
-    b = state.length.shape[0]
-    if segments(config)[j][1] < config.n_layers:
-        return Found(jnp.zeros((b, 1, config.d_model), config.dtype), jnp.zeros((b,), jnp.float32))
-    if mode == "verify":
-        return Found(deep=jnp.zeros((b, config.vocab_size + _window(state)), jnp.float32))
-    return Found(jnp.zeros((b, 1, config.d_model), config.dtype))
-
-
-def _hold(config: ModelConfig, state: DecodeState, j: int) -> Held:
-    """The parts of the state that segment `j` writes."""
-    start, stop = segments(config)[j]
-    if stop == config.n_layers:
-        return state.cache[start:stop], None, None
-    return state.cache[start:stop], state.exit_cache[j], state.hidden[j]
-
-
-def _put_back(config: ModelConfig, state: DecodeState, held: Held, j: int) -> DecodeState:
-    """Inverse of `_hold`."""
-    start, stop = segments(config)[j]
-    caches, exit_cache, ring = held
-    state = dataclasses.replace(state, cache=(*state.cache[:start], *caches, *state.cache[stop:]))
-    if ring is None:
-        return state
-    return dataclasses.replace(
-        state,
-        exit_cache=(*state.exit_cache[:j], exit_cache, *state.exit_cache[j + 1 :]),
-        hidden=(*state.hidden[:j], ring, *state.hidden[j + 1 :]),
+    begin_B = state.done[j]
+    widths = (1,) if j == 0 or segment.mode == "propagate" else tick_widths(window)
+    written, output = _tick_if_due(segment, state, target_B, fires, widths)
+    state = _with_segment_state(segment, state, written)
+    target_B = jnp.where(fires, target_B, begin_B)
+    state = dataclasses.replace(
+        state, done=state.done.at[j].set(target_B), ticks=state.ticks.at[j].add(fires)
     )
 
+    if output.deep is not None:
+        drawn_BW = deep_tokens(output.deep, segment.config.vocab_size)
+        state, rejected_B = verify(state, controls, drawn_BW, begin_B, target_B)
+        # The deep tick may have reached the position at which an exit was confident in this very iteration.
+        # That row then emits the full model's token instead of a draft.
+        asking_B |= emissions.rows & controls.lossless & (target_B == state.length)
+        # Where a draft was wrong, `verify` has already put the right token in its place.
+        asking_B &= ~rejected_B
+        emissions = dataclasses.replace(emissions, rows=emissions.rows & ~rejected_B)
 
-def variants(window: int) -> tuple[int, ...]:
-    """Widths for which a deep tick is compiled: a few positions, and the whole window.
+    emitted_before_B = emissions.rows
+    emissions = check_exit(segment, state, emissions, output, asking_B=asking_B, room_B=room_B)
+    wait = jnp.where(asking_B, jnp.where(emissions.rows, FREE, j), state.wait)
+    state = dataclasses.replace(state, wait=wait)
 
-    Most deep ticks find one to three positions pending, and on CPU further positions are not free: each of
-    the next few costs a quarter to two thirds of the first one, a whole window of 16 four times as much
-    (`nn.linear`). Each width compiles the deeper layers once more.
-    """
-    return (*(width for width in (1, 2, 3, 4, 8) if width < window), window)
+    if segment.mode == "propagate" and not segment.is_last:
+        state = propagate(segment, state, emissions.rows & ~emitted_before_B)
+    return state, emissions
 
 
-def movable(state: DecodeState, room_B: jax.Array) -> jax.Array:
-    """Rows whose newest token can enter segment 0.
+def can_advance(state: DecodeState, room_B: jax.Array) -> jax.Array:
+    """Rows whose newest token can enter segment 0: they wait for nothing and have room for it.
 
     Args:
       state: between two ticks.
-      room_B: int32, see `verify.drafting_room`.
+      room_B: int32 positions that each row may have pending, from `lossless.drafting_room`.
 
     Returns:
       [B] bool.
@@ -232,20 +173,20 @@ def movable(state: DecodeState, room_B: jax.Array) -> jax.Array:
     return state.alive & ~state.ended & (state.wait == FREE) & fresh & (room | (state.done.shape[0] == 1))
 
 
-def deep_fires(
-    state: DecodeState, controls: Controls, answered_B: jax.Array, j: int, room_B: jax.Array
+def deep_tick_fires(
+    state: DecodeState, controls: Controls, emitting_B: jax.Array, j: int, room_B: jax.Array
 ) -> jax.Array:
     """Whether segment `j` runs now.
 
-    It does when a row's window is full, when enough rows wait for it, or when rows wait and none can go
+    It does when a row's window is full, when enough rows wait for it, or when rows wait and no row can go
     on without it. A row that has ended waits for the verification of its last tokens.
 
     Args:
       state: between two ticks.
       controls: its `fire_share` is read.
-      answered_B: bool, rows that have an answer in this iteration and go on in the next.
-      j: segment, static, at least 1.
-      room_B: int32, see `verify.drafting_room`.
+      emitting_B: bool, rows that emit in this iteration and therefore go on in the next.
+      j: index of the segment, static, at least 1.
+      room_B: int32 positions that each row may have pending.
 
     Returns:
       [] bool.
@@ -253,70 +194,122 @@ def deep_fires(
     pending = state.done[j - 1] > state.done[j]
     full = state.alive & (state.done[0] - state.done[-1] >= room_B) & pending
     waiting = state.alive & ((state.wait == j - 1) | (state.ended & pending))
+
     share = controls.fire_share * jnp.sum(state.alive)
     enough = jnp.sum(waiting) >= jnp.maximum(share, 1.0)
-    stuck = jnp.any(waiting) & ~jnp.any(movable(state, room_B) | answered_B)
+    stuck = jnp.any(waiting) & ~jnp.any(can_advance(state, room_B) | emitting_B)
     return jnp.any(full) | enough | stuck
 
 
-def _tick(
-    config: ModelConfig,
-    params: Params,
-    state: DecodeState,
-    controls: Controls,
-    held: Held,
-    target_B: jax.Array,
-    j: int,
-    width: int,
-    mode: Mode,
-) -> tuple[Held, Found]:
-    """Runs segment `j` over positions done[j] .. done[j] + width - 1 of every row.
+def tick_widths(window: int) -> tuple[int, ...]:
+    """Widths for which a deep tick is compiled: a few positions, and the whole window.
 
-    Positions at or above `target_B` are not pending: what they give lands in stale cache positions.
+    Most deep ticks find one to three positions pending, and on CPU further positions are not free: each of
+    the next few costs a quarter to two thirds of the first one, and a whole window of 16 four times as much
+    (`nn.linear`). Every width compiles the deeper layers once more, so there are few of them.
+    """
+    return (*(width for width in (1, 2, 3, 4, 8) if width < window), window)
+
+
+def _tick_if_due(
+    segment: Segment,
+    state: DecodeState,
+    target_B: jax.Array,
+    fires: jax.Array,
+    widths: tuple[int, ...],
+) -> tuple[SegmentState, TickOutput]:
+    """Runs the tick of the smallest width that takes all pending positions, or no tick."""
+    before = _segment_state(segment, state)
+    nothing = _no_output(segment, state)
+
+    def tick(before: SegmentState, width: int) -> tuple[SegmentState, TickOutput]:
+        return _tick(segment, state, before, target_B, width)
+
+    def narrowest() -> tuple[SegmentState, TickOutput]:
+        if len(widths) == 1:
+            return tick(before, widths[0])
+
+        pending = jnp.max(target_B - state.done[segment.index])
+        choice = jnp.sum(jnp.asarray(widths) < pending)
+
+        # One `cond` after the other and not a `switch`: XLA copies a cache that several branches write.
+        result = before, nothing
+        for i, width in enumerate(widths):
+            result = jax.lax.cond(
+                choice == i,
+                lambda before, _, width=width: tick(before, width),
+                lambda before, output: (before, output),
+                *result,
+            )
+        return result
+
+    return jax.lax.cond(fires, narrowest, lambda: (before, nothing))
+
+
+def _tick(
+    segment: Segment, state: DecodeState, before: SegmentState, target_B: jax.Array, width: int
+) -> tuple[SegmentState, TickOutput]:
+    """Runs a segment over positions done[j] .. done[j] + width - 1 of every row.
+
+    The window starts at `done`, so writes to the caches need no masks: positions at or above `target_B` are
+    not pending, and what the tick computes for them lands in stale entries, which are overwritten before
+    they count.
 
     Returns:
-      (the written parts of the state, what was found for each row's newest position).
+      (the written parts of the state, what was computed at each row's newest position).
     """
-    caches, exit_cache, ring = held
-    decoder = decoder_of(config).bind({"params": params})
-    start, stop = segments(config)[j]
+    decoder, controls, j = segment.decoder, segment.controls, segment.index
     done_B = state.done[j]
     positions = done_B[:, None] + jnp.arange(width, dtype=jnp.int32)
+
+    # The lowest segment starts from tokens, the others from the states that left the segment below.
     if j == 0:
         tokens = jnp.take_along_axis(state.tokens, positions, axis=1)
         hidden = decoder.embed(tokens, positions)
     else:
         below = state.hidden[j - 1]
         hidden = jnp.take_along_axis(below, (positions % below.shape[1])[..., None], axis=1)
-    tap, new_kv = decoder.run_layers(
-        hidden, positions, start, stop, past=[cache.past(c, done_B) for c in caches]
-    )
-    caches = cache.write_all(caches, new_kv, tap.hidden, done_B)
+
+    past = [cache.past(layer, done_B) for layer in before.caches]
+    tap, new_kv = decoder.run_layers(hidden, positions, segment.start, segment.stop, past=past)
+    caches = cache.write_all(before.caches, new_kv, tap.hidden, done_B)
     newest_B = jnp.clip(target_B - 1 - done_B, 0, width - 1)
 
     def newest(x_BTD: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x_BTD, newest_B[:, None, None], axis=1) if width > 1 else x_BTD
 
-    if ring is None:
-        if mode != "verify":
-            return (caches, None, None), Found(decoder.final_features(newest(tap.hidden)))
-        features = decoder.final_features(tap.hidden)
-        deep = look_deep(
-            decoder, features, positions, newest_B, state.tokens, controls.sampling, _window(state)
-        )
-        return (caches, None, None), Found(deep=deep)
-    past = None if exit_cache is None else cache.past(exit_cache, done_B)
-    exit_hidden, exit_key_values = decoder.exit_state(j, tap, positions, past=past)
-    if exit_cache is not None and exit_key_values is not None:
-        exit_cache = cache.write(exit_cache, exit_key_values, cache.after(exit_hidden, done_B))
-    ring = ring_write(ring, tap.hidden, done_B, target_B - done_B)
+    if segment.is_last:
+        if segment.mode != "verify":
+            output = TickOutput(decoder.final_features(newest(tap.hidden)))
+        else:
+            deep = look_deep(
+                decoder,
+                decoder.final_features(tap.hidden),
+                positions,
+                newest_B=newest_B,
+                tokens_BS=state.tokens,
+                sampling=controls.sampling,
+                window=_window(state),
+            )
+            output = TickOutput(deep=deep)
+        return SegmentState(caches, None, None), output
+
+    exit_cache = before.exit_cache
+    exit_past = None if exit_cache is None else cache.past(exit_cache, done_B)
+    exit_hidden, exit_kv = decoder.exit_state(j, tap, positions, past=exit_past)
+    if exit_cache is not None and exit_kv is not None:
+        exit_cache = cache.write(exit_cache, exit_kv, cache.after(exit_hidden, done_B))
+
+    assert before.ring is not None
+    ring = ring_write(before.ring, tap.hidden, done_B, target_B - done_B)
+
     features = decoder.exit_head_input(j, newest(exit_hidden), jax.tree.map(newest, tap))
     cosine = jax.lax.cond(
         controls.metric == METRICS.index("cosine"),
         lambda: state_similarity(newest(tap.hidden), newest(tap.entering))[:, 0],
         lambda: jnp.zeros(newest_B.shape, jnp.float32),
     )
-    return (caches, exit_cache, ring), Found(features, cosine)
+    return SegmentState(caches, exit_cache, ring), TickOutput(features, cosine)
 
 
 def ring_write(ring_BWD: jax.Array, new_BTD: jax.Array, start_B: jax.Array, count_B: jax.Array) -> jax.Array:
@@ -335,3 +328,40 @@ def ring_write(ring_BWD: jax.Array, new_BTD: jax.Array, start_B: jax.Array, coun
     index_BW = (jnp.arange(window) - start_B[:, None]) % window
     taken = jnp.take_along_axis(new_BTD, jnp.minimum(index_BW, width - 1)[..., None], axis=1)
     return jnp.where((index_BW < count_B[:, None])[..., None], taken, ring_BWD)
+
+
+def _no_output(segment: Segment, state: DecodeState) -> TickOutput:
+    """Zeros of the shapes that a tick gives, for an iteration in which none runs."""
+    config, b = segment.config, state.length.shape[0]
+    if not segment.is_last:
+        return TickOutput(jnp.zeros((b, 1, config.d_model), config.dtype), jnp.zeros((b,), jnp.float32))
+    if segment.mode == "verify":
+        return TickOutput(deep=jnp.zeros((b, config.vocab_size + _window(state)), jnp.float32))
+    return TickOutput(jnp.zeros((b, 1, config.d_model), config.dtype))
+
+
+def _window(state: DecodeState) -> int:
+    """W, the positions that may be pending; 1 for a model without exits, which leaves none pending."""
+    return state.hidden[0].shape[1] if state.hidden else 1
+
+
+def _segment_state(segment: Segment, state: DecodeState) -> SegmentState:
+    """The parts of the state that a segment writes."""
+    caches = state.cache[segment.start : segment.stop]
+    if segment.is_last:
+        return SegmentState(caches, None, None)
+    return SegmentState(caches, state.exit_cache[segment.index], state.hidden[segment.index])
+
+
+def _with_segment_state(segment: Segment, state: DecodeState, written: SegmentState) -> DecodeState:
+    """The state with the parts that a segment has written."""
+    j, start, stop = segment.index, segment.start, segment.stop
+    caches = (*state.cache[:start], *written.caches, *state.cache[stop:])
+    if written.ring is None:
+        return dataclasses.replace(state, cache=caches)
+    return dataclasses.replace(
+        state,
+        cache=caches,
+        exit_cache=(*state.exit_cache[:j], written.exit_cache, *state.exit_cache[j + 1 :]),
+        hidden=(*state.hidden[:j], written.ring, *state.hidden[j + 1 :]),
+    )

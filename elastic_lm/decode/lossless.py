@@ -1,15 +1,18 @@
 """Lossless decoding: early tokens are drafts, and the deep tick that fills their caches verifies them.
 
-Let x_p be the token at position p, y_p the token that the full model draws for it given the tokens
-before, with the same noise: a row's draws depend on its seed and the position alone (`sampling`).
-The deep tick gives y at every pending position at once. Drafts are kept up to the first x_p != y_p; y_p
-takes its place, and what followed is forgotten. So every row emits what the full model emits with the
-same seed: greedy decoding token for token, and sampled text with exactly its distribution, because
-the draws of draft and verifier are coupled by their noise (Gumbel-max) instead of an accept-reject step
-that would need the drafts' distributions to be kept.
+Let x_p be the token at position p, and y_p the token that the full model draws there, given the tokens
+before p and the same noise. A row's noise depends on its seed and the position alone (`sampling`), and a deep
+tick gives y at every pending position at once. Drafts are kept up to the first x_p != y_p; y_p takes its
+place, and the tokens after it are forgotten. Every row therefore emits what the full model emits with the
+same seed: token for token, with greedy decoding as with sampling.
 
-A draft ends where an exit is not confident, and after `draft` tokens; the deep tick answers there. Draft
-lengths grow by one when all drafts stay and shrink to what stayed when one does not.
+Draft and verifier are coupled by their noise (Gumbel-max), not by an accept-reject step. This keeps the text
+of full-depth sampling and needs no distribution of a draft to be stored; in return, somewhat fewer drafts are
+accepted than with rejection sampling.
+
+A row drafts until an exit is not confident, and at most `draft` tokens; the deep tick gives the next token.
+The length of drafts grows by one when all of them are accepted, and shrinks to the number of accepted tokens
+when one is not.
 
 Papers: LayerSkip, arXiv 2404.16710; dynamic self-speculative decoding, arXiv 2407.21082.
 """
@@ -28,14 +31,13 @@ def look_deep(
     decoder: Decoder,
     features_BTD: jax.Array,
     positions_BT: jax.Array,
+    *,
     newest_B: jax.Array,
     tokens_BS: jax.Array,
-    how: Sampling,
+    sampling: Sampling,
     window: int,
 ) -> jax.Array:
-    """What the full model says of T <= W positions, in one array.
-
-    One array, because XLA copies the caches of a conditional that returns more than one beside them.
+    """What the full model says at T <= W positions: its logits at the newest one, its draws at all of them.
 
     Args:
       decoder: bound to its parameters.
@@ -43,46 +45,34 @@ def look_deep(
       positions_BT: int32 positions.
       newest_B: int32 index along T of each row's newest position.
       tokens_BS: int32 tokens of the rows.
-      how: the rows' sampling settings.
+      sampling: how the rows draw.
       window: W, static.
 
     Returns:
-      [B, V + W] float32: logits at each row's newest position, then the token drawn after each position,
-      padded to W; see `deep_logits` and `deep_tokens`. Token ids are exact up to 2^24.
+      [B, V + W] float32: the logits at each row's newest position (`deep_logits`), then the token drawn after
+      each position, padded to W (`deep_tokens`). Token ids are exact in float32 up to 2^24.
     """
     b, t, _ = features_BTD.shape
     logits = decoder.final_logits(features_BTD)
-    each = jax.tree.map(lambda x: jnp.repeat(x, t, axis=0), (tokens_BS, how))
-    drawn = sample(logits.reshape(b * t, -1), each[0], positions_BT.reshape(-1) + 1, each[1])
+
+    # Every position draws as a row of its own, with its row's tokens, settings and seed.
+    tokens, settings = jax.tree.map(lambda x: jnp.repeat(x, t, axis=0), (tokens_BS, sampling))
+    drawn = sample(logits.reshape(b * t, -1), tokens, positions_BT.reshape(-1) + 1, settings)
     drawn = jnp.pad(drawn.reshape(b, t).astype(jnp.float32), [(0, 0), (0, window - t)])
+
+    # One array and not two: XLA copies the caches of a conditional that returns two arrays beside them.
     newest = jnp.take_along_axis(logits, newest_B[:, None, None], axis=1)[:, 0]
     return jnp.concatenate([newest, drawn], axis=1)
 
 
-def deep_logits(deep: jax.Array, window: int) -> jax.Array:
-    """The full model's logits at each row's newest position.
-
-    Args:
-      deep: [B, V + W] float32 from `look_deep`.
-      window: W, static.
-
-    Returns:
-      [B, V] float32.
-    """
-    return deep[:, : deep.shape[1] - window]
+def deep_logits(deep: jax.Array, vocab_size: int) -> jax.Array:
+    """[B, V] float32: the full model's logits at each row's newest position, from `look_deep`."""
+    return deep[:, :vocab_size]
 
 
-def deep_tokens(deep: jax.Array, window: int) -> jax.Array:
-    """The tokens that the full model draws after each position that ran.
-
-    Args:
-      deep: [B, V + W] float32 from `look_deep`.
-      window: W, static.
-
-    Returns:
-      [B, W] int32; 0 behind the positions that ran.
-    """
-    return deep[:, deep.shape[1] - window :].astype(jnp.int32)
+def deep_tokens(deep: jax.Array, vocab_size: int) -> jax.Array:
+    """[B, W] int32: the tokens of the full model, from `look_deep`; 0 after the positions that ran."""
+    return deep[:, vocab_size:].astype(jnp.int32)
 
 
 def drafting_room(state: DecodeState, controls: Controls, window: int) -> jax.Array:
@@ -99,8 +89,8 @@ def drafting_room(state: DecodeState, controls: Controls, window: int) -> jax.Ar
     return jnp.where(controls.lossless, jnp.minimum(state.draft + 1, window), window)
 
 
-def known(state: DecodeState, controls: Controls) -> jax.Array:
-    """[B] int32 tokens of each row that no verification can take back."""
+def final_length(state: DecodeState, controls: Controls) -> jax.Array:
+    """[B] int32: the tokens of each row that no verification can take back."""
     return jnp.where(controls.lossless, jnp.minimum(state.length, state.done[-1] + 1), state.length)
 
 
@@ -120,26 +110,35 @@ def verify(
       (state, [B] bool rows of which a draft was wrong; the full model's token has taken its place).
     """
     b, window = drawn_BW.shape
-    each = jnp.arange(b)
+    row = jnp.arange(b)
     column = jnp.arange(window)
-    follows = begin_B[:, None] + column + 1  # position of the token that each draw is for
-    drafts = jnp.take_along_axis(state.tokens, jnp.minimum(follows, state.tokens.shape[1] - 1), axis=1)
-    checked = (follows <= target_B[:, None]) & (follows < state.length[:, None])
+    capacity = state.tokens.shape[1]
+
+    # The draw at column i is for the position after begin + i. It checks a draft where one is there already.
+    drawn_for = begin_B[:, None] + column + 1
+    drafts = jnp.take_along_axis(state.tokens, jnp.minimum(drawn_for, capacity - 1), axis=1)
+    checked = (drawn_for <= target_B[:, None]) & (drawn_for < state.length[:, None])
     checked &= controls.lossless[:, None]
     wrong = checked & (drafts != drawn_BW)
+
+    # Drafts are kept up to the first wrong one.
     rejected, first = jnp.any(wrong, axis=1), jnp.argmax(wrong, axis=1)
     drafted = jnp.sum(checked, axis=1)
     accepted = jnp.where(rejected, first, drafted)
+
+    # The full model's token takes the place of the wrong one and is the row's newest. Rows without a wrong
+    # draft write out of bounds, which JAX drops.
     token = jnp.take_along_axis(drawn_BW, first[:, None], axis=1)[:, 0]
-    place = jnp.where(rejected, begin_B + first + 1, state.tokens.shape[1])  # out of bounds: dropped
-    length = jnp.where(rejected, place + 1, state.length)
+    position = jnp.where(rejected, begin_B + first + 1, capacity)
+    length = jnp.where(rejected, position + 1, state.length)
+
     grown = jnp.where(rejected, jnp.maximum(accepted, 1), jnp.minimum(state.draft + 1, window - 1))
     state = dataclasses.replace(
         state,
-        tokens=state.tokens.at[each, place].set(token, mode="drop"),
-        exit_layers=state.exit_layers.at[each, place].set(_full_depth(state), mode="drop"),
+        tokens=state.tokens.at[row, position].set(token, mode="drop"),
+        exit_layers=state.exit_layers.at[row, position].set(_full_depth(state), mode="drop"),
         length=length,
-        done=jnp.where(rejected, jnp.minimum(state.done, place), state.done),
+        done=jnp.where(rejected, jnp.minimum(state.done, position), state.done),
         wait=jnp.where(rejected, FREE, state.wait),
         ended=jnp.where(rejected, ends(state, token, length, controls.stop_tokens), state.ended),
         draft=jnp.where(controls.adapt & (drafted > 0), grown, state.draft),

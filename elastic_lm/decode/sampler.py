@@ -12,7 +12,7 @@ import numpy as np
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.subnet import Budget, Subnet
-from elastic_lm.decode.lossless import known
+from elastic_lm.decode.lossless import final_length
 from elastic_lm.decode.prefill import PromptState
 from elastic_lm.decode.results import Detokenizer, Sample, TextTokenizer, collect, held_back
 from elastic_lm.decode.served import Served, ServedModels, compilations, jit_prefill_from_state
@@ -339,11 +339,11 @@ class Sampler:
         while True:
             state = model.run(model.config, model.params, state, controls, self.stream_every, call.mode)
             if reader.stops:
-                tokens, lengths = jax.device_get((state.tokens, known(state, controls)))
+                tokens, lengths = jax.device_get((state.tokens, final_length(state, controls)))
                 rows = [t[len(p) : n].tolist() for t, p, n in zip(tokens, prompts, lengths, strict=True)]
                 ended = [reader.stops_after(*row) is not None for row in zip(prompts, rows, strict=True)]
                 state = dataclasses.replace(state, alive=state.alive & ~jnp.asarray(ended))
             alive = bool(np.any(state.alive))
-            yield dataclasses.replace(state, length=known(state, controls))
+            yield dataclasses.replace(state, length=final_length(state, controls))
             if not alive:
                 return

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elastic_lm.config.model import ExitConfig
-from elastic_lm.decode.loop import ring_write, variants
+from elastic_lm.decode.loop import ring_write, tick_widths
 from elastic_lm.decode.sampler import ENDLESS
 from elastic_lm.decode.served import jit_run
 from elastic_lm.decode.state import segments
@@ -65,7 +65,7 @@ def test_ring_write_keeps_what_is_not_new():
 
 
 def test_deep_ticks_are_compiled_for_few_positions_and_for_the_window():
-    assert [variants(w) for w in (1, 2, 8)] == [(1,), (1, 2), (1, 2, 3, 4, 8)]
+    assert [tick_widths(w) for w in (1, 2, 8)] == [(1,), (1, 2), (1, 2, 3, 4, 8)]
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")

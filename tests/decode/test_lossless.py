@@ -179,7 +179,7 @@ def test_a_broken_acceptance_rule_is_noticed(small, monkeypatch):
         return loop.run(config, params, state, controls, iterations, mode)
 
     broken = jax.jit(run, static_argnames=("config", "mode"))  # a new function: nothing compiled before
-    monkeypatch.setattr("elastic_lm.decode.subnets.jit_run", broken)
+    monkeypatch.setattr("elastic_lm.decode.served.jit_run", broken)
     prompt = [3, 1, 4]
     counts, _ = draw_pairs(small, prompt)
     assert p_value(counts, joint(small, prompt) * counts.sum()) < 1e-6

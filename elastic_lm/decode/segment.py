@@ -1,0 +1,67 @@
+"""Segments: the runs of layers between the exits of a model, and what a tick of one of them computes."""
+
+import dataclasses
+
+import flax.struct
+import jax
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.decode.state import Controls, Mode, segments
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.width.nested_decoder import decoder_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One segment, with everything that stays the same while it decodes.
+
+    Attributes:
+      config: of the model; static.
+      params: canonical parameters of the model.
+      controls: traced.
+      mode: of the loop; static.
+      index: j, counted from the lowest segment; static.
+    """
+
+    config: ModelConfig
+    params: Params
+    controls: Controls
+    mode: Mode
+    index: int
+
+    @property
+    def start(self) -> int:
+        """The first layer."""
+        return segments(self.config)[self.index][0]
+
+    @property
+    def stop(self) -> int:
+        """One past the last layer; as a number of layers, the depth at which this segment's exit lies."""
+        return segments(self.config)[self.index][1]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the model's own vocabulary head follows, instead of an exit."""
+        return self.stop == self.config.n_layers
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model, bound to its parameters."""
+        return decoder_of(self.config).bind({"params": self.params})
+
+
+@flax.struct.dataclass
+class TickOutput:
+    """What a tick computed at the newest position of each row; fields that a segment does not need are None.
+
+    Attributes:
+      features: [B, 1, D] input of the vocabulary head that follows the segment.
+      cosine: [B] float32 similarity of the state to the last layer's input, 0 where the metric does not read
+        it; only for segments with an exit.
+      deep: [B, V + W] float32, what `lossless.look_deep` packs into one array; only for the last segment of
+        a loop that verifies, which needs no `features`.
+    """
+
+    features: jax.Array | None = None
+    cosine: jax.Array | None = None
+    deep: jax.Array | None = None
