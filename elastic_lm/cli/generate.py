@@ -8,122 +8,308 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
-from elastic_lm.cli.held_out import load_with_tokenizer
-from elastic_lm.config.checks import require
-from elastic_lm.config.model import ModelConfig
-from elastic_lm.config.subnet import Budget, Subnet
+from elastic_lm.cli.model_folder import load_with_tokenizer
+from elastic_lm.cli.parser import (
+    DEFAULT_COLOUR,
+    Colour,
+    CommandOptions,
+    add_colour,
+    add_model,
+    listed,
+    metrics,
+    require_colour,
+    require_flag,
+)
+from elastic_lm.config.checks import AT_LEAST_1, require, require_choice, require_each
+from elastic_lm.config.decoding import MAX_NEW_TOKENS, WINDOW, Missing
+from elastic_lm.config.exit_policy import DEFAULT_METRIC
+from elastic_lm.config.subnet import BUDGET_KINDS, Budget, Subnet
 from elastic_lm.cost.counted import Workload
-from elastic_lm.cost.latency_table import LatencyTable
-from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.results import Sample, sample_spans
-from elastic_lm.decode.sampler import Sampler
-from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.files.atomic import prepare_output
-from elastic_lm.report import colour as render
-from elastic_lm.width.chooser import SubnetChooser
 
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+if TYPE_CHECKING:
+    from elastic_lm.config.model import ModelConfig
+    from elastic_lm.data.tokenizer import Tokenizer
+    from elastic_lm.decode.results import Sample
+    from elastic_lm.decode.sampler import Sampler
+    from elastic_lm.depth.policies import ConfidenceExit
+    from elastic_lm.width.chooser import SubnetChooser
+
+HELP = """\
+Continues prompts; every token reports the depth that it needed.
+
+elastic-lm generate --prompt "def main():" --max-new-tokens 100 --stream
+elastic-lm generate --model ckpt --thresholds thresholds.json --prompts-file in.jsonl --json out.jsonl
+elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --temperature 0.8
+elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --lossless
+elastic-lm generate --model ckpt --unprompted 200 --temperature 1 --json own.jsonl
+elastic-lm generate --model ckpt --budget latency_ms=4 --latency-table latency.json --prompt "Once"
+
+A prompts file has one prompt per line, or JSON lines with a `prompt` field; its prompts run as one batch.
+Without --thresholds every token uses the full depth. --budget runs a sub-network of a model that was
+trained with configs/flextron.py.
+"""
+
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+SAMPLER = ("window", "fire_share", "lossless", "draft", "missing")
 ROWS = 32  # texts written at once where there is no prompt
 
 
-def run(args: argparse.Namespace) -> None:
-    """Runs `elastic-lm generate`."""
-    prompts = [] if args.unprompted else read_prompts(args.prompt, args.prompts_file)
-    check_unprompted(args)
-    prepare_output(args.json)
-    if args.draft is not None and not args.lossless:
-        raise ValueError(f"--draft {args.draft}: drafts are verified with --lossless only; add it")
-    if args.metric and args.threshold is None:
-        raise ValueError(f"--metric {args.metric}: goes with --threshold; a thresholds file has its own")
-    early = args.thresholds or args.threshold is not None
-    if args.lossless and not early:
-        raise ValueError("--lossless: without exits nothing is drafted; give --thresholds or --threshold")
-    if args.missing == "propagate" and not early:
-        raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
-    if args.stream and len(prompts) > 1:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """What is generated, by what, and where it goes; None = as the sampler does where nothing is said."""
+
+    model: str | None = None  # folder; None = the embedded model
+    prompt: tuple[str, ...] = ()
+    prompts_file: str | None = None  # one prompt per line, or JSON lines
+    unprompted: int = 0  # texts that the model begins by itself
+    max_new_tokens: int = MAX_NEW_TOKENS
+    thresholds: str | None = None  # file of an exit policy
+    threshold: float | None = None  # one for every exit instead
+    metric: str | None = None  # with threshold; None = DEFAULT_METRIC
+    budget: Budget | None = None  # what the model that runs may cost
+    latency_table: str | None = None  # with a budget of milliseconds
+    context: int | None = None  # with a budget of FLOPs or bytes
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()  # texts that end a continuation
+    window: int = WINDOW
+    fire_share: float | None = None
+    lossless: bool = False
+    draft: int | None = None  # with lossless
+    missing: Missing = get_args(Missing)[0]
+    stream: bool = False
+    json: str | None = None  # file for JSON lines; - = stdout
+    color: Colour = DEFAULT_COLOUR
+
+    def __post_init__(self) -> None:
+        require_colour(self.color)
+        require_each(self, "", ("max_new_tokens",), *AT_LEAST_1)
+        require_flag(self.window >= 1, "--window", self.window, "must be at least 1")
+        require_choice("--missing", self.missing, get_args(Missing))
+        self._check_unprompted()
+        self._check_exits()
+        self._check_budget()
+
+    def _check_unprompted(self) -> None:
+        """What goes with --unprompted."""
+        count = self.unprompted
+        require_flag(count >= 0, "--unprompted", count, "must be at least 1")
+        if not count:
+            return
+        prompts = self.prompt or self.prompts_file
+        fix = "the model begins by itself; leave prompts out"
+        require_flag(not prompts, "--unprompted", count, fix)
+        fix = "writes many texts at once; leave --stream out"
+        require_flag(not self.stream, "--unprompted", count, fix)
+        fix = "greedy texts are all the same; give --temperature 1"
+        require_flag(bool(self.temperature) or count == 1, "--unprompted", count, fix)
+
+    def _check_exits(self) -> None:
+        """What goes with thresholds, and what goes with --lossless."""
+        if self.thresholds and self.threshold is not None:
+            raise ValueError(
+                f"--thresholds {self.thresholds} and --threshold {self.threshold}: give one of them"
+            )
+        fix = "goes with --threshold; a thresholds file has its own"
+        require_flag(self.metric is None or self.threshold is not None, "--metric", self.metric, fix)
+        fix = "drafts are verified with --lossless only; add it"
+        require_flag(self.draft is None or self.lossless, "--draft", self.draft, fix)
+        if self.thresholds or self.threshold is not None:
+            return
+        if self.lossless:
+            raise ValueError("--lossless: without exits nothing is drafted; give --thresholds or --threshold")
+        fix = "is about early tokens; give --thresholds or --threshold"
+        require_flag(self.missing == "exact", "--missing", self.missing, fix)
+
+    def _check_budget(self) -> None:
+        """What goes with each kind of budget."""
+        kind = self.budget.kind if self.budget else None
+        fix = "is read for --budget flops=N or memory_bytes=N; add one"
+        counted = kind in ("flops", "memory_bytes")
+        require_flag(counted or self.context is None, "--context", self.context, fix)
+        fix = "is read for --budget latency_ms=N; add that"
+        timed = kind == "latency_ms"
+        require_flag(timed or not self.latency_table, "--latency-table", self.latency_table, fix)
+        if self.budget and timed and not self.latency_table:
+            raise ValueError(
+                f"--budget latency_ms={self.budget.amount:g}: needs --latency-table FILE; write one: "
+                "elastic-lm latency build --model DIR"
+            )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `Options`."""
+    add_model(parser)
+    _add_prompts(parser)
+    _add_exits(parser)
+    _add_budget(parser)
+    _add_sampling(parser)
+    _add_output(parser)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="may be given several times")
+    add("--prompts-file", metavar="FILE", help="one prompt per line, or .jsonl")
+    unprompted = "N texts from the model's first token on instead, as JSON lines, e.g. to calibrate on"
+    add("--unprompted", type=int, metavar="N", help=unprompted)
+    add("--max-new-tokens", type=int, metavar="N", help=f"default: {Options.max_new_tokens}")
+
+
+def _add_exits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--thresholds", metavar="FILE", help="from `calibrate` or `quickstart`")
+    add("--threshold", type=float, metavar="C", help="one confidence for every exit instead (0 exits always)")
+    add("--metric", help=f"with --threshold: {metrics(gates=True)} (default: {DEFAULT_METRIC})")
+    window = f"tokens that may wait for their deep layers (default: {Options.window})"
+    add("--window", type=int, metavar="W", help=window)
+    add("--fire-share", type=float, metavar="S", help="0 = lowest latency, the default; 1 = throughput")
+    add("--lossless", action="store_true", help="early tokens are drafts, verified by the full model")
+    add("--draft", type=int, metavar="K", help="with --lossless: drafts per verification (default: adapts)")
+    missing = "keys and values of early tokens in deeper layers: computed later, or CALM's approximation "
+    missing += f"(default: {Options.missing})"
+    add("--missing", choices=get_args(Missing), help=missing)
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    budget = f"what the model that runs may cost: {listed(BUDGET_KINDS)}"
+    add("--budget", type=budget_of, metavar="KIND=N", help=budget)
+    add("--latency-table", metavar="FILE", help="with --budget latency_ms=N: from `latency build`")
+    context = "with --budget flops=N or memory_bytes=N: positions before the decoded token "
+    add("--context", type=int, metavar="N", help=f"{context}(default: {Workload.context})")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--temperature", type=float, help="0 = always the likeliest token, the default")
+    add("--top-k", type=int, metavar="K", help="0 = all, the default")
+    add("--top-p", type=float, metavar="P", help="1 = all, the default")
+    add("--min-p", type=float, metavar="P", help="relative to the likeliest; 0 = none, the default")
+    add("--repetition-penalty", type=float, metavar="R", help="1 = none, the default")
+    add("--seed", type=int, help="of the draws; 0 is the default")
+    add("--stop", action="append", metavar="TEXT", help="ends a text; may be given several times")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--stream", action="store_true", help="print while generating (one prompt)")
+    add("--json", metavar="FILE", help="JSON lines: prompt, text, tokens, exit_layers, stats; - = stdout")
+    add_colour(parser)
+
+
+def budget_of(text: str) -> Budget:
+    """A budget written as KIND=AMOUNT, as a flag's type."""
+    kind, _, amount = text.partition("=")
+    if kind not in BUDGET_KINDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KIND=AMOUNT, KIND one of {listed(BUDGET_KINDS)}")
+    try:
+        number = float(amount)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{amount!r} in {text!r} is not a number") from None
+    try:
+        return Budget(**{kind: number})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def run(options: Options) -> None:
+    """Continues the prompts, or lets the model begin by itself."""
+    from elastic_lm.files.atomic import prepare_output
+    from elastic_lm.report import colour
+
+    # What is refused is refused before the model is loaded.
+    prompts = [] if options.unprompted else read_prompts(options.prompt, options.prompts_file)
+    prepare_output(options.json)
+    if options.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
-    budget = read_budget(args.budget, args.latency_table, args.context)
-    model, params, tokenizer, folder = load_with_tokenizer(args.model)
-    policy = exit_policy(model.config, args.thresholds, args.threshold, args.metric or "max_prob")
-    sampler = Sampler(
-        model,
-        params,
-        tokenizer,
-        exit=policy,
-        window=args.window,
-        fire_share=args.fire_share,
-        lossless=args.lossless,
-        draft=args.draft,
-        missing=args.missing,
-        elastic=elastic_choices(folder, model.config, budget, args) if budget else None,
-        budget=budget,
-    )
-    ran = sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(model.config)
+
+    sampler, tokenizer = make_sampler(options)
+    # Without a budget the whole model runs, and so it does where routers choose widths for every token.
+    runs = sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(sampler.config)
     if isinstance(sampler.runs, Budget):
-        print(f"{budget}: widths are chosen token by token", file=sys.stderr)
-    elif budget:
-        print(subnet_line(model.config, ran), file=sys.stderr)
-    settings = {name: getattr(args, name) for name in SETTINGS} | {"stop": tuple(args.stop)}
-    if args.stream:
-        stream(sampler, prompts[0], args.max_new_tokens, settings)
+        print(f"{options.budget}: widths are chosen token by token", file=sys.stderr)
+    elif options.budget:
+        print(subnet_line(sampler.config, runs), file=sys.stderr)
+
+    settings, count = options.given(SETTINGS), options.max_new_tokens
+    if options.stream:
+        stream(sampler, prompts[0], count, settings)
         return
-    if args.unprompted:
-        samples = unprompted(sampler, tokenizer, args.unprompted, args.max_new_tokens, settings)
-        write_json(args.json or "-", [""] * args.unprompted, samples)
+    if options.unprompted:
+        samples = unprompted(sampler, tokenizer, options.unprompted, count, settings)
+        write_json(options.json or "-", [""] * options.unprompted, samples)
         return
-    samples = sampler.sample(prompts, args.max_new_tokens, **settings)
-    if args.json:
-        write_json(args.json, prompts, samples)
-    if args.json != "-":
-        colour = render.wants_colour(sys.stdout, args.color)
-        show(tokenizer, len(ran.layers), prompts, samples, colour)
+    samples = sampler.sample(prompts, count, **settings)
+    if options.json:
+        write_json(options.json, prompts, samples)
+    if options.json != "-":
+        show(tokenizer, len(runs.layers), prompts, samples, colour.wants_colour(sys.stdout, options.color))
 
 
-def read_budget(
-    given: dict[str, float] | None, latency_table: str | None, context: int | None = None
-) -> Budget | None:
-    """The budget of --budget.
+def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
+    """The sampler that the options describe, and the model's tokenizer.
 
     Raises:
-      ValueError: its amount is out of range, or a latency table is missing, or it or the context not read.
+      ValueError: the model has no exits for the thresholds, or no widths for the budget.
     """
-    if context is not None and not {"flops", "memory_bytes"} & set(given or {}):
-        raise ValueError(f"--context {context}: is read for --budget flops=N or memory_bytes=N; add one")
-    if latency_table and "latency_ms" not in (given or {}):
-        raise ValueError(f"--latency-table {latency_table}: is read for --budget latency_ms=N; add that")
-    if given is None:
+    from elastic_lm.decode.sampler import Sampler
+
+    model, params, tokenizer, folder = load_with_tokenizer(options.model)
+    how: dict[str, Any] = options.given(SAMPLER)
+    how["exit"] = exit_policy(model.config, options)
+    if options.budget:
+        how |= {"budget": options.budget, "elastic": chooser(folder, model.config, options.budget, options)}
+    return Sampler(model, params, tokenizer, **how), tokenizer
+
+
+def exit_policy(config: "ModelConfig", options: Options) -> "ConfidenceExit | None":
+    """The policy of a thresholds file, one threshold for every exit, or None for full depth.
+
+    Raises:
+      ValueError: the model has no exits.
+    """
+    from elastic_lm.depth.policies import ConfidenceExit
+
+    if not options.thresholds and options.threshold is None:
         return None
-    budget = Budget(**given)
-    if budget.kind == "latency_ms" and not latency_table:
-        raise ValueError(
-            f"--budget latency_ms={budget.amount:g}: needs --latency-table FILE; write one: "
-            "elastic-lm latency build --model DIR"
-        )
-    return budget
+    if not config.exits:
+        raise ValueError("the model has no exits: attach and tune them first (quickstart, or train)")
+    if options.thresholds:
+        return ConfidenceExit.load(options.thresholds)
+    assert options.threshold is not None
+    layers = tuple(e.layer for e in config.exits)
+    thresholds = (options.threshold,) * len(layers)
+    return ConfidenceExit(metric=options.metric or DEFAULT_METRIC, thresholds=thresholds, layers=layers)
 
 
-def elastic_choices(
-    folder: str, config: ModelConfig, budget: Budget, args: argparse.Namespace
-) -> SubnetChooser:
-    """The choices of a checkpoint, with the latency table or the context that the flags name.
+def chooser(folder: str, config: "ModelConfig", budget: Budget, options: Options) -> "SubnetChooser":
+    """The choices of a checkpoint, with the latency table or the context that the options name.
 
     Raises:
       ValueError: a context is named, and the checkpoint's routers were trained for another one.
     """
+    from elastic_lm.cost.latency_table import LatencyTable
+    from elastic_lm.width.chooser import SubnetChooser
+
     found = SubnetChooser.load(folder, config)
-    if args.latency_table:
-        return found.with_latency(LatencyTable.load(args.latency_table), args.latency_table)
-    if args.context is not None:
-        routed = found.routers is not None and found.routers.table.kind == budget.kind
-        fix = "the routers of this model keep to the context that they were trained for; leave it out"
-        require(not routed, "--context", args.context, fix)
-        return dataclasses.replace(found, workload=Workload(context=args.context))
-    return found
+    if options.latency_table:
+        return found.with_latency(LatencyTable.load(options.latency_table), options.latency_table)
+    if options.context is None:
+        return found
+    routed = found.routers is not None and found.routers.table.kind == budget.kind
+    fix = "the routers of this model keep to the context that they were trained for; leave it out"
+    require(not routed, "--context", options.context, fix)
+    return dataclasses.replace(found, workload=Workload(context=options.context))
 
 
-def subnet_line(config: ModelConfig, subnet: Subnet) -> str:
+def subnet_line(config: "ModelConfig", subnet: Subnet) -> str:
     """How much of a model a sub-network is, in one line."""
 
     def sizes(of: Subnet) -> tuple[int, int, int]:
@@ -134,36 +320,17 @@ def subnet_line(config: ModelConfig, subnet: Subnet) -> str:
     return "runs " + ", ".join(f"{kept} of {whole} {unit}" for kept, whole, unit in pairs)
 
 
-def check_unprompted(args: argparse.Namespace) -> None:
-    """Refuses what does not go with --unprompted.
-
-    Raises:
-      ValueError: names the flag and the fix.
-    """
-    count = args.unprompted
-    if count < 0:
-        raise ValueError(f"--unprompted {count}: must be at least 1")
-    if not count:
-        return
-    if args.prompt or args.prompts_file:
-        raise ValueError(f"--unprompted {count}: the model begins by itself; leave prompts out")
-    if args.stream:
-        raise ValueError(f"--unprompted {count}: writes many texts at once; leave --stream out")
-    if args.temperature == 0 and count > 1:
-        raise ValueError(f"--unprompted {count}: greedy texts are all the same; give --temperature 1")
-
-
 def unprompted(
-    sampler: Sampler, tokenizer: Tokenizer, count: int, max_new_tokens: int, settings: dict[str, Any]
-) -> list[Sample]:
+    sampler: "Sampler", tokenizer: "Tokenizer", count: int, max_new_tokens: int, settings: dict[str, Any]
+) -> "list[Sample]":
     """Texts that the model writes from its first token on, e.g. to calibrate or train exits on.
 
     Args:
       sampler: of the model.
-      tokenizer: its beginning-of-text token, or else what ends a text, comes first.
+      tokenizer: the beginning-of-text token comes first, or the end-of-text token where there is none.
       count: how many texts.
       max_new_tokens: longest text, in tokens.
-      settings: fields of `requests.Settings`; text i draws with seed + i.
+      settings: fields of `decode.settings.Settings`; text i draws with seed + i.
 
     Returns:
       `count` samples; the statistics of each are those of its batch.
@@ -175,11 +342,13 @@ def unprompted(
     first = tokenizer.bos_id if tokenizer.bos_id is not None else ends[0] if ends else None
     if first is None:
         raise ValueError("--unprompted: the tokenizer has no token that begins or ends a text; give prompts")
+
     samples: list[Sample] = []
     began = time.perf_counter()
     while len(samples) < count:
         done = len(samples)
-        seeds = [settings.get("seed", 0) + done + i for i in range(ROWS)]  # whole batches: one program
+        # Every batch is whole, so that one program is compiled; texts beyond the count are dropped.
+        seeds = [settings.get("seed", 0) + done + i for i in range(ROWS)]
         batch = sampler.sample([[first]] * ROWS, max_new_tokens, **{**settings, "seed": seeds})
         samples += batch[: count - done]
         left = (time.perf_counter() - began) / len(samples) * (count - len(samples))
@@ -199,15 +368,14 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     """
     named = [(f"--prompt {i}", text) for i, text in enumerate(given, 1)]
     if file:
-        lines = _read_lines(file)
-        named += [
-            (f"{file} line {i}", _prompt(file, i, line)) for i, line in enumerate(lines, 1) if line.strip()
-        ]
+        lines = enumerate(_read_lines(file), 1)
+        named += [(f"{file} line {i}", _prompt(file, i, line)) for i, line in lines if line.strip()]
     if not named:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE")
     for where, text in named:
         if not text:
             raise ValueError(f"{where} is empty: give at least one character")
+        # A lone surrogate, which JSON can spell, is no text that a tokenizer can read.
         if text != text.encode("utf-8", "ignore").decode("utf-8"):
             raise ValueError(
                 f"{where}: prompt={text!r} holds half of a character; give complete Unicode text"
@@ -234,27 +402,7 @@ def _prompt(file: str, number: int, line: str) -> str:
     return prompt
 
 
-def exit_policy(
-    config: ModelConfig, thresholds: str | None, threshold: float | None, metric: str
-) -> ConfidenceExit | None:
-    """The policy of a thresholds file, one threshold for every exit, or None for full depth.
-
-    Raises:
-      ValueError: both are given, or the model has no exits.
-    """
-    if thresholds and threshold is not None:
-        raise ValueError(f"--thresholds {thresholds} and --threshold {threshold}: give one of them")
-    if (thresholds or threshold is not None) and not config.exits:
-        raise ValueError("the model has no exits: attach and tune them first (quickstart, or train)")
-    if thresholds:
-        return ConfidenceExit.load(thresholds)
-    if threshold is None:
-        return None
-    layers = tuple(e.layer for e in config.exits)
-    return ConfidenceExit(metric=metric, thresholds=(threshold,) * len(layers), layers=layers)
-
-
-def stream(sampler: Sampler, prompt: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
+def stream(sampler: "Sampler", prompt: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
     """Prints a prompt and its continuation while it is generated."""
     print(prompt, end="", flush=True)
     for piece in sampler.stream(prompt, max_new_tokens, **settings):
@@ -263,15 +411,19 @@ def stream(sampler: Sampler, prompt: str, max_new_tokens: int, settings: dict[st
 
 
 def show(
-    tokenizer: Tokenizer, n_layers: int, prompts: Sequence[str], samples: Sequence[Sample], colour: bool
+    tokenizer: "Tokenizer", n_layers: int, prompts: Sequence[str], samples: "Sequence[Sample]", colour: bool
 ) -> None:
     """Prints each prompt with its continuation, and one line of statistics on stderr."""
+    from elastic_lm.decode.results import sample_spans
+    from elastic_lm.report.colour import to_ansi
+
     for prompt, sample in zip(prompts, samples, strict=True):
         text = sample.text
         if colour:
             before = tokenizer.encode(prompt, bos=True)
-            text = render.to_ansi(sample_spans(tokenizer, before, sample), n_layers)
+            text = to_ansi(sample_spans(tokenizer, before, sample), n_layers)
         print(prompt + text)
+
     stats = samples[0].stats
     counts = ", ".join(f"{n} after {depth} layers" for depth, n in stats.exit_counts.items())
     print(
@@ -287,7 +439,7 @@ def show(
         )
 
 
-def write_json(path: str, prompts: Sequence[str], samples: Sequence[Sample]) -> None:
+def write_json(path: str, prompts: Sequence[str], samples: "Sequence[Sample]") -> None:
     """Writes one JSON object per prompt: prompt, text, tokens, exit_layers, stats; - = stdout."""
     with _open(path) as file:
         for prompt, sample in zip(prompts, samples, strict=True):

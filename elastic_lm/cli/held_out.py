@@ -1,42 +1,67 @@
-"""Models and held-out text as `calibrate`, `evaluate` and `generate` name them on the command line."""
+"""Held-out text as `calibrate` and `evaluate` name it: flags, options, and the batches that they describe."""
 
 import argparse
 import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from elastic_lm.checkpoints.embedded import embedded_model
-from elastic_lm.checkpoints.loading import load_decoder
-from elastic_lm.config.data import DataConfig
-from elastic_lm.data import pipeline
-from elastic_lm.data.batch import Batch
-from elastic_lm.data.sources import JSONL_SUFFIXES, TEXT_SUFFIXES, find_files
-from elastic_lm.data.stdlib import Split, stdlib_files
-from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.cli.parser import CommandOptions, add_data, add_model, require_flag
+from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES, DataConfig, DataSource
+
+if TYPE_CHECKING:
+    from elastic_lm.data.batch import Batch
+    from elastic_lm.data.stdlib import Split
+    from elastic_lm.data.tokenizer import Tokenizer
 
 ROWS = 8  # rows per batch
 
 
-def load_with_tokenizer(folder: str | None) -> tuple[Decoder, Params, Tokenizer, str]:
-    """A model folder's model and tokenizer; None = the embedded model.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutOptions(CommandOptions):
+    """A model, and the text that it is measured on."""
 
-    Returns:
-      (model, canonical parameters, tokenizer, the folder).
+    model: str | None = None  # folder; None = the embedded model
+    data: tuple[str, ...] = ()  # text files and folders, or JSON lines; () = the Python standard library
+    tokens: int = 20_000  # most tokens to read
+    seq_len: int = 256  # tokens per row
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--tokens", self.tokens), ("--seq-len", self.seq_len)):
+            require_flag(value >= 1, flag, value, "must be at least 1")
+        kinds = {path.endswith(JSONL_SUFFIXES) for path in self.data}
+        require_flag(len(kinds) < 2, "--data", " ".join(self.data), "give text files or JSON lines, not both")
+
+    @property
+    def source(self) -> DataSource:
+        """Where `DataConfig` finds the text."""
+        if not self.data:
+            return "stdlib"
+        return "jsonl" if self.data[0].endswith(JSONL_SUFFIXES) else "text"
+
+
+def add_held_out(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Adds the flags of `HeldOutOptions`.
+
+    Args:
+      parser: of the command.
+      purpose: what the command uses the text for.
     """
-    path = folder or str(embedded_model())
-    model, params = load_decoder(path)
-    return model, params, Tokenizer.load(path), path
+    add_model(parser)
+    add_data(parser, purpose)
+    add, defaults = parser.add_argument, HeldOutOptions
+    add("--tokens", type=int, metavar="N", help=f"tokens to read of it (default: {defaults.tokens})")
+    add("--seq-len", type=int, metavar="T", help=f"tokens per row (default: {defaults.seq_len})")
 
 
 def held_out_batches(
-    args: argparse.Namespace, tokenizer: Tokenizer, split: Split, independent: bool = False
-) -> tuple[Iterable[Batch], str]:
+    options: HeldOutOptions, tokenizer: "Tokenizer", split: "Split", independent: bool = False
+) -> "tuple[Iterable[Batch], str]":
     """Batches of the text that --data names, or of a split of the Python standard library.
 
     Args:
-      args: flags `data`, `tokens` and `seq_len`.
+      options: which text, and how much of it.
       tokenizer: of the model.
       split: used where --data is empty.
       independent: rows should be independent of each other: JSON lines are kept whole, each in one row, and
@@ -47,31 +72,38 @@ def held_out_batches(
 
     Raises:
       FileNotFoundError: a file does not exist.
-      ValueError: text and JSON lines are mixed, or a number is out of range.
     """
-    if args.tokens < 1:
-        raise ValueError(f"--tokens {args.tokens}: must be at least 1")
-    sizes = {"seq_len": args.seq_len, "batch_size": ROWS}
-    paths = tuple(args.data)
-    if not paths:
-        data = DataConfig(source="stdlib", **sizes)
-    else:
-        kinds = {path.endswith(JSONL_SUFFIXES) for path in paths}
-        if len(kinds) > 1:
-            raise ValueError(f"--data {' '.join(paths)}: give text files or JSON lines, not both")
-        source = "jsonl" if kinds.pop() else "text"
-        data = DataConfig(source=source, paths=paths, eval_paths=paths, **sizes)
-    count = -(-args.tokens // (args.seq_len * ROWS))
-    if independent and data.source == "jsonl":
-        data = dataclasses.replace(data, packing="first_fit")
-    elif independent:
-        files = find_files(paths, TEXT_SUFFIXES) if paths else stdlib_files(split)
-        if len(files) < count * ROWS:
-            print(
-                f"up to {count * ROWS} rows are cut from {len(files)} files, and rows of one file are not "
-                "independent as the guarantee assumes: JSON lines with one document each are safer",
-                file=sys.stderr,
-            )
+    from elastic_lm.data import pipeline
+    from elastic_lm.data.batch import Batch
+
+    paths, count = options.data, -(-options.tokens // (options.seq_len * ROWS))
+    data = DataConfig(
+        source=options.source,
+        paths=paths,
+        eval_paths=paths,
+        seq_len=options.seq_len,
+        batch_size=ROWS,
+    )
+    if independent:
+        data = independent_rows(data, count * ROWS, split)
+
     arrays = itertools.islice(pipeline.eval_batches(data, tokenizer, split), count)
     name = " ".join(paths) or f"{split} split of the Python standard library"
-    return (Batch(**fields) for fields in arrays), f"{name}, up to {args.tokens} tokens"
+    return (Batch(**fields) for fields in arrays), f"{name}, up to {options.tokens} tokens"
+
+
+def independent_rows(data: DataConfig, rows: int, split: "Split") -> DataConfig:
+    """JSON lines are kept whole, each in one row; text files are cut, with a warning where they are few."""
+    if data.source == "jsonl":
+        return dataclasses.replace(data, packing="first_fit")
+    from elastic_lm.data.sources import find_files
+    from elastic_lm.data.stdlib import stdlib_files
+
+    files = find_files(data.paths, TEXT_SUFFIXES) if data.paths else stdlib_files(split)
+    if len(files) < rows:
+        print(
+            f"up to {rows} rows are cut from {len(files)} files, and rows of one file are not "
+            "independent as the guarantee assumes: JSON lines with one document each are safer",
+            file=sys.stderr,
+        )
+    return data

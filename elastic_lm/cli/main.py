@@ -1,16 +1,45 @@
-"""The `elastic-lm` command: flags in, one function of `elastic_lm.commands` called, errors in one line.
+"""The `elastic-lm` command: flags become the options of one command, which runs; errors are one line.
 
-Nothing heavy is imported until a command runs, so `--help` is instant.
+Every command is a module of this folder with `HELP` (whose first line is the summary), `add_flags`, `Options`
+and `run`. These modules import what is heavy only when they run, so that `--help` is instant.
 """
 
-import argparse
 import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from elastic_lm.cli.parser import build_parsers
+from elastic_lm.cli.parser import Parser, add_command
+
+# Modules of this folder, in the order of the help.
+COMMANDS = (
+    "quickstart",
+    "convert",
+    "export",
+    "train",
+    "calibrate",
+    "latency",
+    "generate",
+    "evaluate",
+    "cascade",
+    "bench",
+)
+OLD_NAMES = {"route": "cascade"}  # commands of 0.1
+
+DESCRIPTION = """\
+Pretrained language models whose compute is a dial.
+
+  elastic-lm quickstart                 the whole story on a small model that comes with the package
+  elastic-lm COMMAND --help             what a command does, with examples
+
+A typical session on a model of your own:
+
+  elastic-lm train --config configs/ee_tuning.py --config.train.init_from=hf-dir --workdir runs/exits
+  elastic-lm calibrate --model runs/exits/model --data held_out.txt --target 0.99 --out thresholds.json
+  elastic-lm generate --model runs/exits/model --thresholds thresholds.json --prompt "Once upon"
+"""
+EPILOG = "ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,17 +52,39 @@ def main(argv: Sequence[str] | None = None) -> int:
       0 on success, 2 when the input was refused, 130 when interrupted.
     """
     parser, commands = build_parsers()
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "train":
-        arguments.overrides = rest
+    flags, rest = parser.parse_known_args(with_new_name(sys.argv[1:] if argv is None else argv))
+
+    # Only `train` takes arguments that its parser does not know: overrides of the config.
+    if "overrides" in flags:
+        flags.overrides = rest
     elif rest:
-        commands[arguments.command].refuse(rest)
-    return guard(f"elastic-lm {arguments.command}", arguments.debug, lambda: call(arguments))
+        commands[flags.command].refuse(rest)
+
+    def run() -> None:
+        flags.module.run(flags.module.Options.from_flags(flags))
+
+    return guard(f"elastic-lm {flags.command}", flags.debug, run)
 
 
-def call(arguments: argparse.Namespace) -> None:
-    """Imports and runs the function of the chosen command."""
-    getattr(importlib.import_module("elastic_lm.cli.convert"), arguments.command)(arguments)
+def build_parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The top parser and the parser of every command."""
+    parser = Parser(prog="elastic-lm", description=DESCRIPTION, epilog=EPILOG)
+    parser.set_defaults(debug=False)
+    choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    commands: dict[str, Parser] = {}
+    for name in COMMANDS:
+        module = importlib.import_module(f"elastic_lm.cli.{name}")
+        commands[name] = add_command(choices, name, module)
+    return parser, commands
+
+
+def with_new_name(argv: Sequence[str]) -> list[str]:
+    """The arguments, with the present name of a command that has been renamed, and a warning on stderr."""
+    if not argv or argv[0] not in OLD_NAMES:
+        return list(argv)
+    new = OLD_NAMES[argv[0]]
+    print(f"elastic-lm {argv[0]} is now elastic-lm {new}; the old name goes in 0.3", file=sys.stderr)
+    return [new, *argv[1:]]
 
 
 def guard(program: str, debug: bool, run: Callable[[], None]) -> int:

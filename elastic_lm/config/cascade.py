@@ -11,6 +11,7 @@ DEFAULT_SCORE = KINDS[0]
 
 Centre = Literal["none", "mean"]  # what the logits of an energy are measured from
 Normalise = Literal["tokens", "bytes", "none"]  # what the log-likelihood of a choice is divided by
+SOURCE_TOKENS = 512  # that an encoder-decoder reads of a row
 CostUnit = Literal["flops", "seconds"]  # what a cascade saves
 DEFAULT_EPSILON = 0.05  # probability that a guarantee fails
 

@@ -1,10 +1,10 @@
 """What a quickstart run is asked to do."""
 
-import argparse
 import dataclasses
 
+from elastic_lm.config.checks import require_choice
+from elastic_lm.config.exit_policy import DEFAULT_METRIC, METRICS
 from elastic_lm.config.model import ExitConfig, ExitKind
-from elastic_lm.depth.confidence import metric_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Options:
     lr: float = 1e-3  # EE-tuning learning rate
     batch_size: int = 8  # rows per training step
     seq_len: int = 256  # tokens per row
-    metric: str = "margin"  # confidence that thresholds are compared with
+    metric: str = DEFAULT_METRIC  # confidence that thresholds are compared with
     targets: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99, 0.995)  # agreement with the full model
     calibration_tokens: int = 20_000  # held-out tokens that thresholds are fitted on
     test_tokens: int = 20_000  # other held-out tokens that agreement is reported on
@@ -41,7 +41,7 @@ class Options:
                 raise ValueError(f"{field}={getattr(self, field)}: at least 2 steps are needed")
         if not self.targets:
             raise ValueError("targets=(): name at least one agreement, like 0.99")
-        metric_index(self.metric)
+        require_choice("metric", self.metric, METRICS)
         if self.metric == "learned":
             raise ValueError("metric='learned': reads gates, which quickstart's exits lack; choose another")
         if len(set(self.exits)) < len(self.exits):
@@ -88,22 +88,3 @@ class Options:
             rounds=5,
             tiny=True,
         )
-
-
-def from_flags(args: argparse.Namespace) -> Options:
-    """Options of `elastic-lm quickstart`."""
-    given = {
-        "out": args.out,
-        "hf_dir": args.hf_dir,
-        "data": tuple(args.data),
-        "from_scratch": args.from_scratch,
-        "pretrain_steps": args.pretrain_steps,
-        "exits": args.exits,
-        "kind": args.kind,
-        "steps": args.steps,
-        "targets": args.targets,
-        "metric": args.metric,
-        "seed": args.seed,
-    }
-    options = Options(**{name: value for name, value in given.items() if value is not None})
-    return options.shrunk() if args.tiny else options

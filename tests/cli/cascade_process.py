@@ -1,12 +1,12 @@
-"""Routes ten thousand rows, to be killed meanwhile: routed_process.py IN OUT SECONDS_PER_BATCH."""
+"""Answers ten thousand rows, to be killed meanwhile: cascade_process.py IN OUT SECONDS_PER_BATCH."""
 
 import sys
 import time
 
 from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.cascade import Cascade
-from elastic_lm.cascade.endpoint import Function
-from elastic_lm.cli.cascade.run import route
+from elastic_lm.cascade.function import Function
+from elastic_lm.cli.cascade.answering import answer_missing
 from elastic_lm.files.journal import Journal, count_rows, read_rows
 
 
@@ -25,7 +25,7 @@ def main(data: str, out: str, pause: float) -> None:
 
     cascade = Cascade(Function(slow, batches=True), Function(super_), 50.0, batch_size=16)
     journal = Journal(out, {"data": data})
-    print(route(cascade, read_rows(data), journal, count_rows(data)).text())
+    print(answer_missing(cascade, read_rows(data), journal, count_rows(data)).text())
     journal.close()
 
 

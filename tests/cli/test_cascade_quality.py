@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic_lm.cascade.endpoint import Function
+from elastic_lm.cascade.function import Function
 from elastic_lm.cli.cascade.quality import (
     choice_of,
     class_names,

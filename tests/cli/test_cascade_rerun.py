@@ -1,4 +1,4 @@
-"""`elastic-lm route` again: after interrupts and failures, for other goals, with other models or flags."""
+"""`elastic-lm cascade` again: after interrupts and failures, for other goals, with other models or flags."""
 
 import dataclasses
 import http.server
@@ -16,14 +16,15 @@ import pytest
 from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.classifier import Classifier
-from elastic_lm.cascade.endpoint import Function
+from elastic_lm.cascade.function import Function
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import main as cli
+from elastic_lm.cli.cascade import run as run_command
+from elastic_lm.cli.cascade.answering import answer_failed, answer_missing
 from elastic_lm.cli.cascade.checks import check_pair
 from elastic_lm.cli.cascade.identity import warn_other_models
-from elastic_lm.cli.cascade.run import retry, route
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.cost.sequences import text_to_text_flops
@@ -39,7 +40,7 @@ SWIFT = Function(lambda row: Answer(row["x"], {"energy": float(row["x"] % 3)}))
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str]:
     capsys.readouterr()
-    code = cli.main([str(a) for a in ("route", *arguments)])
+    code = cli.main([str(a) for a in ("cascade", *arguments)])
     return code, capsys.readouterr().err
 
 
@@ -108,11 +109,11 @@ def test_rows_whose_write_is_interrupted_are_there_once(tmp_path: pathlib.Path, 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(error):
-            route(cascade, rows, journal, 100)
+            answer_missing(cascade, rows, journal, 100)
     journal.close()
     journal = Journal(tmp_path / "o.jsonl", {})
     assert journal.rows == 24
-    route(cascade, rows, journal, 100)
+    answer_missing(cascade, rows, journal, 100)
     assert [line["index"] for line in journal.lines()] == list(range(100))
 
 
@@ -128,16 +129,16 @@ def test_failed_rows_are_answered_again(tmp_path: pathlib.Path, capsys, score: s
     cascade = Cascade(SWIFT, Function(super_), 0.9, score=score, batch_size=8)
     whole = Journal(tmp_path / "whole.jsonl", {})
     broken = Journal(tmp_path / "broken.jsonl", {})
-    route(cascade, rows, broken, 50)
+    answer_missing(cascade, rows, broken, 50)
     failed = [line["index"] for line in broken.lines() if "error" in line]
     assert 0 < len(failed) <= 4
     lost.intersection_update({failed[0]})
-    retry(cascade, rows, broken)
+    answer_failed(cascade, rows, broken)
     assert f"{len(failed)} rows had failed, 1 of them" in capsys.readouterr().err
     lost.clear()
-    retry(cascade, rows, broken)
-    retry(cascade, rows, broken)  # nothing is left to do
-    route(cascade, rows, whole, 50)
+    answer_failed(cascade, rows, broken)
+    answer_failed(cascade, rows, broken)  # nothing is left to do
+    answer_missing(cascade, rows, whole, 50)
     assert list(broken.lines()) == list(whole.lines())
 
 
@@ -206,9 +207,10 @@ def test_a_rule_is_about_its_checkpoints(
 @pytest.mark.parametrize("models", [{"swift": {"a": 1}}, {"small": "x"}, "two models", None])
 def test_other_descriptions_of_models(models: object, capsys) -> None:
     parser, _ = cli.build_parsers()
-    given = ("route", "run", "--swift", "a", "--super", "b", "--data", "d", "--out", "o")
+    given = ("cascade", "run", "--swift", "a", "--super", "b", "--data", "d", "--rule", "r", "--out", "o")
+    options = run_command.Options.from_flags(parser.parse_args(given))
     rule = CascadeRule(1.0, provenance={"models": models})
-    warn_other_models(rule, parser.parse_args(given), {"swift": "1", "super": "2"})
+    warn_other_models(rule, options, {"swift": "1", "super": "2"})
     assert capsys.readouterr().err == ""
 
 
@@ -284,8 +286,9 @@ def test_flags_of_encoder_decoders(flag: str, value: str, message: str) -> None:
     parser, _ = cli.build_parsers()
     given = ("--swift", "a", "--super", "b", "--data", "d", "--threshold", "0", "--out", "o", flag, value)
     model = TextAnswerer.__new__(TextAnswerer)
+    options = run_command.Options.from_flags(parser.parse_args(["cascade", "run", *given]))
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_pair(parser.parse_args(["route", "run", *given]), {"text": "a"}, model, model, "energy")
+        check_pair(options, {"text": "a"}, model, model, "energy")
 
 
 def test_encoder_decoders_read_as_many_tokens_as_is_said(tmp_path: pathlib.Path, capsys) -> None:

@@ -1,4 +1,4 @@
-"""`elastic-lm route`: rules fitted and files answered, killed runs, Supers that fail, and bad input."""
+"""`elastic-lm cascade`: rules fitted and files answered, killed runs, Supers that fail, and bad input."""
 
 import json
 import pathlib
@@ -7,22 +7,24 @@ import subprocess
 import sys
 import time
 
+import cascade_process
 import jax
 import numpy as np
 import pytest
-import routed_process
 
 from elastic_lm import testing
 from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.cascade import Cascade
-from elastic_lm.cascade.endpoint import Endpoint, Function
+from elastic_lm.cascade.endpoint import Endpoint
+from elastic_lm.cascade.function import Function
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import Scoring
 from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import main as cli
-from elastic_lm.cli import parser as flags
+from elastic_lm.cli.cascade import run as run_command
+from elastic_lm.cli.cascade.answering import answer_missing
+from elastic_lm.cli.cascade.lines import result_line
 from elastic_lm.cli.cascade.models import make_pair
-from elastic_lm.cli.cascade.run import record, route
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data.tokenizer import train_bpe
@@ -43,17 +45,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def expected(n: int) -> dict:
-    answer = routed_process.swift({"n": n})
+    answer = cascade_process.swift({"n": n})
     score = answer.scores["energy"]
     kept = score >= 50.0
-    output = answer.output if kept else routed_process.super_({"n": n}).output
+    output = answer.output if kept else cascade_process.super_({"n": n}).output
     cost = 1.0 if kept else 11.0
     return {"index": n, "output": output, "model": "swift" if kept else "super", "score": score, "cost": cost}
 
 
 def test_a_run_that_is_killed_loses_and_doubles_nothing(data: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, routed_process.__file__, str(data), str(out)]
+    command = [sys.executable, cascade_process.__file__, str(data), str(out)]
     killed = subprocess.Popen([*command, "0.01"], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while (not out.exists() or out.stat().st_size < 20_000) and time.monotonic() < deadline:
@@ -67,7 +69,7 @@ def test_a_run_that_is_killed_loses_and_doubles_nothing(data: pathlib.Path, tmp_
     assert again.returncode == 0, again.stderr
     there = int(again.stderr.split()[0])
     assert 100 < there < ROWS
-    assert f"{ROWS - there} rows in" in again.stdout
+    assert f"{ROWS - there} records in" in again.stdout
     assert list(read_rows(out)) == [expected(n) for n in range(ROWS)]
 
 
@@ -77,9 +79,9 @@ def test_a_super_that_is_down_is_reported_and_the_rest_is_finished(
     nobody = Endpoint("http://127.0.0.1:9/", retries=0, workers=4)
     swift = Function(lambda row: Answer(row["n"], {"energy": float(row["n"] % 100 != 7)}))
     journal = Journal(tmp_path / "out.jsonl", {})
-    statistics = route(Cascade(swift, nobody, 0.5, batch_size=64), read_rows(data), journal, ROWS)
+    statistics = answer_missing(Cascade(swift, nobody, 0.5, batch_size=64), read_rows(data), journal, ROWS)
     journal.close()
-    assert (statistics.rows, statistics.to_super, statistics.failed) == (ROWS, 100, 100)
+    assert (statistics.records, statistics.to_super, statistics.failed) == (ROWS, 100, 100)
     for n, line in enumerate(read_rows(tmp_path / "out.jsonl")):
         if n % 100 == 7:
             assert line["error"].startswith("http://127.0.0.1:9/: no answer after 1 tries")
@@ -90,12 +92,12 @@ def test_a_super_that_is_down_is_reported_and_the_rest_is_finished(
 
 def test_services_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ("--super", "https://host/v1", "--swift", "http://host/", "--style", "openai", "--data", "d")
-    parser, _ = flags.build_parsers()
+    parser, _ = cli.build_parsers()
     args = parser.parse_args(
-        ["route", "run", *given, "--service-model", "big", "--threshold", "1", "--out", "o"]
+        ["cascade", "run", *given, "--service-model", "big", "--threshold", "1", "--out", "o"]
     )
     monkeypatch.setenv("ELASTIC_LM_API_KEY", "secret")
-    swift, super_ = make_pair(args, {}, Scoring())
+    swift, super_ = make_pair(run_command.Options.from_flags(args), {}, Scoring())
     assert isinstance(swift, Endpoint)
     assert isinstance(super_, Endpoint)
     assert super_.url == "https://host/v1"
@@ -108,7 +110,7 @@ def test_scores_that_are_nan_are_null() -> None:
     swift = Function(lambda row: Answer(0, {"energy": float("nan")}))
     (result,) = Cascade(swift, Function(lambda row: 1), 0.0).answer([{}])
     assert (
-        json.dumps(record(result))
+        json.dumps(result_line(result))
         == '{"index": 0, "output": 1, "model": "super", "score": null, "cost": 0.0}'
     )
 
@@ -147,15 +149,15 @@ def test_fit_then_run_and_run_again(
     rule, out = tmp_path / "rule.json", tmp_path / "out.jsonl"
     models = ("--swift-exit", 1, "--super", model, "--data", questions)
     plot = tmp_path / "curve.png"
-    assert run("route", "fit", *models, "--super-accuracy", "--out", rule, "--plot", plot) == 0
+    assert run("cascade", "fit", *models, "--super-accuracy", "--out", rule, "--plot", plot) == 0
     printed = capsys.readouterr()
     assert "40 rows: Swift alone" in printed.out
     assert plot.read_bytes()[:4] == b"\x89PNG"
     fitted = CascadeRule.load(rule)
     assert fitted.provenance["models"] == {"swift": f"{model} exit 1", "super": str(model)}
     assert fitted.measured is not None
-    assert run("route", "run", *models, "--rule", rule, "--out", out) == 0
-    assert "rows in" in capsys.readouterr().out
+    assert run("cascade", "run", *models, "--rule", rule, "--out", out) == 0
+    assert "records in" in capsys.readouterr().out
     lines = list(read_rows(out))
     assert [line["index"] for line in lines] == list(range(40))
     share = np.mean([line["model"] == "super" for line in lines])
@@ -165,11 +167,30 @@ def test_fit_then_run_and_run_again(
     assert np.mean(right) == pytest.approx(fitted.measured.accuracy)
     assert np.mean([line["cost"] for line in lines]) == pytest.approx(fitted.measured.cost)
     before = out.read_bytes()
-    assert run("route", "run", *models, "--rule", rule, "--out", out) == 0
+    assert run("cascade", "run", *models, "--rule", rule, "--out", out) == 0
     assert "40 of 40 rows are there already" in capsys.readouterr().err
     assert out.read_bytes() == before
-    assert run("route", "run", *models, "--threshold", 9, "--out", out) == 2
+    assert run("cascade", "run", *models, "--threshold", 9, "--out", out) == 2
     assert "was begun with threshold=" in capsys.readouterr().err
+
+
+def test_route_is_cascade_with_a_warning(
+    model: pathlib.Path, questions: pathlib.Path, tmp_path: pathlib.Path, capsys
+) -> None:
+    printed, files = {}, {}
+    for name in ("cascade", "route"):
+        rule, out = tmp_path / f"{name}.json", tmp_path / f"{name}.jsonl"
+        models = ("--swift-exit", 1, "--super", model, "--data", questions)
+        assert run(name, "fit", *models, "--super-accuracy", "--out", rule) == 0
+        assert run(name, "run", *models, "--rule", rule, "--out", out) == 0
+        printed[name] = capsys.readouterr()
+        files[name] = out.read_bytes(), CascadeRule.load(rule).curve
+    assert files["route"] == files["cascade"]
+    warning = "elastic-lm route is now elastic-lm cascade; the old name goes in 0.3"
+    assert printed["route"].err.splitlines().count(warning) == 2  # one line for each command
+    assert warning not in printed["cascade"].err
+    assert run("route", "fit", "--help") == 0
+    assert "usage: elastic-lm cascade fit" in capsys.readouterr().out
 
 
 def test_what_the_prompt_decides_is_decided_before_text_is_generated(
@@ -181,11 +202,11 @@ def test_what_the_prompt_decides_is_decided_before_text_is_generated(
     data.write_text("".join(json.dumps(row) + "\n" for row in prompts))
     models = ("--swift-exit", 1, "--super", model, "--data", data, "--max-new-tokens", 3)
     goal = ("--target-cost", 1e12, "--out", rule)
-    assert run("route", "fit", *models, *goal, "--score", "prompt_energy") == 0
+    assert run("cascade", "fit", *models, *goal, "--score", "prompt_energy") == 0
     fitted = CascadeRule.load(rule)
     middle = fitted.curve[len(fitted.curve) // 2]
     given = ("--score", "prompt_energy", "--threshold", repr(middle.threshold), "--out", out)
-    assert run("route", "run", *models, *given) == 0
+    assert run("cascade", "run", *models, *given) == 0
     lines = list(read_rows(out))
     assert {line["model"] for line in lines} == {"swift", "super"}
     assert np.mean([line["cost"] for line in lines]) == pytest.approx(middle.cost)
@@ -216,12 +237,12 @@ def test_an_exit_of_an_encoder_is_a_swift(
 ) -> None:
     pair = ("--super", encoders["whole"], "--data", questions)
     rule = tmp_path / "rule.json"
-    assert run("route", "fit", "--swift-exit", 1, *pair, "--target-cost", 1e9, "--out", rule) == 0
+    assert run("cascade", "fit", "--swift-exit", 1, *pair, "--target-cost", 1e9, "--out", rule) == 0
     fitted = CascadeRule.load(rule)
     middle, lines = fitted.curve[len(fitted.curve) // 2], []
     for swift in (("--swift", encoders["exit"]), ("--swift-exit", 1)):
         out = tmp_path / f"{len(lines)}.jsonl"
-        assert run("route", "run", *swift, *pair, "--threshold", middle.threshold, "--out", out) == 0
+        assert run("cascade", "run", *swift, *pair, "--threshold", middle.threshold, "--out", out) == 0
         lines.append(list(read_rows(out)))
     apart, inside = lines
     saved = [a.pop("cost") - b.pop("cost") for a, b in zip(apart, inside, strict=True)]
@@ -240,7 +261,7 @@ def test_an_exit_of_an_encoder_is_a_swift(
 )
 def test_exits_that_are_not_there(encoders, questions, tmp_path, capsys, super_, message) -> None:
     given = ("--swift-exit", 1, "--super", encoders[super_], "--data", questions)
-    assert run("route", "run", *given, "--threshold", 0, "--out", tmp_path / "o") == 2
+    assert run("cascade", "run", *given, "--threshold", 0, "--out", tmp_path / "o") == 2
     assert message in capsys.readouterr().err
 
 
@@ -258,7 +279,7 @@ def test_exits_that_are_not_there(encoders, questions, tmp_path, capsys, super_,
         (("fit", "--swift-exit", "1", "--risk", "0.1", "--temperature", "0"), "temperature=0.0"),
         (("run", "--swift-exit", "1"), "give one of them"),
         (("run", "--swift-exit", "1", "--rule", "r.json", "--score", "energy"), "settled by --rule"),
-        (("run", "--swift-exit", "1", "--rule", "r.json"), "no such routing rule"),
+        (("run", "--swift-exit", "1", "--rule", "r.json"), "no such cascade rule"),
         (("run", "--swift-exit", "1", "--treshold", "1"), "did you mean --threshold?"),
     ],
 )
@@ -267,7 +288,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = ("--super", model, "--data", questions, "--out", tmp_path / "o")
-    assert run("route", *arguments, *given) == 2
+    assert run("cascade", *arguments, *given) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.strip().count("\n") == 0

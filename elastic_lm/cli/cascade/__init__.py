@@ -1,1 +1,23 @@
-"""`elastic-lm route`: fitting a rule between two models and running it over JSONL."""
+"""`elastic-lm cascade`: fits a rule between two models on labelled rows, and answers rows by it."""
+
+from elastic_lm.cli.cascade import fit, run
+from elastic_lm.cli.parser import Parser, add_command
+
+HELP = """\
+A small model answers rows, and a large one those that the small one is not sure of.
+
+elastic-lm cascade fit --swift small --super large --data val.jsonl --super-accuracy --out rule.json
+elastic-lm cascade run --swift small --super large --rule rule.json --data in.jsonl --out out.jsonl
+
+Classifiers, encoder-decoders and decoders (text, or multiple choice where rows have choices); the Super
+may be a service behind HTTP.
+"""
+
+ACTIONS = {"fit": fit, "run": run}
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds `fit` and `run`, which are commands of their own."""
+    choices = parser.add_subparsers(dest="action", required=True, metavar="fit|run", title="actions")
+    for name, module in ACTIONS.items():
+        add_command(choices, name, module)

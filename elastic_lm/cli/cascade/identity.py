@@ -1,6 +1,5 @@
-"""Which run of `elastic-lm route` an output belongs to, and which models a rule was fitted on."""
+"""Which run an output of `elastic-lm cascade` belongs to, and which models a rule was fitted on."""
 
-import argparse
 import hashlib
 import json
 import sys
@@ -10,63 +9,64 @@ from typing import Any
 
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import PLACES, Scoring
-from elastic_lm.cli.cascade.models import is_url
+from elastic_lm.cli.cascade.options import PairOptions, is_url
 from elastic_lm.files.fingerprints import checkpoint_fingerprint, file_sha256
 
-# Flags that change answers; others change how long they take, or are of no concern to a model.
-FLAGS = (
-    *("text_field", "pair_field", "choices_field", "template", "labels", "max_new_tokens", "max_len"),
-    *("normalise", "style", "service_model"),
+# The options that change answers. The others change how long answers take, or no model reads them.
+ANSWERING = (
+    "text_field",
+    "pair_field",
+    "choices_field",
+    "template",
+    "labels",
+    "max_new_tokens",
+    "max_len",
+    "normalise",
+    "style",
+    "service_model",
 )
 
 
-def swift_name(args: argparse.Namespace) -> str:
-    """What the Swift is called in files and messages."""
-    return args.swift if args.swift_exit is None else f"{args.super_} exit {args.swift_exit}"
-
-
-def fingerprints(args: argparse.Namespace) -> dict[str, str | None]:
-    """Of the checkpoints of "swift" and "super"; None = a service.
+def fingerprints(options: PairOptions) -> dict[str, str | None]:
+    """Fingerprints of the checkpoints of "swift" and "super"; None = a service.
 
     Raises:
       FileNotFoundError: a folder is not there.
     """
-    places = {"swift": args.super_ if args.swift_exit is not None else args.swift, "super": args.super_}
+    places = {"swift": options.swift or options.super_, "super": options.super_}
     return {name: None if is_url(at) else checkpoint_fingerprint(at) for name, at in places.items()}
 
 
-def identity(args: argparse.Namespace, found: Mapping[str, str | None], scoring: Scoring) -> dict[str, Any]:
-    """All that both models' answers to the rows depend on.
+def identity(options: PairOptions, found: Mapping[str, str | None], scoring: Scoring) -> dict[str, Any]:
+    """Everything that both models' answers to the rows depend on.
 
     Args:
-      args: flags of `routing.flags`.
+      options: of the command.
       found: from `fingerprints`.
       scoring: of the Swift's energy.
     """
     return {
-        "swift": swift_name(args),
+        "swift": options.swift_name,
         "swift_checkpoint": found["swift"],
-        "super": args.super_,
+        "super": options.super_,
         "super_checkpoint": found["super"],
-        "data": args.data,
-        "data_bytes": Path(args.data).stat().st_size,
-        "data_sha256": file_sha256(args.data),
-        **{flag: getattr(args, flag) for flag in FLAGS},
+        "data": options.data,
+        "data_bytes": Path(options.data).stat().st_size,
+        "data_sha256": file_sha256(options.data),
+        **{field: getattr(options, field) for field in ANSWERING},
         "temperature": scoring.temperature,
         "centre": scoring.centre,
     }
 
 
-def fit_identity(
-    args: argparse.Namespace, found: Mapping[str, str | None], scoring: Scoring
-) -> dict[str, Any]:
+def fit_identity(options: PairOptions, found: Mapping[str, str | None], scoring: Scoring) -> dict[str, Any]:
     """`identity` of the answers that a rule is fitted on; goals, labels and prices are read afterwards."""
-    head = (args.score or "").startswith(PLACES[2])
-    return {"holds": "answers of both models", **identity(args, found, scoring), "encoder_head": head}
+    head = (options.score or "").startswith(PLACES[2])
+    return {"holds": "answers of both models", **identity(options, found, scoring), "encoder_head": head}
 
 
 def answers_path(out: str | Path, settings: Mapping[str, Any]) -> Path:
-    """Where answers are kept beside a rule: other models, rows or flags have another file.
+    """Where answers are kept beside a rule; other models, rows or flags have another file.
 
     Args:
       out: the rule's file.
@@ -76,17 +76,20 @@ def answers_path(out: str | Path, settings: Mapping[str, Any]) -> Path:
     return Path(out).with_suffix(f".answers-{digest}.jsonl")
 
 
-def run_identity(
-    args: argparse.Namespace, found: Mapping[str, str | None], rule: CascadeRule
-) -> dict[str, Any]:
-    """`identity` of an output."""
-    own = {"score": rule.score, "threshold": rule.threshold, "seed": rule.seed, "super_cost": args.super_cost}
-    return {**identity(args, found, rule.scoring), **own}
+def run_identity(options: PairOptions, found: Mapping[str, str | None], rule: CascadeRule) -> dict[str, Any]:
+    """`identity` of an output, with the rule that decided and the price of the Super."""
+    return {
+        **identity(options, found, rule.scoring),
+        "score": rule.score,
+        "threshold": rule.threshold,
+        "seed": rule.seed,
+        "super_cost": options.super_cost,
+    }
 
 
-def warn_other_models(rule: CascadeRule, args: argparse.Namespace, found: Mapping[str, str | None]) -> None:
-    """Says where a rule was fitted on other models: an energy is about one checkpoint."""
-    places = {"swift": swift_name(args), "super": args.super_}
+def warn_other_models(rule: CascadeRule, options: PairOptions, found: Mapping[str, str | None]) -> None:
+    """Warns on stderr where a rule was fitted on other models: an energy is about one checkpoint."""
+    places = {"swift": options.swift_name, "super": options.super_}
     fitted = {key: _mapping(rule.provenance.get(key)) for key in ("models", "fingerprints")}
     for name, now in places.items():
         place, old, new = fitted["models"].get(name), fitted["fingerprints"].get(name), found[name]
@@ -97,6 +100,7 @@ def warn_other_models(rule: CascadeRule, args: argparse.Namespace, found: Mappin
                     "is about one checkpoint, fit it again",
                     file=sys.stderr,
                 )
+        # Without fingerprints of both, the folders' names are all that can be compared.
         elif isinstance(place, str) and not is_url(now) and Path(now).absolute() != Path(place).absolute():
             print(f"the rule was fitted with {name} {place}, this is {now}: fit it again", file=sys.stderr)
 

@@ -1,6 +1,5 @@
-"""Lines of the files that `elastic-lm route` writes, and what is measured on those of labelled rows."""
+"""Lines of the files that `elastic-lm cascade` writes, and what is measured on those of labelled rows."""
 
-import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from elastic_lm.cascade.answerer import Answer, Record
-from elastic_lm.cascade.measure import costs_of, swift_costs
+from elastic_lm.cascade.measure import answer_costs, swift_costs
 from elastic_lm.cascade.results import CascadeResult
 from elastic_lm.cascade.scores import score_of
-from elastic_lm.cascade.sweep import Measured
-from elastic_lm.cli.cascade.checks import cost_is_missing
+from elastic_lm.cascade.sweep import Measurements
+from elastic_lm.cli.cascade.fit import Options
 from elastic_lm.cli.cascade.quality import Names, choice_of, named, quality
 from elastic_lm.config.checks import require
 
@@ -21,7 +20,7 @@ Pair = tuple[Answer, Answer]  # of the Swift, of the Super
 UNNAMED: Names = {}
 
 
-def record(result: CascadeResult, names: Names = UNNAMED) -> dict[str, Any]:
+def result_line(result: CascadeResult, names: Names = UNNAMED) -> dict[str, Any]:
     """A result as a line of an output.
 
     Args:
@@ -63,62 +62,65 @@ def measured_of(
     rows: Sequence[Record],
     right: Sequence[Sequence[Any]],
     names: Names,
-    args: argparse.Namespace,
-    score: str,
+    options: Options,
+    *,
     previewed: bool,
-) -> Measured:
-    """What both models gave for labelled rows; those that one failed on are left out, and counted aloud.
+) -> Measurements:
+    """What both models gave for labelled rows.
+
+    Rows that a model failed on are left out, with a note on stderr.
 
     Args:
       pairs: answers to the rows.
       rows: the rows.
       right: from `right_answers`.
       names: from `class_names`.
-      args: flags of `routing.flags`.
-      score: that is read of the Swift.
-      previewed: the Swift knows it before it answers.
+      options: of the command.
+      previewed: the Swift knows its score before it answers.
 
     Raises:
       ValueError: no row is left, or costs are asked for that nobody knows.
     """
-    errors = [error for pair in pairs for answer in pair if (error := answer.error) is not None]
     good = [i for i, pair in enumerate(pairs) if all(answer.error is None for answer in pair)]
     if len(good) < len(pairs):
-        count = len(pairs) - len(good)
+        first = next(answer.error for pair in pairs for answer in pair if answer.error is not None)
         fix = "--retry-failed answers them again"
-        require(bool(good), "rows", len(pairs), f"every row failed, the first with: {errors[0]}; {fix}")
-        print(f"{count} of {len(pairs)} rows failed and are left out ({fix}): {errors[0]}", file=sys.stderr)
+        require(bool(good), "rows", len(pairs), f"every row failed, the first with: {first}; {fix}")
+        count = len(pairs) - len(good)
+        print(f"{count} of {len(pairs)} rows failed and are left out ({fix}): {first}", file=sys.stderr)
     swift, super_ = ([pairs[i][model] for i in good] for model in (0, 1))
 
     def qualities(model: str, answers: list[Answer]) -> list[float]:
         found = []
         for i, answer in zip(good, answers, strict=True):
-            output, choices = named(answer.output, model, names), rows[i].get(args.choices_field)
-            if choices is not None and not any(names.values()) and args.tolerance is None:
+            output, choices = named(answer.output, model, names), rows[i].get(options.choices_field)
+            # A choice may be named by its number or letter; labels were turned into texts.
+            if choices is not None and not any(names.values()) and options.tolerance is None:
                 output = (choice_of(output, choices) or ("", output))[1]
-            found.append(quality(output, right[i], args.tolerance))
+            found.append(quality(output, right[i], options.tolerance))
         return found
 
-    known, kept = swift_costs(swift, args.cost, previewed)
-    return Measured.of(
-        [score_of(a.scores, score, args.seed, i) for i, a in zip(good, swift, strict=True)],
-        qualities("swift", swift),
-        qualities("super", super_),
-        known,
-        check_costs(super_, args),
-        kept,
+    score = options.scored_by
+    cost_swift, cost_kept = swift_costs(swift, options.cost, previewed)
+    return Measurements.of(
+        scores=[score_of(a.scores, score, options.seed, i) for i, a in zip(good, swift, strict=True)],
+        swift=qualities("swift", swift),
+        super_=qualities("super", super_),
+        cost_swift=cost_swift,
+        cost_super=check_costs(super_, options),
+        cost_kept=cost_kept,
     )
 
 
-def check_costs(answers: Sequence[Answer], args: argparse.Namespace) -> np.ndarray:
-    """Costs of the Super's answers; those that a service does not tell are --super-cost.
+def check_costs(answers: Sequence[Answer], options: Options) -> np.ndarray:
+    """Costs of the Super's answers; where a service does not say them they are --super-cost.
 
     Raises:
       ValueError: nobody knows them.
     """
-    if args.cost == "seconds":
-        return costs_of(answers, args.cost)
-    costs = [answer.cost or args.super_cost for answer in answers]
+    if options.cost == "seconds":
+        return answer_costs(answers, options.cost)
+    costs = [answer.cost or options.super_cost for answer in answers]
     if not any(costs):
-        raise ValueError(cost_is_missing(args))
+        raise ValueError(options.cost_is_missing())
     return np.asarray(costs)

@@ -1,8 +1,7 @@
-"""From what `elastic-lm route` is given, a folder or an address, to a model of a cascade."""
+"""From what `elastic-lm cascade` is given, a folder or an address, to a model of a cascade."""
 
-import argparse
 import os
-from typing import Any, cast
+from typing import Any
 
 from elastic_lm.cascade.answerer import Answerer, Record
 from elastic_lm.cascade.classifier import Classifier
@@ -13,52 +12,50 @@ from elastic_lm.cascade.scores import PLACES, Scoring
 from elastic_lm.cascade.shared_model import shared_classifier, shared_generator, shared_multiple_choice
 from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.checkpoints.loading import load
+from elastic_lm.cli.cascade.options import KEY, PairOptions, is_url
+from elastic_lm.config.cascade import DEFAULT_SCORE
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.seq2seq import LONGEST, TextToText
-from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.encoder import Encoder
+from elastic_lm.models.exits import without_exits
 from elastic_lm.models.registry import kind_of
-
-KEY = "ELASTIC_LM_API_KEY"  # environment variable
-
-
-def is_url(place: str) -> bool:
-    """Whether a model is a service rather than a folder."""
-    return place.startswith(("http://", "https://"))
 
 
 def make_pair(
-    args: argparse.Namespace, row: Record, scoring: Scoring, score: str = "energy"
+    options: PairOptions,
+    row: Record,
+    scoring: Scoring,
+    score: str = DEFAULT_SCORE,
+    *,
+    super_cost: float = 0.0,
 ) -> tuple[Answerer, Answerer]:
-    """The Swift and the Super that flags name.
+    """The Swift and the Super that the options name.
 
     Args:
-      args: flags of `routing.flags`.
+      options: of the command.
       row: one of the data; choices in it make a decoder choose.
       scoring: of the Swift's energy.
       score: that is read of the Swift.
+      super_cost: FLOPs of a row, where the Super is a service that does not say them.
 
     Raises:
-      ValueError: a flag does not fit the models; names it.
+      ValueError: an option does not fit the models; names it.
     """
-    if args.swift_exit is not None:
-        if args.swift or is_url(args.super_):
-            raise ValueError(f"--swift-exit {args.swift_exit}: is an exit of the Super; leave --swift out")
-        return _nested(args, row, scoring)
-    if not args.swift:
-        raise ValueError("--swift: name the small model, or --swift-exit of the Super")
-    swift = make_answerer(args, args.swift, row, scoring, cost=0.0, score=score)
-    return swift, make_answerer(args, args.super_, row, Scoring(), cost=args.super_cost)
+    if options.swift is None:
+        return _shared_pair(options, row, scoring)
+    swift = make_answerer(options, options.swift, row, scoring, cost=0.0, score=score)
+    return swift, make_answerer(options, options.super_, row, Scoring(), cost=super_cost)
 
 
 def make_answerer(
-    args: argparse.Namespace, place: str, row: Record, scoring: Scoring, *, cost: float, score: str = ""
+    options: PairOptions, place: str, row: Record, scoring: Scoring, *, cost: float, score: str = ""
 ) -> Answerer:
     """One model, of the kind that its folder holds.
 
     Args:
-      args: flags of `routing.flags`.
+      options: of the command.
       place: folder or address.
       row: see `make_pair`.
       scoring: of its energy.
@@ -66,74 +63,84 @@ def make_answerer(
       score: that is read of it; "" = none.
     """
     if is_url(place):
-        return _service(args, place, cost)
+        return _service(options, place, cost)
     model, params = load(place)
     tokenizer = Tokenizer.load(place)
-    shared: dict[str, Any] = {"scoring": scoring, "batch_size": args.batch_size}
+    shared: dict[str, Any] = {"scoring": scoring, "batch_size": options.batch_size}
+
     if isinstance(model, Encoder):
-        return Classifier(model, params, tokenizer, **_text_flags(args), **shared)
+        return Classifier(model, params, tokenizer, **_text_options(options), **shared)
     if not isinstance(model, Decoder):
-        template = args.template or f"{{{args.text_field}}}"
-        labels = args.labels.split(",") if args.labels else None
-        texts = TextToText(model, params, tokenizer, max_len=max(LONGEST, args.max_len or 0))
-        shared |= {} if args.max_len is None else {"max_len": args.max_len}
-        shared |= {"template": template, "labels": labels, "encoder_head": score.startswith(PLACES[2])}
-        return TextAnswerer(texts, args.max_new_tokens, **shared)
-    if args.choices_field in row:
-        return MultipleChoice(model, params, tokenizer, **_choice_flags(args), **shared)
-    shared |= {"prompt_field": args.text_field, "scored": bool(score)}
-    return Generator(Sampler(*_whole(model, params), tokenizer, window=1), args.max_new_tokens, **shared)
+        texts = TextToText(model, params, tokenizer, max_len=max(LONGEST, options.max_len or 0))
+        return TextAnswerer(
+            texts,
+            options.max_new_tokens,
+            template=options.template or f"{{{options.text_field}}}",
+            labels=options.labels.split(",") if options.labels else None,
+            encoder_head=score.startswith(PLACES[2]),
+            **options.given(("max_len",)),
+            **shared,
+        )
+    if options.choices_field in row:
+        return MultipleChoice(model, params, tokenizer, **_choice_options(options), **shared)
+    # At full depth no token waits for its deeper layers, so that a window of 1 is enough.
+    config, params = without_exits(model.config, params)
+    sampler = Sampler(Decoder(config), params, tokenizer, window=1)
+    prompt = {"prompt_field": options.text_field, "scored": bool(score)}
+    return Generator(sampler, options.max_new_tokens, **prompt, **shared)
 
 
-def _service(args: argparse.Namespace, url: str, cost: float) -> Endpoint:
+def _service(options: PairOptions, url: str, cost: float) -> Endpoint:
     """A service; a key for it comes from the environment, where other users of the machine see none."""
-    options = {"max_tokens": args.max_new_tokens} if args.style == "openai" else {}
-    options |= {"model": args.service_model} if args.service_model else {}
+    body = {"max_tokens": options.max_new_tokens} if options.style == "openai" else {}
+    body |= {"model": options.service_model} if options.service_model else {}
     key = os.environ.get(KEY)
     return Endpoint(
         url,
-        timeout=args.timeout,
-        retries=args.retries,
-        style=args.style,
-        text_field=args.text_field,
-        options=options,
+        timeout=options.timeout,
+        retries=options.retries,
+        style=options.style,
+        text_field=options.text_field,
+        options=body,
         headers={"Authorization": f"Bearer {key}"} if key else None,
         cost=cost,
     )
 
 
-def _nested(args: argparse.Namespace, row: Record, scoring: Scoring) -> tuple[Answerer, Answerer]:
-    model, params = load(args.super_)
-    tokenizer = Tokenizer.load(args.super_)
-    how: dict[str, Any] = {"exit": args.swift_exit, "scoring": scoring, "batch_size": args.batch_size}
+def _shared_pair(options: PairOptions, row: Record, scoring: Scoring) -> tuple[Answerer, Answerer]:
+    """The Super, and one of its exits as the Swift."""
+    model, params = load(options.super_)
+    tokenizer = Tokenizer.load(options.super_)
+    how: dict[str, Any] = {
+        "exit": options.swift_exit,
+        "scoring": scoring,
+        "batch_size": options.batch_size,
+    }
+
     if isinstance(model, Encoder):
-        return shared_classifier(model, params, tokenizer, **_text_flags(args), **how)
+        return shared_classifier(model, params, tokenizer, **_text_options(options), **how)
     if not isinstance(model, Decoder):
         raise ValueError(
-            f"--swift-exit {args.swift_exit}: {args.super_} holds an {kind_of(model.config).name}, which has "
-            "no exits; name a model of its own as --swift"
+            f"--swift-exit {options.swift_exit}: {options.super_} holds an {kind_of(model.config).name}, "
+            "which has no exits; name a model of its own as --swift"
         )
-    if args.choices_field in row:
-        return shared_multiple_choice(model, params, tokenizer, **_choice_flags(args), **how)
-    how["prompt_field"] = args.text_field
-    return shared_generator(model, params, tokenizer, args.max_new_tokens, **how)
+    if options.choices_field in row:
+        return shared_multiple_choice(model, params, tokenizer, **_choice_options(options), **how)
+    how["prompt_field"] = options.text_field
+    return shared_generator(model, params, tokenizer, options.max_new_tokens, **how)
 
 
-def _text_flags(args: argparse.Namespace) -> dict[str, Any]:
-    return {"text_field": args.text_field, "pair_field": args.pair_field, "max_len": args.max_len}
-
-
-def _choice_flags(args: argparse.Namespace) -> dict[str, Any]:
+def _text_options(options: PairOptions) -> dict[str, Any]:
     return {
-        "prompt_field": args.text_field,
-        "choices_field": args.choices_field,
-        "normalise": args.normalise,
+        "text_field": options.text_field,
+        "pair_field": options.pair_field,
+        "max_len": options.max_len,
     }
 
 
-def _whole(model: Decoder, params: Params) -> tuple[Decoder, Params]:
-    """A decoder without its exits, which full depth does not run."""
-    exits = {e.name for e in model.config.exits}
-    return Decoder(model.config.with_exits(())), cast(
-        Params, {name: tree for name, tree in params.items() if name not in exits}
-    )
+def _choice_options(options: PairOptions) -> dict[str, Any]:
+    return {
+        "prompt_field": options.text_field,
+        "choices_field": options.choices_field,
+        "normalise": options.normalise,
+    }

@@ -1,0 +1,67 @@
+"""`elastic-lm bench`: runs one benchmark."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from typing import Any
+
+from elastic_lm.bench import report
+from elastic_lm.cli.parser import CommandOptions, require_flag
+
+HELP = """\
+Measures speed against what the hardware or a competitor allows.
+
+elastic-lm bench decode --json decode.json
+
+Sides of a comparison take turns in one process and medians are reported.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Which benchmark is run, and how."""
+
+    name: str  # one of `bench.report.names()`
+    json: str | None = None  # file for the result
+    tiny: bool = report.Options.tiny  # a model that only checks that the benchmark runs
+    rounds: int = report.Options.rounds  # timed rounds per side
+    seed: int = report.Options.seed  # of weights and prompts
+    model: str = report.Options.model  # a checkpoint of the user's own
+
+    def __post_init__(self) -> None:
+        require_flag(self.rounds >= 1, "--rounds", self.rounds, "must be at least 1")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `Options`."""
+    add = parser.add_argument
+    add("name", metavar="NAME", help=f"a benchmark: {', '.join(report.names())}")
+    add("--json", metavar="FILE", help="write rows, hardware and versions here")
+    add("--tiny", action="store_true", help="a model that only checks that the benchmark runs")
+    add("--rounds", type=int, metavar="N", help=f"timed rounds per side (default: {Options.rounds})")
+    add("--seed", type=int, help=f"of weights and prompts (default: {Options.seed})")
+    add("--model", metavar="DIR", help="decode: also draft with the exits of this checkpoint")
+
+
+def run(options: Options) -> None:
+    """Runs the benchmark; its rows are shown as they come, and kept where a later one fails."""
+    from elastic_lm.files.atomic import partial_path, prepare_output
+
+    prepare_output(options.json)
+    partial = partial_path(options.json) if options.json else None
+
+    def keep(result: dict[str, Any]) -> None:
+        row = result["rows"][-1]
+        print(f"{row['name']} {row['ratio']:.3f}", file=sys.stderr, flush=True)
+        if partial:
+            with contextlib.suppress(OSError):
+                report.save(result, partial)
+
+    how = report.Options(options.tiny, options.rounds, options.seed, options.model)
+    result = report.run(options.name, how, keep)
+
+    print(report.table(result))
+    if options.json:
+        report.save(result, options.json)  # which replaces the partial file
+        print(f"written to {options.json}", file=sys.stderr)

@@ -1,0 +1,207 @@
+"""`elastic-lm calibrate`: fits the exits' thresholds on held-out text, with a guarantee or a forecast."""
+
+import argparse
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
+
+from elastic_lm.cli.held_out import HeldOutOptions, add_held_out, held_out_batches
+from elastic_lm.cli.model_folder import load_with_tokenizer
+from elastic_lm.cli.parser import metrics, require_flag, require_share, share
+from elastic_lm.config.checks import require_choice
+from elastic_lm.config.decoding import WINDOW
+from elastic_lm.config.exit_policy import DEFAULT_METRIC, DEFAULT_TARGET, METRICS, STRATEGIES
+
+if TYPE_CHECKING:
+    from elastic_lm.config.model import ModelConfig
+    from elastic_lm.depth.guarantee import Guarantee
+    from elastic_lm.depth.policies import ConfidenceExit
+    from elastic_lm.models.decoder import Params
+
+HELP = """\
+Finds the exits' thresholds for a target agreement with the full model, on held-out text.
+
+elastic-lm calibrate --model runs/exits/model --data held_out.txt --target 0.99 --out thresholds.json
+elastic-lm calibrate --model runs/exits/model --target 0.9 --epsilon 0.05 --seq-len 64 --tokens 100000
+elastic-lm calibrate --model runs/exits/model --forecast
+elastic-lm calibrate --model runs/exits/model --data own.jsonl   (from `generate --unprompted`)
+
+The file records the model, the data, the metric, the target and the measured curve. Use text that the model
+was not trained on. Without --epsilon the target is an average over the held-out text. With it, half of the
+held-out rows test that the target holds for new text, except with this probability; many short rows serve
+this best. --forecast also predicts speed-ups at batch size 1, before anything is timed.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(HeldOutOptions):
+    """What thresholds are fitted for, and what is said about them."""
+
+    target: float = DEFAULT_TARGET  # share of tokens that equal the full model's
+    metric: str = DEFAULT_METRIC  # confidence that thresholds are compared with
+    strategy: str = STRATEGIES[0]  # how thresholds are chosen
+    epsilon: float | None = None  # the target is guaranteed except with this probability
+    delta: float | None = None  # with epsilon: at most this share of rows is below the target
+    forecast: bool = False  # speed-ups are predicted
+    window: int = WINDOW  # of the sampler that is forecast
+    out: str = "thresholds.json"  # file that is written
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for flag, value in (("--target", self.target), ("--epsilon", self.epsilon), ("--delta", self.delta)):
+            require_share(flag, value)
+        require_choice("metric", self.metric, METRICS)
+        require_choice("strategy", self.strategy, STRATEGIES)
+        require_flag(self.window >= 1, "--window", self.window, "must be at least 1")
+        guaranteed = self.epsilon is not None
+        joint = self.strategy == "joint"
+        fix = "is part of a guarantee; give --epsilon too"
+        require_flag(guaranteed or self.delta is None, "--delta", self.delta, fix)
+        fix = "with --epsilon thresholds are joint; leave it out"
+        require_flag(joint or not guaranteed, "--strategy", self.strategy, fix)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `Options`."""
+    add_held_out(parser, "held-out text")
+    add = parser.add_argument
+    target = f"share of tokens equal to the full model's (default: {Options.target})"
+    add("--target", type=share, help=target)
+    add("--metric", help=f"confidence: {metrics(gates=True)} (default: {Options.metric})")
+    strategy = "how thresholds are chosen: all exits jointly, or each by its own most confident tokens "
+    add("--strategy", choices=STRATEGIES, help=f"{strategy}(default: {Options.strategy})")
+    add("--epsilon", type=share, metavar="P", help="guarantee the target except with this probability")
+    delta = "with --epsilon: also guarantee that at most this share of rows is below the target"
+    add("--delta", type=share, metavar="S", help=delta)
+    add("--forecast", action="store_true", help="predict speed-ups and what looking at an exit costs")
+    window = f"of `generate`, for --forecast (default: {Options.window})"
+    add("--window", type=int, metavar="W", help=window)
+    add("--out", metavar="FILE", help=f"default: {Options.out}")
+
+
+def run(options: Options) -> None:
+    """Fits the thresholds, prints the curve, and writes the file."""
+    from elastic_lm.depth.calibration import calibrate
+    from elastic_lm.depth.guarantee import RiskControl
+    from elastic_lm.files.atomic import prepare_output
+
+    risk = None
+    if options.epsilon is not None:
+        risk = RiskControl(options.target, options.epsilon, options.delta)
+    prepare_output(options.out)
+    model, params, tokenizer, folder = load_with_tokenizer(options.model)
+    batches, text = held_out_batches(options, tokenizer, "calibration", independent=risk is not None)
+    config, params, untuned = with_exits(model.config, params, options)
+
+    goal: dict[str, Any] = {name: getattr(options, name) for name in ("target", "metric", "strategy")}
+    policy = calibrate(config, params, batches, risk=risk, **goal, model=folder, data=text)
+    if not untuned:
+        policy.save(options.out)
+
+    print(curve_table(policy, options.target))
+    if policy.guarantee:
+        print(guarantee_text(policy.guarantee))
+    if options.forecast:
+        print(forecast_table(config, policy, options.window))
+    done = "nothing written: the model has no exits yet" if untuned else f"written to {options.out}"
+    print(done, file=sys.stderr)
+
+
+def with_exits(
+    config: "ModelConfig", params: "Params", options: Options
+) -> "tuple[ModelConfig, Params, bool]":
+    """The model with its exits; to forecast one without exits, the model with exits that nothing tuned.
+
+    Returns:
+      (config, parameters, whether nothing tuned the exits).
+
+    Raises:
+      ValueError: it has no exits, and more than a forecast is wanted.
+    """
+    import jax
+
+    from elastic_lm.config.model import ExitConfig
+    from elastic_lm.models.exits import attach_exits
+
+    if config.exits:
+        return config, params, False
+    if not options.forecast:
+        raise ValueError(
+            f"{options.model or 'the embedded model'} has no exits: tune some (`elastic-lm train --config "
+            "configs/ee_tuning.py --config.train.init_from=MODEL`), or forecast their gain with --forecast"
+        )
+
+    layers = sorted({max(1, config.n_layers * i // 4) for i in (1, 2, 3)} - {config.n_layers})
+    print(f"exits after layers {layers} that nothing tuned: what tuned ones gain is more", file=sys.stderr)
+    exits = [ExitConfig(layer, "norm", tied=True) for layer in layers]
+    return *attach_exits(config, params, exits, jax.random.key(0)), True
+
+
+def curve_table(policy: "ConfidenceExit", target: float) -> str:
+    """Agreement, mean layers and thresholds for every target, the chosen one marked."""
+    lines = ["target   agreement   mean layers   thresholds"]
+    for point in policy.curve:
+        chosen = point.target == target
+        thresholds = ", ".join("never" if t > 1 else f"{t:.3f}" for t in point.thresholds)
+        row = f"{point.target:<7g} {point.agreement:>10.4f} {point.mean_layers:>13.2f}   {thresholds}"
+        lines.append(f"{row} {'*' if chosen else ' '}")
+        # The note of a guaranteed point is its statement, which is printed below the table.
+        if point.note and not (policy.guarantee and chosen):
+            lines.append(f"{' ' * 8}{point.note}")
+    return "\n".join(lines)
+
+
+def guarantee_text(guarantee: "Guarantee") -> str:
+    """What is guaranteed, or how much text is missing, and the figures behind it."""
+    g = guarantee
+    lines = ["", f"guaranteed: {g.statement}" if g.achieved else g.statement]
+    if not g.achieved and g.more_sequences:
+        lines.append("  rows are sequences: raise --tokens, lower --seq-len, or lower --target")
+    if g.tested:
+        thresholds = "these thresholds" if g.achieved else "the most cautious thresholds"
+        lines += [
+            f"  tested on {g.sequences} sequences: {g.accepted} of {g.tested} candidates passed; p-value of "
+            f"{thresholds} {g.p_value:.3g}",
+            f"  agreement {g.agreement:.4f}, alone at least {g.agreement_bound:.4f} with probability "
+            f"{1 - g.epsilon:g}",
+            f"  sequences below {g.target:g}: share {g.below:.4f}, alone at most {g.below_bound:.4f} with "
+            f"probability {1 - g.epsilon:g}",
+            f"  by one token of each sequence: agreement alone at least {g.token_bound:.4f} with probability "
+            f"{1 - g.epsilon:g}",
+            f"  worst tenth of the sequences: mean agreement {g.worst_decile:.4f}",
+        ]
+    return "\n".join(lines)
+
+
+def forecast_table(config: "ModelConfig", policy: "ConfidenceExit", window: int) -> str:
+    """Predicted speed-up of every point of the curve, and what looking at an exit costs."""
+    import jax
+
+    from elastic_lm.depth import forecasting
+    from elastic_lm.depth.threshold_search import Outcome
+
+    # On CPU a deep layer takes longer for every further position; an accelerator reads the weights anyway.
+    further = forecasting.CPU_FURTHER_POSITION if jax.default_backend() == "cpu" else 0.0
+    lines = ["", f"forecast at batch size 1, window {window}, a further deep position costs {further:g}:"]
+    lines.append("target   speed-up   layers    heads   verdict")
+    gated = policy.metric == "learned" or any(policy.gates)
+    found = None
+    for point in policy.curve:
+        found = forecasting.of_outcome(
+            config,
+            point.thresholds,
+            Outcome(point.agreement, point.mean_layers, point.shares),
+            looked=point.looked,
+            gated=gated,
+            window=window,
+            further=further,
+        )
+        row = f"{point.target:<7g} {found.speedup:>9.2f} {found.segments:>8.3f} {found.heads:>8.3f}"
+        lines.append(f"{row}   {found.verdict}")
+
+    lines.append("layers and heads: share of the full model's cost of a token")
+    if found:
+        layers = [e.layer for e in config.exits if e.layer < config.n_layers]
+        checks = zip(layers, found.check, found.gated_check, strict=True)
+        lines += [f"exit {n}: its head costs {head:.3f}, a gate {gate:.4f}" for n, head, gate in checks]
+    return "\n".join(lines)

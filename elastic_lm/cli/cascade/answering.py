@@ -1,0 +1,93 @@
+"""Answers rows into a journal: those that it does not hold yet, and those that failed before."""
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from elastic_lm.cascade.answerer import Record
+from elastic_lm.cascade.cascade import Cascade
+from elastic_lm.cascade.results import CascadeResult, CascadeStatistics
+from elastic_lm.cli.cascade.lines import result_line
+from elastic_lm.files.journal import Journal
+from elastic_lm.report.writers import ProgressWriter
+
+PROGRESS_SECONDS = 5.0  # between lines of progress
+Line = Callable[[CascadeResult], dict[str, Any]]
+
+
+def answer_missing(
+    cascade: Cascade, rows: Iterable[Record], journal: Journal, total: int, line: Line = result_line
+) -> CascadeStatistics:
+    """Answers the rows that a journal does not hold yet.
+
+    Args:
+      cascade: answers them.
+      rows: all rows, from the first.
+      journal: where results go, one batch after the other.
+      total: number of rows, for the time left.
+      line: what is written of a result.
+
+    Returns:
+      What this pass cost.
+    """
+    done = journal.rows
+    if done:
+        print(f"{done} of {total} rows are there already", file=sys.stderr)
+
+    results = cascade.run(itertools.islice(rows, done, None), start=done)
+    progress, shown = ProgressWriter(total, done), time.monotonic()
+    waiting: list[dict[str, Any]] = []
+    try:
+        for result in results:
+            waiting.append(line(result))
+            if len(waiting) < cascade.batch_size:
+                continue
+            # The list is emptied first: a batch whose write is interrupted is not written again below.
+            batch, waiting = waiting, []
+            journal.append(batch)
+            if time.monotonic() - shown > PROGRESS_SECONDS:
+                shown = time.monotonic()
+                show_progress(progress, journal.rows, results.statistics())
+    finally:
+        journal.append(waiting)
+        progress.close()
+    return results.statistics()
+
+
+def show_progress(progress: ProgressWriter, rows: int, statistics: CascadeStatistics) -> None:
+    """Shows how many rows are answered, and by whom."""
+    progress.write(rows, {"to Super": statistics.share_super, "failed": statistics.failed})
+
+
+def answer_failed(
+    cascade: Cascade, rows: Iterable[Record], journal: Journal, line: Line = result_line
+) -> None:
+    """Answers the rows again whose lines have an error, and puts the new lines in place of the old ones.
+
+    Args:
+      cascade: answers them.
+      rows: all rows, from the first.
+      journal: with lines of the rows.
+      line: what is written of a result.
+    """
+    failed = [one["index"] for one in journal.lines() if "error" in one]
+    if not failed:
+        return
+    wanted, again = set(failed), {}
+    given = ((i, row) for i, row in enumerate(rows) if i in wanted)
+
+    # A random score depends on the number of its row, so that these rows run one by one, each with its own.
+    apart = cascade.rule.score == "random"
+    groups: Iterable[list[tuple[int, Record]]] = ([pair] for pair in given) if apart else [list(given)]
+    try:
+        for group in groups:
+            results = cascade.run((row for _, row in group), start=group[0][0])
+            for (index, _), result in zip(group, results, strict=True):
+                again[index] = line(dataclasses.replace(result, index=index))
+    finally:
+        journal.replace(again)
+        left = len(failed) - sum("error" not in one for one in again.values())
+        print(f"{len(failed)} rows had failed, {left} of them are without an answer still", file=sys.stderr)

@@ -1,0 +1,145 @@
+"""What `elastic-lm cascade fit` and `run` are both told: the two models, the rows, and the Swift's score."""
+
+import argparse
+import dataclasses
+from typing import Any, get_args
+
+from elastic_lm.cli.parser import CommandOptions
+from elastic_lm.config.cascade import (
+    DEFAULT_SCORE,
+    KINDS,
+    RETRIES,
+    SOURCE_TOKENS,
+    TIMEOUT,
+    Centre,
+    Normalise,
+    Style,
+)
+from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require, require_choice
+
+KEY = "ELASTIC_LM_API_KEY"  # environment variable with the key of a service
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairOptions(CommandOptions):
+    """Two models and the rows that they answer."""
+
+    swift: str | None = None  # the small model: a folder or an address
+    swift_exit: int | None = None  # instead: the exit after this layer of the Super
+    super_: str  # the large model: a folder or an address
+    max_new_tokens: int = 32  # of generated answers
+    batch_size: int = 16  # rows per batch
+    normalise: Normalise = get_args(Normalise)[0]
+    timeout: float = TIMEOUT  # of a service, seconds
+    retries: int = RETRIES  # of a service, per row
+    style: Style = get_args(Style)[0]  # of a service
+    service_model: str | None = None  # name of the model behind a service
+    super_cost: float = 0.0  # FLOPs of a row, by a service; 0 = it says so itself
+
+    data: str  # JSON lines
+    text_field: str = "text"  # key of the text, prompt or question
+    pair_field: str | None = None  # encoders: key of the second text
+    choices_field: str = "choices"  # multiple choice, where rows have it
+    max_len: int | None = None  # tokens read of a row; None = the model's
+    template: str | None = None  # encoder-decoders: their source
+    labels: str | None = None  # encoder-decoders: the only answers, with commas between them
+    retry_failed: bool = False  # rows that failed before are answered again
+
+    score: str | None = None  # name of the Swift's score; None = the rule's, or DEFAULT_SCORE
+    temperature: float | None = None  # of the energy; None = the rule's, or Scoring.temperature
+    centre: Centre | None = None  # None = the rule's, or Scoring.centre
+    seed: int = 0  # of random scores, and of the halves of a guarantee
+
+    def __post_init__(self) -> None:
+        if self.swift_exit is None:
+            if not self.swift:
+                raise ValueError("--swift: name the small model, or --swift-exit of the Super")
+        elif self.swift or is_url(self.super_):
+            raise ValueError(f"--swift-exit {self.swift_exit}: is an exit of the Super; leave --swift out")
+        require(AT_LEAST_1[0](self.batch_size), "--batch-size", self.batch_size, AT_LEAST_1[1])
+        require(NOT_NEGATIVE[0](self.super_cost), "--super-cost", self.super_cost, NOT_NEGATIVE[1])
+        require_choice("--normalise", self.normalise, get_args(Normalise))
+        require_choice("--style", self.style, get_args(Style))
+        if self.centre is not None:
+            require_choice("--centre", self.centre, get_args(Centre))
+
+    @property
+    def swift_name(self) -> str:
+        """What the Swift is called in files and messages."""
+        return f"{self.super_} exit {self.swift_exit}" if self.swift is None else self.swift
+
+    @property
+    def scored_by(self) -> str:
+        """Name of the score that is read of the Swift where no rule names one."""
+        return self.score or DEFAULT_SCORE
+
+    def chosen(self, field: str) -> Any:
+        """The value of a field, or None where it is the default, which every model can live with."""
+        value, default = getattr(self, field), getattr(type(self), field, None)
+        return None if value == default else value
+
+
+def flag_name(field: str) -> str:
+    """A field as it is typed."""
+    return "--" + field.replace("_", "-")
+
+
+def is_url(place: str) -> bool:
+    """Whether a model is a service rather than a folder."""
+    return place.startswith(("http://", "https://"))
+
+
+def add_pair_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `PairOptions`."""
+    _add_models(parser)
+    _add_rows(parser)
+    _add_score(parser)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, PairOptions
+    add("--swift", metavar="DIR|URL", help="the small model: a folder, or a service that answers with scores")
+    add("--swift-exit", type=int, metavar="L", help="instead: the exit after this layer of the Super")
+    add("--super", dest="super_", required=True, metavar="DIR|URL", help="the large model")
+    longest = f"of generated answers (default: {default.max_new_tokens})"
+    add("--max-new-tokens", type=int, metavar="N", help=longest)
+    add("--batch-size", type=int, metavar="N", help=f"rows per batch (default: {default.batch_size})")
+    normalise = "multiple choice: what the log-likelihood of a choice is divided by "
+    normalise += f"(default: {default.normalise})"
+    add("--normalise", choices=get_args(Normalise), help=normalise)
+    timeout = f"of a service, seconds (default: {default.timeout:g})"
+    add("--timeout", type=float, metavar="S", help=timeout)
+    add("--retries", type=int, metavar="N", help=f"of a service, per row (default: {default.retries})")
+    style = "of a service: rows as JSON, or completions of the OpenAI API "
+    add("--style", choices=get_args(Style), help=f"{style}(default: {default.style})")
+    add("--service-model", metavar="NAME", help=f"openai: the model; {KEY} holds the key")
+    add("--super-cost", type=float, metavar="FLOPS", help="of a row, by a service that does not say it")
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    add, default = parser.add_argument, PairOptions
+    add("--data", required=True, metavar="FILE", help="JSON lines, or .gz of them")
+    text = f"the text, prompt or question (default: {default.text_field})"
+    add("--text-field", metavar="NAME", help=text)
+    add("--pair-field", metavar="NAME", help="encoders: the second text of a row")
+    choices = f"multiple choice, where rows have it (default: {default.choices_field})"
+    add("--choices-field", metavar="NAME", help=choices)
+    tokens = "encoders, encoder-decoders: tokens read of a row "
+    tokens += f"(default: all that an encoder can read, {SOURCE_TOKENS} for encoder-decoders)"
+    add("--max-len", type=int, metavar="N", help=tokens)
+    add("--template", metavar="TEXT", help='encoder-decoders: their source, "sst2 sentence: {text}"')
+    only = "encoder-decoders: the only answers (default: any; with --score encoder_*, the head's classes)"
+    add("--labels", metavar="A,B", help=only)
+    add("--retry-failed", action="store_true", help="rows that failed before are answered again")
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    kinds = ", ".join(f"{kind} (default)" if kind == DEFAULT_SCORE else kind for kind in KINDS)
+    names = f"{kinds}; _min, prompt_: of sequences; random; encoder_: of the head on an encoder-decoder's "
+    add("--score", help=f"{names}encoder, before it decodes")
+    add("--temperature", type=float, metavar="T", help="of the energy; 1 is the default")
+    centre = f"measure logits from their mean (default: {get_args(Centre)[0]})"
+    add("--centre", choices=get_args(Centre), help=centre)
+    seed = f"of random scores and of the halves of --risk (default: {PairOptions.seed})"
+    add("--seed", type=int, help=seed)

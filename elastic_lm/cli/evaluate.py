@@ -1,0 +1,86 @@
+"""`elastic-lm evaluate`: quality of every depth, and of an exit policy."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from elastic_lm.cli.held_out import HeldOutOptions, add_held_out, held_out_batches
+from elastic_lm.cli.model_folder import load_with_tokenizer
+from elastic_lm.config.exit_policy import DEFAULT_METRIC
+
+HELP = """\
+Perplexity of the full model and of every exit; with thresholds, agreement and mean depth.
+
+elastic-lm evaluate --model runs/exits/model --data test.txt
+elastic-lm evaluate --model runs/exits/model --thresholds thresholds.json --json result.json
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(HeldOutOptions):
+    """What is measured, and where the numbers go."""
+
+    thresholds: str | None = None  # file of an exit policy that is measured too
+    json: str | None = None  # file for the numbers; - = stdout only
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `Options`."""
+    add_held_out(parser, "test text")
+    parser.add_argument("--thresholds", metavar="FILE", help="also measure this exit policy")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here too; - = stdout only")
+
+
+def run(options: Options) -> None:
+    """Measures every depth on the test text."""
+    from elastic_lm.depth import quality
+    from elastic_lm.depth.observations import observe
+    from elastic_lm.depth.policies import ConfidenceExit
+    from elastic_lm.depth.threshold_search import outcome
+    from elastic_lm.files.atomic import prepare_output
+
+    policy = ConfidenceExit.load(options.thresholds) if options.thresholds else None
+    prepare_output(options.json)
+    model, params, tokenizer, folder = load_with_tokenizer(options.model)
+    if policy:
+        policy.check(model.config)
+
+    batches, text = held_out_batches(options, tokenizer, "test")
+    # Without a policy the confidences are not read, and any metric does.
+    metric = policy.metric if policy else DEFAULT_METRIC
+    seen = observe(model.config, params, batches, metric=metric)
+    depths = quality.by_depth(seen, quality.count_bytes(seen, tokenizer))
+    result = {
+        "model": folder,
+        "data": text,
+        "tokens": seen.tokens,
+        "depths": [dataclasses.asdict(d) for d in depths],
+    }
+
+    if policy:
+        layers = (*seen.layers, seen.n_layers)
+        seen = seen.gated(policy.gates) if policy.gates else seen
+        found = outcome(seen.confidence, seen.agrees, layers, policy.thresholds)
+        result["policy"] = {"thresholds": policy.thresholds, "metric": metric, **dataclasses.asdict(found)}
+
+    if options.json and options.json != "-":
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2) if options.json == "-" else quality_table(result))
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    """Perplexity, accuracy and agreement per depth; the policy's line where there is one."""
+    lines = ["layers   perplexity   nats/byte   accuracy   agreement"]
+    lines += [
+        f"{d['layers']:<6d} {d['perplexity']:>12.4f} {d['nats_per_byte']:>11.4f} "
+        f"{d['accuracy']:>10.4f} {d['agreement']:>11.4f}"
+        for d in result["depths"]
+    ]
+    if "policy" in result:
+        policy = result["policy"]
+        shares = ", ".join(f"{share:.3f}" for share in policy["shares"])
+        depth = f"mean {policy['mean_layers']:.2f} layers, shares {shares}"
+        lines.append(f"with exits: agreement {policy['agreement']:.4f}, {depth}")
+    return "\n".join(lines)

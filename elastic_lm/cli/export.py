@@ -1,0 +1,65 @@
+"""`elastic-lm export`: an elastic checkpoint becomes a Hugging Face folder."""
+
+import argparse
+import dataclasses
+
+from elastic_lm.cli.model_folder import load_tokenizer, parameter_count
+from elastic_lm.cli.parser import CommandOptions, add_dtype, require_dtype
+
+HELP = """\
+Elastic checkpoint -> Hugging Face folder that `transformers` and vLLM load.
+
+elastic-lm export --from runs/exits/model --to hf-dir
+elastic-lm export --from runs/x/model --to hf-dir --dtype bfloat16 --without-exits
+
+Exits go into a file of their own that `transformers` ignores; this package reads them back.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """What is exported."""
+
+    source: str  # elastic checkpoint
+    target: str  # new Hugging Face folder
+    dtype: str | None = None  # of the stored weights; None = as in the checkpoint
+    without_exits: bool = False  # only the full-depth model is written
+    overwrite: bool = False  # an earlier export at `target` is replaced
+
+    def __post_init__(self) -> None:
+        require_dtype(self.dtype)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `Options`."""
+    add = parser.add_argument
+    add("--from", dest="source", required=True, metavar="DIR", help="elastic checkpoint")
+    add("--to", dest="target", required=True, metavar="HF_DIR", help="new folder")
+    add_dtype(parser, "of the stored weights (default: as in the checkpoint)")
+    add("--without-exits", action="store_true", help="write the full-depth model only")
+    add("--overwrite", action="store_true", help="replace an earlier export at --to")
+
+
+def run(options: Options) -> None:
+    """Exports the checkpoint."""
+    from elastic_lm import hf
+    from elastic_lm.checkpoints.loading import load
+    from elastic_lm.config.encoder import EncoderConfig
+    from elastic_lm.config.model import ModelConfig
+    from elastic_lm.models.exits import without_exits
+    from elastic_lm.models.task_heads import attach_task_exits
+
+    model, params = load(options.source, dtype=options.dtype)
+    config = model.config
+    if options.without_exits and isinstance(config, ModelConfig):
+        config, params = without_exits(config, params)
+    elif options.without_exits and isinstance(config, EncoderConfig) and config.exits:
+        config, params = attach_task_exits(config, params, ())
+
+    tokenizer = load_tokenizer(options.source)
+    hf.export(config, params, options.target, tokenizer, overwrite=options.overwrite)
+
+    count = len(getattr(config, "exits", ()))
+    exits = f" and {count} exits" if count else ""
+    size = f"{parameter_count(params)} parameters{exits}"
+    print(f"{options.source} -> {options.target}: {config.family}, {size}")

@@ -1,0 +1,41 @@
+"""Model folders that commands read: the model with its tokenizer, or the tokenizer where there is one."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elastic_lm.data.tokenizer import Tokenizer
+    from elastic_lm.models.decoder import Decoder, Params
+
+
+def load_with_tokenizer(folder: str | None) -> "tuple[Decoder, Params, Tokenizer, str]":
+    """A model folder's decoder and tokenizer; None = the embedded model.
+
+    Returns:
+      (model, canonical parameters, tokenizer, the folder).
+    """
+    from elastic_lm.checkpoints.embedded import embedded_model
+    from elastic_lm.checkpoints.loading import load_decoder
+    from elastic_lm.data.tokenizer import Tokenizer
+
+    path = folder or str(embedded_model())
+    model, params = load_decoder(path)
+    return model, params, Tokenizer.load(path), path
+
+
+def load_tokenizer(folder: str) -> "Tokenizer | None":
+    """The tokenizer of a model folder; None, with a note on stderr, where it has no tokenizer.json."""
+    from elastic_lm.data.tokenizer import Tokenizer
+
+    try:
+        return Tokenizer.load(folder)
+    except FileNotFoundError:
+        print(f"{folder} has no tokenizer.json: only the model is written", file=sys.stderr)
+        return None
+
+
+def parameter_count(params: Any) -> str:
+    """The number of parameters, with commas for people."""
+    import jax
+
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"
