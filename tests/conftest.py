@@ -4,9 +4,16 @@ An XLA_FLAGS of the caller's own stays; `XLA_FLAGS= python -m pytest` compiles a
 """
 
 import os
+from pathlib import Path
 
 import jax
 import pytest
+
+from elastic_lm.config.data import DataConfig
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.train.config import RunConfig, TrainConfig
+
+LINE = "def f{0}(x):\n    return x * {0} + {1}\n\n"
 
 if "XLA_FLAGS" not in os.environ:
     # Read by XLA when its first device is asked for, and by processes that inherit the environment.
@@ -23,3 +30,32 @@ def programs_on_disk(tmp_path_factory: pytest.TempPathFactory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """About 30 KB of code-like text."""
+    file = tmp_path / "text.txt"
+    file.write_text("".join(LINE.format(i, i * i) for i in range(800)))
+    return file
+
+
+@pytest.fixture
+def run_config(text_file: Path) -> RunConfig:
+    """Two layers, six steps, a checkpoint every two."""
+    return RunConfig(
+        model=ModelConfig(
+            vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=64, max_len=64, tied=True
+        ),
+        data=DataConfig(
+            source="text",
+            paths=(str(text_file),),
+            eval_paths=(str(text_file),),
+            seq_len=32,
+            batch_size=8,
+            span=200,
+        ),
+        train=TrainConfig(
+            steps=6, lr=1e-2, warmup=2, log_every=1, eval_every=3, eval_batches=2, save_every=2
+        ),
+    )

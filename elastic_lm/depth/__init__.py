@@ -10,14 +10,14 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.model import ExitConfig
     from elastic_lm.depth.calibration import calibrate
     from elastic_lm.depth.confidence import METRICS
-    from elastic_lm.depth.ee_tuning import EETuning, JointTraining
+    from elastic_lm.depth.ee_tuning import EETuning, EETuningConfig, JointTraining, JointTrainingConfig
     from elastic_lm.depth.forecasting import Forecast, forecast
     from elastic_lm.depth.guarantee import Guarantee, RiskControl
     from elastic_lm.depth.observations import Observations, observe
     from elastic_lm.depth.per_exit import exit_thresholds
     from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, ExitPolicy, StaticExit
-    from elastic_lm.depth.self_supervised import SelfSupervisedExits
-    from elastic_lm.depth.sorted_finetuning import SortedFineTuning
+    from elastic_lm.depth.self_supervised import SelfSupervisedConfig, SelfSupervisedExits
+    from elastic_lm.depth.sorted_finetuning import SortedFineTuning, SortedFineTuningConfig
     from elastic_lm.models.exits import attach_exits, extract, without_exits
 
 __all__ = [
@@ -26,15 +26,19 @@ __all__ = [
     "DecayedExit",
     "DepthSchedule",
     "EETuning",
+    "EETuningConfig",
     "ExitConfig",
     "ExitPolicy",
     "Forecast",
     "Guarantee",
     "JointTraining",
+    "JointTrainingConfig",
     "Observations",
     "RiskControl",
+    "SelfSupervisedConfig",
     "SelfSupervisedExits",
     "SortedFineTuning",
+    "SortedFineTuningConfig",
     "StaticExit",
     "attach_exits",
     "calibrate",

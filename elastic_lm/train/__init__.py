@@ -1,4 +1,7 @@
-"""Training: `fit` runs what a config describes; `load_config` reads one from a file."""
+"""Training: `fit` runs what a config describes; `load_config` reads one from a file.
+
+A method of your own is a `Method` with a `MethodConfig`, added by `register`.
+"""
 
 from etils import epy as _epy
 
@@ -8,17 +11,29 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.task import TaskConfig
     from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
     from elastic_lm.train.load_config import load_config
+    from elastic_lm.train.method import Method, MethodConfig
+    from elastic_lm.train.pretraining import Pretraining, PretrainingConfig
+    from elastic_lm.train.registry import register
     from elastic_lm.train.run import fit
+    from elastic_lm.train.tasks.config import TaskTuningConfig
+    from elastic_lm.train.tasks.tuning import TaskTuning
 
 __all__ = [
     "DataConfig",
     "MeshConfig",
+    "Method",
+    "MethodConfig",
+    "Pretraining",
+    "PretrainingConfig",
     "RunConfig",
     "TaskConfig",
     "TaskRun",
+    "TaskTuning",
+    "TaskTuningConfig",
     "TrainConfig",
     "fit",
     "load_config",
+    "register",
 ]
 
 

@@ -7,6 +7,8 @@ that 0.1 began can be resumed.
 import warnings
 from typing import Any
 
+from elastic_lm.config.checks import require
+
 _TASK = ("teacher_from", "distil", "temperature", "z_loss", "tuned", "exit_weights")
 _ROUTERS = ("budgets", "priced", "latency_table", "context", "scheme", "reads", "router_width", "router_lr")
 _ROUTERS += ("budget_weight", "train_model", "distil", "surrogate_error")
@@ -49,11 +51,20 @@ def upgraded(values: dict[str, Any], *, stored: bool = False) -> dict[str, Any]:
     Returns:
       The sections.
     """
-    train = dict(values.get("train") or {})
-    method = dict(values.get("method") or {})
+    if not all(isinstance(values.get(section, {}), dict) for section in ("train", "method")):
+        return values  # refused where the dataclasses are built
+    train, method = dict(values.get("train", {})), dict(values.get("method", {}))
     old_name = train.pop("method", None)
     name = method.setdefault("name", old_name or ("task_tuning" if "task" in values else "pretraining"))
     moved = {key: new for key, new in MOVED.get(name, {}).items() if key in train}
+    for other, keys in MOVED.items():
+        for key in () if stored else keys:
+            require(
+                key in moved or key not in train,
+                f"train.{key}",
+                train.get(key),
+                f"not read with method.name={name!r}; {other} reads it, as method.{keys[key]}",
+            )
     if old_name is None and not moved:
         return values
 

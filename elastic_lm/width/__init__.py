@@ -7,9 +7,9 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cost.counted import CostTable, Workload, counted_table
     from elastic_lm.cost.latency_table import LatencyTable
     from elastic_lm.width.chooser import SubnetChooser
-    from elastic_lm.width.elastic_training import ElasticTraining, uniform_subnets
+    from elastic_lm.width.elastic_training import ElasticTraining, ElasticTrainingConfig, uniform_subnets
     from elastic_lm.width.importance import Importance, permute, rank
-    from elastic_lm.width.router_training import RouterTraining
+    from elastic_lm.width.router_training import RouterTraining, RouterTrainingConfig
     from elastic_lm.width.search import (
         Damage,
         evolutionary,
@@ -27,10 +27,12 @@ __all__ = [
     "CostTable",
     "Damage",
     "ElasticTraining",
+    "ElasticTrainingConfig",
     "Importance",
     "LatencyTable",
     "Menu",
     "RouterTraining",
+    "RouterTrainingConfig",
     "Routers",
     "Subnet",
     "SubnetChooser",

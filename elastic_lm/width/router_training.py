@@ -169,6 +169,13 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
     remat: bool = False  # recompute layers in the backward pass
 
     def __post_init__(self) -> None:
+        # What the routers were made for decides; the options say the same.
+        for field, value in (
+            ("budgets", self.shape.anchors),
+            ("reads", self.shape.reads),
+            ("router_width", self.shape.width),
+        ):
+            object.__setattr__(self, field, value)
         super().__post_init__()
         whole = self.table.range(self.shape.menu)[1]
         for share in self.shape.anchors:

@@ -102,7 +102,7 @@ def test_dynamic_token_weights() -> None:
 
 def test_weight_warmup() -> None:
     config, _ = tuned()
-    linear = EETuning(config, (1.0, 0.5, 0.2, 0.0), warmup_steps=10, warmup_from=0.1)
+    linear = EETuning(config, weights=(1.0, 0.5, 0.2, 0.0), warmup_steps=10, warmup_from=0.1)
     np.testing.assert_allclose(linear.exit_weights(0), [0.1, 0.1, 0.1, 0.0], rtol=1e-6)
     np.testing.assert_allclose(linear.exit_weights(5), [0.55, 0.3, 0.15, 0.0], rtol=1e-6)
     np.testing.assert_allclose(linear.exit_weights(10), [1.0, 0.5, 0.2, 0.0], rtol=1e-6)
@@ -122,8 +122,8 @@ def test_chunks_remat_and_stacking_change_nothing() -> None:
 
     expected = run(EETuning(config), params)
     others = {
-        "chunk": run(EETuning(config, chunk=3), params),
-        "remat": run(EETuning(config, chunk=4, remat=True), params),
+        "chunk": run(EETuning(config, loss_chunk=3), params),
+        "remat": run(EETuning(config, loss_chunk=4, remat=True), params),
         "stacked": run(EETuning(config), stack_layers(params)),
     }
     for name, result in others.items():
@@ -159,7 +159,7 @@ def test_backbone_is_bit_identical_after_training(tied: bool) -> None:
 def gradient_dots(layers: int, exit_layers: tuple[int, ...], weights: tuple[float, ...] = ()) -> int:
     exits = tuple(ExitConfig(layer, "norm") for layer in exit_layers)
     config = tiny_config(n_layers=layers).with_exits(exits)
-    method = EETuning(config, weights)
+    method = EETuning(config, weights=weights)
     params = nn.unbox(abstract_params(config))
     batch = packed(config, length=20)  # so many tokens that products have one form on every platform
     return count_dots(value_and_grad(method), *method.split(params), batch, jnp.int32(0))
@@ -185,7 +185,7 @@ def test_forward_stops_after_the_deepest_exit_in_use() -> None:
 def temporary_bytes(exit_layers: tuple[int, ...], chunk: int) -> int:
     exits = tuple(ExitConfig(layer, "norm") for layer in exit_layers)
     config = tiny_config(vocab_size=8192, d_model=16, n_heads=2, d_mlp=16, max_len=512).with_exits(exits)
-    method = EETuning(config, chunk=chunk)
+    method = EETuning(config, loss_chunk=chunk)
     params = nn.unbox(abstract_params(config))
     batch = packed(config, rows=2, length=512)
     step = jax.jit(value_and_grad(method)).lower(*method.split(params), batch, jnp.int32(0))
@@ -204,7 +204,7 @@ def test_joint_training_is_final_plus_weighted_exits() -> None:
     config, params = tuned()
     batch = packed(config)
     weights = (0.25, 0.5, 0.0, 0.1)
-    exits, joint = EETuning(config, weights), JointTraining(config, weights, chunk=4)
+    exits, joint = EETuning(config, weights=weights), JointTraining(config, weights=weights, loss_chunk=4)
     trainable, frozen = joint.split(params)
     assert frozen == {}
     (total, metrics), grads = jax.jit(value_and_grad(joint))(trainable, frozen, batch, jnp.int32(0))

@@ -37,7 +37,9 @@ def losses() -> dict[str, list[float]]:
     params = jax.tree.map(lambda p: jnp.asarray(random.normal(0, 0.1, p.shape), p.dtype), shapes)
     exits = (ExitConfig(1, "norm"), ExitConfig(2, "mlp"), ExitConfig(3, "block", tied=True))
     config, params = attach_exits(config, params, exits, jax.random.key(0))
-    method = EETuning(config, (0.5, 1.0, 1.0), warmup_steps=4, dynamic_token_weights=True, chunk=8)
+    method = EETuning(
+        config, weights=(0.5, 1.0, 1.0), warmup_steps=4, dynamic_token_weights=True, loss_chunk=8
+    )
     trainable, frozen = method.split(params)
     optimizer = optax.adam(1e-2)
 

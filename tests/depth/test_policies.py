@@ -233,7 +233,7 @@ def test_deeper_layers_get_keys_and_values_of_the_state_that_left(four, prompts)
         tokens, depths = reference.run(prompt, NEW)
         assert (batch[row].tokens, batch[row].exit_layers) == (tokens, depths)
         seen |= set(depths)
-        _, state, controls = decode._start(decode._call([prompt]), NEW)
+        _, state, controls = decode._prefill(decode._call([prompt]), NEW)
         state = jit_run(four.config, four.params, state, controls, ENDLESS, "propagate")
         filled = len(prompt) + NEW - 1
         for i in range(4):
@@ -249,7 +249,7 @@ def test_block_of_a_deeper_exit_gets_keys_and_values_of_the_state_that_left(make
     params = jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, init_params(config, jax.random.key(0)))
     model, prompt = make_model(config, params), prompts[4]
     decode = model.sampler((0.0, 2.0), window=2, missing="propagate")
-    _, state, controls = decode._start(decode._call([prompt]), 6)
+    _, state, controls = decode._prefill(decode._call([prompt]), 6)
     state = jit_run(config, params, state, controls, ENDLESS, "propagate")
     filled = int(state.length[0]) - 1
     decoder = Decoder(config).bind({"params": params})

@@ -12,7 +12,7 @@ import pytest
 
 from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.self_supervised import CachedExits, SelfSupervisedExits, cache_taps, gate_cross_entropy
+from elastic_lm.depth.self_supervised import SelfSupervisedExits, cache_taps, gate_cross_entropy
 from elastic_lm.models.decoder import Decoder, Params, abstract_params, init_params, stack_layers
 from elastic_lm.models.exits import attach_exits
 from elastic_lm.testing import all_logits, assert_same_tree, random_tokens, tiny_config
@@ -83,7 +83,7 @@ def test_penalty_makes_wrong_heads_unsure_and_leaves_right_ones_alone() -> None:
 def test_loss_is_the_mean_over_exits(tied: bool) -> None:
     config, params = model(tied)
     batch = packed(config)
-    method = SelfSupervisedExits(config, "argmax", chunk=4)
+    method = SelfSupervisedExits(config, objective="argmax", loss_chunk=4)
     (loss, metrics), _ = run(method, params, batch)
     output = jit(Decoder(config).apply)({"params": params}, batch.tokens, batch.positions, batch.segments)
     y = jnp.argmax(output.logits, -1)
@@ -130,7 +130,7 @@ def test_top_k_of_everything_is_the_full_divergence() -> None:
     config, params = model()
     batch = packed(config)
     full = run(SelfSupervisedExits(config), params, batch)
-    all_ids = run(SelfSupervisedExits(config, top_k=config.vocab_size, chunk=3), params, batch)
+    all_ids = run(SelfSupervisedExits(config, top_k=config.vocab_size, loss_chunk=3), params, batch)
     jax.tree.map(CLOSE, all_ids, full)
 
 
@@ -138,7 +138,7 @@ def test_top_k_of_everything_is_the_full_divergence() -> None:
 def test_cached_loss_is_the_online_loss(stacked: bool) -> None:
     config, params = model()
     form = stack_layers(params) if stacked else params
-    method = SelfSupervisedExits(config, chunk=4)
+    method = SelfSupervisedExits(config, loss_chunk=4)
     trainable, frozen = method.split(form)
     batches = [packed(config, seed=seed) for seed in range(2)]
     cache = cache_taps(method, frozen, batches)
@@ -150,7 +150,7 @@ def test_cached_loss_is_the_online_loss(stacked: bool) -> None:
         {"hidden"},
     ]
     online = jit(jax.value_and_grad(method.loss, has_aux=True))
-    offline = jit(jax.value_and_grad(CachedExits(method).loss, has_aux=True))
+    offline = jit(jax.value_and_grad(method.loss, has_aux=True))
     for batch, taps in zip(batches, cache, strict=True):
         expected = online(trainable, frozen, batch, jnp.int32(0))
         jax.tree.map(CLOSE, offline(trainable, frozen, taps, jnp.int32(0)), expected)
@@ -159,7 +159,7 @@ def test_cached_loss_is_the_online_loss(stacked: bool) -> None:
 @pytest.mark.parametrize("objective", ["kl", "argmax", "penalised"])
 def test_full_model_is_bit_identical_and_every_exit_trains(objective: Objective) -> None:
     config, params = model()
-    method = SelfSupervisedExits(config, objective)
+    method = SelfSupervisedExits(config, objective=objective)
     trainable, frozen = method.split(params)
     assert set(trainable) == {e.name for e in config.exits}
     tokens = random_tokens(config, 2, 9)
@@ -206,7 +206,7 @@ def test_gate_loss_by_hand(balance: bool) -> None:
     config, params = model()
     own = {**params["exit_2"], "head": params["head"], "norm": params["final_norm"]}
     params, batch = {**params, "exit_2": own}, packed(config, rows=6)
-    (_, metrics), _ = run(SelfSupervisedExits(config, balance_gates=balance, chunk=4), params, batch)
+    (_, metrics), _ = run(SelfSupervisedExits(config, balance_gates=balance, loss_chunk=4), params, batch)
 
     @jit
     def by_hand(params: Params) -> tuple[jax.Array, jax.Array]:
@@ -273,7 +273,7 @@ def test_gate_learns_a_separable_toy() -> None:
 def temporary_bytes(exit_layers: tuple[int, ...], chunk: int) -> int:
     exits = tuple(ExitConfig(layer, "norm") for layer in exit_layers)
     config = tiny_config(vocab_size=8192, d_model=16, n_heads=2, d_mlp=16, max_len=512).with_exits(exits)
-    method = SelfSupervisedExits(config, chunk=chunk)
+    method = SelfSupervisedExits(config, loss_chunk=chunk)
     params = nn.unbox(abstract_params(config))
     step = jit(jax.value_and_grad(method.loss, has_aux=True))
     lowered = step.lower(*method.split(params), packed(config, 2, 512), jnp.int32(0))

@@ -11,7 +11,7 @@ import pytest
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.sorted_finetuning import SortedFineTuning, depth_weights, drop_probabilities, extract
+from elastic_lm.depth.sorted_finetuning import SortedFineTuning, depth_weights, drop_probabilities
 from elastic_lm.models.decoder import (
     Decoder,
     Params,
@@ -20,6 +20,7 @@ from elastic_lm.models.decoder import (
     stack_layers,
     unstack_layers,
 )
+from elastic_lm.models.exits import extract
 from elastic_lm.testing import assert_same_tree, random_tokens, tiny_config
 from elastic_lm.train.config import DepthWeights
 
@@ -93,15 +94,17 @@ def active(method: SortedFineTuning, steps: int) -> list[str]:
 
 
 def test_rotational_curriculum() -> None:
-    rotational = SortedFineTuning(tiny_config(), curriculum="rotational", period=3)
+    rotational = SortedFineTuning(tiny_config(), curriculum="rotational", curriculum_period=3)
     assert active(rotational, 4) == ["TFFT", "FTFT", "FFTT", "TFFT"]
     np.testing.assert_allclose(rotational.weights(1), [0, 0.5, 0, 0.5])
-    skip = SortedFineTuning(tiny_config(), weighting="layerskip", curriculum="rotational", period=2)
+    skip = SortedFineTuning(
+        tiny_config(), depth_weights="layerskip", curriculum="rotational", curriculum_period=2
+    )
     np.testing.assert_allclose(skip.weights(1), [0, 1 / 7, 0, 6 / 7], rtol=1e-6)
 
 
 def test_gradual_curriculum() -> None:
-    gradual = SortedFineTuning(tiny_config(), curriculum="gradual", period=1)
+    gradual = SortedFineTuning(tiny_config(), curriculum="gradual", curriculum_period=1)
     assert active(gradual, 5) == ["FFFT", "FFTT", "FTTT", "TTTT", "TTTT"]
     half = SortedFineTuning(tiny_config(), curriculum="gradual", steps=16)  # one more every 16 / (2 * 4)
     assert active(half, 8) == ["FFFT", "FFFT", "FFTT", "FFTT", "FTTT", "FTTT", "TTTT", "TTTT"]
@@ -109,19 +112,19 @@ def test_gradual_curriculum() -> None:
 
 
 def test_sampled_sub_models_follow_their_weights() -> None:
-    sampled = SortedFineTuning(tiny_config(), weighting="linear", curriculum="sampled")
+    sampled = SortedFineTuning(tiny_config(), depth_weights="linear", curriculum="sampled")
     draws = jax.vmap(sampled.weights)(jnp.arange(2000))
     assert set(np.unique(draws)) == {0.0, 1.0}
     np.testing.assert_allclose(draws.sum(1), 1)
     np.testing.assert_allclose(draws.mean(0), [0.1, 0.2, 0.3, 0.4], atol=0.04)
-    other = SortedFineTuning(tiny_config(), weighting="linear", curriculum="sampled", seed=1)
+    other = SortedFineTuning(tiny_config(), depth_weights="linear", curriculum="sampled", seed=1)
     assert np.any(jax.vmap(other.weights)(jnp.arange(20)) != draws[:20])
 
 
 @pytest.mark.parametrize(("tied", "stacked"), [(False, True), (True, False)])
 def test_loss_is_the_weighted_mean_of_truncated_models(tied: bool, stacked: bool) -> None:
     config, params = model(tied)
-    method = SortedFineTuning(config, depths=(1, 3), weighting="linear", chunk=4)
+    method = SortedFineTuning(config, depths=(1, 3), depth_weights="linear", loss_chunk=4)
     assert method.depths == (1, 3, 4)
     (loss, metrics), _ = run(method, stack_layers(params) if stacked else params)
     each = {n: truncated_loss(config, params, n, packed(config)) for n in method.depths}
@@ -155,7 +158,8 @@ def test_remat_changes_nothing() -> None:
 @pytest.mark.parametrize(("curriculum", "tied"), [("sampled", True), ("rotational", False)])
 def test_sparse_steps_equal_the_loss_of_their_sub_models(curriculum: Any, tied: bool) -> None:
     config, params = model(tied)
-    method = SortedFineTuning(config, curriculum=curriculum, period=3)
+    period = 3 if curriculum in ("rotational", "gradual") else 0
+    method = SortedFineTuning(config, curriculum=curriculum, curriculum_period=period)
     call = jit(jax.value_and_grad(method.loss, has_aux=True))
 
     @jit
@@ -255,7 +259,7 @@ def temporary_bytes(depths: tuple[int, ...]) -> int:
     config = tiny_config(
         n_layers=4, vocab_size=8192, d_model=16, n_heads=2, n_kv_heads=1, d_mlp=16, max_len=512
     )
-    method = SortedFineTuning(config, depths, chunk=16)
+    method = SortedFineTuning(config, depths=depths, loss_chunk=16)
     params = init_params(config, jax.random.key(0))
     args = (params, {}, packed(config, 2, 512), jnp.int32(0))
     step = jit(jax.value_and_grad(method.loss, has_aux=True)).lower(*args)
@@ -270,7 +274,7 @@ def test_memory_does_not_grow_with_sub_models_times_vocabulary() -> None:
 
 def test_messages() -> None:
     for depths in ((0, 4), (5,)):
-        with pytest.raises(ValueError, match=r"train\.depths=.*layers 1 \.\. 4"):
-            SortedFineTuning(tiny_config(), depths)
-    with pytest.raises(ValueError, match=r"train\.curriculum_period=0"):
+        with pytest.raises(ValueError, match=r"method\.depths=.* 1 \.\. 4"):
+            SortedFineTuning(tiny_config(), depths=depths)
+    with pytest.raises(ValueError, match=r"method\.curriculum_period=0"):
         SortedFineTuning(tiny_config(), curriculum="rotational")

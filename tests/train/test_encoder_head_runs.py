@@ -24,7 +24,8 @@ from elastic_lm.decode.seq2seq import TextToText
 from elastic_lm.files.journal import read_rows
 from elastic_lm.models.registry import init_params
 from elastic_lm.train.config import TaskRun, TrainConfig
-from elastic_lm.train.tasks.run import fit_task
+from elastic_lm.train.run import fit
+from elastic_lm.train.tasks.config import TaskTuningConfig
 from elastic_lm.train.tasks.tuning import TaskBatch, task_logits
 
 CONFIG = EncoderDecoderConfig(
@@ -54,9 +55,9 @@ def run(folder: Path) -> TaskRun:
         max_len=64,
         batch_size=16,
     )
-    train = TrainConfig(method="task_tuning", init_from=str(folder / "t5"), tuned="head", steps=40, warmup=4)
-    train = dataclasses.replace(train, lr=2e-2, eval_every=0, eval_batches=0, z_loss=1e-4)
-    return TaskRun(task, train)
+    train = TrainConfig(init_from=str(folder / "t5"), steps=40, warmup=4)
+    train = dataclasses.replace(train, lr=2e-2, eval_every=0, eval_batches=0)
+    return TaskRun(task, train, TaskTuningConfig(tuned="head", z_loss=1e-4))
 
 
 @pytest.fixture(scope="module")
@@ -100,23 +101,23 @@ def test_it_reads_what_text_to_text_reads(run: TaskRun, folder: Path, trained: d
 def test_a_head_is_kept_and_teaches(run: TaskRun, folder: Path, trained: dict[str, float], tmp_path) -> None:
     model, learned = str(folder / "run" / "model"), load(folder / "run" / "model")[1]["encoder_head"]
     again = changed(run, "train", init_from=model, steps=1, warmup=0, lr=1e-12, weight_decay=0.0)
-    _, params, metrics = fit_task(again, tmp_path / "again")
+    _, params, metrics = fit(again, tmp_path / "again")
     chex.assert_trees_all_close(params["encoder_head"], learned, atol=1e-9)
     assert set(metrics) == {"loss", "accuracy"}
     assert metrics["accuracy"] == pytest.approx(trained["eval_accuracy"], abs=1e-3)
-    taught = changed(run, "train", teacher_from=model, distil=1.0, z_loss=0.0)
-    _, params, _ = fit_task(taught, tmp_path / "taught")
+    taught = changed(run, "method", teacher_from=model, distil=1.0, z_loss=0.0)
+    _, params, _ = fit(taught, tmp_path / "taught")
     assert "teacher" not in params
     kernel, aim = (head["kernel"] for head in (params["encoder_head"], learned))
     difference = kernel[0] - kernel[1], aim[0] - aim[1]
     assert np.corrcoef(*difference)[0, 1] > 0.8
     with pytest.raises(ValueError, match="has a head of 2 classes on its encoder, and the task 3"):
-        fit_task(changed(again, "task", labels=("neg", "pos", "odd")), tmp_path / "three")
+        fit(changed(again, "task", labels=("neg", "pos", "odd")), tmp_path / "three")
     with pytest.raises(ValueError, match="tells neg, pos apart, in this order, and the task has pos, neg"):
-        fit_task(changed(again, "task", labels=("pos", "neg")), tmp_path / "turned")
+        fit(changed(again, "task", labels=("pos", "neg")), tmp_path / "turned")
     turned = changed(taught, "task", labels=("pos", "neg"))
-    with pytest.raises(ValueError, match=r"train\.teacher_from=.*'neg', 'pos'"):
-        fit_task(turned, tmp_path / "turned")
+    with pytest.raises(ValueError, match=r"method\.teacher_from=.*'neg', 'pos'"):
+        fit(turned, tmp_path / "turned")
 
 
 def test_route_asks_the_head_and_decodes_only_what_is_kept(
@@ -130,11 +131,11 @@ def test_route_asks_the_head_and_decodes_only_what_is_kept(
     models += ("--labels", "neg,pos")
     rule, out = tmp_path / "rule.json", tmp_path / "out.jsonl"
     command = ("--target-cost", 1e12, "--score", "encoder_energy", "--out", rule)
-    assert cli.main([str(a) for a in ("route", "fit", *models, *command)]) == 0
+    assert cli.main([str(a) for a in ("cascade", "fit", *models, *command)]) == 0
     fitted = CascadeRule.load(rule)
     middle = fitted.curve[len(fitted.curve) // 2]
     dataclasses.replace(fitted, threshold=middle.threshold).save(rule)
-    assert cli.main([str(a) for a in ("route", "run", *models, "--rule", rule, "--out", out)]) == 0
+    assert cli.main([str(a) for a in ("cascade", "run", *models, "--rule", rule, "--out", out)]) == 0
     lines = list(read_rows(out))
     assert {line["model"] for line in lines} == {"swift", "super"}
     assert np.mean([line["cost"] for line in lines]) == pytest.approx(middle.cost)
@@ -146,20 +147,24 @@ def test_route_asks_the_head_and_decodes_only_what_is_kept(
         assert line["cost"] == known + whole + 2 * 2 * super_.d_model
     none = ("--swift", tmp_path / "super", "--threshold", 0, "--score", "encoder_energy")
     none += ("--out", tmp_path / "none.jsonl")
-    assert cli.main([str(a) for a in ("route", "run", *models, *none)]) == 2
+    assert cli.main([str(a) for a in ("cascade", "run", *models, *none)]) == 2
     assert "encoder_head=True: the model has none; train one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("part", "fields", "message"),
     [
-        ("train", {"tuned": "all"}, r"train\.tuned='all': .*set task\.problem='text_to_text'.*tuned='head'"),
+        (
+            "method",
+            {"tuned": "all"},
+            r"method\.tuned='all': .*set task\.problem='text_to_text'.*tuned='head'",
+        ),
         ("task", {"problem": "regression", "prefix": ""}, r"task\.problem='regression': .*make classes"),
         ("task", {"pair_field": "again"}, r"task\.pair_field='again': .*reads one text"),
         ("train", {"init_layers": 1}, r"train\.init_layers=1: .*no layers are left out"),
     ],
 )
 def test_what_a_head_cannot_do_is_refused(run: TaskRun, tmp_path, part, fields, message) -> None:
-    asked = changed(changed(run, "train", z_loss=0.0), part, **fields)
+    asked = changed(changed(run, "method", z_loss=0.0), part, **fields)
     with pytest.raises(ValueError, match=message):
-        fit_task(asked, tmp_path)
+        fit(asked, tmp_path)

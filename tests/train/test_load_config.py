@@ -2,14 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
 from elastic_lm.config.parse import from_dict
-from elastic_lm.train.config import READ_WITH, RunConfig, TrainConfig
+from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.load_config import load_config
-from elastic_lm.train.run import for_evaluation
+from elastic_lm.train.registry import METHODS, method_class
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILE = """
@@ -55,7 +54,7 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.remat=1", r"train\.remat=1: must be of type bool"),
         ("train.schedule=step", r"train\.schedule='step': must be one of cosine"),
         ("train.warmup=500", r"train\.warmup=500: must be below steps=500"),
-        ("exits=({'layer': 1},)", r"train\.method='pretraining': trains no exits"),
+        ("exits=({'layer': 1},)", r"method\.name='pretraining': trains no exits"),
         ("train.dtype=fp8", r"train\.dtype='fp8': must be one of"),
         ("train.accumulate=3", r"train\.accumulate=3: must divide data\.batch_size=16"),
         ("train.steps.more=3", r"train\.steps\.more: steps has no keys"),
@@ -63,7 +62,6 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.steps", r"'train\.steps' is not an override"),
         ("exits=3", r"exits=3: must be a tuple: write \(3,\)"),
         ("data.paths=book.txt", r"data\.paths='book\.txt': must be a tuple: write \('book\.txt',\)"),
-        ("train.exit_weights=0.4", r"train\.exit_weights=0\.4: must be a tuple: write \(0\.4,\)"),
         ("model.windows=3", r"model\.windows=3: must be a tuple"),
         ("train=3", r"train=3: must be a mapping"),
         ("exits=[{'kind': 'norm'}]", r"exits\[0\].*needs exits\[0\]\.layer"),
@@ -73,47 +71,29 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.b2=-0.1", r"train\.b2=-0\.1: must be in \[0, 1\)"),
         ("train.eps=0.0", r"train\.eps=0\.0: must be positive"),
         ("train.weight_decay=-0.1", r"train\.weight_decay=-0\.1: must be at least 0"),
-        ("train.exit_weights=(-1.0,)", r"train\.exit_weights=\(-1\.0,\): must not be negative"),
-        ("train.exit_warmup=-1", r"train\.exit_warmup=-1: must be at least 0"),
         ("train.decay_share=1.5", r"train\.decay_share=1\.5: is a share"),
         ("train.eval_every=-1", r"train\.eval_every=-1: must be at least 0"),
         ("train.eval_batches=-1", r"train\.eval_batches=-1: must be at least 0"),
-        ("train.depths=(2, 1)", r"train\.depths=\(2, 1\): must be distinct layers"),
-        ("train.depths=(0, 1)", r"train\.depths=\(0, 1\): must be distinct layers, counted from 1"),
-        ("train.depth_weights=cubic", r"train\.depth_weights='cubic': must be one of uniform"),
-        ("train.depth_scale=0.0", r"train\.depth_scale=0\.0: must be positive"),
-        ("train.curriculum=some", r"train\.curriculum='some': must be one of all, sampled"),
-        ("train.curriculum=rotational", r"train\.curriculum_period=0: .*must be at least 1"),
-        ("train.layer_dropout=1.5", r"train\.layer_dropout=1\.5: must be in \[0, 1\]"),
-        ("train.dropout_ramp=-1", r"train\.dropout_ramp=-1: must be at least 0"),
-        ("train.objective=mse", r"train\.objective='mse': must be one of kl"),
-        ("train.top_k=-1", r"train\.top_k=-1: must be at least 0"),
-        ("train.imitation=2.0", r"train\.imitation=2\.0: must be in \[0, 1\]"),
-        ("train.menu_mlp=(0.5, 0.25, 1.0)", r"train\.menu_mlp=\(0\.5, 0\.25, 1\.0\): must be shares"),
-        ("train.menu_heads=(0.5,)", r"train\.menu_heads=\(0\.5,\): .*the last one 1\.0"),
-        ("train.menu_groups=(1.0, 0.5)", r"train\.menu_groups=\(1\.0, 0\.5\): must be shares"),
-        ("train.menu_groups=(0.5, 1.0)", r"menu_groups=\(0\.5, 1\.0\): not read with .* only with flextron"),
-        ("train.draw=all", r"train\.draw='all': must be one of per_layer"),
-        ("train.teacher=other", r"train\.teacher='other': must be one of live"),
-        ("train.samples=0", r"train\.samples=0: must be at least 1"),
-        ("train.distil=1.5", r"train\.distil=1\.5: must be in \[0, 1\]"),
-        ("train.smallest_share=-0.5", r"train\.smallest_share=-0\.5: must be in \[0, 1\]"),
-        ("train.elastic_groups=-1", r"train\.elastic_groups=-1: must be at least 0"),
-        ("train.menu_dropped=(1,1)", r"train\.menu_dropped=\(1, 1\): names a layer twice"),
-        ("train.samples=3", r"samples=3: not read with train\.method='pretraining', only with flextron"),
+        (
+            "train.menu_groups=(0.5, 1.0)",
+            r"menu_groups=.*'pretraining'; flextron reads it, as method\.menu\.groups",
+        ),
+        ("train.samples=3", r"samples=3: not read with method\.name='pretraining'; flextron reads it"),
+        ("method.samples=3", r"method=.*'samples': 3.*: must be a mapping with a name: one of pretraining"),
+        ("method={'steps': 3}", r"method=.*: must be a mapping with a name: one of pretraining"),
+        ("method.name=other", r"method\.name='other': must be one of pretraining"),
         ("train.init_layers=3", r"train\.init_layers=3: .*name it in train\.init_from"),
         ("train.seed=-1", r"train\.seed=-1: must be in"),
         ("data.seed=-1", r"data\.seed=-1: must be in"),
         (
             "train.cached_batches=8",
-            r"cached_batches=8: not read with train\.method='pretraining', only with self",
+            r"cached_batches=8: not read with method\.name='pretraining'; self_supervised_exits reads it",
         ),
         (
             "train.layer_dropout=0.1",
-            r"layer_dropout=0\.1: .* only with sorted_finetuning; change that, or set 0",
+            r"layer_dropout=0\.1: .*; sorted_finetuning reads it, as method\.layer_dropout",
         ),
-        ("train.depths=(1, 2)", r"train\.depths=\(1, 2\): not read with .*or set \(\)"),
-        ("train.exit_weights=(1.0,)", r"train\.exit_weights=\(1\.0,\): .* only with ee_tuning or joint"),
+        ("train.exit_weights=(1.0,)", r"train\.exit_weights=\(1\.0,\): .* as method\.weights"),
     ],
 )
 def test_refused_overrides_name_the_key(file: Path, override: str, message: str) -> None:
@@ -122,35 +102,84 @@ def test_refused_overrides_name_the_key(file: Path, override: str, message: str)
 
 
 @pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("ee_tuning", "weights=0.4", r"method\.weights=0\.4: must be a tuple: write \(0\.4,\)"),
+        ("ee_tuning", "weights=(-1.0,)", r"method\.weights=\(-1\.0,\): must not be negative"),
+        ("ee_tuning", "warmup_steps=-1", r"method\.warmup_steps=-1: must be at least 0"),
+        ("sorted_finetuning", "depths=(2, 1)", r"method\.depths=\(2, 1\): must be distinct layers"),
+        (
+            "sorted_finetuning",
+            "depths=(0, 1)",
+            r"method\.depths=\(0, 1\): must be distinct layers, counted from 1",
+        ),
+        (
+            "sorted_finetuning",
+            "depth_weights=cubic",
+            r"method\.depth_weights='cubic': must be one of uniform",
+        ),
+        ("sorted_finetuning", "depth_scale=0.0", r"method\.depth_scale=0\.0: must be positive"),
+        ("sorted_finetuning", "curriculum=some", r"method\.curriculum='some': must be one of all, sampled"),
+        ("sorted_finetuning", "curriculum=rotational", r"method\.curriculum_period=0: .*must be at least 1"),
+        ("sorted_finetuning", "layer_dropout=1.5", r"method\.layer_dropout=1\.5: must be in \[0, 1\]"),
+        ("sorted_finetuning", "dropout_ramp=-1", r"method\.dropout_ramp=-1: must be at least 0"),
+        ("self_supervised_exits", "objective=mse", r"method\.objective='mse': must be one of kl"),
+        ("self_supervised_exits", "top_k=-1", r"method\.top_k=-1: must be at least 0"),
+        ("self_supervised_exits", "alpha=2.0", r"method\.alpha=2\.0: must be in \[0, 1\]"),
+        ("flextron", "menu.mlp=(0.5, 0.25, 1.0)", r"menu\.mlp=\(0\.5, 0\.25, 1\.0\): must be shares"),
+        ("flextron", "menu.heads=(0.5,)", r"menu\.heads=\(0\.5,\): .*the last one 1\.0"),
+        ("flextron", "menu.groups=(1.0, 0.5)", r"menu\.groups=\(1\.0, 0\.5\): must be shares"),
+        ("flextron", "draw=all", r"method\.draw='all': must be one of per_layer"),
+        ("flextron", "teacher=other", r"method\.teacher='other': must be one of live"),
+        ("flextron", "samples=0", r"method\.samples=0: must be at least 1"),
+        ("flextron", "distil=1.5", r"method\.distil=1\.5: must be in \[0, 1\]"),
+        ("flextron", "smallest_share=-0.5", r"method\.smallest_share=-0\.5: must be in \[0, 1\]"),
+        ("flextron", "elastic_groups=-1", r"method\.elastic_groups=-1: must be at least 0"),
+        ("flextron", "menu.dropped=(1,1)", r"menu\.dropped=\(1, 1\): names a layer twice"),
+    ],
+)
+def test_refused_options_of_methods_name_the_key(
+    file: Path, method: str, override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(str(file), [f"method.name={method}", f"method.{override}"])
+
+
+@pytest.mark.parametrize(
     ("recipe", "override", "message"),
     [
-        ("self_supervised_exits.py:argmax", "top_k=8", r"top_k=8: not read with train\.objective='argmax'"),
-        ("self_supervised_exits.py", "imitation=0.5", r"imitation=0\.5: .* only with penalised; .* set 0\.9"),
-        ("self_supervised_exits.py", "remat=true", r"remat=True: not read with .*'self_supervised_exits'"),
+        ("self_supervised_exits.py:argmax", "top_k=8", r"top_k=8: not read with method\.objective='argmax'"),
+        ("self_supervised_exits.py", "alpha=0.5", r"alpha=0\.5: .* only with penalised; set 0\.9"),
         (
             "sorted_finetuning.py",
             "curriculum_period=4",
             r"curriculum_period=4: not read with .*'all', only with",
         ),
-        ("flextron.py:matformer", "samples=3", r"samples=3: not read with train\.draw='one_per_step', only"),
-        ("flextron.py", "teacher=frozen", r"teacher='frozen': not read with train\.distil=0\.0; raise that"),
+        ("flextron.py:matformer", "samples=3", r"samples=3: not read with method\.draw='one_per_step', only"),
+        ("flextron.py", "teacher=frozen", r"teacher='frozen': not read with method\.distil=0\.0; raise that"),
         ("flextron.py:scratch", "rank_batches=4", r"rank_batches=4: not read with train\.init_from=''"),
         (
             "sorted_finetuning.py",
             "dropout_ramp=4",
-            r"dropout_ramp=4: not read with train\.layer_dropout=0\.0",
+            r"dropout_ramp=4: not read with method\.layer_dropout=0\.0",
         ),
     ],
 )
 def test_options_that_nothing_reads_are_refused(recipe: str, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config(str(CONFIGS / recipe), [f"train.{override}"])
+        load_config(str(CONFIGS / recipe), [f"method.{override}"])
 
 
-def test_options_of_methods_exist() -> None:
-    for fields, by, values in READ_WITH:
-        assert set(fields) <= {field.name for field in dataclasses.fields(TrainConfig)}
-        assert set(values) <= set(get_args(get_type_hints(TrainConfig)[by]))
+def test_a_method_that_recomputes_nothing_refuses_remat() -> None:
+    with pytest.raises(ValueError, match=r"train\.remat=True: not read with .*'self_supervised_exits'"):
+        load_config(str(CONFIGS / "self_supervised_exits.py"), ["train.remat=true"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_has_every_option_of_its_section(name: str) -> None:
+    method = method_class(name)
+    assert method.section.name == name
+    assert {field.name for field in dataclasses.fields(method.section)} <= set(method.__dataclass_fields__)
 
 
 def test_refused_files_are_named(tmp_path: Path) -> None:
@@ -190,7 +219,6 @@ def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
 def test_recipes_have_the_variants_that_they_name(recipe: str, variants: str) -> None:
     runs = [load_config(f"{CONFIGS / recipe}.py:{variant}") for variant in variants.split()]
     assert len(set(runs)) == len(runs)
-    assert {for_evaluation(run).train.curriculum for run in runs} == {"all"}
     with pytest.raises(ValueError, match=rf"{recipe}\.py:other: choose from {variants.split()[0]}"):
         load_config(f"{CONFIGS / recipe}.py:other")
 
@@ -226,7 +254,7 @@ def test_embedded_recipe_continues_what_it_made(
     config = load_config(f"{CONFIGS / 'embedded.py'}:{argument}")
     assert config.train.init_from == source
     layers = [e.layer for e in config.exits]
-    assert dict(zip(layers, config.train.exit_weights, strict=True)) == weights
+    assert dict(zip(layers, config.method.weights, strict=True)) == weights
 
 
 def test_embedded_recipe_names_a_wrong_argument() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import chex
 import jax
 import pytest
-from conftest import changed
+from training_runs import changed
 
 from elastic_lm.checkpoints.native import save_model
 from elastic_lm.config.mesh import MeshConfig

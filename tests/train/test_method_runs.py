@@ -7,12 +7,11 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import changed
-from test_run import Stopped, metric_lines, stop_at
+from training_runs import Stopped, changed, metric_lines, stop_at
 
 from elastic_lm.checkpoints.native import load_menu, load_model, save_model
 from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.config.subnet import Subnet
+from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
 from elastic_lm.data.pipeline import train_batches
 from elastic_lm.data.tokenizer import Tokenizer
@@ -20,9 +19,11 @@ from elastic_lm.models.decoder import Params, unstack_layers
 from elastic_lm.models.sharding import make_mesh
 from elastic_lm.testing import all_logits
 from elastic_lm.train.config import RunConfig
-from elastic_lm.train.run import fit, prepare, prepare_tokenizer
+from elastic_lm.train.optim import make_optimizer
+from elastic_lm.train.run import fit
+from elastic_lm.train.state import create_state
+from elastic_lm.train.text import prepare_text, prepare_tokenizer
 from elastic_lm.width import ranking
-from elastic_lm.width.elastic_training import ElasticTraining
 from elastic_lm.width.importance import rank
 from elastic_lm.width.slicing import slice_params
 
@@ -88,8 +89,7 @@ def test_extracted_layers_are_fine_tuned_alone(base: RunConfig, tmp_path: Path) 
 
 ELASTIC = {
     "method": "flextron",
-    "menu_mlp": (0.25, 1.0),
-    "menu_heads": (0.5, 1.0),
+    "menu": Menu((0.25, 1.0), (0.5, 1.0)),
     "elastic_groups": 8,
     "rank_batches": 2,
 }
@@ -119,7 +119,7 @@ def test_elastic_training_resumes_bit_identically(base: RunConfig, tmp_path: Pat
     assert (same, again) == (model, metrics)
 
     assert model.elastic_groups == 8
-    assert load_menu(tmp_path / "stopped" / "model") == ElasticTraining.of(model, config.train).menu
+    assert load_menu(tmp_path / "stopped" / "model") == config.method.menu
     loaded, params = load_model(tmp_path / "stopped" / "model")
     assert loaded == model
     chex.assert_trees_all_equal(params, resumed)
@@ -136,10 +136,11 @@ def batch(config: RunConfig, folder: Path) -> Batch:
 
 def at_the_start(config: RunConfig, folder: Path) -> tuple[ModelConfig, Params, bool]:
     """(config and canonical parameters that a run begins with, whether it ranked them)."""
-    mesh = make_mesh()
-    model, job, state, _ = prepare(config, mesh, prepare_tokenizer(config, folder))
-    params = state.params if job.begin is None else job.begin(state).params
-    return model, unstack_layers(params), job.begin is not None
+    run = prepare_text(config, folder, make_mesh())
+    trainable, _ = run.method.split(run.params)
+    before = create_state(make_optimizer(config.train), trainable)
+    after = run.method.begin(before, run.data)
+    return run.method.config, unstack_layers(after.params), after is not before
 
 
 def test_a_pretrained_model_is_ranked_once(base: RunConfig, tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_pretrained_model_is_ranked_once(base: RunConfig, tmp_path: Path) -> N
     assert not ranked
     assert same == after
     chex.assert_trees_all_equal(kept, params)
-    with pytest.raises(ValueError, match=r"train\.elastic_groups=4: the model has 8 already; set 0"):
+    with pytest.raises(ValueError, match=r"method\.elastic_groups=4: the model has 8 already; set 0"):
         at_the_start(changed(again, elastic_groups=4), tmp_path)
 
 
@@ -174,5 +175,5 @@ def test_a_new_model_is_not_ranked(run_config: RunConfig, tmp_path: Path) -> Non
     assert not ranked
     with pytest.raises(ValueError, match=r"elastic_groups=24: must divide d_mlp=64; choose 8"):
         at_the_start(changed(config, elastic_groups=24), tmp_path)
-    with pytest.raises(ValueError, match=r"train\.menu_mlp=0\.3: must give a multiple of 16 of 64"):
-        at_the_start(changed(config, menu_mlp=(0.3, 1.0)), tmp_path)
+    with pytest.raises(ValueError, match=r"method\.menu\.mlp=0\.3: must give a multiple of 16 of 64"):
+        at_the_start(changed(config, menu=Menu((0.3, 1.0), (1.0,))), tmp_path)

@@ -1,7 +1,6 @@
 """A whole run: resume, metrics, divergence, tuning exits from a checkpoint."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -9,41 +8,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import changed
+from training_runs import Stopped, changed, metric_lines, stop_at
 
 from elastic_lm.checkpoints.native import load_model
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.train import run
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.run import fit
-
-
-class Stopped(Exception):
-    """Stands for a process that dies."""
-
-
-def stop_at(
-    monkeypatch: pytest.MonkeyPatch,
-    step: int,
-    module=run,
-    names: tuple[str, ...] = ("place_batch", "place_taps"),
-) -> None:
-    """Makes the loop die just before it places the batch of `step` by one of `names` of a module."""
-    calls = iter(range(1, 10**6))
-
-    def dying(place, *args):
-        if next(calls) == step:
-            raise Stopped
-        return place(*args)
-
-    for name in names:
-        monkeypatch.setattr(module, name, functools.partial(dying, getattr(module, name)))
-
-
-def metric_lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_rerun_after_a_stop_is_bit_identical(run_config: RunConfig, tmp_path: Path, monkeypatch) -> None:

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from test_run import Stopped, stop_at
 from tokenizers import models, pre_tokenizers, processors
+from training_runs import Stopped, changed, stop_at
 
 from elastic_lm.checkpoints.loading import load
 from elastic_lm.checkpoints.native import save_model
@@ -24,8 +24,10 @@ from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models.encoder import init_params
 from elastic_lm.train.config import TaskRun, TrainConfig
 from elastic_lm.train.load_config import load_config
+from elastic_lm.train.pretraining import PretrainingConfig
+from elastic_lm.train.run import fit
 from elastic_lm.train.tasks import run as tasks
-from elastic_lm.train.tasks.run import fit_task
+from elastic_lm.train.tasks.config import TaskTuningConfig
 from elastic_lm.train.tasks.tuning import TaskBatch, task_logits
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "very", "not"]
@@ -67,27 +69,21 @@ def run(tmp_path: Path) -> TaskRun:
         batch_size=16,
         tokenizer=str(write_tokenizer(tmp_path)),
     )
-    train = TrainConfig(
-        method="task_tuning", steps=60, lr=5e-3, warmup=5, eval_every=0, eval_batches=0, save_every=20
-    )
-    return TaskRun(task, train, ENCODER)
-
-
-def changed(run: TaskRun, **train) -> TaskRun:
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, **train))
+    train = TrainConfig(steps=60, lr=5e-3, warmup=5, eval_every=0, eval_batches=0, save_every=20)
+    return TaskRun(task, train, encoder=ENCODER)
 
 
 def test_a_task_is_learned_resumed_and_taught_on(
     run: TaskRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, params, metrics = fit_task(run, tmp_path / "straight")
+    config, params, metrics = fit(run, tmp_path / "straight")
     assert metrics["accuracy"] == 1.0
     assert (config.n_labels, config.labels) == (2, ("neg", "pos"))
     with monkeypatch.context() as patch:
-        stop_at(patch, 30, tasks, ("place_records",))
+        stop_at(patch, 30, tasks)
         with pytest.raises(Stopped):
-            fit_task(run, tmp_path / "stopped")
-    _, again, _ = fit_task(run, tmp_path / "stopped")
+            fit(run, tmp_path / "stopped")
+    _, again, _ = fit(run, tmp_path / "stopped")
     chex.assert_trees_all_equal(again, params)
     model, loaded = load(tmp_path / "straight" / "model")
     assert model.config == config
@@ -98,7 +94,7 @@ def test_a_task_is_learned_resumed_and_taught_on(
     taught = dataclasses.replace(
         changed(run, teacher_from=teacher, distil=1.0, temperature=2.0, steps=150, lr=1e-2), encoder=small
     )
-    student, own, metrics = fit_task(taught, tmp_path / "taught")
+    student, own, metrics = fit(taught, tmp_path / "taught")
     assert metrics["accuracy"] == 1.0
     batch = next(iter(labelled.eval_batches(run.task, Tokenizer.load(run.task.tokenizer), config.labels, 0)))
     placed = TaskBatch(**batch)
@@ -106,46 +102,46 @@ def test_a_task_is_learned_resumed_and_taught_on(
     probabilities = jax.nn.softmax(wide / 2.0), jax.nn.softmax(narrow / 2.0)
     assert float(np.abs(probabilities[0] - probabilities[1]).max()) < 0.1
 
-    head_only = dataclasses.replace(run.train, init_from=teacher, init_layers=1, tuned="head", steps=20)
-    exit_ = dataclasses.replace(run, train=head_only, encoder=None)
-    shallow, head, metrics = fit_task(exit_, tmp_path / "exit")
+    lowest = dataclasses.replace(run.train, init_from=teacher, init_layers=1, steps=20)
+    exit_ = dataclasses.replace(run, train=lowest, encoder=None, method=TaskTuningConfig(tuned="head"))
+    shallow, head, metrics = fit(exit_, tmp_path / "exit")
     assert shallow.n_layers == 1
     assert "layers_1" not in head
     for name in ("embed", "layers_0"):
         chex.assert_trees_all_equal(head[name], params[name])
     assert float(np.abs(head["head"]["kernel"] - params["head"]["kernel"]).max()) > 0
 
-    exits_only = dataclasses.replace(head_only, init_layers=0, tuned="exits")
-    exited, both, metrics = fit_task(dataclasses.replace(exit_, train=exits_only, exits=(1,)), tmp_path / "e")
+    exits_only = changed(exit_, init_layers=0, tuned="exits")
+    exited, both, metrics = fit(dataclasses.replace(exits_only, exits=(1,)), tmp_path / "e")
     assert exited.exits == (1,)
     assert set(metrics) == {"loss", "accuracy/exit_1"}
     for name in params:
         chex.assert_trees_all_equal(both[name], params[name])
     assert float(np.abs(both["exit_1"]["head"]["kernel"] - params["head"]["kernel"]).max()) > 0
-    beside = dataclasses.replace(head_only, init_from=str(tmp_path / "e" / "model"), init_layers=0)
-    jointly = dataclasses.replace(beside, tuned="all", exit_weights=(0.5,))
-    again, joint, metrics = fit_task(dataclasses.replace(exit_, train=jointly), tmp_path / "joint")
+    beside = changed(exit_, init_from=str(tmp_path / "e" / "model"), init_layers=0)
+    jointly = changed(beside, tuned="all", exit_weights=(0.5,))
+    again, joint, metrics = fit(jointly, tmp_path / "joint")
     assert again == exited
     assert set(metrics) == {"loss", "accuracy", "accuracy/exit_1"}
     assert metrics["accuracy/exit_1"] > 0.9
     kernels = (tree["layers_1"]["mlp"]["up"]["kernel"] for tree in (joint, params))
     assert not np.array_equal(*kernels)
-    more = dataclasses.replace(jointly, exit_weights=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"train\.exit_weights=\(0\.5, 1\.0\): needs one weight for each"):
-        fit_task(dataclasses.replace(exit_, train=more), tmp_path / "more")
-    with pytest.raises(ValueError, match=r"train\.tuned='exits': the model has no exits; name their layers"):
-        fit_task(dataclasses.replace(exit_, train=exits_only), tmp_path / "none")
+    more = changed(jointly, exit_weights=(0.5, 1.0))
+    with pytest.raises(ValueError, match=r"method\.exit_weights=\(0\.5, 1\.0\): needs one weight for each"):
+        fit(more, tmp_path / "more")
+    with pytest.raises(ValueError, match=r"method\.tuned='exits': the model has no exits; name their layers"):
+        fit(exits_only, tmp_path / "none")
     with pytest.raises(ValueError, match=r"exits=\(2,\): must lie between 1 and 1"):
-        fit_task(dataclasses.replace(exit_, train=exits_only, exits=(2,)), tmp_path / "last")
+        fit(dataclasses.replace(exits_only, exits=(2,)), tmp_path / "last")
     three = dataclasses.replace(run.task, labels=("neg", "pos", "odd"))
-    with pytest.raises(ValueError, match=r"train\.tuned='exits': .* answers .*: tune it on the task first"):
-        fit_task(dataclasses.replace(exit_, train=exits_only, exits=(1,), task=three), tmp_path / "three")
-    with pytest.raises(ValueError, match=r"exits=\(1,\): these exits do not train with train\.tuned='head'"):
+    with pytest.raises(ValueError, match=r"method\.tuned='exits': .* answers .*: tune it on the task first"):
+        fit(dataclasses.replace(exits_only, exits=(1,), task=three), tmp_path / "three")
+    with pytest.raises(ValueError, match=r"exits=\(1,\): these exits do not train with method\.tuned='head'"):
         dataclasses.replace(exit_, exits=(1,))
 
     other = dataclasses.replace(run.task, labels=("pos", "neg"))
-    with pytest.raises(ValueError, match=r"train\.teacher_from=.*answers .*, not .*tune it on the task"):
-        fit_task(dataclasses.replace(taught, task=other), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"method\.teacher_from=.*answers .*, not .*tune it on the task"):
+        fit(dataclasses.replace(taught, task=other), tmp_path / "other")
 
 
 def test_heads_without_names_count(run: TaskRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,15 +150,13 @@ def test_heads_without_names_count(run: TaskRun, tmp_path: Path, capsys: pytest.
     save_model(tmp_path / "unnamed", config, params, tokenizer)
     unnamed = str(tmp_path / "unnamed")
     train = dataclasses.replace(run.train, steps=1, warmup=0, lr=1e-9, init_from=unnamed)
-    taught = dataclasses.replace(train, teacher_from=unnamed, distil=0.5)
-    kept, same, _ = fit_task(TaskRun(run.task, taught), tmp_path / "kept")
+    taught = TaskTuningConfig(teacher_from=unnamed, distil=0.5)
+    kept, same, _ = fit(TaskRun(run.task, train, taught), tmp_path / "kept")
     assert kept.labels == ("neg", "pos")
     chex.assert_trees_all_close(same["head"], params["head"], atol=1e-6)
     missing = TaskRun(run.task, dataclasses.replace(train, init_from=str(tmp_path / "nothing")))
     with pytest.raises(FileNotFoundError, match=r"nothing: expected .* with `hf download"):
-        fit_task(
-            dataclasses.replace(missing, task=dataclasses.replace(run.task, tokenizer="")), tmp_path / "no"
-        )
+        fit(dataclasses.replace(missing, task=dataclasses.replace(run.task, tokenizer="")), tmp_path / "no")
 
 
 def test_the_command_learns_from_a_config_file(run: TaskRun, tmp_path: Path) -> None:
@@ -227,14 +221,14 @@ def test_numbers_are_classes_in_their_order_or_targets(run: TaskRun, tmp_path: P
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"train": {"method": "pretraining"}}, r"train\.method='pretraining': a config with a task section"),
+        ({"method": PretrainingConfig()}, r"method\.name='pretraining': reads text: .* a section 'data'"),
         ({"encoder": None}, r"train\.init_from='': name a model to start from"),
-        ({"train": {"distil": 0.5}}, r"train\.distil=0\.5: goes with train\.teacher_from=''"),
+        ({"method": {"distil": 0.5}}, r"method\.distil=0\.5: goes with method\.teacher_from=''"),
         ({"task": {"tokenizer": ""}}, r"task\.tokenizer='': a new encoder has none"),
         ({"task": {"problem": "regression", "labels": ("a", "b")}}, r"task\.labels=.*: not read with"),
         (
-            {"task": {"problem": "regression"}, "train": {"z_loss": 1e-4}},
-            r"train\.z_loss=0\.0001: is about classes and texts",
+            {"task": {"problem": "regression"}, "method": {"z_loss": 1e-4}},
+            r"method\.z_loss=0\.0001: is about classes and texts",
         ),
         ({"task": {"labels": ("a", "a")}}, r"task\.labels=.*names a class twice"),
         ({"task": {"paths": ()}}, r"task\.paths=\(\): name the training files"),
@@ -264,22 +258,22 @@ def test_pairs_are_learned_by_a_new_model_with_a_tokenizer_of_its_own(
         "text_to_text", (str(file),), (str(file),), "low", label_field="up", max_len=16, max_target=16
     )
     model = EncoderDecoderConfig(300, 32, 1, 4, 40, eos_ids=(0,))
-    train = TrainConfig(method="task_tuning", steps=12, warmup=2, eval_every=0, save_every=4)
+    train = TrainConfig(steps=12, warmup=2, eval_every=0, save_every=4)
     run = TaskRun(dataclasses.replace(task, batch_size=4), train, encoder_decoder=model)
-    config, params, metrics = fit_task(run, tmp_path / "straight")
+    config, params, metrics = fit(run, tmp_path / "straight")
     assert set(metrics) == {"loss", "cross_entropy", "accuracy"}
     with monkeypatch.context() as patch:
-        stop_at(patch, 7, tasks, ("place_records",))
+        stop_at(patch, 7, tasks)
         with pytest.raises(Stopped):
-            fit_task(run, tmp_path / "stopped")
-    _, again, _ = fit_task(run, tmp_path / "stopped")
+            fit(run, tmp_path / "stopped")
+    _, again, _ = fit(run, tmp_path / "stopped")
     chex.assert_trees_all_equal(again, params)
     folder = tmp_path / "straight" / "model"
     loaded, same = load(folder)
     assert loaded.config == config
     chex.assert_trees_all_equal(same, params)
     assert Tokenizer.load(folder).decode(Tokenizer.load(folder).encode("Seven")) == "Seven"
-    taught = dataclasses.replace(train, teacher_from=str(folder), distil=0.5, steps=3)
-    small = dataclasses.replace(run, train=taught, encoder_decoder=dataclasses.replace(model, d_model=16))
+    taught = changed(run, teacher_from=str(folder), distil=0.5, steps=3)
+    small = dataclasses.replace(taught, encoder_decoder=dataclasses.replace(model, d_model=16))
     given = dataclasses.replace(small, task=dataclasses.replace(run.task, tokenizer=str(folder)))
-    assert fit_task(given, tmp_path / "taught")[0].d_model == 16
+    assert fit(given, tmp_path / "taught")[0].d_model == 16

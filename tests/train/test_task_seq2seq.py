@@ -17,7 +17,8 @@ from elastic_lm.data.pairs import train_pairs
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.decode.seq2seq import TextToText
 from elastic_lm.models.encoder_decoder import EncoderDecoder, attach_encoder_head, init_params
-from elastic_lm.train.tasks.seq2seq import PairBatch, SequenceToSequence, Teacher
+from elastic_lm.train.method import TEACHER
+from elastic_lm.train.tasks.seq2seq import PairBatch, SequenceToSequence
 
 CONFIG = EncoderDecoderConfig(300, 32, 2, 4, 64, eos_ids=(0,), pad_id=0)
 
@@ -53,10 +54,10 @@ def logits_of(config: EncoderDecoderConfig, params, batch: PairBatch) -> np.ndar
 
 def test_the_loss_is_that_of_the_logits(params, batch) -> None:
     other = dataclasses.replace(CONFIG, n_layers=1)
-    teacher = Teacher(other, init_params(other, jax.random.key(1)))
-    method = SequenceToSequence(CONFIG, teacher, distil=0.3, temperature=2.0, z_loss=0.01, chunk=4)
-    total, metrics = loss(method, params, batch)
-    z, t = logits_of(CONFIG, params, batch), logits_of(other, teacher.params, batch)
+    taught = init_params(other, jax.random.key(1))
+    method = SequenceToSequence(CONFIG, other, distil=0.3, temperature=2.0, z_loss=0.01, loss_chunk=4)
+    total, metrics = loss(method, {**params, TEACHER: taught}, batch)
+    z, t = logits_of(CONFIG, params, batch), logits_of(other, taught, batch)
     weights = np.asarray(batch.weights)
     normaliser = np.log(np.exp(z).sum(-1))
     entropy = normaliser - np.take_along_axis(z, np.asarray(batch.target)[..., None], -1)[..., 0]
@@ -75,8 +76,8 @@ def test_the_loss_is_that_of_the_logits(params, batch) -> None:
 
 
 def test_nothing_is_left_to_learn_from_oneself(params, batch) -> None:
-    method = SequenceToSequence(CONFIG, Teacher(CONFIG, params), distil=1.0)
-    trainable, frozen = method.split(params)
+    method = SequenceToSequence(CONFIG, CONFIG, distil=1.0)
+    trainable, frozen = method.split({**params, TEACHER: params})
     gradients, metrics = jax.jit(jax.grad(method.loss, has_aux=True))(trainable, frozen, batch, jnp.int32(0))
     assert float(metrics["divergence"]) == pytest.approx(0, abs=1e-5)
     assert float(optax.tree.norm(gradients)) < 1e-3
@@ -90,13 +91,19 @@ def test_a_head_on_the_encoder_stays_as_it_is(params) -> None:
 
 
 def test_what_does_not_fit_is_refused(params) -> None:
-    teacher = Teacher(dataclasses.replace(CONFIG, vocab_size=299), params)
-    for fields in ({"distil": 0.5}, {"distil": 2.0}, {"temperature": 0.0}, {"z_loss": -1.0}, {"chunk": 0}):
+    teacher = dataclasses.replace(CONFIG, vocab_size=299)
+    for fields in (
+        {"distil": 0.5},
+        {"distil": 2.0},
+        {"temperature": 0.0},
+        {"z_loss": -1.0},
+        {"loss_chunk": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(fields))):
             SequenceToSequence(CONFIG, **fields)
     with pytest.raises(ValueError, match=r"distil=0\.0: give a teacher exactly where"):
-        SequenceToSequence(CONFIG, Teacher(CONFIG, params))
-    with pytest.raises(ValueError, match=r"teacher\.config\.vocab_size=299"):
+        SequenceToSequence(CONFIG, CONFIG)
+    with pytest.raises(ValueError, match=r"teacher\.vocab_size=299"):
         SequenceToSequence(CONFIG, teacher, distil=0.5)
 
 

@@ -14,14 +14,16 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, stack_layers, unstack_layers
+from elastic_lm.models.sharding import make_mesh
 from elastic_lm.testing import random_params, random_tokens, tiny_config
 from elastic_lm.train.config import TrainConfig
+from elastic_lm.train.method import TEACHER
 from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.width.axes import grouped_lives
 from elastic_lm.width.elastic_training import (
-    TEACHER,
     ElasticEvaluation,
     ElasticTraining,
+    ElasticTrainingConfig,
     draw_choices,
     uniform_subnets,
 )
@@ -104,7 +106,12 @@ def expected_loss(params: Params, d: float, drawn: list[Subnet], teacher: jax.Ar
 
 
 LIVE = ElasticTraining(
-    CONFIG, dataclasses.replace(FOUR, dropped=(1,)), samples=1, smallest_share=0.6, distil=0.25, chunk=4
+    CONFIG,
+    menu=dataclasses.replace(FOUR, dropped=(1,)),
+    samples=1,
+    smallest_share=0.6,
+    distil=0.25,
+    loss_chunk=4,
 )
 live_step = jax.jit(jax.value_and_grad(LIVE.loss, has_aux=True))
 
@@ -148,7 +155,7 @@ def test_what_is_cut_learns_from_the_whole_model_alone() -> None:
 
 
 def test_loss_with_a_frozen_teacher() -> None:
-    method = ElasticTraining(CONFIG, MENU, "uniform", distil=0.5, teacher="frozen", remat=True)
+    method = ElasticTraining(CONFIG, menu=MENU, draw="uniform", distil=0.5, teacher="frozen", remat=True)
     _, frozen = method.split(stack_layers(params()))
     now = jax.tree.map(lambda leaf: 1.1 * leaf, params())  # training has moved away from the teacher
     step = next(s for s in range(50) if len(set(subnets(method, s))) == 2)
@@ -164,7 +171,7 @@ ALONE = tiny_config(n_layers=2, n_heads=4, n_kv_heads=4)
 
 
 def test_groups_choose_the_heads_of_a_model_whose_heads_share_none() -> None:
-    method = ElasticTraining(ALONE, Menu((0.5, 1.0), (1.0,), (0.5, 1.0)), smallest_share=0.0, remat=True)
+    method = ElasticTraining(ALONE, menu=Menu((0.5, 1.0), (1.0,), (0.5, 1.0)), smallest_share=0.0, remat=True)
     weights = random_params(ALONE)
     step = next(s for s in range(50) if {g for x in subnets(method, s) for g in x.groups} == {2, 4})
     _, metrics = jax.jit(method.loss)(stack_layers(weights), {}, packed(), jnp.int32(step))
@@ -175,7 +182,7 @@ def test_groups_choose_the_heads_of_a_model_whose_heads_share_none() -> None:
 
 @pytest.mark.parametrize("draw", ["per_layer", "one_per_step"])
 def test_a_menu_of_the_whole_model_is_plain_training(draw: Any) -> None:
-    method = ElasticTraining(CONFIG, Menu((1.0,), (1.0,)), draw)
+    method = ElasticTraining(CONFIG, menu=Menu((1.0,), (1.0,)), draw=draw)
     loss, metrics = jax.jit(method.loss)(params(), {}, packed(), jnp.int32(3))
     plain = cross_entropy(logits(CONFIG, params()))
     CLOSE(loss, plain if draw == "one_per_step" else 2 * plain)  # once as the whole model, once as a subnet
@@ -183,7 +190,7 @@ def test_a_menu_of_the_whole_model_is_plain_training(draw: Any) -> None:
 
 
 def test_one_granularity_per_step() -> None:
-    method = ElasticTraining(CONFIG, MENU, "one_per_step", distil=0.5, teacher="frozen")
+    method = ElasticTraining(CONFIG, menu=MENU, draw="one_per_step")
     assert method.split(params()) == (params(), {})
     call = jax.jit(method.loss)
     for step in range(3):
@@ -206,8 +213,11 @@ def granularities(choices: MenuIndices) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_draws_follow_seed_and_step() -> None:
-    method = ElasticTraining(CONFIG, MENU, samples=8)
-    again, other = ElasticTraining(CONFIG, MENU, samples=8), ElasticTraining(CONFIG, MENU, samples=8, seed=1)
+    method = ElasticTraining(CONFIG, menu=MENU, samples=8)
+    again, other = (
+        ElasticTraining(CONFIG, menu=MENU, samples=8),
+        ElasticTraining(CONFIG, menu=MENU, samples=8, seed=1),
+    )
 
     def same(a: MenuIndices, b: MenuIndices) -> bool:
         return jax.tree.all(jax.tree.map(jnp.array_equal, a, b))
@@ -253,7 +263,7 @@ def test_layers_are_left_out_in_their_order() -> None:
 
 
 def test_evaluation_reads_every_uniform_width() -> None:
-    method = ElasticTraining(CONFIG, DROPPING, distil=0.5, teacher="frozen")
+    method = ElasticTraining(CONFIG, menu=DROPPING, distil=0.5, teacher="frozen")
     evaluation = ElasticEvaluation(method)
     loss, metrics = jax.jit(evaluation.loss)(*evaluation.split(params()), packed(), jnp.int32(2**31 - 1))
     named = uniform_subnets(CONFIG, DROPPING)
@@ -282,7 +292,7 @@ def test_names_of_menus_with_one_axis() -> None:
 
 def test_only_the_branches_that_are_drawn_run() -> None:
     """A switch that is batched becomes a select of all of its branches."""
-    method = ElasticTraining(CONFIG, DROPPING, samples=3)
+    method = ElasticTraining(CONFIG, menu=DROPPING, samples=3)
     batch = packed(length=20)  # so many tokens that products need no condition of their own
     program = str(jax.make_jaxpr(method.loss)(stack_layers(params()), {}, batch, jnp.int32(0)))
     loops = 2  # layers but the last, the last: both inside one loop over subnets
@@ -291,7 +301,9 @@ def test_only_the_branches_that_are_drawn_run() -> None:
 
 def temporary_bytes(samples: int) -> int:
     config = tiny_config(n_layers=1, vocab_size=8192, d_model=16, n_heads=2, d_mlp=16, max_len=512)
-    method = ElasticTraining(config, Menu((0.5, 1.0), (1.0,)), samples=samples, distil=0.5, chunk=16)
+    method = ElasticTraining(
+        config, menu=Menu((0.5, 1.0), (1.0,)), samples=samples, distil=0.5, loss_chunk=16
+    )
     batch = packed(config, 2, 512)
     step = jax.jit(jax.grad(method.loss, has_aux=True)).lower(random_params(config), {}, batch, jnp.int32(0))
     return step.compile().memory_analysis().temp_size_in_bytes
@@ -305,14 +317,13 @@ def test_memory_does_not_grow_with_subnets_times_vocabulary() -> None:
 
 def test_the_frozen_teacher_is_a_copy() -> None:
     """Training steps reuse the memory of what trains."""
-    method = ElasticTraining(CONFIG, MENU, distil=0.5, teacher="frozen")
+    method = ElasticTraining(CONFIG, menu=MENU, distil=0.5, teacher="frozen")
     trainable, frozen = method.split(params())
     assert set(frozen) == {TEACHER}
     for ours, theirs in zip(jax.tree.leaves(trainable), jax.tree.leaves(frozen), strict=True):
         assert jnp.array_equal(ours, theirs)
         assert ours.unsafe_buffer_pointer() != theirs.unsafe_buffer_pointer()
-    assert ElasticTraining(CONFIG, MENU, distil=0.5).split(params())[1] == {}
-    assert ElasticTraining(CONFIG, MENU, teacher="frozen").split(params())[1] == {}
+    assert ElasticTraining(CONFIG, menu=MENU, distil=0.5).split(params())[1] == {}
 
 
 @pytest.mark.parametrize(
@@ -324,6 +335,8 @@ def test_the_frozen_teacher_is_a_copy() -> None:
         ({"menu": Menu(d_model=(0.5, 1.0))}, r"menu\.d_model=\(0\.5, 1\.0\): is one width for all layers"),
         ({"draw": "all"}, r"draw='all': must be one of per_layer"),
         ({"teacher": "none"}, r"teacher='none': must be one of live"),
+        ({"teacher": "frozen"}, r"method\.teacher='frozen': not read with method\.distil=0\.0"),
+        ({"draw": "one_per_step", "distil": 0.5}, r"method\.distil=0\.5: not read with .*'one_per_step'"),
         ({"samples": 0}, r"samples=0: must be at least 1"),
         ({"distil": 2.0}, r"distil=2\.0: must be in \[0, 1\]"),
     ],
@@ -333,22 +346,23 @@ def test_messages(options: dict[str, Any], message: str) -> None:
         ElasticTraining(CONFIG, **options)
 
 
-def test_a_training_config_becomes_the_method() -> None:
-    options: dict[str, Any] = {
-        "samples": 3,
-        "smallest_share": 0.1,
-        "distil": 0.2,
-        "teacher": "frozen",
-        "seed": 4,
-    }
-    menu = {"menu_mlp": MENU.mlp, "menu_heads": MENU.heads, "menu_dropped": (1,), "menu_groups": (0.5, 1.0)}
-    train = TrainConfig(method="flextron", draw="uniform", loss_chunk=8, remat=True, **menu, **options)
-    described = dataclasses.replace(DROPPING, groups=(0.5, 1.0))
-    expected = ElasticTraining(CONFIG, described, "uniform", chunk=8, remat=True, **options)
-    assert ElasticTraining.of(CONFIG, train) == expected
-    wrong = TrainConfig(method="flextron", menu_heads=(0.3, 1.0))
-    with pytest.raises(ValueError, match=r"train\.menu_heads=0\.3: .* of 4 heads per group; nearest: 0\.25"):
-        ElasticTraining.of(CONFIG, wrong)
-    halved = TrainConfig(method="flextron", menu_heads=(0.5, 1.0))
-    with pytest.raises(ValueError, match=r"menu_heads=0\.5: .*share no .* heads by train\.menu_groups"):
-        ElasticTraining.of(ALONE, halved)
+def created(config: ModelConfig, section: ElasticTrainingConfig, **train: Any) -> ElasticTraining:
+    """The method for a model that was ranked before."""
+    return ElasticTraining.create(section, config, {}, TrainConfig(**train), make_mesh())[0]
+
+
+def test_a_section_becomes_the_method() -> None:
+    options: dict[str, Any] = {"samples": 3, "smallest_share": 0.1, "distil": 0.2, "teacher": "frozen"}
+    menu = dataclasses.replace(DROPPING, groups=(0.5, 1.0))
+    section = ElasticTrainingConfig(menu=menu, draw="uniform", **options)
+    expected = ElasticTraining(CONFIG, menu=menu, draw="uniform", loss_chunk=8, remat=True, seed=4, **options)
+    assert created(CONFIG, section, loss_chunk=8, remat=True, seed=4) == expected
+
+    wrong = ElasticTrainingConfig(menu=Menu(heads=(0.3, 1.0)))
+    with pytest.raises(
+        ValueError, match=r"method\.menu\.heads=0\.3: .* of 4 heads per group; nearest: 0\.25"
+    ):
+        created(CONFIG, wrong)
+    halved = ElasticTrainingConfig(menu=Menu(heads=(0.5, 1.0)))
+    with pytest.raises(ValueError, match=r"menu\.heads=0\.5: .*share no .* heads by method\.menu\.groups"):
+        created(ALONE, halved)

@@ -7,8 +7,7 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
-from conftest import changed
-from test_run import Stopped, stop_at
+from training_runs import Stopped, changed, stop_at
 
 from elastic_lm.checkpoints.native import load_menu, load_model, save_model
 from elastic_lm.config.subnet import Budget, Menu
@@ -61,7 +60,7 @@ def test_routers_resume_bit_identically_and_serve_budgets(
     flops = Budget(flops=0.7 * chosen.costs("flops").range(MENU)[1])
     total = chosen.costs("flops").total(model, MENU, chosen.subnet(flops))
     assert 0.85 * flops.amount < total <= flops.amount
-    with pytest.raises(ValueError, match=r"train\.router_width=8: the routers in .* have 16"):
+    with pytest.raises(ValueError, match=r"method\.router_width=8: the routers in .* have 16"):
         fit(changed(config, init_from=str(folders[0]), router_width=8), tmp_path / "other")
 
 
@@ -71,7 +70,7 @@ def test_routers_of_states_are_tilted_on_held_out_text(elastic: RunConfig, tmp_p
     assert len(routers.tilts) == 3
     assert routers.tilts[-1] == 0
     without = dataclasses.replace(elastic.data, eval_paths=())
-    with pytest.raises(ValueError, match=r"train\.reads='hidden': .* name more in data\.eval_paths"):
+    with pytest.raises(ValueError, match=r"method\.reads='hidden': .* name more in data\.eval_paths"):
         fit(dataclasses.replace(changed(elastic, reads="hidden"), data=without), tmp_path / "blind")
 
 
@@ -90,11 +89,11 @@ def test_impossible_settings_are_named(elastic: RunConfig, tmp_path: Path) -> No
     for options, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             fit(changed(elastic, **options), tmp_path / "refused")
-    with pytest.raises(ValueError, match=r"train\.latency_table=''.*elastic-lm latency build"):
+    with pytest.raises(ValueError, match=r"method\.latency_table=''.*elastic-lm latency build"):
         changed(elastic, priced="latency_ms")
     with pytest.raises(ValueError, match=r"train\.init_from=''.*name its folder"):
         changed(elastic, init_from="")
-    with pytest.raises(ValueError, match=r"train_model=True: not read with train\.scheme='surrogate'"):
+    with pytest.raises(ValueError, match=r"train_model=True: not read with method\.scheme='surrogate'"):
         changed(elastic, scheme="surrogate", train_model=True)
     (Path(elastic.train.init_from) / "menu.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"configs/flextron\.py"):
@@ -104,8 +103,8 @@ def test_impossible_settings_are_named(elastic: RunConfig, tmp_path: Path) -> No
 @pytest.mark.parametrize("variant", ["static", "surrogate", "by_token", "joint"])
 def test_the_recipe_has_variants(variant: str) -> None:
     config = load_config(f"{CONFIGS / 'routers.py'}:runs/e/model,{variant}")
-    assert config.train.method == "routers"
+    assert config.method.name == "routers"
     assert config.train.init_from == "runs/e/model"
-    json.dumps(dataclasses.asdict(config.train))
+    json.dumps(dataclasses.asdict(config))
     with pytest.raises(ValueError, match="choose from static, surrogate, by_token, joint"):
         load_config(f"{CONFIGS / 'routers.py'}:runs/e/model,other")
