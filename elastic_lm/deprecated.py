@@ -25,12 +25,15 @@ NAMES = {
 # Modules that the documents of 0.1 imported from -> module of today, and names that differ there.
 MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "elastic_lm.calibrate": ("elastic_lm.depth", {}),
-    "elastic_lm.calibrate.routing": ("elastic_lm.cascade.sweep", {}),
+    "elastic_lm.calibrate.routing": (
+        "elastic_lm.cascade.sweep",
+        {"Measured": "Measurements", "RoutingCurve": "CascadeCurve", "RoutingPoint": "CascadePoint"},
+    ),
     "elastic_lm.calibrate.routing_risk": ("elastic_lm.cascade.guarantee", {"RoutingRisk": "CascadeRisk"}),
     "elastic_lm.calibrate.routing_rule": ("elastic_lm.cascade.rule", {"fit_routing": "fit_rule"}),
     "elastic_lm.calibrate.routing_scores": ("elastic_lm.cascade.scores", {}),
     "elastic_lm.calibrate.thresholds": ("elastic_lm.depth.calibration", {}),
-    "elastic_lm.decode.black_boxes": ("elastic_lm.cascade.endpoint", {}),
+    "elastic_lm.decode.black_boxes": ("elastic_lm.cascade", {}),  # Endpoint and Function
     "elastic_lm.decode.choice": ("elastic_lm.cascade.multiple_choice", {"Choice": "MultipleChoice"}),
     "elastic_lm.decode.classifier": ("elastic_lm.cascade.classifier", {}),
     "elastic_lm.decode.generator": ("elastic_lm.cascade.generator", {}),

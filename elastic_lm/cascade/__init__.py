@@ -6,7 +6,8 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cascade.answerer import Answer, Answerer
     from elastic_lm.cascade.cascade import Cascade
     from elastic_lm.cascade.classifier import Classifier
-    from elastic_lm.cascade.endpoint import Endpoint, Function
+    from elastic_lm.cascade.endpoint import Endpoint
+    from elastic_lm.cascade.function import Function
     from elastic_lm.cascade.generator import Generator
     from elastic_lm.cascade.guarantee import CascadeGuarantee, CascadeRisk
     from elastic_lm.cascade.measure import MeasuredPair, measure_cascade

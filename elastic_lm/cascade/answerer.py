@@ -1,105 +1,135 @@
-"""What a cascade asks of its models, and what they answer."""
+"""What a cascade asks of its models, as protocols, and what they give back, an `Answer` per record."""
 
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
-Record = Mapping[str, Any]  # fields by name; what an answerer reads of them is its own affair
+Record = Mapping[str, Any]  # fields by name, like a line of JSON; each answerer documents those that it reads
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One model's answer to one row."""
+    """One model's answer to one record.
+
+    Example:
+      ```python
+      from elastic_lm.cascade import Answer, Function
+
+      # A function may return a bare output, or an `Answer` with scores and cost.
+      model = Function(lambda record: Answer(record["n"] % 2, scores={"energy": 1.5}, cost=10.0))
+      (answer,) = model.answer([{"n": 7}])
+      assert (answer.output, answer.scores["energy"], answer.error) == (1, 1.5, None)
+      ```
+    """
 
     output: Any = None  # label, number or text
-    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # `calibrate.routing_scores`
-    cost: float = 0.0  # FLOPs of this row, padding not counted
-    seconds: float = dataclasses.field(default=0.0, compare=False)  # this row's part of its batch's time
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by name (`scores.SCORES`)
+    cost: float = 0.0  # FLOPs of this record; padding is not counted
+    _: dataclasses.KW_ONLY
+    seconds: float = dataclasses.field(default=0.0, compare=False)  # this record's share of its batch's time
     error: str | None = None  # why there is no output
-    state: Any = dataclasses.field(default=None, compare=False, repr=False)  # what `Resumes` goes on from
-    begun: Any = dataclasses.field(default=None, compare=False, repr=False)  # what `finish` goes on from
-    preview: "Answer | None" = dataclasses.field(default=None, compare=False, repr=False)  # see `Previews`
+    # The next two hold arrays of a model. A cascade drops them as soon as nothing can need them.
+    handover: Any = dataclasses.field(default=None, compare=False, repr=False)  # what a Super resumes from
+    prepared: Any = dataclasses.field(default=None, compare=False, repr=False)  # what `finish` continues from
+    preview: "Answer | None" = dataclasses.field(default=None, compare=False, repr=False)  # known earlier
 
 
 class Answerer(Protocol):
-    """A model, or anything else that answers rows."""
+    """A model, or anything else that answers records: what a cascade needs of its Swift and its Super.
 
-    def answer(self, rows: Sequence[Record]) -> list[Answer]:
-        """Answers rows, independently of each other.
+    Example:
+      ```python
+      from elastic_lm.cascade import Answer, Cascade
+
+      class Halves:  # no base class is needed
+          def answer(self, records):
+              return [Answer(r["n"] // 2, {"energy": float(r["n"] % 2 == 0)}) for r in records]
+
+      class Exact:
+          def answer(self, records):
+              return [Answer(r["n"] / 2) for r in records]
+
+      results = Cascade(Halves(), Exact(), 0.5).answer([{"n": 4}, {"n": 5}])
+      assert [(r.model, r.output) for r in results] == [("swift", 2), ("super", 2.5)]
+      ```
+    """
+
+    def answer(self, records: Sequence[Record], /) -> list[Answer]:
+        """Answers records, independently of each other.
 
         Args:
-          rows: any number of them.
+          records: any number of them.
 
         Returns:
-          One answer per row, in order; a row that fails gets one with an `error`.
+          One answer per record, in order. A record that fails gets an answer with an `error`.
         """
         ...
 
 
 @runtime_checkable
-class Bucketed(Protocol):
-    """An answerer whose rows should be batched with their like."""
+class BucketedAnswerer(Answerer, Protocol):
+    """An answerer that says which records share a program, so that a cascade can batch them together."""
 
-    def bucket(self, row: Record) -> Hashable:
-        """Rows of one bucket run as one program of one shape; None = the answerer cannot tell."""
+    def bucket(self, record: Record, /) -> Hashable:
+        """A key that is equal for records of one shape; None = the answerer cannot read the record."""
         ...
 
 
 @runtime_checkable
-class Resumes(Protocol):
-    """A Super that goes on from what the Swift computed instead of beginning again."""
+class ResumingAnswerer(Answerer, Protocol):
+    """A Super that continues from what the Swift has computed instead of starting over."""
 
-    def resume(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
-        """Answers rows that the Swift has begun.
+    def resume(self, records: Sequence[Record], swift_answers: Sequence[Answer], /) -> list[Answer]:
+        """Answers records that the Swift has begun.
 
         Args:
-          rows: as in `answer`.
-          begun: the Swift's answers to them, with their `state`.
+          records: as in `answer`.
+          swift_answers: the Swift's answers to them, each with its `handover`.
 
         Returns:
-          What `answer` gives, at the cost of what is left to do.
+          What `answer` gives, at the cost of the work that was left.
         """
         ...
 
 
 @runtime_checkable
-class Previews(Protocol):
-    """A Swift that knows some scores of a row before it answers, so that no answer is made in vain."""
+class PreviewingAnswerer(Answerer, Protocol):
+    """A Swift that knows some scores before it answers, so that it answers only the records that it keeps."""
 
-    def previews(self, score: str) -> bool:
-        """Whether a score is known before."""
+    def previews(self, score: str, /) -> bool:
+        """Whether this score is known before the answer."""
         ...
 
-    def preview(self, rows: Sequence[Record]) -> list[Answer]:
-        """Scores of rows.
+    def preview(self, records: Sequence[Record], /) -> list[Answer]:
+        """Scores records without answering them.
 
         Args:
-          rows: as in `answer`.
+          records: as in `answer`.
 
         Returns:
-          Answers without an output, at the cost so far: `begun` is what `finish` goes on from, and `state`
-          what a Super that `Resumes` does.
+          Answers without an output, at the cost so far. `finish` continues from their `prepared`, a
+          `ResumingAnswerer` from their `handover`.
         """
         ...
 
-    def finish(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
-        """Answers rows that have been previewed.
+    def finish(self, records: Sequence[Record], previews: Sequence[Answer], /) -> list[Answer]:
+        """Answers records that have been previewed.
 
         Args:
-          rows: as in `answer`.
-          begun: their previews.
+          records: as in `answer`.
+          previews: what `preview` gave for them.
 
         Returns:
-          What `answer` gives, at the same cost, which the preview is part of.
+          What `answer` gives, at the same cost, which includes the preview's.
         """
         ...
 
 
-def previewing(answerer: Answerer, score: str) -> Previews | None:
-    """The answerer, where it knows a score before it answers."""
-    return answerer if isinstance(answerer, Previews) and answerer.previews(score) else None
+def can_preview(answerer: Answerer, score: str) -> TypeGuard[PreviewingAnswerer]:
+    """Whether an answerer knows this score before it answers."""
+    return isinstance(answerer, PreviewingAnswerer) and answerer.previews(score)
 
 
 def failed(error: BaseException, seconds: float = 0.0) -> Answer:
-    """The answer to a row that raised."""
+    """The answer to a record that raised `error` after so many seconds."""
     return Answer(error=f"{type(error).__name__}: {error}", seconds=seconds)

@@ -1,57 +1,67 @@
-"""Rows into batches of one shape, and their answers back in order."""
+"""Answers inputs in batches of one shape: one compiled program per shape, answers in the inputs' order."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 
 from elastic_lm.cascade.answerer import Answer, failed
-from elastic_lm.data.padding import Given
 
+Input = TypeVar("Input")
 Encoded = TypeVar("Encoded")
 Shape = TypeVar("Shape", bound=Hashable)
 
-ROW_ERRORS = (ValueError, TypeError, LookupError, AttributeError)  # what a row that cannot be read raises
+RECORD_ERRORS = (ValueError, TypeError, LookupError, AttributeError)  # what an unreadable record raises
 
 
-def answer_alike(
-    rows: Iterable[Given],
-    encode: Callable[[Given], tuple[Shape, Encoded]],
+class ProgramShape(NamedTuple):
+    """What decides which compiled program reads a sequence."""
+
+    width: int  # columns of the token array
+    layers_done: int = 0  # layers that an earlier model has run
+
+
+def answer_by_shape(
+    inputs: Iterable[Input],
+    encode: Callable[[Input], tuple[Shape, Encoded]],
     run: Callable[[Shape, list[Encoded]], Sequence[Answer]],
     batch_size: int,
 ) -> list[Answer]:
-    """Answers rows in batches whose rows have one shape.
+    """Groups inputs by shape and answers each group in batches.
 
     Args:
-      rows: of any shapes.
-      encode: from a row to (its shape, what is batched); what it raises is the error of this row alone.
-      run: from a shape and at most `batch_size` encoded rows to their answers; where a program fails, as for
-        want of memory, that is the error of these rows alone.
-      batch_size: rows per batch.
+      inputs: of any shapes.
+      encode: from an input to its shape and to what is batched. What it raises is the error of this input
+        alone.
+      run: from a shape and at most `batch_size` encoded inputs to their answers. Where its program fails,
+        for lack of memory for example, that is the error of this batch alone.
+      batch_size: inputs per batch.
 
     Returns:
-      One answer per row, in order.
+      One answer per input, in order.
     """
     answers: dict[int, Answer] = {}
-    alike: dict[Shape, list[tuple[int, Encoded]]] = {}
+    by_shape: dict[Shape, list[tuple[int, Encoded]]] = {}
     count = 0
-    for i, row in enumerate(rows):
+    for i, one in enumerate(inputs):
         count += 1
         try:
-            shape, encoded = encode(row)
-        except ROW_ERRORS as error:
+            shape, encoded = encode(one)
+        except RECORD_ERRORS as error:
             answers[i] = failed(error)
         else:
-            alike.setdefault(shape, []).append((i, encoded))
-    for shape, group in alike.items():
+            by_shape.setdefault(shape, []).append((i, encoded))
+
+    for shape, group in by_shape.items():
         for first in range(0, len(group), batch_size):
             batch = group[first : first + batch_size]
-            found = _run(run, shape, [encoded for _, encoded in batch])
-            answers.update(zip([i for i, _ in batch], found, strict=True))
+            batch_answers = _run_or_fail(run, shape, [encoded for _, encoded in batch])
+            answers.update(zip([i for i, _ in batch], batch_answers, strict=True))
+
     return [answers[i] for i in range(count)]
 
 
-def _run(
+def _run_or_fail(
     run: Callable[[Shape, list[Encoded]], Sequence[Answer]], shape: Shape, batch: list[Encoded]
 ) -> Sequence[Answer]:
     try:
@@ -60,9 +70,9 @@ def _run(
         return [failed(error)] * len(batch)
 
 
-def shape_or_none(row: Given, encode: Callable[[Given], tuple[Shape, Encoded]]) -> Shape | None:
-    """The shape of a row; None where it cannot be read."""
+def shape_or_none(one: Input, encode: Callable[[Input], tuple[Shape, Encoded]]) -> Shape | None:
+    """The shape of an input; None where it cannot be read."""
     try:
-        return encode(row)[0]
-    except ROW_ERRORS:
+        return encode(one)[0]
+    except RECORD_ERRORS:
         return None

@@ -1,4 +1,9 @@
-"""Black boxes as models of a cascade: a function of a row, or a service behind HTTP."""
+"""A model behind HTTP as a model of a cascade: HTTP with a deadline for the whole request.
+
+A socket's timeout limits only each read, so a server that sends a byte now and then could hold a record
+forever. Here a reply has to be complete by a deadline: the time that is left becomes the socket's timeout
+before every read.
+"""
 
 import functools
 import http.client
@@ -12,65 +17,36 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
-from elastic_lm.cascade.answerer import Answer, Record, failed
+from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.config.cascade import RETRIES, TIMEOUT, Style
 from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require, require_choice
 
-BUSY = (408, 425, 429)  # statuses beside 5xx after which trying again may help
-
-
-class Function:
-    """A Python function as a model."""
-
-    def __init__(self, function: Callable[..., Any], *, cost: float = 0.0, batches: bool = False) -> None:
-        """Wraps a function.
-
-        Args:
-          function: from a row to its output, or to an `Answer` with scores and cost. What it raises is the
-            error of that row.
-          cost: FLOPs of a row, where the function does not answer with an `Answer`.
-          batches: the function takes a list of rows and gives a list; what it raises is every row's error.
-        """
-        require(NOT_NEGATIVE[0](cost), "cost", cost, NOT_NEGATIVE[1])
-        self._function, self._cost, self._batches = function, cost, batches
-
-    def answer(self, rows: Sequence[Record]) -> list[Answer]:
-        """See `answerers.Answerer`."""
-        return self._whole(rows) if self._batches else [self._one(row) for row in rows]
-
-    def _one(self, row: Record) -> Answer:
-        began = time.perf_counter()
-        try:
-            output = self._function(row)
-        except Exception as error:
-            return failed(error, time.perf_counter() - began)
-        return self._answer(output, time.perf_counter() - began)
-
-    def _whole(self, rows: Sequence[Record]) -> list[Answer]:
-        began = time.perf_counter()
-        try:
-            outputs = list(self._function(list(rows)))
-            require(len(outputs) == len(rows), "outputs", len(outputs), f"give one per row ({len(rows)})")
-        except Exception as error:
-            return [failed(error, (time.perf_counter() - began) / len(rows)) for _ in rows]
-        each = (time.perf_counter() - began) / max(len(rows), 1)
-        return [self._answer(output, each) for output in outputs]
-
-    def _answer(self, output: Any, seconds: float) -> Answer:
-        return output if isinstance(output, Answer) else Answer(output, cost=self._cost, seconds=seconds)
+BUSY = (408, 425, 429)  # statuses below 500 after which trying again may help
 
 
 class Endpoint:
-    """A model behind HTTP: one POST of JSON per row, several at a time.
+    """A model behind HTTP: one POST of JSON per record, several at a time.
 
-    Style "rows": the body is {"row": the row} and the reply {"output": ..., "scores": {name: number},
-    "cost": number}, the last two as wanted; scores are finite, costs also at least 0. Style "openai" is a
-    completion: the body is {"model", "prompt", "max_tokens", "temperature": 0} with the row's text as prompt,
-    and the output is choices[0].text.
+    In the style "rows" the body is {"row": record}, and the reply is {"output": ..., "scores": {name:
+    number}, "cost": number}. Scores and cost may be left out; scores have to be finite, a cost finite and at
+    least 0. The style "openai" is a text completion: the body is {"model", "prompt", "max_tokens",
+    "temperature": 0} with the record's text as the prompt, and the output is choices[0].text.
 
-    Connections that fail, timeouts, and the statuses 408, 425, 429 and 5xx are tried again, each time after
-    twice the wait; other statuses are errors at once. After a row for which that was in vain the service
-    counts as down: rows get one try, until one succeeds.
+    Failed connections, timeouts and the statuses 408, 425, 429 and 5xx are tried again, after a wait that
+    doubles each time; any other status is an error at once. After a record for which every try failed, the
+    service counts as down: each record gets one try only, until one succeeds.
+
+    Example:
+      ```python
+      from elastic_lm.cascade import Answer, Cascade, Endpoint, Function
+
+      swift = Function(lambda record: Answer("spam", {"energy": record["sure"]}))
+      super_ = Endpoint("http://localhost:8000/answer", timeout=5.0, retries=1, cost=2e9)
+
+      # Only records that are passed on are sent; the Swift keeps this one.
+      (result,) = Cascade(swift, super_, 0.5).answer([{"text": "You won!", "sure": 0.9}])
+      assert (result.output, result.model) == ("spam", "swift")
+      ```
     """
 
     def __init__(
@@ -90,16 +66,16 @@ class Endpoint:
         """Describes a service; nothing is sent yet.
 
         Args:
-          url: where rows are posted to, http or https.
-          timeout: seconds that a whole try may take, its reply included.
-          retries: further tries per row.
-          backoff: seconds before the first of them.
-          workers: rows under way at once.
+          url: where records are posted to, http or https.
+          timeout: seconds that a try may take, until the last byte of its reply.
+          retries: further tries per record.
+          backoff: seconds to wait before the first of them.
+          workers: records under way at once.
           style: "rows" or "openai".
-          text_field: openai: field of the row that is the prompt.
+          text_field: openai: field of the record that is the prompt.
           options: openai: further fields of the body, such as model and max_tokens.
           headers: of every request, such as Authorization.
-          cost: FLOPs of a row, where the reply has none.
+          cost: FLOPs of a record, where the reply has none.
 
         Raises:
           ValueError: an argument is out of range.
@@ -110,29 +86,33 @@ class Endpoint:
             require(NOT_NEGATIVE[0](value), name, value, NOT_NEGATIVE[1])
         require(AT_LEAST_1[0](workers), "workers", workers, AT_LEAST_1[1])
         require_choice("style", style, get_args(Style))
-        self.url, self._timeout, self._retries, self._backoff = url, timeout, retries, backoff
-        self._workers, self._style, self._field, self._cost = workers, style, text_field, cost
+
+        self.url = url
+        self._timeout, self._retries, self._backoff, self._workers = timeout, retries, backoff, workers
+        self._style, self._text_field, self._cost = style, text_field, cost
         self._options, self._headers = dict(options or {}), dict(headers or {})
-        self._down, self._opener = False, opener()
+        self._down = False
+        self._opener = opener_with_deadline()
 
-    def answer(self, rows: Sequence[Record]) -> list[Answer]:
-        """See `answerers.Answerer`."""
-        with ThreadPoolExecutor(min(self._workers, max(len(rows), 1))) as pool:
-            return list(pool.map(self._one, rows))
+    def answer(self, records: Sequence[Record]) -> list[Answer]:
+        """Answers records, as in `Answerer.answer`."""
+        with ThreadPoolExecutor(min(self._workers, max(len(records), 1))) as pool:
+            return list(pool.map(self._answer_one, records))
 
-    def _one(self, row: Record) -> Answer:
+    def _answer_one(self, record: Record) -> Answer:
         began = time.perf_counter()
         try:
-            body = json.dumps(self._body(row)).encode()
-            return self._read(self._post(body), time.perf_counter() - began)
+            body = json.dumps(self._body(record)).encode()
+            return self._parse(self._post(body), time.perf_counter() - began)
         except (OSError, ValueError, TypeError, LookupError) as error:
             return Answer(error=f"{self.url}: {_reason(error)}", seconds=time.perf_counter() - began)
 
-    def _body(self, row: Record) -> dict[str, Any]:
+    def _body(self, record: Record) -> dict[str, Any]:
         if self._style == "rows":
-            return {"row": dict(row)}
-        require(isinstance(row.get(self._field), str), self._field, row.get(self._field), "must be a text")
-        return {"temperature": 0, **self._options, "prompt": row[self._field]}
+            return {"row": dict(record)}
+        prompt = record.get(self._text_field)
+        require(isinstance(prompt, str), self._text_field, prompt, "must be a text")
+        return {"temperature": 0, **self._options, "prompt": prompt}
 
     def _post(self, body: bytes) -> bytes:
         """The reply, after as many tries as it takes."""
@@ -159,26 +139,32 @@ class Endpoint:
         try:
             with self._opener.open(request, timeout=self._timeout) as reply:
                 return reply.read()
-        except http.client.HTTPException as error:
+        except http.client.HTTPException as error:  # is no OSError, but is worth another try as well
             raise ConnectionError(f"the reply broke off: {type(error).__name__} {error}") from error
 
-    def _read(self, reply: bytes, seconds: float) -> Answer:
-        rows = self._style == "rows"
+    def _parse(self, reply: bytes, seconds: float) -> Answer:
+        own_style = self._style == "rows"
         try:
             content = json.loads(reply)
-            output = content["output"] if rows else content["choices"][0]["text"]
+            output = content["output"] if own_style else content["choices"][0]["text"]
         except (ValueError, TypeError, LookupError) as error:
-            wanted = '"output"' if rows else "choices[0].text"
+            wanted = '"output"' if own_style else "choices[0].text"
             raise ValueError(f"the reply has no {wanted}: {reply[:80]!r}") from error
-        scores, cost = (content.get("scores"), content.get("cost")) if rows else (None, None)
+
+        scores, cost = (content.get("scores"), content.get("cost")) if own_style else (None, None)
         require(isinstance(scores, dict | None), "scores", scores, "must map names to numbers")
-        numbers = {name: _number(f"scores.{name}", value) for name, value in (scores or {}).items()}
-        cost = self._cost if cost is None else _number("cost", cost)
+        numbers = {name: _finite(f"scores.{name}", value) for name, value in (scores or {}).items()}
+        cost = self._cost if cost is None else _finite("cost", cost)
         require(NOT_NEGATIVE[0](cost), "cost", cost, NOT_NEGATIVE[1])
-        return Answer(output, numbers, cost, seconds)
+        return Answer(output, numbers, cost, seconds=seconds)
 
 
-def _number(name: str, value: Any) -> float:
+def _finite(name: str, value: Any) -> float:
+    """A value of a reply as a number.
+
+    Raises:
+      ValueError: it is none, or not finite.
+    """
     try:
         number = float(value)
     except (ValueError, TypeError, OverflowError):
@@ -188,6 +174,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _reason(error: BaseException) -> str:
+    """What an error says, in words for a person."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP status {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
@@ -195,16 +182,50 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def opener() -> urllib.request.OpenerDirector:
-    """What opens requests with a timeout, until which the last byte of the reply must have come.
+def opener_with_deadline() -> urllib.request.OpenerDirector:
+    """An opener whose `timeout` is a deadline for the whole request, the reply's last byte included.
 
-    Redirects are errors: they would turn a POST into a GET.
+    Redirects are errors, because following one would turn the POST into a GET.
     """
-    return urllib.request.build_opener(_Http, _Https, _NoRedirects)
+    return urllib.request.build_opener(_HttpHandler, _HttpsHandler, _NoRedirects)
 
 
-class _Bounded(io.RawIOBase):
-    """A socket's bytes, of which each read may wait until the deadline and no longer."""
+class _HttpHandler(urllib.request.HTTPHandler):
+    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+        return super().do_open(_with_deadline(http_class), req, **options)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def do_open(self, http_class: Any, req: Any, **options: Any) -> Any:
+        return super().do_open(_with_deadline(http_class), req, **options)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+def _with_deadline(http_class: Callable[..., Any]) -> Any:
+    """Makes connections whose deadline is `timeout` seconds after they are made."""
+
+    def connection(*args: Any, timeout: float, **options: Any) -> Any:
+        made = http_class(*args, timeout=timeout, **options)
+        made.response_class = functools.partial(_Reply, deadline=time.monotonic() + timeout)
+        return made
+
+    return connection
+
+
+class _Reply(http.client.HTTPResponse):
+    """A reply that is read, headers and all, through a stream with a deadline."""
+
+    def __init__(self, sock: Any, *args: Any, deadline: float, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(_StreamWithDeadline(self.fp.detach(), sock, deadline))
+
+
+class _StreamWithDeadline(io.RawIOBase):
+    """A socket's bytes; a read waits until the deadline at most."""
 
     def __init__(self, raw: Any, socket: Any, deadline: float) -> None:
         self._raw, self._socket, self._deadline = raw, socket, deadline
@@ -222,35 +243,3 @@ class _Bounded(io.RawIOBase):
     def close(self) -> None:
         self._raw.close()
         super().close()
-
-
-class _Reply(http.client.HTTPResponse):
-    def __init__(self, sock: Any, *args: Any, deadline: float, **named: Any) -> None:
-        super().__init__(sock, *args, **named)
-        self.fp = io.BufferedReader(_Bounded(self.fp.detach(), sock, deadline))
-
-
-class _Http(urllib.request.HTTPHandler):
-    def do_open(self, http_class: Any, req: Any, **how: Any) -> Any:
-        return super().do_open(_in_time(http_class), req, **how)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def do_open(self, http_class: Any, req: Any, **how: Any) -> Any:
-        return super().do_open(_in_time(http_class), req, **how)
-
-
-def _in_time(http_class: Callable[..., Any]) -> Any:
-    """Makes connections whose time runs from when they are made."""
-
-    def connection(*args: Any, timeout: float, **named: Any) -> Any:
-        made = http_class(*args, timeout=timeout, **named)
-        made.response_class = functools.partial(_Reply, deadline=time.monotonic() + timeout)
-        return made
-
-    return connection
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
-        return None

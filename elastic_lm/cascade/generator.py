@@ -1,25 +1,28 @@
 """Text from a decoder-only model, with scores of what it generated and of its prompt.
 
-A prompt is read once, which gives its scores ("prompt_energy", ...), and generating goes on from that state.
-After a batch is generated, one forward pass reads prompts and continuations again (`reading.read`) for the
-scores of the distributions that generated tokens were drawn from, at full depth. Where nothing reads scores,
-`scored=False` saves both readings of vocabulary heads and this pass, which costs count. Costs are those of
-full depth, also where the sampler exits early; prompts of such a sampler are read a second time.
+A prompt is read once, which gives its scores ("prompt_energy", ...), and generation continues from the state
+of that pass. After a batch is generated, one forward pass reads prompts and continuations again
+(`known_tokens.score_tokens`), for the scores of the distributions that the tokens were drawn from, at full
+depth. Where nothing reads the scores, `scored=False` saves that pass and the vocabulary head over the prompt,
+both of which count as cost.
+
+Costs are those of full depth, also where the sampler exits early. A sampler with exits reads its prompts a
+second time, because its exits may have caches of their own.
 """
 
 import dataclasses
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.cascade.answerer import Answer, Record
-from elastic_lm.cascade.batching import answer_alike, shape_or_none
-from elastic_lm.cascade.known_tokens import Part, read, width_of
+from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
+from elastic_lm.cascade.known_tokens import ModelPart, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, pooled_scores
 from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.config.subnet import Budget, Subnet
@@ -31,26 +34,34 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.settings import bucket, make_settings
 from elastic_lm.models.decoder import Params
 
-Shape = tuple[int, ...]  # columns of the prompt, positions of the caches[, layers that have run before]
 
+class GenerationShape(NamedTuple):
+    """What decides which compiled programs generate from a prompt."""
 
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What the first layers gave for a row's prompt.
-
-    Attributes:
-      layers: that ran.
-      hidden: [T, D] state after them.
-      kv: their keys and values, [K, T, H] each.
-    """
-
-    layers: int
-    hidden: jax.Array
-    kv: tuple[tuple[jax.Array, jax.Array], ...]
+    width: int  # columns of the prompt
+    capacity: int  # positions of the caches
+    layers_done: int = 0  # layers that an earlier model has run over the prompt
 
 
 class Generator:
-    """A decoder-only model that continues a row's prompt; the output is the text."""
+    """A decoder-only model that continues a record's prompt; the output is the text.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.cascade import Generator
+      from elastic_lm.data import train_bpe
+      from elastic_lm.testing import random_params, tiny_config
+
+      config = tiny_config(n_layers=1, vocab_size=260)
+      params = random_params(config)  # `el.load(folder)` gives a trained model
+      sampler = el.Sampler(el.Decoder(config), params, train_bpe(["some text"], 260), window=1)
+
+      generator = Generator(sampler, max_new_tokens=4, batch_size=1)
+      (answer,) = generator.answer([{"prompt": "import "}])
+      print(repr(answer.output), answer.scores["energy"], answer.scores["prompt_energy"])
+      ```
+    """
 
     def __init__(
         self,
@@ -61,7 +72,7 @@ class Generator:
         scoring: Scoring = PLAIN,
         scored: bool = True,
         batch_size: int = 16,
-        reads: tuple[Part, Params] | None = None,
+        scorer: tuple[ModelPart, Params] | None = None,
         keep_state: bool = False,
         **settings: Any,
     ) -> None:
@@ -70,176 +81,220 @@ class Generator:
         Args:
           sampler: of the model, with its tokenizer.
           max_new_tokens: tokens of an answer at most.
-          prompt_field: of rows.
-          scoring: of the energy; static.
-          scored: answers have scores; a Super needs none.
-          batch_size: rows per program; the last batch is filled up.
-          reads: what scores, with its parameters; its layers are those that the sampler runs. None = what the
-            sampler runs.
-          keep_state: answers keep what a whole model goes on from (`nested`); needs `scored`.
-          **settings: fields of `requests.Settings`. Where tokens are drawn, a row's seed is a hash of its
-            prompt plus `seed`, so that its answer does not depend on what it is batched with.
+          prompt_field: field of a record with the prompt.
+          scoring: of the energy; static under jit.
+          scored: whether answers have scores; a Super needs none.
+          batch_size: records per program; the last batch is filled up.
+          scorer: what computes the scores, and its parameters. It has as many layers as the sampler runs.
+            None = what the sampler runs.
+          keep_state: hand over the prompt's state, from which the whole model resumes (`shared_generator`);
+            needs `scored`.
+          **settings: fields of `decode.settings.Settings`. Where tokens are drawn, a record's seed is a hash
+            of its prompt plus `seed`, so that its answer does not depend on what it is batched with.
 
         Raises:
-          ValueError: an argument is out of range, the sampler has no tokenizer, or routers that choose
-            widths token by token, or another part than it runs is to score.
+          ValueError: an argument is out of range, the sampler has no tokenizer or has routers that choose
+            widths token by token, or the scorer has another number of layers.
         """
         require(AT_LEAST_1[0](max_new_tokens), "max_new_tokens", max_new_tokens, AT_LEAST_1[1])
         require(AT_LEAST_1[0](batch_size), "batch_size", batch_size, AT_LEAST_1[1])
         require(sampler.tokenizer is not None, "sampler.tokenizer", None, "give the sampler a tokenizer")
-        fix = "widths that routers choose token by token have no one cost; give a subnet, or no budget"
-        require(not isinstance(sampler.runs, Budget), "sampler.budget", sampler.runs, fix)
+        require(
+            not isinstance(sampler.runs, Budget),
+            "sampler.budget",
+            sampler.runs,
+            "widths that routers choose token by token have no one cost; give a subnet, or no budget",
+        )
         subnet = sampler.runs if isinstance(sampler.runs, Subnet) else None
-        self._runs = Part(sampler.config, subnet=subnet)
-        self._reads, self._params = reads or (self._runs, sampler.params)
-        fix = f"must be the {self._runs.layers} that the sampler runs"
-        require((self._reads.begun, self._reads.layers) == (0, self._runs.layers), "reads", self._reads, fix)
+        self._runs = ModelPart(sampler.config, subnet=subnet)
+        self._scorer, self._params = scorer or (self._runs, sampler.params)
+        require(
+            (self._scorer.layers_done, self._scorer.layers) == (0, self._runs.layers),
+            "scorer",
+            self._scorer,
+            f"must have the {self._runs.layers} layers that the sampler runs",
+        )
         self._seed = settings.pop("seed", 0)
-        make_settings(settings)
-        self._sampler, self._most, self._settings = sampler, max_new_tokens, settings
+        make_settings(settings)  # only checks them
+
+        self._sampler, self._max_new_tokens, self._settings = sampler, max_new_tokens, settings
         self._field, self.scoring, self._batch_size = prompt_field, scoring, batch_size
-        self._scored, self._keep = scored, keep_state and scored
-        self._goes_on = not self._runs.model.exits  # from the state of a prompt, which is read first
+        self._scored = scored
+        self._hands_over = keep_state and scored
+        self._continues = not self._runs.model.exits  # generation, from the pass that scored the prompt
 
-    def bucket(self, row: Record) -> Shape | None:
-        """The shape of the programs that generate from a row; None = the row will fail."""
-        return shape_or_none(row, self._encode)
+    def bucket(self, record: Record) -> GenerationShape | None:
+        """The shape of the programs that generate from a record; None = the record will fail."""
+        return shape_or_none((record, None), self._encode)
 
-    def answer(self, rows: Sequence[Record]) -> list[Answer]:
-        """See `answerers.Answerer`."""
-        return answer_alike([(row, None) for row in rows], self._encode_begun, self._batch, self._batch_size)
+    def answer(self, records: Sequence[Record]) -> list[Answer]:
+        """Answers records, as in `Answerer.answer`."""
+        inputs = [(record, None) for record in records]
+        return answer_by_shape(inputs, self._encode, self._answer_batch, self._batch_size)
 
-    def resume(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
-        """See `answerers.Resumes`; states are `State`, of the first layers of this sampler's whole model."""
-        given = [(row, answer.state) for row, answer in zip(rows, begun, strict=True)]
-        return answer_alike(given, self._encode_begun, self._batch, self._batch_size)
+    def resume(self, records: Sequence[Record], swift_answers: Sequence[Answer]) -> list[Answer]:
+        """Continues from what a Swift of the first layers of this sampler's model has handed over."""
+        inputs = [(record, a.handover) for record, a in zip(records, swift_answers, strict=True)]
+        return answer_by_shape(inputs, self._encode, self._answer_batch, self._batch_size)
 
     def previews(self, score: str) -> bool:
-        """See `answerers.Previews`."""
+        """Whether this score is known before the answer: those of the prompt are."""
         return self._scored and score.startswith(PLACES[1])
 
-    def preview(self, rows: Sequence[Record]) -> list[Answer]:
-        """See `answerers.Previews`; what is begun are `State`, of all layers."""
-        given = [(row, None) for row in rows]
-        return answer_alike(given, self._encode_begun, self._preview, self._batch_size)
+    def preview(self, records: Sequence[Record]) -> list[Answer]:
+        """Scores prompts; what it prepares is their state after all layers."""
+        inputs = [(record, None) for record in records]
+        return answer_by_shape(inputs, self._encode, self._preview_batch, self._batch_size)
 
-    def finish(self, rows: Sequence[Record], begun: Sequence[Answer]) -> list[Answer]:
-        """See `answerers.Previews`."""
+    def finish(self, records: Sequence[Record], previews: Sequence[Answer]) -> list[Answer]:
+        """Generates from prompts that have been previewed."""
 
-        def encode(given: tuple[Record, Answer]) -> tuple[Shape, tuple[list[int], Answer]]:
-            shape, ids = self._encode(given[0])
-            return shape, (ids, given[1])
+        def encode(given: tuple[Record, Answer]) -> tuple[GenerationShape, tuple[list[int], Answer]]:
+            record, preview = given
+            shape, (ids, _) = self._encode((record, None))
+            return shape, (ids, preview)
 
-        return answer_alike(zip(rows, begun, strict=True), encode, self._finish, self._batch_size)
+        inputs = zip(records, previews, strict=True)
+        return answer_by_shape(inputs, encode, self._finish_batch, self._batch_size)
 
-    def _encode(self, row: Record) -> tuple[Shape, list[int]]:
+    def _encode(
+        self, given: tuple[Record, PromptState | None]
+    ) -> tuple[GenerationShape, tuple[list[int], PromptState | None]]:
         assert self._sampler.tokenizer is not None
-        ids = self._sampler.tokenizer.encode(row[self._field], bos=True)
-        require(bool(ids), self._field, row[self._field], "needs at least one token")
-        longest = len(ids) + self._most
-        fix = f"with max_new_tokens={self._most} these are more than max_len={self._sampler.config.max_len}"
-        require(longest <= self._sampler.config.max_len, "prompt tokens", len(ids), fix)
-        return (bucket(len(ids)), bucket(longest + self._sampler.window)), ids
+        record, state = given
+        ids = self._sampler.tokenizer.encode(record[self._field], bos=True)
+        require(bool(ids), self._field, record[self._field], "needs at least one token")
 
-    def _encode_begun(
-        self, given: tuple[Record, State | None]
-    ) -> tuple[Shape, tuple[list[int], State | None]]:
-        shape, ids = self._encode(given[0])
-        return (*shape, given[1].layers if given[1] else 0), (ids, given[1])
+        longest, max_len = len(ids) + self._max_new_tokens, self._sampler.config.max_len
+        fix = f"with max_new_tokens={self._max_new_tokens} these are more than max_len={max_len}"
+        require(longest <= max_len, "prompt tokens", len(ids), fix)
+        shape = GenerationShape(
+            width=bucket(len(ids)),
+            capacity=bucket(longest + self._sampler.options.window),
+            layers_done=state.layers if state else 0,
+        )
+        return shape, (ids, state)
 
-    def _batch(self, shape: Shape, rows: list[tuple[list[int], State | None]]) -> list[Answer]:
-        """Answers to at most a batch of prompts of one shape, all begun or none."""
-        prompts = [ids for ids, _ in rows]
+    def _answer_batch(
+        self, shape: GenerationShape, batch: list[tuple[list[int], PromptState | None]]
+    ) -> list[Answer]:
+        """Answers at most a batch of prompts of one shape; all of them have a state, or none has."""
+        prompts = [ids for ids, _ in batch]
         if self._scored:
-            return self._finish(shape, list(zip(prompts, self._preview(shape, rows), strict=True)))
+            return self._finish_batch(
+                shape, list(zip(prompts, self._preview_batch(shape, batch), strict=True))
+            )
+
         began = time.perf_counter()
-        samples = self._sample(shape, prompts, [state for _, state in rows if state])
-        each = (time.perf_counter() - began) / len(prompts)
+        samples = self._sample(shape, prompts, [state for _, state in batch if state])
+        seconds = (time.perf_counter() - began) / len(prompts)
         return [
-            Answer(sample.text, {}, self._flops(prompt, sample, shape[2]), each)
+            Answer(sample.text, {}, self._flops(prompt, sample, shape.layers_done), seconds=seconds)
             for prompt, sample in zip(prompts, samples, strict=True)
         ]
 
-    def _preview(self, shape: Shape, rows: list[tuple[list[int], State | None]]) -> list[Answer]:
-        """What prompts of one shape say, read by the layers that have not run before."""
+    def _preview_batch(
+        self, shape: GenerationShape, batch: list[tuple[list[int], PromptState | None]]
+    ) -> list[Answer]:
+        """Scores prompts of one shape, in a pass through the layers that have not run over them yet."""
         began = time.perf_counter()
-        prompts, states = [ids for ids, _ in rows], [state for _, state in rows if state]
-        part = dataclasses.replace(self._reads, begun=shape[2])
-        width = min(shape[0], part.model.max_len)
-        before = _begun(filled(states, self._batch_size), width) if states else None
-        tokens, entering = jnp.asarray(padded(prompts, self._batch_size, width)), before and before.hidden
-        keep = self._keep or self._goes_on
-        reading = read(part, self._params, tokens, entering, scoring=self.scoring, keep=keep)
-        scores = self._by_row(_of_prompts(reading.scores, self._column(map(len, prompts))))
-        all_kv = (*(before.kv if before else ()), *reading.kv)
-        kept = [State(part.layers, *own) for own in split_rows((reading.hidden, all_kv))] if keep else []
-        each = (time.perf_counter() - began) / len(prompts)
+        prompts, states = [ids for ids, _ in batch], [state for _, state in batch if state]
+        part = dataclasses.replace(self._scorer, layers_done=shape.layers_done)
+        width = min(shape.width, part.model.max_len)
+        before = _stacked(filled(states, self._batch_size), width) if states else None
+        scored = score_tokens(
+            part,
+            self._params,
+            jnp.asarray(padded(prompts, self._batch_size, width)),
+            before.hidden if before else None,
+            scoring=self.scoring,
+            keep_state=self._hands_over or self._continues,
+        )
+
+        scores = self._by_row(_prompt_scores(scored.scores, self._column(map(len, prompts))))
+        after: list[PromptState | None] = [None] * len(prompts)
+        if scored.hidden is not None:
+            kv = (*(before.kv if before else ()), *scored.kv)
+            after = split_rows(PromptState(part.layers, scored.hidden, kv))
+        seconds = (time.perf_counter() - began) / len(prompts)
         return [
             Answer(
                 None,
-                own,
+                own_scores,
                 float(part.flops(len(prompt)) + head_flops(part.model, len(prompt))),
-                each,
-                state=kept[i] if self._keep else None,
-                begun=kept[i] if self._goes_on else None,
+                seconds=seconds,
+                handover=state if self._hands_over else None,
+                prepared=state if self._continues else None,
             )
-            for i, (prompt, own) in enumerate(zip(prompts, scores, strict=False))
+            for prompt, own_scores, state in zip(prompts, scores, after, strict=False)
         ]
 
-    def _finish(self, shape: Shape, rows: list[tuple[list[int], Answer]]) -> list[Answer]:
-        """Answers to prompts of one shape that have been previewed."""
+    def _finish_batch(self, shape: GenerationShape, batch: list[tuple[list[int], Answer]]) -> list[Answer]:
+        """Generates from prompts of one shape that have been previewed, and scores what was generated."""
         began = time.perf_counter()
-        prompts, states = [ids for ids, _ in rows], [before.begun for _, before in rows if before.begun]
+        prompts, states = [ids for ids, _ in batch], [p.prepared for _, p in batch if p.prepared]
         samples = self._sample(shape, prompts, states)
         scores = self._score(prompts, samples)
-        each, saved = (time.perf_counter() - began) / len(prompts), self._runs.layers if states else 0
+        seconds = (time.perf_counter() - began) / len(prompts)
+
+        saved = self._runs.layers if states else 0
         return [
             Answer(
                 sample.text,
-                {**own, **before.scores},
-                before.cost + self._flops(prompt, sample, saved),
-                before.seconds + each,
-                state=before.state,
-                preview=dataclasses.replace(before, state=None, begun=None),
+                {**own_scores, **preview.scores},
+                preview.cost + self._flops(prompt, sample, saved),
+                seconds=preview.seconds + seconds,
+                handover=preview.handover,
+                preview=dataclasses.replace(preview, handover=None, prepared=None),
             )
-            for (prompt, before), sample, own in zip(rows, samples, scores, strict=True)
+            for (prompt, preview), sample, own_scores in zip(batch, samples, scores, strict=True)
         ]
 
-    def _sample(self, shape: Shape, prompts: list[list[int]], states: list[State]) -> list[Sample]:
-        """Generates from prompts, which all have a state or none."""
-        begun = _begun(filled(states, self._batch_size), shape[0]) if states else None
-        every = filled(prompts, self._batch_size)
-        seeds = [(zlib.crc32(np.asarray(ids).tobytes()) + self._seed) % 2**32 for ids in every]
-        named: dict[str, Any] = {**self._settings, "seed": seeds, "prompt_state": begun}
-        return self._sampler.sample(every, self._most, **named)[: len(prompts)]
+    def _sample(
+        self, shape: GenerationShape, prompts: list[list[int]], states: list[PromptState]
+    ) -> list[Sample]:
+        """Generates from prompts; all of them have a state, or none has."""
+        rows = filled(prompts, self._batch_size)
+        # A seed per prompt, so that draws do not depend on the row that the prompt has in a batch.
+        seeds = [(zlib.crc32(np.asarray(ids).tobytes()) + self._seed) % 2**32 for ids in rows]
+        state = _stacked(filled(states, self._batch_size), shape.width) if states else None
+        settings: dict[str, Any] = {**self._settings, "seed": seeds, "prompt_state": state}
+        return self._sampler.sample(rows, self._max_new_tokens, **settings)[: len(prompts)]
+
+    def _score(self, prompts: list[list[int]], samples: list[Sample]) -> list[dict[str, float]]:
+        """Pooled scores of what was generated, for every prompt."""
+        sequences = [[*p, *s.tokens] for p, s in zip(prompts, samples, strict=True)]
+        scores: list[dict[str, float]] = [{} for _ in prompts]
+        widths = [padded_width(self._scorer.model, len(ids)) for ids in sequences]
+        for width in sorted(set(widths)):
+            group = [i for i, own in enumerate(widths) if own == width]
+            tokens = jnp.asarray(padded([sequences[i] for i in group], self._batch_size, width))
+            # The last token of a prompt predicts the first generated one.
+            first_B1 = self._column(len(prompts[i]) - 1 for i in group)
+            at_BN = jnp.minimum(first_B1 + jnp.arange(self._max_new_tokens), width - 1)
+            scored = score_tokens(self._scorer, self._params, tokens, at_BN=at_BN, scoring=self.scoring)
+            emitted = self._column(len(samples[i].tokens) for i in group)
+            for i, own in zip(group, self._by_row(_generated_scores(scored.scores, emitted)), strict=False):
+                scores[i] = own
+        return scores
 
     def _flops(self, prompt: list[int], sample: Sample, saved: int) -> float:
-        """Of what generates, without the layers that ran over the prompt before, and what scores that."""
+        """FLOPs of generating and of scoring what was generated, without those saved over the prompt.
+
+        Args:
+          prompt: its token ids.
+          sample: what was generated.
+          saved: number of layers that had run over the prompt before.
+        """
         tokens, emitted = len(prompt), len(sample.tokens)
         total = generation_flops(self._runs.model, tokens, emitted)
         total -= layer_flops(self._runs.model, tokens, 0, saved)
         if self._scored:
-            total += self._reads.flops(tokens + emitted) + head_flops(self._reads.model, emitted)
+            total += self._scorer.flops(tokens + emitted) + head_flops(self._scorer.model, emitted)
         return float(total)
 
-    def _score(self, prompts: list[list[int]], samples: list[Sample]) -> list[dict[str, float]]:
-        """Pooled scores of what was generated, of every row."""
-        sequences = [[*p, *s.tokens] for p, s in zip(prompts, samples, strict=True)]
-        scores: list[dict[str, float]] = [{} for _ in prompts]
-        widths = [width_of(self._reads.model, len(ids)) for ids in sequences]
-        for width in sorted(set(widths)):
-            group = [i for i, own in enumerate(widths) if own == width]
-            tokens = jnp.asarray(padded([sequences[i] for i in group], self._batch_size, width))
-            first_B1 = self._column(len(prompts[i]) - 1 for i in group)
-            at_BN = jnp.minimum(first_B1 + jnp.arange(self._most), width - 1)
-            reading = read(self._reads, self._params, tokens, at_BN=at_BN, scoring=self.scoring)
-            emitted = self._column(len(samples[i].tokens) for i in group)
-            for i, own in zip(group, self._by_row(_of_generated(reading.scores, emitted)), strict=False):
-                scores[i] = own
-        return scores
-
     def _column(self, values: Iterable[int]) -> jax.Array:
-        """[B, 1] int32, a value per row, zero where a batch is filled up."""
+        """[B, 1] int32, a value per row, and 0 in the rows that fill up a batch."""
         given = list(values)
         return jnp.asarray([*given, *[0] * (self._batch_size - len(given))], jnp.int32)[:, None]
 
@@ -249,26 +304,29 @@ class Generator:
 
 
 @jax.jit
-def _of_prompts(scores: dict[str, jax.Array], length_B1: jax.Array) -> dict[str, jax.Array]:
-    """Pooled scores of prompts, read at each of their positions, by name; [B] float32 each."""
+def _prompt_scores(scores: dict[str, jax.Array], length_B1: jax.Array) -> dict[str, jax.Array]:
+    """Pooled scores of prompts from those at each of their positions, by name; [B] float32 each."""
     position = jnp.arange(next(iter(scores.values())).shape[1])
     return pooled_scores(scores, position < length_B1, PLACES[1])
 
 
 @jax.jit
-def _of_generated(scores: dict[str, jax.Array], emitted_B1: jax.Array) -> dict[str, jax.Array]:
-    """Pooled scores of generated tokens, read where they were drawn, by name; [B] float32 each."""
+def _generated_scores(scores: dict[str, jax.Array], emitted_B1: jax.Array) -> dict[str, jax.Array]:
+    """Pooled scores of generated tokens from those where they were drawn, by name; [B] float32 each."""
     return pooled_scores(scores, jnp.arange(next(iter(scores.values())).shape[1]) < emitted_B1)
 
 
-def _begun(states: list[State], width: int) -> PromptState:
-    """What the first layers gave for a batch of prompts, cut to the prompts' columns."""
+def _stacked(states: list[PromptState], width: int) -> PromptState:
+    """The states of single prompts as one of a batch, with as many columns as its prompts have."""
 
-    def cut(x: jax.Array, axis: int) -> jax.Array:
+    def resized(x: jax.Array, axis: int) -> jax.Array:
         missing = width - x.shape[axis]
-        if missing > 0:  # max_len is below the bucket
+        if missing > 0:  # the program that computed the state was only as wide as the model's max_len
             return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
         return jax.lax.slice_in_dim(x, 0, width, axis=axis)
 
-    rows = [(cut(s.hidden, 0), tuple((cut(k, 1), cut(v, 1)) for k, v in s.kv)) for s in states]
-    return PromptState(states[0].layers, *stack_rows(rows))
+    rows = [
+        PromptState(s.layers, resized(s.hidden, 0), tuple((resized(k, 1), resized(v, 1)) for k, v in s.kv))
+        for s in states
+    ]
+    return stack_rows(rows)

@@ -1,13 +1,14 @@
 """A threshold between Swift and Super with a finite-sample guarantee against the Super alone.
 
-The harm of a threshold t on row i, whose answers have quality a_i (Swift) and b_i (Super) in [0, 1], is
+The harm of a threshold t on record i, whose answers have quality a_i (Swift) and b_i (Super) in [0, 1], is
 
-    L_i(t) = max(b_i - a_i, 0) if the Swift keeps the row, else 0
+    L_i(t) = max(b_i - a_i, 0) if the Swift keeps the record, else 0
 
-so that E accuracy(t) >= E accuracy(Super) - E L(t): rows that only the Swift gets right are not counted in
-its favour. Harm never falls when more rows are kept, and thresholds that were chosen on one half of the
-rows are tested on the other, from the most cautious on (Learn-then-Test, see `risk_control`). With
-probability at least 1 - epsilon over the testing rows, what passes has E L <= the loss that is allowed.
+so that E accuracy(t) >= E accuracy(Super) - E L(t): records that only the Swift gets right do not count in
+its favour. Harm never falls when more records are kept. Thresholds are chosen on one half of the records and
+tested on the other, beginning with the most cautious (Learn then Test, arXiv 2110.01052; see `bounds`). With
+probability at least 1 - epsilon over the testing records, every threshold that passes has E L <= the loss
+that is allowed.
 """
 
 import dataclasses
@@ -16,17 +17,30 @@ import numpy as np
 
 from elastic_lm.bounds import RUNGS, fixed_sequence_test, risk_bound
 from elastic_lm.cascade.energy import keeps
-from elastic_lm.cascade.sweep import ALWAYS_SUPER, TOLERANCE, Measured, sweep
+from elastic_lm.cascade.sweep import ALWAYS_SUPER, TOLERANCE, Measurements, sweep
 from elastic_lm.config.cascade import DEFAULT_EPSILON
 from elastic_lm.config.checks import require
 
 
 @dataclasses.dataclass(frozen=True)
 class CascadeRisk:
-    """What is to be guaranteed."""
+    """What is to be guaranteed: how much accuracy may be lost, and how often the guarantee may fail.
+
+    Raises:
+      ValueError: one of the two is not between 0 and 1.
+
+    Example:
+      ```python
+      from elastic_lm.cascade import CascadeRisk
+
+      # With 95 % confidence, at most one point of accuracy is lost against the Super alone.
+      risk = CascadeRisk(loss=0.01, epsilon=0.05)  # for `MeasuredPair.fit(risk=risk)`
+      assert risk.loss == 0.01
+      ```
+    """
 
     loss: float  # accuracy that may be lost against the Super alone
-    epsilon: float = DEFAULT_EPSILON  # probability, over the testing rows, that the guarantee fails
+    epsilon: float = DEFAULT_EPSILON  # probability, over the testing records, that the guarantee fails
 
     def __post_init__(self) -> None:
         require(0 < self.loss < 1, "risk.loss", self.loss, "must be an accuracy that may be lost, like 0.01")
@@ -35,62 +49,60 @@ class CascadeRisk:
 
 @dataclasses.dataclass(frozen=True)
 class CascadeGuarantee:
-    """What was stated and what the testing rows say about the threshold it holds for."""
+    """What was stated, and what the testing records say about the threshold that it holds for.
 
+    Example:
+      ```python
+      import numpy as np
+
+      from elastic_lm.cascade import CascadeRisk, fit_rule
+      from elastic_lm.cascade.sweep import Measurements
+
+      # The Swift is right about the half of 400 records that it is sure of.
+      scores = np.linspace(0, 1, 400)
+      measurements = Measurements.of(
+          scores, swift=scores > 0.5, super_=np.ones(400), cost_swift=1.0, cost_super=10.0
+      )
+      guarantee = fit_rule(measurements, risk=CascadeRisk(loss=0.05)).guarantee
+      assert guarantee.achieved
+      print(guarantee.statement)
+      ```
+    """
+
+    # These fields stand in the files of rules, by these names.
     loss: float  # stated accuracy that may be lost
     epsilon: float  # stated probability of failure
-    achieved: bool  # False: every row goes to the Super, which satisfies every statement
+    achieved: bool  # False: every record is passed on to the Super, which satisfies every statement
     statement: str  # the guarantee, or why there is none, in words
-    rows: int  # that tested; as many others chose what was tested
-    accepted: int  # thresholds that passed, one after the other, of those tested
+    rows: int  # records that tested; as many others chose what was tested
+    accepted: int  # thresholds that passed, one after the other
     tested: int  # thresholds that were tested
-    p_value: float  # of "more is lost" for the reported threshold
-    harm: float  # mean harm of the testing rows
-    harm_bound: float  # upper bound of its expectation, 1 - epsilon, for this threshold alone
+    p_value: float  # of "more is lost" for the threshold that is reported
+    harm: float  # mean harm of the testing records
+    harm_bound: float  # upper bound of the expected harm, for this threshold alone, at 1 - epsilon
     more_rows: int | None = None  # about how many more are needed; None = enough, or no number helps
 
 
-def harm(rows: Measured, threshold: float) -> np.ndarray:
-    """[N] float64 quality in [0, 1] that the Super would have added to rows that the Swift keeps."""
-    return np.where(keeps(rows.scores, threshold), np.maximum(rows.super_ - rows.swift, 0.0), 0.0)
-
-
-def ladder(rows: Measured, loss: float, rungs: int = RUNGS) -> list[float]:
-    """Thresholds to test, from the most to the least cautious.
+def control(measurements: Measurements, stated: CascadeRisk, seed: int = 0) -> tuple[float, CascadeGuarantee]:
+    """Finds the least cautious threshold that passes.
 
     Args:
-      rows: that do not test.
-      loss: harm that is allowed.
-      rungs: harms on these rows, evenly spaced up to `loss`, that are searched for.
-
-    Returns:
-      Distinct thresholds without those that keep no row.
-    """
-    unharmed = 1.0 - np.maximum(rows.super_ - rows.swift, 0.0)
-    curve = sweep(dataclasses.replace(rows, swift=unharmed, super_=np.ones(len(rows))))
-    thresholds, suffered = curve.threshold[::-1], 1.0 - curve.accuracy[::-1]
-    last = [int(np.flatnonzero(suffered <= loss * (i + 1) / rungs + TOLERANCE)[-1]) for i in range(rungs)]
-    return [float(thresholds[i]) for i in sorted(set(last)) if thresholds[i] < ALWAYS_SUPER]
-
-
-def control(rows: Measured, stated: CascadeRisk, seed: int = 0) -> tuple[float, CascadeGuarantee]:
-    """The least cautious threshold that passes.
-
-    Args:
-      rows: independent validation rows.
+      measurements: of independent validation records.
       stated: what is to be guaranteed.
-      seed: decides which half of them chooses.
+      seed: decides which half of the records chooses.
 
     Returns:
-      (threshold, the guarantee). Where nothing passes, every row goes to the Super and the guarantee
-      describes the most cautious threshold instead, with the number of rows that would be enough.
+      (threshold, the guarantee). Where nothing passes, every record is passed on to the Super, and the
+      guarantee describes the most cautious threshold instead, with how many more records would be enough.
 
     Raises:
-      ValueError: there are fewer than two rows.
+      ValueError: there are fewer than two records.
     """
-    require(len(rows) >= 2, "rows", len(rows), "a guarantee needs at least 2: one half chooses, one tests")
-    mixed = np.random.default_rng(seed).permutation(len(rows))
-    selection, testing = rows.take(mixed[: len(mixed) // 2]), rows.take(mixed[len(mixed) // 2 :])
+    total = len(measurements)
+    require(total >= 2, "records", total, "a guarantee needs at least 2: one half chooses, one tests")
+    mixed = np.random.default_rng(seed).permutation(total)
+    selection = measurements.take(mixed[: total // 2])
+    testing = measurements.take(mixed[total // 2 :])
     verdict = fixed_sequence_test(
         ladder(selection, stated.loss),
         lambda threshold: harm(testing, threshold),
@@ -100,7 +112,7 @@ def control(rows: Measured, stated: CascadeRisk, seed: int = 0) -> tuple[float, 
     )
 
     suffered = float(verdict.losses.mean())
-    # One half of the rows chooses, so that the half that tests grows by every second one.
+    # One half of the records chooses, so the half that tests grows by every second one.
     more = 2 * verdict.more if verdict.more else None
     achieved, n = verdict.accepted > 0, len(testing)
     guarantee = CascadeGuarantee(
@@ -116,6 +128,34 @@ def control(rows: Measured, stated: CascadeRisk, seed: int = 0) -> tuple[float, 
         more_rows=more,
     )
     return verdict.chosen, guarantee
+
+
+def harm(measurements: Measurements, threshold: float) -> np.ndarray:
+    """[N] float64 quality in [0, 1] that the Super would have added to records that the Swift keeps."""
+    m = measurements
+    return np.where(keeps(m.scores, threshold), np.maximum(m.super_ - m.swift, 0.0), 0.0)
+
+
+def ladder(measurements: Measurements, loss: float, rungs: int = RUNGS) -> list[float]:
+    """Thresholds to test, from the most to the least cautious.
+
+    Args:
+      measurements: of records that do not test.
+      loss: harm that is allowed.
+      rungs: how many harms on these records, evenly spaced up to `loss`, to find thresholds for.
+
+    Returns:
+      Distinct thresholds without those that keep no record.
+    """
+    # One minus the harm, swept as if it were the Swift's quality and the Super's were perfect.
+    unharmed = 1.0 - np.maximum(measurements.super_ - measurements.swift, 0.0)
+    perfect = np.ones(len(measurements))
+    curve = sweep(dataclasses.replace(measurements, swift=unharmed, super_=perfect))
+    thresholds, suffered = curve.threshold[::-1], 1.0 - curve.accuracy[::-1]
+
+    # The least cautious threshold within each share of the loss.
+    last = [int(np.flatnonzero(suffered <= loss * (i + 1) / rungs + TOLERANCE)[-1]) for i in range(rungs)]
+    return [float(thresholds[i]) for i in sorted(set(last)) if thresholds[i] < ALWAYS_SUPER]
 
 
 def _statement(stated: CascadeRisk, n: int) -> str:

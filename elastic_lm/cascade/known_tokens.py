@@ -1,9 +1,11 @@
-"""One forward pass over known tokens: what a model, or a part of it, thinks of each of them.
+"""Scores given tokens in one forward pass, by a whole model or a part of it.
 
-A part is the whole model, its layers up to an exit, or a sub-network; and it may go on from a state that an
-earlier part left. Programs take the whole model's parameters in every case: a sub-network is sliced inside
-them layer by layer, so that beside the model one layer's slice lies in memory, and that of the vocabulary
-head where channels are cut.
+A part is the whole model, its layers up to an exit, or a sub-network. It may start from the hidden state that
+an earlier pass through its lowest layers has left.
+
+Programs take the whole model's parameters in every case. A sub-network is sliced inside them, layer by layer,
+so that no more than one layer's slice lies in memory beside the model, and the slice of the vocabulary head
+where channels are cut.
 """
 
 import dataclasses
@@ -27,95 +29,106 @@ from elastic_lm.nn.attention import NewKeyValues
 from elastic_lm.nn.block import Tap
 from elastic_lm.width.slicing import slice_layer, slice_params
 
-CHUNK = 64  # columns of logits alive at once
+CHUNK = 64  # columns whose logits, [B, CHUNK, V], are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """What of a checkpoint reads; static under jit."""
+class ModelPart:
+    """Which part of a checkpoint runs; static under jit."""
 
     config: ModelConfig  # of the whole checkpoint
-    exit: int | None = None  # layer whose exit reads; None = the last layer
+    exit: int | None = None  # layer whose exit is read; None = the last layer
     subnet: Subnet | None = None  # sliced inside the program; None = nothing is left out
-    begun: int = 0  # layers that have run before
+    layers_done: int = 0  # layers that an earlier pass has run
 
     def __post_init__(self) -> None:
         if self.subnet is not None:
             self.subnet.check(self.config)
-        c = self.model
-        layers = tuple(e.layer for e in c.exits)
-        fix = f"the model that reads has exits after layers {layers or 'none'}"
-        require(self.exit is None or self.exit in layers, "exit", self.exit, fix)
-        fix = f"{self.begun} of them have run already"
-        require(0 <= self.begun < self.layers, "layers", self.layers, fix)
+        exits = tuple(e.layer for e in self.model.exits)
+        require(
+            self.exit is None or self.exit in exits,
+            "exit",
+            self.exit,
+            f"the model that reads has exits after layers {exits or 'none'}",
+        )
+        require(
+            0 <= self.layers_done < self.layers,
+            "layers",
+            self.layers,
+            f"{self.layers_done} of them have run already",
+        )
 
     @property
     def model(self) -> ModelConfig:
-        """The model that reads: the whole one, or what slicing makes of it."""
+        """The model that runs: the whole one, or what slicing makes of it."""
         return self.config if self.subnet is None else self.subnet.sliced(self.config)
 
     @property
     def layers(self) -> int:
-        """Layers of it up to where it reads."""
+        """How many of its layers lie below the head that is read."""
         return self.model.n_layers if self.exit is None else self.exit
 
     def flops(self, tokens: int) -> int:
-        """FLOPs of its layers that have not run before, over one sequence of so many tokens."""
-        return layer_flops(self.model, tokens, self.begun, self.layers)
+        """FLOPs of the layers that are left to run, over one sequence of so many tokens."""
+        return layer_flops(self.model, tokens, self.layers_done, self.layers)
 
 
 @flax.struct.dataclass
-class Reading:
-    """What a part thinks of a batch of sequences.
+class ScoredTokens:
+    """What a model's part says about a batch of sequences.
 
     Attributes:
       log_prob: [B, T] float32, nats of the token that follows each position.
-      scores: {kind: [B, T] float32} of the distributions at each position.
-      hidden: [B, T, D] state after the last layer that ran.
-      kv: keys and values of each layer that ran, [B, K, T, H] each.
+      scores: {kind: [B, T] float32} of the distribution at each position.
+      hidden: [B, T, D] state after the last layer that ran; None unless it is kept.
+      kv: keys and values of each layer that ran in this pass, [B, K, T, H] each; () unless they are kept.
     """
 
     log_prob: jax.Array
     scores: dict[str, jax.Array]
-    hidden: jax.Array
+    hidden: jax.Array | None
     kv: tuple[LayerCache, ...]
 
 
-@functools.partial(jax.jit, static_argnames=("part", "scoring", "keep"))
-def read(
-    part: Part,
+@functools.partial(jax.jit, static_argnames=("part", "scoring", "keep_state"))
+def score_tokens(
+    part: ModelPart,
     params: Params,
     tokens_BT: jax.Array,
     entering_BTD: jax.Array | None = None,
     at_BN: jax.Array | None = None,
     *,
     scoring: Scoring,
-    keep: bool = False,
-) -> Reading:
-    """Runs a part over known tokens.
+    keep_state: bool = False,
+) -> ScoredTokens:
+    """Scores tokens that are known, in one pass.
 
     Args:
-      part: static.
+      part: what runs; static.
       params: canonical parameters of the whole checkpoint.
-      tokens_BT: int32, padded on the right with anything.
+      tokens_BT: int32, padded on the right with anything: no position sees what is to its right.
       entering_BTD: state that enters the first layer to run; None = the embedded tokens.
-      at_BN: int32 positions whose distributions are read, in place of all T.
+      at_BN: int32 positions whose distributions are read, instead of all T.
       scoring: of the energy; static.
-      keep: give back states, keys and values too, to go on from; static.
+      keep_state: also return hidden states, keys and values; static.
 
     Returns:
-      Reading; with arrays of no size as states, keys and values unless `keep`.
+      ScoredTokens, with N in place of T in `log_prob` and `scores` where `at_BN` is given.
     """
     config, whole = part.model, params
-    if part.subnet is not None:  # of layers, no more than exits read
+    if part.subnet is not None:
+        # Only embeddings, heads and exits are read from this slice, and XLA does not compute what nothing
+        # reads. The layers are sliced one by one below.
         params = slice_params(part.config, params, part.subnet)[1]
     decoder = Decoder(config).bind({"params": params})
+
     positions = default_positions(tokens_BT, None)
     hidden = decoder.embed(tokens_BT, positions) if entering_BTD is None else entering_BTD
     if part.subnet is None:
-        tap, new_kv = decoder.run_layers(hidden, positions, part.begun, part.layers)
+        tap, new_kv = decoder.run_layers(hidden, positions, part.layers_done, part.layers)
     else:
         tap, new_kv = _run_slices(part, part.subnet, whole, tokens_BT, hidden)
+
     if part.exit is None:
         features, kernel, temperature = decoder.final_features(tap.hidden), decoder.final_kernel(), 1.0
     else:
@@ -123,30 +136,41 @@ def read(
         features, kernel = decoder.exit_features(index, tap, positions), decoder.exit_kernel(index)
         temperature = config.exits[index].temperature
 
-    def columns(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = vocab_logits(config, xs[0], kernel, temperature)
-        target = jnp.take_along_axis(logits, xs[1][..., None], axis=-1)[..., 0]
-        return target - jax.nn.logsumexp(logits, axis=-1), logit_scores(logits, scoring)
-
     following = jnp.roll(tokens_BT, -1, axis=1)
     if at_BN is not None:
         features = jnp.take_along_axis(features, at_BN[..., None], axis=1)
         following = jnp.take_along_axis(following, at_BN, axis=1)
-    log_prob, scores = _over_columns(columns, (features, following))
-    kept = (tap.hidden, tuple(new_kv)) if keep else (jnp.zeros(0), ())
-    return Reading(log_prob, scores, *kept)
+
+    def read_columns(columns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        features, following = columns
+        logits = vocab_logits(config, features, kernel, temperature)
+        target = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
+        return target - jax.nn.logsumexp(logits, axis=-1), logit_scores(logits, scoring)
+
+    log_prob, scores = _over_columns(read_columns, (features, following))
+    state = (tap.hidden, tuple(new_kv)) if keep_state else (None, ())
+    return ScoredTokens(log_prob, scores, *state)
 
 
 def _run_slices(
-    part: Part, subnet: Subnet, params: Params, tokens_BT: jax.Array, hidden_BTD: jax.Array
+    part: ModelPart, subnet: Subnet, params: Params, tokens_BT: jax.Array, hidden_BTD: jax.Array
 ) -> tuple[Tap, list[NewKeyValues]]:
-    """`Decoder.run_layers` over layers that are sliced one after the other; arguments as in `read`.
+    """`Decoder.run_layers` for a sub-network, sliced one layer after the other.
 
-    Each is sliced inside a conditional, which begins when the state is there: XLA's CPU backend would slice
-    all layers first, as nothing has to be waited for. The condition always holds, which XLA cannot know.
+    Args:
+      part: what runs.
+      subnet: the part's sub-network.
+      params: canonical parameters of the whole checkpoint.
+      tokens_BT: int32.
+      hidden_BTD: state that enters the first layer to run.
     """
-    tap, new_kv, always, positions_BT = None, [], jnp.all(tokens_BT >= 0), default_positions(tokens_BT, None)
-    for i in range(part.begun, part.layers):
+    positions_BT = default_positions(tokens_BT, None)
+    # Each layer is sliced inside a conditional, which can begin only when the layer before is done. Without
+    # one, XLA's CPU backend slices all layers first, as their slices wait for nothing. The condition always
+    # holds, which XLA cannot know.
+    always = jnp.all(tokens_BT >= 0)
+    tap, new_kv = None, []
+    for i in range(part.layers_done, part.layers):
 
         def layer(hidden_BTD: jax.Array, i: int = i) -> tuple[Tap, list[NewKeyValues]]:
             own = slice_layer(part.config, params, subnet, i)
@@ -163,7 +187,10 @@ def _run_slices(
 
 
 def _over_columns(function: Callable[[Any], Any], arrays: Any) -> Any:
-    """`function` of [B, T, ...] arrays, `CHUNK` columns after the other."""
+    """Applies `function` to [B, T, ...] arrays, `CHUNK` columns at a time, and joins its [B, T] results.
+
+    The logits of all columns would be the largest array of the program by far.
+    """
     b, t = jax.tree.leaves(arrays)[0].shape[:2]
     chunk = min(CHUNK, t)
 
@@ -175,12 +202,12 @@ def _over_columns(function: Callable[[Any], Any], arrays: Any) -> Any:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, -1)[:, :t], parts)
 
 
-def width_of(config: ModelConfig, tokens: int) -> int:
+def padded_width(config: ModelConfig, tokens: int) -> int:
     """Columns of the program that reads a sequence of so many tokens.
 
     Raises:
       ValueError: the model does not read so many.
     """
-    fix = f"is more than max_len={config.max_len} of the model: shorten the row"
+    fix = f"is more than max_len={config.max_len} of the model: shorten the record"
     require(tokens <= config.max_len, "tokens", tokens, fix)
     return min(bucket(tokens), config.max_len)

@@ -1,4 +1,4 @@
-"""What a Swift and a Super give for labelled rows, from which thresholds between them are chosen."""
+"""What a Swift and a Super give for labelled records, from which a threshold between them is chosen."""
 
 import dataclasses
 import warnings
@@ -7,21 +7,39 @@ from typing import Any, get_args
 
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Answerer, Record, previewing
+from elastic_lm.cascade.answerer import Answer, Answerer, Record, can_preview
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.rule import CascadeRule, fit_rule
 from elastic_lm.cascade.scores import PLAIN, Scoring
-from elastic_lm.cascade.sweep import ALWAYS_SUPER, Measured
+from elastic_lm.cascade.sweep import ALWAYS_SUPER, Measurements
 from elastic_lm.config.cascade import DEFAULT_SCORE, CostUnit
 from elastic_lm.config.checks import require, require_choice
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasuredPair:
-    """Labelled rows that both models answered, and what was measured of them."""
+    """What was measured of two models on labelled records, from which `fit` chooses a threshold.
 
-    rows: Measured
-    score: str  # that is in rows.scores
+    Example:
+      ```python
+      from elastic_lm.cascade import Answer, CascadeRisk, Function, measure_cascade
+
+      swift = Function(lambda record: Answer(record["n"] % 2, {"energy": float(record["n"])}, cost=1.0))
+      super_ = Function(lambda record: record["label"], cost=10.0)
+      labelled = [{"n": n, "label": n % 2 if n > 20 else 1} for n in range(400)]
+      pair = measure_cascade(swift, super_, labelled, lambda record, output: output == record["label"])
+
+      # The same answers serve every goal.
+      cheap = pair.fit(target_accuracy=0.98)
+      exact = pair.fit(super_accuracy=True)
+      safe = pair.fit(risk=CascadeRisk(loss=0.05))
+      assert cheap.measured.cost < exact.measured.cost
+      assert safe.guarantee.achieved
+      ```
+    """
+
+    measurements: Measurements
+    score: str  # what `measurements.scores` holds
     scoring: Scoring  # of the Swift's energy
     seed: int  # of the score "random"
     unit: CostUnit  # of the costs
@@ -30,8 +48,8 @@ class MeasuredPair:
         """Chooses a threshold.
 
         Args:
-          **goal: one of target_accuracy, target_cost, super_accuracy and risk, and what else is to be
-            recorded: see `routing_rule.fit_rule`.
+          **goal: one of target_accuracy, target_cost, super_accuracy and risk, and what else `fit_rule` is to
+            record, such as models and data.
 
         Returns:
           The rule of this score.
@@ -39,14 +57,14 @@ class MeasuredPair:
         Raises:
           ValueError: not exactly one goal is given, or it is out of reach.
         """
-        about: dict[str, Any] = {"score": self.score, "scoring": self.scoring, "unit": self.unit}
-        return fit_rule(self.rows, **about, seed=self.seed, **goal)
+        recorded: dict[str, Any] = {"score": self.score, "scoring": self.scoring, "unit": self.unit}
+        return fit_rule(self.measurements, **recorded, seed=self.seed, **goal)
 
 
 def measure_cascade(
     swift: Answerer,
     super_: Answerer,
-    rows: Iterable[Record],
+    records: Iterable[Record],
     quality: Callable[[Record, Any], float],
     *,
     score: str = DEFAULT_SCORE,
@@ -54,67 +72,90 @@ def measure_cascade(
     cost: CostUnit = "flops",
     batch_size: int = 16,
 ) -> MeasuredPair:
-    """Both models answer every row; `MeasuredPair.fit` chooses a threshold on the result.
+    """Has both models answer every labelled record; `MeasuredPair.fit` then chooses a threshold.
 
-    A Super that `Resumes` goes on from the Swift's states, and its cost is that of the rest.
+    A Super that can resume continues from what the Swift hands over, and its cost is that of the rest.
 
     Args:
       swift: the small model.
-      super_: the large one.
-      rows: with whatever `quality` reads; not those that a model was trained on.
-      quality: of an output to a row, in [0, 1]: whether it is right.
-      score: of the Swift, see `calibrate.routing_scores`.
+      super_: the large model.
+      records: with whatever `quality` reads. Neither model should have been trained on them.
+      quality: from a record and an output for it to a number in [0, 1]: whether the output is right.
+      score: of the Swift, one of `scores.SCORES` or another that it gives.
       seed: of the score "random".
-      cost: of a row: FLOPs, or the median seconds of all rows.
-      batch_size: rows that are read at once.
+      cost: what a record costs: FLOPs, or the median seconds over all records.
+      batch_size: records that are read at once.
 
     Returns:
-      What thresholds are chosen on. Rows that a model failed on are left out, with a warning.
+      What thresholds are chosen on. Records that a model failed on are left out, with a warning.
 
     Raises:
-      ValueError: the Swift has no such score, every row failed, or nobody knows what the Super costs.
+      ValueError: the Swift has no such score, every record failed, or nobody knows what the Super costs.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.cascade import Answer, Function
+
+      # The Swift is right about short texts, and its energy falls with the length.
+      swift = Function(lambda record: Answer("short", {"energy": -float(len(record["text"]))}, cost=1.0))
+      super_ = Function(lambda record: "short" if len(record["text"]) < 5 else "long", cost=10.0)
+      labelled = [{"text": "x" * n, "label": "short" if n < 5 else "long"} for n in range(10)]
+
+      pair = el.measure_cascade(swift, super_, labelled, lambda record, output: output == record["label"])
+      rule = pair.fit(super_accuracy=True)
+      assert (rule.measured.accuracy, rule.measured.share_super, rule.measured.cost) == (1.0, 0.5, 6.0)
+      ```
     """
     require_choice("cost", cost, get_args(CostUnit))
-    rows = list(rows)
+    records = list(records)
+
+    # A threshold that no score reaches makes both models answer every record.
     scoring = getattr(swift, "scoring", PLAIN)
-    rule = CascadeRule(ALWAYS_SUPER, score, scoring.temperature, scoring.centre, seed)
-    results = Cascade(swift, super_, rule, batch_size=batch_size, preview=False).answer(rows)
+    rule = CascadeRule(ALWAYS_SUPER, score, temperature=scoring.temperature, centre=scoring.centre, seed=seed)
+    results = Cascade(swift, super_, rule, batch_size=batch_size, preview=False).answer(records)
     errors = [error for r in results if (error := r.swift.error or r.error) is not None]
     good = [r for r in results if r.swift.error is None and r.error is None]
     if errors:
-        require(bool(good), "rows", len(rows), f"every row failed, the first with: {errors[0]}")
-        warnings.warn(f"{len(errors)} of {len(rows)} rows failed and are left out: {errors[0]}", stacklevel=2)
-    swifts, supers = [r.swift for r in good], [r.answer for r in good]
-    known, kept = swift_costs(swifts, cost, previewing(swift, score) is not None)
-    dear = costs_of(supers, cost)
-    fix = "the Super's answers have none; give its answerer a cost, or measure cost='seconds'"
-    require(bool(np.any(dear > 0)), "cost", cost, fix)
-    measured = Measured.of(
-        [np.nan if r.score is None else r.score for r in good],
-        [quality(rows[r.index], r.swift.output) for r in good],
-        [quality(rows[r.index], r.output) for r in good],
-        known,
-        dear,
-        kept,
+        require(bool(good), "records", len(records), f"every record failed, the first with: {errors[0]}")
+        warnings.warn(
+            f"{len(errors)} of {len(records)} records failed and are left out: {errors[0]}", stacklevel=2
+        )
+
+    known, kept = swift_costs([r.swift for r in good], cost, can_preview(swift, score))
+    super_costs = answer_costs([r.answer for r in good], cost)
+    require(
+        bool(np.any(super_costs > 0)),
+        "cost",
+        cost,
+        "the Super's answers have none; give its answerer a cost, or measure cost='seconds'",
     )
-    return MeasuredPair(measured, score, scoring, seed, cost)
+    measurements = Measurements.of(
+        scores=[np.nan if r.score is None else r.score for r in good],
+        swift=[quality(records[r.index], r.swift.output) for r in good],
+        super_=[quality(records[r.index], r.output) for r in good],
+        cost_swift=known,
+        cost_super=super_costs,
+        cost_kept=kept,
+    )
+    return MeasuredPair(measurements=measurements, score=score, scoring=scoring, seed=seed, unit=cost)
 
 
 def swift_costs(answers: Sequence[Answer], unit: CostUnit, previewed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Costs until a Swift's score is known, and of what it does afterwards.
+    """A Swift's costs until its score is known, and those of what it does afterwards.
 
     Args:
       answers: of the Swift.
       unit: of the costs.
-      previewed: the Swift knows its score before it answers.
+      previewed: whether the Swift knows its score before it answers.
     """
-    whole = costs_of(answers, unit)
-    known = costs_of([answer.preview or answer for answer in answers], unit) if previewed else whole
+    whole = answer_costs(answers, unit)
+    known = answer_costs([answer.preview or answer for answer in answers], unit) if previewed else whole
     return known, whole - known
 
 
-def costs_of(answers: Sequence[Answer], unit: CostUnit) -> np.ndarray:
-    """[N] FLOPs, or the one median of seconds, which compilation does not move."""
+def answer_costs(answers: Sequence[Answer], unit: CostUnit) -> np.ndarray:
+    """[N] FLOPs, or one number of seconds: the median, which the time of compiling does not move."""
     if unit == "seconds":
         return np.asarray(np.median([answer.seconds for answer in answers]))
     return np.asarray([answer.cost for answer in answers])

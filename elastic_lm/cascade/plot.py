@@ -15,17 +15,35 @@ def plot_cascade(
     unit: str = "flops",
     title: str = "Swift and Super: accuracy against cost",
 ) -> None:
-    """Draws accuracy over mean cost, from the Swift alone to the Super alone.
+    """Draws accuracy over mean cost, from the Swift alone to the Super alone, as a PNG file.
 
     Args:
-      points: of a rule's curve.
-      chosen: marked, with its share of rows; None = nothing is.
-      path: PNG file to write.
+      points: of a rule's curve, in its order.
+      chosen: the point to mark, with its share of records; None = none is marked.
+      path: the file to write.
       unit: of the costs.
       title: above the axes.
+
+    Example:
+      ```python
+      import pathlib
+      import tempfile
+
+      from elastic_lm.cascade import Answer, Function, measure_cascade, plot_cascade
+
+      swift = Function(lambda record: Answer(0, {"energy": -float(record["n"])}, cost=1.0))
+      super_ = Function(lambda record: record["label"], cost=10.0)
+      labelled = [{"n": n, "label": int(n > 6)} for n in range(10)]
+      pair = measure_cascade(swift, super_, labelled, lambda record, output: output == record["label"])
+      rule = pair.fit(super_accuracy=True)
+
+      with tempfile.TemporaryDirectory() as folder:
+          plot_cascade(rule.curve, rule.measured, pathlib.Path(folder) / "curve.png")
+      ```
     """
     figure, axes = _figure(title)
     axes.plot([p.cost for p in points], [100 * p.accuracy for p in points], color=COLOURS[0])
+
     for point, name in ((points[0], "Swift alone"), (points[-1], "Swift and Super always")):
         place = (point.cost, 100 * point.accuracy)
         axes.plot(*place, "o", color="#888888")
@@ -35,7 +53,8 @@ def plot_cascade(
         axes.plot(*place, "o", color=COLOURS[1])
         text = f"{chosen.share_super:.1%} to the Super"
         axes.annotate(text, place, (6, 6), textcoords="offset points", fontsize=8)
-    axes.set_xlabel(f"mean {unit} per row")
+
+    axes.set_xlabel(f"mean {unit} per record")
     axes.set_ylabel("accuracy (%)")
     axes.margins(0.15)
     figure.savefig(path, dpi=150)

@@ -1,53 +1,54 @@
-"""Rows that wait until there is a whole batch of their like."""
+"""Queues records until a full batch of the same shape is ready."""
 
 import dataclasses
 from collections.abc import Hashable
 
-from elastic_lm.cascade.answerer import Answer, Answerer, Bucketed, Record
+from elastic_lm.cascade.answerer import Answer, Answerer, BucketedAnswerer, Record
 
 
 @dataclasses.dataclass(frozen=True)
-class Waiting:
-    """A row on its way through a cascade."""
+class QueuedRecord:
+    """A record on its way through a cascade."""
 
     index: int  # its place in the stream
-    row: Record
-    began: float  # `time.perf_counter()` when it was read
-    swift: Answer | None = None  # the Swift's answer, once there is one
-    score: float | None = None  # that the rule read of it
+    record: Record
+    read_at: float  # `time.perf_counter()` when it was read from the stream
+    swift: Answer | None = None  # the Swift's answer or preview, once there is one
+    score: float | None = None  # what the rule compares with its threshold
 
-    def begun(self, swift: Answer, score: float | None) -> "Waiting":
-        """The same row, waiting for the Super."""
+    def after_swift(self, swift: Answer, score: float | None) -> "QueuedRecord":
+        """The same record with what the Swift gave for it."""
         return dataclasses.replace(self, swift=swift, score=score)
 
 
-class Gathering:
-    """Rows that wait for one answerer, by bucket."""
+class BatchQueue:
+    """Queues records for one answerer until a full batch of the same bucket is ready."""
 
-    def __init__(self, answerer: Answerer, size: int) -> None:
-        """Creates an empty one.
+    def __init__(self, answerer: Answerer, batch_size: int) -> None:
+        """Creates an empty queue.
 
         Args:
-          answerer: says which rows are alike, where it is `Bucketed`.
-          size: rows of a whole batch.
+          answerer: where it is a `BucketedAnswerer`, records of one bucket share a batch; elsewhere any do.
+          batch_size: records per full batch.
         """
-        self._answerer, self._size = answerer, size
-        self._waiting: dict[Hashable, list[Waiting]] = {}
+        self._answerer, self._batch_size = answerer, batch_size
+        self._batches: dict[Hashable, list[QueuedRecord]] = {}
         self._bucket_of: dict[int, Hashable] = {}
 
-    def add(self, waiting: Waiting) -> list[Waiting]:
-        """Takes a row in; gives its batch back where it is whole now, else nothing."""
-        bucket = self._answerer.bucket(waiting.row) if isinstance(self._answerer, Bucketed) else None
-        self._waiting.setdefault(bucket, []).append(waiting)
-        self._bucket_of[waiting.index] = bucket
-        return self._take(bucket) if len(self._waiting[bucket]) == self._size else []
+    def add(self, queued: QueuedRecord) -> list[QueuedRecord]:
+        """Queues a record; returns its batch if that is full now, else an empty list."""
+        answerer = self._answerer
+        bucket = answerer.bucket(queued.record) if isinstance(answerer, BucketedAnswerer) else None
+        self._batches.setdefault(bucket, []).append(queued)
+        self._bucket_of[queued.index] = bucket
+        return self._take(bucket) if len(self._batches[bucket]) == self._batch_size else []
 
-    def batch_of(self, index: int) -> list[Waiting]:
-        """The batch that a row waits in, as full as it is; nothing where the row does not wait here."""
+    def take_batch_of(self, index: int) -> list[QueuedRecord]:
+        """The batch that a record is queued in, full or not; an empty list if it is not queued here."""
         return self._take(self._bucket_of[index]) if index in self._bucket_of else []
 
-    def _take(self, bucket: Hashable) -> list[Waiting]:
-        batch = self._waiting.pop(bucket)
-        for waiting in batch:
-            del self._bucket_of[waiting.index]
+    def _take(self, bucket: Hashable) -> list[QueuedRecord]:
+        batch = self._batches.pop(bucket)
+        for queued in batch:
+            del self._bucket_of[queued.index]
         return batch

@@ -1,4 +1,4 @@
-"""The rule that routes between a Swift and a Super model, how it is fitted, and the file it lives in."""
+"""The rule that decides between a Swift and a Super model: how it is fitted, and the file it lives in."""
 
 import dataclasses
 import datetime
@@ -14,7 +14,7 @@ from elastic_lm.cascade.scores import PLAIN, Scoring
 from elastic_lm.cascade.sweep import (
     CascadeCurve,
     CascadePoint,
-    Measured,
+    Measurements,
     cheapest,
     like_super,
     most_accurate,
@@ -25,22 +25,41 @@ from elastic_lm.config.checks import SEED, require
 from elastic_lm.config.parse import load_dataclass
 from elastic_lm.files.atomic import write_text_whole
 
+# Both stand in files.
 FORMAT = "elastic_lm routing 1"
 AVERAGES = "none: averages over the validation rows that chose the threshold, which are optimistic"
 
 
 @dataclasses.dataclass(frozen=True)
 class CascadeRule:
-    """The Swift keeps a row when its score is at least the threshold; ties stay with it."""
+    """The Swift keeps a record when its score is at least the threshold; the Super gets the others.
+
+    Raises:
+      ValueError: a field is out of range.
+
+    Example:
+      ```python
+      import pathlib
+      import tempfile
+
+      import elastic_lm as el
+
+      rule = el.CascadeRule(1.31, "energy", temperature=2.0)  # `el.measure_cascade` fits one
+      with tempfile.TemporaryDirectory() as folder:
+          rule.save(pathlib.Path(folder) / "rule.json")
+          assert el.CascadeRule.load(pathlib.Path(folder) / "rule.json") == rule
+      ```
+    """
 
     threshold: float
-    score: str = DEFAULT_SCORE  # name of the Swift's score, see `calibrate.routing_scores`
+    score: str = DEFAULT_SCORE  # name of the Swift's score (`scores.SCORES`)
+    _: dataclasses.KW_ONLY
     temperature: float = 1.0  # T of the energy
     centre: Centre = "none"  # whether the energy's logits are measured from their mean
     seed: int = 0  # of the score "random"
     goal: str = ""  # what the threshold was chosen for
-    measured: CascadePoint | None = None  # what it gave on the validation rows
-    guarantee: CascadeGuarantee | None = None  # what holds for new rows; None = averages only
+    measured: CascadePoint | None = None  # what the threshold gave on the validation records
+    guarantee: CascadeGuarantee | None = None  # what holds for new records; None = averages only
     curve: tuple[CascadePoint, ...] = ()  # other thresholds, in increasing order
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # models, data, date, versions
 
@@ -48,11 +67,11 @@ class CascadeRule:
         require(math.isfinite(self.threshold), "threshold", self.threshold, "must be a finite number")
         require(bool(self.score), "score", self.score, "must name a score, like energy")
         require(SEED[0](self.seed), "seed", self.seed, SEED[1])
-        Scoring(self.temperature, self.centre)
+        Scoring(self.temperature, self.centre)  # checks both
 
     @property
     def scoring(self) -> Scoring:
-        """What the Swift's energy is read from."""
+        """How the Swift's energy has to be computed."""
         return Scoring(self.temperature, self.centre)
 
     def check(self, scoring: Scoring | None) -> None:
@@ -80,14 +99,14 @@ class CascadeRule:
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: the file is not JSON, not a routing rule, or holds values out of range; names the
+          ValueError: the file is not JSON, is not a cascade rule, or holds values out of range; names the
             field.
         """
-        return load_dataclass(cls, path, FORMAT, "routing rule", "`elastic-lm cascade fit` writes one")
+        return load_dataclass(cls, path, FORMAT, "cascade rule", "`elastic-lm cascade fit` writes one")
 
 
 def fit_rule(
-    rows: Measured,
+    measurements: Measurements,
     *,
     target_accuracy: float | None = None,
     target_cost: float | None = None,
@@ -104,33 +123,46 @@ def fit_rule(
     """Chooses the threshold for one goal.
 
     Args:
-      rows: validation rows that both models answered, with the Swift's scores.
-      target_accuracy: the cheapest threshold that reaches it.
-      target_cost: the most accurate threshold within this mean cost of a row.
-      super_accuracy: the cheapest threshold that is as accurate as the Super alone.
-      risk: the cheapest threshold of which it is guaranteed for new rows.
-      score: name of what `rows.scores` holds, recorded.
-      scoring: what the energy was read from, recorded.
-      seed: of the halves of `risk` and of the score "random", recorded.
-      unit: of the costs, recorded.
-      models: descriptions of "swift" and "super", recorded.
-      fingerprints: of the checkpoints of "swift" and "super", recorded; None = services.
-      data: description of the rows, recorded.
+      measurements: of validation records that both models answered.
+      target_accuracy: goal: the cheapest threshold that reaches this accuracy.
+      target_cost: goal: the most accurate threshold within this mean cost of a record.
+      super_accuracy: goal: the cheapest threshold that is as accurate as the Super alone.
+      risk: goal: the cheapest threshold that is guaranteed, for new records, to lose no more than this.
+      score: name of the score that was measured; recorded.
+      scoring: how the energy was computed; recorded.
+      seed: decides how `risk` halves the records, and is that of the score "random"; recorded.
+      unit: of the costs; recorded.
+      models: descriptions of "swift" and "super"; recorded.
+      fingerprints: of the checkpoints of "swift" and "super", None for a service; recorded.
+      data: description of the records; recorded.
 
     Returns:
-      The rule with its curve on these rows.
+      The rule, with its curve on these records.
 
     Raises:
       ValueError: not exactly one goal is given, or it is out of reach.
+
+    Example:
+      ```python
+      from elastic_lm.cascade import fit_rule
+      from elastic_lm.cascade.sweep import Measurements
+
+      # Four records: the Swift is right about the two that it is surest of, the Super about all.
+      qualities = {"swift": [1, 1, 0, 0], "super_": [1, 1, 1, 1]}
+      measurements = Measurements.of([4.0, 3.0, 2.0, 1.0], **qualities, cost_swift=1.0, cost_super=10.0)
+      rule = fit_rule(measurements, super_accuracy=True)
+      assert (rule.threshold, rule.measured.accuracy, rule.measured.cost) == (2.5, 1.0, 6.0)
+      ```
     """
     goals = {"target_accuracy": target_accuracy, "target_cost": target_cost, "risk": risk}
     given = {name: goal for name, goal in goals.items() if goal is not None}
     given |= {"super_accuracy": True} if super_accuracy else {}
-    fix = f"set exactly one of {', '.join(goals)}, super_accuracy"
-    require(len(given) == 1, "goal", given, fix)
-    curve = sweep(rows)
-    point, guarantee = _choose(rows, curve, *next(iter(given.items())), seed)
-    counts = {"rows": len(rows), "swift": curve.swift_accuracy, "super": curve.super_accuracy}
+    require(len(given) == 1, "goal", given, f"set exactly one of {', '.join(goals)}, super_accuracy")
+
+    curve = sweep(measurements)
+    point, guarantee = _choose(measurements, curve, *next(iter(given.items())), seed)
+
+    counts = {"rows": len(measurements), "swift": curve.swift_accuracy, "super": curve.super_accuracy}
     provenance = {
         "models": dict(models or {}),
         "fingerprints": dict(fingerprints or {}),
@@ -152,21 +184,21 @@ def fit_rule(
     )
 
 
+def _choose(
+    measurements: Measurements, curve: CascadeCurve, goal: str, value: Any, seed: int
+) -> tuple[CascadePoint, CascadeGuarantee | None]:
+    """The threshold for a goal, and what is guaranteed of it."""
+    if goal == "risk":
+        threshold, guarantee = control(measurements, value, seed)
+        return measurements.at(threshold), guarantee
+    if goal == "target_accuracy":
+        return cheapest(curve, value), None
+    return like_super(curve) if goal == "super_accuracy" else most_accurate(curve, value), None
+
+
 def _when() -> dict[str, Any]:
-    """The date, and versions of what computed."""
+    """Today's date, and the versions of what computed the rule."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
     }
-
-
-def _choose(
-    rows: Measured, curve: CascadeCurve, goal: str, value: Any, seed: int
-) -> tuple[CascadePoint, CascadeGuarantee | None]:
-    """What a goal chooses, and what is guaranteed of it."""
-    if goal == "risk":
-        threshold, guarantee = control(rows, value, seed)
-        return rows.at(threshold), guarantee
-    if goal == "target_accuracy":
-        return cheapest(curve, value), None
-    return like_super(curve) if goal == "super_accuracy" else most_accurate(curve, value), None

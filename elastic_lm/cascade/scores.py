@@ -1,18 +1,21 @@
-"""How sure a Swift is of a row: the energy, and what it is compared with, behind one interface.
+"""How sure a Swift is of a record: the energy, and the scores that it is compared with, behind one interface.
 
-With z the logits, p = softmax(z) and p1 >= p2 the two largest probabilities, of one distribution:
+With z the logits of one distribution over C outcomes, p = softmax(z) and p1 >= p2 the two largest
+probabilities:
 
     energy = T ln sum exp(z / T)        max_prob = p1        margin = p1 - p2        entropy = 1 - H(p) / ln C
-    random = uniform in [0, 1), from a seed and the row's number
+    random = uniform in [0, 1), from a seed and the record's number
 
-Higher is surer in all of them, and the Swift keeps a row when its score is at least the threshold. The
-energy is not squashed here, unlike as an exit's confidence (`calibrate.confidence`), so that thresholds
-compare with published ones. A classifier has one distribution per row. A sequence has one per token, which
-are pooled: a name alone is the mean over the generated tokens, `_min` the least sure of them, and `prompt_`
-is over the prompt's positions instead, which is known before anything is generated. `encoder_` is of a
-classifier on the encoder of an encoder-decoder, which is one distribution again.
+Higher is surer in all of them, and the Swift keeps a record when its score is at least the threshold. The
+energy is not squashed here, unlike as the confidence of an exit (`depth.confidence`), so that thresholds
+compare with published ones.
 
-Papers: E-LANG, arXiv 2203.00748 (energy, against softmax, entropy and random).
+A classifier has one distribution per record. A sequence has one per token, and their scores are pooled: the
+bare name is the mean over the generated tokens, and `_min` is the score of the least sure of them. `prompt_`
+is over the prompt's positions instead, which is known before anything is generated. `encoder_` is the score
+of a classifier on the encoder of an encoder-decoder, which is one distribution again.
+
+Paper: E-LANG, arXiv 2203.00748 (energy, against softmax, entropy and random).
 """
 
 import dataclasses
@@ -34,7 +37,24 @@ SCORES = (*POOLED, *(f"{PLACES[2]}{kind}" for kind in KINDS), "random")
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """What the energy is read from; static under jit."""
+    """How a Swift's energy is computed from its logits; static under jit.
+
+    A threshold holds for the scoring that it was fitted with: `CascadeRule` records it, and `Cascade` checks
+    it against the Swift's.
+
+    Raises:
+      ValueError: the temperature is not positive and finite, or the centring is unknown.
+
+    Example:
+      ```python
+      from elastic_lm.cascade import Scoring
+
+      plain = Scoring()  # as in the paper
+      # A constant that is added to all logits of a record does not move this energy.
+      centred = Scoring(temperature=2.0, centre="mean")
+      assert (plain.temperature, centred.centre) == (1.0, "mean")
+      ```
+    """
 
     temperature: float = 1.0  # T of the energy
     centre: Centre = "none"  # "mean" = logits are measured from their own mean
@@ -48,11 +68,11 @@ PLAIN = Scoring()  # the paper's
 
 
 def logit_scores(logits: jax.Array, scoring: Scoring = PLAIN) -> dict[str, jax.Array]:
-    """Every kind of score of distributions.
+    """Every kind of score of one or more distributions.
 
     Args:
       logits: [..., C] of any float dtype, finite.
-      scoring: static.
+      scoring: of the energy; static.
 
     Returns:
       {kind: [...] float32} for each of `KINDS`.
@@ -66,12 +86,12 @@ def logit_scores(logits: jax.Array, scoring: Scoring = PLAIN) -> dict[str, jax.A
 def pooled_scores(
     scores: Mapping[str, jax.Array], counted_BT: jax.Array, place: str = ""
 ) -> dict[str, jax.Array]:
-    """Scores of sequences from those of their tokens.
+    """Scores of sequences from the scores of their tokens.
 
     Args:
       scores: {kind: [B, T] float32}.
-      counted_BT: bool, tokens that are read.
-      place: "" where these are generated tokens, "prompt_" where they are the prompt's.
+      counted_BT: bool, the tokens that count.
+      place: "" where they were generated, "prompt_" where they are the prompt's.
 
     Returns:
       {name: [B] float32}; NaN where no token counts.
@@ -85,23 +105,23 @@ def pooled_scores(
 
 
 def random_score(seed: int, index: int) -> float:
-    """Uniform in [0, 1), the same for a seed and a row wherever and in whatever order it is asked for.
+    """Uniform in [0, 1): the same for a seed and a record, in whatever order records are asked for.
 
     Args:
-      seed: of all rows.
-      index: number of the row.
+      seed: of all records.
+      index: number of the record.
     """
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index])).random())
 
 
 def score_of(scores: Mapping[str, float], name: str, seed: int, index: int) -> float:
-    """The score that a rule reads.
+    """The score that a rule compares with its threshold.
 
     Args:
       scores: of the Swift's answer.
       name: one of `SCORES`, or another that the Swift gives.
       seed: of "random".
-      index: number of the row.
+      index: number of the record.
 
     Raises:
       ValueError: the Swift's answer has no such score.
@@ -111,4 +131,4 @@ def score_of(scores: Mapping[str, float], name: str, seed: int, index: int) -> f
     if name == "random":
         return random_score(seed, index)
     known = ", ".join(scores) or "none"
-    raise ValueError(f"score={name!r}: the Swift's answer to row {index} has {known}; choose one of them")
+    raise ValueError(f"score={name!r}: the Swift's answer to record {index} has {known}; choose one of them")

@@ -1,15 +1,19 @@
 """A Swift inside the Super: an exit, or a sub-network, of the same checkpoint.
 
-An exit's hidden state is the state that the remaining layers need. Rows that go to the Super continue from
-it, and the Super costs what is left to do:
+An exit's hidden state is the state that the remaining layers need. Records that are passed on to the Super
+continue from it, and the Super costs what is left to do:
 
     h = layers_1..l (x)        Swift = exit_l(h)        Super = head(layers_l+1..L (h))
 
-A sub-network's states are its own, so that the Super begins again; its weights are slices of the Super's,
-cut inside the programs. Between calls one model's weights lie in memory either way. A program that reads
-known tokens, as for multiple choice and scores, holds one layer's slice beside them (`reading.read`). One
-that generates holds the whole slice until its batch is done: to cut every layer in every step would make
-half the width slower than all of it (measured on CPU: 11.4 ms per token, all 9.9 ms, half alone 4.8 ms).
+The Swift hands over states per record, not the caches of its batch: records that are passed on form new
+batches.
+
+A sub-network has states of its own, so the Super starts over. Its weights are slices of the Super's, cut
+inside the programs; between calls one model's weights lie in memory either way. A program that reads known
+tokens, for multiple choice and for scores, holds one layer's slice beside the model
+(`known_tokens.score_tokens`). A program that generates holds the whole slice until its batch is done: slicing
+every layer in every step would make half the width slower than all of it (measured on a CPU: 11.4 ms per
+token, against 9.9 ms for the whole model and 4.8 ms for the half alone).
 """
 
 import dataclasses
@@ -17,7 +21,7 @@ from typing import Any
 
 from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.generator import Generator
-from elastic_lm.cascade.known_tokens import Part
+from elastic_lm.cascade.known_tokens import ModelPart
 from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
@@ -37,31 +41,49 @@ def shared_multiple_choice(
     *,
     exit: int | None = None,
     subnet: Subnet | None = None,
-    **how: Any,
+    **options: Any,
 ) -> tuple[MultipleChoice, MultipleChoice]:
-    """Swift and Super for multiple choice, of one model.
+    """Makes Swift and Super for multiple choice of one model.
 
     Args:
-      model: with the exit, where one answers first; static.
+      model: with the exit, where an exit is the Swift; its config is static under jit.
       params: its canonical parameters, which are not copied.
       tokenizer: of the model.
       exit: layer of the exit that is the Swift.
-      subnet: the sub-network that is the Swift, instead.
-      **how: other arguments of `MultipleChoice`, for both.
+      subnet: the sub-network that is the Swift, instead of an exit.
+      **options: other arguments of `MultipleChoice`, for both.
 
     Returns:
-      (Swift, Super). The Super's answers to rows that the Swift has begun equal those from scratch, to float
+      (Swift, Super). The Super's answers to records that an exit has begun equal those from scratch, to float
       rounding.
 
     Raises:
-      ValueError: not exactly one Swift is named, or it is none of the model's.
+      ValueError: not exactly one Swift is named, or the model has no such exit or sub-network.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.cascade import shared_multiple_choice
+      from elastic_lm.data import train_bpe
+      from elastic_lm.testing import random_params, tiny_config
+
+      config = tiny_config(exits=(1,), n_layers=2, vocab_size=260)
+      params = random_params(config)  # `el.load(folder)` gives a trained model
+      tokenizer = train_bpe(["some text"], 260)
+      swift, super_ = shared_multiple_choice(el.Decoder(config), params, tokenizer, exit=1)
+
+      records = [{"prompt": "The sky is", "choices": ["blue", "made of cheese"]}]
+      quick = swift.answer(records)
+      resumed, whole = super_.resume(records, quick), super_.answer(records)
+      assert resumed[0].output == whole[0].output
+      assert resumed[0].cost < whole[0].cost
+      ```
     """
-    _one_of(exit, subnet)
-    given = (model, params, tokenizer)
-    _below(model.config, exit)
-    return MultipleChoice(
-        *given, exit=exit, subnet=subnet, keep_state=exit is not None, **how
-    ), MultipleChoice(*given, **how)
+    _require_one_of(exit, subnet)
+    _require_below_last(model.config, exit)
+    shared = (model, params, tokenizer)
+    swift = MultipleChoice(*shared, exit=exit, subnet=subnet, keep_state=exit is not None, **options)
+    return swift, MultipleChoice(*shared, **options)
 
 
 def shared_generator(
@@ -73,69 +95,109 @@ def shared_generator(
     exit: int | None = None,
     subnet: Subnet | None = None,
     window: int = 1,
-    **how: Any,
+    **options: Any,
 ) -> tuple[Generator, Generator]:
-    """Swift and Super that generate, of one model.
+    """Makes Swift and Super that generate, of one model.
 
     Args:
-      model: with the exit, of kind `norm`, where one answers first; static.
+      model: with the exit, of kind `norm`, where an exit is the Swift; its config is static under jit.
       params: its canonical parameters, which are not copied.
       tokenizer: of the model.
       max_new_tokens: tokens of an answer at most.
-      exit: layer of the exit that is the Swift. The Super goes on from its states of the prompt.
-      subnet: the sub-network that is the Swift, instead.
-      window: of the samplers; static.
-      **how: other arguments of `Generator`, for both.
+      exit: layer of the exit that is the Swift. The Super continues from the exit's states of the prompt.
+      subnet: the sub-network that is the Swift, instead of an exit.
+      window: of the samplers; static under jit.
+      **options: other arguments of `Generator`, for both.
 
     Returns:
-      (Swift, Super); the Super gives no scores.
+      (Swift, Super). The Super gives no scores.
 
     Raises:
-      ValueError: not exactly one Swift is named, or it is none of the model's.
+      ValueError: not exactly one Swift is named, or the model has no such exit or sub-network.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.cascade import shared_generator
+      from elastic_lm.data import train_bpe
+      from elastic_lm.testing import random_params, tiny_config
+
+      config = tiny_config(exits=(1,), n_layers=2, vocab_size=260)
+      params = random_params(config)  # `el.load(folder)` gives a trained model
+      tokenizer = train_bpe(["some text"], 260)
+      swift, super_ = shared_generator(el.Decoder(config), params, tokenizer, 4, exit=1, batch_size=1)
+
+      # "prompt_energy" is known before anything is generated, so the Swift generates what it keeps alone.
+      cascade = el.Cascade(swift, super_, 1e9, score="prompt_energy")
+      (result,) = cascade.answer([{"prompt": "import "}])
+      assert (result.model, result.swift.output) == ("super", None)
+      ```
     """
-    _one_of(exit, subnet)
-    _below(model.config, exit)
-    whole = model.config.with_exits(())
-    own = {name: tree for name, tree in params.items() if name not in {e.name for e in model.config.exits}}
+    _require_one_of(exit, subnet)
+    _require_below_last(model.config, exit)
+    # Full depth does not run exits: both models are made without their parameters.
+    exits = {e.name for e in model.config.exits}
+    whole = Decoder(model.config.with_exits(()))
+    whole_params = {name: tree for name, tree in params.items() if name not in exits}
     super_ = Generator(
-        Sampler(Decoder(whole), own, tokenizer, window=window), max_new_tokens, **{**how, "scored": False}
+        Sampler(whole, whole_params, tokenizer, window=window), max_new_tokens, **{**options, "scored": False}
     )
     if exit is None:
-        sampler = Sampler(Decoder(whole), own, tokenizer, window=window, subnet=subnet, slice_inside=True)
-        return Generator(sampler, max_new_tokens, **how), super_
+        sampler = Sampler(whole, whole_params, tokenizer, window=window, subnet=subnet, slice_inside=True)
+        return Generator(sampler, max_new_tokens, **options), super_
+
     sampler = Sampler(*exit_model(model.config, params, exit), tokenizer, window=window)
-    reads = (Part(model.config, exit), params)
-    return Generator(sampler, max_new_tokens, reads=reads, keep_state=True, **how), super_
+    scorer = (ModelPart(model.config, exit), params)
+    return Generator(sampler, max_new_tokens, scorer=scorer, keep_state=True, **options), super_
 
 
 def shared_classifier(
-    model: Encoder, params: Params, tokenizer: Tokenizer, *, exit: int, **how: Any
+    model: Encoder, params: Params, tokenizer: Tokenizer, *, exit: int, **options: Any
 ) -> tuple[Classifier, Classifier]:
-    """Swift and Super for labels, of one encoder.
+    """Makes Swift and Super for labels of one encoder.
 
     Args:
-      model: with a task head and exits; static.
+      model: with a task head and exits; its config is static under jit.
       params: its canonical parameters, which are not copied.
       tokenizer: of the model.
       exit: layer of the exit that is the Swift.
-      **how: other arguments of `Classifier`, for both.
+      **options: other arguments of `Classifier`, for both.
 
     Returns:
-      (Swift, Super). The Super's answers to rows that the Swift has begun equal those from scratch.
+      (Swift, Super). The Super's answers to records that the Swift has begun equal those from scratch.
 
     Raises:
       ValueError: the model has no such exit.
+
+    Example:
+      ```python
+      import jax
+
+      import elastic_lm as el
+      from elastic_lm.cascade import shared_classifier
+      from elastic_lm.data import train_bpe
+      from elastic_lm.models.encoder import init_params
+
+      shape = {"vocab_size": 260, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 32, "max_len": 64}
+      config = el.EncoderConfig(**shape, n_labels=2, exits=(1,))
+      params = init_params(config, jax.random.key(0))  # `el.load(folder)` gives a trained model
+      swift, super_ = shared_classifier(el.Encoder(config), params, train_bpe(["some text"], 260), exit=1)
+
+      results = el.Cascade(swift, super_, 0.9, score="max_prob").answer([{"text": "You won!"}])
+      print(results[0].model, results[0].output, results[0].cost)
+      ```
     """
     config, own = exit_encoder(model.config, params, exit)
+    swift = Classifier(Encoder(config), own, tokenizer, keep_state=True, **options)
+
     heads = {exit_name(layer) for layer in model.config.exits}
     whole = {name: tree for name, tree in params.items() if name not in heads}
-    super_ = Encoder(dataclasses.replace(model.config, exits=()))
-    swift = Classifier(Encoder(config), own, tokenizer, keep_state=True, **how)
-    return swift, Classifier(super_, whole, tokenizer, **how)
+    super_ = Classifier(Encoder(dataclasses.replace(model.config, exits=())), whole, tokenizer, **options)
+    return swift, super_
 
 
 def exit_model(config: ModelConfig, params: Params, layer: int) -> tuple[Decoder, Params]:
-    """The ordinary smaller model that an exit of kind `norm` is, made of the same arrays.
+    """Makes the ordinary smaller model that an exit of kind `norm` is, of the same arrays.
 
     Args:
       config: a model with an exit after `layer`.
@@ -148,23 +210,29 @@ def exit_model(config: ModelConfig, params: Params, layer: int) -> tuple[Decoder
     Raises:
       ValueError: there is no such exit, or it is of another kind.
     """
-    Part(config, layer)
+    ModelPart(config, layer)  # checks that there is one
     exit_config = next(e for e in config.exits if e.layer == layer)
-    fix = "only an exit of kind 'norm' is a model of its own; attach one to generate from"
-    require(exit_config.kind == "norm", f"exit after layer {layer}: kind", exit_config.kind, fix)
+    require(
+        exit_config.kind == "norm",
+        f"exit after layer {layer}: kind",
+        exit_config.kind,
+        "only an exit of kind 'norm' is a model of its own; attach one to generate from",
+    )
+
     own = params[exit_config.name]
     whole_head = {"kernel": params["embed"]["table"]} if config.tied else params["head"]
     names = ("embed", "positions", *(f"layers_{i}" for i in range(layer)))
     small = {name: params[name] for name in names if name in params}
     small |= {"final_norm": own["norm"], "head": whole_head if exit_config.tied else own["head"]}
+    # Not tied even if the whole model is: the head is named, and may be the exit's own.
     return Decoder(dataclasses.replace(config.with_layers(range(layer)), tied=False)), small
 
 
-def _one_of(exit: int | None, subnet: Subnet | None) -> None:
+def _require_one_of(exit: int | None, subnet: Subnet | None) -> None:
     given = {"exit": exit, "subnet": subnet}
     require((exit is None) != (subnet is None), "swift", given, "name an exit or a subnet, one of them")
 
 
-def _below(config: ModelConfig, exit: int | None) -> None:
+def _require_below_last(config: ModelConfig, exit: int | None) -> None:
     fix = f"the last of {config.n_layers} layers leaves nothing to a Super; name an earlier exit"
     require(exit is None or exit < config.n_layers, "exit", exit, fix)

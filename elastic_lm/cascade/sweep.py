@@ -1,17 +1,19 @@
-"""Thresholds between a Swift and a Super model, swept on validation rows.
+"""Thresholds between a Swift and a Super model, swept on validation records.
 
 With the Swift's scores s_i, the qualities a_i of its answers and b_i of the Super's, and the costs c_i and
 C_i of both, a threshold t gives
 
-    share(t) = mean [s_i < t]                                    rows that go to the Super
+    share(t) = mean [s_i < t]                                    records that are passed on to the Super
     accuracy(t) = mean (a_i if s_i >= t else b_i)
     cost(t) = mean (c_i + [s_i < t] C_i)
 
-which change at the scores alone: thresholds between two neighbouring scores, and below and above all of
-them, are every choice there is. Where a Swift knows its scores before it answers, c_i ends there, and what
-is left to do, k_i, is added where s_i >= t. E-LANG takes the cheapest that reaches the Super's accuracy, or
-the one that is most accurate (arXiv 2203.00748). These are averages over the rows that chose the threshold;
-`routing_risk` states what holds for new rows.
+These change only at the scores, so the thresholds between neighbouring scores, and those below and above all
+of them, are every choice there is. Where a Swift knows its score before it answers, c_i is its cost up to
+there, and k_i, the cost of the rest of its answer, is added where s_i >= t.
+
+E-LANG takes the cheapest threshold that reaches the Super's accuracy, or the most accurate one
+(arXiv 2203.00748). All of these are averages over the records that chose the threshold, hence optimistic;
+`guarantee` states what holds for new records.
 """
 
 import dataclasses
@@ -24,59 +26,87 @@ from elastic_lm.cascade.energy import keeps
 from elastic_lm.config.checks import require
 
 ALWAYS_SUPER = sys.float_info.max  # a threshold that no score reaches
-ALWAYS_SWIFT = -sys.float_info.max  # one that every score reaches
-TOLERANCE = 1e-12  # of sums of accuracies
+ALWAYS_SWIFT = -sys.float_info.max  # a threshold that every score reaches
+TOLERANCE = 1e-12  # for sums of accuracies, which are rounded
 
 PerRecord = Sequence[float] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class CascadePoint:
-    """What a threshold gives on average."""
+    """What a threshold gives on average over the validation records.
 
-    threshold: float  # the Swift keeps rows with a score of at least this
-    share_super: float  # share of the rows that go to the Super
+    Example:
+      ```python
+      from elastic_lm.cascade import CascadePoint, CascadeRule
+
+      point = CascadePoint(threshold=1.3, share_super=0.25, accuracy=0.94, cost=3.5e9)
+      rule = CascadeRule(point.threshold, measured=point)
+      assert rule.measured.share_super == 0.25
+      ```
+    """
+
+    threshold: float  # the Swift keeps records with a score of at least this
+    share_super: float  # share of the records that are passed on to the Super
     accuracy: float  # mean quality of the answers, in [0, 1]
-    cost: float  # mean cost of a row, in the unit of the costs that were given
+    cost: float  # mean cost of a record, in the unit of the costs that were given
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class CascadeCurve:
-    """Every threshold that routes the measured rows differently, from the Swift alone to the Super alone."""
+    """Every threshold that divides the measured records differently, from the Swift alone to the Super alone.
+
+    Example:
+      ```python
+      from elastic_lm.cascade.sweep import Measurements, sweep
+
+      # Three records: the Swift is right where it is sure, the Super is right always.
+      measurements = Measurements.of(
+          scores=[0.9, 0.5, 0.1], swift=[1, 1, 0], super_=[1, 1, 1], cost_swift=1.0, cost_super=10.0
+      )
+      curve = sweep(measurements)
+      assert curve.accuracy.round(3).tolist() == [0.667, 1.0, 1.0, 1.0]
+      assert curve.share_super.round(3).tolist() == [0.0, 0.333, 0.667, 1.0]
+      ```
+    """
 
     threshold: np.ndarray  # [K] float64, increasing
     share_super: np.ndarray  # [K] float64, increasing
     accuracy: np.ndarray  # [K] float64
-    cost: np.ndarray  # [K] float64, mean per row
-    swift_accuracy: float
-    super_accuracy: float
-    rows: int
+    cost: np.ndarray  # [K] float64, mean per record
+    swift_accuracy: float  # of the Swift alone
+    super_accuracy: float  # of the Super alone
+    records: int  # N, that were measured
 
     def __len__(self) -> int:
         return len(self.threshold)
 
     def point(self, index: int) -> CascadePoint:
         """One threshold and what it gives."""
-        columns = (self.threshold, self.share_super, self.accuracy, self.cost)
-        return CascadePoint(*(float(column[index]) for column in columns))
+        return CascadePoint(
+            threshold=float(self.threshold[index]),
+            share_super=float(self.share_super[index]),
+            accuracy=float(self.accuracy[index]),
+            cost=float(self.cost[index]),
+        )
 
     def points(self, most: int = 101) -> tuple[CascadePoint, ...]:
-        """At most `most` thresholds, spread evenly, the first and the last among them."""
+        """At most `most` thresholds, spread evenly over the curve; the first and the last are among them."""
         chosen = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int))
         return tuple(self.point(i) for i in chosen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Measured:
-    """Validation rows that both models answered.
+class Measurements:
+    """What was measured of N validation records that both models answered.
 
     Attributes:
-      scores: [N] float64 of the Swift, higher = surer; NaN goes to the Super.
+      scores: [N] float64 of the Swift, higher = surer; a record with NaN is passed on.
       swift: [N] float64 quality of the Swift's answers, in [0, 1] (1 = correct).
-      super_: [N] float64 of the Super's.
-      cost_swift: [N] float64, FLOPs or seconds, until the score is known.
-      cost_super: [N] float64, in the same unit.
-      cost_kept: [N] float64, likewise, of what the Swift does after its score is known.
+      super_: [N] float64 quality of the Super's answers.
+      cost_swift: [N] float64 cost of the Swift until its score is known, in FLOPs or seconds.
+      cost_super: [N] float64 cost of the Super.
+      cost_kept: [N] float64 cost of what the Swift does after its score is known.
     """
 
     scores: np.ndarray
@@ -95,100 +125,121 @@ class Measured:
         cost_swift: PerRecord | float,
         cost_super: PerRecord | float,
         cost_kept: PerRecord | float = 0.0,
-    ) -> "Measured":
-        """Checked arrays.
+    ) -> "Measurements":
+        """Makes arrays of what was measured, and checks them.
 
         Args:
-          scores: N of the Swift.
-          swift: N qualities of the Swift's answers; booleans do.
-          super_: N of the Super's.
-          cost_swift: of every row, or N of them.
-          cost_super: likewise.
-          cost_kept: likewise.
+          scores: N scores of the Swift.
+          swift: N qualities of the Swift's answers; booleans will do.
+          super_: N qualities of the Super's answers.
+          cost_swift: one cost for every record, or N costs.
+          cost_super: one cost or N, in the same unit.
+          cost_kept: one cost or N, in the same unit.
 
         Raises:
-          ValueError: there is no row, lengths differ, or a value is out of range; names the field.
+          ValueError: there is no record, lengths differ, or a value is out of range; names the field.
         """
         given = {"scores": scores, "swift_correct": swift, "super_correct": super_}
         columns = {name: np.asarray(values, np.float64) for name, values in given.items()}
         n = columns["scores"].size
-        require(n >= 1, "scores", list(scores), "give at least one validation row")
+        require(n >= 1, "scores", list(scores), "give at least one validation record")
         for name, column in columns.items():
-            require(column.shape == (n,), f"{name}.shape", column.shape, f"give one value per row ({n})")
+            require(column.shape == (n,), f"{name}.shape", column.shape, f"give one value per record ({n})")
         for name in ("swift_correct", "super_correct"):
             bad = ~((columns[name] >= 0) & (columns[name] <= 1))
             require(not bad.any(), name, columns[name][bad][:1].tolist(), "must be qualities in [0, 1]")
-        top = columns["scores"][columns["scores"] > ALWAYS_SUPER]
+        top = columns["scores"][columns["scores"] > ALWAYS_SUPER]  # infinity; NaN is passed on instead
         require(not top.size, "scores", top[:1].tolist(), "must be finite; are the logits finite?")
+
         costs = {"cost_swift": cost_swift, "cost_super": cost_super, "cost_kept": cost_kept}
         return cls(*columns.values(), *(_costs(name, value, n) for name, value in costs.items()))
 
     def __len__(self) -> int:
         return len(self.scores)
 
-    def take(self, rows: np.ndarray) -> "Measured":
-        """Some of the rows."""
-        return Measured(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+    def take(self, indices: np.ndarray) -> "Measurements":
+        """What was measured of some of the records."""
+        return Measurements(*(getattr(self, field.name)[indices] for field in dataclasses.fields(self)))
 
     def at(self, threshold: float) -> CascadePoint:
-        """What a threshold gives on these rows."""
+        """What a threshold gives on these records."""
         kept = keeps(self.scores, threshold)
         quality = np.where(kept, self.swift, self.super_)
         cost = self.cost_swift + np.where(kept, self.cost_kept, self.cost_super)
         return CascadePoint(
-            float(threshold), float(np.mean(~kept)), float(quality.mean()), float(cost.mean())
+            threshold=float(threshold),
+            share_super=float(np.mean(~kept)),
+            accuracy=float(quality.mean()),
+            cost=float(cost.mean()),
         )
 
 
 def _costs(name: str, value: PerRecord | float, n: int) -> np.ndarray:
     costs = np.asarray(value, np.float64)
-    require(costs.shape in ((), (n,)), f"{name}.shape", costs.shape, f"give one cost, or one per row ({n})")
-    right = np.isfinite(costs).all() and (costs >= 0).all()
-    require(bool(right), name, value, "must be finite and at least 0")
+    require(
+        costs.shape in ((), (n,)), f"{name}.shape", costs.shape, f"give one cost, or one per record ({n})"
+    )
+    in_range = np.isfinite(costs).all() and (costs >= 0).all()
+    require(bool(in_range), name, value, "must be finite and at least 0")
     return np.broadcast_to(costs, (n,))
 
 
-def sweep(rows: Measured) -> CascadeCurve:
-    """Every threshold that matters.
+def sweep(measurements: Measurements) -> CascadeCurve:
+    """Finds every threshold that matters, and what it gives.
 
     Args:
-      rows: N validation rows.
+      measurements: of N validation records.
 
     Returns:
-      The curve of at most N + 1 thresholds; the first sends no row with a score to the Super, the last all.
+      The curve of at most N + 1 thresholds. The first passes on only records without a score, the last all.
     """
-    n = len(rows)
-    scores = np.where(np.isnan(rows.scores), -np.inf, rows.scores)
-    order = np.argsort(-scores, kind="stable")
+    n = len(measurements)
+    scores = np.where(np.isnan(measurements.scores), -np.inf, measurements.scores)
+    order = np.argsort(-scores, kind="stable")  # the surest record first
     falling = scores[order]
+
+    # Places where the score falls: a threshold in between keeps the records before it. Records without a
+    # score (-inf) are never kept.
     scored = int(np.sum(falling >= ALWAYS_SWIFT))
     steps = 1 + np.flatnonzero(falling[: scored - 1] != falling[1:scored]) if scored > 1 else np.zeros(0, int)
     above, below = falling[steps - 1], falling[steps]
     middle = below + (above - below) / 2
-    inner = np.where(middle > below, middle, above)
+    inner = np.where(middle > below, middle, above)  # neighbouring floats have no middle; ties are kept
+
+    # From the Swift alone to the Super alone: how many records each threshold keeps.
     kept = np.concatenate(([scored], steps[::-1], [0])) if scored else np.zeros(1, int)
     threshold = np.concatenate(([ALWAYS_SWIFT], inner[::-1], [ALWAYS_SUPER])) if scored else [ALWAYS_SUPER]
 
-    def sums(column: np.ndarray) -> np.ndarray:
+    def sum_of_kept(column: np.ndarray) -> np.ndarray:
         return np.concatenate(([0.0], np.cumsum(column[order])))[kept]
 
-    quality = (sums(rows.swift) + rows.super_.sum() - sums(rows.super_)) / n
-    cost = rows.cost_swift.mean() + (rows.cost_super.sum() - sums(rows.cost_super - rows.cost_kept)) / n
-    means = float(rows.swift.mean()), float(rows.super_.mean())
-    return CascadeCurve(np.asarray(threshold), 1 - kept / n, quality, cost, *means, n)
+    m = measurements
+    quality = (sum_of_kept(m.swift) + m.super_.sum() - sum_of_kept(m.super_)) / n
+    cost = m.cost_swift.mean() + (m.cost_super.sum() - sum_of_kept(m.cost_super - m.cost_kept)) / n
+    return CascadeCurve(
+        threshold=np.asarray(threshold),
+        share_super=1 - kept / n,
+        accuracy=quality,
+        cost=cost,
+        swift_accuracy=float(m.swift.mean()),
+        super_accuracy=float(m.super_.mean()),
+        records=n,
+    )
 
 
 def cheapest(curve: CascadeCurve, accuracy: float) -> CascadePoint:
-    """The least mean cost that reaches an accuracy; among equals, the most accurate.
+    """The threshold with the least mean cost that reaches an accuracy; among equals, the most accurate.
 
     Raises:
       ValueError: no threshold reaches it; says what the best one gives.
     """
     reached = np.flatnonzero(curve.accuracy >= accuracy - TOLERANCE)
-    best = curve.accuracy.max()
-    fix = f"no threshold reaches it on these {curve.rows} rows; the best gives {best:.6g} (Super alone "
-    fix += f"{curve.super_accuracy:.6g}): lower it, or take a better Super"
-    require(reached.size > 0, "target_accuracy", accuracy, fix)
+    if not reached.size:
+        best, alone = curve.accuracy.max(), curve.super_accuracy
+        raise ValueError(
+            f"target_accuracy={accuracy!r}: no threshold reaches it on these {curve.records} records; the "
+            f"best gives {best:.6g} (Super alone {alone:.6g}): lower it, or take a better Super"
+        )
     return curve.point(int(reached[np.lexsort((-curve.accuracy[reached], curve.cost[reached]))[0]]))
 
 
@@ -197,14 +248,17 @@ def most_accurate(curve: CascadeCurve, cost: float | None = None) -> CascadePoin
 
     Args:
       curve: from `sweep`.
-      cost: mean cost of a row, in the unit of the curve; None = any.
+      cost: mean cost of a record, in the unit of the curve; None = any.
 
     Raises:
       ValueError: the Swift alone costs more.
     """
     within = np.arange(len(curve)) if cost is None else np.flatnonzero(curve.cost <= cost * (1 + TOLERANCE))
-    fix = f"the Swift alone costs {curve.cost.min():.6g}: raise it, or take a smaller Swift"
-    require(within.size > 0, "target_cost", cost, fix)
+    if not within.size:
+        least = curve.cost.min()
+        raise ValueError(
+            f"target_cost={cost!r}: the Swift alone costs {least:.6g}: raise it, or take a smaller Swift"
+        )
     return curve.point(int(within[np.lexsort((curve.cost[within], -curve.accuracy[within]))[0]]))
 
 

@@ -11,7 +11,7 @@ WINDOW = 16  # batches whose examples are grouped
 Example = TypeVar("Example")
 
 
-def batches_of_alike(
+def batches_of_similar_size(
     stream: grain.IterDataset, batch_size: int, size: Callable[[Any], Any], seed: int
 ) -> grain.IterDataset:
     """Lists of examples of similar size, out of windows of `WINDOW` batches.
@@ -23,11 +23,11 @@ def batches_of_alike(
       seed: of the order of a window's batches, which does not follow their sizes.
     """
     windows = stream.batch(WINDOW * batch_size, drop_remainder=True, batch_fn=list)
-    return grain.experimental.FlatMapIterDataset(windows, _Alike(batch_size, size, seed))
+    return grain.experimental.FlatMapIterDataset(windows, _SplitWindow(batch_size, size, seed))
 
 
-class _Alike(grain.experimental.FlatMapTransform):
-    """A window into batches."""
+class _SplitWindow(grain.experimental.FlatMapTransform):
+    """Splits a window of examples into batches."""
 
     max_fan_out = WINDOW
 

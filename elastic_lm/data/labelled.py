@@ -14,7 +14,7 @@ import numpy as np
 from elastic_lm.config.checks import require
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.task import TaskConfig
-from elastic_lm.data.grouping import batches_of_alike
+from elastic_lm.data.grouping import batches_of_similar_size
 from elastic_lm.data.padding import padded
 from elastic_lm.data.pairs import encode_text, source_of
 from elastic_lm.data.records import Record, Records, text_of
@@ -66,7 +66,7 @@ def train_batches(
     """
     rows = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
     stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels), model)))
-    batches = batches_of_alike(stream, config.batch_size, _width, config.seed)
+    batches = batches_of_similar_size(stream, config.batch_size, _width, config.seed)
     return batches.map(_padder(config, pad_id))
 
 

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
-Given = TypeVar("Given")
+Row = TypeVar("Row")
 
 
 def padded(rows: Sequence[Sequence[int]], count: int, width: int, fill: int = 0) -> np.ndarray:
@@ -26,6 +26,6 @@ def padded(rows: Sequence[Sequence[int]], count: int, width: int, fill: int = 0)
     return tokens
 
 
-def filled(rows: Sequence[Given], size: int) -> list[Given]:
+def filled(rows: Sequence[Row], size: int) -> list[Row]:
     """Rows with the first one repeated until there are `size`."""
     return [*rows, *[rows[0]] * (size - len(rows))]

@@ -12,7 +12,7 @@ import numpy as np
 from elastic_lm.config.checks import require
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.task import TaskConfig
-from elastic_lm.data.grouping import batches_of_alike
+from elastic_lm.data.grouping import batches_of_similar_size
 from elastic_lm.data.padding import padded
 from elastic_lm.data.records import Record, Records, text_of
 from elastic_lm.data.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def train_pairs(config: TaskConfig, model: EncoderDecoderConfig, tokenizer: Toke
         source, target = pair["source"], pair["target"]
         return bucket(len(source), config.max_len), bucket(len(target), config.max_target)
 
-    batches = batches_of_alike(stream, config.batch_size, size, config.seed)
+    batches = batches_of_similar_size(stream, config.batch_size, size, config.seed)
     return batches.map(functools.partial(pad_pairs, config, model))
 
 

@@ -16,7 +16,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from elastic_lm.cascade.sweep import CascadeCurve, CascadePoint, Measured, like_super, most_accurate, sweep
+from elastic_lm.cascade.sweep import (
+    CascadeCurve,
+    CascadePoint,
+    Measurements,
+    like_super,
+    most_accurate,
+    sweep,
+)
 
 matplotlib.use("Agg")
 Columns = dict[str, Any]
@@ -33,13 +40,13 @@ def main() -> None:
     plot(results["pairs"], file.with_name("curves.png"))
 
 
-def rows(columns: Columns, split: str, kind: str) -> Measured:
+def rows(columns: Columns, split: str, kind: str) -> Measurements:
     """Measured rows of a split, costs relative to the Super's mean."""
     part = columns["splits"][split]
     whole = statistics.mean(part["cost_super"])
     swift, super_ = (np.asarray(part[k]) / whole for k in ("cost_swift", "cost_super"))
     on = np.asarray(part["cost_on"]) / whole if "cost_on" in part else super_
-    return Measured.of(part["scores"][kind], part["swift"], part["super"], swift, on)
+    return Measurements.of(part["scores"][kind], part["swift"], part["super"], swift, on)
 
 
 def kinds_of(columns: Columns) -> list[str]:

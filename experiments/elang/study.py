@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.bench.timing import interleave
-from elastic_lm.cascade.answerer import Answer, Answerer, Record, Resumes
+from elastic_lm.cascade.answerer import Answer, Answerer, Record, ResumingAnswerer
 from elastic_lm.cascade.scores import logit_scores
 
 Columns = dict[str, Any]
@@ -68,7 +68,7 @@ def answered(
         for side, each in answers.items():
             columns[side] = [quality(row, a.output) for row, a in zip(rows, each, strict=True)]
             columns[f"cost_{side}"] = [a.cost for a in each]
-        if answers["swift"][0].state is not None:
+        if answers["swift"][0].handover is not None:
             columns["cost_on"] = [a.cost for a in resumed(models["super"], rows, answers)]
         found["splits"][name] = columns
     few = list(splits["test"])[:64]
@@ -83,7 +83,7 @@ def resumed(model: Answerer, rows: Sequence[Record], answers: Mapping[str, list[
     Raises:
       ValueError: one is not what the Super says from scratch.
     """
-    assert isinstance(model, Resumes)
+    assert isinstance(model, ResumingAnswerer)
     found = model.resume(rows, answers["swift"])
     other = sum(a.output != b.output for a, b in zip(found, answers["super"], strict=True))
     if other:

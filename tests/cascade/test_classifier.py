@@ -1,4 +1,4 @@
-"""An encoder as a model of a cascade: against the model itself, whatever rows are batched with."""
+"""An encoder as a model of a cascade: against the model itself, whatever records are batched with."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict]:
+def records() -> list[dict]:
     rng = np.random.default_rng(0)
 
     def text(most: int) -> str:
@@ -48,15 +48,15 @@ def rows() -> list[dict]:
     return [{"a": text(40), "b": text(12)} for _ in range(11)]
 
 
-def test_labels_scores_and_costs(params, tokenizer, rows) -> None:
+def test_labels_scores_and_costs(params, tokenizer, records) -> None:
     model = el.Encoder(CONFIG)
     forward = jax.jit(lambda *args: model.apply({"params": params}, *args).logits[0])
     fields = {"text_field": "a", "pair_field": "b", "batch_size": 4}
     answerer = Classifier(model, params, tokenizer, scoring=Scoring(2.0, "mean"), **fields)
-    answers = answerer.answer(rows)
+    answers = answerer.answer(records)
     assert len({answer.output for answer in answers}) > 1
-    for row, answer in zip(rows[:5], answers, strict=False):
-        ids, types = tokenizer.encode_pair(row["a"], row["b"])
+    for record, answer in zip(records[:5], answers, strict=False):
+        ids, types = tokenizer.encode_pair(record["a"], record["b"])
         padding = [0] * (64 - len(ids))
         mask = jnp.asarray([[1] * len(ids) + padding])
         tokens, kinds = jnp.asarray([ids + padding]), jnp.asarray([types + padding])
@@ -66,16 +66,16 @@ def test_labels_scores_and_costs(params, tokenizer, rows) -> None:
         assert answer.scores["energy"] == pytest.approx(energy, rel=1e-5)
         assert answer.cost == encoder_flops(CONFIG, len(ids))
     programs = classifier.classify._cache_size()
-    assert [answerer.answer([row])[0] for row in rows] == answers
-    assert answerer.answer(rows[::-1])[::-1] == answers
+    assert [answerer.answer([record])[0] for record in records] == answers
+    assert answerer.answer(records[::-1])[::-1] == answers
     assert classifier.classify._cache_size() == programs
-    assert {answerer.bucket(row) for row in rows} == {32, 64}
+    assert {answerer.bucket(record) for record in records} == {32, 64}
     assert answerer.names == ("a", "b", "c")
 
 
-def test_rows_are_cut_or_fail_alone(params, tokenizer, rows) -> None:
+def test_records_are_cut_or_fail_alone(params, tokenizer, records) -> None:
     answerer = Classifier(el.Encoder(CONFIG), params, tokenizer, text_field="a", max_len=8, batch_size=4)
-    answers = answerer.answer([{"a": "x" * 500}, {"b": "x"}, {"a": 3}, rows[0]])
+    answers = answerer.answer([{"a": "x" * 500}, {"b": "x"}, {"a": 3}, records[0]])
     assert [answer.error is None for answer in answers] == [True, False, False, True]
     assert answers[0].cost == encoder_flops(CONFIG, 8)
 

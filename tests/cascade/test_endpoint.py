@@ -12,7 +12,8 @@ import pytest
 
 from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.cascade import Cascade
-from elastic_lm.cascade.endpoint import Endpoint, Function
+from elastic_lm.cascade.endpoint import Endpoint
+from elastic_lm.cascade.function import Function
 
 QUICK = {"timeout": 5.0, "backoff": 0.01}
 
@@ -48,7 +49,7 @@ def served(reply):
         thread.join()
 
 
-def test_rows_and_their_answers() -> None:
+def test_records_and_their_answers() -> None:
     def reply(body: dict, tries: int) -> tuple[int, str]:
         return 200, json.dumps({"output": body["row"]["n"] + 1, "scores": {"energy": 2}, "cost": 7})
 
@@ -111,7 +112,7 @@ def test_a_cost_of_null_is_none() -> None:
         assert Endpoint(url, cost=3.0, **QUICK).answer([{}]) == [Answer(1, cost=3.0)]
 
 
-def test_a_row_is_not_sent_elsewhere() -> None:
+def test_a_record_is_not_sent_elsewhere() -> None:
     with served(lambda body, tries: (302, "")) as (url, requests):
         assert "HTTP status 302" in str(Endpoint(url, **QUICK).answer([{}])[0].error)
     assert len(requests) == 1
@@ -142,7 +143,7 @@ def test_a_service_that_is_down_costs_no_more_than_it_must() -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/"
     endpoint = Endpoint(url, retries=1, backoff=0.05)
-    swift = Function(lambda row: Answer("swift", {"energy": float(row["n"] % 2)}))
+    swift = Function(lambda record: Answer("swift", {"energy": float(record["n"] % 2)}))
     began = time.perf_counter()
     results = Cascade(swift, endpoint, 0.5).answer([{"n": n} for n in range(200)])
     assert time.perf_counter() - began < 5
@@ -150,12 +151,12 @@ def test_a_service_that_is_down_costs_no_more_than_it_must() -> None:
     assert all(r.error and "refused" in r.error and r.fallback == "swift" for r in results[::2])
 
 
-def test_a_service_that_fails_for_some_rows_gets_the_others_right() -> None:
+def test_a_service_that_fails_for_some_records_gets_the_others_right() -> None:
     def reply(body: dict, tries: int) -> tuple[int, str]:
         n = body["row"]["n"]
         return (422, "no") if n % 3 == 0 else (200, json.dumps({"output": f"super {n}"}))
 
-    swift = Function(lambda row: Answer(f"swift {row['n']}", {"energy": float(row["n"] % 2)}))
+    swift = Function(lambda record: Answer(f"swift {record['n']}", {"energy": float(record["n"] % 2)}))
     with served(reply) as (url, requests):
         results = Cascade(swift, Endpoint(url, **QUICK), 0.5, batch_size=8).answer(
             [{"n": n} for n in range(60)]

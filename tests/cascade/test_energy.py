@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.cascade.energy import energy_score, keeps, mean_cost, pool
+from elastic_lm.cascade.energy import energy_score, keeps, pool
 from elastic_lm.cascade.scores import (
     KINDS,
     SCORES,
@@ -33,7 +33,7 @@ def test_energy_is_float32_and_does_not_overflow() -> None:
     np.testing.assert_allclose(score, [300.0, -300.0])
 
 
-def test_surer_rows_score_higher_by_every_kind() -> None:
+def test_surer_records_score_higher_by_every_kind() -> None:
     scores = logit_scores(jnp.asarray([[4.0, 0.0, 0.0], [1.0, 0.9, 0.8]]))
     assert set(scores) == set(KINDS)
     for kind, (sure, unsure) in scores.items():
@@ -50,7 +50,7 @@ def test_log_probability_is_energy_and_largest_logit() -> None:
 
 def test_a_constant_moves_the_energy_alone_unless_centred() -> None:
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((5, 7)), jnp.float32)
-    shift = jnp.arange(5.0)[:, None]  # another one for every row
+    shift = jnp.arange(5.0)[:, None]  # another one for every record
     plain, moved = logit_scores(logits), logit_scores(logits + shift)
     np.testing.assert_allclose(moved["energy"], plain["energy"] + shift[:, 0], rtol=1e-5)
     for kind in set(KINDS) - {"energy"}:
@@ -73,10 +73,9 @@ def test_pooling_reads_counted_tokens() -> None:
 
 def test_ties_stay_with_the_swift_and_nan_goes_to_the_super() -> None:
     assert keeps(np.asarray([1.31044, 1.3, np.nan]), 1.31044).tolist() == [True, False, False]
-    assert mean_cost(1.0, 10.0, 0.25) == 3.5
 
 
-def test_random_scores_depend_on_seed_and_row_alone() -> None:
+def test_random_scores_depend_on_seed_and_record_alone() -> None:
     scores = [random_score(0, i) for i in range(2000)]
     assert scores == [random_score(0, i) for i in range(2000)]
     assert len(set(scores)) == 2000

@@ -27,7 +27,7 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict]:
+def records() -> list[dict]:
     rng = np.random.default_rng(0)
     return [{"prompt": "".join(rng.choice(list("ABCDEFGHIJKLMNOP"), n))} for n in (3, 9, 1, 40, 12, 30, 5)]
 
@@ -38,9 +38,9 @@ def whole(params) -> Sampler:
     return Sampler(Decoder(config), {k: v for k, v in params.items() if k != "exit_1"}, Letters(), window=1)
 
 
-def greedy(config, params, rows, depth: int) -> tuple[list[list[int]], np.ndarray]:
+def greedy(config, params, records, depth: int) -> tuple[list[list[int]], np.ndarray]:
     """(prompts with what follows them, logits [B, 64, V]) by a full pass for every token."""
-    sequences = [Letters().encode(row["prompt"], bos=True) for row in rows]
+    sequences = [Letters().encode(record["prompt"], bos=True) for record in records]
     logits = np.zeros(0)
     for step in range(NEW + 1):
         padded = jnp.asarray([[*ids, *[0] * (64 - len(ids))] for ids in sequences])
@@ -57,13 +57,13 @@ def texts(sequences: list[list[int]]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(params, rows) -> tuple[list[list[int]], np.ndarray]:
-    return greedy(CONFIG, params, rows, 2)
+def alone(params, records) -> tuple[list[list[int]], np.ndarray]:
+    return greedy(CONFIG, params, records, 2)
 
 
-def test_text_and_scores(whole: Sampler, rows, alone) -> None:
+def test_text_and_scores(whole: Sampler, records, alone) -> None:
     generator = Generator(whole, NEW, batch_size=4, scoring=Scoring(2.0, "mean"))
-    answers = generator.answer(rows)
+    answers = generator.answer(records)
     assert [answer.output for answer in answers] == texts(alone[0])
     for tokens, x, answer in zip(*alone, answers, strict=True):
         n = len(tokens)
@@ -78,108 +78,110 @@ def test_text_and_scores(whole: Sampler, rows, alone) -> None:
         cost = generation_flops(CONFIG, n - NEW, NEW) + layer_flops(CONFIG, n) + head_flops(CONFIG, n)
         assert answer.cost == cost
     programs = Sampler.compilations()
-    assert [generator.answer([row])[0] for row in rows] == answers
+    assert [generator.answer([record])[0] for record in records] == answers
     assert Sampler.compilations() == programs
-    unscored = Generator(whole, NEW, batch_size=4, scored=False).answer(rows)
+    unscored = Generator(whole, NEW, batch_size=4, scored=False).answer(records)
     assert [(a.output, dict(a.scores)) for a in unscored] == [(a.output, {}) for a in answers]
 
 
-def test_draws_go_by_the_row_not_the_batch(whole: Sampler, rows) -> None:
+def test_draws_go_by_the_record_not_the_batch(whole: Sampler, records) -> None:
     hot = Generator(whole, NEW, batch_size=4, scored=False, temperature=1.5, seed=1)
-    answers = hot.answer(rows)
-    assert hot.answer(rows[::-1])[::-1] == answers
-    assert Generator(whole, NEW, batch_size=4, scored=False, temperature=1.5, seed=2).answer(rows) != answers
+    answers = hot.answer(records)
+    assert hot.answer(records[::-1])[::-1] == answers
+    assert (
+        Generator(whole, NEW, batch_size=4, scored=False, temperature=1.5, seed=2).answer(records) != answers
+    )
 
 
-def test_an_exit_is_a_swift_that_the_super_goes_on_from(params, rows, alone) -> None:
+def test_an_exit_is_a_swift_that_the_super_goes_on_from(params, records, alone) -> None:
     swift, super_ = shared_generator(Decoder(CONFIG), params, Letters(), NEW, exit=1, batch_size=4)
-    first, again = swift.answer(rows), super_.answer(rows)
-    assert [a.output for a in first] == texts(greedy(CONFIG, params, rows, 1)[0])
+    first, again = swift.answer(records), super_.answer(records)
+    assert [a.output for a in first] == texts(greedy(CONFIG, params, records, 1)[0])
     assert [a.output for a in again] == texts(alone[0])
     assert [a.output for a in first] != [a.output for a in again]
     order = [3, 0, 6]
-    resumed = super_.resume([rows[i] for i in order], [first[i] for i in order])
+    resumed = super_.resume([records[i] for i in order], [first[i] for i in order])
     for i, answer in zip(order, resumed, strict=True):
         assert answer.output == again[i].output
-        assert again[i].cost - answer.cost == layer_flops(CONFIG, len(rows[i]["prompt"]) + 1, 0, 1)
+        assert again[i].cost - answer.cost == layer_flops(CONFIG, len(records[i]["prompt"]) + 1, 0, 1)
     scored = Generator(super_._sampler, NEW, batch_size=4)  # also the prompt's scores go on from there
-    own, other = scored.resume(rows[:2], first[:2]), scored.answer(rows[:2])
-    for row, answer, same in zip(rows, own, other, strict=False):
+    own, other = scored.resume(records[:2], first[:2]), scored.answer(records[:2])
+    for record, answer, same in zip(records, own, other, strict=False):
         assert answer.scores == pytest.approx(same.scores, rel=1e-4)
-        assert same.cost - answer.cost == layer_flops(CONFIG, len(row["prompt"]) + 1, 0, 1)
+        assert same.cost - answer.cost == layer_flops(CONFIG, len(record["prompt"]) + 1, 0, 1)
     cut = float(np.median([a.scores["energy"] for a in first]))
-    for result in Cascade(swift, super_, cut, batch_size=3).answer(rows):
+    for result in Cascade(swift, super_, cut, batch_size=3).answer(records):
         kept = first[result.index].scores["energy"] >= cut
         assert result.output == (first if kept else again)[result.index].output
 
 
-def test_a_preview_reads_the_prompt_alone(rows, whole: Sampler) -> None:
+def test_a_preview_reads_the_prompt_alone(records, whole: Sampler) -> None:
     swift = Generator(whole, NEW, batch_size=4)
     assert [swift.previews(name) for name in ("prompt_energy", "energy", "random")] == [True, False, False]
-    previews, answers = swift.preview([*rows, {}]), swift.answer(rows)
+    previews, answers = swift.preview([*records, {}]), swift.answer(records)
     assert "KeyError" in str(previews.pop().error)
-    for row, preview, answer in zip(rows, previews, answers, strict=True):
-        n = len(row["prompt"]) + 1
+    for record, preview, answer in zip(records, previews, answers, strict=True):
+        n = len(record["prompt"]) + 1
         assert preview.cost == layer_flops(CONFIG, n) + head_flops(CONFIG, n)
         assert (preview.output, preview) == (None, answer.preview)
         assert preview.scores == {k: v for k, v in answer.scores.items() if k.startswith("prompt_")}
     order = [3, 0, 6]
-    finished = swift.finish([rows[i] for i in order], [previews[i] for i in order])
+    finished = swift.finish([records[i] for i in order], [previews[i] for i in order])
     assert finished == [answers[i] for i in order]
     assert not Generator(whole, NEW, scored=False).previews("prompt_energy")
 
 
-def test_a_sampler_with_exits_reads_a_prompt_twice(params, rows, whole: Sampler) -> None:
+def test_a_sampler_with_exits_reads_a_prompt_twice(params, records, whole: Sampler) -> None:
     sampler = Sampler(Decoder(CONFIG), params, Letters(), window=1)
-    early, full = (Generator(s, NEW, batch_size=4).answer(rows[:4]) for s in (sampler, whole))
-    for row, own, other in zip(rows, early, full, strict=False):
+    early, full = (Generator(s, NEW, batch_size=4).answer(records[:4]) for s in (sampler, whole))
+    for record, own, other in zip(records, early, full, strict=False):
         assert own.output == other.output
-        assert own.cost - other.cost == layer_flops(CONFIG, len(row["prompt"]) + 1)
+        assert own.cost - other.cost == layer_flops(CONFIG, len(record["prompt"]) + 1)
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_a_cascade_generates_what_the_swift_keeps_alone(params, rows, whole, monkeypatch, nested) -> None:
+def test_a_cascade_generates_what_the_swift_keeps_alone(params, records, whole, monkeypatch, nested) -> None:
     if nested:  # the Super goes on from the states that the previews left
         swift, super_ = shared_generator(Decoder(CONFIG), params, Letters(), NEW, exit=1, batch_size=4)
     else:  # and here it must not
         swift = Generator(Sampler(*exit_model(CONFIG, params, 1), Letters(), window=1), NEW, batch_size=4)
         super_ = Generator(whole, NEW, batch_size=4, scored=False)
-    first, again = swift.answer(rows), super_.answer(rows)
+    first, again = swift.answer(records), super_.answer(records)
     cut = float(np.median([a.scores["prompt_energy"] for a in first]))
     how = {"score": "prompt_energy", "batch_size": 3}
-    every = Cascade(swift, super_, cut, **how, preview=False).answer(rows)
+    every = Cascade(swift, super_, cut, **how, preview=False).answer(records)
     generated, sample = [], swift._sampler.sample
     monkeypatch.setattr(
         swift._sampler, "sample", lambda p, *a, **k: generated.extend(p) or sample(p, *a, **k)
     )
-    results = Cascade(swift, super_, cut, **how).answer(rows)
+    results = Cascade(swift, super_, cut, **how).answer(records)
     kept = [r.model == "swift" for r in every]
     assert [(r.model == "swift", r.output, r.score) for r in results] == [
         (k, r.output, r.score) for k, r in zip(kept, every, strict=True)
     ]
-    ids = [tuple(Letters().encode(row["prompt"], bos=True)) for row in rows]
+    ids = [tuple(Letters().encode(record["prompt"], bos=True)) for record in records]
     assert {tuple(prompt) for prompt in generated} == {one for one, k in zip(ids, kept, strict=True) if k}
     for i, (tokens, result) in enumerate(zip(ids, results, strict=True)):
         begun = layer_flops(CONFIG, len(tokens), 0, 1) if nested else 0
         preview = first[i].preview
         assert preview is not None
         assert result.cost == (first[i].cost if kept[i] else preview.cost + again[i].cost - begun)
-        assert (result.swift.begun, result.swift.state, result.answer.state) == (None, None, None)
+        assert (result.swift.prepared, result.swift.handover, result.answer.handover) == (None, None, None)
 
 
-def test_one_models_weights_lie_in_memory_between_calls(params, rows) -> None:
+def test_one_models_weights_lie_in_memory_between_calls(params, records) -> None:
     before, size = held(), sum(x.nbytes for x in jax.tree.leaves(params))
     subnet = Subnet.uniform(CONFIG, mlp=0.5, heads=0.5)
-    rows = [row for row in rows if len(row["prompt"]) < 20]
+    records = [record for record in records if len(record["prompt"]) < 20]
     swift, _ = shared_generator(Decoder(CONFIG), params, Letters(), NEW, subnet=subnet, batch_size=4)
-    answers = swift.answer(rows)
+    answers = swift.answer(records)
     exit_model(CONFIG, params, 1)
     assert held() - before <= 0.02 * size
     small, cut = slicing.slice_params(CONFIG, params, subnet)
-    assert [answer.output for answer in answers] == texts(greedy(small, cut, rows, 2)[0])
+    assert [answer.output for answer in answers] == texts(greedy(small, cut, records, 2)[0])
     assert held() - before > 0.2 * size  # what a second model holds
     sampler = swift._sampler
-    call, state, controls = sampler._start(sampler._call([[1, 2, 3]]), NEW)
+    call, state, controls = sampler._prefill(sampler._call([[1, 2, 3]]), NEW)
     model = call.served
     given = (model.config, model.params, state, controls, ENDLESS, call.mode)
     analysis = model.run.lower(*given).compile().memory_analysis()
@@ -191,9 +193,9 @@ def held() -> int:
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-def test_rows_that_cannot_be_read_fail_alone(whole: Sampler, rows) -> None:
+def test_records_that_cannot_be_read_fail_alone(whole: Sampler, records) -> None:
     generator = Generator(whole, NEW, batch_size=4, scored=False)
-    answers = generator.answer([{}, {"prompt": None}, {"prompt": "x" * 125}, rows[0]])
+    answers = generator.answer([{}, {"prompt": None}, {"prompt": "x" * 125}, records[0]])
     assert [a.error is None for a in answers] == [False] * 3 + [True]
     assert "max_len=128" in str(answers[2].error)
     assert generator.bucket({}) is None

@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: against a plain forward pass, whatever rows are batched with."""
+"""Multiple choice by likelihood: against a plain forward pass, whatever records are batched with."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ from small_models import Letters
 
 import elastic_lm as el
 from elastic_lm import testing
-from elastic_lm.cascade import known_tokens as reading
+from elastic_lm.cascade import known_tokens
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.cascade.scores import PLAIN, Scoring
@@ -33,7 +33,7 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict]:
+def records() -> list[dict]:
     rng, letters = np.random.default_rng(0), "abcdefghij klmno"
 
     def text(n: int) -> str:
@@ -45,10 +45,10 @@ def rows() -> list[dict]:
     ]
 
 
-def by_hand(config, params, row: dict, depth: int, divide: str = "tokens") -> list[float]:
+def by_hand(config, params, record: dict, depth: int, divide: str = "tokens") -> list[float]:
     sums = []
-    for choice in row["choices"]:
-        start, end = Letters().encode(row["prompt"], bos=True), Letters().encode(" " + choice)
+    for choice in record["choices"]:
+        start, end = Letters().encode(record["prompt"], bos=True), Letters().encode(" " + choice)
         logits = testing.all_logits(
             config, params, jnp.asarray([[*start, *end] + [0] * (64 - len(start + end))])
         )
@@ -59,20 +59,20 @@ def by_hand(config, params, row: dict, depth: int, divide: str = "tokens") -> li
 
 
 @pytest.mark.parametrize("divide", ["tokens", "bytes", "none"])
-def test_the_likeliest_choice_wins(params, rows: list[dict], divide) -> None:
+def test_the_likeliest_choice_wins(params, records: list[dict], divide) -> None:
     choice = MultipleChoice(
         Decoder(CONFIG), params, Letters(), normalise=divide, scoring=Scoring(0.5), batch_size=8
     )
-    for row, answer in zip(rows[:6], choice.answer(rows[:6]), strict=True):
-        expected = by_hand(CONFIG, params, row, 2, divide)
+    for record, answer in zip(records[:6], choice.answer(records[:6]), strict=True):
+        expected = by_hand(CONFIG, params, record, 2, divide)
         assert answer.output == int(np.argmax(expected))
         energy = 0.5 * np.log(np.sum(np.exp(np.asarray(expected) / 0.5)))
         assert answer.scores["energy"] == pytest.approx(energy, rel=1e-4, abs=1e-4)
         p = np.exp(expected) / np.sum(np.exp(expected))
         assert answer.scores["max_prob"] == pytest.approx(p.max(), rel=1e-4)
-        lengths = [len(row["prompt"]) + 2 + len(c) for c in row["choices"]]
+        lengths = [len(record["prompt"]) + 2 + len(c) for c in record["choices"]]
         cost = sum(layer_flops(CONFIG, n - 1) for n in lengths)
-        assert answer.cost == cost + head_flops(CONFIG, sum(len(c) + 1 for c in row["choices"]))
+        assert answer.cost == cost + head_flops(CONFIG, sum(len(c) + 1 for c in record["choices"]))
 
 
 def llama_2_tokenizer() -> el.Tokenizer:
@@ -98,14 +98,14 @@ def llama_2_tokenizer() -> el.Tokenizer:
 def test_prompt_and_choice_are_one_text(params, prompt, choice, separator, tokens: str, scored: int) -> None:
     tokenizer = llama_2_tokenizer()
     answerer = MultipleChoice(Decoder(CONFIG), params, tokenizer, separator=separator)
-    row = {"prompt": prompt, "choices": [choice]}
-    question = answerer._question(row)
+    record = {"prompt": prompt, "choices": [choice]}
+    question = answerer._question(record)
     assert [tokenizer.backend.id_to_token(i) for i in question.sequences[0]] == tokens.split()
-    assert question.answered == question.sizes[0] == scored
+    assert question.choice_tokens == question.sizes[0] == scored
     ids = question.sequences[0]
     log_p = jax.nn.log_softmax(testing.all_logits(CONFIG, params, jnp.asarray([ids]))[2][0])
     nats = [float(log_p[i - 1, ids[i]]) for i in range(len(ids) - scored, len(ids))]
-    assert answerer.answer([row])[0].scores["energy"] == pytest.approx(sum(nats) / scored, rel=1e-4)
+    assert answerer.answer([record])[0].scores["energy"] == pytest.approx(sum(nats) / scored, rel=1e-4)
 
 
 def test_a_choice_without_a_token_to_score_fails(params) -> None:
@@ -127,30 +127,30 @@ def test_a_real_tokenizer_reads_a_choice_as_it_reads_text(params) -> None:
     assert tokenizer.decode(question.sequences[0][question.starts[0] :]).strip() == choice
 
 
-def test_answers_do_not_depend_on_the_batch_and_nothing_is_compiled_per_row(params, rows) -> None:
+def test_answers_do_not_depend_on_the_batch_and_nothing_is_compiled_per_record(params, records) -> None:
     choice = MultipleChoice(Decoder(CONFIG), params, Letters(), batch_size=8)
-    together = choice.answer(rows)
-    programs = reading.read._cache_size()
-    assert [choice.answer([row])[0] for row in rows] == together
-    assert choice.answer(rows[::-1])[::-1] == together
-    assert reading.read._cache_size() == programs
-    assert {choice.bucket(row) for row in rows} == {32, 64}
+    together = choice.answer(records)
+    programs = known_tokens.score_tokens._cache_size()
+    assert [choice.answer([record])[0] for record in records] == together
+    assert choice.answer(records[::-1])[::-1] == together
+    assert known_tokens.score_tokens._cache_size() == programs
+    assert {choice.bucket(record) for record in records} == {32, 64}
 
 
-def test_an_exit_is_a_swift_whose_state_the_super_goes_on_from(params, rows) -> None:
+def test_an_exit_is_a_swift_whose_state_the_super_goes_on_from(params, records) -> None:
     swift, super_ = shared_multiple_choice(Decoder(CONFIG), params, Letters(), exit=1, batch_size=8)
-    first, alone = swift.answer(rows), super_.answer(rows)
-    for row, answer in zip(rows[:4], first, strict=False):
-        assert answer.output == int(np.argmax(by_hand(CONFIG, params, row, 1)))
+    first, alone = swift.answer(records), super_.answer(records)
+    for record, answer in zip(records[:4], first, strict=False):
+        assert answer.output == int(np.argmax(by_hand(CONFIG, params, record, 1)))
     order = [5, 0, 12, 7, 3]
-    resumed = super_.resume([rows[i] for i in order], [first[i] for i in order])
+    resumed = super_.resume([records[i] for i in order], [first[i] for i in order])
     for i, answer in zip(order, resumed, strict=True):
         assert answer.output == alone[i].output
         assert dict(answer.scores) == pytest.approx(dict(alone[i].scores), rel=1e-5, abs=1e-5)
-        tokens = [len(rows[i]["prompt"]) + 1 + len(c) for c in rows[i]["choices"]]
+        tokens = [len(records[i]["prompt"]) + 1 + len(c) for c in records[i]["choices"]]
         assert alone[i].cost - answer.cost == sum(layer_flops(CONFIG, n, 0, 1) for n in tokens)
     cut = float(np.median([a.scores["energy"] for a in first]))
-    results = Cascade(swift, super_, cut, batch_size=4, super_batch_size=2).answer(rows)
+    results = Cascade(swift, super_, cut, batch_size=4, super_batch_size=2).answer(records)
     assert {r.model for r in results} == {"swift", "super"}
     assert [r.output for r in results] == [
         (first if a.scores["energy"] >= cut else alone)[i].output for i, a in enumerate(first)
@@ -158,15 +158,15 @@ def test_an_exit_is_a_swift_whose_state_the_super_goes_on_from(params, rows) -> 
     assert all(r.cost <= alone[r.index].cost * 1.2 for r in results)  # both heads, layers once
 
 
-def test_a_sub_network_is_a_swift_that_holds_nothing(params, rows) -> None:
+def test_a_sub_network_is_a_swift_that_holds_nothing(params, records) -> None:
     subnet = Subnet.uniform(CONFIG, mlp=0.5, heads=0.5, layers=[1])
     small, cut = slicing.slice_params(CONFIG, params, subnet)
-    expected = MultipleChoice(Decoder(small), cut, Letters(), batch_size=8).answer(rows)
+    expected = MultipleChoice(Decoder(small), cut, Letters(), batch_size=8).answer(records)
     del cut
     before, size = held(), sum(x.nbytes for x in jax.tree.leaves(params))
     swift, super_ = shared_multiple_choice(Decoder(CONFIG), params, Letters(), subnet=subnet, batch_size=8)
-    answers = swift.answer(rows)
-    super_.answer(rows)
+    answers = swift.answer(records)
+    super_.answer(records)
     assert held() - before <= 0.02 * size
     for answer, other in zip(answers, expected, strict=True):
         assert (answer.output, answer.cost) == (other.output, other.cost)
@@ -183,10 +183,14 @@ def test_a_sub_network_is_sliced_layer_by_layer() -> None:
     layer = sum(x.nbytes for x in jax.tree.leaves(slices[0]))
     head = cut["embed"]["table"].nbytes
     tokens = jnp.ones((1, 32), jnp.int32)
-    own, inside = (
-        reading.read.lower(*given, tokens, scoring=PLAIN).compile().memory_analysis().temp_size_in_bytes
-        for given in ((reading.Part(small), cut), (reading.Part(config, subnet=subnet), params))
-    )
+    sizes = []
+    for part, weights in (
+        (known_tokens.ModelPart(small), cut),
+        (known_tokens.ModelPart(config, subnet=subnet), params),
+    ):
+        program = known_tokens.score_tokens.lower(part, weights, tokens, scoring=PLAIN).compile()
+        sizes.append(program.memory_analysis().temp_size_in_bytes)
+    own, inside = sizes
     assert inside <= own + 1.2 * layer + head
     assert 1.2 * layer + head < 2 * layer
 
@@ -195,7 +199,7 @@ def held() -> int:
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-def test_rows_that_cannot_be_read_fail_alone(params, rows) -> None:
+def test_records_that_cannot_be_read_fail_alone(params, records) -> None:
     bad = [
         {"prompt": "x"},
         {"prompt": "x", "choices": "yes"},
@@ -203,12 +207,12 @@ def test_rows_that_cannot_be_read_fail_alone(params, rows) -> None:
         {"prompt": "x" * 200, "choices": ["a"]},
     ]
     choice = MultipleChoice(Decoder(CONFIG), params, Letters(), batch_size=8)
-    answers = choice.answer([*bad, rows[0]])
+    answers = choice.answer([*bad, records[0]])
     assert [a.error is None for a in answers] == [False] * 4 + [True]
     assert "choices" in str(answers[0].error)
     assert "choices='yes': must be a list" in str(answers[1].error)
     assert "max_len=128" in str(answers[3].error)
-    assert answers[4] == choice.answer(rows[:1])[0]
+    assert answers[4] == choice.answer(records[:1])[0]
     assert choice.bucket(bad[0]) is None
 
 

@@ -29,7 +29,7 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict]:
+def records() -> list[dict]:
     rng = np.random.default_rng(0)
     return [{"text": "".join(rng.choice(list("abcdefgh "), rng.integers(1, 40)))} for _ in range(11)]
 
@@ -42,34 +42,34 @@ def assert_same(answers: list[Answer], others: list[Answer]) -> None:
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_resumed_rows_are_answered_as_from_scratch(params, tokenizer, rows, layer: int) -> None:
+def test_resumed_records_are_answered_as_from_scratch(params, tokenizer, records, layer: int) -> None:
     model = el.Encoder(CONFIG)
     swift, super_ = shared_classifier(model, params, tokenizer, exit=layer, **HOW)
     small, own = exit_encoder(CONFIG, params, layer)
-    alone = Classifier(el.Encoder(small), own, tokenizer, **HOW).answer(rows)
-    begun, whole = swift.answer(rows), super_.answer(rows)
+    alone = Classifier(el.Encoder(small), own, tokenizer, **HOW).answer(records)
+    begun, whole = swift.answer(records), super_.answer(records)
     assert_same(begun, alone)
-    assert_same(whole, Classifier(model, params, tokenizer, **HOW).answer(rows))
+    assert_same(whole, Classifier(model, params, tokenizer, **HOW).answer(records))
     assert len({answer.output for answer in whole}) == 2
     some = [10, 3, 4, 7, 0]
-    resumed = super_.resume([rows[i] for i in some], [begun[i] for i in some])
+    resumed = super_.resume([records[i] for i in some], [begun[i] for i in some])
     assert_same(resumed, [whole[i] for i in some])
     for i, answer in zip(some, resumed, strict=True):
-        tokens = len(tokenizer.encode_pair(rows[i]["text"])[0])
+        tokens = len(tokenizer.encode_pair(records[i]["text"])[0])
         assert answer.cost == encoder_flops(CONFIG, tokens, 3 - layer)
         assert begun[i].cost + answer.cost > whole[i].cost > answer.cost
 
 
-def test_a_cascade_holds_one_model_and_keeps_order(params, tokenizer, rows) -> None:
+def test_a_cascade_holds_one_model_and_keeps_order(params, tokenizer, records) -> None:
     swift, super_ = shared_classifier(el.Encoder(CONFIG), params, tokenizer, exit=1, **HOW)
     held = {id(leaf) for part in (swift, super_) for leaf in jax.tree.leaves(part._params)}
     other_exit = {id(leaf) for leaf in jax.tree.leaves(params["exit_2"])}
     assert held == {id(leaf) for leaf in jax.tree.leaves(params)} - other_exit
-    begun, whole = swift.answer(rows), super_.answer(rows)
+    begun, whole = swift.answer(records), super_.answer(records)
     threshold = float(np.median([answer.scores["margin"] for answer in begun]))
     cascade = el.Cascade(swift, super_, threshold, score="margin", batch_size=4)
-    results = cascade.answer(rows)
-    assert [result.index for result in results] == list(range(len(rows)))
+    results = cascade.answer(records)
+    assert [result.index for result in results] == list(range(len(records)))
     assert {result.model for result in results} == {"swift", "super"}
     for result, small, large in zip(results, begun, whole, strict=True):
         assert result.answer.output == (small if result.model == "swift" else large).output
