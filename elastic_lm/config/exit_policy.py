@@ -7,7 +7,9 @@ the command line can show them without it.
 from typing import Literal, get_args
 
 LOGIT_METRICS = ("max_prob", "margin", "entropy", "logit_margin", "energy")  # read the exit's logits
-METRICS = (*LOGIT_METRICS, "cosine", "learned")
+STATE_METRICS = ("cosine",)  # read the states before and after the last layer below the exit
+GATE_METRIC = "learned"  # reads the exit's gate
+METRICS = (*LOGIT_METRICS, *STATE_METRICS, GATE_METRIC)
 DEFAULT_METRIC = "margin"  # the best in every study of this package
 
 Strategy = Literal["max_coverage", "min_coverage", "midpoint", "platt"]  # for the thresholds of single exits

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from elastic_lm.decode.lossless import deep_logits
 from elastic_lm.decode.segment import Segment, TickOutput
 from elastic_lm.decode.state import DecodeState, Emissions
-from elastic_lm.depth.confidence import LOGIT_METRICS, METRICS, Evidence, confidence_by_index
+from elastic_lm.depth.confidence import (
+    Evidence,
+    confidence_by_index,
+    confidence_without_logits,
+    reads_gate,
+    reads_logits,
+)
 
 
 def check_exit(
@@ -41,9 +47,9 @@ def check_exit(
         return _check_last(segment, emissions, output, asking_B)
 
     controls, j = segment.controls, segment.index
-    features, cosine = output.features, output.cosine
+    features, state_confidence_B = output.features, output.state_confidence
     assert features is not None
-    assert cosine is not None
+    assert state_confidence_B is not None
 
     newest = (state.length - 1)[:, None]
     threshold_B = jnp.take_along_axis(controls.thresholds[:, j], newest, axis=1)[:, 0]
@@ -53,18 +59,17 @@ def check_exit(
     eager_B = asking_B & (threshold_B <= 1.0) & ~last_draft_B
 
     def look() -> Emissions:
-        learned = _gate(segment, eager_B, features)
-        known = jnp.where(controls.metric == METRICS.index("cosine"), cosine, learned)
-        before_head = controls.metric >= len(LOGIT_METRICS)
-        passing_B = eager_B & (~before_head | (known >= threshold_B))
+        evidence = Evidence(state=state_confidence_B, gate=_gate(segment, eager_B, features))
+        known_B = confidence_without_logits(controls.metric, evidence)
+        passing_B = eager_B & (reads_logits(controls.metric) | (known_B >= threshold_B))
         if segment.config.exits[j].gate:
-            passing_B &= learned >= controls.gates[:, j]
+            passing_B &= evidence.gate >= controls.gates[:, j]
 
         def head() -> Emissions:
             logits = segment.decoder.exit_logits(j, features)[:, 0]
             # The metrics are branches of one `switch`: the metric is traced, changing it compiles nothing,
             # and only the one in use is computed.
-            confidence_B = confidence_by_index(controls.metric, logits, Evidence(cosine, learned))
+            confidence_B = confidence_by_index(controls.metric, logits, evidence)
             confident_B = passing_B & (confidence_B >= threshold_B)
             # CALM's rule for batches: either all rows leave here, or none.
             confident_B &= ~controls.together | jnp.all(confident_B == asking_B)
@@ -105,5 +110,5 @@ def _gate(segment: Segment, eager_B: jax.Array, features: jax.Array) -> jax.Arra
     if not segment.config.exits[j].gate:
         return nothing
 
-    needed = jnp.any(eager_B & (controls.gates[:, j] > 0)) | (controls.metric == METRICS.index("learned"))
+    needed = jnp.any(eager_B & (controls.gates[:, j] > 0)) | reads_gate(controls.metric)
     return jax.lax.cond(needed, lambda: segment.decoder.exit_gate(j, features)[:, 0], lambda: nothing)

@@ -38,7 +38,7 @@ from elastic_lm.decode.state import (
     retire,
     segments,
 )
-from elastic_lm.depth.confidence import METRICS, state_similarity
+from elastic_lm.depth.confidence import reads_states, state_confidence
 from elastic_lm.models.decoder import Params
 
 
@@ -304,12 +304,12 @@ def _tick(
     ring = ring_write(before.ring, tap.hidden, done_B, target_B - done_B)
 
     features = decoder.exit_head_input(j, newest(exit_hidden), jax.tree.map(newest, tap))
-    cosine = jax.lax.cond(
-        controls.metric == METRICS.index("cosine"),
-        lambda: state_similarity(newest(tap.hidden), newest(tap.entering))[:, 0],
+    confidence_B = jax.lax.cond(
+        reads_states(controls.metric),
+        lambda: state_confidence(controls.metric, newest(tap.hidden), newest(tap.entering))[:, 0],
         lambda: jnp.zeros(newest_B.shape, jnp.float32),
     )
-    return SegmentState(caches, exit_cache, ring), TickOutput(features, cosine)
+    return SegmentState(caches, exit_cache, ring), TickOutput(features, confidence_B)
 
 
 def ring_write(ring_BWD: jax.Array, new_BTD: jax.Array, start_B: jax.Array, count_B: jax.Array) -> jax.Array:

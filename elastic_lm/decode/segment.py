@@ -56,12 +56,12 @@ class TickOutput:
 
     Attributes:
       features: [B, 1, D] input of the vocabulary head that follows the segment.
-      cosine: [B] float32 similarity of the state to the last layer's input, 0 where the metric does not read
-        it; only for segments with an exit.
+      state_confidence: [B] float32 confidence by a metric of states, 0 where the metric reads none; only for
+        segments with an exit.
       deep: [B, V + W] float32, what `lossless.look_deep` packs into one array; only for the last segment of
         a loop that verifies, which needs no `features`.
     """
 
     features: jax.Array | None = None
-    cosine: jax.Array | None = None
+    state_confidence: jax.Array | None = None
     deep: jax.Array | None = None

@@ -8,11 +8,13 @@ size, h_l the state after the exit's layer and g the probability that the exit's
     energy = (1 + e / (16 + |e|)) / 2,  e = logsumexp(z)
     cosine = (1 + cos(h_l, h_{l-1})) / 2         learned = g
 
-The first five read the logits; `cosine` and `learned` are known before the vocabulary head is read.
-Both squashings are softsigns, because a sigmoid is 1 in float32 from logits of about 17 on.
+The first five read the logits. `cosine` and `learned` are known before the vocabulary head is read.
+`logit_margin` and `energy` are squashed by softsigns, because a sigmoid is 1 in float32 from about 17 on.
 
 An exit is taken when its confidence is *at least* its threshold: ties exit, a threshold of 0 always
 exits, a threshold above 1 never does.
+
+A new metric is a name in `config.exit_policy` and a function in `LOGIT_FUNCTIONS` or `STATE_FUNCTIONS` below.
 
 Papers: EE-LLM, arXiv 2312.04916 (max_prob); CALM, arXiv 2207.07061 (margin, cosine = its "state",
 learned = its "meta"); self-supervised early exits, arXiv 2407.21082 (entropy, logit_margin).
@@ -23,39 +25,130 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.exit_policy import DEFAULT_METRIC as DEFAULT_METRIC
-from elastic_lm.config.exit_policy import LOGIT_METRICS, METRICS
+from elastic_lm.config.exit_policy import GATE_METRIC, LOGIT_METRICS, METRICS, STATE_METRICS
 
+NEVER_EXITS = 2.0  # a threshold that no confidence reaches
 ENERGY_SCALE = 16.0  # energies around this size are told apart best
 LARGEST = float(jnp.finfo(jnp.float32).max)
 
 
 @flax.struct.dataclass
 class Evidence:
-    """What an exit knows without its logits; leading dimensions as those of the logits without V.
+    """What is known about a token before the exit's logits are; leading dimensions are those of the logits.
 
     Attributes:
-      cosine: [...] float32 in [0, 1], see `state_similarity`.
-      learned: [...] float32 in [0, 1], see `Decoder.exit_gate`.
+      state: [...] float32 in [0, 1], from `state_confidence`.
+      gate: [...] float32 in [0, 1], from `Decoder.exit_gate`.
     """
 
-    cosine: jax.Array
-    learned: jax.Array
+    state: jax.Array
+    gate: jax.Array
 
 
-def state_similarity(hidden: jax.Array, entering: jax.Array) -> jax.Array:
-    """How little a layer turned its input: cosine similarity, mapped from [-1, 1] to [0, 1].
+def metric_index(metric: str) -> int:
+    """Position of `metric` in `METRICS`.
+
+    Raises:
+      ValueError: the metric does not exist.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r}: must be one of {', '.join(METRICS)}")
+    return METRICS.index(metric)
+
+
+def confidence(metric: str, logits: jax.Array) -> jax.Array:
+    """Confidence of each token by a metric of its logits.
 
     Args:
-      hidden: [..., D] output of the layer, h_l, of any float dtype.
-      entering: [..., D] input of the layer, h_{l-1}.
+      metric: one of `METRICS` that reads logits; static.
+      logits: [..., V] of any float dtype.
+
+    Returns:
+      [...] float32 in [0, 1].
+
+    Raises:
+      ValueError: the metric does not exist, or does not read logits.
+    """
+    metric_index(metric)
+    if metric not in LOGIT_METRICS:
+        raise ValueError(
+            f"metric={metric!r}: is not a function of logits; use confidence_by_index with an Evidence, or "
+            f"one of {', '.join(LOGIT_METRICS)}"
+        )
+    return LOGIT_FUNCTIONS[metric](logits.astype(jnp.float32))
+
+
+def confidence_by_index(index: jax.Array, logits: jax.Array, evidence: Evidence | None = None) -> jax.Array:
+    """Confidence of each token, with the metric as a traced value.
+
+    The metrics are branches of one `switch`, so that changing the metric compiles nothing and only the one in
+    use is computed.
+
+    Args:
+      index: int32 scalar, position in `METRICS`; traced.
+      logits: [..., V] of any float dtype.
+      evidence: what metrics that read no logits return; None = zeros, with which no threshold above 0 exits.
 
     Returns:
       [...] float32 in [0, 1].
     """
-    hidden, entering = hidden.astype(jnp.float32), entering.astype(jnp.float32)
-    norms = jnp.linalg.norm(hidden, axis=-1) * jnp.linalg.norm(entering, axis=-1)
-    cosine = jnp.sum(hidden * entering, axis=-1) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
-    return jnp.clip(0.5 + 0.5 * cosine, 0.0, 1.0)
+    if evidence is None:
+        nothing = jnp.zeros(logits.shape[:-1], jnp.float32)
+        evidence = Evidence(state=nothing, gate=nothing)
+
+    def of_logits(name: str):
+        return lambda logits, _: LOGIT_FUNCTIONS[name](logits)
+
+    branches = [
+        *(of_logits(name) for name in LOGIT_METRICS),
+        *[lambda _, evidence: evidence.state.astype(jnp.float32)] * len(STATE_METRICS),
+        lambda _, evidence: evidence.gate.astype(jnp.float32),
+    ]
+    return jax.lax.switch(index, branches, logits.astype(jnp.float32), evidence)
+
+
+def confidence_without_logits(index: jax.Array, evidence: Evidence) -> jax.Array:
+    """Confidence of each token by a metric that reads no logits; not meaningful for the others.
+
+    Args:
+      index: int32 scalar, position in `METRICS`; traced.
+      evidence: [...] what is known of each token.
+
+    Returns:
+      [...] float32 in [0, 1].
+    """
+    return jnp.where(reads_gate(index), evidence.gate, evidence.state)
+
+
+def reads_logits(index: jax.Array) -> jax.Array:
+    """Whether the metric at a position in `METRICS` reads logits: bool scalar."""
+    return index < len(LOGIT_METRICS)
+
+
+def reads_states(index: jax.Array) -> jax.Array:
+    """Whether the metric at a position in `METRICS` reads states: bool scalar."""
+    first = len(LOGIT_METRICS)
+    return (index >= first) & (index < first + len(STATE_METRICS))
+
+
+def reads_gate(index: jax.Array) -> jax.Array:
+    """Whether the metric at a position in `METRICS` reads the exit's gate: bool scalar."""
+    return index == METRICS.index(GATE_METRIC)
+
+
+def state_confidence(index: jax.Array, hidden: jax.Array, entering: jax.Array) -> jax.Array:
+    """Confidence of each token by a metric of states; not meaningful for metrics that read none.
+
+    Args:
+      index: int32 scalar, position in `METRICS`; traced.
+      hidden: [..., D] output of the exit's layer, h_l, of any float dtype.
+      entering: [..., D] input of that layer, h_{l-1}.
+
+    Returns:
+      [...] float32 in [0, 1].
+    """
+    functions = [STATE_FUNCTIONS[name] for name in STATE_METRICS]
+    return jax.lax.switch(index - len(LOGIT_METRICS), functions, hidden, entering)
 
 
 def max_prob(logits: jax.Array) -> jax.Array:
@@ -89,6 +182,22 @@ def energy(logits: jax.Array) -> jax.Array:
     return 0.5 + 0.5 * total / (ENERGY_SCALE + jnp.abs(total))
 
 
+def state_similarity(hidden: jax.Array, entering: jax.Array) -> jax.Array:
+    """How little a layer turned its input: cosine similarity, mapped from [-1, 1] to [0, 1] (CALM).
+
+    Args:
+      hidden: [..., D] output of the layer, h_l, of any float dtype.
+      entering: [..., D] input of the layer, h_{l-1}.
+
+    Returns:
+      [...] float32 in [0, 1]; 1/2 where a state is zero.
+    """
+    hidden, entering = hidden.astype(jnp.float32), entering.astype(jnp.float32)
+    norms = jnp.linalg.norm(hidden, axis=-1) * jnp.linalg.norm(entering, axis=-1)
+    cosine = jnp.sum(hidden * entering, axis=-1) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
+    return jnp.clip(0.5 + 0.5 * cosine, 0.0, 1.0)
+
+
 def _two_largest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     first = jnp.argmax(logits, axis=-1, keepdims=True)
     top = jnp.take_along_axis(logits, first, axis=-1)[..., 0]
@@ -96,66 +205,11 @@ def _two_largest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     return top, jnp.max(logits, axis=-1, where=others, initial=-jnp.inf)
 
 
-FUNCTIONS = (max_prob, margin, entropy, logit_margin, energy)  # of LOGIT_METRICS
-
-
-def metric_index(metric: str) -> int:
-    """Position of `metric` in `METRICS`.
-
-    Raises:
-      ValueError: the metric does not exist.
-    """
-    if metric not in METRICS:
-        raise ValueError(f"metric={metric!r}: must be one of {', '.join(METRICS)}")
-    return METRICS.index(metric)
-
-
-def confidence(metric: str, logits: jax.Array) -> jax.Array:
-    """Confidence of each token by a metric of its logits.
-
-    Args:
-      metric: one of `METRICS` that reads logits; static.
-      logits: [..., V] of any float dtype.
-
-    Returns:
-      [...] float32 in [0, 1].
-
-    Raises:
-      ValueError: the metric does not exist, or does not read logits.
-    """
-    index = metric_index(metric)
-    if metric not in LOGIT_METRICS:
-        raise ValueError(
-            f"metric={metric!r}: is not a function of logits; use confidence_by_index with an Evidence, or "
-            f"one of {', '.join(LOGIT_METRICS)}"
-        )
-    return FUNCTIONS[index](logits.astype(jnp.float32))
-
-
-def confidence_by_index(index: jax.Array, logits: jax.Array, state: Evidence | None = None) -> jax.Array:
-    """Confidence of each token with the metric as a traced value, so that changing it compiles nothing.
-
-    Args:
-      index: int32 scalar, position in `METRICS`.
-      logits: [..., V] of any float dtype.
-      state: what `cosine` and `learned` return; None = zeros, which no threshold above 0 lets exit.
-
-    Returns:
-      [...] float32 in [0, 1].
-    """
-    if state is None:
-        nothing = jnp.zeros(logits.shape[:-1], jnp.float32)
-        state = Evidence(nothing, nothing)
-
-    def of_logits(function):
-        return lambda logits, _: function(logits)
-
-    given = (
-        lambda _, state: state.cosine.astype(jnp.float32),
-        lambda _, state: state.learned.astype(jnp.float32),
-    )
-    branches = (*(of_logits(function) for function in FUNCTIONS), *given)
-    return jax.lax.switch(index, branches, logits.astype(jnp.float32), state)
-
-
-NEVER_EXITS = 2.0  # a threshold that no confidence reaches
+LOGIT_FUNCTIONS = {
+    "max_prob": max_prob,
+    "margin": margin,
+    "entropy": entropy,
+    "logit_margin": logit_margin,
+    "energy": energy,
+}
+STATE_FUNCTIONS = {"cosine": state_similarity}

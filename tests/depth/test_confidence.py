@@ -3,12 +3,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elastic_lm.config.exit_policy import STATE_METRICS
 from elastic_lm.depth.confidence import (
+    LOGIT_FUNCTIONS,
     LOGIT_METRICS,
     METRICS,
+    STATE_FUNCTIONS,
     Evidence,
     confidence,
     confidence_by_index,
+    confidence_without_logits,
+    reads_gate,
+    reads_logits,
+    reads_states,
+    state_confidence,
     state_similarity,
 )
 
@@ -29,6 +37,16 @@ def test_closed_forms():
 def test_order_of_metrics_is_part_of_the_interface():
     assert METRICS[:3] == ("max_prob", "margin", "entropy")
     assert METRICS[-2:] == ("cosine", "learned")
+    # Every name has its function, and every function a name that the command line shows.
+    assert tuple(LOGIT_FUNCTIONS) == LOGIT_METRICS
+    assert tuple(STATE_FUNCTIONS) == STATE_METRICS
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_reads_one_thing(metric):
+    index = jnp.int32(METRICS.index(metric))
+    reads = [bool(reads(index)) for reads in (reads_logits, reads_states, reads_gate)]
+    assert reads == [metric in LOGIT_METRICS, metric == "cosine", metric == "learned"]
 
 
 @pytest.mark.parametrize("metric", ["max_prob", "margin", "entropy"])
@@ -72,6 +90,10 @@ def test_similarity_of_states():
     entering = jnp.array([[0.0, 2.0], [-5.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     expected = [0.5, 0.0, 1.0, 0.5 + 0.5**1.5, 0.5]
     np.testing.assert_allclose(state_similarity(hidden, entering), expected, atol=1e-6)
+    cosine = jnp.int32(METRICS.index("cosine"))
+    np.testing.assert_array_equal(
+        state_confidence(cosine, hidden, entering), state_similarity(hidden, entering)
+    )
     low = state_similarity(hidden.astype(jnp.bfloat16), entering.astype(jnp.bfloat16))
     assert low.dtype == jnp.float32
 
@@ -83,6 +105,7 @@ def test_what_is_known_without_logits_is_returned_as_it_is():
         index = jnp.int32(METRICS.index(metric))
         np.testing.assert_array_equal(confidence_by_index(index, logits, state), np.full((2, 3), value))
         np.testing.assert_array_equal(confidence_by_index(index, logits), np.zeros((2, 3)))
+        np.testing.assert_array_equal(confidence_without_logits(index, state), np.full((2, 3), value))
         with pytest.raises(ValueError, match=rf"metric='{metric}': is not a function of logits"):
             confidence(metric, logits)
 
