@@ -10,11 +10,11 @@ import pytest
 
 TESTS = Path(__file__).parent
 NAMES = (
-    "test_sharding.py",
-    "test_encoder.py",
-    "test_encoder_decoder.py",
-    "test_slicing.py",
-    "methods/test_importance.py",
+    "models/test_sharding.py",
+    "models/test_encoder.py",
+    "models/test_encoder_decoder.py",
+    "width/test_slicing.py",
+    "width/test_importance.py",
     "train/test_step.py",
     "train/test_mesh_run.py",
 )

@@ -52,7 +52,7 @@ def _stored(file: Path, config: AnyRun) -> dict[str, Any]:
         now = to_dict(config)["train"]
         values["train"] |= {key: now[key] for key in MAY_CHANGE}
         return identity(from_dict(type(config), values))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file}: does not describe a run ({error}); choose another workdir") from error
 
 

@@ -1,6 +1,6 @@
 """Twenty steps of EE-Tuning on a tiny model, against the losses stored in tests/golden.
 
-A change of the curve that is meant is stored by:  python tests/methods/test_ee_tuning_golden.py
+A change of the curve that is meant is stored by:  python tests/depth/test_ee_tuning_golden.py
 """
 
 import json
@@ -65,7 +65,7 @@ def losses() -> dict[str, list[float]]:
 def test_twenty_steps() -> None:
     stored = json.loads(GOLDEN.read_text())
     curve = losses()
-    hint = "if this change is meant, store the new curve: python tests/methods/test_ee_tuning_golden.py"
+    hint = "if this change is meant, store the new curve: python tests/depth/test_ee_tuning_golden.py"
     assert curve.keys() == stored.keys(), hint
     for name in ("loss", "loss/exit_1", "loss/exit_2", "loss/exit_3"):
         np.testing.assert_allclose(curve[name], stored[name], rtol=2e-3, err_msg=f"{name}: {hint}")

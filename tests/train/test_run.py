@@ -106,7 +106,7 @@ def test_exits_of_a_checkpoint_are_not_pretrained(run_config: RunConfig, tmp_pat
     joint = changed(run_config, method="joint", steps=3)
     fit(dataclasses.replace(joint, exits=(ExitConfig(1, "norm"),)), tmp_path / "base")
     again = changed(run_config, steps=3, init_from=str(tmp_path / "base" / "model"))
-    with pytest.raises(ValueError, match=r"train\.method='pretraining': .* has exits"):
+    with pytest.raises(ValueError, match=r"method\.name='pretraining': .* has exits"):
         fit(dataclasses.replace(again, model=None), tmp_path / "again")
 
 
@@ -168,7 +168,7 @@ def test_bfloat16_activations_train_float32_parameters(run_config: RunConfig, tm
 
 
 def test_joint_training_moves_the_model_and_its_exits(run_config: RunConfig, tmp_path: Path) -> None:
-    config = changed(run_config, method="joint", exit_weights=(0.3,), steps=20)
+    config = changed(run_config, method="joint", weights=(0.3,), steps=20)
     _, params, metrics = fit(dataclasses.replace(config, exits=(ExitConfig(1, "norm"),)), tmp_path)
     assert metrics["loss/exit_1"] < 5.5
     assert metrics["loss/final"] < 5.5

@@ -16,7 +16,8 @@ from elastic_lm.models.decoder import Params, init_params, stack_layers
 from elastic_lm.models.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.testing import tiny_config
 from elastic_lm.train.config import TrainConfig
-from elastic_lm.train.losses import Method, Metrics
+from elastic_lm.train.losses import Metrics
+from elastic_lm.train.method import Method
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.state import create_state, state_shardings

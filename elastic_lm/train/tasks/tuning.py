@@ -112,7 +112,13 @@ class TaskTuning(TaskTuningConfig, Method[TaskBatch]):
             teacher, theirs = load_of(type(model), field, folder, None, mesh)
             if not writes:
                 check_same_answers(field, folder, teacher, model)
-            require(teacher.vocab_size == model.vocab_size, field, folder, Z)
+            require(
+                teacher.vocab_size == model.vocab_size,
+                field,
+                folder,
+                f"reads {teacher.vocab_size} token ids, not {model.vocab_size}: both models need one "
+                "tokenizer",
+            )
             params = {**params, TEACHER: theirs}
         return method(model, teacher, **options(method, section, train)), params
 
