@@ -1,9 +1,9 @@
-"""Key/value caches with one rule: what lies at or above a layer's progress `done` is stale.
+"""Key/value caches with one rule: entries at or above a layer's progress `done` are stale.
 
-Stale rows are hidden from every query and overwritten before they count, so writes need no masks: a
-tick writes its block of rows at `done`, valid or not. Inside a conditional a cache is either written
-in place or handed through, which the compiler does without a copy where it knows that every read comes
-before the write (`after`).
+Stale entries are hidden from every query and overwritten before they count. A tick therefore writes its block
+of entries at `done` without a mask, whether all of them are valid or not. Inside a conditional a cache is
+either written in place or handed through; the compiler does this without a copy if it knows that every read
+comes before the write (`after`).
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, K,
 
 
 def past(cache: LayerCache, done_B: jax.Array) -> KeyValues:
-    """What queries of a tick may see of a cache: what is not stale.
+    """What the queries of a tick see of a cache: the entries that are not stale.
 
     Args:
       cache: of one layer, [B, K, S, H] each.
-      done_B: int32 positions processed.
+      done_B: int32, positions that the layer has processed.
 
     Returns:
       The same arrays with the position of each entry, or `HIDDEN_POSITION` from `done_B` on.
@@ -32,15 +32,16 @@ def past(cache: LayerCache, done_B: jax.Array) -> KeyValues:
 
 
 def after(read_BTD: jax.Array, start_B: jax.Array) -> jax.Array:
-    """Orders a write behind what was computed from the same cache.
+    """Orders a write after the reads of the same cache.
 
     Args:
-      read_BTD: what the reads of the cache led to.
+      read_BTD: anything that was computed from the cache.
       start_B: int32 positions at which the write starts.
 
     Returns:
       `start_B`, but known only once `read_BTD` is.
     """
+    # Adds 0: nothing is above infinity. XLA does not know that and has to wait for the value.
     return start_B + (read_BTD[:, 0, 0] > jnp.inf)
 
 
@@ -63,19 +64,19 @@ def write_all(
 ) -> tuple[LayerCache, ...]:
     """Writes the new keys and values of successive layers, each as soon as its own cache has been read.
 
-    The keys of the layer above come from what a layer gave, and so from every read of its cache. Writes that
-    all wait for the last layer become ready at once, and XLA's CPU backend hands some of so many to another
-    thread, which costs more than the writes.
+    If all writes waited for the last layer, they would become ready at once, and XLA's CPU backend would hand
+    some of so many to another thread, which costs more than the writes themselves.
 
     Args:
       caches: of the layers, [B, K, S, H] each.
-      new_kv: [B, K, T, H] each, see `write`.
-      hidden_BTD: what left the last of the layers.
-      start_B: int32, see `write`.
+      new_kv: of the layers, [B, K, T, H] each, of any float dtype.
+      hidden_BTD: state that left the last of the layers.
+      start_B: int32 first position that is written, or a scalar for all rows.
 
     Returns:
       The caches with these entries replaced.
     """
+    # The keys of the layer above are computed from the output of a layer, so after every read of its cache.
     above = [jnp.swapaxes(keys, 1, 2)[:, :, 0] for keys, _ in new_kv[1:]]
     return tuple(
         write(layer, kv, after(read, start_B))
@@ -85,6 +86,7 @@ def write_all(
 
 def _write(cache_BKSH: jax.Array, new_BKTH: jax.Array, start_B: jax.Array) -> jax.Array:
     new_BKTH = new_BKTH.astype(cache_BKSH.dtype)
+    # One start for all rows makes one slice; `vmap` over starts becomes a scatter, which is slower.
     if start_B.ndim == 0 or cache_BKSH.shape[0] == 1:
         start = start_B.reshape(())
         return jax.lax.dynamic_update_slice(cache_BKSH, new_BKTH, (0, 0, start, 0))

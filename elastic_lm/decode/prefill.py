@@ -45,9 +45,6 @@ def prefill(
 ) -> DecodeState:
     """Builds the decode state of a batch of prompts.
 
-    The newest prompt token is left to the first tick, whose exits may already be confident about
-    what follows it; everything before it is processed by all layers.
-
     Args:
       config: static.
       params: canonical parameters.
@@ -64,6 +61,7 @@ def prefill(
     decoder = decoder_of(config).bind({"params": params})
     positions = default_positions(tokens_BP, None)
     hidden = decoder.embed(tokens_BP, positions)
+
     caches: list[cache.LayerCache] = []
     exit_caches: list[cache.LayerCache | None] = []
     for j, (start, stop) in enumerate(segments(config)):
@@ -71,11 +69,13 @@ def prefill(
         hidden = tap.hidden
         caches += [cache.from_prefill(kv, capacity) for kv in new_kv]
         if stop < config.n_layers:
-            _, own = decoder.exit_state(j, tap, positions)
-            exit_caches.append(None if own is None else cache.from_prefill(own, capacity))
-    return start_state(
-        config, tokens_BP, length_B, limit_B, draft, caches, exit_caches, capacity=capacity, window=window
-    )
+            _, exit_kv = decoder.exit_state(j, tap, positions)
+            exit_caches.append(None if exit_kv is None else cache.from_prefill(exit_kv, capacity))
+
+    return _decode_state(
+        config, tokens_BP, length_B, limit_B, draft,
+        caches=caches, exit_caches=exit_caches, capacity=capacity, window=window,
+    )  # fmt: skip
 
 
 def prefill_from_state(
@@ -90,58 +90,36 @@ def prefill_from_state(
     capacity: int,
     window: int,
 ) -> DecodeState:
-    """`prefill` of prompts whose first layers, or all of them, have run already; the others go on from there.
+    """`prefill` of prompts that the first layers, or all of them, have processed already.
 
-    Args:
-      config: static; without exits.
-      params: canonical parameters.
-      prompt_state: what the first layers computed for the padded prompts.
-      tokens_BP: see `prefill`, as the other arguments.
-      length_B: see `prefill`.
-      limit_B: see `prefill`.
-      draft: see `prefill`.
-      capacity: see `prefill`.
-      window: see `prefill`.
-
-    Returns:
-      What `prefill` gives.
+    `config` has no exits, `prompt_state` is of the padded prompts, and the rest is as in `prefill`.
     """
-    decoder = decoder_of(config).bind({"params": params})
     all_kv = list(prompt_state.kv)
     if prompt_state.layers < config.n_layers:
+        decoder = decoder_of(config).bind({"params": params})
         positions = default_positions(tokens_BP, None)
         all_kv += decoder.run_layers(prompt_state.hidden, positions, prompt_state.layers, config.n_layers)[1]
+
     caches = [cache.from_prefill(kv, capacity) for kv in all_kv]
-    return start_state(
-        config, tokens_BP, length_B, limit_B, draft, caches, [], capacity=capacity, window=window
-    )
+    return _decode_state(
+        config, tokens_BP, length_B, limit_B, draft,
+        caches=caches, exit_caches=[], capacity=capacity, window=window,
+    )  # fmt: skip
 
 
-def start_state(
+def _decode_state(
     config: ModelConfig,
     tokens_BP: jax.Array,
     length_B: jax.Array,
     limit_B: jax.Array,
     draft: jax.Array,
+    *,
     caches: Sequence[cache.LayerCache],
     exit_caches: Sequence[cache.LayerCache | None],
-    *,
     capacity: int,
     window: int,
 ) -> DecodeState:
-    """The decode state around filled caches; arguments as in `prefill`.
-
-    Args:
-      config: static.
-      tokens_BP: int32 prompts.
-      length_B: int32 prompt lengths.
-      limit_B: int32 length at which each row ends.
-      draft: int32 scalar.
-      caches: one per layer.
-      exit_caches: one per exit before the last layer; None where it has no block.
-      capacity: positions per cache; static.
-      window: pending positions per row; static.
-    """
+    """The decode state around filled caches: one per layer, and one per exit (None where it has no block)."""
     (b, p), n_exits = tokens_BP.shape, len(exit_caches)
     return DecodeState(
         tokens=jnp.pad(tokens_BP, [(0, 0), (0, capacity - p)]),
@@ -151,6 +129,8 @@ def start_state(
         alive=length_B < limit_B,
         ended=jnp.zeros((b,), bool),
         wait=jnp.full((b,), FREE, jnp.int32),
+        # The newest prompt token is left to the first tick, whose exits may already be confident about what
+        # follows it.
         done=jnp.broadcast_to(length_B - 1, (n_exits + 1, b)),
         hidden=tuple(jnp.zeros((b, window, config.d_model), config.dtype) for _ in range(n_exits)),
         cache=tuple(caches),
@@ -165,11 +145,11 @@ def start_state(
 @jax.jit
 def split_rows(tree: Any) -> list[Any]:
     """The rows of a tree of [B, ...] arrays, one tree each, in one program."""
-    rows = jax.tree.leaves(tree)[0].shape[0]
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(rows)]
+    n_rows = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(n_rows)]
 
 
 @jax.jit
 def stack_rows(rows: list[Any]) -> Any:
-    """Inverse of `split_rows`."""
+    """A tree of [B, ...] arrays from one tree per row, in one program; the inverse of `split_rows`."""
     return jax.tree.map(lambda *xs: jnp.stack(xs), *rows)

@@ -1,4 +1,4 @@
-"""What a call to the sampler gives back: tokens as text, their depths, and what they cost."""
+"""What a call of the sampler returns: tokens as text, their depths, and what they cost."""
 
 import dataclasses
 import time
@@ -10,8 +10,9 @@ import jax
 
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.decode.settings import Settings
 from elastic_lm.decode.state import DecodeState
-from elastic_lm.report import colour as render
+from elastic_lm.report import colour
 
 
 class TextTokenizer(Protocol):
@@ -33,16 +34,30 @@ class SampleStatistics:
     Attributes:
       tokens: emitted tokens of all rows.
       prompt_tokens: prompt tokens of all rows.
-      seconds: wall-clock time of prefill and decoding; slicing and compilation included where they happened.
+      seconds: wall-clock time of prefill and decoding, with slicing and compilation where they happened.
       tokens_per_s: tokens / seconds.
-      mean_layers: mean depth at which emitted tokens were chosen.
+      mean_layers: mean depth, in layers, at which emitted tokens were chosen.
       exit_counts: emitted tokens per depth.
-      segment_ticks: how often each segment ran.
-      subnet: the sub-network that ran; None = the whole model, or widths that routers chose meanwhile.
-      budget: that these routers were given; None = no routers chose meanwhile.
+      segment_ticks: how often each segment ran, from the lowest to the deepest.
+      subnet: the sub-network that ran; None = the whole model, or a model whose routers chose its widths
+        while it decoded.
+      budget: the budget that those routers kept; None = no routers chose.
       drafted: tokens that lossless rows drafted and the full model verified.
-      accepted: those that stayed.
-      wasted: those that did not.
+      accepted: drafted tokens that the full model accepted.
+      wasted: drafted tokens that it rejected.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, tiny_config
+
+      config = tiny_config(exits=(2,))
+      sampler = el.Sampler(el.Decoder(config), random_params(config), exit=el.StaticExit(2, layers=(2,)))
+
+      stats = sampler.sample([1, 2, 3], max_new_tokens=8).stats
+      print(f"{stats.tokens} tokens at {stats.mean_layers:.1f} of {config.n_layers} layers")
+      print("tokens per depth:", stats.exit_counts, "ticks per segment:", stats.segment_ticks)
+      ```
     """
 
     tokens: int
@@ -60,7 +75,7 @@ class SampleStatistics:
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafted tokens that stayed; 1 where none were drafted."""
+        """Share of the drafted tokens that were accepted; 1 where none were drafted."""
         return self.accepted / self.drafted if self.drafted else 1.0
 
 
@@ -71,8 +86,20 @@ class Sample:
     Attributes:
       text: decoded continuation, without the prompt, without the stop token, cut before a stop string.
       tokens: emitted token ids, up to and including a stop token or the end of a stop string.
-      exit_layers: layers that ran before each emitted token was chosen; of a sub-network, those that it kept.
-      stats: what the call that produced it cost (shared by the rows of a batch).
+      exit_layers: layers that ran before each emitted token was chosen; layers that a sub-network leaves out
+        do not count.
+      stats: what the call cost; the rows of a batch share it.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, tiny_config
+
+      config = tiny_config()
+      first, second = el.Sampler(el.Decoder(config), random_params(config)).sample([[1, 2, 3], [4]], 8)
+      print(first.tokens, first.exit_layers)  # full depth everywhere: there are no exits
+      assert first.stats is second.stats
+      ```
     """
 
     text: str
@@ -83,11 +110,11 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Detokenizer:
-    """Reads emitted tokens as text."""
+    """Turns emitted tokens into text, and knows where text ends."""
 
     tokenizer: TextTokenizer | None  # None = every text is empty
-    ends: tuple[int, ...]  # tokens that end a text and are no part of it
-    stops: tuple[str, ...]  # strings that end a text likewise
+    end_tokens: tuple[int, ...]  # end a text and are not part of it
+    stops: tuple[str, ...]  # stop strings, which end a text and are not part of it either
 
     def text(self, prompt: list[int], emitted: list[int]) -> str:
         """Text of the emitted tokens, cut before the first stop string."""
@@ -96,7 +123,7 @@ class Detokenizer:
         return text[: min(cuts)] if cuts else text
 
     def stops_after(self, prompt: list[int], emitted: list[int]) -> int | None:
-        """Number of emitted tokens whose text first holds a stop string, or None."""
+        """The number of emitted tokens at which their text first contains a stop string, or None."""
         if not any(stop in self._decode(prompt, emitted) for stop in self.stops):
             return None
         prefixes = (self._decode(prompt, emitted[:n]) for n in range(1, len(emitted) + 1))
@@ -106,18 +133,36 @@ class Detokenizer:
         """Text of the emitted tokens in the context of their prompt, without the stop token."""
         if self.tokenizer is None:
             return ""
-        if emitted and emitted[-1] in self.ends:
+        if emitted and emitted[-1] in self.end_tokens:
             emitted = emitted[:-1]
+
+        # Some tokens decode to other text after a prompt than alone, such as those that begin with a space.
         before = self.tokenizer.decode(prompt)
         text = self.tokenizer.decode([*prompt, *emitted])
         return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(emitted)
 
 
+def make_detokenizer(
+    tokenizer: TextTokenizer | None, eos_ids: tuple[int, ...], settings: Settings
+) -> Detokenizer:
+    """The detokenizer for a call with these settings; `eos_ids` are the model's own end tokens.
+
+    Raises:
+      ValueError: the settings have stop strings, and there is no tokenizer.
+    """
+    stops = settings.stop_strings()
+    if stops and tokenizer is None:
+        raise ValueError(
+            f"stop={settings.stop!r}: stop strings need a tokenizer; use stop_tokens without one"
+        )
+    return Detokenizer(tokenizer, (*eos_ids, *settings.stop_tokens), stops)
+
+
 def collect(
     state: DecodeState,
     prompts: list[list[int]],
-    reader: Detokenizer,
-    began: float,
+    detokenizer: Detokenizer,
+    started: float,
     subnet: Subnet | None = None,
     budget: Budget | None = None,
 ) -> list[Sample]:
@@ -126,24 +171,27 @@ def collect(
     Args:
       state: between two iterations, or at the end.
       prompts: token ids per row.
-      reader: reads the emitted tokens.
-      began: `time.perf_counter()` when the call began.
-      subnet: see `SampleStatistics`.
-      budget: see `SampleStatistics`.
+      detokenizer: of the call.
+      started: `time.perf_counter()` at the start of the call.
+      subnet: for the statistics.
+      budget: for the statistics.
 
     Returns:
       One sample per row.
     """
-    pulled = (state.tokens, state.exit_layers, state.length, state.ticks, state.drafted, state.accepted)
-    tokens, depths, lengths, ticks, drafted, accepted = jax.device_get(pulled)
-    seconds = time.perf_counter() - began
-    spans = [slice(len(p), int(n)) for p, n in zip(prompts, lengths, strict=True)]
-    emitted = [tokens[i, s].tolist() for i, s in enumerate(spans)]
-    emitted = [ids[: reader.stops_after(p, ids)] for p, ids in zip(prompts, emitted, strict=True)]
-    layers = [
-        depths[i, s].tolist()[: len(ids)] for i, (s, ids) in enumerate(zip(spans, emitted, strict=True))
-    ]
-    counts = Counter(depth for row in layers for depth in row)
+    on_device = (state.tokens, state.exit_layers, state.length, state.ticks, state.drafted, state.accepted)
+    tokens, depths, lengths, ticks, drafted, accepted = jax.device_get(on_device)
+    seconds = time.perf_counter() - started
+
+    emitted, exit_layers = [], []
+    for row, prompt in enumerate(prompts):
+        span = slice(len(prompt), int(lengths[row]))
+        ids = tokens[row, span].tolist()
+        ids = ids[: detokenizer.stops_after(prompt, ids)]
+        emitted.append(ids)
+        exit_layers.append(depths[row, span].tolist()[: len(ids)])
+
+    counts = Counter(depth for row in exit_layers for depth in row)
     total = sum(counts.values())
     stats = SampleStatistics(
         tokens=total,
@@ -159,12 +207,15 @@ def collect(
         accepted=int(accepted.sum()),
         wasted=int((drafted - accepted).sum()),
     )
-    texts = [reader.text(p, ids) for p, ids in zip(prompts, emitted, strict=True)]
-    return [Sample(*row, stats) for row in zip(texts, emitted, layers, strict=True)]
+    return [
+        Sample(detokenizer.text(prompt, ids), ids, layers, stats)
+        for prompt, ids, layers in zip(prompts, emitted, exit_layers, strict=True)
+    ]
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> str:
-    """The part of `text` that later tokens cannot change: no half character, no started stop string."""
+    """The part of `text` that later tokens cannot change: no half character, no start of a stop string."""
+    # Tokenizers decode the first bytes of an unfinished character to U+FFFD.
     text = text.rstrip("\ufffd")
     longest = max((len(s) for s in stops), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
@@ -173,6 +224,6 @@ def held_back(text: str, stops: tuple[str, ...]) -> str:
     return text
 
 
-def sample_spans(tokenizer: Tokenizer, prompt: Sequence[int], sample: Sample) -> list[render.Span]:
+def sample_spans(tokenizer: Tokenizer, prompt: Sequence[int], sample: Sample) -> list[colour.Span]:
     """The text of a continuation of `prompt` (token ids), in runs of one depth."""
-    return render.spans(tokenizer.decode, sample.tokens, sample.exit_layers, prompt=prompt, text=sample.text)
+    return colour.spans(tokenizer.decode, sample.tokens, sample.exit_layers, prompt=prompt, text=sample.text)

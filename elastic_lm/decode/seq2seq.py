@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config.checks import AT_LEAST_1, POSITIVE, require
+from elastic_lm.config.checks import POSITIVE, require
 from elastic_lm.data.padding import filled
 from elastic_lm.decode.prefill import split_rows, stack_rows
-from elastic_lm.decode.results import Detokenizer, TextTokenizer
+from elastic_lm.decode.results import Detokenizer, TextTokenizer, make_detokenizer
 from elastic_lm.decode.seq2seq_loop import Request, Targets, encode, generate, label_scores
-from elastic_lm.decode.settings import Settings, bucket, check_ids, make_settings, pad_rows, stop_array
+from elastic_lm.decode.settings import bucket, check_ids, make_settings, pad_rows, stop_array
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
 from elastic_lm.models.registry import Model
 
-LONGEST = 4096  # tokens of a source
+LONGEST = 4096  # tokens of a source, unless `max_len` says otherwise
 
 # Static: the config, the capacity. Traced: everything else.
 jit_generate = jax.jit(generate, static_argnames=("config", "capacity"))
@@ -28,12 +28,12 @@ jit_encode = jax.jit(encode, static_argnames="config")
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A source that the encoder has read, from which targets are generated without reading it again.
+    """A source that the encoder has read, so that `generate` and `classify` need not read it again.
 
     Attributes:
-      tokens: of the source.
-      hidden: [S, D] the encoder's output; what stands after the tokens means nothing.
-      logits: [n_labels] float32 of the head on the encoder.
+      tokens: token ids of the source.
+      hidden: [S, D] output of the encoder; entries after the tokens mean nothing.
+      logits: [n_labels] float32 logits of the head on the encoder.
     """
 
     tokens: list[int]
@@ -46,15 +46,29 @@ Source = str | Sequence[int] | Encoded
 
 @dataclasses.dataclass(frozen=True)
 class Text2TextResult:
-    """One generated target; M tokens.
+    """One generated target of M tokens, with scores of the distributions that they were drawn from.
 
     Attributes:
       text: decoded target, without the end token, cut before a stop string.
       tokens: emitted token ids, up to and including the end token or the end of a stop string.
-      energy: [M] float32, -T logsumexp(logits / T) where each token was chosen; see `decode.scores`.
-      max_prob: [M] float32, the largest probability there.
-      entropy: [M] float32, entropy in nats there.
-      margin: [M] float32, difference of the two largest probabilities there.
+      energy: [M] float32, -T logsumexp(logits / T); lower is surer (E-LANG, arXiv 2203.00748).
+      max_prob: [M] float32, largest probability, in [0, 1].
+      entropy: [M] float32, entropy in nats.
+      margin: [M] float32, difference of the two largest probabilities, in [0, 1].
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import jax
+      from elastic_lm.models.encoder_decoder import init_params
+
+      config = el.EncoderDecoderConfig(vocab_size=48, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
+      params = init_params(config, jax.random.key(0))
+      model = el.TextToText(el.EncoderDecoder(config), params)
+
+      (result,) = model.generate([3, 4, 5], max_new_tokens=4)
+      print(result.tokens, result.mean_energy, result.max_prob)
+      ```
     """
 
     text: str
@@ -66,18 +80,33 @@ class Text2TextResult:
 
     @property
     def mean_energy(self) -> float:
-        """Energy of the target, the mean over its tokens (E-LANG, arXiv 2203.00748)."""
+        """The energy of the whole target: the mean over its tokens (E-LANG, arXiv 2203.00748)."""
         return float(np.mean(self.energy))
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """Labels of N sources among C.
+    """The labels of N sources, chosen from C.
 
     Attributes:
-      labels: the likeliest label of each source, counted from 0.
-      log_probs: [N, C] float32, log probability (natural) of the label as target, end token included.
-      energy: [N] float32, energy of the first target position over the whole vocabulary.
+      labels: index of the likeliest label of each source, counted from 0.
+      log_probs: [N, C] float32, natural log probability of each label as the target, end token included.
+      energy: [N] float32, energy of the first target position over the whole vocabulary (E-LANG,
+        arXiv 2203.00748); lower is surer.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import jax
+      from elastic_lm.models.encoder_decoder import init_params
+
+      config = el.EncoderDecoderConfig(vocab_size=48, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
+      params = init_params(config, jax.random.key(0))
+      model = el.TextToText(el.EncoderDecoder(config), params)
+
+      found = model.classify([[3, 4, 5], [6]], labels=[[7, 1], [8, 1]])
+      print(found.labels, found.log_probs, found.energy)
+      ```
     """
 
     labels: list[int]
@@ -86,23 +115,43 @@ class Classification:
 
 
 class TextToText:
-    """Generates and scores targets with an encoder-decoder model, at any batch size.
+    """Generates and scores targets with an encoder-decoder model such as T5, at any batch size.
 
-    One program is compiled per bucket: numbers of rows and lengths are rounded up to powers of two. Sampling
-    settings and limits are traced: changing them compiles nothing.
+    One program is compiled per bucket: numbers of rows and lengths are rounded up to powers of two. The
+    settings and limits of a call are traced: changing them compiles nothing.
+
+    Attributes:
+      config: of the model; static.
+      params: its canonical parameters.
+      tokenizer: None = calls are about token ids.
+      max_len: tokens of a source at most.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import jax
+      from elastic_lm.models.encoder_decoder import init_params
+
+      config = el.EncoderDecoderConfig(vocab_size=48, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
+      params = init_params(config, jax.random.key(0))
+      model = el.TextToText(el.EncoderDecoder(config), params)
+
+      for result in model.generate([[3, 4, 5], [6, 7]], max_new_tokens=4, temperature=0.8, seed=1):
+          print(result.tokens, result.energy)
+      ```
     """
 
     def __init__(
         self, model: Model, params: Params, tokenizer: TextTokenizer | None = None, *, max_len: int = LONGEST
     ):
-        """Creates one.
+        """Creates the generator; nothing is compiled yet.
 
         Args:
           model: an encoder-decoder; its config is static.
           params: canonical parameters.
-          tokenizer: needed for text; token-id sources work without and give empty text.
-          max_len: tokens of a source at most. The model sets no limit, but attention over S tokens takes
-            memory for 4 S^2 bytes per row and head.
+          tokenizer: needed for text; token-id sources work without one and give empty text.
+          max_len: tokens of a source at most, at least 1. The model sets no limit, but attention over S
+            tokens takes 4 S^2 bytes of memory per row and head.
 
         Raises:
           ValueError: the model is of another kind, or max_len is below 1.
@@ -110,8 +159,11 @@ class TextToText:
         if not isinstance(model, EncoderDecoder):
             kind = type(model).__name__
             raise ValueError(f"model={kind}: must be an EncoderDecoder, such as T5; decoders run in Sampler")
-        require(AT_LEAST_1[0](max_len), "max_len", max_len, AT_LEAST_1[1])
-        self.config, self.params, self.tokenizer, self.max_len = model.config, params, tokenizer, max_len
+        require(max_len >= 1, "max_len", max_len, "must be at least 1")
+        self.config = model.config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.max_len = max_len
 
     def generate(
         self,
@@ -124,12 +176,14 @@ class TextToText:
         """Generates a target for every source.
 
         Args:
-          sources: texts, each given the model's end token, or token ids, taken as they are, or what `encode`
-            makes of either; one or a list.
-          max_new_tokens: tokens to emit per row at most.
-          energy_temperature: T of the energies.
-          **settings: fields of `requests.Settings`: temperature, top_k, top_p, min_p, repetition_penalty,
-            seed, stop, stop_tokens, ignore_eos. Stop strings cut what was generated.
+          sources: texts, to which the model's end token is added; or token ids, taken as they are; or what
+            `encode` makes of either. One source or a list.
+          max_new_tokens: tokens to emit per row at most, at least 1.
+          energy_temperature: T of the energies, positive.
+          **settings: how tokens are drawn and where text ends, one value or one per row: `temperature`
+            (0 = greedy), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`; for all rows `stop`
+            (strings, which cut the generated text), `stop_tokens` (ids), `ignore_eos`. See
+            `decode.settings.Settings`.
 
         Returns:
           One result per source, in their order.
@@ -137,21 +191,22 @@ class TextToText:
         Raises:
           ValueError: an empty or too long source, an unknown setting, or a value out of range.
         """
-        how = make_settings(settings)
+        call_settings = make_settings(settings)
         rows = self._encode(sources)
-        require(AT_LEAST_1[0](max_new_tokens), "max_new_tokens", max_new_tokens, AT_LEAST_1[1])
+        require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
+        detokenizer = make_detokenizer(self.tokenizer, self.config.eos_ids, call_settings)
+
         tokens, lengths = _pad(rows)
         hidden = _hidden(sources, *tokens.shape)
         request = Request(
             limit=jnp.int32(max_new_tokens),
-            stop_tokens=stop_array(self.config.eos_ids, how),
-            sampling=_fill(how.arrays(len(rows)), len(lengths) - len(rows)),
+            stop_tokens=stop_array(self.config.eos_ids, call_settings),
+            sampling=_fill(call_settings.arrays(len(rows)), len(lengths) - len(rows)),
             energy_temperature=_temperature(energy_temperature),
         )
-        reader = self._reader(how)
         capacity = bucket(max_new_tokens)
         targets = jit_generate(self.config, self.params, tokens, lengths, request, hidden, capacity=capacity)
-        return _collect(targets, len(rows), reader)
+        return _collect(targets, len(rows), detokenizer)
 
     def classify(
         self,
@@ -160,23 +215,25 @@ class TextToText:
         *,
         energy_temperature: float = 1.0,
     ) -> Classification:
-        """Chooses a label for every source by the probability of its text as the target.
+        """Chooses a label for every source by the probability of the label's text as the target.
 
         Args:
           sources: as in `generate`.
-          labels: the possible targets, texts (each given the model's end token) or token ids.
-          energy_temperature: T of the energies.
+          labels: the possible targets: texts, to which the model's end token is added, or token ids.
+          energy_temperature: T of the energies, positive.
 
         Returns:
-          Labels, their log probabilities and the energies that E-LANG routes by.
+          The labels, their log probabilities, and the energies by which E-LANG decides whether a larger
+          model is asked.
 
         Raises:
-          ValueError: an empty or too long source or label, or a label that is there twice.
+          ValueError: an empty or too long source or label, or two labels of the same tokens.
         """
         require(not isinstance(labels, str), "labels", labels, "must be a list of labels")
         rows, targets = self._encode(sources), self._encode(list(labels), "label")
         distinct = len(set(map(tuple, targets))) == len(targets)
         require(distinct, "labels", list(labels), "two have the same tokens; each must be there once")
+
         label_tokens, label_lengths = pad_rows(targets, len(targets), _power_of_2(max(map(len, targets))))
         tokens, lengths = _pad(rows)
         log_probs, energy = jax.device_get(
@@ -185,6 +242,7 @@ class TextToText:
                 _temperature(energy_temperature), _hidden(sources, *tokens.shape),
             )
         )  # fmt: skip
+
         log_probs = log_probs[: len(rows)]
         return Classification(np.argmax(log_probs, axis=-1).tolist(), log_probs, energy[: len(rows)])
 
@@ -195,18 +253,29 @@ class TextToText:
           sources: texts or token ids, as in `generate`.
 
         Returns:
-          What `generate` and `classify` go on from, one per source.
+          One `Encoded` per source, which `generate` and `classify` take in place of the source.
 
         Raises:
-          ValueError: an empty or too long source, or the model has no such head.
+          ValueError: an empty or too long source, or the model has no head on its encoder.
         """
         rows = self._encode(sources)
         hidden, logits = jit_encode(self.config, self.params, *_pad(rows))
-        found = zip(rows, split_rows(hidden), jax.device_get(logits), strict=False)
-        return [Encoded(*one) for one in found]
+        # Not strict: the arrays are padded with rows that are no sources.
+        encoded = zip(rows, split_rows(hidden), jax.device_get(logits), strict=False)
+        return [Encoded(*one) for one in encoded]
 
     def encoder_logits(self, sources: Source | Sequence[Source]) -> np.ndarray:
-        """[N, n_labels] float32 logits of the head on the encoder; arguments and errors as in `encode`."""
+        """Logits of the head on the encoder.
+
+        Args:
+          sources: texts or token ids, as in `generate`.
+
+        Returns:
+          [N, n_labels] float32.
+
+        Raises:
+          ValueError: an empty or too long source, or the model has no head on its encoder.
+        """
         return np.stack([one.logits for one in self.encode(sources)])
 
     @staticmethod
@@ -219,17 +288,23 @@ class TextToText:
         """Token ids per row, checked."""
         if isinstance(sources, np.ndarray | jax.Array):
             sources = np.asarray(sources).tolist()
-        one = isinstance(sources, str | Encoded)
-        one = one or (len(sources) > 0 and isinstance(sources[0], int | np.integer))
+        single = isinstance(sources, str | Encoded)
+        single = single or (len(sources) > 0 and isinstance(sources[0], int | np.integer))
+
         rows = []
-        for i, item in enumerate([sources] if one else sources):
+        for i, item in enumerate([sources] if single else sources):
             if isinstance(item, str):
                 item = self._tokens(f"{what} {i}", item)
-            item = item.tokens if isinstance(item, Encoded) else item
+            elif isinstance(item, Encoded):
+                item = item.tokens
             ids = [int(token) for token in item]
             require(bool(ids), f"{what} {i}", ids, "is empty: give at least one token")
-            fix = f"is more than max_len={self.max_len}: shorten it, or give TextToText a larger max_len"
-            require(len(ids) <= self.max_len, f"{what} {i}: tokens", len(ids), fix)
+            require(
+                len(ids) <= self.max_len,
+                f"{what} {i}: tokens",
+                len(ids),
+                f"is more than max_len={self.max_len}: shorten it, or give TextToText a larger max_len",
+            )
             check_ids(f"{what} {i}", ids, self.config.vocab_size)
             rows.append(ids)
         require(bool(rows), f"{what}s", rows, "give at least one")
@@ -241,26 +316,20 @@ class TextToText:
         require(bool(text), what, text, "is empty: give at least one character of text")
         return [*self.tokenizer.encode(text), *self.config.eos_ids[:1]]
 
-    def _reader(self, how: Settings) -> Detokenizer:
-        reader = Detokenizer(self.tokenizer, (*self.config.eos_ids, *how.stop_tokens), how.stop_strings())
-        if reader.stops and self.tokenizer is None:
-            raise ValueError(f"stop={how.stop!r}: stop strings need a tokenizer; use stop_tokens without one")
-        return reader
-
 
 def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
 def _pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in a bucket of rows and a bucket of lengths."""
+    """The rows as one array, both sides of which are rounded up to powers of two, and their lengths."""
     return pad_rows(rows, _power_of_2(len(rows)), bucket(max(map(len, rows))))
 
 
 def _hidden(sources: Any, count: int, width: int) -> jax.Array | None:
-    """[count, width, D] the encoder's output for sources that it has read; None = it has not."""
-    given = [sources] if isinstance(sources, Encoded) else sources
-    read = [isinstance(one, Encoded) for one in given]
+    """[count, width, D]: the encoder's output for sources that it has read; None where it has not."""
+    sources = [sources] if isinstance(sources, Encoded) else sources
+    read = [isinstance(source, Encoded) for source in sources]
     if not any(read):
         return None
     require(all(read), "sources", f"{sum(read)} of {len(read)} encoded", "encode all of them, or none")
@@ -269,7 +338,7 @@ def _hidden(sources: Any, count: int, width: int) -> jax.Array | None:
         hidden_SD = hidden_SD[:width]
         return jnp.pad(hidden_SD, ((0, width - hidden_SD.shape[0]), (0, 0)))
 
-    return stack_rows([fit(one.hidden) for one in filled(given, count)])
+    return stack_rows([fit(source.hidden) for source in filled(sources, count)])
 
 
 def _fill(rows: Any, more: int) -> Any:
@@ -282,13 +351,21 @@ def _temperature(value: float) -> jax.Array:
     return jnp.float32(value)
 
 
-def _collect(targets: Targets, count: int, reader: Detokenizer) -> list[Text2TextResult]:
-    """Brings tokens and scores to the host, once."""
-    tokens, lengths, s = jax.device_get((targets.tokens, targets.length, targets.scores))
+def _collect(targets: Targets, n_sources: int, detokenizer: Detokenizer) -> list[Text2TextResult]:
+    """Brings tokens and scores to the host, once; the rows after the sources are padding."""
+    tokens, lengths, scores = jax.device_get((targets.tokens, targets.length, targets.scores))
     results = []
-    for i in range(count):
+    for i in range(n_sources):
         emitted = tokens[i, 1 : lengths[i] + 1].tolist()
-        emitted = emitted[: reader.stops_after([], emitted)]
-        scores = [x[i, : len(emitted)] for x in (s.energy, s.max_prob, s.entropy, s.margin)]
-        results.append(Text2TextResult(reader.text([], emitted), emitted, *scores))
+        emitted = emitted[: detokenizer.stops_after([], emitted)]
+        n = len(emitted)
+        result = Text2TextResult(
+            text=detokenizer.text([], emitted),
+            tokens=emitted,
+            energy=scores.energy[i, :n],
+            max_prob=scores.max_prob[i, :n],
+            entropy=scores.entropy[i, :n],
+            margin=scores.margin[i, :n],
+        )
+        results.append(result)
     return results

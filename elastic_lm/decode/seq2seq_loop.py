@@ -1,8 +1,8 @@
-"""Decoding targets with an encoder-decoder model: each function here is one compiled program.
+"""Decoding targets with an encoder-decoder model: each public function here is one compiled program.
 
-The source is encoded once, and the keys and values that its decoder layers see are computed once. All rows
-are at the same place of their targets, so one scalar says where the caches are written. Layers are unrolled:
-a loop over stacked weights would copy each of them at every step (`models.decoder`).
+A source is encoded once, and the keys and values that the decoder's layers see of it are computed once. All
+rows are at the same position of their targets, so one scalar says where the caches are written. The layers
+are unrolled, because a loop over stacked weights would copy each of them at every step.
 """
 
 import dataclasses
@@ -42,19 +42,19 @@ class Targets:
     """Targets being decoded.
 
     Attributes:
-      tokens: [B, C + 1] int32, the start token and what was emitted; `pad_id` from a row's end on.
-      length: [B] int32, emitted tokens.
-      scores: [B, C] each, of the emitted tokens; what stands after a row's end means nothing.
+      tokens: [B, C + 1] int32, the start token and the emitted ones; `pad_id` after the end of a row.
+      length: [B] int32, number of emitted tokens.
+      scores: [B, C] each, of the emitted tokens; entries after the end of a row mean nothing.
       alive: [B] bool, the row still runs.
-      place: int32 scalar, where the newest token of living rows stands.
-      cache: one LayerCache per decoder layer; entry s is of place s.
+      position: int32 scalar, of the newest token of the rows that are alive.
+      cache: one LayerCache per decoder layer.
     """
 
     tokens: jax.Array
     length: jax.Array
     scores: TokenScores
     alive: jax.Array
-    place: jax.Array
+    position: jax.Array
     cache: tuple[cache.LayerCache, ...]
 
 
@@ -74,28 +74,30 @@ def generate(
       config: static.
       params: canonical parameters.
       source_BS: int32 sources, padded on the right.
-      length_B: int32 their lengths; a row of length 0 emits nothing.
+      length_B: int32 lengths of the sources; a row of length 0 emits nothing.
       request: its `limit` is at most `capacity`.
-      hidden_BSD: from `encode`, where the sources have been read before.
+      hidden_BSD: what `encode` gave for the sources, or None to encode them here.
       capacity: C, tokens that the caches have room for; static.
 
     Returns:
       Targets in which no row is alive.
     """
-    source = _see(config, params, source_BS, length_B, hidden_BSD)
+    source = _source_key_values(config, params, source_BS, length_B, hidden_BSD)
 
     def step(state: Targets) -> Targets:
         model = _bind(config, params)
-        done_B = jnp.broadcast_to(state.place, length_B.shape)
-        token_B = jax.lax.dynamic_index_in_dim(state.tokens, state.place, axis=1, keepdims=False)
+        done_B = jnp.broadcast_to(state.position, length_B.shape)
+        token_B = jax.lax.dynamic_index_in_dim(state.tokens, state.position, axis=1, keepdims=False)
         past = [cache.past(layer, done_B) for layer in state.cache]
-        logits_BV, new_kv = model.step(token_B, state.place, past, source)
-        start = cache.after(logits_BV[:, None], state.place)[0]
+        logits_BV, new_kv = model.step(token_B, state.position, past, source)
+
+        # Written after all reads, so that XLA writes in place.
+        start = cache.after(logits_BV[:, None], state.position)[0]
         layers = tuple(cache.write(c, kv, start) for c, kv in zip(state.cache, new_kv, strict=True))
         return _emit(config, dataclasses.replace(state, cache=layers), logits_BV, request)
 
-    start = _start(config, length_B, capacity)
-    return jax.lax.while_loop(lambda state: jnp.any(state.alive), step, start)
+    empty = _empty_targets(config, length_B, capacity)
+    return jax.lax.while_loop(lambda state: jnp.any(state.alive), step, empty)
 
 
 def label_scores(
@@ -108,24 +110,25 @@ def label_scores(
     energy_temperature: jax.Array,
     hidden_BSD: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """How likely each of several targets is.
+    """How likely each of C targets is for each source.
 
     Args:
       config: static.
       params: canonical parameters.
       source_BS: int32 sources, padded on the right.
-      length_B: int32 their lengths.
+      length_B: int32 lengths of the sources.
       labels_CT: int32 targets, padded on the right.
-      label_length_C: int32 their lengths, end tokens included.
+      label_length_C: int32 lengths of the targets, end tokens included.
       energy_temperature: float32 scalar, T of the energy.
-      hidden_BSD: as in `generate`.
+      hidden_BSD: what `encode` gave for the sources, or None to encode them here.
 
     Returns:
-      (log probabilities [B, C] float32, energy [B] float32 of the first target position, which no label
-      has a part in).
+      (log probabilities [B, C] float32, energy [B] float32 of the first target position, which is the same
+      for all labels).
     """
     model, b = _bind(config, params), source_BS.shape[0]
-    source = _see(config, params, source_BS, length_B, hidden_BSD)
+    source = _source_key_values(config, params, source_BS, length_B, hidden_BSD)
+
     first_C1 = jnp.full((labels_CT.shape[0], 1), config.decoder_start_id, jnp.int32)
     inputs_CT = jnp.concatenate([first_C1, labels_CT[:, :-1]], axis=1)
     counted_CT = jnp.arange(labels_CT.shape[1]) < label_length_C[:, None]
@@ -138,6 +141,7 @@ def label_scores(
         total_B = jnp.sum(jnp.where(counted_T, taken_BT, 0.0), axis=-1)
         return total_B, free_energy(logits_BTV[:, 0], energy_temperature)
 
+    # One label after the other, so that only the logits [B, T, V] of one label are in memory.
     totals_CB, energy_CB = jax.lax.map(score, (inputs_CT, labels_CT, counted_CT))
     return totals_CB.T, energy_CB[0]
 
@@ -145,7 +149,7 @@ def label_scores(
 def encode(
     config: EncoderDecoderConfig, params: Params, source_BS: jax.Array, length_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Reads sources without decoding; arguments as in `generate`.
+    """Encodes sources, padded on the right to `source_BS` of lengths `length_B`, without decoding.
 
     Returns:
       (the encoder's output [B, S, D], logits [B, n_labels] float32 of the head on it).
@@ -163,40 +167,52 @@ def _mask(source_BS: jax.Array, length_B: jax.Array) -> jax.Array:
     return jnp.arange(source_BS.shape[1]) < length_B[:, None]
 
 
-def _see(
+def _source_key_values(
     config: EncoderDecoderConfig,
     params: Params,
     source_BS: jax.Array,
     length_B: jax.Array,
     hidden_BSD: jax.Array | None,
 ) -> list[KeyValues]:
-    """What the decoder's layers see of the sources."""
+    """What each layer of the decoder sees of the sources."""
     model, mask_BS = _bind(config, params), _mask(source_BS, length_B)
-    return model.source(model.encode(source_BS, mask_BS) if hidden_BSD is None else hidden_BSD, mask_BS)
+    hidden = model.encode(source_BS, mask_BS) if hidden_BSD is None else hidden_BSD
+    return model.source(hidden, mask_BS)
 
 
-def _start(config: EncoderDecoderConfig, length_B: jax.Array, capacity: int) -> Targets:
+def _empty_targets(config: EncoderDecoderConfig, length_B: jax.Array, capacity: int) -> Targets:
     b = length_B.shape[0]
     tokens = jnp.full((b, capacity + 1), config.pad_id, jnp.int32).at[:, 0].set(config.decoder_start_id)
     scores = TokenScores(*(jnp.zeros((b, capacity), jnp.float32) for _ in range(4)))
-    room = jnp.zeros((b, config.n_heads, capacity, config.head_dim), config.dtype)
-    caches = tuple((room, room) for _ in range(config.n_decoder_layers))
-    return Targets(tokens, jnp.zeros((b,), jnp.int32), scores, length_B > 0, jnp.int32(0), caches)
+    zeros = jnp.zeros((b, config.n_heads, capacity, config.head_dim), config.dtype)
+    return Targets(
+        tokens=tokens,
+        length=jnp.zeros((b,), jnp.int32),
+        scores=scores,
+        alive=length_B > 0,
+        position=jnp.int32(0),
+        cache=tuple((zeros, zeros) for _ in range(config.n_decoder_layers)),
+    )
 
 
 def _emit(config: EncoderDecoderConfig, state: Targets, logits_BV: jax.Array, request: Request) -> Targets:
-    """Appends a token, and what its logits say, to the living rows."""
-    place = state.place + 1
-    place_B = jnp.broadcast_to(place, state.length.shape)
-    token_B = sample(logits_BV, state.tokens, place_B, request.sampling)
+    """Appends a token and its scores to the rows that are alive."""
+    position = state.position + 1
+    position_B = jnp.broadcast_to(position, state.length.shape)
+    token_B = sample(logits_BV, state.tokens, position_B, request.sampling)
     token_B = jnp.where(state.alive, token_B, config.pad_id)
+
     scores = token_scores(logits_BV, request.energy_temperature)
-    ends_B = jnp.any(token_B[:, None] == request.stop_tokens, axis=-1) | (place >= request.limit)
+    ends_B = jnp.any(token_B[:, None] == request.stop_tokens, axis=-1) | (position >= request.limit)
+
+    def append(all_BC: jax.Array, new_B: jax.Array) -> jax.Array:
+        return all_BC.at[:, state.position].set(new_B)
+
     return dataclasses.replace(
         state,
-        tokens=state.tokens.at[:, place].set(token_B),
+        tokens=state.tokens.at[:, position].set(token_B),
         length=state.length + state.alive,
-        scores=jax.tree.map(lambda all_BC, new_B: all_BC.at[:, state.place].set(new_B), state.scores, scores),
+        scores=jax.tree.map(append, state.scores, scores),
         alive=state.alive & ~ends_B,
-        place=place,
+        position=position,
     )

@@ -1,8 +1,8 @@
-"""The models that a sampler serves: a whole one, and the sub-networks of it that were asked for last.
+"""The models that a sampler serves: the whole one, and those of its sub-networks that were served last.
 
-A sub-network is served as the ordinary smaller model that it is. It owns the arrays that its slice cuts
-(`slicing.slice_params`) and the programs that are compiled for it, and both go when it is evicted.
-Routers that read states have one model for all budgets, whose layers are a second copy of the whole one's.
+A sub-network is served as an ordinary smaller model. It owns the arrays that are sliced for it and the
+programs that are compiled for it, and both leave memory when it is evicted. Routers that read states choose
+the widths of one model for all budgets, whose layers are a second copy of the layers of the whole model.
 """
 
 import collections
@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 
-from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.loop import run
@@ -35,7 +34,9 @@ def _jit_run(function: Callable[..., Any]) -> Any:
     return jax.jit(function, static_argnames=("config", "mode"), donate_argnames="state")
 
 
-jit_prefill, jit_run = _jit_prefill(prefill), _jit_run(run)  # of whole models, for the life of the process
+# The programs of whole models, which stay for the life of the process.
+jit_prefill = _jit_prefill(prefill)
+jit_run = _jit_run(run)
 jit_prefill_from_state = _jit_prefill(prefill_from_state)
 
 
@@ -44,13 +45,13 @@ class Served:
     """A model in memory and the jitted functions that decode with it.
 
     Attributes:
-      subnet: what it is of the whole model; None = all of it.
-      config: its own, of a sub-network that of the slice; static.
-      params: its canonical parameters.
+      subnet: the part of the whole model that this is; None = all of it.
+      config: of this model, so of a sub-network the config of its slice; static.
+      params: canonical parameters of this model.
       prefill: `prefill.prefill`, jitted.
       run: `loop.run`, jitted; the state is donated.
-      per: who has widths of its own, where routers choose while it decodes.
-      budget: of these routers; None = no routers choose while it decodes.
+      per: whether routers choose widths for every token or for every prompt.
+      budget: that routers keep while the model decodes; None = no routers choose.
     """
 
     subnet: Subnet | None
@@ -62,7 +63,7 @@ class Served:
     budget: Budget | None = None
 
     def for_prompts(self, tokens_BP: jax.Array, length_B: jax.Array) -> "Served":
-        """The model for these prompts (see `routed.prompt_choices`): itself where they decide nothing."""
+        """This model, with the widths that its routers choose for these prompts if they choose per prompt."""
         if self.per == "token" or not isinstance(self.config, NestedConfig):
             return self
         config, params = for_prompts(self.config, self.params, tokens_BP, length_B)
@@ -70,29 +71,25 @@ class Served:
 
 
 class ServedModels:
-    """The whole model and at most `keep` sub-networks of it, the least recently served of which go first."""
+    """The whole model and at most `keep` of its sub-networks; the one served longest ago is evicted first."""
 
-    def __init__(self, config: ModelConfig, params: Params, keep: int, inside: bool = False) -> None:
+    def __init__(self, config: ModelConfig, params: Params, keep: int, slice_inside: bool = False) -> None:
         """Creates the store; nothing is sliced yet.
 
         Args:
           config: the whole model.
           params: its canonical parameters, which are not copied.
-          keep: sub-networks whose arrays and programs stay in memory.
-          inside: arrays are sliced inside the programs, whenever these run; they take a slice's memory
-            while these do, and none between.
-
-        Raises:
-          ValueError: `keep` is below 1.
+          keep: sub-networks whose arrays and programs stay in memory; at least 1.
+          slice_inside: arrays are sliced inside the programs whenever these run, and take memory only then.
         """
-        require(AT_LEAST_1[0](keep), "keep_subnets", keep, AT_LEAST_1[1])
         self._whole = Served(None, config, params, jit_prefill, jit_run)
-        self._slice = _sliced_inside if inside else _sliced
-        self._keep, self._kept = keep, collections.OrderedDict[Subnet, Served]()
-        self._routed: tuple[NestedConfig, Params] | None = None
+        self._slice = _sliced_inside if slice_inside else _sliced
+        self._keep = keep
+        self._kept = collections.OrderedDict[Subnet, Served]()
+        self._nested: tuple[NestedConfig, Params] | None = None
 
     def serve(self, subnet: Subnet | None) -> Served:
-        """The model that a sub-network is, sliced now unless it is in memory.
+        """A sub-network as a model, sliced now unless it is in memory.
 
         Args:
           subnet: of the whole model; None = all of it.
@@ -101,70 +98,79 @@ class ServedModels:
           The model; where nothing is left out, the whole one with its own arrays and programs.
 
         Raises:
-          ValueError: the subnet does not fit the whole model.
+          ValueError: the sub-network does not fit the whole model.
         """
         config, params = self._whole.config, self._whole.params
         if subnet is None or subnet == Subnet.full(config):
             return self._whole
+
         if subnet not in self._kept:
             subnet.check(config)
-            while len(self._kept) >= self._keep:  # first, so that no more are in memory at any time
+            # Evicted before slicing, so that no more than `keep` slices are in memory at any time.
+            while len(self._kept) >= self._keep:
                 self._kept.popitem(last=False)
             self._kept[subnet] = self._slice(config, params, subnet)
+
         self._kept.move_to_end(subnet)
         return self._kept[subnet]
 
-    def route(self, elastic: SubnetChooser, budget: Budget) -> Served:
-        """The model whose routers choose while it decodes.
+    def with_routers(self, elastic: SubnetChooser, budget: Budget) -> Served:
+        """The model whose routers choose its widths while it decodes.
 
         Args:
-          elastic: with routers that read states.
-          budget: below the whole model's cost.
+          elastic: a chooser with routers that read states.
+          budget: below the cost of the whole model.
 
         Raises:
-          ValueError: the budget cannot be met.
+          ValueError: the routers cannot keep the budget.
         """
         assert elastic.routers is not None
-        if self._routed is None:
-            self._routed = routed_model(self._whole.config, self._whole.params, elastic.routers)
-        config, params = self._routed
+        if self._nested is None:
+            self._nested = routed_model(self._whole.config, self._whole.params, elastic.routers)
+
+        # The budget is traced, so that one model and one program serve all budgets.
+        config, params = self._nested
         params = {**params, ROUTING: routing(elastic.routers, budget)}
         return Served(None, config, params, jit_prefill, jit_run, elastic.per, budget)
 
 
 def _sliced(config: ModelConfig, params: Params, subnet: Subnet) -> Served:
-    """A sub-network with programs of its own: jax keeps those of one function together."""
-    own = (_jit_prefill(functools.partial(prefill)), _jit_run(functools.partial(run)))
-    served = Served(subnet, *slice_params(config, params, subnet), *own)
+    """A sub-network with arrays and programs of its own."""
+    # `functools.partial` makes new functions. JAX keeps the programs of one function until the function goes,
+    # so that those of an evicted sub-network would otherwise stay.
+    programs = (_jit_prefill(functools.partial(prefill)), _jit_run(functools.partial(run)))
+    served = Served(subnet, *slice_params(config, params, subnet), *programs)
     _compiled.watch(served)
     return served
 
 
 def _sliced_inside(config: ModelConfig, params: Params, subnet: Subnet) -> Served:
-    """A sub-network that owns no arrays: its programs take the whole model's and slice them first.
+    """A sub-network without arrays of its own: its programs take the whole model's and slice them first.
 
-    The slice lies in memory until a program ends. Slicing each layer where it is read would not serve in
-    decoding, as every step would copy it (see `nested`).
+    The slice lies in memory until a program ends. Slicing each layer where it is read would not do, because
+    XLA copies a slice of a kernel in every step of a loop.
     """
 
-    def inside(function: Callable[..., Any]) -> Callable[..., Any]:
+    def slicing(function: Callable[..., Any]) -> Callable[..., Any]:
+        # `wraps` keeps the names of the parameters, by which `jit` knows what is static and what is donated.
         @functools.wraps(function)
-        def program(own: ModelConfig, whole: Params, *rest: Any, **named: Any) -> Any:
-            return function(own, slice_params(config, whole, subnet)[1], *rest, **named)
+        def program(sliced_config: ModelConfig, whole: Params, *rest: Any, **named: Any) -> Any:
+            return function(sliced_config, slice_params(config, whole, subnet)[1], *rest, **named)
 
         return program
 
-    own = (_jit_prefill(inside(prefill)), _jit_run(inside(run)))
-    served = Served(subnet, subnet.sliced(config), params, *own)
+    programs = (_jit_prefill(slicing(prefill)), _jit_run(slicing(run)))
+    served = Served(subnet, subnet.sliced(config), params, *programs)
     _compiled.watch(served)
     return served
 
 
 class _Compiled:
-    """Counts the programs of sub-networks, those of evicted ones too."""
+    """Counts the programs of sub-networks, evicted ones included."""
 
     def __init__(self) -> None:
-        self._alive, self._gone = weakref.WeakSet[Served](), 0
+        self._alive = weakref.WeakSet[Served]()
+        self._gone = 0
 
     def watch(self, served: Served) -> None:
         self._alive.add(served)
@@ -181,7 +187,7 @@ _compiled = _Compiled()
 
 
 def compilations() -> int:
-    """Programs compiled so far in this process for prefill and decoding, of models that are gone too."""
+    """Programs compiled so far in this process for prefill and decoding, also of models that are gone."""
     return _compiled.count() + _programs(jit_prefill) + _programs(jit_run)
 
 

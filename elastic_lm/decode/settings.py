@@ -1,4 +1,7 @@
-"""From what a caller asks for to the arrays that the decode loop reads."""
+"""The settings of one call, and the arrays that the decode loop makes of them.
+
+What stays the same over the calls of a sampler are its options (`options.DecodeOptions`).
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,23 +18,24 @@ from elastic_lm.decode.state import Controls, segments
 from elastic_lm.depth.confidence import NEVER_EXITS, metric_index
 from elastic_lm.depth.policies import ExitPolicy, gate_row, threshold_table
 
-STOP_SLOTS = 8  # stop tokens beyond this recompile with twice as many slots
+STOP_SLOTS = 8  # more stop tokens take twice as many slots, which compiles the programs again
 SMALLEST_BUCKET = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How tokens are drawn; a sequence gives one value per row.
+    """How tokens are drawn and where text ends, in one call; a sequence gives one value per row.
 
     Attributes:
-      temperature: 0 = greedy.
+      temperature: at least 0; 0 = greedy.
       top_k: keep the k likeliest tokens; 0 = all.
-      top_p: keep the smallest set of tokens whose probability reaches p; 1 = all.
-      min_p: drop tokens less likely than min_p times the likeliest; 0 = none.
-      repetition_penalty: divides (positive) or multiplies (negative) the logits of tokens already present.
+      top_p: in [0, 1]; keep the smallest set of tokens whose probability reaches p; 1 = all.
+      min_p: in [0, 1]; drop tokens less likely than min_p times the likeliest; 0 = none.
+      repetition_penalty: positive; divides positive logits of tokens that are already in the row and
+        multiplies negative ones; 1 = off.
       seed: row i of a batch draws with seed + i, or with the i-th seed of a sequence.
       stop: strings that end a row; they are not part of its text.
-      stop_tokens: token ids that end a row, beside the model's own end tokens.
+      stop_tokens: token ids that end a row, in addition to the model's own end tokens.
       ignore_eos: do not stop at the model's own end tokens.
     """
 
@@ -49,7 +53,7 @@ class Settings:
         """The stop strings as a tuple.
 
         Raises:
-          ValueError: one is empty; every text holds that.
+          ValueError: one of them is empty, and every text contains the empty string.
         """
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if "" in stops:
@@ -57,18 +61,16 @@ class Settings:
         return stops
 
     def arrays(self, batch: int) -> Sampling:
-        """Validated per-row arrays.
-
-        Args:
-          batch: number of rows.
+        """Validated arrays with one entry for each of `batch` rows.
 
         Raises:
-          ValueError: a value is out of range, or a sequence has not one entry per row.
+          ValueError: a value is out of range, or a sequence does not have one entry per row.
         """
         seeds = np.asarray(self.seed)
         if not np.issubdtype(seeds.dtype, np.integer):
             raise ValueError(f"seed={self.seed!r}: must be an integer, or one integer per prompt")
         seeds = seeds + np.arange(batch) if seeds.ndim == 0 else seeds
+
         return Sampling(
             temperature=self._row("temperature", batch, np.float32, 0.0, None),
             top_k=self._row("top_k", batch, np.int32, 0, None),
@@ -88,10 +90,10 @@ class Settings:
 
 
 def make_settings(settings: dict[str, Any]) -> Settings:
-    """Builds `Settings`, naming unknown keys.
+    """Builds `Settings` from the keywords of a call.
 
     Raises:
-      ValueError: a key is not a field of `Settings`.
+      ValueError: a keyword is not a field of `Settings`.
     """
     known = [f.name for f in dataclasses.fields(Settings)]
     for key, value in settings.items():
@@ -101,10 +103,10 @@ def make_settings(settings: dict[str, Any]) -> Settings:
 
 
 def per_row(name: str, value: object, batch: int) -> np.ndarray:
-    """[B, ...] of one value, or of one per row.
+    """[B] array of one value for all rows, or of one value per row.
 
     Raises:
-      ValueError: a sequence has not one entry per row.
+      ValueError: a sequence does not have one entry per row.
     """
     values = np.asarray(value)
     if values.ndim and values.shape != (batch,):
@@ -115,9 +117,9 @@ def per_row(name: str, value: object, batch: int) -> np.ndarray:
 def make_controls(
     config: ModelConfig,
     prompts: Sequence[Sequence[int]],
-    count: int,
+    max_new_tokens: int,
     capacity: int,
-    how: Settings,
+    settings: Settings,
     policies: Sequence[ExitPolicy | None],
     *,
     lossless: np.ndarray,
@@ -125,46 +127,49 @@ def make_controls(
     fire_share: float,
     together: bool,
 ) -> Controls:
-    """What the decode loop reads of a batch's requests.
+    """The arrays by which a batch of requests steers the decode loop.
 
     Args:
       config: the model.
       prompts: token ids per row.
-      count: tokens asked for per row.
+      max_new_tokens: tokens to emit per row at most.
       capacity: positions per row.
-      how: sampling settings.
+      settings: of the call.
       policies: one per row, None = full depth; all of one metric.
       lossless: [B] bool rows that are verified.
-      adapt: draft lengths follow what is accepted.
+      adapt: the length of drafts follows how many are accepted.
       fire_share: share of the living rows that must wait before a deep tick fires.
       together: rows leave early only all at once.
 
     Raises:
-      ValueError: a sampling setting is out of range, or has not one entry per row.
+      ValueError: a setting is out of range, or does not have one entry per row.
     """
-    batch, exits = len(prompts), len(segments(config)) - 1
-    thresholds = np.full((batch, exits, capacity), NEVER_EXITS, np.float32)
+    batch, n_exits = len(prompts), len(segments(config)) - 1
+    thresholds = np.full((batch, n_exits, capacity), NEVER_EXITS, np.float32)
     for row, (policy, prompt) in enumerate(zip(policies, prompts, strict=True)):
-        first = len(prompt) - 1  # position whose exits decide about the first emitted token
-        thresholds[row, :, first : first + count] = threshold_table(policy, exits, count)
+        # The exits at the prompt's last position decide about the first emitted token.
+        first = len(prompt) - 1
+        thresholds[row, :, first : first + max_new_tokens] = threshold_table(policy, n_exits, max_new_tokens)
+
+    gates = np.stack([gate_row(policy, n_exits) for policy in policies])
     metrics = [p.metric for p in policies if p is not None and p.metric is not None]
     return Controls(
         thresholds=jnp.asarray(thresholds),
-        gates=jnp.asarray(np.stack([gate_row(policy, exits) for policy in policies])),
+        gates=jnp.asarray(gates),
         metric=jnp.int32(metric_index(metrics[0]) if metrics else 0),
         fire_share=jnp.float32(fire_share),
         together=jnp.asarray(together),
         lossless=jnp.asarray(lossless),
         adapt=jnp.asarray(adapt),
-        stop_tokens=stop_array(config.eos_ids, how),
-        sampling=how.arrays(batch),
+        stop_tokens=stop_array(config.eos_ids, settings),
+        sampling=settings.arrays(batch),
     )
 
 
 def stop_array(eos_ids: tuple[int, ...], settings: Settings) -> jax.Array:
-    """[E] int32 tokens that end a row, the model's own among them, padded with -1."""
-    own = () if settings.ignore_eos else eos_ids
-    stops = (*own, *settings.stop_tokens)
+    """[E] int32 tokens that end a row, with the model's own end tokens, padded with -1."""
+    stops = settings.stop_tokens if settings.ignore_eos else (*eos_ids, *settings.stop_tokens)
+    # The number of slots is a static shape, so that it grows in large steps.
     slots = STOP_SLOTS
     while slots < len(stops):
         slots *= 2
@@ -172,17 +177,17 @@ def stop_array(eos_ids: tuple[int, ...], settings: Settings) -> jax.Array:
 
 
 def bucket(size: int) -> int:
-    """Smallest power of two that holds `size`, and at least `SMALLEST_BUCKET`."""
+    """Smallest power of two that is at least `size` and `SMALLEST_BUCKET`."""
     return max(SMALLEST_BUCKET, 1 << (size - 1).bit_length())
 
 
 def pad_prompts(
     config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Right-pads prompts to their bucket.
+    """Checks prompts and pads them on the right to their bucket.
 
     Args:
-      config: gives the vocabulary and the longest sequence.
+      config: its vocabulary and its longest sequence are what prompts must fit.
       prompts: token ids per row.
       max_new_tokens: tokens to emit per row at most.
 
@@ -203,12 +208,12 @@ def pad_prompts(
 
 
 def pad_rows(rows: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids as one array, `padded` with zeros and rows of length 0, and their lengths.
+    """Token ids as one array, padded with zeros and with rows of length 0, and their lengths.
 
     Args:
       rows: token ids.
-      count: rows of the array, at least as many.
-      width: columns of the array, at least as many as the longest row has.
+      count: rows of the array, at least len(rows).
+      width: columns of the array, at least the length of the longest row.
 
     Returns:
       (tokens [count, width] int32, lengths [count] int32).
@@ -221,12 +226,12 @@ def check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
     """Refuses token ids outside the vocabulary.
 
     Args:
-      what: what holds them, for the message.
+      what: names the sequence in the message.
       ids: at least one.
       vocab_size: of the model.
 
     Raises:
-      ValueError: names the worst one.
+      ValueError: names the id that is furthest outside.
     """
     worst = max(ids) if min(ids) >= 0 else min(ids)
     if not 0 <= worst < vocab_size:
@@ -239,6 +244,7 @@ def check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
 def _check_prompt(config: ModelConfig, row: int, ids: Sequence[int], max_new_tokens: int) -> None:
     if not ids:
         raise ValueError(f"prompt {row} is empty: give at least one token of text")
+
     if len(ids) + max_new_tokens > config.max_len:
         raise ValueError(
             f"prompt {row} has {len(ids)} tokens and max_new_tokens={max_new_tokens}, together more than "

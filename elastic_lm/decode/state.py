@@ -11,7 +11,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.sampling import Sampling
 
-Mode = Literal["exact", "verify", "propagate"]  # see `loop.run`
+Mode = Literal["exact", "verify", "propagate"]  # what becomes of the deeper layers of early tokens
 
 FREE = -1  # `wait` of a row that waits for no deeper segment
 
@@ -24,12 +24,12 @@ class Controls:
       thresholds: [B, J, S] float32; with its newest token at position p, row b leaves at exit j when its
         confidence >= thresholds[b, j, p]. 0 = always, above 1 = never (the exit's head is then not read).
       gates: [B, J] float32; the head of exit j is read only where its gate gives at least this.
-      metric: int32 index into `calibrate.confidence.METRICS`.
-      fire_share: float32 in [0, 1]; a deep tick fires when this share of the living rows waits for
-        it (at least one row). 0 = as soon as any row waits (latency), 1 = all (throughput).
-      together: bool; rows leave early only if all that ask are confident (CALM's rule for batches).
-      lossless: [B] bool; the row's early tokens are drafts, verified by the full model.
-      adapt: bool; draft lengths follow what is accepted.
+      metric: int32 index into `depth.confidence.METRICS`.
+      fire_share: float32 in [0, 1]; a deep tick fires when this share of the living rows waits for it, and at
+        least one row does. 0 = as soon as any row waits (latency), 1 = when all do (throughput).
+      together: bool; rows leave early only if all rows that ask are confident (CALM's rule for batches).
+      lossless: [B] bool; the row's early tokens are drafts, which the full model verifies.
+      adapt: bool; the length of drafts follows how many are accepted.
       stop_tokens: [E] int32 tokens that end a row; -1 = unused.
       sampling: how tokens are drawn.
     """
@@ -56,14 +56,14 @@ class DecodeState:
       limit: [B] int32, length at which the row ends.
       alive: [B] bool, the row still runs.
       ended: [B] bool, the newest token ends the row; a lossless row stays alive until it is verified.
-      wait: [B] int32, FREE, or j: the newest token passed exit j without being confident.
+      wait: [B] int32; FREE, or j where the newest token passed exit j without being confident.
       done: [J + 1, B] int32, positions that segment j has processed; length >= done[0] >= ... >= done[J].
-      hidden: J arrays [B, W, D]; state that left segment j at position p lies in slot p % W.
+      hidden: J arrays [B, W, D]; the state that left segment j at position p lies in slot p % W.
       cache: one LayerCache per layer.
       exit_cache: one LayerCache per exit of kind `block`, else None.
       draft: [B] int32, tokens that a lossless row may draft before the deep layers verify them.
       drafted: [B] int32, drafted tokens that were verified.
-      accepted: [B] int32, those that stayed.
+      accepted: [B] int32, drafted tokens that the full model accepted.
       ticks: [J + 1] int32, how often each segment ran.
     """
 
@@ -86,12 +86,12 @@ class DecodeState:
 
 @flax.struct.dataclass
 class Emissions:
-    """What the rows will emit at the end of an iteration.
+    """What the rows will emit at the end of an iteration; the other fields count only where `rows` is true.
 
     Attributes:
-      rows: [B] bool, rows that have an answer.
-      logits: [B, V] float32 logits to draw from.
-      depth: [B] int32, layers that ran before the answer.
+      rows: [B] bool, rows that will emit a token.
+      logits: [B, V] float32 logits that the token is drawn from.
+      depth: [B] int32, layers that ran before these logits.
     """
 
     rows: jax.Array
@@ -100,15 +100,7 @@ class Emissions:
 
 
 def no_emissions(config: ModelConfig, state: DecodeState) -> Emissions:
-    """The beginning of an iteration.
-
-    Args:
-      config: static.
-      state: its number of rows is read.
-
-    Returns:
-      Answers in which no row has one.
-    """
+    """Emissions in which no row emits, for the beginning of an iteration."""
     b = state.length.shape[0]
     logits = jnp.zeros((b, config.vocab_size), jnp.float32)
     return Emissions(jnp.zeros((b,), bool), logits, jnp.zeros((b,), jnp.int32))
@@ -134,21 +126,22 @@ def emit(
 
     Args:
       state: between two ticks.
-      rows_B: bool, rows that get one.
-      tokens_B: int32, read in those rows.
-      depth_B: int32, layers that ran before each was chosen.
+      rows_B: bool, rows that get a token.
+      tokens_B: int32 tokens; those of the other rows are not read.
+      depth_B: int32, layers that ran before each token was chosen.
       stop_tokens: [E] int32 tokens that end a row; -1 = unused.
 
     Returns:
       The state, in which these rows wait for nothing and are marked where the token ends them.
     """
-    each = jnp.arange(rows_B.shape[0])
-    slot = jnp.where(rows_B, state.length, state.tokens.shape[1])  # out of bounds: dropped
+    row = jnp.arange(rows_B.shape[0])
+    # Rows that get no token write out of bounds, which JAX drops.
+    position = jnp.where(rows_B, state.length, state.tokens.shape[1])
     length = state.length + rows_B
     return dataclasses.replace(
         state,
-        tokens=state.tokens.at[each, slot].set(tokens_B, mode="drop"),
-        exit_layers=state.exit_layers.at[each, slot].set(depth_B, mode="drop"),
+        tokens=state.tokens.at[row, position].set(tokens_B, mode="drop"),
+        exit_layers=state.exit_layers.at[row, position].set(depth_B, mode="drop"),
         length=length,
         ended=jnp.where(rows_B, ends(state, tokens_B, length, stop_tokens), state.ended),
         wait=jnp.where(rows_B, FREE, state.wait),
@@ -161,7 +154,7 @@ def ends(state: DecodeState, tokens_B: jax.Array, length_B: jax.Array, stop_toke
     Args:
       state: its `limit` is read.
       tokens_B: int32 newest tokens.
-      length_B: int32 tokens known with them.
+      length_B: int32 lengths of the rows, the newest tokens included.
       stop_tokens: [E] int32; -1 = unused.
 
     Returns:
@@ -180,5 +173,6 @@ def retire(state: DecodeState, lossless_B: jax.Array) -> DecodeState:
     Returns:
       The state with fewer rows alive.
     """
+    # The last token enters no layer, so all tokens are verified when the deepest segment has done the others.
     final = ~lossless_B | (state.done[-1] >= state.length - 1)
     return dataclasses.replace(state, alive=state.alive & ~(state.ended & final))

@@ -1,10 +1,10 @@
-"""What the logits of a token say about it: E-LANG's energy and the usual confidences, in float32.
+"""Scores of tokens by their logits: E-LANG's energy and the usual confidences, in float32.
 
 With z the logits at one position, T a temperature and p = softmax(z), p1 >= p2 the two largest:
 
     energy = -T logsumexp(z / T)     max_prob = p1     entropy = -sum_v p_v ln p_v     margin = p1 - p2
 
-A low energy is a high likelihood of the input (arXiv 2203.00748). Unlike the other three, it moves
+A low energy is a high likelihood of the input (arXiv 2203.00748). Unlike the other three scores, it moves
 with an offset of all logits.
 """
 
@@ -42,7 +42,7 @@ def token_scores(logits: jax.Array, temperature: float | jax.Array = 1.0) -> Tok
 
     Args:
       logits: [..., V] of any float dtype.
-      temperature: of the energy alone.
+      temperature: T, which only the energy reads.
 
     Returns:
       TokenScores of [...] float32.

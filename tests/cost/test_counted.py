@@ -137,7 +137,7 @@ def test_cache_bytes_are_those_of_the_arrays(dtype: str) -> None:
     config = tiny_config(dtype=dtype, head_dim=8, **sizes).with_exits(exits)
     params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), nn.unbox(abstract_params(config)))
     sampler = Sampler(Decoder(config), params)
-    _, state, _ = sampler._start(sampler._call([[1, 2, 3]] * 3), 5)
+    _, state, _ = sampler._prefill(sampler._call([[1, 2, 3]] * 3), 5)
     arrays = jax.tree.leaves((state.cache, state.exit_cache))
     capacity = arrays[0].shape[2]
     held = (

@@ -32,7 +32,7 @@ def full_pass(model, tokens):
 def test_deep_rows_equal_full_pass(model, prompts, mixed, window, share):
     for thresholds in [*mixed, (0.0, 0.0), (2.0, 2.0)]:
         sampler = model.sampler(thresholds, window=window, fire_share=share)
-        _, state, controls = sampler._start(sampler._call(prompts[:3]), 20)
+        _, state, controls = sampler._prefill(sampler._call(prompts[:3]), 20)
         state = jit_run(model.config, model.params, state, controls, 2**30)
         for row in range(3):
             length = int(state.length[row])
@@ -93,7 +93,7 @@ def test_no_cache_is_copied_beside_gates(model, prompts):
 
 def no_copies(sampler, prompts, mode):
     """Compiles the loop and looks for copies of caches in its program."""
-    _, state, controls = sampler._start(sampler._call(prompts), 8)
+    _, state, controls = sampler._prefill(sampler._call(prompts), 8)
     shape = ",".join(map(str, state.cache[0][0].shape))
     program = (
         jit_run.lower(sampler.config, sampler.params, state, controls, ENDLESS, mode).compile().as_text()

@@ -80,7 +80,7 @@ def sliced(model, make_model, subnet: Subnet):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", KEPT)
 def test_tokens_and_depths_are_those_of_the_slice(model, make_model, serving, subnets, prompts, name, way):
-    thresholds = serving.exit.thresholds
+    thresholds = serving.options.exit.thresholds
     subnet, settings = subnets[name], WAYS[way]
     own = tuple(thresholds[i] for i in KEPT[name])
     small = sliced(model, make_model, subnet)
@@ -140,7 +140,7 @@ def test_a_budget_for_the_whole_model_serves_it_as_it_is(bare, prompts):
         assert outputs(found) == outputs(expected)
         assert found[0].stats.subnet is None
     assert Sampler.compilations() == before
-    assert sampler._subnets.serve(None).params is bare.params
+    assert sampler._models.serve(None).params is bare.params
 
 
 def test_alternating_budgets_compile_each_sub_network_once(bare, prompts):
@@ -170,7 +170,7 @@ def test_evicted_sub_networks_leave_nothing_behind(bare, prompts):
     held, before, alive = executables(), Sampler.compilations(), []
     for subnet in chosen:
         sampler.sample(prompts[0], 2, subnet=subnet)
-        served = sampler._subnets.serve(subnet)
+        served = sampler._models.serve(subnet)
         cut = served.params["layers_0"]["mlp"]["down"]["kernel"]
         alive.append([weakref.ref(x) for x in (served, served.run, served.prefill, cut)])
         del served, cut

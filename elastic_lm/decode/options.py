@@ -1,0 +1,135 @@
+"""The options of a sampler: what stays the same over its calls."""
+
+import dataclasses
+from typing import Any, Literal
+
+from elastic_lm.config.checks import require
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.subnet import Budget, Subnet
+from elastic_lm.depth.policies import ExitPolicy
+from elastic_lm.width.chooser import SubnetChooser
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """How a `Sampler` decodes: early exits, their verification, and the sub-network that runs.
+
+    How tokens are drawn (temperature, stop strings and so on) is not here but an argument of each call.
+
+    Attributes:
+      exit: metric and thresholds for the exits of the whole model; None = every token at full depth. A
+        sub-network keeps the thresholds of the exits that it has.
+      window: positions per row whose deeper layers may be pending; at least 1, and 2 for lossless decoding.
+        Static: each size compiles its own programs.
+      fire_share: share in [0, 1] of the rows that must wait before a deep tick fires; 0 = lowest latency,
+        1 = highest throughput. Traced.
+      stream_every: loop iterations between looks at the device while streaming or watching stop strings; at
+        least 1. Traced.
+      lossless: early tokens are drafts that the full model verifies (LayerSkip, arXiv 2404.16710). What is
+        emitted is what full depth emits with the same seed, except for near-ties that bfloat16 rounds
+        differently. Each call may choose otherwise.
+      draft: tokens that a lossless row drafts before it is verified, from 1 to window - 1; None = as many as
+        acceptance justifies. An exit that is not confident ends a draft earlier. Traced.
+      missing: what the deeper layers see of early tokens. "exact" = what they compute for them, later, in
+        windows; "propagate" = keys and values of the state that the token left with (CALM, arXiv 2207.07061,
+        sec. 3.3), an approximation that saves the deep work and cannot be verified. Static.
+      together: rows leave early only if all rows that run are confident, as in CALM; for comparison. Traced.
+      elastic: chooses sub-networks for budgets; None = calls name no budgets.
+      budget: what the model that runs may cost; needs `elastic`. None = the whole model, or `subnet`, runs.
+        Each call may choose otherwise.
+      subnet: the sub-network that runs, instead of a budget. Its slice is an ordinary smaller model, to which
+        depths, drafts and verification then refer. Each call may choose otherwise.
+      keep_subnets: sub-networks whose slices and compiled programs stay in memory, at least 1; the one that
+        was served longest ago goes first. The whole model always stays.
+      slice_inside: sub-networks are sliced inside their programs whenever these run, and hold no memory
+        between calls; while a batch is decoded, its slice lies in memory next to the whole model.
+
+    Raises:
+      ValueError: a field is out of range, or contradicts another one.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, tiny_config
+
+      config = tiny_config(exits=(2,))
+      policy = el.ConfidenceExit("max_prob", thresholds=(0.1,), layers=(2,))
+      options = el.DecodeOptions(exit=policy, lossless=True, draft=3)
+
+      sampler = el.Sampler(el.Decoder(config), random_params(config), options=options)
+      sample = sampler.sample([1, 2, 3], max_new_tokens=8)
+      print(sample.tokens, sample.stats.drafted, sample.stats.accepted)
+      ```
+    """
+
+    exit: ExitPolicy | None = None
+    window: int = 16
+    fire_share: float = 0.0
+    stream_every: int = 16
+    lossless: bool = False
+    draft: int | None = None
+    missing: Literal["exact", "propagate"] = "exact"
+    together: bool = False
+    elastic: SubnetChooser | None = None
+    budget: Budget | None = None
+    subnet: Subnet | None = None
+    keep_subnets: int = 4
+    slice_inside: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.window >= 1, "window", self.window, "must be at least 1")
+        require(0 <= self.fire_share <= 1, "fire_share", self.fire_share, "must be a share between 0 and 1")
+        require(self.stream_every >= 1, "stream_every", self.stream_every, "must be at least 1")
+        require(self.missing in ("exact", "propagate"), "missing", self.missing, "must be exact or propagate")
+        require(self.keep_subnets >= 1, "keep_subnets", self.keep_subnets, "must be at least 1")
+
+        # At window=1, draft=1 is let through: calls that ask for lossless rows refuse the window itself.
+        in_window = self.draft is None or 1 <= self.draft < max(self.window, 2)
+        require(in_window, "draft", self.draft, f"must be at least 1 and below window={self.window}")
+
+        check_choice(self.budget, self.subnet, self.elastic)
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks that the options fit a model.
+
+        Args:
+          config: the whole model.
+
+        Raises:
+          ValueError: the policy, the chooser or the sub-network is one of another model.
+        """
+        if self.exit is not None:
+            self.exit.check(config)
+        if self.elastic is not None:
+            self.elastic.check(config)
+        if self.subnet is not None:
+            self.subnet.check(config)
+
+
+def make_options(options: DecodeOptions | None, fields: dict[str, Any]) -> DecodeOptions:
+    """The options of a sampler that was given either them or some of their fields.
+
+    Raises:
+      TypeError: a name in `fields` is not a field of `DecodeOptions`.
+      ValueError: both are given, or a field is out of range.
+    """
+    from_fields = DecodeOptions(**fields)
+    if options is None:
+        return from_fields
+    for name, value in fields.items():
+        fix = f"give either options or single fields; write it inside: options=DecodeOptions({name}=...)"
+        raise ValueError(f"{name}={value!r}: {fix}")
+    return options
+
+
+def check_choice(budget: Budget | None, subnet: Subnet | None, elastic: SubnetChooser | None) -> None:
+    """Checks what a sampler or a call says about the model that is to run.
+
+    Raises:
+      ValueError: both a budget and a sub-network are given, or a budget without a chooser.
+    """
+    if budget is not None and subnet is not None:
+        raise ValueError(f"budget={budget}, subnet={subnet}: each says what runs; give one of them")
+    if budget is not None and elastic is None:
+        fix = "sub-networks for budgets are chosen by Sampler(..., elastic=el.SubnetChooser.load(folder))"
+        raise ValueError(f"budget={budget}: {fix}")
