@@ -10,7 +10,13 @@ from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import metrics, require_flag, require_share, share
 from elastic_lm.config.checks import require_choice
 from elastic_lm.config.decoding import WINDOW
-from elastic_lm.config.exit_policy import DEFAULT_METRIC, DEFAULT_TARGET, METRICS, STRATEGIES
+from elastic_lm.config.exit_policy import (
+    DEFAULT_METRIC,
+    DEFAULT_TARGET,
+    GATE_METRIC,
+    METRICS,
+    STRATEGIES,
+)
 
 if TYPE_CHECKING:
     from elastic_lm.config.model import ModelConfig
@@ -53,12 +59,12 @@ class Options(HeldOutOptions):
         require_choice("metric", self.metric, METRICS)
         require_choice("strategy", self.strategy, STRATEGIES)
         require_flag(self.window >= 1, "--window", self.window, "must be at least 1")
+
         guaranteed = self.epsilon is not None
-        joint = self.strategy == "joint"
-        fix = "is part of a guarantee; give --epsilon too"
-        require_flag(guaranteed or self.delta is None, "--delta", self.delta, fix)
-        fix = "with --epsilon thresholds are joint; leave it out"
-        require_flag(joint or not guaranteed, "--strategy", self.strategy, fix)
+        if self.delta is not None and not guaranteed:
+            raise ValueError(f"--delta {self.delta}: is part of a guarantee; give --epsilon too")
+        if guaranteed and self.strategy != "joint":
+            raise ValueError(f"--strategy {self.strategy}: with --epsilon thresholds are joint; leave it out")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -178,19 +184,18 @@ def forecast_table(config: "ModelConfig", policy: "ConfidenceExit", window: int)
     import jax
 
     from elastic_lm.depth import forecasting
-    from elastic_lm.depth.threshold_search import Outcome
 
     # On CPU a deep layer takes longer for every further position; an accelerator reads the weights anyway.
     further = forecasting.CPU_FURTHER_POSITION if jax.default_backend() == "cpu" else 0.0
     lines = ["", f"forecast at batch size 1, window {window}, a further deep position costs {further:g}:"]
     lines.append("target   speed-up   layers    heads   verdict")
-    gated = policy.metric == "learned" or any(policy.gates)
+    gated = policy.metric == GATE_METRIC or any(policy.gates)
     found = None
     for point in policy.curve:
-        found = forecasting.of_outcome(
+        found = forecasting.forecast_outcome(
             config,
             point.thresholds,
-            Outcome(point.agreement, point.mean_layers, point.shares),
+            point,
             looked=point.looked,
             gated=gated,
             window=window,

@@ -38,7 +38,7 @@ def run(options: Options) -> None:
     from elastic_lm.depth import quality
     from elastic_lm.depth.observations import observe
     from elastic_lm.depth.policies import ConfidenceExit
-    from elastic_lm.depth.threshold_search import outcome
+    from elastic_lm.depth.threshold_search import exit_outcome
     from elastic_lm.files.atomic import prepare_output
 
     policy = ConfidenceExit.load(options.thresholds) if options.thresholds else None
@@ -62,7 +62,7 @@ def run(options: Options) -> None:
     if policy:
         layers = (*seen.layers, seen.n_layers)
         seen = seen.gated(policy.gates) if policy.gates else seen
-        found = outcome(seen.confidence, seen.agrees, layers, policy.thresholds)
+        found = exit_outcome(seen.confidence, seen.agrees, layers, policy.thresholds)
         result["policy"] = {"thresholds": policy.thresholds, "metric": metric, **dataclasses.asdict(found)}
 
     if options.json and options.json != "-":

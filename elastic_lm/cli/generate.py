@@ -102,13 +102,12 @@ class Options(CommandOptions):
         require_flag(count >= 0, "--unprompted", count, "must be at least 1")
         if not count:
             return
-        prompts = self.prompt or self.prompts_file
-        fix = "the model begins by itself; leave prompts out"
-        require_flag(not prompts, "--unprompted", count, fix)
-        fix = "writes many texts at once; leave --stream out"
-        require_flag(not self.stream, "--unprompted", count, fix)
-        fix = "greedy texts are all the same; give --temperature 1"
-        require_flag(bool(self.temperature) or count == 1, "--unprompted", count, fix)
+        if self.prompt or self.prompts_file:
+            raise ValueError(f"--unprompted {count}: the model begins by itself; leave prompts out")
+        if self.stream:
+            raise ValueError(f"--unprompted {count}: writes many texts at once; leave --stream out")
+        if not self.temperature and count > 1:
+            raise ValueError(f"--unprompted {count}: greedy texts are all the same; give --temperature 1")
 
     def _check_exits(self) -> None:
         """What goes with thresholds, and what goes with --lossless."""
@@ -116,27 +115,30 @@ class Options(CommandOptions):
             raise ValueError(
                 f"--thresholds {self.thresholds} and --threshold {self.threshold}: give one of them"
             )
-        fix = "goes with --threshold; a thresholds file has its own"
-        require_flag(self.metric is None or self.threshold is not None, "--metric", self.metric, fix)
-        fix = "drafts are verified with --lossless only; add it"
-        require_flag(self.draft is None or self.lossless, "--draft", self.draft, fix)
+        if self.metric is not None and self.threshold is None:
+            raise ValueError(f"--metric {self.metric}: goes with --threshold; a thresholds file has its own")
+        if self.draft is not None and not self.lossless:
+            raise ValueError(f"--draft {self.draft}: drafts are verified with --lossless only; add it")
+
         if self.thresholds or self.threshold is not None:
             return
         if self.lossless:
             raise ValueError("--lossless: without exits nothing is drafted; give --thresholds or --threshold")
-        fix = "is about early tokens; give --thresholds or --threshold"
-        require_flag(self.missing == "exact", "--missing", self.missing, fix)
+        if self.missing == "propagate":
+            raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
 
     def _check_budget(self) -> None:
         """What goes with each kind of budget."""
         kind = self.budget.kind if self.budget else None
-        fix = "is read for --budget flops=N or memory_bytes=N; add one"
-        counted = kind in ("flops", "memory_bytes")
-        require_flag(counted or self.context is None, "--context", self.context, fix)
-        fix = "is read for --budget latency_ms=N; add that"
-        timed = kind == "latency_ms"
-        require_flag(timed or not self.latency_table, "--latency-table", self.latency_table, fix)
-        if self.budget and timed and not self.latency_table:
+        if self.context is not None and kind not in ("flops", "memory_bytes"):
+            raise ValueError(
+                f"--context {self.context}: is read for --budget flops=N or memory_bytes=N; add one"
+            )
+        if self.latency_table and kind != "latency_ms":
+            raise ValueError(
+                f"--latency-table {self.latency_table}: is read for --budget latency_ms=N; add that"
+            )
+        if self.budget and kind == "latency_ms" and not self.latency_table:
             raise ValueError(
                 f"--budget latency_ms={self.budget.amount:g}: needs --latency-table FILE; write one: "
                 "elastic-lm latency build --model DIR"
@@ -304,8 +306,12 @@ def chooser(folder: str, config: "ModelConfig", budget: Budget, options: Options
     if options.context is None:
         return found
     routed = found.routers is not None and found.routers.table.kind == budget.kind
-    fix = "the routers of this model keep to the context that they were trained for; leave it out"
-    require(not routed, "--context", options.context, fix)
+    require(
+        not routed,
+        "--context",
+        options.context,
+        "the routers of this model keep to the context that they were trained for; leave it out",
+    )
     return dataclasses.replace(found, workload=Workload(context=options.context))
 
 

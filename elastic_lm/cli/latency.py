@@ -65,8 +65,9 @@ class Options(CommandOptions):
                 raise ValueError(f"--{name} {value}: goes with `latency verify`; leave it out")
         if self.table:
             for name, value in self.given(BUILDS).items():
-                fix = f"is settled by --table {self.table}; leave one of them out"
-                raise ValueError(f"--{name} {value}: {fix}")
+                raise ValueError(
+                    f"--{name} {value}: is settled by --table {self.table}; leave one of them out"
+                )
         for name in ("subnets", "rounds"):
             number = getattr(self, name)
             require_flag(number is None or number >= 1, f"--{name}", number, "must be at least 1")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self, get_args
 
 from elastic_lm.config.checks import require, require_choice
-from elastic_lm.config.exit_policy import METRICS
+from elastic_lm.config.exit_policy import GATE_METRIC, METRICS
 from elastic_lm.config.model import DTYPES
 
 Colour = Literal["auto", "always", "never"]
@@ -120,10 +120,10 @@ def metrics(gates: bool) -> str:
     """The confidence metrics for a help text.
 
     Args:
-      gates: the command can use exits with gates, which the metric `learned` reads.
+      gates: the command can use exits with gates, which one of the metrics reads.
     """
-    gateless = [name for name in METRICS if name != "learned"]
-    return listed([*gateless, "learned (exits with gates)"] if gates else gateless)
+    gateless = [name for name in METRICS if name != GATE_METRIC]
+    return listed([*gateless, f"{GATE_METRIC} (exits with gates)"] if gates else gateless)
 
 
 def add_command(choices: "argparse._SubParsersAction[Parser]", name: str, module: types.ModuleType) -> Parser:

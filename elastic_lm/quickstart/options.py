@@ -3,7 +3,8 @@
 import dataclasses
 
 from elastic_lm.config.checks import require_choice
-from elastic_lm.config.exit_policy import DEFAULT_METRIC, METRICS
+from elastic_lm.config.decoding import WINDOW
+from elastic_lm.config.exit_policy import DEFAULT_METRIC, GATE_METRIC, METRICS
 from elastic_lm.config.model import ExitConfig, ExitKind
 
 
@@ -31,7 +32,7 @@ class Options:
     prompt_tokens: int = 48  # tokens of each prompt
     new_tokens: int = 256  # tokens generated per prompt
     rounds: int = 7  # timed rounds; full depth and all targets take turns in each
-    window: int = 16  # positions whose deeper layers may be pending
+    window: int = WINDOW  # positions whose deeper layers may be pending
     seed: int = 0  # of random exits and of the shuffle
     tiny: bool = False  # the numbers of `tiny()` are in use
 
@@ -42,8 +43,10 @@ class Options:
         if not self.targets:
             raise ValueError("targets=(): name at least one agreement, like 0.99")
         require_choice("metric", self.metric, METRICS)
-        if self.metric == "learned":
-            raise ValueError("metric='learned': reads gates, which quickstart's exits lack; choose another")
+        if self.metric == GATE_METRIC:
+            raise ValueError(
+                f"metric={self.metric!r}: reads gates, which quickstart's exits lack; choose another"
+            )
         if len(set(self.exits)) < len(self.exits):
             raise ValueError(f"exits={self.exits}: name every layer once")
         for layer in self.exits or (1,):

@@ -67,18 +67,28 @@ def _check_readers(options: PairOptions, kinds: list[str]) -> None:
     found = " and ".join(dict.fromkeys(kinds))
     for field, readers in READERS.items():
         value = options.chosen(field)
-        read = value is None or bool({*readers} & {*kinds})
-        fix = f"is read by {', '.join(readers)}, and these are {found}; leave it out"
-        require(read, flag_name(field), value, fix)
+        require(
+            value is None or bool({*readers} & {*kinds}),
+            flag_name(field),
+            value,
+            f"is read by {', '.join(readers)}, and these are {found}; leave it out",
+        )
 
-    local = kinds[1] not in (SERVICE, COMPLETION)
-    fix = "is of a service, and the Super's own costs are known; leave it out"
-    require(not (local and options.super_cost), "--super-cost", options.super_cost, fix)
+    swift_is_service, super_is_service = (kind in (SERVICE, COMPLETION) for kind in kinds)
+    require(
+        super_is_service or not options.super_cost,
+        "--super-cost",
+        options.super_cost,
+        "is of a service, and the Super's own costs are known; leave it out",
+    )
     for field in ("temperature", "centre"):
         value = getattr(options, field)
-        read = value is None or kinds[0] not in (SERVICE, COMPLETION)
-        fix = "the Swift is a service, which answers with energies of its own; leave it out"
-        require(read, flag_name(field), value, fix)
+        require(
+            value is None or not swift_is_service,
+            flag_name(field),
+            value,
+            "the Swift is a service, which answers with energies of its own; leave it out",
+        )
 
 
 def _check_fields(options: PairOptions, row: Record, kinds: list[str]) -> None:

@@ -70,8 +70,8 @@ class Options(PairOptions):
 
     def cost_is_missing(self) -> str:
         """What to do about a Super whose costs nobody knows."""
-        fix = "the service does not say what a row costs; give it, or --cost seconds"
-        return f"--super-cost {self.super_cost:g}: {fix}"
+        value = f"--super-cost {self.super_cost:g}"
+        return f"{value}: the service does not say what a row costs; give it, or --cost seconds"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
