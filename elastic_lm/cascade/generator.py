@@ -25,6 +25,7 @@ from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
 from elastic_lm.cascade.known_tokens import ModelPart, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, pooled_scores
 from elastic_lm.config.checks import AT_LEAST_1, require
+from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.cost.sequences import generation_flops, head_flops, layer_flops
 from elastic_lm.data.padding import filled, padded
@@ -66,7 +67,7 @@ class Generator:
     def __init__(
         self,
         sampler: Sampler,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         *,
         prompt_field: str = "prompt",
         scoring: Scoring = PLAIN,

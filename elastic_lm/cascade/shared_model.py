@@ -24,6 +24,7 @@ from elastic_lm.cascade.generator import Generator
 from elastic_lm.cascade.known_tokens import ModelPart
 from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.config.checks import require
+from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.data.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ def shared_generator(
     model: Decoder,
     params: Params,
     tokenizer: TextTokenizer,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     *,
     exit: int | None = None,
     subnet: Subnet | None = None,

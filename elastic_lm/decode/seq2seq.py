@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config.checks import POSITIVE, require
+from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.data.padding import filled
 from elastic_lm.decode.prefill import split_rows, stack_rows
 from elastic_lm.decode.results import Detokenizer, TextTokenizer, make_detokenizer
@@ -168,7 +169,7 @@ class TextToText:
     def generate(
         self,
         sources: Source | Sequence[Source],
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         *,
         energy_temperature: float = 1.0,
         **settings: Any,
