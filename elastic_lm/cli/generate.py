@@ -51,8 +51,9 @@ Without --thresholds every token uses the full depth. --budget runs a sub-networ
 trained with configs/flextron.py.
 """
 
+# Options that become fields of `decode.settings.Settings` and of `decode.options.DecodeOptions`.
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-SAMPLER = ("window", "fire_share", "lossless", "draft", "missing")
+DECODING = ("window", "fire_share", "lossless", "draft", "missing")
 ROWS = 32  # texts written at once where there is no prompt
 
 
@@ -233,7 +234,7 @@ def run(options: Options) -> None:
         raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
 
     sampler, tokenizer = make_sampler(options)
-    # Without a budget the whole model runs, and so it does where routers choose widths for every token.
+    # Where routers choose widths token by token, depths count in layers of the whole model.
     runs = sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(sampler.config)
     if isinstance(sampler.runs, Budget):
         print(f"{options.budget}: widths are chosen token by token", file=sys.stderr)
@@ -261,14 +262,15 @@ def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
     Raises:
       ValueError: the model has no exits for the thresholds, or no widths for the budget.
     """
+    from elastic_lm.decode.options import DecodeOptions
     from elastic_lm.decode.sampler import Sampler
 
     model, params, tokenizer, folder = load_with_tokenizer(options.model)
-    how: dict[str, Any] = options.given(SAMPLER)
+    how: dict[str, Any] = options.given(DECODING)
     how["exit"] = exit_policy(model.config, options)
     if options.budget:
         how |= {"budget": options.budget, "elastic": chooser(folder, model.config, options.budget, options)}
-    return Sampler(model, params, tokenizer, **how), tokenizer
+    return Sampler(model, params, tokenizer, options=DecodeOptions(**how)), tokenizer
 
 
 def exit_policy(config: "ModelConfig", options: Options) -> "ConfidenceExit | None":

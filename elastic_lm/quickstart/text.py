@@ -4,11 +4,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic_lm.config.data import DataConfig
+from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES, DataConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.sources import (
-    JSONL_SUFFIXES,
-    TEXT_SUFFIXES,
     JsonLines,
     TextFiles,
     find_files,

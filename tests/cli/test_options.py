@@ -26,6 +26,7 @@ from elastic_lm.config.cascade import DEFAULT_EPSILON, DEFAULT_SCORE, SOURCE_TOK
 from elastic_lm.config.exit_policy import STRATEGIES, Strategy
 from elastic_lm.config.subnet import BUDGET_KINDS, Budget
 from elastic_lm.cost.counted import Workload
+from elastic_lm.decode.options import DecodeOptions
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.settings import Settings
 from elastic_lm.depth import calibration, confidence, forecasting
@@ -84,6 +85,10 @@ def default(function: Any, name: str) -> Any:
         (calibrate, "target", default(calibration.fit_thresholds, "target")),
         (calibrate, "strategy", default(calibration.calibrate, "strategy")),
         (calibrate, "window", default(forecasting.forecast_outcome, "window")),
+        (generate, "window", DecodeOptions.window),
+        (generate, "missing", DecodeOptions.missing),
+        (generate, "lossless", DecodeOptions.lossless),
+        (generate, "draft", DecodeOptions.draft),
         (generate, "max_new_tokens", default(Sampler.sample, "max_new_tokens")),
         (generate, "max_new_tokens", default(Sampler.stream, "max_new_tokens")),
         (bench, "tiny", report.Options.tiny),
@@ -114,6 +119,8 @@ def test_what_is_not_given_is_left_to_the_library() -> None:
     assert (neutral, Settings.temperature) == (help_of(generate, "temperature"), 0.0)
     assert help_of(generate, "top_k") == "0 = all, the default"
     assert (Settings.top_k, Settings.top_p, Settings.min_p, Settings.repetition_penalty) == (0, 1.0, 0.0, 1.0)
+    assert help_of(generate, "fire_share").startswith("0 = lowest latency, the default")
+    assert DecodeOptions.fire_share == 0.0
     assert (Settings.seed, Workload.context, Workload.batch) == (0, 0, 1)
     assert Scoring() == Scoring(1.0, get_args(Centre)[0])
     assert CascadeRisk(0.1).epsilon == DEFAULT_EPSILON
