@@ -54,11 +54,12 @@ class _Window:
     """Metrics since the last line that was written."""
 
     began: float = dataclasses.field(default_factory=time.monotonic)
-    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    steps: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def summary(self, per_step: int, rate: str) -> dict[str, float]:
-        mean = {name: sum(r[name] for r in self.rows) / len(self.rows) for name in self.rows[0]}
-        return {**mean, rate: len(self.rows) * per_step / (time.monotonic() - self.began)}
+        count = len(self.steps)
+        mean = {name: sum(metrics[name] for metrics in self.steps) / count for name in self.steps[0]}
+        return {**mean, rate: count * per_step / (time.monotonic() - self.began)}
 
 
 def resume(
@@ -115,27 +116,33 @@ def run(
     evaluation: dict[str, float] = {}
     for step in range(start + 1, config.steps + 1):
         state, metrics = job.train_step(state, frozen, job.place(next(batches)))
+
+        # The step just sent off runs while the metrics of the one before are read.
         if pending is not None:
-            window.rows.append(_finite(step - 1, pending))
+            window.steps.append(_finite(step - 1, pending))
         pending = metrics
+
         last = step == config.steps
         if not (last or any(step % every == 0 for every in _events(config))):
             continue
-        window.rows.append(_finite(step, pending))
+
+        window.steps.append(_finite(step, pending))
         pending = None
         if step % config.log_every == 0 or last:
             writer.write(step, window.summary(job.per_step, job.rate))
             window = _Window()
+
         paused = time.monotonic()
         saves = last or step % config.save_every == 0
         if saves:
-            _check_state(step, state)
+            _check_state(step, state)  # before the evaluation: a broken state is reported as such
         if last or (config.eval_every and step % config.eval_every == 0):
             evaluation = evaluate(job, state.params, frozen)
             writer.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
         if saves:
             checkpoints.save(step, state, batches)
-        window.began += time.monotonic() - paused  # tokens per second are those of training
+        window.began += time.monotonic() - paused  # the rate that is logged is that of training alone
+
     return state, evaluation or evaluate(job, state.params, frozen)
 
 
@@ -157,6 +164,7 @@ def evaluate(job: Job, trainable: Params, frozen: Params) -> dict[str, float]:
         tokens += float(count)
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + float(value) * float(count)
+
     return {name: total / max(tokens, 1.0) for name, total in totals.items()}
 
 
@@ -173,7 +181,7 @@ def _finite(step: int, metrics: Metrics) -> dict[str, float]:
 
 
 def _check_state(step: int, state: TrainState) -> None:
-    """Metrics of a step are those before its update; this looks at what the update left behind."""
+    """Refuses a state that is not finite. Metrics of a step are those before its update."""
     if not all_finite(state):
         raise FloatingPointError(f"parameters are not finite after step {step}: {REMEDY}")
 

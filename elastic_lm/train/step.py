@@ -38,11 +38,14 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         gradients, metrics = _gradients(method, state, frozen, batch, accumulate)
+
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+
         metrics = {**metrics, "grad_norm": optax.tree.norm(gradients)}
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
+    # Static: method, optimizer, parts. Traced: state, frozen parameters and batch. The state is donated.
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
@@ -50,6 +53,7 @@ def make_eval_step(method: Method[Any]) -> EvalStep:
     """Compiles (trainable, frozen, batch) -> (metrics, counted tokens)."""
 
     def eval_step(trainable: Params, frozen: Params, batch: Any) -> tuple[Metrics, jax.Array]:
+        # The largest step: whatever rises during a run, like the weights of exits, stands where it ends.
         _, metrics = method.loss(trainable, frozen, batch, jnp.asarray(jnp.iinfo(jnp.int32).max))
         return metrics, jnp.sum(batch.weights)
 
@@ -79,14 +83,17 @@ def _gradients(
     if accumulate == 1:
         (_, metrics), gradients = grad(state.params, frozen, batch, state.step)
         return gradients, metrics
+
     parts = jax.tree.map(lambda x: _split_rows(x, accumulate), batch)
     total = jnp.maximum(jnp.sum(batch.weights), 1.0)
 
+    # A part counts by its tokens, so that the update is that of the whole batch.
     def one(part: Any) -> Any:
         (_, metrics), gradients = grad(state.params, frozen, part, state.step)
         share = jnp.sum(part.weights) / total
         return jax.tree.map(lambda x: share.astype(x.dtype) * x, (gradients, metrics))
 
+    # Sums start as zeros of the shapes that a part gives, so that the scan compiles one part.
     first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), zero, parts)

@@ -44,10 +44,12 @@ def prepare_model(
         config, params = run.encoder, init_params(run.encoder, jax.random.key(train.seed))
     else:
         config, params = load_any("train.init_from", train.init_from, train.param_dtype or None, mesh)
+
     if isinstance(config, EncoderDecoderConfig):
         config, params = prepare_encoder_head(run, config, params, labels)
     else:
         config, params = prepare_encoder(run, config, params, labels)
+
     check_vocabulary(tokenizer, config.vocab_size)
     config = dataclasses.replace(config, dtype=train.dtype or config.dtype)
     return config, jax.device_put(params, param_shardings(config, mesh))
@@ -68,27 +70,53 @@ def prepare_encoder_head(
       ValueError: the run asks for more than a head that tells classes apart, or the model has another head.
     """
     train, task, method = run.train, run.task, run.method
-    fix = f"{train.init_from} holds an encoder-decoder, "
-    numbers = fix + "whose head on the encoder tells classes apart; make classes of the numbers"
-    require(task.problem == "classification", "task.problem", task.problem, numbers)
-    write = fix + "which answers by writing: set task.problem='text_to_text', where labels are texts, or "
-    write += "method.tuned='head', for a head on its encoder"
-    require(method.tuned == "head", "method.tuned", method.tuned, write)
-    one = "which reads one text: put both into one field, and leave this out"
-    require(not task.pair_field, "task.pair_field", task.pair_field, fix + one)
-    whole = "of which no layers are left out; set 0"
-    require(not train.init_layers, "train.init_layers", train.init_layers, fix + whole)
-    require(not run.exits, "exits", run.exits, fix + "which has no exits; leave them out")
-    has, classes = config.n_labels, len(labels)
-    other = f"has a head of {has} classes on its encoder, and the task {classes}; start from another model"
-    require(has in (0, classes), "train.init_from", train.init_from, other)
-    if not has:
+    holds = f"{train.init_from} holds an encoder-decoder"
+    require(
+        task.problem == "classification",
+        "task.problem",
+        task.problem,
+        f"{holds}, whose head on the encoder tells classes apart; make classes of the numbers",
+    )
+    require(
+        method.tuned == "head",
+        "method.tuned",
+        method.tuned,
+        f"{holds}, which answers by writing: set task.problem='text_to_text', where labels are texts, or "
+        "method.tuned='head', for a head on its encoder",
+    )
+    require(
+        not task.pair_field,
+        "task.pair_field",
+        task.pair_field,
+        f"{holds}, which reads one text: put both into one field, and leave this out",
+    )
+    require(
+        not train.init_layers,
+        "train.init_layers",
+        train.init_layers,
+        f"{holds}, of which no layers are left out; set 0",
+    )
+    require(not run.exits, "exits", run.exits, f"{holds}, which has no exits; leave them out")
+
+    classes = len(labels)
+    require(
+        config.n_labels in (0, classes),
+        "train.init_from",
+        train.init_from,
+        f"has a head of {config.n_labels} classes on its encoder, and the task {classes}; start from another "
+        "model",
+    )
+    if not config.n_labels:
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
         return attach_encoder_head(config, params, classes, key, labels)
-    other = f"has a head on its encoder that tells {', '.join(config.labels)} apart, in this order, and the "
-    other += f"task has {', '.join(labels)}; name the model's in task.labels, or start from another model"
-    same = same_answers(answers_of(config), ("classification", classes, labels))
-    require(same, "train.init_from", train.init_from, other)
+
+    require(
+        same_answers(answers_of(config), ("classification", classes, labels)),
+        "train.init_from",
+        train.init_from,
+        f"has a head on its encoder that tells {', '.join(config.labels)} apart, in this order, and the task "
+        f"has {', '.join(labels)}; name the model's in task.labels, or start from another model",
+    )
     return dataclasses.replace(config, labels=labels), params
 
 
@@ -108,29 +136,50 @@ def prepare_encoder(
     """
     train, task, method = run.train, run.task, run.method
     assert task.problem != "text_to_text"
-    fix = "is read by encoder-decoders only; leave it out"
-    require(not task.prefix, "task.prefix", task.prefix, fix)
+    require(not task.prefix, "task.prefix", task.prefix, "is read by encoder-decoders only; leave it out")
+
     if train.init_layers:
-        fix = f"the model has {config.n_layers} layers"
-        require(train.init_layers <= config.n_layers, "train.init_layers", train.init_layers, fix)
+        require(
+            train.init_layers <= config.n_layers,
+            "train.init_layers",
+            train.init_layers,
+            f"the model has {config.n_layers} layers",
+        )
         config, params = lowest_layers(config, params, train.init_layers)
-    fix = f"above the model's {config.max_len} positions; shorten it"
-    require(task.max_len <= config.max_len, "task.max_len", task.max_len, fix)
-    wanted = len(labels) or 1
-    known = same_answers(answers_of(config), (task.problem, wanted, labels))
-    fix = f"{train.init_from or 'the new model'} answers {answers_of(config)}, not "
-    fix += f"{(task.problem, wanted, labels)}: tune it on the task first, or set 'all'"
-    require(known or method.tuned != "exits", "method.tuned", method.tuned, fix)
+    require(
+        task.max_len <= config.max_len,
+        "task.max_len",
+        task.max_len,
+        f"above the model's {config.max_len} positions; shorten it",
+    )
+
+    due = (task.problem, len(labels) or 1, labels)
+    known = same_answers(answers_of(config), due)
+    require(
+        known or method.tuned != "exits",
+        "method.tuned",
+        method.tuned,
+        f"{train.init_from or 'the new model'} answers {answers_of(config)}, not {due}: tune it on the task "
+        "first, or set 'all'",
+    )
     if known:
         config = dataclasses.replace(config, labels=labels)
     else:
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
-        config, params = attach_task_head(config, params, wanted, task.problem, key, labels)
+        config, params = attach_task_head(config, params, due[1], task.problem, key, labels)
+
     if run.exits:
         config, params = attach_task_exits(config, params, run.exits)
-    fix = "the model has no exits; name their layers in exits"
-    require(method.tuned != "exits" or bool(config.exits), "method.tuned", method.tuned, fix)
-    fix = f"needs one weight for each of the exits {config.exits or 'none'}, or none at all"
-    counted = len(method.exit_weights) in (0, len(config.exits))
-    require(counted, "method.exit_weights", method.exit_weights, fix)
+    require(
+        method.tuned != "exits" or bool(config.exits),
+        "method.tuned",
+        method.tuned,
+        "the model has no exits; name their layers in exits",
+    )
+    require(
+        len(method.exit_weights) in (0, len(config.exits)),
+        "method.exit_weights",
+        method.exit_weights,
+        f"needs one weight for each of the exits {config.exits or 'none'}, or none at all",
+    )
     return config, params

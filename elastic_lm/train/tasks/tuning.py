@@ -164,23 +164,27 @@ class TaskTuning(TaskTuningConfig, Method[TaskBatch]):
           (scalar float32, metrics `loss`, and where classes are told apart `accuracy` of the head and
           `accuracy/exit_<layer>` of exits, of those that are in the loss).
         """
-        params, teacher_BC = {**frozen, **trainable}, None
+        teacher_BC = None
         if self.teacher is not None:
             teacher_BC = jax.lax.stop_gradient(task_logits(self.teacher, frozen[TEACHER], batch))
+
         classes = answers_of(self.config)[0] == "classification"
-        total_B, metrics, count = jnp.zeros_like(batch.weights), {}, jnp.maximum(jnp.sum(batch.weights), 1.0)
-        for name, (weight, logits_BC) in self._answers(params, batch).items():
+        count = jnp.maximum(jnp.sum(batch.weights), 1.0)
+        total_B, metrics = jnp.zeros_like(batch.weights), {}
+        for name, (weight, logits_BC) in self._heads({**frozen, **trainable}, batch).items():
             total_B += weight * self._loss(logits_BC, teacher_BC, batch)
             if classes:
                 right_B = jnp.argmax(logits_BC, axis=-1) == batch.targets
                 metrics[f"accuracy{name}"] = jnp.sum(right_B * batch.weights) / count
+
         loss = jnp.sum(total_B * batch.weights) / count
         return loss, {"loss": loss, **metrics}
 
-    def _answers(self, params: Params, batch: TaskBatch) -> dict[str, tuple[float, jax.Array]]:
-        """w_i and [B, C] logits of every part of the loss, by the end of its metrics' names."""
+    def _heads(self, params: Params, batch: TaskBatch) -> dict[str, tuple[float, jax.Array]]:
+        """Weight and [B, C] logits of every head in the loss, by the suffix of its metrics' names."""
         if not self.exits:
             return {"": (1.0, task_logits(self.config, params, batch))}
+
         names = [f"/{exit_name(layer)}" for layer in self.exits]
         weights = self.exit_weights or (1.0,) * len(names)
         whole = self.tuned == "all"
@@ -225,7 +229,7 @@ def exit_logits(config: Config, params: Params, batch: TaskBatch, *, last: bool 
 
 
 def known_types(config: EncoderConfig, batch: TaskBatch) -> jax.Array:
-    """[B, T] token types, where the model knows fewer than a pair has the last of those that it knows."""
+    """[B, T] token types; a model that knows fewer types than a pair has reads its last one for the rest."""
     return jnp.minimum(batch.types, max(config.type_vocab_size - 1, 0))
 
 
