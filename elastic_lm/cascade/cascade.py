@@ -247,8 +247,12 @@ class CascadeRun(Iterator[CascadeResult]):
         answers = ask(records)
         self._tally.add_seconds(name, time.perf_counter() - began)
 
-        fix = f"answer one per record ({len(records)}), with an error where it fails"
-        require(len(answers) == len(records), f"{name} answers", len(answers), fix)
+        require(
+            len(answers) == len(records),
+            f"{name} answers",
+            len(answers),
+            f"answer one per record ({len(records)}), with an error where it fails",
+        )
         return answers
 
     def _give_back(

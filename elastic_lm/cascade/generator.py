@@ -167,8 +167,12 @@ class Generator:
         require(bool(ids), self._field, record[self._field], "needs at least one token")
 
         longest, max_len = len(ids) + self._max_new_tokens, self._sampler.config.max_len
-        fix = f"with max_new_tokens={self._max_new_tokens} these are more than max_len={max_len}"
-        require(longest <= max_len, "prompt tokens", len(ids), fix)
+        require(
+            longest <= max_len,
+            "prompt tokens",
+            len(ids),
+            f"with max_new_tokens={self._max_new_tokens} these are more than max_len={max_len}",
+        )
         shape = GenerationShape(
             width=bucket(len(ids)),
             capacity=bucket(longest + self._sampler.options.window),

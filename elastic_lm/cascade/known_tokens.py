@@ -208,6 +208,10 @@ def padded_width(config: ModelConfig, tokens: int) -> int:
     Raises:
       ValueError: the model does not read so many.
     """
-    fix = f"is more than max_len={config.max_len} of the model: shorten the record"
-    require(tokens <= config.max_len, "tokens", tokens, fix)
+    require(
+        tokens <= config.max_len,
+        "tokens",
+        tokens,
+        f"is more than max_len={config.max_len} of the model: shorten the record",
+    )
     return min(bucket(tokens), config.max_len)

@@ -235,5 +235,9 @@ def _require_one_of(exit: int | None, subnet: Subnet | None) -> None:
 
 
 def _require_below_last(config: ModelConfig, exit: int | None) -> None:
-    fix = f"the last of {config.n_layers} layers leaves nothing to a Super; name an earlier exit"
-    require(exit is None or exit < config.n_layers, "exit", exit, fix)
+    require(
+        exit is None or exit < config.n_layers,
+        "exit",
+        exit,
+        f"the last of {config.n_layers} layers leaves nothing to a Super; name an earlier exit",
+    )
