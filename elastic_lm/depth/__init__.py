@@ -11,7 +11,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.calibration import calibrate
     from elastic_lm.depth.confidence import METRICS
     from elastic_lm.depth.ee_tuning import EETuning, EETuningConfig, JointTraining, JointTrainingConfig
-    from elastic_lm.depth.forecasting import Forecast, forecast
+    from elastic_lm.depth.forecasting import Forecast, forecast, forecast_outcome, weight_bytes
     from elastic_lm.depth.guarantee import Guarantee, RiskControl
     from elastic_lm.depth.observations import Observations, observe
     from elastic_lm.depth.per_exit import exit_thresholds
@@ -45,7 +45,9 @@ __all__ = [
     "exit_thresholds",
     "extract",
     "forecast",
+    "forecast_outcome",
     "observe",
+    "weight_bytes",
     "without_exits",
 ]
 

@@ -1,13 +1,13 @@
-"""Exit policies by confidence: the thresholds, how they are fitted, and the file they live in.
+"""Calibration: thresholds for exits, fitted on one half of held-out text and measured on the other.
 
 A token leaves at the first exit j with confidence c_j >= t_j, else at full depth. Thresholds t are
 chosen on one half of the held-out sequences,
 
     minimise mean layers    subject to    share of tokens equal to the full model's >= target
 
-and measured on the other half, so the reported numbers are not in-sample. They are averages over those
-tokens; with a `RiskControl` the other half instead tests what is stated about new text, and the file
-says what was stated (see `risk_control`).
+and measured on the other half, so that the reported numbers are not in-sample. They are averages over those
+tokens. With a `RiskControl`, the other half tests what is stated about new text instead, and the thresholds
+file says what was stated (`depth.guarantee`).
 """
 
 import dataclasses
@@ -20,20 +20,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from elastic_lm.config.exit_policy import DEFAULT_TARGET, Strategy
+from elastic_lm.config.exit_policy import DEFAULT_METRIC, DEFAULT_TARGET, LOGIT_METRICS, Strategy
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import to_dict
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.confidence import DEFAULT_METRIC, LOGIT_METRICS, NEVER_EXITS
+from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.guarantee import RiskControl, control
 from elastic_lm.depth.observations import Arrays, Observations, observe
 from elastic_lm.depth.per_exit import exit_thresholds
-from elastic_lm.depth.policies import SHAPE, ConfidenceExit, CurvePoint
-from elastic_lm.depth.threshold_search import choose, emitting_exit, outcome
+from elastic_lm.depth.policies import MODEL_SHAPE, CalibrationPoint, ConfidenceExit
+from elastic_lm.depth.threshold_search import choose_thresholds, emitting_exit, exit_outcome
 from elastic_lm.models.decoder import Params
 
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-GUARANTEE = "none: averages over the measured tokens, without a finite-sample guarantee for new text"
+NO_GUARANTEE = "none: averages over the measured tokens, without a finite-sample guarantee for new text"
 
 
 def calibrate(
@@ -57,13 +57,14 @@ def calibrate(
     Args:
       config: the model with its exits; static.
       params: its parameters, canonical or stacked.
-      batches: packed held-out batches, not trained on; see `observe`.
+      batches: packed held-out batches that the exits were not trained on, or dicts of their fields; the first
+        batch is the largest.
       target: wanted share of emitted tokens that equal the full model's greedy choice, on average over
         the held-out tokens; not read where `risk` states a target.
       risk: what is to be guaranteed for new text; None = averages only.
-      metric: confidence metric.
-      strategy: "joint" chooses the thresholds of all exits together, as above; the others each exit's by its
-        own tokens, for comparison (`calibrate.strategies`). Not read where `risk` is given.
+      metric: confidence metric; traced.
+      strategy: "joint" chooses the thresholds of all exits together, as above; the others choose each exit's
+        thresholds by its own tokens, for comparison (`depth.per_exit`). Not read where `risk` is given.
       targets: further targets that the curve shows.
       active: layers of the exits that may be used; the others get a threshold above 1. None = all.
       model: path or name, recorded.
@@ -73,17 +74,33 @@ def calibrate(
 
     Returns:
       ConfidenceExit with the measured curve. Where no exit can be used within a target's budget of
-      disagreements its thresholds are above 1 (never exit) and the curve's note says so; so they are
-      where `risk` is not achievable, and the guarantee says how many more sequences are needed.
+      disagreements, its thresholds are above 1 (never exit) and the curve's note says so. Where `risk` is
+      not achievable, thresholds are above 1, too, and the guarantee says how many more sequences are needed.
 
     Raises:
       ValueError: the model has no exits, or none with the gate that the metric reads, a target is not in
         (0, 1], or the text is too short.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config(exits=(2,))
+      tokens = random_tokens(config, batch=8, length=17)  # in earnest: `el.data.eval_batches`
+      ones = jnp.ones((8, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      policy = el.depth.calibrate(config, random_params(config), [batch], target=0.9)
+      print(policy.thresholds, policy.measured)
+      ```
     """
     if not config.exits:
         raise ValueError("config.exits=(): attach and tune exits first")
+
     observations = observe(config, params, batches, metric=metric, chunk=chunk)
-    policy = fit(
+    policy = fit_thresholds(
         observations,
         target=target,
         risk=risk,
@@ -96,20 +113,7 @@ def calibrate(
     return dataclasses.replace(policy, provenance=_provenance(config, policy, model, data))
 
 
-def _provenance(config: ModelConfig, policy: ConfidenceExit, model: str, data: str) -> dict[str, Any]:
-    """Where a policy comes from; its counts of tokens are in `policy.provenance`."""
-    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
-    shape = {field: getattr(config, field) for field in SHAPE}
-    return {
-        "model": {"path": model, "config_sha256": digest, **shape},
-        "data": {"description": data, **policy.provenance},
-        "guarantee": policy.guarantee.statement if policy.guarantee else GUARANTEE,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
-    }
-
-
-def fit(
+def fit_thresholds(
     observations: Observations,
     *,
     target: float = DEFAULT_TARGET,
@@ -120,44 +124,53 @@ def fit(
     active: Sequence[int] | None = None,
     seed: int = 0,
 ) -> ConfidenceExit:
-    """`calibrate` from observations that exist already; arguments as there."""
+    """`calibrate` from observations that exist already; the arguments mean the same there."""
     target = risk.target if risk else target
     targets = sorted({target, *targets})
     for value in targets:
         if not 0 < value <= 1:
             raise ValueError(f"target={value}: must be a share in (0, 1]")
     layers = observations.layers
-    unknown = set(active or ()) - set(layers)
-    if unknown:
+    if set(active or ()) - set(layers):
         raise ValueError(f"active={tuple(active or ())}: the model has exits after layers {layers}")
     used = [i for i, layer in enumerate(layers) if active is None or layer in active]
     depths = [*(layers[i] for i in used), observations.n_layers]
+
+    # Gates come first: thresholds are chosen on the tokens whose heads are read with these gates.
     gates = choose_gates(observations.halves(seed)[0], used, depths, target)
     selection, scoring = observations.gated(gates).halves(seed)
-    sure, agrees = selection.confidence[:, used], selection.agrees[:, used]
+
+    confidence, agrees = selection.confidence[:, used], selection.agrees[:, used]
     if strategy == "joint":
-        chosen = choose(sure, agrees, depths, targets)
+        chosen = choose_thresholds(confidence, agrees, depths, targets)
     else:
-        chosen = {value: exit_thresholds(sure, agrees, value, strategy) for value in targets}
+        chosen = {value: exit_thresholds(confidence, agrees, value, strategy) for value in targets}
     points = {
-        value: _point(scoring, value, _spread(chosen[value], used, len(layers)), metric) for value in targets
+        value: _measure(scoring, value, _of_all_exits(chosen[value], used, len(layers)), metric)
+        for value in targets
     }
+
     guarantee = None
     if risk:
         thresholds, guarantee = control(selection, scoring, risk, used)
-        points[target] = dataclasses.replace(
-            _point(scoring, target, thresholds, metric), note=guarantee.statement
-        )
-    counts = {
-        "selection_tokens": selection.tokens,
-        "scoring_tokens": scoring.tokens,
-        "sequences": len(set(observations.sequence.tolist())),
-        "seed": seed,
-    }
-    curve = tuple(points.values())
-    thresholds = points[target].thresholds
-    gates = gates if any(gates) else ()
-    return ConfidenceExit(metric, thresholds, layers, target, curve, gates, guarantee, counts)
+        point = _measure(scoring, target, thresholds, metric)
+        points[target] = dataclasses.replace(point, note=guarantee.statement)
+
+    return ConfidenceExit(
+        metric=metric,
+        thresholds=points[target].thresholds,
+        layers=layers,
+        target=target,
+        curve=tuple(points.values()),
+        gates=gates if any(gates) else (),
+        guarantee=guarantee,
+        provenance={
+            "selection_tokens": selection.tokens,
+            "scoring_tokens": scoring.tokens,
+            "sequences": len(set(observations.sequence.tolist())),
+            "seed": seed,
+        },
+    )
 
 
 def choose_gates(
@@ -165,9 +178,10 @@ def choose_gates(
 ) -> tuple[float, ...]:
     """How much each exit's gate must give for its vocabulary head to be read.
 
-    As much as lets a share of the tokens through that would leave there, were every head read. A gate that
-    stays shut by mistake costs depth, never agreement; thresholds are chosen with the gates in place. One
-    target decides for the whole curve, so its lower targets are deeper than they could be.
+    The gates are as high as they can be while a share `kept` of the tokens that would leave at the exit, were
+    every head read, still passes. A gate that stays shut by mistake costs depth, never agreement, because
+    thresholds are chosen with the gates in place. One target decides for the whole curve, so that its lower
+    targets are deeper than they could be.
 
     Args:
       selection: the sequences that choose.
@@ -182,38 +196,69 @@ def choose_gates(
     gates = [0.0] * len(selection.layers)
     if selection.gate is None or not selection.gate.any():
         return tuple(gates)
-    thresholds = choose(selection.confidence[:, used], selection.agrees[:, used], depths, [target])[target]
+
+    confidence, agrees = selection.confidence[:, used], selection.agrees[:, used]
+    thresholds = choose_thresholds(confidence, agrees, depths, [target])[target]
     for i, threshold in zip(used, thresholds, strict=True):
-        leaves = selection.gate[selection.confidence[:, i] >= threshold, i]
-        if len(leaves):
-            gates[i] = float(np.quantile(leaves, 1 - kept))
+        leaving = selection.gate[selection.confidence[:, i] >= threshold, i]
+        if len(leaving):
+            gates[i] = float(np.quantile(leaving, 1 - kept))
     return tuple(gates)
 
 
-def _spread(thresholds: Sequence[float], used: Sequence[int], exits: int) -> tuple[float, ...]:
-    """Thresholds of all exits; those not in use never fire."""
-    given = dict(zip(used, thresholds, strict=True))
-    return tuple(given.get(i, NEVER_EXITS) for i in range(exits))
+def _of_all_exits(thresholds: Sequence[float], used: Sequence[int], exits: int) -> tuple[float, ...]:
+    """Thresholds of all exits from those in use; the others never fire."""
+    by_exit = dict(zip(used, thresholds, strict=True))
+    return tuple(by_exit.get(i, NEVER_EXITS) for i in range(exits))
 
 
-def _point(scoring: Observations, target: float, thresholds: tuple[float, ...], metric: str) -> CurvePoint:
+def _measure(
+    scoring: Observations, target: float, thresholds: tuple[float, ...], metric: str
+) -> CalibrationPoint:
+    """The curve's point of a target."""
     depths = (*scoring.layers, scoring.n_layers)
-    result = outcome(scoring.confidence, scoring.agrees, depths, thresholds)
+    outcome = exit_outcome(scoring.confidence, scoring.agrees, depths, thresholds)
+
     note = ""
     if min(thresholds) >= NEVER_EXITS:
         note = "no exit can be used at this target: every token takes the full depth"
-    elif result.agreement < target:
+    elif outcome.agreement < target:
         note = "measured agreement is below the target: use more held-out text or a higher target"
-    looked = _looked(scoring, thresholds, metric)
-    return CurvePoint(target, thresholds, result.agreement, result.mean_layers, result.shares, note, looked)
+
+    return CalibrationPoint(
+        target=target,
+        thresholds=thresholds,
+        agreement=outcome.agreement,
+        mean_layers=outcome.mean_layers,
+        shares=outcome.shares,
+        note=note,
+        looked=_shares_of_heads_read(scoring, thresholds, metric),
+    )
 
 
-def _looked(scoring: Observations, thresholds: tuple[float, ...], metric: str) -> tuple[float, ...]:
-    """Share of tokens for which each exit's vocabulary head is read, as `decode.answer` decides."""
+def _shares_of_heads_read(
+    scoring: Observations, thresholds: tuple[float, ...], metric: str
+) -> tuple[float, ...]:
+    """Share of tokens for which each exit's vocabulary head is read, as `decode.exit_check` decides."""
     chosen = emitting_exit(scoring.confidence, thresholds)
     shares = []
     for j, threshold in enumerate(thresholds):
-        sure = scoring.confidence[:, j]
-        passing = sure >= (0.0 if metric in LOGIT_METRICS else threshold)  # silenced ones are below 0
+        confidence = scoring.confidence[:, j]
+        # A metric of logits needs the head of every token whose gate is open (the others are below 0).
+        # A metric that reads no logits is compared with the threshold before the head is read.
+        passing = confidence >= (0.0 if metric in LOGIT_METRICS else threshold)
         shares.append(float(np.mean((chosen >= j) & passing)) if threshold <= 1 else 0.0)
     return tuple(shares)
+
+
+def _provenance(config: ModelConfig, policy: ConfidenceExit, model: str, data: str) -> dict[str, Any]:
+    """Where a policy comes from; `policy.provenance` holds its counts of tokens."""
+    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+    shape = {field: getattr(config, field) for field in MODEL_SHAPE}
+    return {
+        "model": {"path": model, "config_sha256": digest, **shape},
+        "data": {"description": data, **policy.provenance},
+        "guarantee": policy.guarantee.statement if policy.guarantee else NO_GUARANTEE,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+    }

@@ -26,7 +26,7 @@ from elastic_lm.bounds import RUNGS, Verdict, clopper_pearson, count_above, fixe
 from elastic_lm.config.checks import require
 from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.observations import Observations
-from elastic_lm.depth.threshold_search import choose, emitting_exit
+from elastic_lm.depth.threshold_search import choose_thresholds, emitting_exit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def ladder(
     """
     depths = [*(selection.layers[i] for i in used), selection.n_layers]
     targets = [1.0 - stated.allowed * (i + 1) / rungs for i in range(rungs)]
-    chosen = choose(selection.confidence[:, used], selection.agrees[:, used], depths, targets)
+    chosen = choose_thresholds(selection.confidence[:, used], selection.agrees[:, used], depths, targets)
 
     # Exits that are not used never fire.
     spread = [[NEVER_EXITS] * len(selection.layers) for _ in targets]

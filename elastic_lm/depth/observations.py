@@ -20,15 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_lm.config.exit_policy import DEFAULT_METRIC, GATE_METRIC
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.confidence import (
-    DEFAULT_METRIC,
-    Evidence,
-    confidence_by_index,
-    metric_index,
-    state_similarity,
-)
+from elastic_lm.depth.confidence import Evidence, confidence_by_index, metric_index, state_confidence
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.block import Tap
 
@@ -50,6 +45,22 @@ class Observations:
       targets: [N] int32, the text's tokens.
       sequence: [N] int32, the row that each token comes from.
       gate: [N, E] float32, what each exit's gate gives; 0 where it has none. None = not observed.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config(exits=(2,))
+      tokens = random_tokens(config, batch=4, length=17)
+      ones = jnp.ones((4, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      seen = el.depth.observe(config, random_params(config), [batch])
+      choosing, measuring = seen.halves()
+      assert (seen.tokens, choosing.tokens, measuring.tokens) == (64, 32, 32)
+      ```
     """
 
     layers: tuple[int, ...]
@@ -76,14 +87,21 @@ class Observations:
         return dataclasses.replace(self, **{name: getattr(self, name)[keep] for name in names})
 
     def gated(self, gates: Sequence[float]) -> "Observations":
-        """The same with exits whose gate gives less than `gates` [E] silenced: no threshold is reached."""
+        """The same observations, with exits silenced where their gate gives less than `gates` [E]."""
         if self.gate is None:
             return self
         shut = self.gate < np.asarray(gates, np.float32)
+        # A confidence below 0 reaches no threshold, not even one of 0, which always exits.
         return dataclasses.replace(self, confidence=np.where(shut, np.float32(-1.0), self.confidence))
 
     def halves(self, seed: int = 0) -> tuple["Observations", "Observations"]:
         """Splits whole sequences at random into two halves.
+
+        Args:
+          seed: of the split.
+
+        Returns:
+          (one half, the other half).
 
         Raises:
           ValueError: there is only one sequence.
@@ -94,13 +112,14 @@ class Observations:
                 f"{len(sequences)} held-out sequence(s): at least 2 are needed, one half chooses the "
                 "thresholds and the other measures them; give more text or shorter rows"
             )
+
         mixed = np.random.default_rng(seed).permutation(sequences)
         return self.rows(mixed[: len(mixed) // 2]), self.rows(mixed[len(mixed) // 2 :])
 
 
 @flax.struct.dataclass
 class TokenScalars:
-    """`Observations` of one batch on the device; leading dimensions [B, T].
+    """`Observations` of one batch on the device.
 
     Attributes:
       confidence: [B, T, E] float32.
@@ -141,62 +160,84 @@ def observe(
     Raises:
       ValueError: a batch is larger than the first one or longer than the model, no token counts, or the
         metric needs gates that the exits do not have.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config(exits=(1, 3))
+      tokens = random_tokens(config, batch=4, length=17)
+      ones = jnp.ones((4, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      seen = el.depth.observe(config, random_params(config), [batch], metric="max_prob")
+      assert seen.confidence.shape == (64, 2)
+      print(seen.agrees.mean(axis=0))  # how often each exit's token is the full model's
+      ```
     """
     index = jnp.int32(metric_index(metric))
     check_gates(config, metric)
-    parts: list[tuple[np.ndarray, ...]] = []
+
+    parts: list[dict[str, np.ndarray]] = []
     shape: tuple[int, ...] = ()
     first_row = 0
-    for given in batches:
-        batch = Batch(**given) if isinstance(given, Mapping) else given
+    for arrays in batches:
+        batch = Batch(**arrays) if isinstance(arrays, Mapping) else arrays
         rows = batch.tokens.shape[0]
         shape = shape or batch.tokens.shape
         if shape[1] > config.max_len:
             raise ValueError(
                 f"held-out rows of seq_len={shape[1]}: above max_len={config.max_len}; shorten them"
             )
-        batch = padded(batch, shape)
+
+        batch = pad_batch(batch, shape)
         scalars = jax.device_get(observe_batch(config, params, batch, index, chunk))
+
         counted = np.asarray(batch.weights) > 0
         row = np.broadcast_to(first_row + np.arange(shape[0])[:, None], shape)
-        host = (*_fields(scalars), batch.weights, batch.targets, row, scalars.gate)
-        parts.append(tuple(np.asarray(x)[counted] for x in host))
+        columns = {
+            **{field.name: getattr(scalars, field.name) for field in dataclasses.fields(scalars)},
+            **{"weights": batch.weights, "targets": batch.targets, "sequence": row},
+        }
+        parts.append({name: np.asarray(column)[counted] for name, column in columns.items()})
         first_row += rows
-    if not any(len(part[0]) for part in parts):
+
+    if not any(len(part["sequence"]) for part in parts):
         raise ValueError(f"{len(parts)} held-out batches without a counted token: give more text")
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return Observations(tuple(e.layer for e in config.exits), config.n_layers, *columns)
+
+    layers = tuple(e.layer for e in config.exits)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Observations(layers=layers, n_layers=config.n_layers, **columns)
 
 
 def check_gates(config: ModelConfig, metric: str) -> None:
     """Checks that the exits have what a metric reads.
 
     Raises:
-      ValueError: the metric is `learned` and an exit has no gate.
+      ValueError: the metric reads gates, and an exit has none.
     """
     without = tuple(e.layer for e in config.exits if not e.gate)
-    if metric == "learned" and without:
+    if metric == GATE_METRIC and without:
         raise ValueError(
-            f"metric='learned': the exits after layers {without} have no gate; attach them with "
+            f"metric={metric!r}: the exits after layers {without} have no gate; attach them with "
             "ExitConfig(gate=width) and tune the gates, or choose a metric that reads logits"
         )
 
 
-def _fields(scalars: TokenScalars) -> tuple[jax.Array, ...]:
-    return scalars.confidence, scalars.agrees, scalars.correct, scalars.nats
-
-
-def padded(batch: Batch, shape: tuple[int, ...]) -> Batch:
-    """Pads a batch with tokens that do not count.
+def pad_batch(batch: Batch, shape: tuple[int, ...]) -> Batch:
+    """Pads a batch to [B, T] = `shape` with tokens that do not count.
 
     Raises:
       ValueError: the batch does not fit into `shape`.
     """
-    missing = [want - have for want, have in zip(shape, batch.tokens.shape, strict=True)]
+    missing = [wanted - size for wanted, size in zip(shape, batch.tokens.shape, strict=True)]
     if min(missing) < 0:
         raise ValueError(f"batch of shape {batch.tokens.shape}: larger than the first one, {shape}")
     if not any(missing):
         return batch
+    # Zeros: weight 0 does not count, and segment 0 is padding, which no token attends to.
     return jax.tree.map(lambda x: jnp.pad(x, [(0, n) for n in missing]), batch)
 
 
@@ -204,17 +245,27 @@ def padded(batch: Batch, shape: tuple[int, ...]) -> Batch:
 def observe_batch(
     config: ModelConfig, params: Params, batch: Batch, metric: jax.Array, chunk: int
 ) -> TokenScalars:
-    """Scalars of one batch; `config` and `chunk` are static, the metric's index is traced."""
+    """Scalars of one batch.
+
+    Args:
+      config: the model; static.
+      params: its parameters, canonical or stacked.
+      batch: packed tokens.
+      metric: int32 position in `METRICS`; traced.
+      chunk: columns of logits alive at once; static.
+    """
     decoder = Decoder(config).bind({"params": params})
+    exits = list(enumerate(config.exits))
+
+    # One forward pass gives the states at all depths.
     depths = (*(e.layer for e in config.exits), config.n_layers)
     taps = decoder.taps(batch.tokens, depths, batch.positions, batch.segments)
-    features = [
-        decoder.exit_features(i, taps[e.layer], batch.positions, batch.segments)
-        for i, e in enumerate(config.exits)
-    ]
-    evidence = [_evidence(decoder, i, taps[e.layer], features[i]) for i, e in enumerate(config.exits)]
+    features = [decoder.exit_features(i, taps[e.layer], batch.positions, batch.segments) for i, e in exits]
+    evidence = [_evidence(decoder, i, taps[e.layer], features[i], metric) for i, e in exits]
     features.append(decoder.final_features(taps[config.n_layers].hidden))
-    kernels = [*(decoder.exit_kernel(i) for i in range(len(config.exits))), decoder.final_kernel()]
+    kernels = [*(decoder.exit_kernel(i) for i, _ in exits), decoder.final_kernel()]
+
+    # Logits of all columns would be [B, T, V] per depth; `map` holds those of one chunk at a time.
     b, t = batch.tokens.shape
     chunk = min(chunk, t)
 
@@ -222,30 +273,34 @@ def observe_batch(
         x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
 
-    def one(xs: tuple[list[jax.Array], list[Evidence], jax.Array]) -> TokenScalars:
-        return _chunk_scalars(config, xs[0], kernels, xs[1], xs[2], metric)
+    def one(piece: tuple[list[jax.Array], list[Evidence], jax.Array]) -> TokenScalars:
+        features, evidence, targets = piece
+        return _chunk_scalars(
+            config, features=features, kernels=kernels, evidence=evidence, targets=targets, metric=metric
+        )
 
     stacked = jax.lax.map(one, jax.tree.map(chunks, (features, evidence, batch.targets)))
     columns = -(-t // chunk) * chunk
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, columns, *x.shape[3:])[:, :t], stacked)
 
 
-def _evidence(decoder: Decoder, index: int, tap: Tap, features: jax.Array) -> Evidence:
+def _evidence(decoder: Decoder, index: int, tap: Tap, features: jax.Array, metric: jax.Array) -> Evidence:
     """What exit `index` knows of each token [B, T] before its vocabulary head is read."""
-    similarity = state_similarity(tap.hidden, tap.entering)
+    state = state_confidence(metric, tap.hidden, tap.entering)
     gate = decoder.config.exits[index].gate
-    return Evidence(similarity, decoder.exit_gate(index, features) if gate else jnp.zeros_like(similarity))
+    return Evidence(state, decoder.exit_gate(index, features) if gate else jnp.zeros_like(state))
 
 
 def _chunk_scalars(
     config: ModelConfig,
+    *,
     features: Sequence[jax.Array],
     kernels: Sequence[jax.Array],
     evidence: Sequence[Evidence],
     targets: jax.Array,
     metric: jax.Array,
 ) -> TokenScalars:
-    """Scalars of one chunk of columns, one depth after the other."""
+    """Scalars of one chunk of columns, one depth after the other; the full model comes last."""
     best, nats, confidence = [], [], []
     temperatures = [*(e.temperature for e in config.exits), 1.0]
     for i, (x, kernel) in enumerate(zip(features, kernels, strict=True)):
@@ -255,12 +310,14 @@ def _chunk_scalars(
         nats.append(jax.nn.logsumexp(logits, axis=-1) - target)
         if i < len(config.exits):
             confidence.append(confidence_by_index(metric, logits, evidence[i]))
-    choice = jnp.stack(best, axis=-1)
-    learned = [e.learned for e in evidence]
+
+    likeliest = jnp.stack(best, axis=-1)
+    gates = [e.gate for e in evidence]
+    no_exits = jnp.zeros((*targets.shape, 0))
     return TokenScalars(
-        gate=jnp.stack(learned, axis=-1) if learned else jnp.zeros((*targets.shape, 0)),
-        confidence=jnp.stack(confidence, axis=-1) if confidence else jnp.zeros((*targets.shape, 0)),
-        agrees=choice[..., :-1] == choice[..., -1:],
-        correct=choice == targets[..., None],
+        confidence=jnp.stack(confidence, axis=-1) if confidence else no_exits,
+        agrees=likeliest[..., :-1] == likeliest[..., -1:],
+        correct=likeliest == targets[..., None],
         nats=jnp.stack(nats, axis=-1),
+        gate=jnp.stack(gates, axis=-1) if gates else no_exits,
     )

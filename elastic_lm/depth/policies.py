@@ -1,15 +1,18 @@
-"""When a token leaves: what a sampler asks of a policy, and policies that depend on the position.
+"""When a token leaves: what a sampler asks of an exit policy, and the policies of this package.
 
-A policy is a confidence metric and thresholds. `ConfidenceExit` (calibrate.thresholds) has one threshold
-per exit. Here are
+A policy is a confidence metric and one threshold t_j per exit j:
 
-    StaticExit:     every token leaves after layer l                              t_l = 0, the others never
+    ConfidenceExit: token i leaves at the first exit with confidence c_j >= t_j, else at full depth
+    StaticExit:     every token leaves after layer l: t = 0 for its exit, never for the others
     DecayedExit:    t_j(i) = t_j (0.9 + 0.1 exp(-tau i / N))                  (CALM, arXiv 2207.07061)
     DepthSchedule:  token i leaves at the first exit at or above depth d(i),
                     d(i) = first + (last - first) i / (N - 1)                 (SkipDecode, arXiv 2307.02628)
 
 with i = 0 .. N - 1 the index of an emitted token and N the tokens asked for. A schedule of depths gives all
 rows of a batch that run in step the same depth, so that none waits for another.
+
+A new policy is a class with the members of `ExitPolicy` and, where thresholds depend on the position or exits
+have gates, those of `PositionPolicy` or `GatedPolicy`. A policy of your own needs no change of the package.
 """
 
 import dataclasses
@@ -29,22 +32,46 @@ from elastic_lm.depth.guarantee import Guarantee
 from elastic_lm.depth.observations import check_gates
 from elastic_lm.files.atomic import write_text_whole
 
+FORMAT = "elastic_lm thresholds 1"
+MODEL_SHAPE = ("n_layers", "d_model", "vocab_size")  # what has to match between a file and a model
+
 
 class ExitPolicy(Protocol):
-    """What the sampler needs to know about when to exit (`calibrate.thresholds.ConfidenceExit`)."""
+    """What a sampler asks of a policy: a metric, and one threshold per exit.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, tiny_config
+
+
+      class FirstExit:
+          metric = None  # thresholds are 0 or never reached, so that no confidence is needed
+          thresholds = (0.0, 2.0)
+
+          def check(self, config):
+              if len(config.exits) != 2:
+                  raise ValueError(f"config.exits={config.exits}: this policy is for two exits")
+
+
+      policy: el.depth.ExitPolicy = FirstExit()
+      config = tiny_config(exits=(1, 3))
+      sampler = el.Sampler(el.Decoder(config), random_params(config), exit=policy)
+      ```
+    """
 
     @property
     def metric(self) -> str | None:
-        """Confidence metric; None = thresholds 0 and never, which mean the same under any."""
+        """The confidence metric; None = all thresholds are 0 or never reached, whatever the metric."""
         ...
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """One threshold per exit, in order of depth."""
+        """One threshold per exit, in order of depth; 0 always exits, above 1 never does."""
         ...
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ValueError where the policy does not fit the model's exits."""
+        """Raises ValueError if the policy does not fit the model's exits."""
         ...
 
 
@@ -59,219 +86,16 @@ class PositionPolicy(Protocol):
 
 @runtime_checkable
 class GatedPolicy(Protocol):
-    """A policy that says when an exit's head is looked at."""
+    """A policy that reads an exit's vocabulary head only if the exit's gate gives enough."""
 
     @property
     def gates(self) -> tuple[float, ...]:
-        """Per exit, the least that its gate must give; () = every head is looked at."""
+        """Per exit, the least that its gate must give; () = every head is read."""
         ...
 
 
-def threshold_table(policy: ExitPolicy | None, exits: int, count: int) -> np.ndarray:
-    """Thresholds of each emitted token.
-
-    Args:
-      policy: None = full depth.
-      exits: J, exits of the model; those that the policy does not know never fire.
-      count: tokens asked for.
-
-    Returns:
-      [J, count] float32.
-    """
-    table = np.full((exits, count), NEVER_EXITS, np.float32)
-    if isinstance(policy, PositionPolicy):
-        given = policy.schedule(count)
-        table[: len(given)] = given[:exits]
-    elif policy is not None:
-        given = policy.thresholds[:exits]
-        table[: len(given)] = np.asarray(given, np.float32)[:, None]
-    return table
-
-
-def gate_row(policy: ExitPolicy | None, exits: int) -> np.ndarray:
-    """Thresholds of the gates.
-
-    Args:
-      policy: None, or without gates = every head is looked at.
-      exits: J, exits of the model.
-
-    Returns:
-      [J] float32; 0 = the head is always looked at.
-    """
-    gates = policy.gates[:exits] if isinstance(policy, GatedPolicy) else ()
-    return np.asarray([*gates, *[0.0] * (exits - len(gates))], np.float32)
-
-
 @dataclasses.dataclass(frozen=True)
-class StaticExit:
-    """Every token leaves after the same layer."""
-
-    layer: int  # an exit of the model, or its last layer
-    layers: tuple[int, ...]  # the model's exits
-
-    @property
-    def metric(self) -> None:
-        """None: no confidence is looked at."""
-        return None
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """0 for the chosen exit, never for the others."""
-        return tuple(0.0 if layer == self.layer else NEVER_EXITS for layer in self.layers)
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises ValueError where the model has no such exit."""
-        check_layers(self.layers, config)
-        if self.layer not in (*self.layers, config.n_layers):
-            raise ValueError(
-                f"layer={self.layer}: the model has exits after layers {self.layers}, and "
-                f"{config.n_layers} layers"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class DecayedExit:
-    """Thresholds that fall as text is emitted, because early errors spoil more of it (CALM).
-
-    What the base was calibrated for, or guarantees, holds for its own thresholds and not for lower ones.
-    """
-
-    base: ExitPolicy  # thresholds at the first token
-    tau: float = 4.0  # how fast they fall towards 0.9 of that
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.tau < np.inf:
-            raise ValueError(f"tau={self.tau}: must be at least 0 and finite")
-
-    @property
-    def metric(self) -> str | None:
-        """Metric of the base."""
-        return self.base.metric
-
-    @property
-    def gates(self) -> tuple[float, ...]:
-        """Gates of the base, which do not fall."""
-        return self.base.gates if isinstance(self.base, GatedPolicy) else ()
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """Thresholds of the first token."""
-        return self.base.thresholds
-
-    def check(self, config: ModelConfig) -> None:
-        """As the base."""
-        self.base.check(config)
-
-    def schedule(self, count: int) -> np.ndarray:
-        """[J, count] thresholds; what never fires at first never does."""
-        first = np.asarray(self.base.thresholds, np.float64)[:, None]
-        fallen = first * (0.9 + 0.1 * np.exp(-self.tau * np.arange(count) / count))
-        return np.where(first > 1, NEVER_EXITS, fallen)
-
-
-@dataclasses.dataclass(frozen=True)
-class DepthSchedule:
-    """One depth per emitted token, the same for every text, from `first` to `last` (SkipDecode)."""
-
-    first: float  # layers of the first emitted token
-    last: float  # layers of the last one, at most `first`
-    layers: tuple[int, ...]  # the model's exits
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.last <= self.first:
-            raise ValueError(f"first={self.first}, last={self.last}: depths fall, and are at least 1")
-
-    @property
-    def metric(self) -> None:
-        """None: no confidence is looked at."""
-        return None
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """Thresholds of the first token."""
-        return tuple(self.schedule(1)[:, 0].tolist())
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises ValueError where the model's exits are others, or it is not that deep."""
-        check_layers(self.layers, config)
-        if self.first > config.n_layers:
-            raise ValueError(f"first={self.first}: the model has {config.n_layers} layers")
-
-    def schedule(self, count: int) -> np.ndarray:
-        """[J, count] thresholds: 0 for the exits at or above the depth, never for those below."""
-        depth = self.first + (self.last - self.first) * np.arange(count) / max(count - 1, 1)
-        return np.where(np.asarray(self.layers)[:, None] >= depth, 0.0, NEVER_EXITS)
-
-
-@dataclasses.dataclass(frozen=True)
-class KeptExits:
-    """A policy of a model on a sub-network that lacks some of its exits; the others keep their thresholds."""
-
-    base: ExitPolicy  # of the whole model
-    kept: tuple[int, ...]  # which of the whole model's exits are left, counted from 0
-
-    @property
-    def metric(self) -> str | None:
-        """Metric of the base."""
-        return self.base.metric
-
-    @property
-    def gates(self) -> tuple[float, ...]:
-        """The base's gates of the exits that are left."""
-        row = gate_row(self.base, 1 + max(self.kept, default=-1))
-        return tuple(float(row[i]) for i in self.kept)
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """Thresholds of the first token."""
-        return tuple(self.schedule(1)[:, 0].tolist())
-
-    def check(self, config: ModelConfig) -> None:
-        """As the base, of the whole model."""
-        self.base.check(config)
-
-    def schedule(self, count: int) -> np.ndarray:
-        """[J, count] thresholds of the exits that are left."""
-        table = threshold_table(self.base, 1 + max(self.kept, default=-1), count)
-        return table[np.asarray(self.kept, int)]
-
-
-def on_subnet(policy: ExitPolicy | None, config: ModelConfig, subnet: Subnet) -> ExitPolicy | None:
-    """What a policy is on a sub-network.
-
-    Thresholds of exits whose layer is kept stay as they are: what was measured or guaranteed for them is
-    about the whole model.
-
-    Args:
-      policy: of the whole model, checked; None = full depth.
-      config: the whole model.
-      subnet: of it.
-
-    Raises:
-      ValueError: every token is to leave at an exit that is gone.
-    """
-    if policy is None:
-        return None
-    exits = subnet.exits(config)
-    layers = tuple(old.layer for old, _ in exits)
-    if isinstance(policy, StaticExit) and policy.layer not in (*layers, config.n_layers):
-        raise ValueError(
-            f"exit.layer={policy.layer}: the sub-network leaves that layer and its exit out; of the model's "
-            f"exits it has those after layers {layers or 'none'}"
-        )
-    cutting = [old for old, new in exits if new.layer < len(subnet.layers)]
-    return KeptExits(policy, tuple(config.exits.index(e) for e in cutting))
-
-
-def check_layers(layers: tuple[int, ...], config: ModelConfig) -> None:
-    """Raises ValueError where these are not the model's exits."""
-    own = tuple(e.layer for e in config.exits)
-    if own != layers:
-        raise ValueError(f"layers={layers}: the model has exits after layers {own or 'none'}")
-
-
-@dataclasses.dataclass(frozen=True)
-class CurvePoint:
+class CalibrationPoint:
     """What one target gave on held-out tokens that the thresholds were not chosen on."""
 
     target: float  # wanted share of tokens equal to the full model's
@@ -285,13 +109,26 @@ class CurvePoint:
 
 @dataclasses.dataclass(frozen=True)
 class ConfidenceExit:
-    """Exit after the first exit whose confidence is at least its threshold."""
+    """A token leaves at the first exit whose confidence is at least the exit's threshold.
 
-    metric: str  # confidence metric, see `calibrate.confidence`
+    Raises:
+      ValueError: the metric does not exist, a number is out of its range, or there is not one per exit.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      policy = el.ConfidenceExit("margin", thresholds=(0.9, 0.7), layers=(1, 3))
+      policy.check(tiny_config(exits=(1, 3)))
+      ```
+    """
+
+    metric: str  # one of `METRICS`
     thresholds: tuple[float, ...]  # one per exit; 0 always exits, above 1 never does
     layers: tuple[int, ...]  # the exits' layers, in increasing order
     target: float | None = None  # agreement with the full model that the thresholds were chosen for
-    curve: tuple[CurvePoint, ...] = ()  # measured targets, in increasing order
+    curve: tuple[CalibrationPoint, ...] = ()  # measured targets, in increasing order
     gates: tuple[float, ...] = ()  # least that each exit's gate must give for its head to be read; () = 0
     guarantee: Guarantee | None = None  # what holds for `thresholds` on new text; None = averages only
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model, data, date, versions
@@ -302,6 +139,7 @@ class ConfidenceExit:
             raise ValueError(f"thresholds={self.thresholds}: needs one per exit, after layers {self.layers}")
         if not all(math.isfinite(t) and t >= 0 for t in self.thresholds):
             raise ValueError(f"thresholds={self.thresholds}: must be finite and at least 0 (above 1 = never)")
+
         if len(self.gates) not in (0, len(self.layers)):
             raise ValueError(f"gates={self.gates}: needs one per exit, after layers {self.layers}, or none")
         if not all(math.isfinite(g) and g >= 0 for g in self.gates):
@@ -310,9 +148,12 @@ class ConfidenceExit:
     def check(self, config: ModelConfig) -> None:
         """Checks that this policy fits a model's exits.
 
+        Args:
+          config: the model with its exits.
+
         Raises:
-          ValueError: names what differs: the exits' layers, their gates where the metric reads them, or
-            the shape of the model it was fitted on.
+          ValueError: names what differs: the exits' layers, their gates where the policy reads them, or
+            the shape of the model that the thresholds were fitted on.
         """
         layers = tuple(e.layer for e in config.exits)
         if layers != self.layers:
@@ -320,14 +161,16 @@ class ConfidenceExit:
                 f"thresholds are for exits after layers {self.layers}, the model has {layers or 'none'}: "
                 "calibrate on this model"
             )
+
         check_gates(config, self.metric)
         gateless = [e.layer for e, gate in zip(config.exits, self.gates, strict=False) if gate and not e.gate]
         if gateless:
             raise ValueError(
                 f"gates={self.gates}: the exits after layers {gateless} have none; calibrate on this model"
             )
+
         recorded = self.provenance.get("model", {})
-        for field in SHAPE:
+        for field in MODEL_SHAPE:
             if field in recorded and recorded[field] != getattr(config, field):
                 raise ValueError(
                     f"thresholds were fitted on a model with {field}={recorded[field]}, this one has "
@@ -336,6 +179,12 @@ class ConfidenceExit:
 
     def at(self, target: float) -> "ConfidenceExit":
         """The same policy for another target of its curve; a guarantee stays with its own thresholds.
+
+        Args:
+          target: wanted share of tokens equal to the full model's, one of those in `curve`.
+
+        Returns:
+          The policy with the thresholds of that point.
 
         Raises:
           ValueError: the curve does not have this target.
@@ -346,22 +195,29 @@ class ConfidenceExit:
                 return dataclasses.replace(
                     self, target=point.target, thresholds=point.thresholds, guarantee=kept
                 )
+
         known = ", ".join(f"{p.target:g}" for p in self.curve) or "none"
         raise ValueError(f"target={target}: the curve has {known}; calibrate with this target")
 
     @property
-    def measured(self) -> CurvePoint | None:
-        """The curve's point of this policy's own target."""
+    def measured(self) -> CalibrationPoint | None:
+        """The curve's point of this policy's own target; None = the thresholds were not calibrated."""
         return next((p for p in self.curve if p.target == self.target), None)
 
     def save(self, path: str | Path) -> None:
         """Writes the policy as JSON; a crash never leaves half a file."""
-        content = {"format": "elastic_lm thresholds 1", **dataclasses.asdict(self)}
+        content = {"format": FORMAT, **dataclasses.asdict(self)}
         write_text_whole(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "ConfidenceExit":
         """Reads a policy from a thresholds file.
+
+        Args:
+          path: a file that `save` or `elastic-lm calibrate` wrote.
+
+        Returns:
+          The policy; `check` says whether it fits a model.
 
         Raises:
           FileNotFoundError: there is no such file.
@@ -370,14 +226,257 @@ class ConfidenceExit:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such thresholds file; `elastic-lm calibrate` writes one")
+
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.pop("format", None) != "elastic_lm thresholds 1":
-                raise ValueError('"format" is not "elastic_lm thresholds 1"')
-            points = tuple(from_dict(CurvePoint, p, "curve.") for p in content.pop("curve", []))
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+                raise ValueError(f'"format" is not "{FORMAT}"')
+            points = tuple(from_dict(CalibrationPoint, p, "curve.") for p in content.pop("curve", []))
             return from_dict(cls, {**content, "curve": points})
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a usable thresholds file ({error}); calibrate again") from error
 
 
-SHAPE = ("n_layers", "d_model", "vocab_size")  # what has to match between a file and a model
+@dataclasses.dataclass(frozen=True)
+class StaticExit:
+    """Every token leaves after the same layer.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      policy = el.StaticExit(layer=3, layers=(1, 3))
+      assert policy.thresholds == (2.0, 0.0)  # never at the first exit, always at the second
+      ```
+    """
+
+    layer: int  # an exit of the model, or its last layer
+    layers: tuple[int, ...]  # the model's exits
+
+    @property
+    def metric(self) -> None:
+        """None: no confidence is needed."""
+        return None
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """0 for the chosen exit, never for the others."""
+        return tuple(0.0 if layer == self.layer else NEVER_EXITS for layer in self.layers)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError if the model has other exits, or none after this layer."""
+        check_layers(self.layers, config)
+        if self.layer not in (*self.layers, config.n_layers):
+            raise ValueError(
+                f"layer={self.layer}: the model has exits after layers {self.layers}, and "
+                f"{config.n_layers} layers"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecayedExit:
+    """Thresholds that fall as text is emitted, because early errors spoil more of it (CALM).
+
+    What the base was calibrated for, or guarantees, holds for its own thresholds and not for lower ones.
+    Paper: arXiv 2207.07061.
+
+    Raises:
+      ValueError: `tau` is negative or infinite.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      base = el.ConfidenceExit("margin", thresholds=(0.8,), layers=(2,))
+      policy = el.DecayedExit(base, tau=4.0)
+      policy.schedule(3)  # [[0.8, 0.741, 0.726]]: one row per exit, one column per token
+      ```
+    """
+
+    base: ExitPolicy  # thresholds at the first token
+    tau: float = 4.0  # how fast they fall towards 0.9 of that
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau < np.inf:
+            raise ValueError(f"tau={self.tau}: must be at least 0 and finite")
+
+    @property
+    def metric(self) -> str | None:
+        """The metric of the base."""
+        return self.base.metric
+
+    @property
+    def gates(self) -> tuple[float, ...]:
+        """The gates of the base, which do not fall."""
+        return self.base.gates if isinstance(self.base, GatedPolicy) else ()
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The thresholds of the first token."""
+        return self.base.thresholds
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError if the base does not fit the model's exits."""
+        self.base.check(config)
+
+    def schedule(self, count: int) -> np.ndarray:
+        """[J, count] thresholds; an exit that never fires at first never fires later."""
+        first = np.asarray(self.base.thresholds, np.float64)[:, None]
+        fallen = first * (0.9 + 0.1 * np.exp(-self.tau * np.arange(count) / count))
+        return np.where(first > 1, NEVER_EXITS, fallen)
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthSchedule:
+    """One depth per emitted token, the same for every text, from `first` down to `last` (SkipDecode).
+
+    Paper: SkipDecode, arXiv 2307.02628.
+
+    Raises:
+      ValueError: the depths rise, or are below 1.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      policy = el.DepthSchedule(first=4, last=1, layers=(1, 3))
+      policy.schedule(3)  # full depth, then the exit after layer 3, then the exit after layer 1
+      ```
+    """
+
+    first: float  # layers of the first emitted token
+    last: float  # layers of the last one, at most `first`
+    layers: tuple[int, ...]  # the model's exits
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.last <= self.first:
+            raise ValueError(f"first={self.first}, last={self.last}: depths fall, and are at least 1")
+
+    @property
+    def metric(self) -> None:
+        """None: no confidence is needed."""
+        return None
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The thresholds of the first token."""
+        return tuple(self.schedule(1)[:, 0].tolist())
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError if the model has other exits, or fewer layers than `first`."""
+        check_layers(self.layers, config)
+        if self.first > config.n_layers:
+            raise ValueError(f"first={self.first}: the model has {config.n_layers} layers")
+
+    def schedule(self, count: int) -> np.ndarray:
+        """[J, count] thresholds: 0 for the exits at or above the depth, never for those below."""
+        depth = self.first + (self.last - self.first) * np.arange(count) / max(count - 1, 1)
+        return np.where(np.asarray(self.layers)[:, None] >= depth, 0.0, NEVER_EXITS)
+
+
+def on_subnet(policy: ExitPolicy | None, config: ModelConfig, subnet: Subnet) -> ExitPolicy | None:
+    """What a policy is on a sub-network.
+
+    Exits whose layer is kept keep their thresholds, although what was measured or guaranteed for these is
+    about the whole model.
+
+    Args:
+      policy: of the whole model, checked; None = full depth.
+      config: the whole model.
+      subnet: of it.
+
+    Returns:
+      The policy of the exits that are left below the sub-network's last layer; None = full depth.
+
+    Raises:
+      ValueError: every token is to leave at an exit that is gone.
+    """
+    if policy is None:
+        return None
+
+    exits = subnet.exits(config)
+    layers = tuple(old.layer for old, _ in exits)
+    if isinstance(policy, StaticExit) and policy.layer not in (*layers, config.n_layers):
+        raise ValueError(
+            f"exit.layer={policy.layer}: the sub-network leaves that layer and its exit out; of the model's "
+            f"exits it has those after layers {layers or 'none'}"
+        )
+
+    # An exit right after the sub-network's last layer is never asked: the model's own head follows there.
+    cutting = [old for old, new in exits if new.layer < len(subnet.layers)]
+    return KeptExits(policy, tuple(config.exits.index(e) for e in cutting))
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptExits:
+    """A policy of a model on a sub-network that lacks some of its exits; the others keep their thresholds."""
+
+    base: ExitPolicy  # of the whole model
+    kept: tuple[int, ...]  # which of the whole model's exits are left, counted from 0
+
+    @property
+    def metric(self) -> str | None:
+        """The metric of the base."""
+        return self.base.metric
+
+    @property
+    def gates(self) -> tuple[float, ...]:
+        """The base's gates of the exits that are left."""
+        row = gate_row(self.base, 1 + max(self.kept, default=-1))
+        return tuple(float(row[i]) for i in self.kept)
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The thresholds of the first token."""
+        return tuple(self.schedule(1)[:, 0].tolist())
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError if the base does not fit the exits of the whole model, `config`."""
+        self.base.check(config)
+
+    def schedule(self, count: int) -> np.ndarray:
+        """[J, count] thresholds of the exits that are left."""
+        table = threshold_table(self.base, 1 + max(self.kept, default=-1), count)
+        return table[np.asarray(self.kept, int)]
+
+
+def threshold_table(policy: ExitPolicy | None, exits: int, count: int) -> np.ndarray:
+    """The thresholds of each emitted token.
+
+    Args:
+      policy: None = full depth.
+      exits: J, exits of the model; those that the policy does not know never fire.
+      count: tokens asked for.
+
+    Returns:
+      [J, count] float32.
+    """
+    table = np.full((exits, count), NEVER_EXITS, np.float32)
+    if isinstance(policy, PositionPolicy):
+        known = policy.schedule(count)[:exits]
+        table[: len(known)] = known
+    elif policy is not None:
+        known = policy.thresholds[:exits]
+        table[: len(known)] = np.asarray(known, np.float32)[:, None]
+    return table
+
+
+def gate_row(policy: ExitPolicy | None, exits: int) -> np.ndarray:
+    """The thresholds of the gates.
+
+    Args:
+      policy: None, or without gates = every head is read.
+      exits: J, exits of the model.
+
+    Returns:
+      [J] float32; 0 = the head is always read.
+    """
+    gates = policy.gates[:exits] if isinstance(policy, GatedPolicy) else ()
+    return np.asarray([*gates, *[0.0] * (exits - len(gates))], np.float32)
+
+
+def check_layers(layers: tuple[int, ...], config: ModelConfig) -> None:
+    """Raises ValueError if these are not the layers of the model's exits."""
+    found = tuple(e.layer for e in config.exits)
+    if found != layers:
+        raise ValueError(f"layers={layers}: the model has exits after layers {found or 'none'}")

@@ -23,7 +23,7 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.calibration import calibrate
 from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.depth.threshold_search import outcome
+from elastic_lm.depth.threshold_search import exit_outcome
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
 from elastic_lm.quickstart import folders, measure, report, text, train
@@ -203,7 +203,7 @@ def _row(
     """One line of the table."""
     assert policy.target is not None
     found = generations[str(policy.target)]
-    held_out = outcome(tested.confidence, tested.agrees, model.depths, policy.thresholds)
+    held_out = exit_outcome(tested.confidence, tested.agrees, model.depths, policy.thresholds)
     return report.Target(
         target_agreement=policy.target,
         agreement=held_out.agreement,

@@ -19,24 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from elastic_lm.checkpoints.loading import load
-from elastic_lm.config.data import DataConfig
-from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.data import pipeline
-from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.sampler import Sampler
-from elastic_lm.depth.calibration import calibrate
-from elastic_lm.depth.confidence import METRICS
-from elastic_lm.depth.observations import Observations, observe
-from elastic_lm.depth.quality import by_depth, shared_threshold_curve
-from elastic_lm.depth.threshold_search import outcome
-from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.models.exits import attach_exits
+import elastic_lm as el
+from elastic_lm.depth.threshold_search import exit_outcome
+from elastic_lm.models.decoder import Params
 from elastic_lm.quickstart import measure
 from elastic_lm.report.machine import hardware, versions
-from elastic_lm.train.config import RunConfig, TrainConfig
-from elastic_lm.train.run import fit
 
+METRICS = ("max_prob", "margin", "entropy")  # these exits have no gates
 TARGETS = (0.9, 0.95, 0.98, 0.99, 0.995)
 SPLITS = {"train": range(6), "calibration": range(6, 8), "test": range(8, 10)}  # story number mod 10
 FULL = "full depth"
@@ -87,9 +76,9 @@ def write_stories(file: Path, out: Path) -> None:
         (out / f"{split}.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in kept))
 
 
-def data_config(out: Path, held_out: str, seed: int = 0) -> DataConfig:
+def data_config(out: Path, held_out: str, seed: int = 0) -> el.DataConfig:
     """Whole stories in rows of 512 tokens; `held_out` names the split that evaluation reads."""
-    return DataConfig(
+    return el.DataConfig(
         source="jsonl",
         paths=(str(out / "train.jsonl"),),
         eval_paths=(str(out / f"{held_out}.jsonl"),),
@@ -101,10 +90,9 @@ def data_config(out: Path, held_out: str, seed: int = 0) -> DataConfig:
     )
 
 
-def tune(args: argparse.Namespace, weights: Path, out: Path, seed: int) -> tuple[ModelConfig, Params]:
+def tune(args: argparse.Namespace, weights: Path, out: Path, seed: int) -> tuple[el.ModelConfig, Params]:
     """Exits with their own MLP and head, copied from the model and tuned on the training stories."""
-    train = TrainConfig(
-        method="ee_tuning",
+    train = el.TrainConfig(
         init_from=str(weights),
         steps=args.steps,
         lr=args.lr,
@@ -116,31 +104,36 @@ def tune(args: argparse.Namespace, weights: Path, out: Path, seed: int) -> tuple
         eval_batches=0,
         save_every=100,
     )
-    run = RunConfig(exits=exits(args), data=data_config(out, "test", seed), train=train)
-    config, params, _ = fit(run, out / f"seed_{seed}")  # run again, it goes on from its checkpoint
+    run = el.RunConfig(
+        exits=exits(args),
+        data=data_config(out, "test", seed),
+        method=el.depth.EETuningConfig(),
+        train=train,
+    )
+    config, params, _ = el.train.fit(run, out / f"seed_{seed}")  # run again, it goes on from its checkpoint
     return config, params
 
 
-def exits(args: argparse.Namespace) -> tuple[ExitConfig, ...]:
+def exits(args: argparse.Namespace) -> tuple[el.ExitConfig, ...]:
     """The exits of this study."""
-    return tuple(ExitConfig(layer, "mlp") for layer in args.layers)
+    return tuple(el.ExitConfig(layer, "mlp") for layer in args.layers)
 
 
 def one_seed(args: argparse.Namespace, weights: Path, out: Path, seed: int) -> dict[str, Any]:
     """Tunes, calibrates, tests and generates with one seed."""
     config, params = tune(args, weights, out, seed)
-    tokenizer = Tokenizer.load(out / "tokenizer")
+    tokenizer = el.Tokenizer.load(out / "tokenizer")
 
-    def seen(split: str, metric: str) -> Observations:
-        batches = pipeline.eval_batches(data_config(out, split), tokenizer, split)
-        return observe(config, params, batches, metric=metric)
+    def seen(split: Any, metric: str) -> el.depth.Observations:
+        batches = el.data.eval_batches(data_config(out, split), tokenizer, split)
+        return el.depth.observe(config, params, batches, metric=metric)
 
     tested = {metric: seen("test", metric) for metric in METRICS}
     policies = {
-        metric: calibrate(
+        metric: el.depth.calibrate(
             config,
             params,
-            pipeline.eval_batches(data_config(out, "calibration"), tokenizer, "calibration"),
+            el.data.eval_batches(data_config(out, "calibration"), tokenizer, "calibration"),
             target=0.99,
             metric=metric,
             targets=TARGETS,
@@ -159,7 +152,7 @@ def one_seed(args: argparse.Namespace, weights: Path, out: Path, seed: int) -> d
                 "thresholds": point.thresholds,
                 "calibration": point.agreement,
                 **dataclasses.asdict(
-                    outcome(tested[metric].confidence, tested[metric].agrees, depths, point.thresholds)
+                    exit_outcome(tested[metric].confidence, tested[metric].agrees, depths, point.thresholds)
                 ),
             }
             for point in policy.curve
@@ -171,18 +164,20 @@ def one_seed(args: argparse.Namespace, weights: Path, out: Path, seed: int) -> d
         "seed": seed,
         "test_tokens": tested["max_prob"].tokens,
         "calibration_tokens": policies["max_prob"].provenance["data"],
-        "depths": [dataclasses.asdict(row) for row in by_depth(tested["max_prob"])],
+        "depths": [dataclasses.asdict(row) for row in el.evaluate.by_depth(tested["max_prob"])],
         "teacher_forced": teacher_forced,
-        "one_threshold": [dataclasses.asdict(p) for p in shared_threshold_curve(tested["max_prob"])],
+        "one_threshold": [
+            dataclasses.asdict(p) for p in el.evaluate.shared_threshold_curve(tested["max_prob"])
+        ],
         "generation": generation(args, config, params, tokenizer, out, policies["max_prob"]),
     }
 
 
 def generation(
     args: argparse.Namespace,
-    config: ModelConfig,
+    config: el.ModelConfig,
     params: Params,
-    tokenizer: Tokenizer,
+    tokenizer: el.Tokenizer,
     out: Path,
     policy: Any,
 ) -> list[dict[str, Any]]:
@@ -190,9 +185,9 @@ def generation(
     lines = (out / "test.jsonl").read_text().splitlines()[: args.prompts]
     prompts = [tokenizer.encode(json.loads(line)["text"], bos=True)[:24] for line in lines]
     backbone = {name: tree for name, tree in params.items() if not name.startswith("exit_")}
-    samplers = {FULL: Sampler(Decoder(config.with_exits(())), backbone, tokenizer)}
+    samplers = {FULL: el.Sampler(el.Decoder(config.with_exits(())), backbone, tokenizer)}
     for target in TARGETS:
-        samplers[str(target)] = Sampler(Decoder(config), params, tokenizer, exit=policy.at(target))
+        samplers[str(target)] = el.Sampler(el.Decoder(config), params, tokenizer, exit=policy.at(target))
     found = measure.generate(samplers, prompts, args.new_tokens, args.rounds)
     full = found[FULL]
     return [
@@ -219,11 +214,13 @@ def before_tuning(args: argparse.Namespace, weights: Path, out: Path) -> list[di
     """Every depth on the test stories with exits that were copied and never trained."""
     import jax
 
-    model, params = load(weights)
-    config, params = attach_exits(model.config, params, exits(args), jax.random.key(0))
-    tokenizer = Tokenizer.load(out / "tokenizer")
-    batches = pipeline.eval_batches(data_config(out, "test"), tokenizer, "test")
-    return [dataclasses.asdict(row) for row in by_depth(observe(config, params, batches))]
+    model, params = el.load(weights)
+    config, params = el.attach_exits(model.config, params, exits(args), jax.random.key(0))
+    tokenizer = el.Tokenizer.load(out / "tokenizer")
+    batches = el.data.eval_batches(data_config(out, "test"), tokenizer, "test")
+    return [
+        dataclasses.asdict(row) for row in el.evaluate.by_depth(el.depth.observe(config, params, batches))
+    ]
 
 
 if __name__ == "__main__":

@@ -10,18 +10,11 @@ import json
 import sys
 from pathlib import Path
 
-from elastic_lm.config.data import DataConfig
-from elastic_lm.config.model import ExitConfig
-from elastic_lm.data import pipeline
-from elastic_lm.data.batch import Batch
-from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.depth.observations import Observations, observe
-from elastic_lm.depth.threshold_search import choose, outcome
-from elastic_lm.train.config import RunConfig, TrainConfig
-from elastic_lm.train.run import fit
+import elastic_lm as el
+from elastic_lm.depth.threshold_search import choose_thresholds, exit_outcome
 
 LAYERS = (3, 6, 9)
-DATA = DataConfig(source="stdlib", seq_len=256, batch_size=8)
+DATA = el.DataConfig(source="stdlib", seq_len=256, batch_size=8)
 BATCHES = 9  # of the test split
 TARGET = 0.99
 
@@ -34,27 +27,29 @@ def main(out: Path, models: dict[str, str]) -> None:
         print(name, {layer: f"{e['agreement']:.3f}, {e['share']:.1%}" for layer, e in exits.items()})
 
 
-def tuned(folder: str, workdir: Path) -> Observations:
+def tuned(folder: str, workdir: Path) -> el.depth.Observations:
     """What exits tuned on the frozen model in `folder` say about the test split."""
-    train = TrainConfig(
-        method="ee_tuning", init_from=folder, steps=60, lr=1e-3, warmup=10, weight_decay=0.0, eval_every=0
+    run = el.RunConfig(
+        exits=tuple(el.ExitConfig(layer, "norm") for layer in LAYERS),
+        data=DATA,
+        method=el.depth.EETuningConfig(),
+        train=el.TrainConfig(init_from=folder, steps=60, lr=1e-3, warmup=10, weight_decay=0.0, eval_every=0),
     )
-    exits = tuple(ExitConfig(layer, "norm") for layer in LAYERS)
-    config, params, _ = fit(RunConfig(exits=exits, data=DATA, train=train), workdir)
-    batches = itertools.islice(pipeline.eval_batches(DATA, Tokenizer.load(folder), "test"), BATCHES)
-    return observe(config, params, (Batch(**arrays) for arrays in batches), metric="margin")
+    config, params, _ = el.train.fit(run, workdir)
+    batches = el.data.eval_batches(DATA, el.Tokenizer.load(folder), "test")
+    return el.depth.observe(config, params, itertools.islice(batches, BATCHES), metric="margin")
 
 
-def gains(seen: Observations) -> dict[int, dict[str, float]]:
+def gains(seen: el.depth.Observations) -> dict[int, dict[str, float]]:
     """Agreement and share of every exit, as if it were the only one."""
     counted = seen.weights > 0
     found = {}
     for i, layer in enumerate(seen.layers):
         tokens = seen.confidence[counted, i, None], seen.agrees[counted, i, None], (layer, seen.n_layers)
-        thresholds = choose(*tokens, [TARGET])[TARGET]
+        thresholds = choose_thresholds(*tokens, [TARGET])[TARGET]
         found[layer] = {
             "agreement": float(tokens[1].mean()),
-            "share": outcome(*tokens, thresholds).shares[0],
+            "share": exit_outcome(*tokens, thresholds).shares[0],
         }
     return found
 

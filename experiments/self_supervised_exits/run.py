@@ -23,21 +23,12 @@ from typing import Any, get_args
 import matplotlib
 import numpy as np
 
-from elastic_lm.checkpoints.embedded import embedded_model
-from elastic_lm.config.data import DataConfig
-from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.data import pipeline
-from elastic_lm.data.batch import Batch
-from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.depth.confidence import METRICS
-from elastic_lm.depth.guarantee import RiskControl, control
-from elastic_lm.depth.observations import Observations, observe
-from elastic_lm.depth.per_exit import Strategy, exit_thresholds
-from elastic_lm.depth.threshold_search import choose, outcome
+import elastic_lm as el
+from elastic_lm.depth.guarantee import control
+from elastic_lm.depth.per_exit import Strategy
+from elastic_lm.depth.threshold_search import choose_thresholds, exit_outcome
 from elastic_lm.models.decoder import Params
 from elastic_lm.report.machine import hardware, versions
-from elastic_lm.train.config import RunConfig, TrainConfig
-from elastic_lm.train.run import fit
 
 matplotlib.use("Agg")
 TARGETS = (0.8, 0.9, 0.95, 0.98)
@@ -50,16 +41,16 @@ def main() -> None:
     args = parse()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer.load(embedded_model())
+    tokenizer = el.Tokenizer.load(el.embedded_model())
     runs = []
     for seed in range(args.seeds):
         config, params, metrics = train(out / f"seed{seed}", args.steps, seed)
-        seen = {m: look(config, params, tokenizer, m, args.tokens) for m in METRICS}
+        seen = {m: look(config, params, tokenizer, m, args.tokens) for m in el.depth.METRICS}
         runs.append(
             {
                 "seed": seed,
                 "training": metrics,
-                "metrics": {m: separation(seen[m]) for m in METRICS},
+                "metrics": {m: separation(seen[m]) for m in el.depth.METRICS},
                 "strategies": strategies(seen["entropy"], args.draws, args.sequences, seed),
             }
         )
@@ -82,15 +73,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(folder: Path, steps: int, seed: int) -> tuple[ModelConfig, Params, dict[str, float]]:
+def train(folder: Path, steps: int, seed: int) -> tuple[el.ModelConfig, Params, dict[str, float]]:
     """Exits after a quarter, a half and three quarters of the layers, with gates."""
-    data = DataConfig(source="stdlib", seq_len=128, batch_size=16, seed=seed)
-    run = RunConfig(
-        exits=tuple(ExitConfig(layer, "norm", gate=32) for layer in LAYERS),
+    data = el.DataConfig(source="stdlib", seq_len=128, batch_size=16, seed=seed)
+    run = el.RunConfig(
+        exits=tuple(el.ExitConfig(layer, "norm", gate=32) for layer in LAYERS),
         data=data,
-        train=TrainConfig(
-            method="self_supervised_exits",
-            init_from=str(embedded_model()),
+        method=el.depth.SelfSupervisedConfig(),
+        train=el.TrainConfig(
+            init_from=str(el.embedded_model()),
             steps=steps,
             lr=1e-3,
             warmup=10,
@@ -100,24 +91,27 @@ def train(folder: Path, steps: int, seed: int) -> tuple[ModelConfig, Params, dic
             seed=seed,
         ),
     )
-    return fit(run, folder)
+    return el.train.fit(run, folder)
 
 
-def look(config: ModelConfig, params: Params, tokenizer: Tokenizer, metric: str, tokens: int) -> Observations:
+def look(
+    config: el.ModelConfig, params: Params, tokenizer: el.Tokenizer, metric: str, tokens: int
+) -> el.depth.Observations:
     """Held-out tokens of files that nothing was trained on, in short sequences."""
-    data = DataConfig(source="stdlib", seq_len=64, batch_size=32)
-    rows = itertools.islice(pipeline.eval_batches(data, tokenizer, "test"), tokens // (64 * 32))
-    return observe(config, params, (Batch(**arrays) for arrays in rows), metric=metric)
+    data = el.DataConfig(source="stdlib", seq_len=64, batch_size=32)
+    rows = itertools.islice(el.data.eval_batches(data, tokenizer, "test"), tokens // (64 * 32))
+    return el.depth.observe(config, params, rows, metric=metric)
 
 
-def separation(seen: Observations) -> dict[str, float]:
+def separation(seen: el.depth.Observations) -> dict[str, float]:
     """Mean layers at each agreement, thresholds chosen on the very tokens."""
     depths = (*seen.layers, seen.n_layers)
-    chosen = choose(seen.confidence, seen.agrees, depths, TARGETS)
-    return {str(t): outcome(seen.confidence, seen.agrees, depths, chosen[t]).mean_layers for t in TARGETS}
+    chosen = choose_thresholds(seen.confidence, seen.agrees, depths, TARGETS)
+    tokens = (seen.confidence, seen.agrees, depths)
+    return {str(t): exit_outcome(*tokens, chosen[t]).mean_layers for t in TARGETS}
 
 
-def strategies(seen: Observations, draws: int, size: int, seed: int) -> dict[str, dict[str, Any]]:
+def strategies(seen: el.depth.Observations, draws: int, size: int, seed: int) -> dict[str, dict[str, Any]]:
     """Share of calibration sets after which the pool's agreement is below the target, and mean layers."""
     rng = np.random.default_rng(seed)
     ids = np.unique(seen.sequence)
@@ -128,11 +122,13 @@ def strategies(seen: Observations, draws: int, size: int, seed: int) -> dict[str
     for _ in range(draws):
         sets = [draw(seen, where, rng.choice(ids, size // 2)) for _ in range(2)]
         both = join(*sets)
-        named = {s: exit_thresholds(both.confidence, both.agrees, target, s) for s in get_args(Strategy)}
-        named["joint"] = choose(both.confidence, both.agrees, depths, [target])[target]
-        named["risk control"] = control(*sets, RiskControl(target, EPSILON))[0]
+        named = {
+            s: el.depth.exit_thresholds(both.confidence, both.agrees, target, s) for s in get_args(Strategy)
+        }
+        named["joint"] = choose_thresholds(both.confidence, both.agrees, depths, [target])[target]
+        named["risk control"] = control(*sets, el.RiskControl(target, EPSILON))[0]
         for name, thresholds in named.items():
-            result = outcome(seen.confidence, seen.agrees, depths, thresholds)
+            result = exit_outcome(seen.confidence, seen.agrees, depths, thresholds)
             found.setdefault(name, []).append((result.agreement, result.mean_layers))
     return {
         name: {
@@ -145,7 +141,9 @@ def strategies(seen: Observations, draws: int, size: int, seed: int) -> dict[str
     }
 
 
-def draw(seen: Observations, where: dict[int, np.ndarray], chosen: np.ndarray) -> Observations:
+def draw(
+    seen: el.depth.Observations, where: dict[int, np.ndarray], chosen: np.ndarray
+) -> el.depth.Observations:
     """Sequences drawn with replacement, each a sequence of its own."""
     index = np.concatenate([where[i] for i in chosen])
     sequence = np.repeat(np.arange(len(chosen)), [len(where[i]) for i in chosen])
@@ -154,7 +152,7 @@ def draw(seen: Observations, where: dict[int, np.ndarray], chosen: np.ndarray) -
     return dataclasses.replace(seen, sequence=sequence, gate=None, **picked)
 
 
-def join(first: Observations, second: Observations) -> Observations:
+def join(first: el.depth.Observations, second: el.depth.Observations) -> el.depth.Observations:
     """Both sets of tokens."""
     fields = ("confidence", "agrees", "correct", "nats", "weights", "targets", "sequence")
     both = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in fields}
@@ -173,7 +171,7 @@ def tables(result: dict[str, Any]) -> str:
         "| metric | " + " | ".join(f"{t:.0%}" for t in TARGETS) + " |",
         "|---" * (len(TARGETS) + 1) + "|",
     ]
-    for metric in METRICS:
+    for metric in el.depth.METRICS:
         cells = [spread([r["metrics"][metric][str(t)] for r in runs], 2) for t in TARGETS]
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
     lines += ["", "| strategy | below target | agreement | mean layers |", "|---|---|---|---|"]
@@ -193,7 +191,7 @@ def plot(result: dict[str, Any], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for metric in METRICS:
+    for metric in el.depth.METRICS:
         layers = [[r["metrics"][metric][str(t)] for t in TARGETS] for r in result["runs"]]
         axes.errorbar(TARGETS, np.mean(layers, 0), yerr=np.ptp(layers, 0) / 2, marker="o", label=metric)
     axes.set_xlabel("agreement with the full model")

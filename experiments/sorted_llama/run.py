@@ -36,28 +36,18 @@ import jax.numpy as jnp
 import numpy as np
 from report import plot, tables
 
-from elastic_lm.checkpoints.embedded import embedded_model
-from elastic_lm.checkpoints.loading import load
-from elastic_lm.config.data import DataConfig
-from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.data import pipeline
-from elastic_lm.data.batch import Batch
-from elastic_lm.data.tokenizer import Tokenizer
+import elastic_lm as el
+from elastic_lm.checkpoints.loading import load_decoder
+from elastic_lm.data import Batch
 from elastic_lm.decode.results import Sample
-from elastic_lm.decode.sampler import Sampler
-from elastic_lm.depth.calibration import fit as fit_thresholds
-from elastic_lm.depth.observations import observe
-from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.depth.sorted_finetuning import extract
-from elastic_lm.depth.threshold_search import outcome
-from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.models.exits import attach_exits
+from elastic_lm.depth.calibration import fit_thresholds
+from elastic_lm.depth.threshold_search import exit_outcome
+from elastic_lm.models.decoder import Params
 from elastic_lm.quickstart import measure
 from elastic_lm.report.machine import hardware, versions
-from elastic_lm.train.config import RunConfig, TrainConfig
-from elastic_lm.train.run import MODEL_FOLDER, fit
+from elastic_lm.train.run import MODEL_FOLDER
 
-Model = tuple[ModelConfig, Params]
+Model = tuple[el.ModelConfig, Params]
 Numbers = dict[str, Any]
 
 THRESHOLDS = (0.95, 0.90, 0.80)  # max_prob, falling with depth as in the paper
@@ -72,7 +62,7 @@ def main() -> None:
     """Runs every seed; rewrites results.json after each, then prints the tables and draws depths.png."""
     args = parse()
     out = Path(args.out)
-    base = str(embedded_model()) if args.base == "embedded" else args.base
+    base = str(el.embedded_model()) if args.base == "embedded" else args.base
     check(args, out)
     result: Numbers = {"args": vars(args), "hardware": hardware(), "versions": versions(), "runs": []}
     for seed in args.seeds:
@@ -134,7 +124,7 @@ def one_seed(args: argparse.Namespace, base: str, folder: Path, seed: int) -> Nu
     began = time.perf_counter()
     models = fine_tuned(args, base, folder, seed)
     trained = time.perf_counter()
-    tokenizer = Tokenizer.load(base)
+    tokenizer = el.Tokenizer.load(base)
     batches = list(held_out(args, tokenizer))
     records = [json.loads(line) for line in files(args)[1].read_text().splitlines()[:RECORDS]]
     seen = {name: observed(model, batches) for name, model in models.items()}
@@ -146,7 +136,7 @@ def one_seed(args: argparse.Namespace, base: str, folder: Path, seed: int) -> Nu
     }
     depths_done = time.perf_counter()
     exits = tuple(e.layer for e in models["soft"][0].exits)
-    fixed = ConfidenceExit("max_prob", THRESHOLDS, exits)
+    fixed = el.ConfidenceExit("max_prob", THRESHOLDS, exits)
     fitted, run["calibrated"] = calibrated(models["soft"], batches, seed)
     run["dynamic"] = {
         "sft+ict, the paper's thresholds": dynamic(models["sft+ict"], fixed, tokenizer, records),
@@ -167,8 +157,8 @@ def fine_tuned(args: argparse.Namespace, base: str, folder: Path, seed: int) -> 
 
     Exits of sft and soft are copies of the final norm before the shared head: the same as the sub-models.
     """
-    depths = sub_depths(load(base)[0].config.n_layers)
-    plain = TrainConfig(
+    depths = sub_depths(load_decoder(base)[0].config.n_layers)
+    plain = el.TrainConfig(
         init_from=base,
         steps=args.steps,
         lr=args.lr,
@@ -179,25 +169,25 @@ def fine_tuned(args: argparse.Namespace, base: str, folder: Path, seed: int) -> 
         keep=1,
         seed=seed,
     )
+    sft = el.RunConfig(data=dataclasses.replace(data_config(args), seed=seed), train=plain)
+    heads = dataclasses.replace(
+        plain, init_from=str(folder / "sft" / MODEL_FOLDER), lr=args.ict_lr, weight_decay=0.0
+    )
     runs = {
-        "sft": plain,
+        "sft": sft,
         "sft+ict": dataclasses.replace(
-            plain,
-            method="ee_tuning",
-            init_from=str(folder / "sft" / MODEL_FOLDER),
-            lr=args.ict_lr,
-            weight_decay=0.0,
+            sft,
+            exits=tuple(el.ExitConfig(n, "norm") for n in depths[:-1]),
+            method=el.depth.EETuningConfig(),
+            train=heads,
         ),
-        "soft": dataclasses.replace(plain, method="sorted_finetuning", depths=depths),
+        "soft": dataclasses.replace(sft, method=el.depth.SortedFineTuningConfig(depths=depths)),
     }
-    data = dataclasses.replace(data_config(args), seed=seed)
-    models: dict[str, Model] = {}
-    for name, train in runs.items():
-        heads = tuple(ExitConfig(n, "norm") for n in depths[:-1]) if name == "sft+ict" else ()
-        models[name] = finished(RunConfig(exits=heads, data=data, train=train), folder / name)
-    shared = [ExitConfig(n, "norm", tied=True) for n in depths[:-1]]
+    models = {name: finished(run, folder / name) for name, run in runs.items()}
+
+    shared = [el.ExitConfig(n, "norm", tied=True) for n in depths[:-1]]
     for name in ("sft", "soft"):
-        models[name] = attach_exits(*models[name], shared, jax.random.key(seed))
+        models[name] = el.attach_exits(*models[name], shared, jax.random.key(seed))
     return models
 
 
@@ -206,18 +196,18 @@ def sub_depths(n_layers: int) -> tuple[int, ...]:
     return tuple(n_layers * i // 4 for i in range(1, 5))
 
 
-def finished(run: RunConfig, folder: Path) -> Model:
+def finished(run: el.RunConfig, folder: Path) -> Model:
     """The trained model, from `folder` where it is finished."""
     if (folder / MODEL_FOLDER).is_dir():
-        decoder, params = load(folder / MODEL_FOLDER)
+        decoder, params = load_decoder(folder / MODEL_FOLDER)
         return decoder.config, params
-    config, params, _ = fit(run, folder)
+    config, params, _ = el.train.fit(run, folder)
     return config, params
 
 
-def data_config(args: argparse.Namespace) -> DataConfig:
+def data_config(args: argparse.Namespace) -> el.DataConfig:
     """Whole records in rows; held-out ones are read by `held_out` alone."""
-    return DataConfig(
+    return el.DataConfig(
         source="instruction",
         paths=(str(files(args)[0]),),
         seq_len=args.seq_len,
@@ -226,10 +216,10 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     )
 
 
-def held_out(args: argparse.Namespace, tokenizer: Tokenizer) -> Iterator[Batch]:
+def held_out(args: argparse.Namespace, tokenizer: el.Tokenizer) -> Iterator[Batch]:
     """Every held-out record."""
     data = dataclasses.replace(data_config(args), eval_paths=(str(files(args)[1]),))
-    return (Batch(**arrays) for arrays in pipeline.eval_batches(data, tokenizer))
+    return (Batch(**arrays) for arrays in el.data.eval_batches(data, tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,9 +248,9 @@ def observed(model: Model, batches: Sequence[Batch]) -> Seen:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def every_depth(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def every_depth(config: el.ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy and likeliest token of every exit and of the full model: [B, T, D] each."""
-    output = Decoder(config).bind({"params": params})(batch.tokens, batch.positions, batch.segments)
+    output = el.Decoder(config).bind({"params": params})(batch.tokens, batch.positions, batch.segments)
     nats, choice = [], []
     for logits in (*output.exit_logits, output.logits):
         target = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
@@ -271,7 +261,7 @@ def every_depth(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.
 
 def base_loss(base: str, batches: Sequence[Batch]) -> float:
     """Nats per response token of the model before any fine-tuning, at full depth."""
-    decoder, params = load(base)
+    decoder, params = load_decoder(base)
     return float(observed((decoder.config.with_exits(()), params), batches).nats.mean())
 
 
@@ -280,13 +270,13 @@ def sub_models(model: Model) -> list[Model]:
     config, params = model
     found = []
     for e in config.exits:
-        small, kept = extract(config, params, e.layer)
+        small, kept = el.depth.extract(config, params, e.layer)
         own = params[e.name]
         kept["final_norm"] = own["norm"]
         if "head" in own:
             small, kept["head"] = dataclasses.replace(small, tied=False), own["head"]
         found.append((small, kept))
-    return [*found, extract(config, params, config.n_layers)]
+    return [*found, el.depth.extract(config, params, config.n_layers)]
 
 
 def identity(model: Model, batch: Batch) -> float:
@@ -302,13 +292,13 @@ def identity(model: Model, batch: Batch) -> float:
 
 
 def depth_rows(
-    model: Model, seen: Seen, sft: np.ndarray, tokenizer: Tokenizer, records: Sequence[dict]
+    model: Model, seen: Seen, sft: np.ndarray, tokenizer: el.Tokenizer, records: Sequence[dict]
 ) -> list[Numbers]:
     """Quality of every depth; `sft` [N] are the tokens of the plainly fine-tuned full model."""
     rows = []
     for i, (config, params) in enumerate(sub_models(model)):
         choice = seen.choice[:, i]
-        sampler = Sampler(Decoder(config), params, tokenizer)
+        sampler = el.Sampler(el.Decoder(config), params, tokenizer)
         prompts: list[str] = [record["prompt"] for record in records]
         texts = [sample.text for sample in sampler.sample(prompts, NEW_TOKENS)]
         rows.append(
@@ -345,13 +335,15 @@ def rouge_l(text: str, reference: str) -> float:
     return 2 * lengths[-1] / max(len(words) + len(wanted), 1)
 
 
-def dynamic(model: Model, policy: ConfidenceExit, tokenizer: Tokenizer, records: Sequence[dict]) -> Numbers:
+def dynamic(
+    model: Model, policy: el.ConfidenceExit, tokenizer: el.Tokenizer, records: Sequence[dict]
+) -> Numbers:
     """Each token leaves at the first depth that is sure of it: answers one by one, and their speed."""
     config, params = model
-    full_config, full_params = extract(config, params, config.n_layers)
+    full_config, full_params = el.depth.extract(config, params, config.n_layers)
     samplers = {
-        "dynamic": Sampler(Decoder(config), params, tokenizer, exit=policy, window=WINDOW),
-        "full": Sampler(Decoder(full_config), full_params, tokenizer),
+        "dynamic": el.Sampler(el.Decoder(config), params, tokenizer, exit=policy, window=WINDOW),
+        "full": el.Sampler(el.Decoder(full_config), full_params, tokenizer),
     }
     prompts = [tokenizer.encode(record["prompt"], bos=True) for record in records]
     found = {name: [s.sample(p, NEW_TOKENS) for p in prompts] for name, s in samplers.items()}
@@ -370,7 +362,7 @@ def dynamic(model: Model, policy: ConfidenceExit, tokenizer: Tokenizer, records:
 
 
 def agreement(
-    config: ModelConfig, params: Params, prompts: Sequence[list[int]], samples: Sequence[Sample]
+    config: el.ModelConfig, params: Params, prompts: Sequence[list[int]], samples: Sequence[Sample]
 ) -> float:
     """Share of emitted tokens that full depth chooses after the same tokens."""
     texts = [[*prompt, *sample.tokens] for prompt, sample in zip(prompts, samples, strict=True)]
@@ -392,13 +384,13 @@ def same_tokens(samples: Sequence[Sample], full: Sequence[Sample]) -> float:
     return float(np.mean([x == y for pair in pairs for x, y in pair]))
 
 
-def calibrated(model: Model, batches: Sequence[Batch], seed: int) -> tuple[ConfidenceExit, Numbers]:
+def calibrated(model: Model, batches: Sequence[Batch], seed: int) -> tuple[el.ConfidenceExit, Numbers]:
     """Thresholds from half of the held-out rows, measured on the other half, teacher-forced."""
     config, params = model
-    first, second = observe(config, params, batches, metric="margin").halves(seed)
+    first, second = el.depth.observe(config, params, batches, metric="margin").halves(seed)
     policy = fit_thresholds(first, target=TARGET, metric="margin", seed=seed)
     depths = (*second.layers, second.n_layers)
-    result = outcome(second.confidence, second.agrees, depths, policy.thresholds)
+    result = exit_outcome(second.confidence, second.agrees, depths, policy.thresholds)
     return policy, {"target": TARGET, "thresholds": policy.thresholds, **dataclasses.asdict(result)}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_lm.depth.calibration import fit
+from elastic_lm.depth.calibration import fit_thresholds
 from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.guarantee import RiskControl
 from elastic_lm.depth.observations import Observations
@@ -36,7 +36,7 @@ def observations(n: int = 4000, rows: int = 40, seed: int = 0) -> Observations:
 
 
 def policy() -> ConfidenceExit:
-    return fit(observations(), target=0.95, metric="max_prob")
+    return fit_thresholds(observations(), target=0.95, metric="max_prob")
 
 
 def test_held_out_agreement_is_close_to_its_target() -> None:
@@ -56,7 +56,7 @@ def test_scoring_tokens_do_not_choose_thresholds() -> None:
     selection, scoring = clean.halves(seed=0)
     spoiled = Observations(**{**vars(clean), "agrees": clean.agrees.copy()})
     spoiled.agrees[np.isin(clean.sequence, scoring.sequence)] = False
-    before, after = (fit(o, target=0.95, metric="margin") for o in (clean, spoiled))
+    before, after = (fit_thresholds(o, target=0.95, metric="margin") for o in (clean, spoiled))
     assert [p.thresholds for p in before.curve] == [p.thresholds for p in after.curve]
     assert after.curve[0].agreement < 0.5
     assert "below the target" in after.curve[0].note
@@ -67,7 +67,8 @@ def test_scoring_tokens_do_not_choose_thresholds() -> None:
 def test_strategies_choose_every_exit_on_its_own() -> None:
     seen = observations()
     selection, _ = seen.halves(seed=0)
-    joint, own = (fit(seen, target=0.95, metric="margin", strategy=s) for s in ("joint", "max_coverage"))
+    options = {"target": 0.95, "metric": "margin"}
+    joint, own = (fit_thresholds(seen, strategy=s, **options) for s in ("joint", "max_coverage"))
     for j, threshold in enumerate(own.thresholds):
         alone = exit_threshold(selection.confidence[:, j], selection.agrees[:, j], 0.95, "max_coverage")
         assert threshold == alone.threshold
@@ -78,7 +79,7 @@ def test_strategies_choose_every_exit_on_its_own() -> None:
 def test_unreachable_target_says_never() -> None:
     hopeless = observations()
     hopeless.agrees[:] = False
-    fitted = fit(hopeless, target=1.0, metric="max_prob", targets=())
+    fitted = fit_thresholds(hopeless, target=1.0, metric="max_prob", targets=())
     assert fitted.thresholds == (NEVER_EXITS, NEVER_EXITS)
     assert fitted.curve[0].agreement == 1.0
     assert fitted.curve[0].mean_layers == 4
@@ -86,12 +87,12 @@ def test_unreachable_target_says_never() -> None:
 
 
 def test_inactive_exits_never_fire() -> None:
-    fitted = fit(observations(), target=0.9, metric="max_prob", active=(3,))
+    fitted = fit_thresholds(observations(), target=0.9, metric="max_prob", active=(3,))
     assert fitted.thresholds[0] == NEVER_EXITS
     assert fitted.thresholds[1] < 1
     assert fitted.curve[0].shares[0] == 0
     with pytest.raises(ValueError, match=r"active=\(2,\): the model has exits after layers \(1, 3\)"):
-        fit(observations(), target=0.9, metric="max_prob", active=(2,))
+        fit_thresholds(observations(), target=0.9, metric="max_prob", active=(2,))
 
 
 def test_file_round_trip_and_other_targets(tmp_path: Path) -> None:
@@ -110,8 +111,8 @@ def test_file_round_trip_and_other_targets(tmp_path: Path) -> None:
 
 def test_guarantee_is_kept_in_the_file_and_with_its_own_target(tmp_path: Path) -> None:
     risk = RiskControl(0.8, epsilon=0.1)
-    fitted = fit(observations(rows=400), risk=risk, metric="max_prob")
-    plain = fit(observations(rows=400), target=0.8, metric="max_prob")
+    fitted = fit_thresholds(observations(rows=400), risk=risk, metric="max_prob")
+    plain = fit_thresholds(observations(rows=400), target=0.8, metric="max_prob")
     assert fitted.target == 0.8
     assert fitted.guarantee is not None
     assert fitted.guarantee.achieved
@@ -129,14 +130,15 @@ def test_guarantee_is_kept_in_the_file_and_with_its_own_target(tmp_path: Path) -
 
 
 def test_guarantee_out_of_reach_exits_never_and_says_what_is_missing() -> None:
-    fitted = fit(observations(rows=40), risk=RiskControl(0.95, 0.05), metric="max_prob")
+    fitted = fit_thresholds(observations(rows=40), risk=RiskControl(0.95, 0.05), metric="max_prob")
     assert fitted.thresholds == (NEVER_EXITS, NEVER_EXITS)
     assert fitted.guarantee is not None
     assert not fitted.guarantee.achieved
     assert fitted.guarantee.more_sequences is not None
     more = fitted.guarantee.more_sequences
     assert f"about {more} more sequences" in fitted.guarantee.statement
-    enough = fit(observations(100 * (40 + more), rows=40 + more), risk=RiskControl(0.95), metric="max_prob")
+    longer = observations(100 * (40 + more), rows=40 + more)
+    enough = fit_thresholds(longer, risk=RiskControl(0.95), metric="max_prob")
     assert enough.guarantee is not None
     assert enough.guarantee.achieved
 
@@ -190,4 +192,4 @@ def test_check_names_what_does_not_fit() -> None:
 @pytest.mark.parametrize("target", [0.0, 1.5])
 def test_target_out_of_range(target: float) -> None:
     with pytest.raises(ValueError, match=r"must be a share in \(0, 1\]"):
-        fit(observations(), target=target, metric="max_prob")
+        fit_thresholds(observations(), target=target, metric="max_prob")

@@ -13,13 +13,13 @@ from elastic_lm.depth.forecasting import (
     GATE_WIDTH,
     WeightBytes,
     forecast,
-    of_outcome,
+    forecast_outcome,
     positions_per_tick,
     weight_bytes,
 )
 from elastic_lm.depth.observations import observe
 from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.depth.threshold_search import Outcome
+from elastic_lm.depth.threshold_search import ExitOutcome
 from elastic_lm.models.decoder import Decoder, init_params
 from elastic_lm.testing import random_tokens, tiny_config
 
@@ -86,7 +86,7 @@ def test_deep_ticks_are_those_of_the_decode_loop() -> None:
     tokens = random_tokens(config, 4, 64)
     positions = jnp.broadcast_to(jnp.arange(64), tokens.shape)
     batch = Batch(tokens, tokens, jnp.ones(tokens.shape), positions, jnp.ones_like(tokens))
-    medians = np.median(observe(config, params, [batch]).confidence, axis=0)
+    medians = np.median(observe(config, params, [batch], metric="max_prob").confidence, axis=0)
     policy = ConfidenceExit("max_prob", tuple(medians.tolist()), (1, 3))
     sampler = Sampler(Decoder(config), params, exit=policy, window=8)
     found = sampler.sample([1, 2, 3], 100, temperature=1.0, seed=1)
@@ -125,8 +125,8 @@ def test_bytes_are_those_of_the_parameters() -> None:
 
 def test_an_exit_after_the_last_layer_counts_as_full_depth() -> None:
     config = tiny_config(exits=(2, 4))
-    outcome = Outcome(0.9, 3.0, (0.5, 0.3, 0.2))
-    found = of_outcome(config, (0.5, 0.5), outcome)
+    outcome = ExitOutcome(0.9, 3.0, (0.5, 0.3, 0.2))
+    found = forecast_outcome(config, (0.5, 0.5), outcome)
     expected = forecast(weight_bytes(config), (0.5, 0.5), (0.5,))
     assert found == expected
 

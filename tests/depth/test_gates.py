@@ -8,10 +8,10 @@ import pytest
 
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.calibration import calibrate, choose_gates, fit
+from elastic_lm.depth.calibration import calibrate, choose_gates, fit_thresholds
 from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.depth.threshold_search import outcome
+from elastic_lm.depth.threshold_search import exit_outcome
 from elastic_lm.models.decoder import Decoder, init_params
 from elastic_lm.testing import random_tokens, tiny_config
 
@@ -39,7 +39,7 @@ def tokens(seed=0, n=8000):
 
 def test_gates_keep_what_would_leave_and_shut_out_the_rest():
     seen = tokens()
-    policy = fit(seen, target=0.97, metric="max_prob", targets=())
+    policy = fit_thresholds(seen, target=0.97, metric="max_prob", targets=())
     (gate,) = policy.gates
     leaves = seen.confidence[:, 0] >= policy.thresholds[0]
     assert np.mean(seen.gate[leaves, 0] >= gate) > 0.96
@@ -48,10 +48,11 @@ def test_gates_keep_what_would_leave_and_shut_out_the_rest():
 
 def test_figures_count_tokens_that_a_gate_held_back():
     seen = tokens()
-    policy = fit(seen, target=0.97, metric="max_prob", targets=())
+    policy = fit_thresholds(seen, target=0.97, metric="max_prob", targets=())
     scoring = seen.halves(0)[1]
-    with_gates = outcome(scoring.gated(policy.gates).confidence, scoring.agrees, (3, 6), policy.thresholds)
-    without = outcome(scoring.confidence, scoring.agrees, (3, 6), policy.thresholds)
+    gated = scoring.gated(policy.gates)
+    with_gates = exit_outcome(gated.confidence, scoring.agrees, (3, 6), policy.thresholds)
+    without = exit_outcome(scoring.confidence, scoring.agrees, (3, 6), policy.thresholds)
     assert policy.measured.mean_layers == pytest.approx(with_gates.mean_layers)
     assert with_gates.mean_layers > without.mean_layers
     assert policy.measured.agreement > 0.96
@@ -66,7 +67,7 @@ def test_silenced_tokens_are_no_thresholds(strategy):
     gate = rng.uniform(0.2, 0.8, size=seen.gate.shape).astype(np.float32)
     seen = dataclasses.replace(seen, agrees=right, gate=gate)
     for target in (0.9, 0.99):
-        policy = fit(seen, target=target, metric="max_prob", strategy=strategy)
+        policy = fit_thresholds(seen, target=target, metric="max_prob", strategy=strategy)
         shut = seen.halves(0)[1].gate[:, 0] < (policy.gates or (0.0,))[0]
         for point in policy.curve:
             assert min(point.thresholds) >= 0
@@ -76,7 +77,7 @@ def test_silenced_tokens_are_no_thresholds(strategy):
 
 def test_heads_are_read_where_the_gate_opens():
     seen = tokens()
-    policy = fit(seen, target=0.97, metric="max_prob", targets=())
+    policy = fit_thresholds(seen, target=0.97, metric="max_prob", targets=())
     opens = np.mean(seen.halves(0)[1].gate[:, 0] >= policy.gates[0])
     assert policy.measured.looked == (pytest.approx(opens),)
     assert policy.measured.shares[0] < opens < 0.9
@@ -94,7 +95,7 @@ def test_exits_without_gates_have_no_gates_to_calibrate(tmp_path):
     seen = tokens()
     bare = seen.__class__(**{**vars(seen), "gate": None})
     assert choose_gates(bare, [0], (3, 6), 0.97) == (0.0,)
-    policy = fit(bare, target=0.97, metric="max_prob")
+    policy = fit_thresholds(bare, target=0.97, metric="max_prob")
     assert policy.gates == ()
     policy.save(tmp_path / "t.json")
     assert ConfidenceExit.load(tmp_path / "t.json") == policy

@@ -16,7 +16,7 @@ from elastic_lm.data import pipeline
 from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.guarantee import RiskControl, control, ladder, sequence_losses
 from elastic_lm.depth.observations import Observations, observe
-from elastic_lm.depth.threshold_search import outcome
+from elastic_lm.depth.threshold_search import exit_outcome
 
 SHARED = os.environ.get("ELASTIC_LM_SHARED", "")
 needs_weights = pytest.mark.skipif(not SHARED, reason="set ELASTIC_LM_SHARED to the folder with data/weights")
@@ -106,7 +106,8 @@ class Pool:
         depths = [*self.pool.layers, self.pool.n_layers]
         self.risk.append(losses.mean())
         self.below.append(np.mean(losses > self.allowed + 1e-9))
-        self.layers.append(outcome(self.pool.confidence, self.pool.agrees, depths, thresholds).mean_layers)
+        outcome = exit_outcome(self.pool.confidence, self.pool.agrees, depths, thresholds)
+        self.layers.append(outcome.mean_layers)
 
     def violations(self) -> tuple[float, float]:
         """(share of the splits with too much risk, with more than a tenth of the sequences below)."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elastic_lm.depth.confidence import NEVER_EXITS
-from elastic_lm.depth.threshold_search import choose, emitting_exit, outcome
+from elastic_lm.depth.threshold_search import choose_thresholds, emitting_exit, exit_outcome
 
 DEPTHS = (2, 4, 8)
 
@@ -31,7 +31,7 @@ def test_first_confident_exit_emits_and_ties_exit() -> None:
 def test_outcome_by_hand() -> None:
     confidence = np.array([[0.9, 0.0], [0.1, 0.9], [0.1, 0.1], [0.9, 0.9]], np.float32)
     agrees = np.array([[True, False], [True, False], [False, False], [False, True]])
-    result = outcome(confidence, agrees, DEPTHS, (0.5, 0.5))
+    result = exit_outcome(confidence, agrees, DEPTHS, (0.5, 0.5))
     assert result.agreement == 0.5  # tokens 0 and 2
     assert result.mean_layers == (2 + 4 + 8 + 2) / 4
     assert result.shares == (0.5, 0.25, 0.25)
@@ -42,17 +42,17 @@ def test_known_answer() -> None:
     first = np.linspace(0, 1, 101, dtype=np.float32)
     confidence = np.column_stack([first, np.full(101, 0.3, np.float32)])
     agrees = np.column_stack([first >= 0.6, np.ones(101, bool)])
-    chosen = choose(confidence, agrees, DEPTHS, (1.0,))
+    chosen = choose_thresholds(confidence, agrees, DEPTHS, (1.0,))
     assert chosen[1.0] == pytest.approx((0.6, 0.3))
     # With a budget of ten disagreements exit 1 takes exactly ten tokens more.
-    chosen = choose(confidence, agrees, DEPTHS, (1 - 10 / 101,))
+    chosen = choose_thresholds(confidence, agrees, DEPTHS, (1 - 10 / 101,))
     assert chosen[1 - 10 / 101] == pytest.approx((0.5, 0.3))
 
 
 def test_equal_confidences_exit_together() -> None:
     confidence = np.full((10, 1), 0.7, np.float32)
     agrees = np.arange(10)[:, None] != 0
-    chosen = choose(confidence, agrees, (2, 8), (0.95, 0.9))
+    chosen = choose_thresholds(confidence, agrees, (2, 8), (0.95, 0.9))
     assert chosen[0.95] == (NEVER_EXITS,)  # nine of ten would do, but the tenth has the same confidence
     assert chosen[0.9] == pytest.approx((0.7,))
 
@@ -60,8 +60,8 @@ def test_equal_confidences_exit_together() -> None:
 def test_budget_is_kept_and_layers_grow_with_the_target() -> None:
     confidence, agrees = synthetic(3000)
     targets = (0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
-    chosen = choose(confidence, agrees, DEPTHS, targets)
-    results = [outcome(confidence, agrees, DEPTHS, chosen[t]) for t in targets]
+    chosen = choose_thresholds(confidence, agrees, DEPTHS, targets)
+    results = [exit_outcome(confidence, agrees, DEPTHS, chosen[t]) for t in targets]
     assert all(r.agreement >= t for r, t in zip(results, targets, strict=True))
     layers = [r.mean_layers for r in results]
     assert layers == sorted(layers)
@@ -74,13 +74,13 @@ def test_close_to_brute_force_and_better_than_one_shared_threshold(seed: int) ->
     target = 0.9
 
     def layers(thresholds: tuple[float, ...]) -> float:
-        result = outcome(confidence, agrees, DEPTHS, thresholds)
+        result = exit_outcome(confidence, agrees, DEPTHS, thresholds)
         return result.mean_layers if result.agreement >= target - 1e-9 else np.inf
 
     options = [np.append(np.unique(confidence[:, j]), NEVER_EXITS) for j in range(2)]
     best = min(layers(pair) for pair in itertools.product(*options))
     shared = min(layers((t, t)) for t in np.append(np.unique(confidence), NEVER_EXITS))
-    found = layers(choose(confidence, agrees, DEPTHS, (target,))[target])
+    found = layers(choose_thresholds(confidence, agrees, DEPTHS, (target,))[target])
     assert best <= found <= best * 1.02
     assert found <= shared
 
@@ -88,7 +88,7 @@ def test_close_to_brute_force_and_better_than_one_shared_threshold(seed: int) ->
 def test_the_number_of_prices_hardly_matters() -> None:
     confidence, agrees = synthetic(3000)
     targets = (0.8, 0.95, 0.99)
-    few, many = (choose(confidence, agrees, DEPTHS, targets, prices=p) for p in (12, 64))
+    few, many = (choose_thresholds(confidence, agrees, DEPTHS, targets, prices=p) for p in (12, 64))
     for target in targets:
-        first, second = (outcome(confidence, agrees, DEPTHS, c[target]).mean_layers for c in (few, many))
+        first, second = (exit_outcome(confidence, agrees, DEPTHS, c[target]).mean_layers for c in (few, many))
         assert first == pytest.approx(second, rel=0.005)
