@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from elastic_lm import testing
-from elastic_lm.models.decoder import Decoder, init_params
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
 
 KEY = jax.random.key(0)
 

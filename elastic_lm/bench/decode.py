@@ -39,8 +39,9 @@ from elastic_lm.decode.settings import bucket
 from elastic_lm.depth.confidence import METRICS
 from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.hf import export
-from elastic_lm.models.decoder import Decoder, Params, init_params
+from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
+from elastic_lm.models.registry import init_params
 from elastic_lm.report.machine import usable_cores
 
 WINDOW = 32

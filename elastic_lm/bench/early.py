@@ -43,8 +43,9 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.calibration import calibrate
 from elastic_lm.depth.ee_tuning import EETuningConfig
 from elastic_lm.depth.policies import ConfidenceExit, ExitPolicy
-from elastic_lm.models.decoder import Decoder, Params, init_params
+from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
+from elastic_lm.models.registry import init_params
 from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import MODEL_FOLDER, fit
 

@@ -25,7 +25,8 @@ from elastic_lm.cost.latency_table import PHASES, Phase
 from elastic_lm.decode.sampler import ENDLESS
 from elastic_lm.decode.served import jit_prefill, jit_run
 from elastic_lm.decode.settings import Settings, bucket, make_controls, pad_prompts
-from elastic_lm.models.decoder import Params, init_params
+from elastic_lm.models.decoder import Params
+from elastic_lm.models.registry import init_params
 from elastic_lm.report.writers import Writer
 from elastic_lm.width.slicing import slice_params
 

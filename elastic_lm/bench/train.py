@@ -37,8 +37,9 @@ from elastic_lm.data.batch import Batch
 from elastic_lm.depth.ee_tuning import EETuning
 from elastic_lm.depth.self_supervised import SelfSupervisedExits, cache_taps
 from elastic_lm.depth.sorted_finetuning import SortedFineTuning
-from elastic_lm.models.decoder import Params, init_params, stack_layers
+from elastic_lm.models.decoder import Params, stack_layers
 from elastic_lm.models.exits import without_exits
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.train.config import TrainConfig
 from elastic_lm.train.method import Method

@@ -23,7 +23,8 @@ from elastic_lm.bench.report import Measurement, Options
 from elastic_lm.bench.timing import interleave
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.models.decoder import Decoder, init_params
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
 from elastic_lm.width.nested_decoder import ROUTING, NestedConfig, NestedDecoder, nested_params
 from elastic_lm.width.slicing import slice_params
 

@@ -47,7 +47,7 @@ class Classifier:
       import elastic_lm as el
       from elastic_lm.cascade import Classifier
       from elastic_lm.data import train_bpe
-      from elastic_lm.models.encoder import init_params
+      from elastic_lm.models.registry import init_params
 
       shape = {"vocab_size": 260, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_mlp": 32, "max_len": 64}
       config = el.EncoderConfig(**shape, n_labels=2, labels=("ham", "spam"))

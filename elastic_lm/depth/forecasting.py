@@ -32,7 +32,8 @@ from elastic_lm.config.decoding import WINDOW
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.depth.policies import CalibrationPoint
 from elastic_lm.depth.threshold_search import ExitOutcome
-from elastic_lm.models.decoder import Params, abstract_params
+from elastic_lm.models.decoder import Params
+from elastic_lm.models.registry import abstract_params
 
 NO_GAIN = 1.02  # forecast speed-ups up to this are within what the model leaves out
 GATE_WIDTH = 64  # of the gate that exits without one are compared with

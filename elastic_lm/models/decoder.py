@@ -1,8 +1,15 @@
 """The decoder-only language model: embed -> layers -> exits -> logits, read top-down.
 
-Parameters have one canonical form, one sub-tree per layer (`layers_0`, `layers_1`, ...). Decoding
-runs that form unrolled, because a loop over stacked weights copies each layer before using it.
-Training may use the stacked form (`stack_layers`), which the same methods run with `lax.scan`.
+    h_0 = embed(tokens)
+    h_l = layer_l(h_{l-1})                                       l = 1 .. L
+    logits   = softcap(W_vocab norm(h_L))
+    logits_l = softcap(W_l features_l(h_l)) / temperature_l      for every exit after a layer l
+
+Parameters have one canonical form, with one sub-tree per layer (`layers_0`, `layers_1`, ...). Decoding runs
+its layers one after another, since every segment between two exits has a condition of its own, and since a
+loop over stacked weights copies each layer before it uses it. Training may stack the layers
+(`stack_layers`): the same methods then run them with `lax.scan`, which keeps programs small and quick to
+compile.
 """
 
 import re
@@ -16,7 +23,7 @@ import jax.numpy as jnp
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.nn.attention import KeyValues, NewKeyValues
+from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues
 from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.exit_head import Exit, VocabHead
 from elastic_lm.nn.linear import linear
@@ -38,26 +45,24 @@ class Output:
     exit_logits: tuple[jax.Array, ...]
 
 
-class Embedding(nn.Module):
-    """Owns a lookup table [rows, D]."""
-
-    rows: int
-    width: int
-    axes: tuple[str | None, str | None]
-    param_dtype: str
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        init = partitioned(nn.initializers.normal(0.02), self.axes)
-        return self.param("table", init, (self.rows, self.width), self.param_dtype)
-
-
 class Decoder(nn.Module):
     """A decoder-only transformer with early exits.
 
     Attributes:
       config: architecture and exits; static.
       remat: recompute each layer in the backward pass instead of storing its activations; static.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import jax
+
+      config = el.testing.tiny_config(exits=(2,))
+      params = el.testing.random_params(config)
+      tokens = el.testing.random_tokens(config, batch=1, length=5)
+      output = jax.jit(el.Decoder(config).apply)({"params": params}, tokens)
+      assert output.logits.shape == output.exit_logits[0].shape == (1, 5, config.vocab_size)
+      ```
     """
 
     config: ModelConfig
@@ -89,15 +94,19 @@ class Decoder(nn.Module):
         """
         depths = (*(e.layer for e in self.config.exits), self.config.n_layers)
         taps = self.taps(tokens_BT, depths, positions_BT, segments_BT)
+
         features = [
             self.exit_features(i, taps[e.layer], positions_BT, segments_BT)
             for i, e in enumerate(self.config.exits)
         ]
         exit_logits = tuple(self.exit_logits(i, x) for i, x in enumerate(features))
+
+        # Linen creates the parameters of what runs, and no logits need a gate.
         if self.is_initializing():
             for i, e in enumerate(self.config.exits):
                 if e.gate:
                     self.exit_gate(i, features[i])
+
         hidden = taps[self.config.n_layers].hidden
         return Output(self.final_logits(self.final_features(hidden)), exit_logits)
 
@@ -123,6 +132,7 @@ class Decoder(nn.Module):
         """
         positions_BT = default_positions(tokens_BT, positions_BT)
         hidden = self.embed(tokens_BT, positions_BT)
+
         taps: dict[int, Tap] = {}
         start = 0
         for depth in sorted(set(depths)):
@@ -134,7 +144,7 @@ class Decoder(nn.Module):
         return taps
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Token embeddings [B, T, D], scaled, with learned positions where the model has them."""
+        """Token embeddings [B, T, D], scaled, plus learned positions if the model has them."""
         c = self.config
         hidden = self.embedding()[tokens_BT].astype(c.dtype)
         if c.embed_scale != 1.0:
@@ -163,26 +173,23 @@ class Decoder(nn.Module):
           stop: one past the last layer; stop > start.
           segments_BT: document ids, or None.
           past: cached keys and values, one entry per layer that is run, or None.
-          keep_LB: see `taps`, of the layers that are run.
+          keep_LB: as in `taps`, of the layers that are run.
 
         Returns:
-          (Tap of the last layer, new keys and values per layer; with stacked parameters, which
-          serve training only, none).
+          (Tap of the last layer, new keys and values per layer). Stacked parameters, which serve training
+          only, give no keys and values.
         """
-        if "layers" in self.variables.get("params", {}):
+        if self._stacked() is not None:
             return self._scan_layers(hidden_BTD, positions_BT, start, stop, segments_BT, keep_LB), []
+
         block = nn.remat(Block.__call__) if self.remat else Block.__call__
         new_kv = []
         tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
         for i in range(start, stop):
-            tap, kv = block(
-                self.layers[i],
-                tap.hidden,
-                positions_BT,
-                window=self.config.window(i),
-                segments_BT=segments_BT,
-                past=past[i - start] if past else None,
+            context = AttentionContext(
+                positions_BT, segments_BT, self.config.window(i), past[i - start] if past else None
             )
+            tap, kv = block(self.layers[i], tap.hidden, context)
             tap = tap.skipped(None if keep_LB is None else keep_LB[i - start])
             new_kv.append(kv)
         return tap, new_kv
@@ -196,24 +203,24 @@ class Decoder(nn.Module):
         segments_BT: jax.Array | None,
         keep_LB: jax.Array | None,
     ) -> Tap:
-        """`run_layers` over stacked parameters; the last layer stands apart because it has a Tap."""
-        stacked = self.variables["params"]["layers"]
+        """`run_layers` over stacked parameters."""
+        stacked = self._stacked()
         windows = jnp.asarray([self.config.window(i) for i in range(start, stop)], jnp.int32)
+        windowed = bool(self.config.windows)
         block = Block(self.config, parent=None)
 
         def layer(hidden: jax.Array, params: Params, window: int | jax.Array) -> Tap:
-            tap, _ = block.apply(
-                {"params": params}, hidden, positions_BT, window=window, segments_BT=segments_BT
-            )
+            context = AttentionContext(positions_BT, segments_BT, window)
+            tap, _ = block.apply({"params": params}, hidden, context)
             return tap
 
         run = jax.checkpoint(layer) if self.remat else layer
-        windowed = bool(self.config.windows)
 
         def step(hidden: jax.Array, xs: tuple[Params, jax.Array, jax.Array | None]) -> tuple[jax.Array, None]:
             params, window, keep_B = xs
             return run(hidden, params, window if windowed else 0).skipped(keep_B).hidden, None
 
+        # The scan carries states alone; the last layer stands apart, since its whole Tap is wanted.
         inner = jax.tree.map(lambda p: p[start : stop - 1], stacked)
         if stop - 1 > start:
             keep = None if keep_LB is None else keep_LB[:-1]
@@ -222,21 +229,9 @@ class Decoder(nn.Module):
         tap = run(hidden_BTD, last, windows[-1] if windowed else 0)
         return tap.skipped(None if keep_LB is None else keep_LB[-1])
 
-    def key_values(
-        self, hidden_BTD: jax.Array, positions_BT: jax.Array, start: int, stop: int
-    ) -> list[NewKeyValues]:
-        """Keys and values that layers start .. stop-1 (static) would have if this state entered each of them.
-
-        State propagation of CALM (arXiv 2207.07061, sec. 3.3): tokens that left early give deeper layers
-        the state they left with. Canonical parameters only.
-        """
-        return [self.layers[i].key_values(hidden_BTD, positions_BT) for i in range(start, stop)]
-
-    def exit_key_values(
-        self, index: int, hidden_BTD: jax.Array, positions_BT: jax.Array
-    ) -> NewKeyValues | None:
-        """The same for the own block of exit `index` (static); None where it has none."""
-        return self.exits[index].key_values(hidden_BTD, positions_BT)
+    def _stacked(self) -> Params | None:
+        """The stacked layers; None if the parameters are canonical."""
+        return self.variables.get("params", {}).get("layers")
 
     def exit_features(
         self,
@@ -259,21 +254,22 @@ class Decoder(nn.Module):
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
     ) -> tuple[jax.Array, NewKeyValues | None]:
-        """State of exit `index` and, for `block` exits, its new keys and values."""
-        return self.exits[index].state(tap, positions_BT, segments_BT=segments_BT, past=past)
+        """State [B, T, D] of exit `index` (static) and, for `block` exits, its new keys and values."""
+        context = AttentionContext(positions_BT, segments_BT, past=past)
+        return self.exits[index].state(tap, context)
 
     def exit_head_input(self, index: int, hidden_BTD: jax.Array, tap: Tap) -> jax.Array:
-        """Features [B, T, D] of exit `index` from its state and the tap of its layer."""
-        layer = self.config.exits[index].layer - 1
-        stacked = self.variables.get("params", {}).get("layers")
+        """Features [B, T, D] of exit `index` (static) from its state and the tap of its layer."""
+        layer, stacked = self.config.exits[index].layer - 1, self._stacked()
         if stacked is None:
             return self.exits[index].features(hidden_BTD, tap, self.layers[layer].add_mlp)
+
+        # Stacked layers are no modules of this one, so the layer's `add_mlp` is applied to its own slice.
         params = jax.tree.map(lambda p: p[layer], stacked)
         block = Block(self.config, parent=None)
 
         def add_mlp(residual: jax.Array, mlp: jax.Array) -> jax.Array:
-            joined = block.apply({"params": params}, residual, mlp, method="add_mlp")
-            return jnp.asarray(joined)
+            return jnp.asarray(block.apply({"params": params}, residual, mlp, method="add_mlp"))
 
         return self.exits[index].features(hidden_BTD, tap, add_mlp)
 
@@ -286,26 +282,56 @@ class Decoder(nn.Module):
         """
         return self.exits[index].gate(features_BTD)
 
+    def exit_logits(self, index: int, features_BTD: jax.Array) -> jax.Array:
+        """[B, T, V] float32 logits of exit `index` (static), divided by its temperature."""
+        temperature = self.config.exits[index].temperature
+        return vocab_logits(self.config, features_BTD, self.exit_kernel(index), temperature)
+
+    def exit_kernel(self, index: int) -> jax.Array:
+        """Vocabulary head [V, D] that exit `index` (static) reads."""
+        return self.final_kernel() if self.config.exits[index].tied else self.exits[index].head()
+
     def final_features(self, hidden_BTD: jax.Array) -> jax.Array:
         """Features [B, T, D] of the full model from the last layer's output."""
         return self.final_norm(hidden_BTD)
-
-    def final_kernel(self) -> jax.Array:
-        """Vocabulary head [V, D] of the full model."""
-        return self.embedding() if self.config.tied else self.head()
-
-    def exit_kernel(self, index: int) -> jax.Array:
-        """Vocabulary head [V, D] that exit `index` reads."""
-        return self.final_kernel() if self.config.exits[index].tied else self.exits[index].head()
 
     def final_logits(self, features_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 logits of the full model."""
         return vocab_logits(self.config, features_BTD, self.final_kernel())
 
-    def exit_logits(self, index: int, features_BTD: jax.Array) -> jax.Array:
-        """[B, T, V] float32 logits of exit `index`, divided by its temperature."""
-        temperature = self.config.exits[index].temperature
-        return vocab_logits(self.config, features_BTD, self.exit_kernel(index), temperature)
+    def final_kernel(self) -> jax.Array:
+        """Vocabulary head [V, D] of the full model."""
+        return self.embedding() if self.config.tied else self.head()
+
+    def key_values(
+        self, hidden_BTD: jax.Array, positions_BT: jax.Array, start: int, stop: int
+    ) -> list[NewKeyValues]:
+        """Keys and values that layers start .. stop-1 (static) would have if this state entered each of them.
+
+        State propagation of CALM (arXiv 2207.07061, sec. 3.3): tokens that left early give deeper layers
+        the state they left with. Canonical parameters only.
+        """
+        return [self.layers[i].key_values(hidden_BTD, positions_BT) for i in range(start, stop)]
+
+    def exit_key_values(
+        self, index: int, hidden_BTD: jax.Array, positions_BT: jax.Array
+    ) -> NewKeyValues | None:
+        """The same for the own block of exit `index` (static); None if it has no block."""
+        return self.exits[index].key_values(hidden_BTD, positions_BT)
+
+
+class Embedding(nn.Module):
+    """Owns a lookup table [entries, D]."""
+
+    entries: int
+    width: int
+    axes: tuple[str | None, str | None]
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = partitioned(nn.initializers.normal(0.02), self.axes)
+        return self.param("table", init, (self.entries, self.width), self.param_dtype)
 
 
 def default_positions(like_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
@@ -326,7 +352,7 @@ def vocab_logits(
     return logits if temperature == 1.0 else logits / temperature
 
 
-LAYER = re.compile(r"layers_(\d+)")
+LAYER = re.compile(r"layers_(\d+)")  # key of a layer's parameters
 
 
 def stack_layers(params: Params) -> Params:
@@ -343,12 +369,17 @@ def stack_layers(params: Params) -> Params:
     """
     count = sum(bool(LAYER.fullmatch(name)) for name in params)
     layers = [params[f"layers_{i}"] for i in range(count)]
-    fix = "only layers of one size are stacked for training; cut a uniform subnet, or train the whole model"
     for i, layer in enumerate(layers):
         pairs = zip(*map(jax.tree_util.tree_leaves_with_path, (layer, layers[0])), strict=True)
         for (path, leaf), (_, first) in pairs:
-            name = ".".join([f"layers_{i}", *(key.key for key in path), "shape"])
-            require(leaf.shape == first.shape, name, leaf.shape, f"is {first.shape} in layers_0, and {fix}")
+            require(
+                leaf.shape == first.shape,
+                ".".join([f"layers_{i}", *(key.key for key in path), "shape"]),
+                leaf.shape,
+                f"is {first.shape} in layers_0, and only layers of one size are stacked for training; "
+                "cut a uniform subnet, or train the whole model",
+            )
+
     rest = {name: tree for name, tree in params.items() if not LAYER.fullmatch(name)}
     return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
@@ -361,43 +392,20 @@ def unstack_layers(params: Params) -> Params:
     return {**rest, **layers}
 
 
-def abstract_params(config: ModelConfig) -> Params:
-    """Shapes, dtypes and logical axis names of the canonical parameters, without memory.
+def draw_param(config: ModelConfig, key: jax.Array, path: list[str], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """A parameter of a new model: N(0, 0.02), outputs of attention and MLP / sqrt(2 L); norms the identity.
 
-    Returns:
-      A tree of `flax.linen.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
-    """
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    variables = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
-    return variables["params"]
-
-
-def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Draws canonical parameters: kernels and tables N(0, 0.02), outputs / sqrt(2L), norms the identity.
+    The 2 L branches that a token's state is the sum of then have the variance of one (GPT-2).
 
     Args:
-      config: architecture; static.
-      key: typed PRNG key. Every tensor's draw depends on the key and the tensor's path alone.
-
-    Returns:
-      Canonical parameters, unboxed.
+      config: the model; static.
+      key: typed PRNG key of this parameter.
+      path: where the parameter lies.
+      leaf: its shape and dtype.
     """
-    shapes = nn.unbox(abstract_params(config))
-    paths = jax.tree_util.tree_leaves_with_path(shapes)
-
-    def draw(key: jax.Array) -> list[jax.Array]:
-        return [_draw(config, key, i, [k.key for k in path], leaf) for i, (path, leaf) in enumerate(paths)]
-
-    return jax.tree.unflatten(jax.tree.structure(shapes), jax.jit(draw)(key))
-
-
-def _draw(
-    config: ModelConfig, key: jax.Array, index: int, path: list[str], leaf: jax.ShapeDtypeStruct
-) -> jax.Array:
     if path[-1] == "scale":
         return jnp.full(leaf.shape, 1.0 - config.norm_offset, leaf.dtype)
     if path[-1] == "bias":
         return jnp.zeros(leaf.shape, leaf.dtype)
     deviation = 0.02 / (2 * config.n_layers) ** 0.5 if path[-2] in ("out", "down") else 0.02
-    noise = jax.random.normal(jax.random.fold_in(key, index), leaf.shape)
-    return (deviation * noise).astype(leaf.dtype)
+    return (deviation * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)

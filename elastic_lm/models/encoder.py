@@ -1,9 +1,16 @@
-"""The bidirectional encoder: embed -> layers -> pooled first token -> task logits, read top-down.
+"""The bidirectional encoder: embed -> layers -> pooled state -> task logits, read top-down.
+
+    h_0      = norm(token + position + type embeddings)
+    h_l      = layer_l(h_{l-1})                        l = 1 .. L
+    logits   = W' f(W pool(h_L) + b) + b'              pool: the first token's state, or the mean
+    logits_l = W'_l f(W_l mean(h_l) + b_l) + b'_l      for every exit after a layer l
+
+Exits read the mean state, since the first token of a lower layer has seen little of the sentence.
 
 Parameters have one canonical form: `embed`, `positions`, `types`, `embed_norm`, one sub-tree per layer
-(`layers_0`, `layers_1`, ...), `pooler`, `head` (the task's), `token_head` (a masked language model's) and for
-every exit `exit_<layer>`, a pooler and a head of its own that answer the task from the mean state after so
-many layers: the first token of a lower layer has seen little of the sentence.
+(`layers_0`, `layers_1`, ...), `pooler`, `head` (the task's), `token_head` (a masked language model's) and
+`exit_<layer>` for every exit. Encoders have few layers and train in this form too, layer by layer, so that
+no second form of their parameters is needed.
 """
 
 import flax.linen as nn
@@ -13,7 +20,7 @@ import jax.numpy as jnp
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig
-from elastic_lm.models.decoder import Embedding, Params
+from elastic_lm.models.decoder import Embedding
 from elastic_lm.nn.encoder import EncoderBlock, TokenHead, encoder_norm
 from elastic_lm.nn.linear import Linear
 
@@ -42,6 +49,19 @@ class Encoder(nn.Module):
 
     Attributes:
       config: architecture and heads; static.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import jax
+      from elastic_lm.models.registry import init_params
+
+      config = el.EncoderConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_mlp=64, n_labels=3)
+      params = init_params(config, jax.random.key(0))
+      tokens = jax.numpy.asarray([[2, 7, 5, 3]])
+      output = jax.jit(el.Encoder(config).apply)({"params": params}, tokens)
+      assert output.logits.shape == (1, 3)
+      ```
     """
 
     config: EncoderConfig
@@ -50,8 +70,8 @@ class Encoder(nn.Module):
         c = self.config
         width, dtype = c.d_model, c.param_dtype
         self.embedding = Embedding(c.vocab_size, width, ("vocab", "embed"), dtype, name="embed")
-        rows = c.max_len + c.position_offset
-        self.positions = Embedding(rows, width, (None, "embed"), dtype, name="positions")
+        places = c.max_len + c.position_offset
+        self.positions = Embedding(places, width, (None, "embed"), dtype, name="positions")
         if c.type_vocab_size:
             self.types = Embedding(c.type_vocab_size, width, (None, "embed"), dtype, name="types")
         self.embed_norm = encoder_norm(c, "embed_norm")
@@ -78,10 +98,13 @@ class Encoder(nn.Module):
         Args:
           tokens_BT: int32 token ids.
           mask_BT: bool or int, 0 at padding, which no token then sees; None = no padding. Positions with
-            an offset are counted by `pad_id`, whatever the mask is (`positions`).
+            an offset are counted by `pad_id`, whatever the mask is (`position_ids`).
           types_BT: int32 token types; None = all 0.
           depth: layers that run, static; None = all.
           token_logits: also run the masked language model's head; static.
+
+        Returns:
+          The states, and what the heads make of them.
 
         Raises:
           ValueError: rows are longer than `max_len`, or the model lacks what is asked for.
@@ -89,11 +112,14 @@ class Encoder(nn.Module):
         hidden = self.states(tokens_BT, mask_BT, types_BT, depth)
         pooled = self.pool(hidden, mask_BT) if self.config.pooler != "none" else None
         logits = self.task_logits(pooled) if self.config.n_labels and pooled is not None else None
+
+        # Linen creates the parameters of what runs.
         if self.is_initializing():
             for exit_ in self.exits.values():
                 exit_(mean_state(hidden, mask_BT))
             if self.config.mlm:
                 self.token_logits(hidden)
+
         return EncoderOutput(hidden, pooled, logits, self.token_logits(hidden) if token_logits else None)
 
     def states(
@@ -103,12 +129,12 @@ class Encoder(nn.Module):
         types_BT: jax.Array | None = None,
         depth: int | None = None,
     ) -> jax.Array:
-        """States [B, T, D] after the first layers, which `run_layers` goes on from.
+        """States [B, T, D] after the first layers, from which `run_layers` goes on.
 
         Args:
-          tokens_BT: as in `__call__`, like the following two.
-          mask_BT: likewise.
-          types_BT: likewise.
+          tokens_BT: as in `__call__`.
+          mask_BT: as in `__call__`.
+          types_BT: as in `__call__`.
           depth: layers that run, static; None = all.
         """
         hidden = self.embed(tokens_BT, types_BT)
@@ -118,9 +144,14 @@ class Encoder(nn.Module):
         """Normalised sum [B, T, D] of token, position and type embeddings; arguments as in `__call__`."""
         c = self.config
         length = tokens_BT.shape[1]
-        fix = f"the model reads at most max_len={c.max_len} tokens; truncate"
-        require(length <= c.max_len, "tokens.shape[1]", length, fix)
-        hidden = self.embedding()[tokens_BT] + self.positions()[positions(c, tokens_BT)]
+        require(
+            length <= c.max_len,
+            "tokens.shape[1]",
+            length,
+            f"the model reads at most max_len={c.max_len} tokens; truncate",
+        )
+
+        hidden = self.embedding()[tokens_BT] + self.positions()[position_ids(c, tokens_BT)]
         if c.type_vocab_size:
             table = self.types()
             hidden = hidden + (table[0] if types_BT is None else table[types_BT])
@@ -143,12 +174,15 @@ class Encoder(nn.Module):
         Raises:
           ValueError: the model has no such layers.
         """
-        fits = 0 <= start <= stop <= self.config.n_layers
-        fix = f"must be layers in order, of n_layers={self.config.n_layers}"
-        require(fits, "start, stop", (start, stop), fix)
-        there = jnp.ones(hidden_BTD.shape[:2], bool) if mask_BT is None else mask_BT.astype(bool)
+        require(
+            0 <= start <= stop <= self.config.n_layers,
+            "start, stop",
+            (start, stop),
+            f"must be layers in order, of n_layers={self.config.n_layers}",
+        )
+        mask_BT = default_mask(hidden_BTD, mask_BT)
         for layer in self.layers[start:stop]:
-            hidden_BTD = layer(hidden_BTD, there)
+            hidden_BTD = layer(hidden_BTD, mask_BT)
         return hidden_BTD
 
     def all_logits(
@@ -162,23 +196,23 @@ class Encoder(nn.Module):
         """[B, C] float32 outputs of every exit, in order, and of the task head, in one pass.
 
         Args:
-          tokens_BT: as in `__call__`, like the following two.
-          mask_BT: likewise.
-          types_BT: likewise.
-          last: with the task head; else the pass ends at the last exit. Static.
+          tokens_BT: as in `__call__`.
+          mask_BT: as in `__call__`.
+          types_BT: as in `__call__`.
+          last: also run the layers above the last exit, and the task head; static.
         """
-        hidden, start, found = self.embed(tokens_BT, types_BT), 0, []
+        hidden, start, logits = self.embed(tokens_BT, types_BT), 0, []
         for layer, exit_ in self.exits.items():
             hidden = self.run_layers(hidden, mask_BT, start, layer)
-            found.append(exit_(mean_state(hidden, mask_BT)))
+            logits.append(exit_(mean_state(hidden, mask_BT)))
             start = layer
         if last:
             hidden = self.run_layers(hidden, mask_BT, start, self.config.n_layers)
-            found.append(self.task_logits(self.pool(hidden, mask_BT)))
-        return found
+            logits.append(self.task_logits(self.pool(hidden, mask_BT)))
+        return logits
 
     def pool(self, hidden_BTD: jax.Array, mask_BT: jax.Array | None = None) -> jax.Array:
-        """f(W h + b) [B, D], which task heads read, of the first token's state or the mean (`pooling`)."""
+        """f(W h + b) [B, D], which task heads read; h is the first token's state or the mean (`pooling`)."""
         c = self.config
         self._require_part("pooler", c.pooler != "none")
         state_BD = mean_state(hidden_BTD, mask_BT) if c.pooling == "mean" else hidden_BTD[:, 0]
@@ -194,13 +228,17 @@ class Encoder(nn.Module):
         self._require_part("mlm", self.config.mlm)
         return self.token_head(hidden_BTD, self.embedding())
 
-    def _require_part(self, field: str, there: bool) -> None:
-        fix = "the model lacks this part: load a checkpoint that has it, or attach_task_head"
-        require(there, field, getattr(self.config, field), fix)
+    def _require_part(self, field: str, has_part: bool) -> None:
+        require(
+            has_part,
+            field,
+            getattr(self.config, field),
+            "the model lacks this part: load a checkpoint that has it, or attach_task_head",
+        )
 
 
 class TaskExit(nn.Module):
-    """W' f(W h + b) + b': what the task's pooler and head are to the last layer, for an earlier one."""
+    """W' f(W h + b) + b': a pooler and a task head of an earlier layer's own."""
 
     config: EncoderConfig
 
@@ -213,16 +251,21 @@ class TaskExit(nn.Module):
 
 
 def mean_state(hidden_BTD: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
-    """Mean [B, D] of the states of the tokens that a mask leaves; summed in float32.
+    """Mean [B, D] of the states of all tokens but padding; summed in float32.
 
     Args:
       hidden_BTD: states.
       mask_BT: bool or int, 0 at padding; None = no padding.
     """
-    there = jnp.ones(hidden_BTD.shape[:2], bool) if mask_BT is None else mask_BT.astype(bool)
-    total_BD = jnp.sum(jnp.where(there[..., None], hidden_BTD.astype(jnp.float32), 0.0), axis=1)
-    count_B1 = jnp.maximum(jnp.sum(there, axis=1, keepdims=True), 1)
+    mask_BT = default_mask(hidden_BTD, mask_BT)
+    total_BD = jnp.sum(jnp.where(mask_BT[..., None], hidden_BTD.astype(jnp.float32), 0.0), axis=1)
+    count_B1 = jnp.maximum(jnp.sum(mask_BT, axis=1, keepdims=True), 1)
     return (total_BD / count_B1).astype(hidden_BTD.dtype)
+
+
+def default_mask(like_BT: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+    """[B, T] bool: `mask_BT`, or True for every token."""
+    return jnp.ones(like_BT.shape[:2], bool) if mask_BT is None else mask_BT.astype(bool)
 
 
 def exit_name(layer: int) -> str:
@@ -231,47 +274,24 @@ def exit_name(layer: int) -> str:
 
 
 def dense(c: EncoderConfig, features: int, name: str | None = None) -> Linear:
-    """A projection of the pooled state, as poolers and heads are."""
+    """A projection of a pooled state: a pooler or a task head."""
     return Linear((features,), (None, "embed"), True, c.param_dtype, name=name)
 
 
-def positions(c: EncoderConfig, tokens_BT: jax.Array) -> jax.Array:
-    """Rows of the position table: 0 .. T-1, or with an offset the count of tokens but `pad_id` (RoBERTa).
+def position_ids(c: EncoderConfig, tokens_BT: jax.Array) -> jax.Array:
+    """Which entry of the position table each token has.
 
-    Masks do not count: rows must be filled up with `pad_id`, wherever padding stands.
+    With an offset (RoBERTa) only tokens other than `pad_id` are counted, whatever the attention mask is: rows
+    must be filled up with `pad_id`, wherever padding stands.
 
     Args:
       c: the model; static.
       tokens_BT: int32 token ids.
 
     Returns:
-      [B, T] int32; with an offset, padding has the row before it.
+      [B, T] int32: 0 .. T-1; with an offset the count of tokens plus it, and for padding the entry before it.
     """
     if not c.position_offset:
         return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    there = (tokens_BT != c.pad_id).astype(jnp.int32)
-    return jnp.cumsum(there, axis=1) * there + c.position_offset - 1
-
-
-def abstract_params(config: EncoderConfig) -> Params:
-    """Shapes, dtypes and logical axis names of the canonical parameters, without memory.
-
-    Returns:
-      A tree of `flax.linen.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
-    """
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Encoder(config).init, jax.random.key(0), tokens)["params"]
-
-
-def init_params(config: EncoderConfig, key: jax.Array) -> Params:
-    """Draws canonical parameters: kernels and tables N(0, 0.02), biases 0, norms the identity.
-
-    Args:
-      config: architecture; static.
-      key: typed PRNG key. Every tensor's draw depends on the key and the tensor's path alone.
-
-    Returns:
-      Canonical parameters, unboxed.
-    """
-    variables = jax.jit(Encoder(config).init)(key, jnp.zeros((1, 1), jnp.int32))
-    return nn.unbox(variables["params"])
+    counted = (tokens_BT != c.pad_id).astype(jnp.int32)
+    return jnp.cumsum(counted, axis=1) * counted + c.position_offset - 1

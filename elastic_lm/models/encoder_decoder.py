@@ -1,4 +1,13 @@
-"""The encoder-decoder language model (T5): encode the source once, then predict the target, read top-down."""
+"""The encoder-decoder language model (T5, arXiv 1910.10683), read top-down.
+
+    source = encoder(embed(source tokens))              once
+    state  = decoder(embed(target tokens), source)      all at once, or token by token (`step`)
+    logits = W_vocab state
+
+Every stack ends with a norm, and its layers share the biases of distance that its first layer holds. These
+models have few layers and train in their canonical form, layer by layer, so that no second form of their
+parameters is needed.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,72 +19,12 @@ import jax.numpy as jnp
 from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.decoder import Embedding, Params
-from elastic_lm.models.encoder import mean_state
-from elastic_lm.nn.attention import KeyValues, NewKeyValues
+from elastic_lm.models.encoder import default_mask, mean_state
+from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, seen_by_all
 from elastic_lm.nn.block import make_norm
-from elastic_lm.nn.encoder_decoder import Layer, seen_by_all
+from elastic_lm.nn.encoder_decoder import Layer
 from elastic_lm.nn.exit_head import VocabHead
 from elastic_lm.nn.linear import Linear, linear
-
-
-class Stack(nn.Module):
-    """The layers of an encoder or a decoder, and the norm of what leaves them.
-
-    Attributes:
-      config: the model; static.
-      decodes: which of the two; static.
-    """
-
-    config: EncoderDecoderConfig
-    decodes: bool
-
-    def setup(self) -> None:
-        c = self.config
-        count = c.n_decoder_layers if self.decodes else c.n_layers
-        self.layers = [Layer(c, self.decodes, i == 0, name=f"layers_{i}") for i in range(count)]
-        self.final_norm = make_norm(c.layer, "final_norm")
-
-    def __call__(
-        self,
-        hidden_BTD: jax.Array,
-        positions_BT: jax.Array,
-        place_T: jax.Array,
-        *,
-        past: Sequence[KeyValues] | None = None,
-        source: Sequence[KeyValues] | None = None,
-    ) -> tuple[jax.Array, list[NewKeyValues]]:
-        """Runs every layer; arguments as in `Layer`, one entry per layer.
-
-        Args:
-          hidden_BTD: embedded tokens.
-          positions_BT: int32; decide who sees whom.
-          place_T: int32 places in the text, between which distances are measured.
-          past: cached keys and values; entry s is of place s.
-          source: keys and values of the source.
-
-        Returns:
-          (normalised state [B, T, D], new keys and values per layer).
-        """
-        bias = self.layers[0].bias
-        biases = [bias(place_T, place_T)]
-        if past:
-            biases.insert(0, bias(place_T, jnp.arange(past[0].k.shape[2], dtype=jnp.int32)))
-        new_kv = []
-        for i, layer in enumerate(self.layers):
-            hidden_BTD, kv = layer(
-                hidden_BTD,
-                positions_BT,
-                biases,
-                past=past[i] if past else None,
-                source=source[i] if source else None,
-            )
-            new_kv.append(kv)
-        return self.final_norm(hidden_BTD), new_kv
-
-    def source(self, hidden_BSD: jax.Array, mask_BS: jax.Array) -> list[KeyValues]:
-        """What every layer of a decoder sees of the source; arguments as in `EncoderDecoder.source`."""
-        positions_BS = seen_by_all(mask_BS)
-        return [KeyValues(*layer.cross.key_values(hidden_BSD), positions_BS) for layer in self.layers]
 
 
 class EncoderDecoder(nn.Module):
@@ -83,6 +32,20 @@ class EncoderDecoder(nn.Module):
 
     Attributes:
       config: architecture; static.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import jax
+      from elastic_lm.models.registry import init_params
+
+      config = el.EncoderDecoderConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
+      params = init_params(config, jax.random.key(0))
+      source = jax.numpy.asarray([[2, 7, 5, 1]])
+      target = jax.numpy.asarray([[config.decoder_start_id, 9, 4]])
+      logits = jax.jit(el.EncoderDecoder(config).apply)({"params": params}, source, target)
+      assert logits.shape == (1, 3, 64)
+      ```
     """
 
     config: EncoderDecoderConfig
@@ -111,14 +74,20 @@ class EncoderDecoder(nn.Module):
           [B, T, V] float32.
         """
         hidden = self.encode(source_BS, source_mask_BS)
-        if self.is_initializing() and self.config.n_labels:
+        if self.is_initializing() and self.config.n_labels:  # Linen creates the parameters of what runs
             self.encoder_logits(hidden, source_mask_BS)
         return self.logits(self.decode(target_BT, self.source(hidden, source_mask_BS)))
 
     def encode(self, source_BS: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
-        """The encoder's output [B, S, D]; arguments as in `__call__`. What padding gives means nothing."""
+        """The encoder's output [B, S, D], meaningless at padding.
+
+        Args:
+          source_BS: as in `__call__`.
+          mask_BS: as in `__call__`.
+        """
         mask_BS = default_mask(source_BS, mask_BS)
         place_S = jnp.arange(source_BS.shape[1], dtype=jnp.int32)
+        # At equal positions all tokens see each other; padding is at the hidden position, which none sees.
         return self.encoder(self.embed(source_BS), seen_by_all(mask_BS), place_S)[0]
 
     def source(self, hidden_BSD: jax.Array, mask_BS: jax.Array | None = None) -> list[KeyValues]:
@@ -147,12 +116,12 @@ class EncoderDecoder(nn.Module):
     def step(
         self, token_B: jax.Array, place: jax.Array, past: Sequence[KeyValues], source: Sequence[KeyValues]
     ) -> tuple[jax.Array, list[NewKeyValues]]:
-        """Predicts what follows one more token of every row.
+        """Predicts what follows the newest token of every row.
 
         Args:
           token_B: int32 newest tokens.
           place: int32 scalar, where they stand in their targets; 0 = the start.
-          past: cached keys and values per decoder layer; those of place s in entry s.
+          past: cached keys and values per decoder layer; entry s is of place s.
           source: from `source`.
 
         Returns:
@@ -178,7 +147,8 @@ class EncoderDecoder(nn.Module):
     def encoder_logits(self, hidden_BSD: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
         """Class logits of a source from the mean of the encoder's output, before anything is decoded.
 
-        The encoder-side head of E-LANG (arXiv 2203.00748), whose energy routes.
+        The encoder-side head of E-LANG (arXiv 2203.00748), whose energy decides between a small and a large
+        model.
 
         Args:
           hidden_BSD: from `encode`.
@@ -190,64 +160,75 @@ class EncoderDecoder(nn.Module):
         Raises:
           ValueError: the model has no such head.
         """
-        fix = "the model has no head on its encoder: attach one with attach_encoder_head"
-        require(self.config.n_labels >= 1, "n_labels", self.config.n_labels, fix)
+        require(
+            self.config.n_labels >= 1,
+            "n_labels",
+            self.config.n_labels,
+            "the model has no head on its encoder: attach one with attach_encoder_head",
+        )
         return self.encoder_head(mean_state(hidden_BSD.astype(jnp.float32), mask_BS))
 
 
-def default_mask(like_BS: jax.Array, mask_BS: jax.Array | None) -> jax.Array:
-    """[B, S] bool: `mask_BS`, or True for every token."""
-    return jnp.ones(like_BS.shape[:2], bool) if mask_BS is None else mask_BS.astype(bool)
+class Stack(nn.Module):
+    """The layers of an encoder or a decoder, and the norm after them.
 
-
-def abstract_params(config: EncoderDecoderConfig) -> Params:
-    """Shapes, dtypes and logical axis names of the parameters, without memory.
-
-    Returns:
-      A tree of `flax.linen.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
+    Attributes:
+      config: the model; static.
+      decodes: whether it is the decoder; static.
     """
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    return jax.eval_shape(EncoderDecoder(config).init, jax.random.key(0), tokens, tokens)["params"]
 
+    config: EncoderDecoderConfig
+    decodes: bool
 
-def init_params(config: EncoderDecoderConfig, key: jax.Array) -> Params:
-    """Draws parameters from normal distributions with T5's deviations, norms the identity.
+    def setup(self) -> None:
+        c = self.config
+        count = c.n_decoder_layers if self.decodes else c.n_layers
+        self.layers = [Layer(c, self.decodes, first=i == 0, name=f"layers_{i}") for i in range(count)]
+        self.final_norm = make_norm(c.layer, "final_norm")
 
-    Embedding 1; query (D H)^-1/2, so that logits need no scale; every other kernel its inputs^-1/2;
-    biases of distance D^-1/2.
+    def __call__(
+        self,
+        hidden_BTD: jax.Array,
+        positions_BT: jax.Array,
+        place_T: jax.Array,
+        *,
+        past: Sequence[KeyValues] | None = None,
+        source: Sequence[KeyValues] | None = None,
+    ) -> tuple[jax.Array, list[NewKeyValues]]:
+        """Runs every layer.
 
-    Args:
-      config: architecture; static.
-      key: typed PRNG key. Every tensor's draw depends on the key and the tensor's place in the tree alone.
+        Args:
+          hidden_BTD: embedded tokens.
+          positions_BT: int32; a token sees those at its own position and below it.
+          place_T: int32 places in the text, between which distances are measured. They are not the positions,
+            which are equal in an encoder, where all tokens see each other.
+          past: cached keys and values per layer, entry s of place s; None = no cache.
+          source: keys and values of the source per layer; a decoder needs them.
 
-    Returns:
-      Canonical parameters, unboxed.
-    """
-    shapes = nn.unbox(abstract_params(config))
-    paths = jax.tree_util.tree_leaves_with_path(shapes)
+        Returns:
+          (normalised state [B, T, D], new keys and values per layer).
+        """
+        bias = self.layers[0].bias
+        biases = [bias(place_T, place_T)]
+        if past:
+            biases.insert(0, bias(place_T, jnp.arange(past[0].k.shape[2], dtype=jnp.int32)))
 
-    def draw(key: jax.Array) -> list[jax.Array]:
-        keys = [jax.random.fold_in(key, i) for i in range(len(paths))]
-        return [
-            _draw(config, key, [k.key for k in path], leaf)
-            for key, (path, leaf) in zip(keys, paths, strict=True)
-        ]
+        new_kv = []
+        for i, layer in enumerate(self.layers):
+            context = AttentionContext(positions_BT, past=past[i] if past else None, biases=biases)
+            hidden_BTD, kv = layer(hidden_BTD, context, source[i] if source else None)
+            new_kv.append(kv)
+        return self.final_norm(hidden_BTD), new_kv
 
-    return jax.tree.unflatten(jax.tree.structure(shapes), jax.jit(draw)(key))
+    def source(self, hidden_BSD: jax.Array, mask_BS: jax.Array) -> list[KeyValues]:
+        """Keys and values of the encoder's output for every layer of a decoder.
 
-
-def _draw(
-    config: EncoderDecoderConfig, key: jax.Array, path: list[str], leaf: jax.ShapeDtypeStruct
-) -> jax.Array:
-    if path[-1] in ("scale", "bias"):
-        return jnp.full(leaf.shape, float(path[-1] == "scale"), leaf.dtype)
-    deviation = {"embed": 1.0, "relative_bias": config.d_model**-0.5}.get(path[-2], leaf.shape[-1] ** -0.5)
-    noise = deviation * jax.random.normal(key, leaf.shape)
-    if path[-2] == "qkv":
-        noise = noise.at[:, 0].multiply(config.head_dim**-0.5)
-    if path[-2] == "q":
-        noise = noise * config.head_dim**-0.5
-    return noise.astype(leaf.dtype)
+        Args:
+          hidden_BSD: the encoder's output.
+          mask_BS: bool, False at padding.
+        """
+        positions_BS = seen_by_all(mask_BS)
+        return [KeyValues(*layer.cross.key_values(hidden_BSD), positions_BS) for layer in self.layers]
 
 
 def attach_encoder_head(
@@ -260,7 +241,7 @@ def attach_encoder_head(
     """Adds a linear classification head on the encoder's mean state (E-LANG, arXiv 2203.00748).
 
     Args:
-      config: a model without one.
+      config: a model without such a head.
       params: its parameters, which are not copied.
       n_labels: classes.
       key: typed PRNG key of the draw.
@@ -270,7 +251,7 @@ def attach_encoder_head(
       (config, parameters) with the head, whose kernel is drawn with deviation D^-1/2 and whose bias is 0.
 
     Raises:
-      ValueError: the model has a head, there are no classes, or labels are not as many.
+      ValueError: the model has a head, `n_labels` is below 1, or there are labels, but not as many.
     """
     require(not config.n_labels, "n_labels", config.n_labels, "the model has a head on its encoder already")
     require(AT_LEAST_1[0](n_labels), "n_labels", n_labels, AT_LEAST_1[1])
@@ -281,3 +262,29 @@ def attach_encoder_head(
         "bias": jnp.zeros((n_labels,), config.param_dtype),
     }
     return new, {**params, "encoder_head": head}
+
+
+def draw_param(
+    config: EncoderDecoderConfig, key: jax.Array, path: list[str], leaf: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """A parameter of a new model, from a normal distribution with T5's deviation; norms the identity.
+
+    Embedding 1; query (D H)^-1/2, so that logits need no scale; every other kernel its inputs^-1/2;
+    biases of distance D^-1/2.
+
+    Args:
+      config: the model; static.
+      key: typed PRNG key of this parameter.
+      path: where the parameter lies.
+      leaf: its shape and dtype.
+    """
+    if path[-1] in ("scale", "bias"):
+        return jnp.full(leaf.shape, float(path[-1] == "scale"), leaf.dtype)
+
+    deviation = {"embed": 1.0, "relative_bias": config.d_model**-0.5}.get(path[-2], leaf.shape[-1] ** -0.5)
+    noise = deviation * jax.random.normal(key, leaf.shape)
+    if path[-2] == "qkv":  # [N, query key value, H, D]
+        noise = noise.at[:, 0].multiply(config.head_dim**-0.5)
+    if path[-2] == "q":
+        noise = noise * config.head_dim**-0.5
+    return noise.astype(leaf.dtype)

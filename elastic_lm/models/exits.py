@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.models.decoder import Params, abstract_params
+from elastic_lm.models.decoder import Params
+from elastic_lm.models.registry import abstract_params
 
 
 def attach_exits(
@@ -16,14 +17,14 @@ def attach_exits(
 ) -> tuple[ModelConfig, Params]:
     """Adds exits to a model; what the model computes at its last layer stays bit-identical.
 
-    Copied exits start from the vocabulary head (the embedding table where that is the head), the
-    final norm, the MLP of the same layer and the last layer (`block`). Random ones draw N(0, 0.02),
-    output projections / sqrt(2 l) for an exit after layer l, with identity norms and zero biases. Gates,
-    which have nothing to be copied from, draw N(0, 1 / inputs).
+    A copied exit starts from the vocabulary head (the embedding table if that is the head), the final norm,
+    the MLP of the same layer (`mlp`) and the last layer (`block`). A random exit after layer l draws
+    N(0, 0.02), output projections / sqrt(2 l), with identity norms and zero biases. A gate has nothing to be
+    copied from and draws N(0, 1 / inputs).
 
     Args:
       config: the model; exits it already has are kept.
-      params: its parameters, canonical or stacked. No array is copied or changed.
+      params: its parameters, canonical or stacked. No array of them is copied or changed.
       exits: what to add; `ExitConfig.init` decides between copying and drawing.
       key: typed PRNG key, read by random exits only.
 
@@ -33,6 +34,18 @@ def attach_exits(
     Raises:
       ValueError: two exits share a layer, one lies above the last layer, or a `block` would be copied to
         a layer of other sizes than the last.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import jax
+
+      config = el.testing.tiny_config()
+      params = el.testing.random_params(config)
+      exits = [el.ExitConfig(2, kind="norm"), el.ExitConfig(3, kind="mlp", gate=8)]
+      config, params = el.attach_exits(config, params, exits, jax.random.key(0))
+      assert params["exit_3"].keys() == {"norm", "mlp", "head", "gate"}
+      ```
     """
     new = config.with_exits(tuple(sorted((*config.exits, *exits), key=lambda e: e.layer)))
     shapes = nn.unbox(abstract_params(new))
@@ -40,6 +53,7 @@ def attach_exits(
     for e in exits:
         if e.name not in shapes:  # tied `embedding` exits own nothing
             continue
+
         if e.init == "copy":
             grown[e.name] = jax.tree.map(jnp.copy, _sources(config, params, e))
             drawn = {name: tree for name, tree in shapes[e.name].items() if name == "gate"}
@@ -58,6 +72,17 @@ def without_exits(config: ModelConfig, params: Params) -> tuple[ModelConfig, Par
 
     Returns:
       (config without exits, parameters without theirs).
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.models.exits import without_exits
+
+      config = el.testing.tiny_config(exits=(2,))
+      params = el.testing.random_params(config)
+      config, params = without_exits(config, params)
+      assert config.exits == () and "exit_2" not in params
+      ```
     """
     owned = {e.name for e in config.exits}
     return config.with_exits(()), {name: tree for name, tree in params.items() if name not in owned}
@@ -72,8 +97,12 @@ def _sources(config: ModelConfig, params: Params, e: ExitConfig) -> Params:
         modules["mlp"] = _layer(params, e.layer - 1)["mlp"]
     if e.kind == "block":
         own, last = config.sizes(e.layer - 1), config.sizes(config.n_layers - 1)
-        fix = f"layer {e.layer} has sizes {own} and the last layer, to be copied, {last}; set init='random'"
-        require(own == last, "exit.init", e.init, fix)
+        require(
+            own == last,
+            "exit.init",
+            e.init,
+            f"layer {e.layer} has sizes {own} and the last layer, to be copied, {last}; set init='random'",
+        )
         modules["block"] = _layer(params, config.n_layers - 1)
     if not e.tied:
         modules["head"] = {"kernel": params["embed"]["table"]} if config.tied else params["head"]
@@ -98,7 +127,8 @@ def _draw(config: ModelConfig, e: ExitConfig, shapes: Params, key: jax.Array) ->
             draws.append(jnp.zeros(leaf.shape, leaf.dtype))
         else:
             deviation = 0.02 / (2 * e.layer) ** 0.5 if names[-2] in ("out", "down") else 0.02
-            if names[0] == "gate":  # small and trained for few steps: starts at the scale of its input
+            # A gate is small and trains for few steps, so it starts at the scale of its input.
+            if names[0] == "gate":
                 deviation = leaf.shape[-1] ** -0.5
             noise = jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
             draws.append((deviation * noise).astype(leaf.dtype))

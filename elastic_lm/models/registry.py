@@ -1,15 +1,17 @@
-"""The kinds of model, told apart by the class of their config."""
+"""The kinds of model, told apart by the class of their config, and the parameters of new models."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.models import decoder, encoder, encoder_decoder
+from elastic_lm.models import decoder, encoder_decoder
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.encoder import Encoder
 from elastic_lm.models.encoder_decoder import EncoderDecoder
@@ -20,31 +22,27 @@ Model = Decoder | Encoder | EncoderDecoder
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What loading, saving and placing need to know of one kind of model.
+    """What creating, loading and saving need to know of one kind of model.
 
     Attributes:
       name: what elastic_config.json says.
       config: class of the configs.
       model: config -> Linen module.
-      abstract_params: config -> boxes around shapes; see `decoder.abstract_params`.
-      init_params: (config, key) -> parameters; see `decoder.init_params`.
+      inputs: how many arrays of tokens the model reads.
+      draw: (config, key, path, shape and dtype) -> one new parameter; None = as its module says.
     """
 
     name: str
     config: type
     model: Callable[[Any], Model]
-    abstract_params: Callable[[Any], Params]
-    init_params: Callable[[Any, jax.Array], Params]
+    inputs: int = 1
+    draw: Callable[[Any, jax.Array, list[str], jax.ShapeDtypeStruct], jax.Array] | None = None
 
 
-DECODER = Kind("decoder", ModelConfig, Decoder, decoder.abstract_params, decoder.init_params)
-ENCODER = Kind("encoder", EncoderConfig, Encoder, encoder.abstract_params, encoder.init_params)
+DECODER = Kind("decoder", ModelConfig, Decoder, draw=decoder.draw_param)
+ENCODER = Kind("encoder", EncoderConfig, Encoder)
 ENCODER_DECODER = Kind(
-    "encoder_decoder",
-    EncoderDecoderConfig,
-    EncoderDecoder,
-    encoder_decoder.abstract_params,
-    encoder_decoder.init_params,
+    "encoder_decoder", EncoderDecoderConfig, EncoderDecoder, inputs=2, draw=encoder_decoder.draw_param
 )
 KINDS = {kind.name: kind for kind in (DECODER, ENCODER, ENCODER_DECODER)}
 
@@ -53,13 +51,13 @@ def kind_of(config: Config) -> Kind:
     """The kind of model that a config describes.
 
     Raises:
-      TypeError: it describes none.
+      TypeError: the config describes no model.
     """
-    found = next((kind for kind in KINDS.values() if type(config) is kind.config), None)
-    if found is None:
-        known = ", ".join(kind.config.__name__ for kind in KINDS.values())
-        raise TypeError(f"config={config!r}: describes no model; it must be of type {known}")
-    return found
+    for kind in KINDS.values():
+        if type(config) is kind.config:
+            return kind
+    known = ", ".join(kind.config.__name__ for kind in KINDS.values())
+    raise TypeError(f"config={config!r}: describes no model; it must be of type {known}")
 
 
 def make_model(config: Config) -> Model:
@@ -76,17 +74,36 @@ def abstract_params(config: Config) -> Params:
     Returns:
       A tree of `flax.linen.LogicallyPartitioned` boxes around `jax.ShapeDtypeStruct`.
     """
-    return kind_of(config).abstract_params(config)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    inputs = [tokens] * kind_of(config).inputs
+    return jax.eval_shape(make_model(config).init, jax.random.key(0), *inputs)["params"]
 
 
 def init_params(config: Config, key: jax.Array) -> Params:
-    """Draws canonical parameters of any model.
+    """Draws canonical parameters of any model: kernels and tables random, biases 0, norms the identity.
+
+    Encoders draw N(0, 0.02); decoders scale the outputs of attention and MLP down (`decoder.draw_param`), and
+    encoder-decoders have T5's deviations (`encoder_decoder.draw_param`).
 
     Args:
       config: the model; static.
-      key: typed PRNG key.
+      key: typed PRNG key. Every parameter's draw depends on the key and on its place in the tree alone.
 
     Returns:
       Canonical parameters, unboxed.
     """
-    return kind_of(config).init_params(config, key)
+    kind = kind_of(config)
+    if kind.draw is None:
+        inputs = [jnp.zeros((1, 1), jnp.int32)] * kind.inputs
+        return nn.unbox(jax.jit(make_model(config).init)(key, *inputs)["params"])
+
+    draw_param = kind.draw
+    leaves, tree = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract_params(config)))
+
+    def draw(key: jax.Array) -> list[jax.Array]:
+        return [
+            draw_param(config, jax.random.fold_in(key, i), [entry.key for entry in path], leaf)
+            for i, (path, leaf) in enumerate(leaves)
+        ]
+
+    return jax.tree.unflatten(tree, jax.jit(draw)(key))

@@ -1,6 +1,8 @@
 """Where arrays live: one mesh with three axes, and rules from logical names to mesh axes.
 
-One device is a mesh of one; nothing else in the package asks how many devices there are.
+Modules name the dimensions of their parameters (`nn.partition`), `Rules` maps the names to axes of the mesh,
+and `jit` divides the work accordingly. One device is a mesh of one; nothing else in the package asks how
+many devices there are.
 """
 
 import dataclasses
@@ -13,9 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from elastic_lm.config.checks import require
 from elastic_lm.models.decoder import LAYER, Params
 from elastic_lm.models.registry import Config, abstract_params
-from elastic_lm.config.checks import require
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -58,10 +60,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     """A mesh with axes data, fsdp and tensor over all devices.
 
     Args:
-      data: devices that hold different rows; -1 = as many as are left (on one axis at most).
+      data: devices that hold different rows; -1, on at most one of the three axes, = all that are left.
       fsdp: devices that hold different rows and different slices of the parameters.
       tensor: devices that share heads, MLP width and vocabulary.
-      devices: which; None = all.
+      devices: which devices; None = all.
+
+    Returns:
+      The mesh, whose axes `jit` divides work over by itself (`AxisType.Auto`).
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -108,7 +113,7 @@ def param_shardings(config: Config, mesh: Mesh, rules: Rules | None = None) -> P
 
 
 def stacked_shardings(shardings: Params) -> Params:
-    """Shardings of the stacked form (`decoder.stack_layers`); the layer dimension is not split.
+    """Shardings of the stacked form (`decoder.stack_layers`); the layer dimension is scanned, so not split.
 
     Args:
       shardings: from `param_shardings`.

@@ -1,4 +1,4 @@
-"""What an encoder answers a task with: heads and exits attached, and the smaller encoders inside it."""
+"""Heads and exits that answer a task, attached to an encoder, and the smaller encoders inside it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ def attach_task_head(
     key: jax.Array,
     labels: Sequence[str] = (),
 ) -> tuple[EncoderConfig, Params]:
-    """Gives an encoder a fresh task head in place of any it has, and a fresh pooler where it has none.
+    """Gives an encoder a new task head in place of any it has, and a new pooler if it has none.
 
-    Exits answer the old head's task and are left out.
+    Exits are left out, since they answer the old head's task.
 
     Args:
       config: the encoder.
@@ -37,26 +37,45 @@ def attach_task_head(
       (config, canonical parameters) of the model with the head; other parameters are those given.
 
     Raises:
-      ValueError: n_labels is below 1, or labels are not as many.
+      ValueError: `n_labels` is below 1, or there are labels, but not as many.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import jax
+      from elastic_lm.models.registry import init_params
+
+      config = el.EncoderConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
+      params = init_params(config, jax.random.key(0))
+      config, params = el.attach_task_head(
+          config, params, 2, "classification", jax.random.key(1), labels=("negative", "positive")
+      )
+      output = jax.jit(el.Encoder(config).apply)({"params": params}, jax.numpy.asarray([[2, 7, 5, 3]]))
+      assert output.logits.shape == (1, 2)
+      ```
     """
     require(n_labels >= 1, "n_labels", n_labels, "must be at least 1")
+
     pooler = config.pooler
     if pooler == "none":
         pooler = "relu" if config.family == "distilbert" else "tanh"
-    head = {"n_labels": n_labels, "problem": problem, "labels": tuple(labels), "pooler": pooler}
-    new = dataclasses.replace(config, exits=(), **head)
-    kept = {name: tree for name, tree in params.items() if name not in map(exit_name, config.exits)}
-    fresh = {"head": n_labels} | ({} if "pooler" in params else {"pooler": config.d_model})
+    new = dataclasses.replace(
+        config, exits=(), n_labels=n_labels, problem=problem, labels=tuple(labels), pooler=pooler
+    )
+
+    outputs = {"head": n_labels} | ({} if "pooler" in params else {"pooler": config.d_model})
     inputs = jnp.zeros((1, config.d_model))
-    keys = dict(zip(fresh, jax.random.split(key), strict=False))
-    drawn = {name: dense(new, size).init(keys[name], inputs)["params"] for name, size in fresh.items()}
+    keys = dict(zip(outputs, jax.random.split(key), strict=False))
+    drawn = {name: dense(new, size).init(keys[name], inputs)["params"] for name, size in outputs.items()}
+
+    kept = {name: tree for name, tree in params.items() if name not in map(exit_name, config.exits)}
     return new, {**kept, **nn.unbox(drawn)}
 
 
 def attach_task_exits(
     config: EncoderConfig, params: Params, exits: Sequence[int]
 ) -> tuple[EncoderConfig, Params]:
-    """Gives an encoder exits after these layers and no others; those that it has there stay as they are.
+    """Gives an encoder exits after these layers and no others; exits that it has there stay as they are.
 
     Args:
       config: an encoder with a task head.
@@ -64,19 +83,37 @@ def attach_task_exits(
       exits: layers in increasing order, counted from 1.
 
     Returns:
-      (config, canonical parameters). A new exit begins with the model's own pooler and head.
+      (config, canonical parameters). A new exit begins with copies of the model's own pooler and head.
 
     Raises:
       ValueError: the model has no task head, or no such layers below its last.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import jax
+      from elastic_lm.models.registry import init_params
+
+      config = el.EncoderConfig(vocab_size=64, d_model=32, n_layers=4, n_heads=4, d_mlp=64, n_labels=2)
+      params = init_params(config, jax.random.key(0))
+      config, params = el.attach_task_exits(config, params, (1, 2))
+      assert params["exit_1"].keys() == {"pooler", "head"}
+      ```
     """
-    fix = "the model has no task head, which exits begin with; attach_task_head, or train one"
-    require(config.n_labels > 0, "n_labels", config.n_labels, fix)
+    require(
+        config.n_labels > 0,
+        "n_labels",
+        config.n_labels,
+        "the model has no task head, which exits begin with; attach_task_head, or train one",
+    )
     new = dataclasses.replace(config, exits=tuple(exits))
+
+    own = {"pooler": params["pooler"], "head": params["head"]}
+    heads = {name: params.get(name) or jax.tree.map(jnp.copy, own) for name in map(exit_name, exits)}
+
     gone = {exit_name(layer) for layer in config.exits}
     kept = {name: tree for name, tree in params.items() if name not in gone}
-    own = {"pooler": params["pooler"], "head": params["head"]}
-    found = {name: params.get(name) or jax.tree.map(jnp.copy, own) for name in map(exit_name, exits)}
-    return new, {**kept, **found}
+    return new, {**kept, **heads}
 
 
 def exit_encoder(config: EncoderConfig, params: Params, layer: int) -> tuple[EncoderConfig, Params]:
@@ -85,13 +122,20 @@ def exit_encoder(config: EncoderConfig, params: Params, layer: int) -> tuple[Enc
     Args:
       config: an encoder with an exit after `layer`.
       params: its canonical parameters, which are not copied.
-      layer: of the exit.
+      layer: where the exit is, counted from 1.
+
+    Returns:
+      (config, canonical parameters) of an encoder that ends with the exit's pooler and head.
 
     Raises:
       ValueError: there is no such exit.
     """
-    fix = f"the model has exits after layers {config.exits or 'none'}; name one of them, or train it"
-    require(layer in config.exits, "exit", layer, fix)
+    require(
+        layer in config.exits,
+        "exit",
+        layer,
+        f"the model has exits after layers {config.exits or 'none'}; name one of them, or train it",
+    )
     small, kept = lowest_layers(config, params, layer)
     own = {name: tree for name, tree in kept.items() if name != "token_head"} | params[exit_name(layer)]
     return dataclasses.replace(small, mlm=False, pooling="mean"), own
@@ -102,11 +146,14 @@ def lowest_layers(config: EncoderConfig, params: Params, layers: int) -> tuple[E
 
     Args:
       config: the whole encoder.
-      params: its parameters; those that are kept are not copied.
+      params: its canonical parameters; those that are kept are not copied.
       layers: how many are kept.
 
+    Returns:
+      (config, canonical parameters) of the smaller encoder.
+
     Raises:
-      ValueError: there are not as many.
+      ValueError: there are fewer layers.
     """
     require(1 <= layers <= config.n_layers, "layers", layers, f"the model has {config.n_layers} layers")
     gone = {f"layers_{i}" for i in range(layers, config.n_layers)} | set(map(exit_name, config.exits))

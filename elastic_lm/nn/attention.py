@@ -1,4 +1,11 @@
-"""Grouped-query attention over one or several stretches of keys and values."""
+"""Grouped-query attention over the keys and values of a cache and of new tokens (Ainslie et al. 2023).
+
+    q, k, v = W_qkv x                                   G query heads per key/value head
+    out     = W_out concat_h softmax(scale q_h k^T) v   over the keys that `visible` shows to a query
+
+Every key carries its position, and a query sees the keys at positions up to its own. Causality, padding and
+stale cache entries all follow from this rule, so that no masks are passed around.
+"""
 
 import math
 from collections.abc import Sequence
@@ -34,86 +41,24 @@ class KeyValues:
     segments: jax.Array | None = None
 
 
-def attend(
-    q_BTNH: jax.Array,
-    parts: list[KeyValues],
-    positions_BT: jax.Array,
-    *,
-    scale: float,
-    window: int | jax.Array = 0,
-    softcap: float = 0.0,
-    segments_BT: jax.Array | None = None,
-    biases: Sequence[jax.Array] | None = None,
-) -> jax.Array:
-    """Causal attention of queries over the concatenation of `parts`, without concatenating them.
+@flax.struct.dataclass
+class AttentionContext:
+    """Where the new tokens of one layer stand, and what they see besides each other.
 
-    Args:
-      q_BTNH: queries, already rotated.
-      parts: stretches of keys and values; every query sees keys at positions up to its own.
-      positions_BT: int32 positions of the queries.
-      scale: multiplies q.k; static.
-      window: a query sees only the last `window` positions; 0 = all. Static or traced.
-      softcap: logits pass softcap * tanh(x / softcap); 0 = off; static.
-      segments_BT: document ids of the queries, matched against `KeyValues.segments`.
-      biases: [N, T, S] float32, one per part, added to the logits of every row; None = none.
-
-    Returns:
-      [B, T, N, H] in the dtype of `q_BTNH`; probabilities are float32.
+    Attributes:
+      positions: [B, T] int32 positions of the new tokens.
+      segments: [B, T] int32 document ids of the new tokens; None = one document per row.
+      window: a token sees only the last `window` positions; 0 = all. An int is static, an array traced.
+      past: the layer's cached keys and values, or None.
+      biases: [N, T, S] float32 each, added to the logits of every row: one of `past`, where there is a past,
+        and one of the new tokens. None = no biases.
     """
-    b, t, n, h = q_BTNH.shape
-    groups = n // parts[0].k.shape[1]
-    q_BKGTH = jnp.moveaxis(q_BTNH.reshape(b, t, -1, groups, h), 1, 3)
-    q_BKMH = q_BKGTH.reshape(b, -1, groups * t, h)  # M = G * T: one product per kv head
-    logits = []
-    for i, part in enumerate(parts):
-        s = jnp.einsum("bkmh,bksh->bkms", q_BKMH, part.k, preferred_element_type=jnp.float32) * scale
-        s = softcap * jnp.tanh(s / softcap) if softcap else s
-        s = s.reshape(b, -1, groups, t, part.k.shape[2])
-        s = s if biases is None else s + biases[i].reshape(s.shape[1:])
-        seen_BTS = visible(positions_BT, part.positions, window, segments_BT, part.segments)
-        logits.append(jnp.where(seen_BTS[:, None, None], s, jnp.finfo(jnp.float32).min))
-    top = [jnp.max(s, axis=-1, keepdims=True) for s in logits]
-    peak = jax.lax.stop_gradient(jnp.max(jnp.concatenate(top, axis=-1), axis=-1, keepdims=True))
-    weights = [jnp.exp(s - peak) for s in logits]
-    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
-    out = sum(
-        jnp.einsum(
-            "bkms,bksh->bkmh", (w / total).reshape(b, -1, groups * t, w.shape[-1]).astype(p.v.dtype), p.v
-        )
-        for w, p in zip(weights, parts, strict=True)
-    )
-    out = jnp.asarray(out).reshape(b, -1, groups, t, h)
-    return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
 
-
-def visible(
-    query_BT: jax.Array,
-    key_BS: jax.Array,
-    window: int | jax.Array = 0,
-    query_segments: jax.Array | None = None,
-    key_segments: jax.Array | None = None,
-) -> jax.Array:
-    """Which keys each query may attend to: not later, within the window, of the same document.
-
-    Args:
-      query_BT: int32 positions of the queries.
-      key_BS: int32 positions of the keys.
-      window: a query sees only the last `window` positions; 0 = all. Static or traced.
-      query_segments: [B, T] int32 document ids, or None.
-      key_segments: [B, S] int32 document ids, or None; documents are told apart where both are given.
-
-    Returns:
-      [B, T, S] bool.
-    """
-    query, key = query_BT[:, :, None], key_BS[:, None, :]
-    seen = key <= query
-    if not isinstance(window, int):
-        seen &= (window == 0) | (query - key < window)
-    elif window:
-        seen &= query - key < window
-    if query_segments is not None and key_segments is not None:
-        seen &= query_segments[:, :, None] == key_segments[:, None, :]
-    return seen
+    positions: jax.Array
+    segments: jax.Array | None = None
+    window: int | jax.Array = 0
+    past: KeyValues | None = None
+    biases: Sequence[jax.Array] | None = None
 
 
 class Attention(nn.Module):
@@ -127,58 +72,128 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        *,
-        window: int | jax.Array = 0,
-        segments_BT: jax.Array | None = None,
-        past: KeyValues | None = None,
-        gate_BTN: jax.Array | None = None,
-        biases: Sequence[jax.Array] | None = None,
+        self, x_BTD: jax.Array, context: AttentionContext, gate_BTN: jax.Array | None = None
     ) -> tuple[jax.Array, NewKeyValues]:
-        """Attends over `past` and the new tokens; returns the output and the new keys and values.
+        """Attends over the past and the new tokens.
 
         Args:
           x_BTD: normalised input.
-          positions_BT: int32 positions of the new tokens.
-          window: see `attend`.
-          segments_BT: document ids of the new tokens, or None.
-          past: cached keys and values, or None.
-          gate_BTN: multiplies what query heads give (see `nn.router`), or None.
-          biases: see `attend`; of `past` and of the new tokens, or of these alone without a past.
+          context: positions of the tokens, and what they see.
+          gate_BTN: factors of the query heads' outputs (`width.gated`), or None.
 
         Returns:
-          ([B, T, D], (k [B, K, T, H], v [B, K, T, H])).
+          ([B, T, D], new keys and values).
         """
         c = self.config
         b, t, _ = x_BTD.shape
+
         shape = (c.n_kv_heads, c.group_size + 2, c.head_dim)
         axes = ("kv_heads", None, None, "embed")
         qkv = Linear(shape, axes, c.qkv_bias, c.param_dtype, name="qkv")(x_BTD)
         q, k, v = qkv[:, :, :, : c.group_size], qkv[:, :, :, c.group_size], qkv[:, :, :, -1]
         q = q.reshape(b, t, c.n_heads, c.head_dim)
+
         if c.qk_norm:
             q = Norm("rmsnorm", c.norm_eps, c.norm_offset, c.param_dtype, name="q_norm")(q)
             k = Norm("rmsnorm", c.norm_eps, c.norm_offset, c.param_dtype, name="k_norm")(k)
+
+        # Keys are rotated before they are cached: a cache never needs its rotation again.
         if c.position == "rope":
             frequency, factor = rope_frequencies(c.rope, c.rotary_dim, c.max_len)
-            q = apply_rope(q, positions_BT, frequency, factor)
-            k = apply_rope(k, positions_BT, frequency, factor)
-        new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), positions_BT, segments_BT)
-        parts = [new] if past is None else [past, new]
-        out = attend(
-            q,
-            parts,
-            positions_BT,
-            scale=c.query_scale,
-            window=window,
-            softcap=c.attn_softcap,
-            segments_BT=segments_BT,
-            biases=biases,
-        )
+            q = apply_rope(q, context.positions, frequency, factor)
+            k = apply_rope(k, context.positions, frequency, factor)
+
+        new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), context.positions, context.segments)
+        out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap)
         out = out if gate_BTN is None else out * gate_BTN[..., None]
+
         out = out.reshape(b, t, math.prod(out.shape[2:]))
         axes = ("embed", "heads")
         out = Linear((c.d_model,), axes, c.out_bias, c.param_dtype, name="out")(out)
         return out, (new.k, new.v)
+
+
+def attend(
+    q_BTNH: jax.Array, new: KeyValues, context: AttentionContext, *, scale: float, softcap: float = 0.0
+) -> jax.Array:
+    """softmax(scale q k^T + bias) v over `context.past` and `new`, which are not concatenated.
+
+    Concatenating a cache with one new token would copy the cache in every step.
+
+    Args:
+      q_BTNH: queries, already rotated.
+      new: keys and values of the new tokens, or whatever else all queries may see.
+      context: positions of the queries, and what they see.
+      scale: multiplies q.k; static.
+      softcap: logits pass softcap * tanh(x / softcap); 0 = off; static.
+
+    Returns:
+      [B, T, N, H] in the dtype of `q_BTNH`; probabilities are float32.
+    """
+    b, t, n, h = q_BTNH.shape
+    group_size = n // new.k.shape[1]
+    parts = [new] if context.past is None else [context.past, new]
+
+    # M = G * T: the queries that share a key/value head are one product, and keys are not repeated.
+    q_BKGTH = jnp.moveaxis(q_BTNH.reshape(b, t, -1, group_size, h), 1, 3)
+    q_BKMH = q_BKGTH.reshape(b, -1, group_size * t, h)
+
+    logits = []  # [B, K, G, T, S] of each part
+    for i, part in enumerate(parts):
+        s = jnp.einsum("bkmh,bksh->bkms", q_BKMH, part.k, preferred_element_type=jnp.float32) * scale
+        s = softcap * jnp.tanh(s / softcap) if softcap else s
+        s = s.reshape(b, -1, group_size, t, part.k.shape[2])
+        s = s if context.biases is None else s + context.biases[i].reshape(s.shape[1:])
+        # The least float32, not -inf: a query that sees nothing, as in padding, must not give NaN.
+        seen_BTS = visible(context, part)
+        logits.append(jnp.where(seen_BTS[:, None, None], s, jnp.finfo(jnp.float32).min))
+
+    # One softmax over all parts. The largest logit cancels, so it gets no gradient.
+    top = [jnp.max(s, axis=-1, keepdims=True) for s in logits]
+    peak = jax.lax.stop_gradient(jnp.max(jnp.concatenate(top, axis=-1), axis=-1, keepdims=True))
+    weights = [jnp.exp(s - peak) for s in logits]
+    total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
+
+    out = sum(
+        jnp.einsum(
+            "bkms,bksh->bkmh",
+            (w / total).reshape(b, -1, group_size * t, w.shape[-1]).astype(part.v.dtype),
+            part.v,
+        )
+        for w, part in zip(weights, parts, strict=True)
+    )
+    out = jnp.asarray(out).reshape(b, -1, group_size, t, h)
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
+
+
+def visible(context: AttentionContext, keys: KeyValues) -> jax.Array:
+    """Which keys each query may attend to: not later, within the window, of the same document.
+
+    Args:
+      context: positions and documents of the queries, and their window.
+      keys: positions and documents of the keys; documents are told apart where both sides have them.
+
+    Returns:
+      [B, T, S] bool.
+    """
+    query, key = context.positions[:, :, None], keys.positions[:, None, :]
+    seen = key <= query
+
+    # A scan over layers traces the window, which is then 0 for layers that see everything.
+    if not isinstance(context.window, int):
+        seen &= (context.window == 0) | (query - key < context.window)
+    elif context.window:
+        seen &= query - key < context.window
+
+    if context.segments is not None and keys.segments is not None:
+        seen &= context.segments[:, :, None] == keys.segments[:, None, :]
+    return seen
+
+
+def seen_by_all(mask_BS: jax.Array) -> jax.Array:
+    """Positions [B, S] int32 of keys that queries at position 0 see in both directions, except for padding.
+
+    Args:
+      mask_BS: bool, True for tokens that count.
+    """
+    return jnp.where(mask_BS, 0, HIDDEN_POSITION)

@@ -1,4 +1,11 @@
-"""One transformer layer: attention and MLP around the residual stream."""
+"""One transformer layer: attention and MLP around the residual stream.
+
+    a = x + attn(norm(x))                     what the layer's MLP output is added to
+    y = a + mlp(norm(a))                      the layer's output
+    y = a + mlp(norm(x))                      with a parallel residual (GPT-NeoX)
+
+Sandwich norms (Gemma 2) normalise the outputs of attention and MLP too, before they are added.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.nn.attention import Attention, KeyValues, NewKeyValues
+from elastic_lm.nn.attention import Attention, AttentionContext, NewKeyValues
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm
 
@@ -37,21 +44,8 @@ class Tap:
         return dataclasses.replace(self, hidden=jnp.where(keep_B[:, None, None], self.hidden, self.entering))
 
 
-def make_norm(c: ModelConfig, name: str) -> Norm:
-    """A normalisation of the model's kind.
-
-    Args:
-      c: the model; static.
-      name: key of its parameters.
-
-    Returns:
-      The module, over the last axis of its input.
-    """
-    return Norm(c.norm, c.norm_eps, c.norm_offset, c.param_dtype, c.norm_width, name=name)
-
-
 class Block(nn.Module):
-    """a = x + attn(norm(x)); y = a + mlp(norm(a)); or both from x (parallel residual)."""
+    """One layer of a decoder, which exits of kind `block` have too."""
 
     config: ModelConfig
 
@@ -65,32 +59,17 @@ class Block(nn.Module):
             self.post_attn_norm = make_norm(c, "post_attn_norm")
             self.post_mlp_norm = make_norm(c, "post_mlp_norm")
 
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        *,
-        window: int | jax.Array = 0,
-        segments_BT: jax.Array | None = None,
-        past: KeyValues | None = None,
-    ) -> tuple[Tap, NewKeyValues]:
+    def __call__(self, x_BTD: jax.Array, context: AttentionContext) -> tuple[Tap, NewKeyValues]:
         """Runs the layer.
 
         Args:
           x_BTD: input of the layer, h_{l-1}.
-          positions_BT: int32 positions of the new tokens.
-          window: see `attend`.
-          segments_BT: document ids of the new tokens, or None.
-          past: the layer's cached keys and values, or None.
+          context: positions of the tokens, and what they see.
 
         Returns:
-          (Tap with the layer's output and what exits need, (k [B, K, T, H], v [B, K, T, H])).
+          (Tap with the layer's output and what exits need, new keys and values).
         """
-
-        def attention(x_BTD: jax.Array) -> tuple[jax.Array, NewKeyValues]:
-            return self.attn(x_BTD, positions_BT, window=window, segments_BT=segments_BT, past=past)
-
-        return self.around(x_BTD, attention, self.mlp)
+        return self.around(x_BTD, lambda x_BTD: self.attn(x_BTD, context), self.mlp)
 
     def around(
         self,
@@ -98,37 +77,32 @@ class Block(nn.Module):
         attention: Callable[[jax.Array], tuple[jax.Array, NewKeyValues]],
         mlp: Callable[[jax.Array], jax.Array],
     ) -> tuple[Tap, NewKeyValues]:
-        """The layer with any attention and any MLP in it, both maps of normalised input [B, T, D].
+        """The layer's norms and residual sums around any attention and any MLP.
+
+        Layers of many widths (`width.switched`, `width.nested`, `width.gated`) differ from this one in
+        nothing else.
 
         Args:
           x_BTD: input of the layer.
-          attention: gives its output and the new keys and values.
-          mlp: gives its output.
+          attention: from normalised input [B, T, D] to its output [B, T, D] and new keys and values.
+          mlp: from normalised input [B, T, D] to its output [B, T, D].
+
+        Returns:
+          As `__call__`.
         """
         attended, new_kv = attention(self.attn_norm(x_BTD))
         if self.config.sandwich_norm:
             attended = self.post_attn_norm(attended)
         residual = x_BTD + attended
+
         mlp_input = self.mlp_norm(x_BTD if self.config.parallel_residual else residual)
         hidden = self.add_mlp(residual, mlp(mlp_input))
-        return Tap(hidden, residual, mlp_input, x_BTD), new_kv
-
-    def key_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues:
-        """Keys and values that this layer would have for an input, and nothing else.
-
-        Args:
-          x_BTD: input of the layer.
-          positions_BT: int32 positions of its tokens.
-
-        Returns:
-          (k [B, K, T, H], v [B, K, T, H]).
-        """
-        return self.attn(self.attn_norm(x_BTD), positions_BT)[1]
+        return Tap(hidden, residual, mlp_input, entering=x_BTD), new_kv
 
     def add_mlp(self, residual_BTD: jax.Array, mlp_BTD: jax.Array) -> jax.Array:
         """Adds an MLP's output to the residual stream the way this layer does.
 
-        An `mlp` exit joins its own branch through here, beside the layer's own MLP.
+        An exit of kind `mlp` joins its own branch through here, beside the layer's own MLP.
 
         Args:
           residual_BTD: what the output is added to, a_l.
@@ -140,3 +114,23 @@ class Block(nn.Module):
         if self.config.sandwich_norm:
             mlp_BTD = self.post_mlp_norm(mlp_BTD)
         return residual_BTD + mlp_BTD
+
+    def key_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues:
+        """Keys and values that this layer would have for an input.
+
+        Args:
+          x_BTD: input of the layer.
+          positions_BT: int32 positions of its tokens.
+        """
+        # Under jit, XLA drops the attention itself, whose output is not used.
+        return self.attn(self.attn_norm(x_BTD), AttentionContext(positions_BT))[1]
+
+
+def make_norm(c: ModelConfig, name: str) -> Norm:
+    """A normalisation of the model's kind, over the last axis of its input.
+
+    Args:
+      c: the model; static.
+      name: key of its parameters.
+    """
+    return Norm(c.norm, c.norm_eps, c.norm_offset, c.param_dtype, c.norm_width, name=name)

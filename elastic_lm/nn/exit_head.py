@@ -7,37 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.nn.attention import KeyValues, NewKeyValues
+from elastic_lm.nn.attention import AttentionContext, NewKeyValues
 from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.partition import partitioned
-
-
-class VocabHead(nn.Module):
-    """Owns the [V, D] kernel of a vocabulary projection; `linear(features, kernel)` gives logits."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        c = self.config
-        init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
-        return self.param("kernel", init, (c.vocab_size, c.d_model), c.param_dtype)
-
-
-class Gate(nn.Module):
-    """sigmoid(w2 silu(W1 x + b1) + b2): how likely the exit is right, without reading its vocabulary head."""
-
-    config: ModelConfig
-    width: int
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dtype = self.config.param_dtype
-        h = jax.nn.silu(Linear((self.width,), (None, "embed"), True, dtype, name="up")(x_BTD))
-        score = Linear((1,), (None, None), True, dtype, name="down")(h)
-        return jax.nn.sigmoid(score[..., 0].astype(jnp.float32))
 
 
 class Exit(nn.Module):
@@ -67,41 +41,20 @@ class Exit(nn.Module):
         if self.exit.gate:
             self.gate = Gate(self.config, self.exit.gate, name="gate")
 
-    def state(
-        self,
-        tap: Tap,
-        positions_BT: jax.Array,
-        *,
-        segments_BT: jax.Array | None = None,
-        past: KeyValues | None = None,
-    ) -> tuple[jax.Array, NewKeyValues | None]:
-        """Runs an exit's own block, where it has one.
+    def state(self, tap: Tap, context: AttentionContext) -> tuple[jax.Array, NewKeyValues | None]:
+        """Runs the exit's own block, if it has one.
 
         Args:
           tap: what layer l offers.
-          positions_BT: int32 positions of the new tokens.
-          segments_BT: document ids of the new tokens, or None.
-          past: cached keys and values of the exit's own block, or None.
+          context: positions of the tokens, and what they see in the exit's own block.
 
         Returns:
           (h [B, T, D] that leaves the block or the layer, new keys and values or None).
         """
         if self.exit.kind != "block":
             return tap.hidden, None
-        tap, new_kv = self.block(tap.hidden, positions_BT, segments_BT=segments_BT, past=past)
+        tap, new_kv = self.block(tap.hidden, context)
         return tap.hidden, new_kv
-
-    def key_values(self, hidden_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues | None:
-        """Keys and values of an exit's own block, and nothing else.
-
-        Args:
-          hidden_BTD: output of layer l.
-          positions_BT: int32 positions of its tokens.
-
-        Returns:
-          (k [B, K, T, H], v [B, K, T, H]), or None where the exit has no block.
-        """
-        return self.block.key_values(hidden_BTD, positions_BT) if self.exit.kind == "block" else None
 
     def features(
         self,
@@ -109,16 +62,48 @@ class Exit(nn.Module):
         tap: Tap,
         add_mlp: Callable[[jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
-        """Input of the exit's vocabulary head (EE-Tuning, sec. 2.1).
+        """Input [B, T, D] of the exit's vocabulary head.
 
         Args:
           hidden_BTD: first result of `state`.
           tap: what layer l offers.
           add_mlp: `Block.add_mlp` of layer l.
-
-        Returns:
-          [B, T, D].
         """
         if self.exit.kind == "mlp":
             hidden_BTD = add_mlp(tap.residual, self.mlp(tap.mlp_input))
         return hidden_BTD if self.exit.kind == "embedding" else self.norm(hidden_BTD)
+
+    def key_values(self, hidden_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues | None:
+        """Keys and values that the exit's own block would have; None if it has no block.
+
+        Args:
+          hidden_BTD: output of layer l.
+          positions_BT: int32 positions of its tokens.
+        """
+        return self.block.key_values(hidden_BTD, positions_BT) if self.exit.kind == "block" else None
+
+
+class VocabHead(nn.Module):
+    """Owns the [V, D] kernel of a vocabulary projection; `linear(features, kernel)` gives logits."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        c = self.config
+        init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
+        return self.param("kernel", init, (c.vocab_size, c.d_model), c.param_dtype)
+
+
+class Gate(nn.Module):
+    """sigmoid(w2 silu(W1 x + b1) + b2): how likely the exit is right, without reading its vocabulary head."""
+
+    config: ModelConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        dtype = self.config.param_dtype
+        h = jax.nn.silu(Linear((self.width,), (None, "embed"), True, dtype, name="up")(x_BTD))
+        score = Linear((1,), (None, None), True, dtype, name="down")(h)
+        return jax.nn.sigmoid(score[..., 0].astype(jnp.float32))

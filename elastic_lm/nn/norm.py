@@ -8,63 +8,15 @@ from elastic_lm.config.model import NormKind
 from elastic_lm.nn.partition import partitioned
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, live: int = 0) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last dimension (Zhang & Sennrich 2019, eq. 4).
-
-    Over masked channels it has to be that of the channels that live, d_j of d: with the mean over all d,
-    which is d_j / d times too small, sqrt(d_j / d) x / sqrt(mean(x^2) + eps d_j / d) (Nemotron Elastic).
-
-    Args:
-      x: [..., D] activations of any float dtype.
-      scale: [D] multiplier.
-      eps: added to the mean square.
-      live: channels of `x` that are averaged over, the others being 0; 0 = all. Static.
-
-    Returns:
-      [..., D] in the dtype of `x`.
-    """
-    x32 = x.astype(jnp.float32)
-    square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    if live:
-        square = square * (x.shape[-1] / live)
-    inverse = jax.lax.rsqrt(square + eps)
-    return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, live: int = 0) -> jax.Array:
-    """(x - mean) / sqrt(var + eps) * scale + bias over the last dimension (Ba et al. 2016).
-
-    Args:
-      x: [..., D] activations of any float dtype.
-      scale: [D] multiplier.
-      bias: [D] offset.
-      eps: added to the variance.
-      live: as in `rms_norm`.
-
-    Returns:
-      [..., D] in the dtype of `x`.
-    """
-    x32 = x.astype(jnp.float32)
-    share = x.shape[-1] / live if live else 1.0
-    mean = jnp.mean(x32, axis=-1, keepdims=True) * share
-    centred = x32 - mean
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    if live:  # a channel that is 0 adds mean^2
-        variance = jnp.maximum(variance * share - jnp.square(mean) * (share - 1.0), 0.0)
-    inverse = jax.lax.rsqrt(variance + eps)
-    y = centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
-
-
 class Norm(nn.Module):
     """Owns the scale (and bias) of one normalisation.
 
     Attributes:
       kind: "rmsnorm" or "layernorm".
-      eps: see `rms_norm`.
-      offset: added to the stored scale; 1 where checkpoints store scale - 1.
+      eps: added to the mean square or the variance.
+      offset: added to the stored scale; 1 for checkpoints that store scale - 1.
       param_dtype: dtype of the parameters.
-      live: see `rms_norm`.
+      live: channels to average over, in a model whose other channels are masked to 0; 0 = all.
     """
 
     kind: NormKind
@@ -81,6 +33,54 @@ class Norm(nn.Module):
         scale = scale.astype(jnp.float32) + self.offset
         if self.kind == "rmsnorm":
             return rms_norm(x, scale, self.eps, self.live)
+
         zeros = partitioned(nn.initializers.zeros, ("norm",))
         bias = self.param("bias", zeros, width, self.param_dtype)
         return layer_norm(x, scale, bias, self.eps, self.live)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, live: int = 0) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension (Zhang & Sennrich 2019, eq. 4).
+
+    Args:
+      x: [..., D] activations of any float dtype.
+      scale: [D] multiplier.
+      eps: added to the mean square.
+      live: channels of `x` to average over, the others being 0; 0 = all. Static.
+
+    Returns:
+      [..., D] in the dtype of `x`.
+    """
+    x32 = x.astype(jnp.float32)
+    square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    if live:
+        # The mean over all D channels is live / D of the mean over the live ones (Nemotron Elastic).
+        square = square * (x.shape[-1] / live)
+    inverse = jax.lax.rsqrt(square + eps)
+    return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, live: int = 0) -> jax.Array:
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last dimension (Ba et al. 2016).
+
+    Args:
+      x: [..., D] activations of any float dtype.
+      scale: [D] multiplier.
+      bias: [D] offset.
+      eps: added to the variance.
+      live: channels of `x` to average over, the others being 0; 0 = all. Static.
+
+    Returns:
+      [..., D] in the dtype of `x`.
+    """
+    x32 = x.astype(jnp.float32)
+    share = x.shape[-1] / live if live else 1.0
+    mean = jnp.mean(x32, axis=-1, keepdims=True) * share
+    centred = x32 - mean
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    if live:
+        # Each of the D - live masked channels has added mean^2 to the sum; rounding may leave less than 0.
+        variance = jnp.maximum(variance * share - jnp.square(mean) * (share - 1.0), 0.0)
+    inverse = jax.lax.rsqrt(variance + eps)
+    y = centred * inverse * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return y.astype(x.dtype)

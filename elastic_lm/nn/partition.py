@@ -10,7 +10,7 @@ Initializer = Callable[..., jax.Array]
 
 
 def partitioned(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Initializer:
-    """Tags what `init` draws with logical axis names, mapped to mesh axes by `sharding.Rules`.
+    """Tags what `init` draws with logical axis names, which `models.sharding.Rules` maps to mesh axes.
 
     Linen unboxes the tag when a parameter is read, so the parameter is used as a plain array.
 

@@ -9,20 +9,42 @@ import numpy as np
 from elastic_lm.config.model import RopeConfig
 
 
+def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, frequency: np.ndarray, factor: float) -> jax.Array:
+    """Rotates the leading 2 * len(frequency) dimensions of every head, first half against second.
+
+    Args:
+      x_BTNH: queries or keys.
+      positions_BT: int32 positions in tokens.
+      frequency: [R] radians per token; static.
+      factor: multiplies cos and sin; static.
+
+    Returns:
+      Array like `x_BTNH`; angles are computed in float32.
+    """
+    half = len(frequency)
+    angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+    x = x_BTNH.astype(jnp.float32)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
 def rope_frequencies(rope: RopeConfig, rotary_dim: int, max_len: int) -> tuple[np.ndarray, float]:
     """Angular frequency of every rotated pair, and the factor on cos and sin.
 
     Args:
       rope: the variant; static.
       rotary_dim: rotated dimensions per head (even).
-      max_len: context of the model in tokens, used where `rope.original_max_len` is 0.
+      max_len: context of the model in tokens, used if `rope.original_max_len` is 0.
 
     Returns:
       ([rotary_dim // 2] float32 radians per token, attention factor).
     """
-    # In float32, bit by bit as checkpoints were trained: at thousands of tokens one ulp shows.
+    # In float32, bit by bit as checkpoints were trained: after thousands of tokens one ulp shows.
     exponent = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     frequency = np.float32(1) / np.power(np.float32(rope.theta), exponent)
+
     original = rope.original_max_len or max_len
     if rope.scaling == "linear":
         return (frequency / rope.factor).astype(np.float32), 1.0
@@ -49,6 +71,7 @@ def _yarn(rope: RopeConfig, frequency: np.ndarray, dim: int, original: int) -> n
     """YaRN (Peng et al. 2023), NTK-by-parts: a linear ramp between stretched and kept pairs."""
 
     def pair_of(rotations: float) -> float:
+        """Which pair turns so many times within the original context."""
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = pair_of(rope.beta_fast), pair_of(rope.beta_slow)
@@ -57,24 +80,3 @@ def _yarn(rope: RopeConfig, frequency: np.ndarray, dim: int, original: int) -> n
     low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
     return frequency / rope.factor * ramp + frequency * (1 - ramp)
-
-
-def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, frequency: np.ndarray, factor: float) -> jax.Array:
-    """Rotates the leading 2 * len(frequency) dimensions of every head, first half against second.
-
-    Args:
-      x_BTNH: queries or keys.
-      positions_BT: int32 positions in tokens.
-      frequency: [R] radians per token; static.
-      factor: multiplies cos and sin; static.
-
-    Returns:
-      Array like `x_BTNH`; angles are computed in float32.
-    """
-    half = len(frequency)
-    angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
-    x = x_BTNH.astype(jnp.float32)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
-    return rotated.astype(x_BTNH.dtype)

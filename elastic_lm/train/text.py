@@ -15,8 +15,9 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
-from elastic_lm.models.decoder import Params, init_params, stack_layers, unstack_layers
+from elastic_lm.models.decoder import Params, stack_layers, unstack_layers
 from elastic_lm.models.exits import attach_exits, extract
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import check_rows, param_shardings, stacked_shardings
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.method import Arrays, RunData

@@ -1,13 +1,23 @@
-"""Widths of a layer in its parameters: which dimension of which tensor holds neurons, heads or channels.
+"""Which dimension of which parameter is a width, and how all of them are edited together.
 
-Permuting, slicing and masking a model all change the same dimensions of the same tensors:
+Cutting a model, masking it and sorting it by importance change the same dimensions of the same tensors. There
+are four kinds of them:
 
-    channels   [D]            inputs of `qkv`, `up` and gates, outputs of `out` and `down`, norms, vocabulary
-    neurons    [F]            outputs of `up`, inputs of `down`
-    queries    [K, G + 2]     outputs of `qkv`: for every key/value group its query heads, its key, its value
-    heads      [K * G * H]    inputs of `out`
+    channels       [D]           the residual stream: inputs of `qkv`, `up` and gates, outputs of `out` and
+                                 `down`, norms, embeddings, vocabulary heads
+    neurons        [F]           outputs of `up`, inputs of `down`
+    qkv_heads      [K, G + 2]    outputs of `qkv`: the G query heads, the key and the value of K groups
+    head_outputs   [K * G * H]   inputs of `out`: what the query heads give, one after the other
 
-An `Edit` holds one function for each; `edit_params` applies it wherever the dimension occurs.
+`WIDTHS` says where they occur, so that a new tensor is described once. An `Edit` says what happens to each
+kind, and `edit_params` does it to a tree of parameters. `slice_edit` and `mask_edit` make the edits of a
+sub-network, `width.importance` makes those that sort.
+
+Neurons of a ranked model are dealt out to S storage groups (`ModelConfig.elastic_groups`): the one of rank r
+to group r mod S. A narrower MLP is then a prefix of every group, which tensor parallelism over a divisor of S
+slices in place, without moving data between devices. Query heads are ranked inside their key/value group,
+which no device splits. Key/value groups are in plain order of rank, so that cutting whole groups may move
+data.
 """
 
 import dataclasses
@@ -20,8 +30,25 @@ import numpy as np
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.models.decoder import Params
 
-Params = dict[str, Any]
+# Kinds of a parameter's trailing dimensions, by the last two keys of its path; None = no width. `qkv_heads`
+# stands at its first dimension, K, and the second one, G + 2, follows.
+WIDTHS: dict[str, tuple[str | None, ...]] = {
+    "embed/table": (None, "channels"),
+    "positions/table": (None, "channels"),
+    "head/kernel": (None, "channels"),
+    "qkv/kernel": ("qkv_heads", None, None, "channels"),
+    "qkv/bias": ("qkv_heads", None, None),
+    "out/kernel": ("channels", "head_outputs"),
+    "out/bias": ("channels",),
+    "up/kernel": ("neurons", "channels"),  # with a gate [2, F, D]: a dimension more in front
+    "up/bias": ("neurons",),
+    "down/kernel": ("channels", "neurons"),
+    "down/bias": ("channels",),
+}
+# An exit's gate reads channels; its own hidden width is never cut.
+GATE_WIDTHS: dict[str, tuple[str | None, ...]] = {"up/kernel": (None, "channels")}
 
 
 def unchanged(leaf: jax.Array, axis: int) -> jax.Array:
@@ -29,54 +56,21 @@ def unchanged(leaf: jax.Array, axis: int) -> jax.Array:
     return leaf
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Edit:
     """What happens to each kind of dimension: functions of (array, axis).
 
     Attributes:
-      neurons: axis has the F neurons of an MLP.
-      queries: axis and axis + 1 have K key/value groups and G + 2 slots.
-      heads: axis has the K * G * H outputs of all query heads.
       channels: axis has the D channels of the model.
+      neurons: axis has the F neurons of an MLP.
+      qkv_heads: axis has the K key/value groups, and axis + 1 their G + 2 heads.
+      head_outputs: axis has the K * G * H outputs of all query heads.
     """
 
-    neurons: Callable[[jax.Array, int], jax.Array] = unchanged
-    queries: Callable[[jax.Array, int], jax.Array] = unchanged
-    heads: Callable[[jax.Array, int], jax.Array] = unchanged
     channels: Callable[[jax.Array, int], jax.Array] = unchanged
-
-
-# Kinds of the dimensions of a parameter by the end of its path, the last dimension last.
-NAMES: dict[str, tuple[str | None, ...]] = {
-    "embed/table": (None, "channels"),
-    "positions/table": (None, "channels"),
-    "head/kernel": (None, "channels"),
-    "qkv/kernel": ("queries", None, None, "channels"),
-    "qkv/bias": ("queries", None, None),
-    "out/kernel": ("channels", "heads"),
-    "out/bias": ("channels",),
-    "up/kernel": ("neurons", "channels"),
-    "up/bias": ("neurons",),
-    "down/kernel": ("channels", "neurons"),
-    "down/bias": ("channels",),
-}
-GATE: dict[str, tuple[str | None, ...]] = {"up/kernel": (None, "channels")}
-
-
-def dimensions(path: tuple[str, ...]) -> tuple[str | None, ...]:
-    """Kinds of the trailing dimensions of the parameter at `path`: fields of `Edit`, or None.
-
-    Raises:
-      ValueError: no such parameter is known.
-    """
-    name = "/".join(path[-2:])
-    if "gate" in path:
-        return GATE.get(name, ())
-    if path[-1] in ("scale", "bias") and path[-2].endswith("norm"):
-        return () if path[-2] in ("q_norm", "k_norm") else ("channels",)
-    fix = "its widths are not known; add it to nn.widths.NAMES"
-    require(name in NAMES, "parameter", "/".join(path), fix)
-    return NAMES[name]
+    neurons: Callable[[jax.Array, int], jax.Array] = unchanged
+    qkv_heads: Callable[[jax.Array, int], jax.Array] = unchanged
+    head_outputs: Callable[[jax.Array, int], jax.Array] = unchanged
 
 
 def edit_params(params: Params, edit: Edit, path: tuple[str, ...] = ()) -> Params:
@@ -91,64 +85,108 @@ def edit_params(params: Params, edit: Edit, path: tuple[str, ...] = ()) -> Param
       A tree of the same structure.
     """
 
-    def one(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def edited(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         kinds = dimensions((*path, *(key.key for key in key_path)))
         for i, kind in enumerate(kinds):
             if kind is not None:
                 leaf = getattr(edit, kind)(leaf, leaf.ndim - len(kinds) + i)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(edited, params)
 
 
-def slice_edit(config: ModelConfig, mlp: int, heads: int, groups: int, d_model: int) -> Edit:
-    """Keeps the leading neurons of every storage group, heads of every group, groups and channels.
+def dimensions(path: tuple[str, ...]) -> tuple[str | None, ...]:
+    """Kinds of the trailing dimensions of the parameter at `path`: fields of `Edit`, or None.
 
-    All slices are static and lie inside what tensor parallelism leaves on a device, as long as it splits
-    no storage group: they move no data between devices.
+    Raises:
+      ValueError: no such parameter is known.
+    """
+    name = "/".join(path[-2:])
+    if "gate" in path:
+        return GATE_WIDTHS.get(name, ())
+    if path[-1] in ("scale", "bias") and path[-2].endswith("norm"):
+        # Norms of queries and keys are over the dimensions of a head, which stay.
+        return () if path[-2] in ("q_norm", "k_norm") else ("channels",)
+    require(
+        name in WIDTHS,
+        "parameter",
+        "/".join(path),
+        "its widths are not known; add it to width.axes.WIDTHS",
+    )
+    return WIDTHS[name]
+
+
+def slice_edit(config: ModelConfig, *, mlp: int, heads: int, kv_groups: int, d_model: int) -> Edit:
+    """Keeps the leading entries of every width, those of neurons and channels in every storage group.
+
+    All slices are static. Except for whole key/value groups, they lie inside what tensor parallelism leaves
+    on a device, as long as it splits no storage group: they move no data between devices.
 
     Args:
       config: homogeneous config of the layer (`ModelConfig.layer`); static.
       mlp: neurons that stay.
       heads: query heads that stay in every key/value group.
-      groups: key/value groups that stay.
+      kv_groups: key/value groups that stay.
       d_model: channels that stay.
     """
     c = config
 
-    def queries(leaf: jax.Array, axis: int) -> jax.Array:
-        leaf = prefix(leaf, axis, groups)
+    def channels(leaf: jax.Array, axis: int) -> jax.Array:
+        return grouped_prefix(leaf, axis, d_model, c.elastic_groups)
+
+    def neurons(leaf: jax.Array, axis: int) -> jax.Array:
+        return grouped_prefix(leaf, axis, mlp, c.elastic_groups)
+
+    def qkv_heads(leaf: jax.Array, axis: int) -> jax.Array:
+        leaf = prefix(leaf, axis, kv_groups)
         if heads == c.group_size:
             return leaf
+        # The key and the value of a group stand behind all its query heads, and stay.
         key_value = jax.lax.slice_in_dim(leaf, c.group_size, None, axis=axis + 1)
         return jnp.concatenate([prefix(leaf, axis + 1, heads), key_value], axis + 1)
 
-    def outputs(leaf: jax.Array, axis: int) -> jax.Array:
-        if (groups, heads) == (c.n_kv_heads, c.group_size):
+    def head_outputs(leaf: jax.Array, axis: int) -> jax.Array:
+        if (kv_groups, heads) == (c.n_kv_heads, c.group_size):
             return leaf
         parts = split(leaf, axis, (c.n_kv_heads, c.group_size, c.head_dim))
-        return merge(prefix(prefix(parts, axis, groups), axis + 1, heads), axis, 3)
+        return merge(prefix(prefix(parts, axis, kv_groups), axis + 1, heads), axis, 3)
 
-    return Edit(
-        lambda leaf, axis: grouped_prefix(leaf, axis, mlp, c.elastic_groups),
-        queries,
-        outputs,
-        lambda leaf, axis: grouped_prefix(leaf, axis, d_model, c.elastic_groups),
-    )
+    return Edit(channels=channels, neurons=neurons, qkv_heads=qkv_heads, head_outputs=head_outputs)
 
 
-def mask_edit(config: ModelConfig, mlp: int, heads: int, groups: int, d_model: int) -> Edit:
+def mask_edit(config: ModelConfig, *, mlp: int, heads: int, kv_groups: int, d_model: int) -> Edit:
     """Sets to 0 what `slice_edit` with the same arguments leaves out."""
     c = config
-    lives_K, lives_G = np.arange(c.n_kv_heads) < groups, np.arange(c.group_size) < heads
-    lives_KG = lives_K[:, None] & lives_G
-    slots = np.concatenate([lives_KG, np.repeat(lives_K[:, None], 2, 1)], axis=1)
+    keeps_D = grouped_kept(c.d_model, d_model, c.elastic_groups)
+    keeps_F = grouped_kept(c.d_mlp, mlp, c.elastic_groups)
+
+    # A group that stays keeps its key and its value whatever happens to its query heads.
+    keeps_K, keeps_G = np.arange(c.n_kv_heads) < kv_groups, np.arange(c.group_size) < heads
+    keeps_KG = keeps_K[:, None] & keeps_G
+    keeps_qkv = np.concatenate([keeps_KG, np.repeat(keeps_K[:, None], 2, 1)], axis=1)  # [K, G + 2]
+    keeps_outputs = np.repeat(keeps_KG.reshape(-1), c.head_dim)  # [K * G * H]
+
     return Edit(
-        lambda leaf, axis: masked(leaf, axis, grouped_lives(c.d_mlp, mlp, c.elastic_groups)),
-        lambda leaf, axis: masked(leaf, axis, slots),
-        lambda leaf, axis: masked(leaf, axis, np.repeat(lives_KG.reshape(-1), c.head_dim)),
-        lambda leaf, axis: masked(leaf, axis, grouped_lives(c.d_model, d_model, c.elastic_groups)),
+        channels=lambda leaf, axis: masked(leaf, axis, keeps_D),
+        neurons=lambda leaf, axis: masked(leaf, axis, keeps_F),
+        qkv_heads=lambda leaf, axis: masked(leaf, axis, keeps_qkv),
+        head_outputs=lambda leaf, axis: masked(leaf, axis, keeps_outputs),
     )
+
+
+def grouped_prefix(leaf: jax.Array, axis: int, size: int, storage_groups: int) -> jax.Array:
+    """The leading size / S entries of each of S storage groups, equal stretches of the axis; 0 = one."""
+    if size == leaf.shape[axis] or not storage_groups:
+        return prefix(leaf, axis, size)
+    parts = split(leaf, axis, (storage_groups, leaf.shape[axis] // storage_groups))
+    return merge(prefix(parts, axis + 1, size // storage_groups), axis, 2)
+
+
+def grouped_kept(full: int, size: int, storage_groups: int) -> np.ndarray:
+    """[full] bool: True for what `grouped_prefix` keeps."""
+    if size == full or not storage_groups:
+        return np.arange(full) < size
+    return np.arange(full) % (full // storage_groups) < size // storage_groups
 
 
 def prefix(leaf: jax.Array, axis: int, size: int) -> jax.Array:
@@ -166,22 +204,7 @@ def merge(leaf: jax.Array, axis: int, count: int) -> jax.Array:
     return leaf.reshape(*leaf.shape[:axis], -1, *leaf.shape[axis + count :])
 
 
-def grouped_prefix(leaf: jax.Array, axis: int, size: int, groups: int) -> jax.Array:
-    """The leading size / groups entries of each of `groups` (0 = one) equal stretches of an axis."""
-    if size == leaf.shape[axis] or not groups:
-        return prefix(leaf, axis, size)
-    parts = split(leaf, axis, (groups, leaf.shape[axis] // groups))
-    return merge(prefix(parts, axis + 1, size // groups), axis, 2)
-
-
-def grouped_lives(full: int, size: int, groups: int) -> np.ndarray:
-    """[full] bool: what `grouped_prefix` keeps."""
-    if size == full or not groups:
-        return np.arange(full) < size
-    return np.arange(full) % (full // groups) < size // groups
-
-
-def masked(leaf: jax.Array, axis: int, lives: np.ndarray) -> jax.Array:
-    """`leaf` with 0 where `lives`, over `axis` and those that follow, is False."""
-    shape = (*lives.shape, *(1,) * (leaf.ndim - axis - lives.ndim))
-    return jnp.where(lives.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
+def masked(leaf: jax.Array, axis: int, keeps: np.ndarray) -> jax.Array:
+    """`leaf` with 0 where `keeps`, over `axis` and the axes after it, is False."""
+    shape = (*keeps.shape, *(1,) * (leaf.ndim - axis - keeps.ndim))
+    return jnp.where(keeps.reshape(shape), leaf, jnp.zeros((), leaf.dtype))

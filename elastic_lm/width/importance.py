@@ -267,18 +267,18 @@ def _sorting(config: ModelConfig, importance: Importance, owner: str, order_D: n
     order_KG = np.argsort(-scores_KG, axis=1, kind="stable")[order_K]
     slots = np.concatenate([order_KG, np.tile([g, g + 1], (k, 1))], axis=1)
 
-    def queries(leaf: jax.Array, axis: int) -> jax.Array:
+    def qkv_heads(leaf: jax.Array, axis: int) -> jax.Array:
         rest = (1,) * (leaf.ndim - axis - 2)
         return jnp.take_along_axis(
             jnp.take(leaf, order_K, axis), slots.reshape(*slots.shape, *rest), axis + 1
         )
 
-    def heads(leaf: jax.Array, axis: int) -> jax.Array:
+    def head_outputs(leaf: jax.Array, axis: int) -> jax.Array:
         places = order_K[:, None] * g + order_KG
         columns = places.reshape(-1, 1) * config.head_dim + np.arange(config.head_dim)
         return jnp.take(leaf, columns.reshape(-1), axis)
 
-    return dataclasses.replace(edit, queries=queries, heads=heads)
+    return dataclasses.replace(edit, qkv_heads=qkv_heads, head_outputs=head_outputs)
 
 
 def _take(leaf: jax.Array, axis: int, order: np.ndarray) -> jax.Array:

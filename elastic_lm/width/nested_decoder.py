@@ -1,10 +1,10 @@
 """A decoder that chooses the widths of its layers while it decodes, for every token or for every row.
 
-    per token   layer l asks its router, with the budget's code and the state that enters it
+    per token   layer l asks its router, with the budget's code and the state that enters the layer
     per row     the choices are given, one per layer and row; `prompt_choices` asks the routers for them, by
                 the mean of their logits over the row's prompt
 
-Layers are kept in nested blocks (`nn.nested`), so that what is not chosen is not read. Budgets and choices
+Layers are kept in nested blocks (`width.nested`), so that what is not chosen is not read. Budgets and choices
 are traced: one program serves them all.
 """
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.models.decoder import Decoder, Params, default_positions
-from elastic_lm.nn.attention import KeyValues, NewKeyValues
+from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues
 from elastic_lm.nn.block import Tap
 from elastic_lm.width.nested import nest, nested_block
 from elastic_lm.width.router import layer_router, router_input
@@ -36,7 +36,13 @@ class NestedConfig(ModelConfig):
 
     @classmethod
     def of(cls, config: ModelConfig, menu: Menu, **fields: Any) -> "NestedConfig":
-        """The routed form of a model; `fields` are those above."""
+        """The nested form of a model.
+
+        Args:
+          config: the model.
+          menu: what its layers choose from.
+          **fields: the other fields above.
+        """
         own = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
         return cls(**own, menu=menu, **fields)
 
@@ -57,9 +63,10 @@ class NestedDecoder(Decoder):
         past: Sequence[KeyValues] | None = None,
         keep_LB: jax.Array | None = None,
     ) -> tuple[Tap, list[NewKeyValues]]:
-        """See `Decoder.run_layers`; packed documents and layer dropout belong to training."""
+        """As `Decoder.run_layers`, without packed documents and layer dropout, which belong to training."""
         assert segments_BT is None
         assert keep_LB is None
+
         c, params = self.config, self.variables["params"]
         sizes = c.menu.sizes(c)
         new_kv = []
@@ -67,10 +74,10 @@ class NestedDecoder(Decoder):
         for i in range(start, stop):
             own = params[f"layers_{i}"]
             heads_BT, mlp_BT = self._choices(i, own, tap.hidden)
-            tap, kv = nested_block(
-                c.layer(i), sizes.mlp[i], own, tap.hidden, positions_BT, heads_BT, mlp_BT,
-                window=c.window(i), past=past[i - start] if past else None,
-            )  # fmt: skip
+            context = AttentionContext(
+                positions_BT, window=c.window(i), past=past[i - start] if past else None
+            )
+            tap, kv = nested_block(c.layer(i), own, tap.hidden, context, heads_BT, mlp_BT, mlp=sizes.mlp[i])
             new_kv.append(kv)
         return tap, new_kv
 
@@ -84,7 +91,7 @@ class NestedDecoder(Decoder):
 
 
 def decoder_of(config: ModelConfig) -> Decoder:
-    """The decoder that a config describes."""
+    """The decoder that a config (static) describes, nested or not."""
     return NestedDecoder(config) if isinstance(config, NestedConfig) else Decoder(config)
 
 
@@ -123,19 +130,24 @@ def prompt_choices(
     """
     decoder, sizes = NestedDecoder(config).bind({"params": params}), config.menu.sizes(config)
     positions = default_positions(tokens_BP, None)
-    share_BT1 = ((positions < length_B[:, None]) / length_B[:, None])[..., None]
+    share_BP1 = ((positions < length_B[:, None]) / length_B[:, None])[..., None]
     hidden = decoder.embed(tokens_BP, positions)
+
+    # A layer chooses before it runs, and what it then gives is what the next layer's router reads.
     chosen: list[tuple[jax.Array, jax.Array]] = []
     for i in range(config.n_layers):
         layer = params[f"layers_{i}"]
         logits = layer_logits(config, layer, params[ROUTING], hidden)
-        mean = {name: jnp.sum(r * share_BT1, axis=1) for name, r in logits.items()}
-        chosen.append((jnp.argmax(mean["heads"], axis=-1), jnp.argmax(mean["mlp"], axis=-1)))
+        mean = {name: jnp.sum(r * share_BP1, axis=1) for name, r in logits.items()}
+        heads_B, mlp_B = jnp.argmax(mean["heads"], axis=-1), jnp.argmax(mean["mlp"], axis=-1)
+        chosen.append((heads_B, mlp_B))
+
+        context = AttentionContext(positions, window=config.window(i))
         tap, _ = nested_block(
-            config.layer(i), sizes.mlp[i], layer, hidden, positions,
-            chosen[-1][0][:, None], chosen[-1][1][:, None], window=config.window(i),
-        )  # fmt: skip
+            config.layer(i), layer, hidden, context, heads_B[:, None], mlp_B[:, None], mlp=sizes.mlp[i]
+        )
         hidden = tap.hidden
+
     heads, mlp = (jnp.stack(each, axis=1) for each in zip(*chosen, strict=True))
     return {"heads": heads, "mlp": mlp}
 
@@ -143,7 +155,9 @@ def prompt_choices(
 def nested_params(
     config: NestedConfig, params: Params, routers: Params | None = None, costs: Any = None
 ) -> Params:
-    """Canonical parameters with their layers in nested blocks, and what decides about each.
+    """Canonical parameters with their layers in nested blocks, and with the routers that choose them.
+
+    Nested layers are copies: the whole model's own arrays stay what they are.
 
     Args:
       config: static.

@@ -1,13 +1,12 @@
-"""Routers: the widths of a layer chosen from a budget and, if wanted, from what the layer is given.
+"""Routers: networks that choose the widths of a layer from a budget and, if wanted, from the layer's input.
 
     code(b)_a     piecewise linear in b: 1 at anchor a, 0 at all other anchors
-    r             W_2 leaky_relu(W_1 [code(b); x / |x|]), logits of the choices; x only if it is read
+    r             W_2 leaky_relu(W_1 [code(b); x / |x|]), logits of the choices; without x for static routers
     y             one_hot(argmax_i (s r_i + g_i)),  g_i Gumbel noise; its gradient is that of the softmax
                   of (s r + g) / tau (straight-through Gumbel-softmax)
-    gated layer   the layer with neurons and heads multiplied by sum_i y_i prefix_i
 
-prefix_i is 1 for what choice i keeps and 0 for the rest, so that a gated layer computes what its slice
-computes, and is differentiable in y. Biases there are none; weights begin as N(0, 0.1).
+What the choices y do to a layer is in `width.gated` for training and in `width.nested` for decoding. Routers
+have no biases, and their weights begin as N(0, 0.1).
 
 Papers: Flextron, arXiv 2406.10260; Nemotron Elastic, arXiv 2511.16664 (the form of the routers).
 """
@@ -20,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config.subnet import Menu
+from elastic_lm.models.decoder import Params
 from elastic_lm.nn.linear import Linear
-from elastic_lm.width.axes import Params
 
 SLOPE = 0.1  # of leaky_relu below 0
 DEVIATION = 0.1  # of new weights
 
 
 class Router(nn.Module):
-    """Two layers from a code of the budget, and possibly a state, to logits of several choices.
+    """A network of two layers from a code of the budget, or this and a state, to logits of several choices.
 
     Attributes:
       width: of the hidden layer.
@@ -40,17 +39,20 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(self, code: jax.Array) -> dict[str, jax.Array]:
-        """{name: [..., choices] float32 logits}.
+        """Logits of everything that is chosen.
 
         Args:
           code: [..., A] float32 of `budget_code`, or [..., A + D] of `router_input`.
+
+        Returns:
+          {name: [..., choices] float32}.
         """
         x = nn.leaky_relu(Linear((self.width,), (None, None), name="hidden")(code), SLOPE)
         return {name: Linear((n,), (None, None), name=name)(x) for name, n in self.choices}
 
 
 def layer_router(menu: Menu, width: int) -> Router:
-    """The router of one layer: of its heads and of its neurons.
+    """The router of one layer, which chooses its heads and its neurons.
 
     Args:
       menu: what may be chosen.
@@ -60,10 +62,10 @@ def layer_router(menu: Menu, width: int) -> Router:
 
 
 def init_router(router: nn.Module, inputs: int, key: jax.Array) -> Params:
-    """New parameters of a router, or of anything else without biases.
+    """New parameters N(0, 0.1) of a router, or of any other module without biases.
 
     Args:
-      router: static.
+      router: the module; static.
       inputs: width of its input; static.
       key: typed PRNG key.
     """
@@ -78,8 +80,7 @@ def budget_code(budget: jax.Array, anchors: tuple[float, ...]) -> jax.Array:
     """[..., A] float32: weights of the anchors whose weighted mean is the budget.
 
     Args:
-      budget: [...] float32, as a share of the whole model's cost; traced. Below the first anchor it is
-        taken for it, above the last one too.
+      budget: [...] float32 share of the whole model's cost, clipped to the range of the anchors; traced.
       anchors: increasing; static.
     """
     points = jnp.asarray(anchors, jnp.float32)
@@ -87,6 +88,8 @@ def budget_code(budget: jax.Array, anchors: tuple[float, ...]) -> jax.Array:
     eye = np.eye(len(anchors), dtype=np.float32)
     if len(anchors) == 1:
         return jnp.broadcast_to(eye[0], budget.shape)
+
+    # The two anchors around the budget share the weight, the nearer one has more of it.
     above = jnp.clip(jnp.sum(budget[..., 0, None] >= points, axis=-1), 1, len(anchors) - 1)
     low, high = points[above - 1], points[above]
     share = ((budget[..., 0] - low) / (high - low))[..., None]
@@ -94,7 +97,9 @@ def budget_code(budget: jax.Array, anchors: tuple[float, ...]) -> jax.Array:
 
 
 def router_input(code: jax.Array, state: jax.Array) -> jax.Array:
-    """[..., A + D] float32: a code beside a state of the same length, 1, lest the state drown it.
+    """[..., A + D] float32: the code of a budget concatenated with the state, scaled to length 1.
+
+    Without scaling, a state of hundreds of channels would dominate the code.
 
     Args:
       code: [..., A], broadcast against the state.
@@ -112,7 +117,7 @@ def straight_through(
 
     Args:
       logits: [..., C] float32.
-      key: typed PRNG key of the noise; None = the likeliest choice, without noise.
+      key: typed PRNG key of the Gumbel noise; None = the likeliest choice, without noise.
       scale: s, multiplies the logits; traced.
       tau: temperature of the softmax; traced.
 

@@ -7,9 +7,9 @@ MatFormer, arXiv 2310.07707), W[:n] being the n leading entries of a ranked dime
     attn_j(x) = sum over groups and their first a_j heads of W_out,h head_h(x)
     d_j:        the first d_j channels of every table, norm and kernel
 
-A slice holds the small tensors and is an ordinary smaller model; a mask holds zeros in the large ones and
-computes the same. Only norms need care: over d channels of which d_j live, a norm must average over d_j
-(`nn.norm.rms_norm`; Nemotron Elastic, arXiv 2511.16664), which `ModelConfig.norm_width` says.
+Three forms of a sub-network compute the same. A slice holds the small tensors and is an ordinary smaller
+model, whose layers may differ in size: serve it. A mask holds zeros in the large tensors and keeps their
+shapes. A switch (`width.switched`) runs every sub-network of a menu in one program: train with it.
 """
 
 import dataclasses
@@ -23,21 +23,19 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.models.decoder import Params
-from elastic_lm.width.axes import Edit, dimensions, edit_params, grouped_lives, mask_edit, slice_edit
+from elastic_lm.width.axes import Edit, dimensions, edit_params, grouped_kept, mask_edit, slice_edit
 
 
 def slice_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[ModelConfig, Params]:
     """Cuts a sub-network out of a model: an ordinary smaller one.
 
-    Of a model that is not ranked (`methods.importance`) it keeps the first neurons and heads, whatever
-    they do.
-
-    Exits stay where their layer does, with their own modules sliced like it; the others go. Heads keep
-    their width, the attention scale and the embedding scale do not change.
+    Exits stay if their layer does, with their own modules sliced like it. Heads keep their width, and the
+    scales of attention and embedding do not change. If the model was never sorted by importance
+    (`width.importance`), the first neurons and heads stay, whatever they do.
 
     Args:
       config: the whole model; static.
-      params: its canonical parameters, on any devices; works under jit too. What is not cut is not copied.
+      params: its canonical parameters, on any devices, concrete or traced. What is not cut is not copied.
       subnet: what stays; static.
 
     Returns:
@@ -45,10 +43,25 @@ def slice_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[M
 
     Raises:
       ValueError: the subnet does not fit the model, or the parameters are stacked.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config()
+      params = el.testing.random_params(config)
+      half = el.Subnet.uniform(config, mlp=0.5, heads=0.5)
+      small_config, small = el.slice_params(config, params, half)
+      assert small["layers_0"]["mlp"]["down"]["kernel"].shape == (config.d_model, config.d_mlp // 2)
+      ```
     """
     edits = _edits(config, params, subnet, slice_edit)
+
+    # Outside the layers there are only channels, which all layers keep alike.
     channels = edits[subnet.layers[0]]
-    small = {name: edit_params(params[name], channels, (name,)) for name in _roots(params)}
+    outside = [name for name in ("embed", "positions", "final_norm", "head") if name in params]
+    small = {name: edit_params(params[name], channels, (name,)) for name in outside}
+
     for j, i in enumerate(subnet.layers):
         small[f"layers_{j}"] = edit_params(params[f"layers_{i}"], edits[i])
     for old, new in subnet.exits(config):
@@ -70,7 +83,7 @@ def slice_layer(config: ModelConfig, params: Params, subnet: Subnet, index: int)
       {its name in the slice: its parameters}.
 
     Raises:
-      ValueError: see `slice_params`.
+      ValueError: as `slice_params`.
     """
     layer = subnet.layers[index]
     edit = _edits(config, params, subnet, slice_edit)[layer]
@@ -86,20 +99,42 @@ def mask_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[Mo
       subnet: what stays; static.
 
     Returns:
-      (config with `norm_width` where channels are masked, canonical parameters). Layers that are left out
-      add nothing to the residual stream; an exit after one of them has no counterpart in the slice.
+      (config with `norm_width` if channels are masked, canonical parameters). Layers that are left out add
+      nothing to the residual stream; an exit after one of them has no counterpart in the slice.
 
     Raises:
       ValueError: the subnet does not fit the model, or the parameters are stacked.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      import numpy as np
+
+      config = el.testing.tiny_config()
+      params = el.testing.random_params(config)
+      half = el.Subnet.uniform(config, mlp=0.5, heads=0.5)
+      tokens = el.testing.random_tokens(config, batch=1, length=5)
+      (small, cut), (large, masked) = (
+          form(config, params, half) for form in (el.width.slice_params, el.width.mask_params)
+      )
+      sliced = el.testing.all_logits(small, cut, tokens)[4]  # of all 4 layers
+      same = el.testing.all_logits(large, masked, tokens)[4]
+      np.testing.assert_allclose(sliced, same, rtol=1e-4, atol=1e-4)
+      ```
     """
     edits = _edits(config, params, subnet, mask_edit)
-    channels = dataclasses.replace(Edit(), channels=edits[subnet.layers[0]].channels)
+    channels = Edit(channels=edits[subnet.layers[0]].channels)
     by_name = {f"layers_{i}": edit for i, edit in edits.items()}
     by_name |= {old.name: edits[old.layer - 1] for old, _ in subnet.exits(config)}
     masked = {name: edit_params(tree, by_name.get(name, channels), (name,)) for name, tree in params.items()}
-    masked = _with_dead_scales(config, masked, subnet)
+
+    if config.norm_offset:
+        masked = _with_zero_scales(config, masked, subnet)
     for i in set(range(config.n_layers)) - set(subnet.layers):
         masked[f"layers_{i}"] = _silenced(config, masked[f"layers_{i}"])
+
+    # Over D channels of which some are 0, a norm must average over the others alone (Nemotron Elastic, arXiv
+    # 2511.16664): `nn.norm`.
     width = subnet.d_model if subnet.d_model < config.d_model else config.norm_width
     return dataclasses.replace(config, norm_width=width), masked
 
@@ -109,37 +144,34 @@ def _edits(config: ModelConfig, params: Params, subnet: Subnet, make: Callable[.
     subnet.check(config)
     require("layers" not in params, "params", "stacked", "pass them through models.decoder.unstack_layers")
     sizes = zip(subnet.layers, subnet.mlp, subnet.heads, subnet.groups, strict=True)
-    return {i: make(config.layer(i), mlp, heads, groups, subnet.d_model) for i, mlp, heads, groups in sizes}
+    return {
+        i: make(config.layer(i), mlp=mlp, heads=heads, kv_groups=kv_groups, d_model=subnet.d_model)
+        for i, mlp, heads, kv_groups in sizes
+    }
 
 
-def _roots(params: Params) -> list[str]:
-    return [name for name in ("embed", "positions", "final_norm", "head") if name in params]
+def _with_zero_scales(config: ModelConfig, params: Params, subnet: Subnet) -> Params:
+    """Scales of masked channels are 0 once the model has added `norm_offset` to what is stored."""
+    keeps_D = grouped_kept(config.d_model, subnet.d_model, config.elastic_groups)
 
-
-def _with_dead_scales(config: ModelConfig, params: Params, subnet: Subnet) -> Params:
-    """Norms give 0 in masked channels also where the model adds an offset to the stored scale."""
-    lives = grouped_lives(config.d_model, subnet.d_model, config.elastic_groups)
-
-    def one(path: Any, leaf: jax.Array) -> jax.Array:
+    def rescaled(path: Any, leaf: jax.Array) -> jax.Array:
         keys = tuple(key.key for key in path)
         if keys[-1] != "scale" or not dimensions(keys):
             return leaf
-        return jnp.where(lives, leaf, jnp.asarray(-config.norm_offset, leaf.dtype))
+        return jnp.where(keeps_D, leaf, jnp.asarray(-config.norm_offset, leaf.dtype))
 
-    return jax.tree_util.tree_map_with_path(one, params) if config.norm_offset else params
+    return jax.tree_util.tree_map_with_path(rescaled, params)
 
 
 def _silenced(config: ModelConfig, layer: Params) -> Params:
     """A layer whose attention and MLP add 0."""
-    zero = {name: jax.tree.map(jnp.zeros_like, layer[name[0]][name[1]]) for name in OUTPUTS}
-    quiet = dict(layer)
-    for (outer, inner), tree in zero.items():
-        quiet[outer] = {**quiet[outer], inner: tree}
+    silent = dict(layer)
+    for outer, inner in (("attn", "out"), ("mlp", "down")):
+        silent[outer] = {**layer[outer], inner: jax.tree.map(jnp.zeros_like, layer[outer][inner])}
+
+    # A sandwich norm of 0 gives its bias; its scale, 0 too, is what is stored plus `norm_offset`.
     for name in ("post_attn_norm", "post_mlp_norm"):
         if name in layer:
             scale = jnp.full_like(layer[name]["scale"], -config.norm_offset)
-            quiet[name] = {**jax.tree.map(jnp.zeros_like, layer[name]), "scale": scale}
-    return quiet
-
-
-OUTPUTS = (("attn", "out"), ("mlp", "down"))
+            silent[name] = {**jax.tree.map(jnp.zeros_like, layer[name]), "scale": scale}
+    return silent

@@ -21,8 +21,9 @@ from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.confidence import confidence
 from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.models.decoder import Decoder, Output, Params, init_params
+from elastic_lm.models.decoder import Decoder, Output, Params
 from elastic_lm.models.exits import attach_exits, without_exits
+from elastic_lm.models.registry import init_params
 
 SHAPE = (2, 64)  # rows and tokens of the compared logits
 PROMPTS, NEW = 16, 64

@@ -15,8 +15,9 @@ from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.settings import bucket
 from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.models.decoder import Decoder, Params, init_params
+from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
+from elastic_lm.models.registry import init_params
 
 WINDOW = 32
 PROMPT = 96  # with one new token or with all of them and a window, the same bucket: nothing compiles twice

@@ -12,7 +12,7 @@ from elastic_lm.checkpoints.embedded import embedded_model
 from elastic_lm.checkpoints.native import save_model
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.models.decoder import init_params
+from elastic_lm.models.registry import init_params
 
 NAMES = {
     "full_vs_bandwidth",

@@ -19,7 +19,8 @@ from elastic_lm.cost import latency_table as table
 from elastic_lm.cost.counted import CostTable, Workload
 from elastic_lm.cost.latency_table import Device, LatencyTable
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.models.decoder import Decoder, init_params
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
 
 LLAMA = ModelConfig(32000, d_model=768, n_layers=12, n_heads=12, n_kv_heads=6, d_mlp=2048, max_len=1024)

@@ -10,7 +10,7 @@ from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.shared_model import shared_classifier
 from elastic_lm.cost.sequences import encoder_flops
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
-from elastic_lm.models.encoder import init_params
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.task_heads import exit_encoder
 
 SIZES = {"vocab_size": 260, "d_model": 16, "n_layers": 3, "n_heads": 2, "d_mlp": 32, "max_len": 64}

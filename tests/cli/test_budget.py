@@ -14,7 +14,7 @@ from elastic_lm.config.subnet import Budget, Menu
 from elastic_lm.cost.counted import Workload, counted_table, model_cost
 from elastic_lm.cost.latency_table import Device, LatencyTable
 from elastic_lm.data.tokenizer import train_bpe
-from elastic_lm.models.decoder import init_params
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
 from elastic_lm.width.chooser import SubnetChooser
 

@@ -32,7 +32,7 @@ from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.files.fingerprints import SAMPLE, SAMPLES, checkpoint_fingerprint
 from elastic_lm.files.journal import Journal, read_rows
 from elastic_lm.models import registry as kinds
-from elastic_lm.models.encoder import init_params
+from elastic_lm.models.registry import init_params
 
 CONFIG = EncoderConfig(vocab_size=260, d_model=16, n_layers=1, n_heads=2, d_mlp=32, max_len=32, n_labels=2)
 SWIFT = Function(lambda row: Answer(row["x"], {"energy": float(row["x"] % 3)}))

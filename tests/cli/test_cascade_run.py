@@ -29,8 +29,7 @@ from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.files.journal import Journal, read_rows
-from elastic_lm.models import encoder_decoder
-from elastic_lm.models.encoder import init_params
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.task_heads import exit_encoder
 
 ROWS = 10_000
@@ -224,7 +223,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path
     models = {
         "whole": (config, whole),
         "exit": exit_encoder(config, whole, 1),
-        "writer": (writer, encoder_decoder.init_params(writer, jax.random.key(0))),
+        "writer": (writer, init_params(writer, jax.random.key(0))),
     }
     folder = tmp_path_factory.mktemp("encoders")
     for name, (own, params) in models.items():

@@ -19,7 +19,7 @@ from elastic_lm.data.stdlib import stdlib_files
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.files.atomic import prepare_output
-from elastic_lm.models.decoder import init_params
+from elastic_lm.models.registry import init_params
 
 COMMANDS = (
     "quickstart",

@@ -12,7 +12,8 @@ from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import Workload, counted_table, model_cost
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.models.decoder import Decoder, abstract_params
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import abstract_params
 from elastic_lm.testing import tiny_config
 from elastic_lm.width.slicing import slice_params
 

@@ -12,7 +12,8 @@ import pytest
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.confidence import LOGIT_METRICS, confidence
-from elastic_lm.models.decoder import Decoder, Params, init_params
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
 
 

@@ -13,7 +13,8 @@ from elastic_lm.decode.loop import ring_write, tick_widths
 from elastic_lm.decode.sampler import ENDLESS
 from elastic_lm.decode.served import jit_run
 from elastic_lm.decode.state import segments
-from elastic_lm.models.decoder import Decoder, init_params
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
 
 
 def full_pass(model, tokens):

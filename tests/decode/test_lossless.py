@@ -11,7 +11,7 @@ from scipy import stats
 
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.decode import loop
-from elastic_lm.models.decoder import init_params
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
 
 NEW = 16

@@ -13,7 +13,8 @@ from elastic_lm import hf
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.decode.seq2seq import TextToText
 from elastic_lm.models.decoder import Decoder
-from elastic_lm.models.encoder_decoder import EncoderDecoder, attach_encoder_head, init_params
+from elastic_lm.models.encoder_decoder import EncoderDecoder, attach_encoder_head
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
 
 FOLDER = Path(__file__).parents[1] / "golden" / "encoder_decoders"

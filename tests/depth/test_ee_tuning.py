@@ -15,8 +15,9 @@ import pytest
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.depth.ee_tuning import EETuning, JointTraining
-from elastic_lm.models.decoder import Decoder, Params, abstract_params, stack_layers
+from elastic_lm.models.decoder import Decoder, Params, stack_layers
 from elastic_lm.models.exits import attach_exits
+from elastic_lm.models.registry import abstract_params
 from elastic_lm.testing import assert_same_tree, random_tokens, tiny_config
 
 KINDS = ("embedding", "norm", "mlp", "block")

@@ -15,8 +15,8 @@ import optax
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.depth.ee_tuning import EETuning
-from elastic_lm.models.decoder import abstract_params
 from elastic_lm.models.exits import attach_exits
+from elastic_lm.models.registry import abstract_params
 from elastic_lm.testing import tiny_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ee_tuning" / "losses.json"

@@ -20,7 +20,8 @@ from elastic_lm.depth.forecasting import (
 from elastic_lm.depth.observations import observe
 from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.depth.threshold_search import ExitOutcome
-from elastic_lm.models.decoder import Decoder, init_params
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import random_tokens, tiny_config
 
 WEIGHTS = WeightBytes(segments=(40, 50), modules=(0,), heads=(10,), gates=(1,), final_head=10)

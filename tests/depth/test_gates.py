@@ -12,7 +12,8 @@ from elastic_lm.depth.calibration import calibrate, choose_gates, fit_thresholds
 from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.depth.threshold_search import exit_outcome
-from elastic_lm.models.decoder import Decoder, init_params
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import random_tokens, tiny_config
 
 

@@ -15,7 +15,8 @@ from elastic_lm.depth.calibration import calibrate
 from elastic_lm.depth.confidence import LOGIT_METRICS, confidence, state_similarity
 from elastic_lm.depth.observations import observe, observe_batch
 from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.models.decoder import Decoder, Params, abstract_params, stack_layers
+from elastic_lm.models.decoder import Decoder, Params, stack_layers
+from elastic_lm.models.registry import abstract_params
 from elastic_lm.testing import random_tokens, tiny_config
 
 EXITS = (ExitConfig(1, "mlp"), ExitConfig(3, "norm", tied=True, temperature=2.0))

@@ -19,9 +19,10 @@ from elastic_lm.depth.policies import (
     gate_row,
     threshold_table,
 )
-from elastic_lm.models.decoder import Decoder, init_params
+from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.exits import attach_exits
-from elastic_lm.nn.attention import KeyValues
+from elastic_lm.models.registry import init_params
+from elastic_lm.nn.attention import AttentionContext, KeyValues
 from elastic_lm.nn.block import Block
 from elastic_lm.testing import tiny_config
 
@@ -186,10 +187,8 @@ class Propagation:
         if self.keys[i]:
             k, v = jnp.stack(self.keys[i], axis=2), jnp.stack(self.values[i], axis=2)
             past = KeyValues(k, v, jnp.arange(k.shape[2])[None])
-        block = Block(self.model.config)
-        tap, (k, v) = block.apply(
-            {"params": self.model.params[f"layers_{i}"]}, hidden, jnp.asarray([[position]]), past=past
-        )
+        block, context = Block(self.model.config), AttentionContext(jnp.asarray([[position]]), past=past)
+        tap, (k, v) = block.apply({"params": self.model.params[f"layers_{i}"]}, hidden, context)
         self.keys[i].append(k[:, :, 0])
         self.values[i].append(v[:, :, 0])
         return tap

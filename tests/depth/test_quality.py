@@ -11,7 +11,8 @@ import pytest
 
 from elastic_lm.depth.observations import observe
 from elastic_lm.depth.quality import evaluate, shared_threshold_curve
-from elastic_lm.models.decoder import Decoder, Params, abstract_params
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.registry import abstract_params
 from elastic_lm.testing import random_tokens, tiny_config
 
 CONFIG = tiny_config(exits=(1, 3))

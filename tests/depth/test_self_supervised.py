@@ -13,8 +13,9 @@ import pytest
 from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.depth.self_supervised import SelfSupervisedExits, cache_taps, gate_cross_entropy
-from elastic_lm.models.decoder import Decoder, Params, abstract_params, init_params, stack_layers
+from elastic_lm.models.decoder import Decoder, Params, stack_layers
 from elastic_lm.models.exits import attach_exits
+from elastic_lm.models.registry import abstract_params, init_params
 from elastic_lm.testing import all_logits, assert_same_tree, random_tokens, tiny_config
 from elastic_lm.train.losses import Metrics, Objective, imitation_loss
 

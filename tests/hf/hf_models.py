@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from elastic_lm import hf
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.models.decoder import Decoder, Params, abstract_params
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.registry import abstract_params
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
 SHAPE = (2, 12)  # tokens; longer than every window below

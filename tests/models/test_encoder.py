@@ -11,7 +11,8 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm.config.encoder import EncoderConfig
-from elastic_lm.models.encoder import Encoder, EncoderOutput, init_params, mean_state, positions
+from elastic_lm.models.encoder import Encoder, EncoderOutput, mean_state, position_ids
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import batch_sharding, make_mesh, param_shardings
 from elastic_lm.models.task_heads import attach_task_exits, attach_task_head, exit_encoder, lowest_layers
 
@@ -67,8 +68,8 @@ def test_a_state_is_continued_to_the_same_bits(depth: int) -> None:
 
 def test_positions_count_from_the_offset_over_tokens_that_are_there() -> None:
     tokens = jnp.asarray([[5, 6, 7, 1, 1], [1, 1, 5, 6, 7]])
-    assert positions(ROBERTA, tokens).tolist() == [[2, 3, 4, 1, 1], [1, 1, 2, 3, 4]]
-    assert positions(CONFIG, tokens).tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert position_ids(ROBERTA, tokens).tolist() == [[2, 3, 4, 1, 1], [1, 1, 2, 3, 4]]
+    assert position_ids(CONFIG, tokens).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_logits_are_float32_and_only_what_is_asked_for_is_given() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.decode import cache
-from elastic_lm.models.encoder_decoder import EncoderDecoder, init_params
+from elastic_lm.models.encoder_decoder import EncoderDecoder
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import make_mesh, param_shardings
 
 CONFIG = EncoderDecoderConfig(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig
-from elastic_lm.models.decoder import Decoder, Params, abstract_params, stack_layers
+from elastic_lm.models.decoder import Decoder, Params, stack_layers
 from elastic_lm.models.exits import attach_exits
+from elastic_lm.models.registry import abstract_params
 from elastic_lm.testing import all_logits, assert_same_tree, random_tokens, tiny_config
 
 KEY = jax.random.key(0)

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 
 from elastic_lm.checkpoints.native import load_model, save_model
 from elastic_lm.config.model import ExitConfig
-from elastic_lm.models.decoder import Decoder, default_positions, init_params, stack_layers
+from elastic_lm.models.decoder import Decoder, default_positions, stack_layers
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import (
     Rules,
     batch_sharding,

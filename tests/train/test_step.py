@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.batch import Batch
-from elastic_lm.models.decoder import Params, init_params, stack_layers
+from elastic_lm.models.decoder import Params, stack_layers
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import make_mesh, param_shardings, stacked_shardings
 from elastic_lm.testing import tiny_config
 from elastic_lm.train.config import TrainConfig

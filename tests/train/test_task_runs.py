@@ -21,7 +21,7 @@ from elastic_lm.config.parse import to_dict
 from elastic_lm.config.task import TaskConfig
 from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.models.encoder import init_params
+from elastic_lm.models.registry import init_params
 from elastic_lm.train.config import TaskRun, TrainConfig
 from elastic_lm.train.load_config import load_config
 from elastic_lm.train.pretraining import PretrainingConfig

@@ -16,7 +16,8 @@ from elastic_lm.config.task import TaskConfig
 from elastic_lm.data.pairs import train_pairs
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.decode.seq2seq import TextToText
-from elastic_lm.models.encoder_decoder import EncoderDecoder, attach_encoder_head, init_params
+from elastic_lm.models.encoder_decoder import EncoderDecoder, attach_encoder_head
+from elastic_lm.models.registry import init_params
 from elastic_lm.train.method import TEACHER
 from elastic_lm.train.tasks.seq2seq import PairBatch, SequenceToSequence
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elastic_lm.config.encoder import EncoderConfig
-from elastic_lm.models.encoder import init_params
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.task_heads import exit_encoder
 from elastic_lm.train.config import Tuned
 from elastic_lm.train.tasks.tuning import TEACHER, TaskBatch, TaskTuning, distance, task_logits, task_loss

@@ -12,7 +12,8 @@ from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable, Workload, counted_table, model_cost
 from elastic_lm.cost.latency_table import Device, LatencyTable
-from elastic_lm.models.decoder import Decoder, init_params
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
 from elastic_lm.width.chooser import SubnetChooser
 from elastic_lm.width.search import uniform_subnet

@@ -19,7 +19,7 @@ from elastic_lm.testing import random_params, random_tokens, tiny_config
 from elastic_lm.train.config import TrainConfig
 from elastic_lm.train.method import TEACHER
 from elastic_lm.train.pretraining import Pretraining
-from elastic_lm.width.axes import grouped_lives
+from elastic_lm.width.axes import grouped_kept
 from elastic_lm.width.elastic_training import (
     ElasticEvaluation,
     ElasticTraining,
@@ -134,7 +134,7 @@ def test_what_is_cut_learns_from_the_whole_model_alone() -> None:
     form = stack_layers(params())
     plain = jax.jit(jax.grad(Pretraining(CONFIG).loss, has_aux=True))(form, {}, packed(), 0)[0]
     smallest, losses = LIVE.menu.smallest(CONFIG), set()
-    lives = grouped_lives(64, 16, 8)
+    lives = grouped_kept(64, 16, 8)
     hits = 0
     for step in range(6):
         (loss, metrics), grads = live_step(form, {}, packed(), jnp.int32(step))

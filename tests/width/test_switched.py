@@ -12,7 +12,7 @@ import elastic_lm as el
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.models.decoder import Decoder, Params, stack_layers
-from elastic_lm.nn.attention import KeyValues, NewKeyValues
+from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues
 from elastic_lm.nn.block import Block, Tap
 from elastic_lm.testing import all_logits, random_tokens
 from elastic_lm.width.axes import edit_params, slice_edit
@@ -85,19 +85,23 @@ def test_a_choice_without_groups_has_all_of_them() -> None:
 def test_rows_keep_their_shape_and_extend_a_cache() -> None:
     """The layer reads the keys and values that it made itself, like the slice."""
     config, params = make("llama", n_layers=1)
-    layer, sizes = params["layers_0"], (32, 2, 1)
-    edit = slice_edit(config, *sizes, config.d_model)
+    layer = params["layers_0"]
+    edit = slice_edit(config, mlp=32, heads=2, kv_groups=1, d_model=config.d_model)
     small = dataclasses.replace(config, d_mlp=32, n_heads=2, n_kv_heads=1)
     x = jax.random.normal(jax.random.key(0), (2, 6, config.d_model))
     positions = jnp.tile(jnp.arange(6), (2, 1))
-    block = jax.jit(lambda x: Block(small).apply({"params": edit_params(layer, edit)}, x, positions))
+    block = jax.jit(
+        lambda x: Block(small).apply({"params": edit_params(layer, edit)}, x, AttentionContext(positions))
+    )
     expected = block(x)[0].hidden
 
     @jax.jit
     def step(
         i: jax.Array, x: jax.Array, positions: jax.Array, past: KeyValues | None
     ) -> tuple[Tap, NewKeyValues]:
-        return elastic_block(config, (32, 64), (2, 4), (1, 2), layer, x, positions, i, i, i, past=past)
+        context, chosen = AttentionContext(positions, past=past), MenuIndices(i, i, jnp.bool_(True), i)
+        choices = {"mlp": (32, 64), "heads": (2, 4), "kv_groups": (1, 2)}
+        return elastic_block(config, layer, x, context, chosen, **choices)
 
     smallest = jnp.int32(0)
     first, (k, v) = step(smallest, x[:, :4], positions[:, :4], None)

@@ -10,8 +10,8 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.models.encoder import init_params
 from elastic_lm.models.encoder_decoder import attach_encoder_head
+from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import param_shardings
 from elastic_lm.models.task_heads import attach_task_exits, attach_task_head, lowest_layers
 from elastic_lm.train.config import TaskRun
