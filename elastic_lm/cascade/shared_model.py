@@ -32,6 +32,7 @@ from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.encoder import Encoder, exit_name
+from elastic_lm.models.exits import without_exits
 from elastic_lm.models.task_heads import exit_encoder
 
 
@@ -136,10 +137,9 @@ def shared_generator(
     """
     _require_one_of(exit, subnet)
     _require_below_last(model.config, exit)
-    # Full depth does not run exits: both models are made without their parameters.
-    exits = {e.name for e in model.config.exits}
-    whole = Decoder(model.config.with_exits(()))
-    whole_params = {name: tree for name, tree in params.items() if name not in exits}
+    # Full depth runs no exits, and a model without them needs no second pass over its prompts.
+    config, whole_params = without_exits(model.config, params)
+    whole = Decoder(config)
     super_ = Generator(
         Sampler(whole, whole_params, tokenizer, window=window), max_new_tokens, **{**options, "scored": False}
     )
@@ -177,7 +177,7 @@ def shared_classifier(
       import elastic_lm as el
       from elastic_lm.cascade import shared_classifier
       from elastic_lm.data import train_bpe
-      from elastic_lm.models.encoder import init_params
+      from elastic_lm.models.registry import init_params
 
       shape = {"vocab_size": 260, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 32, "max_len": 64}
       config = el.EncoderConfig(**shape, n_labels=2, exits=(1,))
