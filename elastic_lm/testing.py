@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.models.decoder import Decoder, Params, abstract_params
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.registry import Config, abstract_params
 
 
 def tiny_config(exits: tuple[int, ...] = (), **overrides: Any) -> ModelConfig:
@@ -36,11 +37,11 @@ def tiny_config(exits: tuple[int, ...] = (), **overrides: Any) -> ModelConfig:
     return ModelConfig(**{**fields, **overrides})
 
 
-def random_params(config: ModelConfig, seed: int = 0, scale: float = 0.3) -> Params:
+def random_params(config: Config, seed: int = 0, scale: float = 0.3) -> Params:
     """Canonical parameters drawn from N(0, scale^2), biases and norms too; nothing is compiled.
 
     Args:
-      config: architecture.
+      config: architecture of any model.
       seed: of the draw.
       scale: standard deviation.
     """

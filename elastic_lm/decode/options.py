@@ -1,9 +1,10 @@
 """The options of a sampler: what stays the same over its calls."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, get_args
 
 from elastic_lm.config.checks import require
+from elastic_lm.config.decoding import WINDOW, Missing
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.depth.policies import ExitPolicy
@@ -52,9 +53,9 @@ class DecodeOptions:
       import elastic_lm as el
       from elastic_lm.testing import random_params, tiny_config
 
-      config = tiny_config(exits=(2,))
-      policy = el.ConfidenceExit("max_prob", thresholds=(0.1,), layers=(2,))
-      options = el.DecodeOptions(exit=policy, lossless=True, draft=3)
+      config = tiny_config(n_layers=2, exits=(1,))
+      policy = el.ConfidenceExit("max_prob", thresholds=(0.03,), layers=(1,))
+      options = el.DecodeOptions(exit=policy, lossless=True, window=2)
 
       sampler = el.Sampler(el.Decoder(config), random_params(config), options=options)
       sample = sampler.sample([1, 2, 3], max_new_tokens=8)
@@ -63,12 +64,12 @@ class DecodeOptions:
     """
 
     exit: ExitPolicy | None = None
-    window: int = 16
+    window: int = WINDOW
     fire_share: float = 0.0
     stream_every: int = 16
     lossless: bool = False
     draft: int | None = None
-    missing: Literal["exact", "propagate"] = "exact"
+    missing: Missing = "exact"
     together: bool = False
     elastic: SubnetChooser | None = None
     budget: Budget | None = None
@@ -80,7 +81,7 @@ class DecodeOptions:
         require(self.window >= 1, "window", self.window, "must be at least 1")
         require(0 <= self.fire_share <= 1, "fire_share", self.fire_share, "must be a share between 0 and 1")
         require(self.stream_every >= 1, "stream_every", self.stream_every, "must be at least 1")
-        require(self.missing in ("exact", "propagate"), "missing", self.missing, "must be exact or propagate")
+        require(self.missing in get_args(Missing), "missing", self.missing, "must be exact or propagate")
         require(self.keep_subnets >= 1, "keep_subnets", self.keep_subnets, "must be at least 1")
 
         # At window=1, draft=1 is let through: calls that ask for lossless rows refuse the window itself.

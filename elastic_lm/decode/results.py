@@ -51,8 +51,9 @@ class SampleStatistics:
       import elastic_lm as el
       from elastic_lm.testing import random_params, tiny_config
 
-      config = tiny_config(exits=(2,))
-      sampler = el.Sampler(el.Decoder(config), random_params(config), exit=el.StaticExit(2, layers=(2,)))
+      config = tiny_config(n_layers=2, exits=(1,))
+      options = el.DecodeOptions(exit=el.StaticExit(1, layers=(1,)), window=2)
+      sampler = el.Sampler(el.Decoder(config), random_params(config), options=options)
 
       stats = sampler.sample([1, 2, 3], max_new_tokens=8).stats
       print(f"{stats.tokens} tokens at {stats.mean_layers:.1f} of {config.n_layers} layers")
@@ -95,9 +96,11 @@ class Sample:
       import elastic_lm as el
       from elastic_lm.testing import random_params, tiny_config
 
-      config = tiny_config()
-      first, second = el.Sampler(el.Decoder(config), random_params(config)).sample([[1, 2, 3], [4]], 8)
-      print(first.tokens, first.exit_layers)  # full depth everywhere: there are no exits
+      config = tiny_config(n_layers=2, exits=(1,))
+      sampler = el.Sampler(el.Decoder(config), random_params(config), window=2)
+
+      first, second = sampler.sample([[1, 2, 3], [4, 5]], max_new_tokens=8)
+      print(first.tokens, first.exit_layers)  # without a policy, every token comes from full depth
       assert first.stats is second.stats
       ```
     """

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config.checks import require
+from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.lossless import final_length
 from elastic_lm.decode.options import DecodeOptions, check_choice, make_options
@@ -130,18 +131,18 @@ class Sampler:
         self._models = ServedModels(model.config, params, options.keep_subnets, options.slice_inside)
 
     @overload
-    def sample(self, prompt: Prompt, max_new_tokens: int = 64, **settings: Any) -> Sample: ...
+    def sample(self, prompt: Prompt, max_new_tokens: int = ..., **settings: Any) -> Sample: ...
 
     @overload
-    def sample(self, prompt: list[str], max_new_tokens: int = 64, **settings: Any) -> list[Sample]: ...
+    def sample(self, prompt: list[str], max_new_tokens: int = ..., **settings: Any) -> list[Sample]: ...
 
     @overload
-    def sample(self, prompt: list[list[int]], max_new_tokens: int = 64, **settings: Any) -> list[Sample]: ...
+    def sample(self, prompt: list[list[int]], max_new_tokens: int = ..., **settings: Any) -> list[Sample]: ...
 
     def sample(
         self,
         prompt: Any,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         *,
         exit: Any = SAME,
         lossless: bool | Sequence[bool] | None = None,
@@ -178,12 +179,17 @@ class Sampler:
           import elastic_lm as el
           from elastic_lm.testing import random_params, tiny_config
 
-          config = tiny_config(exits=(2,))
-          sampler = el.Sampler(el.Decoder(config), random_params(config))
+          config = tiny_config(n_layers=2, exits=(1,))
+          sampler = el.Sampler(el.Decoder(config), random_params(config), window=2)
 
-          prompts = [[1, 2, 3], [4, 5]]
-          early = el.ConfidenceExit("max_prob", thresholds=(0.1,), layers=(2,))
-          samples = sampler.sample(prompts, 8, exit=[early, None], temperature=[0.0, 0.8], seed=1)
+          early = el.ConfidenceExit("max_prob", thresholds=(0.03,), layers=(1,))
+          samples = sampler.sample(
+              [[1, 2, 3], [4, 5]],
+              max_new_tokens=8,
+              exit=[early, None],  # the first row may leave early, the second runs at full depth
+              temperature=[0.0, 0.8],
+              seed=1,
+          )
           print([sample.exit_layers for sample in samples])
           ```
         """
@@ -213,7 +219,7 @@ class Sampler:
     def stream(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         *,
         exit: Any = SAME,
         lossless: bool | None = None,

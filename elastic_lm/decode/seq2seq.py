@@ -60,12 +60,10 @@ class Text2TextResult:
     Example:
       ```python
       import elastic_lm as el
-      import jax
-      from elastic_lm.models.encoder_decoder import init_params
+      from elastic_lm.testing import random_params
 
       config = el.EncoderDecoderConfig(vocab_size=48, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
-      params = init_params(config, jax.random.key(0))
-      model = el.TextToText(el.EncoderDecoder(config), params)
+      model = el.TextToText(el.EncoderDecoder(config), random_params(config))
 
       (result,) = model.generate([3, 4, 5], max_new_tokens=4)
       print(result.tokens, result.mean_energy, result.max_prob)
@@ -98,12 +96,10 @@ class Classification:
     Example:
       ```python
       import elastic_lm as el
-      import jax
-      from elastic_lm.models.encoder_decoder import init_params
+      from elastic_lm.testing import random_params
 
       config = el.EncoderDecoderConfig(vocab_size=48, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
-      params = init_params(config, jax.random.key(0))
-      model = el.TextToText(el.EncoderDecoder(config), params)
+      model = el.TextToText(el.EncoderDecoder(config), random_params(config))
 
       found = model.classify([[3, 4, 5], [6]], labels=[[7, 1], [8, 1]])
       print(found.labels, found.log_probs, found.energy)
@@ -130,12 +126,10 @@ class TextToText:
     Example:
       ```python
       import elastic_lm as el
-      import jax
-      from elastic_lm.models.encoder_decoder import init_params
+      from elastic_lm.testing import random_params
 
       config = el.EncoderDecoderConfig(vocab_size=48, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
-      params = init_params(config, jax.random.key(0))
-      model = el.TextToText(el.EncoderDecoder(config), params)
+      model = el.TextToText(el.EncoderDecoder(config), random_params(config))
 
       for result in model.generate([[3, 4, 5], [6, 7]], max_new_tokens=4, temperature=0.8, seed=1):
           print(result.tokens, result.energy)

@@ -92,20 +92,16 @@ class ServedModels:
         """A sub-network as a model, sliced now unless it is in memory.
 
         Args:
-          subnet: of the whole model; None = all of it.
+          subnet: fits the whole model; None = all of it.
 
         Returns:
           The model; where nothing is left out, the whole one with its own arrays and programs.
-
-        Raises:
-          ValueError: the sub-network does not fit the whole model.
         """
         config, params = self._whole.config, self._whole.params
         if subnet is None or subnet == Subnet.full(config):
             return self._whole
 
         if subnet not in self._kept:
-            subnet.check(config)
             # Evicted before slicing, so that no more than `keep` slices are in memory at any time.
             while len(self._kept) >= self._keep:
                 self._kept.popitem(last=False)
