@@ -3,7 +3,7 @@
 The vocabulary head of an exit reads a matrix as large as the vocabulary, which costs more than the rest of
 the decision. It is therefore read only where all that costs next to nothing speaks for it: the threshold is
 within reach, the exit's gate (a small classifier of the hidden state) gives enough, and a confidence that
-needs no logits (`cosine`, `learned`) is high enough.
+needs no logits is high enough.
 """
 
 import jax
@@ -53,12 +53,14 @@ def check_exit(
 
     newest = (state.length - 1)[:, None]
     threshold_B = jnp.take_along_axis(controls.thresholds[:, j], newest, axis=1)[:, 0]
+
     # A lossless row that has drafted all it may waits for the full model, whose token needs no verification.
     last_draft_B = controls.lossless & (state.done[0] - state.done[-1] >= room_B)
     # No confidence is above 1, so a larger threshold is never reached.
     eager_B = asking_B & (threshold_B <= 1.0) & ~last_draft_B
 
     def look() -> Emissions:
+        # What is known without the logits may already rule a row out.
         evidence = Evidence(state=state_confidence_B, gate=_gate(segment, eager_B, features))
         known_B = confidence_without_logits(controls.metric, evidence)
         passing_B = eager_B & (reads_logits(controls.metric) | (known_B >= threshold_B))
@@ -67,10 +69,12 @@ def check_exit(
 
         def head() -> Emissions:
             logits = segment.decoder.exit_logits(j, features)[:, 0]
+
             # The metrics are branches of one `switch`: the metric is traced, changing it compiles nothing,
             # and only the one in use is computed.
             confidence_B = confidence_by_index(controls.metric, logits, evidence)
             confident_B = passing_B & (confidence_B >= threshold_B)
+
             # CALM's rule for batches: either all rows leave here, or none.
             confident_B &= ~controls.together | jnp.all(confident_B == asking_B)
             return _with_rows(emissions, confident_B, logits, segment.stop)

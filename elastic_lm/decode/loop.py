@@ -170,6 +170,7 @@ def can_advance(state: DecodeState, room_B: jax.Array) -> jax.Array:
     """
     fresh = state.done[0] == state.length - 1
     room = state.done[0] - state.done[-1] < room_B
+    # Without exits nothing stays pending, and there is always room.
     return state.alive & ~state.ended & (state.wait == FREE) & fresh & (room | (state.done.shape[0] == 1))
 
 

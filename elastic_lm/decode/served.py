@@ -170,6 +170,7 @@ class _Compiled:
 
     def watch(self, served: Served) -> None:
         self._alive.add(served)
+        # When the model goes, its programs go with it: their number is added up before.
         weakref.finalize(served, self._retire, served.prefill, served.run).atexit = False
 
     def _retire(self, *functions: Any) -> None:

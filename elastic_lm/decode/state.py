@@ -173,6 +173,6 @@ def retire(state: DecodeState, lossless_B: jax.Array) -> DecodeState:
     Returns:
       The state with fewer rows alive.
     """
-    # The last token enters no layer, so all tokens are verified when the deepest segment has done the others.
+    # Position p verifies the token at p + 1, so the newest token itself need not have entered the last layer.
     final = ~lossless_B | (state.done[-1] >= state.length - 1)
     return dataclasses.replace(state, alive=state.alive & ~(state.ended & final))
