@@ -8,27 +8,31 @@ first n layers of `Menu.dropped`. With costs c of a `CostTable` (c_0 is fixed) a
     measured      d_m(k) = loss(whole model with m at k) - loss(whole model);  d_i: without layer i
 
     greedy        from the whole model, change the one x_m or n of least dD / -dc with dc < 0, until c <= C
-    knapsack      b_m(s) = min_k b_{m-1}(s - w_m(k)) + d_m(k),  w_m(k) = ceil((c_m(k) - min c_m) / step)
-                  for every n, over the steps s that C leaves above the cheapest choices; the best n
+    knapsack      the minimum itself, by integer programming
     evolutionary  parents are the best of the population; a child is a parent whose every gene (x_m or n) is
                   redrawn with probability p, or takes every gene from either of two; any loss(subnet)
     random        genes drawn uniformly, then stepped one at a time until (1 - tolerance) C <= c <= C
-    uniform       the dearest of the subnets whose layers all make the same choices
+    uniform       the most expensive that fits of the subnets whose layers all make the same choices
 
 A budget that the whole model meets gives the whole model. Attention chooses heads and groups together; the
 model's channels stay whole. A smaller choice need not be a cheaper one: latencies are taken as measured.
 
-Evolution is that of Once-for-All, arXiv 1908.09791, as its code has it, but for two things: a child over
-the budget is stepped down rather than drawn again, and a population holds no subnet twice. HALP, arXiv
-2210.06659, also poses pruning by a table of latencies as a knapsack, of neurons by their saliency.
+The evolution is that of Once-for-All, arXiv 1908.09791, and follows its code in all but two points: a child
+over the budget is stepped down instead of drawn again, and a population holds no subnet twice. HALP, arXiv
+2210.06659, also prunes by a table of latencies and poses a knapsack, over neurons and their saliency.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import itertools
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import scipy
 
 from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require
 from elastic_lm.config.model import ModelConfig
@@ -39,10 +43,32 @@ from elastic_lm.width.search_space import ModuleSum, Move, Space, Table, check_s
 Loss = Callable[[Subnet], float]
 ATTEMPTS = 50  # random draws per subnet asked for
 
+# Of the knapsack's solver:
+SCALE = 2.0**20  # of its costs and of its damages
+TIE = 1e-7  # damages that differ by less, as a share of the largest of a choice, count as equal
+NODES = 250  # branches that it tries at most; ordinary tables need fewer than 150
+SLACKS = (*10 * [0.0], 1e-8, 1e-6)  # shares of the budget that are given up where its results exceed it
+
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """Estimated loss of quality by every module's choice; a subnet loses the sum of what it chooses."""
+    """Estimated loss of quality by every module's choice; a subnet loses the sum of what it chooses.
+
+    Raises:
+      ValueError: the fields have different numbers of layers, a module's last choice, which is the whole
+        module, has a damage, or a damage is not finite. Only dropping a layer may have an infinite damage.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      config, menu = tiny_config(), el.Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
+      never = (float("inf"),) * config.n_layers  # no layer may be dropped
+      damage = el.width.Damage((((0.3,), (0.0,)),) * 4, ((0.1, 0.0),) * 4, never)
+      damage.total(config, menu, menu.smallest(config))  # 4 * (0.3 + 0.1)
+      ```
+    """
 
     attention: tuple[Table, ...]  # [layer][choice of heads][choice of groups], 0 at the last ones
     mlp: Table  # [layer][choice of neurons], 0 at the last one
@@ -51,8 +77,9 @@ class Damage:
     def __post_init__(self) -> None:
         layers = len(self.mlp)
         for field in ("attention", "dropped"):
-            given = len(getattr(self, field))
-            require(given == layers, f"damage.{field}", given, f"there are {layers} layers of MLPs; give all")
+            count = len(getattr(self, field))
+            require(count == layers, f"damage.{field}", count, f"there are {layers} layers of MLPs; give all")
+
         for m, choices in enumerate(modules(self.attention, self.mlp)):
             name = f"damage.{('attention', 'mlp')[m % 2]}[{m // 2}]"
             require(all(map(math.isfinite, choices)), name, choices, "must be finite")
@@ -75,6 +102,7 @@ class Damage:
         """
         check_shape("damage", self.attention, self.mlp, config, menu)
         subnet.check(config)
+
         mlp, heads, groups = menu.positions(config, subnet)
         chosen = zip(subnet.layers, mlp, heads, groups, strict=True)
         kept = sum(self.attention[i][h][g] + self.mlp[i][f] for i, f, h, g in chosen)
@@ -95,6 +123,24 @@ def measured_damage(config: ModelConfig, menu: Menu, loss: Loss) -> Damage:
 
     Raises:
       ValueError: the menu does not fit the model, or a loss is not finite.
+
+    Example:
+      ```python
+      import optax
+      import elastic_lm as el
+      from elastic_lm.testing import all_logits, random_params, random_tokens, tiny_config
+
+      config, menu = tiny_config(n_layers=1), el.Menu(mlp=(0.5, 1.0), heads=(1.0,))
+      params, tokens = random_params(config), random_tokens(config, batch=2, length=9)
+
+      def loss(subnet):
+          small, sliced = el.slice_params(config, params, subnet)
+          logits = all_logits(small, sliced, tokens[:, :-1])[small.n_layers]
+          return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+      damage = el.width.measured_damage(config, menu, loss)
+      damage.mlp  # of the one layer: (what half of the neurons lose, 0.0)
+      ```
     """
     sizes, full = menu.sizes(config), menu.largest(config)
     base = _measure(loss, full)
@@ -144,6 +190,18 @@ def greedy(config: ModelConfig, menu: Menu, table: CostTable, budget: Budget, da
     Raises:
       ValueError: the budget is of another kind or below the least possible, or `table` or `damage` is of
         another menu or model.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      config, menu = tiny_config(), el.Menu()
+      table = el.width.counted_table(config, menu, "parameters")
+      damage = el.width.measured_damage(config, menu, lambda subnet: 1 / sum(subnet.mlp + subnet.heads))
+      subnet = el.width.greedy(config, menu, table, el.Budget(parameters=30_000), damage)
+      table.total(config, menu, subnet)  # at most 30,000
+      ```
     """
     space, harm = Space(config, menu, table, budget), _sum(config, menu, damage)
 
@@ -157,87 +215,146 @@ def greedy(config: ModelConfig, menu: Menu, table: CostTable, budget: Budget, da
     return space.subnet(genes)
 
 
-def knapsack(
-    config: ModelConfig,
-    menu: Menu,
-    table: CostTable,
-    budget: Budget,
-    damage: Damage,
-    *,
-    resolution: int = 100_000,
-) -> Subnet:
-    """Solves the multiple-choice knapsack of least damage by dynamic programming on rounded-up costs.
+def knapsack(config: ModelConfig, menu: Menu, table: CostTable, budget: Budget, damage: Damage) -> Subnet:
+    """Finds the subnet of least damage within a budget: a multiple-choice knapsack, solved exactly.
 
-    Costs above those of the cheapest choices are rounded up to a grid of at most `resolution` steps, so a
-    budget is never exceeded. Where costs differ by whole numbers, the step is a multiple of their greatest
-    common divisor g, and the result is an exact optimum if the budget leaves no more than resolution * g
-    above the cheapest choices. Else every module's cost is rounded by less than a step: the result is no
-    worse than the optimum of a budget that is lower by a step for every module, a relative
-    2 n_layers / resolution of what the budget leaves.
+    The solver has tolerances, so its result is checked: a budget is never exceeded. A subnet that is above it
+    by a rounding error is excluded, and after ten of them a millionth of what the budget leaves above the
+    cheapest subnet is given up. Where damage is nearly proportional to cost, millions of subnets are nearly
+    as good as the best one: the search then stops after a while with the best that it found.
 
     Args:
       config: the whole model.
-      menu: what may be chosen; solved for every number of dropped layers.
+      menu: what may be chosen; all numbers of dropped layers are tried.
       table: costs, measured or counted.
       budget: what may be spent, of the table's kind.
       damage: of every choice.
-      resolution: steps of the grid; time and memory grow with it.
 
     Returns:
-      A subnet within the budget; of equals one with few dropped layers and large choices.
+      A subnet within the budget. Damages that differ by less than 1e-7 of the largest damage of a choice
+      count as equal; of equals, the subnet with the fewest dropped layers and then the largest choices.
 
     Raises:
-      ValueError: the budget is of another kind or below the least possible, `table` or `damage` is of
-        another menu or model, or the resolution is not positive.
+      ValueError: the budget is of another kind or below the least possible, or `table` or `damage` is of
+        another menu or model.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      config, menu = tiny_config(), el.Menu(dropped=(2,))
+      table = el.width.counted_table(config, menu, "parameters")
+      damage = el.width.measured_damage(config, menu, lambda subnet: 1 / sum(subnet.mlp + subnet.heads))
+      subnet = el.width.knapsack(config, menu, table, el.Budget(parameters=30_000), damage)
+      damage.total(config, menu, subnet)  # no subnet of at most 30,000 parameters has less
+      ```
     """
-    require(AT_LEAST_1[0](resolution), "resolution", resolution, AT_LEAST_1[1])
     space, harm = Space(config, menu, table, budget), _sum(config, menu, damage)
     if space.fits(space.whole):
         return space.subnet(space.whole)
-    costs, most = space.costs.modules, len(menu.dropped)
-    cheapest = tuple(c.index(min(c)) for c in costs)
-    left = [max(budget.amount - space.costs.total((*cheapest, n)), 0.0) for n in range(most + 1)]
-    above = [[float(c - min(choices)) for c in choices] for choices in costs]
-    step = _step(above, max(left), resolution)
-    size = int(max(left) // step) + 1
-    weights = [[math.ceil(min(c / step, size)) for c in choices] for choices in above]
-    best, chosen, found = np.zeros(size), dict[int, np.ndarray](), list[Ints]()
-    for n in range(most, -1, -1):
-        for i in space.kept(n) if n == most else menu.dropped[n : n + 1]:
-            for m in (2 * i, 2 * i + 1):
-                best, chosen[m] = _with_module(best, weights[m], harm.modules[m])
-        traces = (_trace(chosen, weights, steps, n) for steps in range(int(left[n] // step), -1, -1))
-        found += itertools.islice(filter(space.fits, traces), 1)
-    return space.subnet(min(reversed(found), key=harm.total))
+
+    programme = _Programme(space, harm)
+    for slack in SLACKS:  # each call gives another subnet
+        genes = programme.solve(slack)
+        if genes is not None and space.fits(genes):
+            return space.subnet(genes)
+    return greedy(config, menu, table, budget, damage)
 
 
-def _step(above: list[list[float]], left: float, resolution: int) -> float:
-    """Step of the grid: of at most `resolution` steps in `left`, and exact where it can be."""
-    differences = list(itertools.chain(*above))
-    if all(d.is_integer() for d in differences):
-        unit = math.gcd(*map(int, differences)) or 1
-        return float(unit * max(1, math.ceil(left / unit / resolution)))
-    return left / resolution or 1.0
+class _Programme:
+    """The knapsack as an integer programme.
+
+    It has a column of 0 or 1 for every choice of every module, and one for every number n of dropped layers:
+
+        minimise    sum_{m, k} d_m(k) x_{m, k} + sum_n d(n) y_n      d(n): damage of the n dropped layers
+        subject to  sum_{m, k} c_m(k) x_{m, k} <= C - c_0
+                    sum_k x_{m, k} = sum_{n that keep m} y_n  for every m,      sum_n y_n = 1
+    """
+
+    def __init__(self, space: Space, harm: ModuleSum):
+        costs, numbers = space.costs.modules, range(space.choices[-1])
+        cheapest = tuple(choices.index(min(choices)) for choices in costs)
+        least = np.array([space.costs.total((*cheapest, n)) for n in numbers])
+        self.ends = np.cumsum([len(choices) for choices in costs])
+
+        # Only what is spent above the cheapest choices counts, so that all digits are left for it. Most
+        # tolerances of the solver are absolute, about 1e-6: at this scale they are a part in 10^12.
+        left = space.amount - least.min()
+        spent = np.concatenate([np.subtract(c, min(c)) for c in costs] + [least - least.min()])
+        unit = left or spent.max() or 1.0
+        self.spent, self.left = np.minimum(spent / unit, 2.0) * SCALE, left / unit * SCALE
+
+        # An infinite damage says that a layer has to stay: it goes only where nothing else meets the budget.
+        gone = np.cumsum([0.0, *(harm.dropped[i] for i in harm.order)])
+        kind = np.where(np.isfinite(gone), 0.0, gone)
+        possible = np.array([space.fits((*cheapest, n)) for n in numbers])
+        usable = possible & (kind == kind[possible].min())
+        self.most = np.concatenate([np.ones(self.ends[-1]), usable])
+
+        # The second objective breaks ties: one dropped layer outweighs all choices of all modules.
+        damage = np.concatenate([*harm.modules, np.where(usable & np.isfinite(gone), gone, 0.0)])
+        positions = np.concatenate([np.arange(len(choices)) for choices in costs])
+        outweighs = positions.sum() + 1
+        narrow = np.concatenate([-positions, outweighs * np.arange(len(numbers))])
+        damage /= np.abs(damage).max() or 1.0
+        self.objective = SCALE * (damage + TIE * narrow / (outweighs * len(numbers)))
+
+        # One row per module, then the row of the numbers of dropped layers.
+        self.rows = np.zeros((len(costs) + 1, len(self.spent)))
+        for m, (end, choices) in enumerate(zip(self.ends, costs, strict=True)):
+            self.rows[m, end - len(choices) : end] = 1
+            self.rows[m, self.ends[-1] :] = [-float(m // 2 in space.kept(n)) for n in numbers]
+        self.rows[-1, self.ends[-1] :] = 1
+        self.sums = np.append(np.zeros(len(costs)), 1.0)
+        self.excluded: list[np.ndarray] = []
+
+    def solve(self, slack: float) -> Ints | None:
+        """Genes of the least damage of all that no call gave before; None = there are none.
+
+        Args:
+          slack: share of what the budget leaves that is not spent.
+        """
+        constraints = [
+            scipy.optimize.LinearConstraint(self.rows, self.sums, self.sums),
+            scipy.optimize.LinearConstraint(self.spent[None], ub=(1 - slack) * self.left),
+        ]
+        # One of the columns that were 1 has to be 0.
+        constraints += [scipy.optimize.LinearConstraint(x[None], ub=x.sum() - 1) for x in self.excluded]
+        with _stdout_kept():
+            found = scipy.optimize.milp(
+                self.objective,
+                integrality=np.ones(len(self.spent)),
+                bounds=scipy.optimize.Bounds(0, self.most),
+                constraints=constraints,
+                options={"mip_rel_gap": 0.0, "node_limit": NODES},
+            )
+        if found.x is None:
+            return None
+
+        self.excluded.append(np.round(found.x))
+        # The columns of a dropped layer's modules are all 0; their genes mean nothing.
+        return tuple(int(np.argmax(columns)) for columns in np.split(found.x, self.ends))
 
 
-def _with_module(
-    best: np.ndarray, weights: list[int], damage: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """One module more: (least damage within [s] steps, choice that gives it, the largest of equals)."""
-    options = np.full((len(weights), len(best)), math.inf)
-    for k, (weight, d) in enumerate(zip(weights, damage, strict=True)):
-        options[k, weight:] = best[: len(best) - weight] + d
-    choice = len(weights) - 1 - np.argmin(options[::-1], axis=0)
-    return options.min(axis=0), choice.astype(np.int32)
+@contextlib.contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Sends to stderr what C code prints.
 
-
-def _trace(chosen: dict[int, np.ndarray], weights: list[list[int]], steps: int, dropped: int) -> Ints:
-    """Genes of the least damage within `steps`; modules outside `chosen`, all dropped, get 0."""
-    genes = [0] * len(weights)
-    for m, choice in reversed(chosen.items()):
-        genes[m] = int(choice[steps])
-        steps -= weights[m][genes[m]]
-    return (*genes, dropped)
+    The solver in scipy 1.17 prints a line of its own debugging now and then, and stdout may be a user's JSON.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    flush, stdout = ctypes.CDLL(None).fflush, os.dup(1)
+    try:
+        flush(None)
+        os.dup2(2, 1)
+        yield
+    finally:
+        flush(None)  # C keeps what it prints until there is a pageful
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def evolutionary(
@@ -276,12 +393,30 @@ def evolutionary(
     Raises:
       ValueError: the budget is of another kind or below the least possible, `table` is of another menu or
         model, a number is out of its range, or a loss is not a number.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      config, menu = tiny_config(), el.Menu(dropped=(2,))
+      table = el.width.counted_table(config, menu, "parameters")
+      budget = el.Budget(parameters=30_000)
+
+      def loss(subnet):  # in place of a held-out loss
+          return 1 / sum(subnet.mlp + subnet.heads)
+
+      el.width.evolutionary(config, menu, table, budget, loss, seed=0, population=20, generations=5)
+      ```
+
+    Paper: Once-for-All, arXiv 1908.09791.
     """
     require(AT_LEAST_1[0](population), "population", population, AT_LEAST_1[1])
     require(NOT_NEGATIVE[0](generations), "generations", generations, NOT_NEGATIVE[1])
     ratios = {"parent_ratio": parent_ratio, "mutation_ratio": mutation_ratio}
     for field, share in {**ratios, "mutation_probability": mutation_probability}.items():
         require(0 <= share <= 1, field, share, "must be in [0, 1]")
+
     space, rng = Space(config, menu, table, budget), np.random.default_rng(seed)
     if space.fits(space.whole):
         return space.subnet(space.whole)
@@ -293,6 +428,7 @@ def evolutionary(
 
     def child(parents: list[Ints], mutated: bool) -> Ints:
         first, second = (parents[i] for i in rng.integers(len(parents), size=2))
+        # A mutation takes some genes from a random subnet, a crossing takes each from either parent.
         other, share = (space.draw(rng), mutation_probability) if mutated else (second, 0.5)
         return tuple(np.where(rng.random(len(first)) < share, other, first).tolist())
 
@@ -303,6 +439,7 @@ def evolutionary(
     for _ in range(generations):
         best = dict(itertools.islice(alive.items(), max(1, round(parent_ratio * population))))
         parents, mutants = list(best.values()), round(mutation_ratio * population)
+        # Parents live on with their children, so that the best subnet is never lost.
         alive = ranked({**subnets(child(parents, i < mutants) for i in range(population)), **best})
     return next(iter(alive))
 
@@ -334,12 +471,24 @@ def random_subnets(
     Raises:
       ValueError: the budget is of another kind or below the least possible, `table` is of another menu or
         model, `count` or `tolerance` is out of its range, or no subnet came near enough to the budget.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      config, menu = tiny_config(), el.Menu()
+      table = el.width.counted_table(config, menu, "parameters")
+      el.width.random_subnets(config, menu, table, el.Budget(parameters=30_000), count=3, seed=0)
+      ```
     """
     require(AT_LEAST_1[0](count), "count", count, AT_LEAST_1[1])
     require(0 <= tolerance <= 1, "tolerance", tolerance, "must be in [0, 1]")
+
     space, rng = Space(config, menu, table, budget), np.random.default_rng(seed)
     if space.fits(space.whole):
         return [space.subnet(space.whole)] * count
+
     low, nearest = (1 - tolerance) * budget.amount, -math.inf
     found: dict[Subnet, None] = {}
     for _ in range(ATTEMPTS * count):
@@ -349,13 +498,16 @@ def random_subnets(
             found[space.subnet(genes)] = None
         if len(found) == count:
             break
-    fix = f"no subnet drawn costs {low:.6g} to {budget.amount:.6g}, the nearest {nearest:.6g}; raise it"
-    require(bool(found), "tolerance", tolerance, fix)
+    if not found:
+        raise ValueError(
+            f"tolerance={tolerance!r}: no subnet drawn costs {low:.6g} to {budget.amount:.6g}, the nearest "
+            f"{nearest:.6g}; raise it"
+        )
     return list(itertools.islice(itertools.cycle(found), count))
 
 
 def uniform_subnet(config: ModelConfig, menu: Menu, table: CostTable, budget: Budget) -> Subnet:
-    """Takes the same choices in every layer, the dearest that the budget allows.
+    """Takes the same choices in every layer: the most expensive ones that fit the budget.
 
     Args:
       config: the whole model.
@@ -364,19 +516,33 @@ def uniform_subnet(config: ModelConfig, menu: Menu, table: CostTable, budget: Bu
       budget: what may be spent, of the table's kind.
 
     Returns:
-      A subnet within the budget; of equally dear ones that with the larger MLPs.
+      A subnet within the budget; of equally expensive ones the one with the larger MLPs.
 
     Raises:
       ValueError: the budget is of another kind or below the least possible, `table` is of another menu or
         model, or only subnets that are not uniform meet the budget.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      config, menu = tiny_config(), el.Menu()
+      table = el.width.counted_table(config, menu, "parameters")
+      el.width.uniform_subnet(config, menu, table, el.Budget(parameters=30_000)).mlp  # (32, 32, 32, 32)
+      ```
     """
     space = Space(config, menu, table, budget)
     if space.fits(space.whole):
         return space.subnet(space.whole)
+
     mlp, attention = (range(n - 1, -1, -1) for n in (len(menu.mlp), len(menu.heads) * len(menu.groups)))
     choices = itertools.product(mlp, attention, range(len(menu.dropped) + 1))
     uniform = [((a, f) * config.n_layers) + (n,) for f, a, n in choices]
     least = min(map(space.costs.total, uniform))
-    fix = f"the cheapest uniform sub-network costs {least:.6g}: raise the budget, or take greedy or knapsack"
-    require(least <= budget.amount, f"budget.{budget.kind}", budget.amount, fix)
+    if least > budget.amount:
+        raise ValueError(
+            f"budget.{budget.kind}={budget.amount!r}: the cheapest uniform sub-network costs {least:.6g}: "
+            "raise the budget, or take greedy or knapsack"
+        )
     return space.subnet(max(filter(space.fits, uniform), key=space.costs.total))

@@ -33,7 +33,6 @@ from elastic_lm.width.search_space import Move, Space
 
 FORMAT = "elastic_lm routers 1"
 WEIGHTS, DESCRIPTION = "routers.safetensors", "routers.json"
-RESOLUTION = 10_000  # of the knapsack
 RouterReads = Literal["budget", "hidden"]
 
 
@@ -163,7 +162,7 @@ class Routers:
         config, menu = self.shape.config, self.shape.menu
         space, scores = Space(config, menu, self.table, budget), self._scores(budget)
         damage = _damage(config, menu, scores)
-        found = knapsack(config, menu, self.table, budget, damage, resolution=RESOLUTION)
+        found = knapsack(config, menu, self.table, budget, damage)
         likeliest = tuple(int(np.argmax(score)) for score in scores)  # of layers that come back
         kept = [m // 2 in found.layers for m in range(2 * config.n_layers)] + [True]
         each = zip(space.genes(found), likeliest, kept, strict=True)

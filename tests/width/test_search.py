@@ -1,5 +1,6 @@
 """Searches meet their budgets; the knapsack finds what enumerating all subnets finds."""
 
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -15,6 +16,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable, Workload, counted_table
 from elastic_lm.testing import tiny_config
+from elastic_lm.width import search
 from elastic_lm.width.search import (
     Damage,
     evolutionary,
@@ -123,36 +125,97 @@ def test_knapsack_is_the_best_of_all_subnets_and_greedy_no_better(name: str, kin
     assert worse < len(SHARES)  # greedy is no nonsense either
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.integers(0, 2**20), st.floats(0, 0.999), st.sampled_from((1, 7, 60)))
-def test_a_coarse_grid_costs_no_more_than_a_step_per_module(seed: int, share: float, steps: int) -> None:
-    config, menu, table, _ = problem("uneven", "latency_ms", seed)
+def genes_of(config: ModelConfig, menu: Menu, subnet: Subnet) -> tuple[int, int]:
+    """(dropped layers, how much smaller than the largest the choices are): what decides between equals."""
+    mlp, heads, groups = menu.positions(config, subnet)
+    lost = zip(heads, groups, mlp, strict=True)
+    few = len(menu.groups)
+    smaller = sum(len(menu.heads) * few - 1 - (h * few + g) + len(menu.mlp) - 1 - f for h, g, f in lost)
+    return config.n_layers - len(subnet.layers), smaller
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 2**20),
+    st.floats(0, 0.999),
+    st.sampled_from(list(PROBLEMS)),
+    st.sampled_from((*COUNTED, "latency_ms")),
+    st.sampled_from(("floats", "few values", "none")),
+)
+def test_knapsack_is_exact_and_prefers_the_larger_of_equals(
+    seed: int, share: float, name: str, kind: str, values: str
+) -> None:
+    config, menu, table, _ = problem(name, kind, seed)
     damage = random_damage(config, menu, seed, low=-1 / 3)
+    if values != "floats":  # many sub-networks of equal damage
+        grid = 2.0 if values == "few values" else 0.0
+        attention, mlp, dropped = (np.round(grid * np.array(x)) for x in dataclasses.astuple(damage))
+        damage = Damage(_tuples(attention), _tuples(mlp), _tuples(dropped))
     budget = budget_at(table, menu, share)
     if table.total(config, menu, Subnet.full(config)) <= budget.amount:
         return
-    subnet = knapsack(config, menu, table, budget, damage, resolution=steps)
-    assert table.total(config, menu, subnet) <= budget.amount
-    found, every = damage.total(config, menu, subnet), Enumeration("uneven", table, damage)
-    assert found >= every.least_damage(budget.amount) - 1e-12
-    left = budget.amount - table.range(menu)[0]
-    lower = budget.amount - 2 * config.n_layers * left / steps
-    assert found <= every.least_damage(lower) + 1e-12
+
+    found = knapsack(config, menu, table, budget, damage)
+    assert table.total(config, menu, found) <= budget.amount
+    every = Enumeration(name, table, damage)
+    best = every.least_damage(budget.amount)
+    assert damage.total(config, menu, found) == pytest.approx(best, abs=1e-6)
+    if values != "floats":
+        fits = (every.cost <= budget.amount) & (every.damage == best)
+        equals = [genes_of(config, menu, EVERY[name][i]) for i in np.flatnonzero(fits)]
+        assert genes_of(config, menu, found) == min(equals)
 
 
-@pytest.mark.parametrize("kind", COUNTED)
-def test_whole_numbers_are_exact_on_a_grid_of_their_common_divisor(kind: str) -> None:
-    config, menu, table, damage = problem("wide", kind)
-    costs = [list(itertools.chain(*a)) for a in table.attention] + [list(m) for m in table.mlp]
-    unit = math.gcd(*(int(c - min(choices)) for choices in costs for c in choices))
-    assert unit > 1
-    least, every = table.range(menu)[0], Enumeration("wide", table, damage)
-    for share in SHARES:
-        budget = budget_at(table, menu, share)
-        steps = max(1, math.ceil((budget.amount - least) / unit))
-        subnet = knapsack(config, menu, table, budget, damage, resolution=steps)
-        best = every.least_damage(budget.amount)
-        assert damage.total(config, menu, subnet) == pytest.approx(best, abs=1e-12)
+def _tuples(array: Any) -> Any:
+    return tuple(map(_tuples, array)) if array.ndim > 1 else tuple(array.tolist())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**20), st.sampled_from((0.0, 1e-15, 1e-13, 1e-11, 1e-9, 1e-7)), st.booleans())
+def test_costs_that_differ_in_the_last_digits_never_exceed_a_budget(
+    seed: int, noise: float, below: bool
+) -> None:
+    config, menu, _, damage = problem("uneven", "latency_ms", seed)
+    rng = np.random.default_rng(seed)
+
+    def nearly(*costs: float) -> Any:
+        return tuple((np.array(costs) * (1 + noise * rng.uniform(-1, 1, len(costs)))).tolist())
+
+    # All modules cost nearly the same, and the budget is exactly what some sub-network costs.
+    attention = tuple(tuple((c,) for c in nearly(0.1, 0.2)) for _ in range(config.n_layers))
+    table = CostTable("latency_ms", 0.3, attention, tuple(nearly(0.1, 0.2) for _ in range(config.n_layers)))
+    every = Enumeration("uneven", table, damage)
+    amount = float(rng.choice(every.cost[every.cost > every.cost.min()]))
+    budget = Budget(latency_ms=float(np.nextafter(amount, 0)) if below else amount)
+
+    found = knapsack(config, menu, table, budget, damage)
+    assert table.total(config, menu, found) <= budget.amount
+    if table.total(config, menu, Subnet.full(config)) > budget.amount:
+        # Costs that are equal but for the order of the sum are told apart one by one.
+        lost = 2e-6 * (amount - every.cost.min()) if noise else 0.0
+        least = every.least_damage(budget.amount - lost)
+        assert damage.total(config, menu, found) <= least + 1e-6
+
+
+def test_where_rounding_leaves_nothing_the_knapsack_takes_what_greedy_finds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, menu, table, damage = problem("wide", "latency_ms")
+    budget = budget_at(table, menu, 0.5)
+    expected = greedy(config, menu, table, budget, damage)
+    for genes in ((3, 3, 3, 3, 0), None):  # the whole model, which is too expensive, and nothing at all
+        monkeypatch.setattr(search._Programme, "solve", lambda self, slack, genes=genes: genes)
+        assert knapsack(config, menu, table, budget, damage) == expected
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    print("before")
+    with search._stdout_kept():
+        ctypes.CDLL(None).puts(b"from C")
+    print("after")
+    shown = capfd.readouterr()
+    assert shown.out == "before\nafter\n"
+    assert shown.err == "from C\n"
 
 
 def searched(given: TaskProblem, budget: Budget, uniform: bool = True) -> dict[str, Subnet]:
@@ -165,7 +228,7 @@ def searched(given: TaskProblem, budget: Budget, uniform: bool = True) -> dict[s
 
     found = {
         "greedy": greedy(*each, damage),
-        "knapsack": knapsack(*each, damage, resolution=1000),
+        "knapsack": knapsack(*each, damage),
         "evolutionary": evolutionary(*each, loss, seed=0, population=10, generations=3),
         "random": random_subnets(*each, 1, seed=1, tolerance=1.0)[0],
     }
@@ -489,7 +552,3 @@ def test_damage_of_another_menu_is_refused() -> None:
     for method in (greedy, knapsack):
         with pytest.raises(ValueError, match=message):
             method(config, menu, table, budget_at(table, menu, 0.5), other)
-    with pytest.raises(ValueError, match="resolution=0: must be at least 1"):
-        knapsack(
-            config, menu, table, budget_at(table, menu, 0.5), random_damage(config, menu, 0), resolution=0
-        )
