@@ -43,7 +43,7 @@ def make_pair(
     Raises:
       ValueError: an option does not fit the models; names it.
     """
-    if options.swift is None:
+    if not options.swift:
         return _shared_pair(options, row, scoring)
     swift = make_answerer(options, options.swift, row, scoring, cost=0.0, score=score)
     return swift, make_answerer(options, options.super_, row, Scoring(), cost=super_cost)

@@ -66,7 +66,7 @@ class PairOptions(CommandOptions):
     @property
     def swift_name(self) -> str:
         """What the Swift is called in files and messages."""
-        return f"{self.super_} exit {self.swift_exit}" if self.swift is None else self.swift
+        return self.swift or f"{self.super_} exit {self.swift_exit}"
 
     @property
     def scored_by(self) -> str:
