@@ -8,7 +8,7 @@ from elastic_lm.checkpoints.native import load_model
 from elastic_lm.cli.main import main
 from elastic_lm.train import registry
 from elastic_lm.train.config import RunConfig
-from elastic_lm.train.load_config import load_config
+from elastic_lm.train.recipes import load_config
 
 RECIPE = '''
 import dataclasses

@@ -97,7 +97,7 @@ def test_elastic_training_on_a_mesh_equals_one_device() -> None:
     """Loss, norm of the gradient and parameters, over draws that cut what the devices share."""
     config = tiny_config(n_layers=1, n_heads=8, head_dim=4, elastic_groups=8)
     method = ElasticTraining(config, menu=Menu((0.25, 1.0), (1.0,), (0.5, 1.0)), distil=0.5)
-    drawn = jax.vmap(method.choices)(jnp.arange(STEPS))
+    drawn = jax.vmap(method.subnets)(jnp.arange(STEPS))
     for index in (drawn.mlp, drawn.groups):
         assert set(np.asarray(index).ravel().tolist()) == {0, 1}
     expected, found = train(method, config), train(method, config, make_mesh(2, 2, 2))
