@@ -11,12 +11,16 @@ import pytest
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.sorted_finetuning import SortedFineTuning, depth_weights, drop_probabilities
+from elastic_lm.depth.sorted_finetuning import (
+    DepthWeights,
+    SortedFineTuning,
+    depth_weights,
+    drop_probabilities,
+)
 from elastic_lm.models.decoder import Decoder, Params, stack_layers, unstack_layers
 from elastic_lm.models.exits import extract
 from elastic_lm.models.registry import abstract_params, init_params
 from elastic_lm.testing import assert_same_tree, random_tokens, tiny_config
-from elastic_lm.train.config import DepthWeights
 
 # Programs of moments: compiling them well takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

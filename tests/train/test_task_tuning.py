@@ -10,7 +10,7 @@ import pytest
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.models.registry import init_params
 from elastic_lm.models.task_heads import exit_encoder
-from elastic_lm.train.config import Tuned
+from elastic_lm.train.tasks.config import Tuned
 from elastic_lm.train.tasks.tuning import TEACHER, TaskBatch, TaskTuning, distance, task_logits, task_loss
 
 CONFIG = EncoderConfig(vocab_size=40, d_model=16, n_layers=2, n_heads=2, d_mlp=32, max_len=16, n_labels=3)
