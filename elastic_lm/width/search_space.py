@@ -1,4 +1,4 @@
-"""The subnets of a menu that a budget allows, as genes that `methods.search` changes one by one.
+"""The subnets of a menu that a budget allows, as genes that a search changes one by one.
 
 genes    a choice of attention and of MLP for layer 0, for layer 1, ..., then the number of dropped layers
 module   attention (its choices of heads and groups, in one row) or MLP; module 2 i + (0 or 1) of layer i
@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 
-from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Ints, Menu, Subnet
 from elastic_lm.cost.counted import CostTable
@@ -41,9 +40,12 @@ def check_shape(name: str, attention: tuple[Table, ...], mlp: Table, config: Mod
     sizes = menu.sizes(config)
     layers = zip(sizes.heads, sizes.groups, sizes.mlp, strict=True)
     wanted = [([len(g)] * len(h), len(f)) for h, g, f in layers]
-    given = [([len(row) for row in a], len(m)) for a, m in zip(attention, mlp, strict=True)]
-    fix = f"is of another menu or model; this one has (groups for all heads, neurons) {wanted}: build it anew"
-    require(given == wanted, f"choices of {name}", given, fix)
+    found = [([len(row) for row in a], len(m)) for a, m in zip(attention, mlp, strict=True)]
+    if found != wanted:
+        raise ValueError(
+            f"choices of {name}={found!r}: is of another menu or model; this one has (groups for all heads, "
+            f"neurons) {wanted}: build it anew"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class ModuleSum:
     order: Ints  # in which layers are dropped
 
     def total(self, genes: Ints) -> float:
-        """The sum over a subnet; of costs exactly `CostTable.total`."""
+        """The sum over a subnet; of costs exactly `CostTable.total`, which adds in the same order."""
         gone, layers = self.order[: genes[-1]], range(len(self.dropped))
         return self.fixed + sum(self.dropped[i] if i in gone else self._layer(genes, i) for i in layers)
 
@@ -64,6 +66,8 @@ class ModuleSum:
         """By how much the sum rises where the gene at `place` takes `value`."""
         if place < len(self.modules):
             return self.modules[place][value] - self.modules[place][genes[place]]
+
+        # The last gene is the number of dropped layers: some go, or come back with the choices in `genes`.
         few, many = sorted((genes[-1], value))
         rise = sum(self.dropped[i] - self._layer(genes, i) for i in self.order[few:many])
         return rise if value == many else -rise
@@ -107,7 +111,7 @@ class Space:
         self.sizes = menu.sizes(config)
         costs = modules(table.attention, table.mlp)
         self.costs = ModuleSum(table.fixed, costs, (0.0,) * config.n_layers, menu.dropped)
-        self.choices = (*map(len, costs), len(menu.dropped) + 1)  # of every gene
+        self.choices = (*map(len, costs), len(menu.dropped) + 1)  # number of values of every gene
         self.whole = (*(n - 1 for n in self.choices[:-1]), 0)  # genes of the whole model
 
     def fits(self, genes: Ints) -> bool:
@@ -143,7 +147,7 @@ class Space:
         return tuple(rng.integers(self.choices).tolist())
 
     def moves(self, genes: Ints) -> list[Move]:
-        """All other values of every gene that makes a difference."""
+        """All other values of every gene that makes a difference; those of dropped layers make none."""
         places = [m for i in self.kept(genes[-1]) for m in (2 * i, 2 * i + 1)] + [len(genes) - 1]
         moves = [(p, v) for p in places for v in range(self.choices[p]) if v != genes[p]]
         return [Move(*move, self.costs.change(genes, *move)) for move in moves]
@@ -153,10 +157,10 @@ class Space:
         while not self.fits(genes):
             genes = _smallest([m for m in self.moves(genes) if m.cost < 0], rng).of(genes)
         while self.costs.total(genes) < low:
-            dearer = [m for m in self.moves(genes) if m.cost > 0 and self.fits(m.of(genes))]
-            if not dearer:
+            growths = [m for m in self.moves(genes) if m.cost > 0 and self.fits(m.of(genes))]
+            if not growths:
                 break
-            genes = _smallest(dearer, rng).of(genes)
+            genes = _smallest(growths, rng).of(genes)
         return genes
 
 

@@ -1,10 +1,10 @@
 """Trained routers: the sub-network for a budget, and their file beside the model's.
 
-For a budget the routers give log-probabilities of every choice, and each layer takes the likeliest. That may
-miss the budget by what training left open, more so between the budgets that were trained for or with the
-latencies of another device. So what is taken is the likeliest sub-network within the budget, a knapsack whose
-values are log-probabilities; then single choices grow, those that lose the least per cost first, until none
-that is left fits. A budget is never exceeded.
+For a budget the routers give log-probabilities of every choice. The likeliest choice of every layer may miss
+the budget by what training left open, and by more between the budgets that were trained for or with the
+latencies of another device. Therefore the likeliest sub-network within the budget is taken: a knapsack whose
+damages are what a choice loses in log-probability. Then single choices grow, those that lose the least per
+cost first, until no larger one fits. A budget is never exceeded.
 """
 
 import dataclasses
@@ -38,7 +38,11 @@ RouterReads = Literal["budget", "hidden"]
 
 @dataclasses.dataclass(frozen=True)
 class RouterShape:
-    """What routers are made for: they read a budget, or a budget and states, and choose from a menu."""
+    """What routers are made for: they read a budget, or a budget and states, and choose from a menu.
+
+    Raises:
+      ValueError: the routers cannot choose from this menu, or a field is out of its range.
+    """
 
     config: ModelConfig  # the whole model, all layers of one size; static
     menu: Menu  # what may be chosen; groups and channels stay whole; static
@@ -50,21 +54,39 @@ class RouterShape:
         require_choice("reads", self.reads, get_args(RouterReads))
         require(self.width >= 1, "width", self.width, "must be at least 1")
         increasing = list(self.anchors) == sorted(set(self.anchors)) and self.anchors[-1:] == (1.0,)
-        fix = "must be shares of the whole model's cost in (0, 1], increasing, the last one 1.0"
-        require(increasing and self.anchors[0] > 0, "anchors", self.anchors, fix)
+        require(
+            increasing and self.anchors[0] > 0,
+            "anchors",
+            self.anchors,
+            "must be shares of the whole model's cost in (0, 1], increasing, the last one 1.0",
+        )
+
         for field in ("groups", "d_model"):
-            fix = "routers choose heads, neurons and layers; make the model elastic with (1.0,) here"
-            require(getattr(self.menu, field) == (1.0,), f"menu.{field}", getattr(self.menu, field), fix)
-        fix = "routers that read states choose widths alone; set ()"
-        require(self.reads == "budget" or not self.menu.dropped, "menu.dropped", self.menu.dropped, fix)
-        c, fix = self.config, "routers need layers of one size"
-        sizes = [c.sizes(i) for i in range(c.n_layers)]
-        require(not c.heterogeneous, "sizes of the layers (neurons, heads, groups)", sizes, fix)
-        self.menu.sizes(self.config)
+            require(
+                getattr(self.menu, field) == (1.0,),
+                f"menu.{field}",
+                getattr(self.menu, field),
+                "routers choose heads, neurons and layers; make the model elastic with (1.0,) here",
+            )
+        require(
+            self.reads == "budget" or not self.menu.dropped,
+            "menu.dropped",
+            self.menu.dropped,
+            "routers that read states choose widths alone; set ()",
+        )
+
+        sizes = [self.config.sizes(i) for i in range(self.config.n_layers)]
+        require(
+            not self.config.heterogeneous,
+            "sizes of the layers (neurons, heads, groups)",
+            sizes,
+            "routers need layers of one size",
+        )
+        self.menu.sizes(self.config)  # checks that the menu fits the model
 
     @property
     def depth_router(self) -> Router:
-        """The router of the number of layers that are left out; reads the budget alone."""
+        """The router of the number of layers that are left out; it reads the budget alone."""
         return Router(self.width, (("dropped", len(self.menu.dropped) + 1),))
 
     def init(self, key: jax.Array) -> Params:
@@ -74,18 +96,27 @@ class RouterShape:
           key: typed PRNG key.
         """
         layers, depth = jax.random.split(key)
+        keys = jax.random.split(layers, self.config.n_layers)
+        router = layer_router(self.menu, self.width)
         inputs = len(self.anchors) + (self.config.d_model if self.reads == "hidden" else 0)
-        keys, router = jax.random.split(layers, self.config.n_layers), layer_router(self.menu, self.width)
         stacked = jax.vmap(lambda key: init_router(router, inputs, key))(keys)
         return {"layers": stacked, "depth": init_router(self.depth_router, len(self.anchors), depth)}
 
     def layer_logits(self, params: Params, code: jax.Array) -> dict[str, jax.Array]:
-        """Logits of one layer's choices, see `Router`."""
+        """Logits of one layer's choices.
+
+        Args:
+          params: of that layer's router.
+          code: [..., inputs], the budget's code, joined with the state where states are read.
+
+        Returns:
+          {"heads", "mlp": [..., choices]}.
+        """
         logits: Any = layer_router(self.menu, self.width).apply({"params": params}, code)
         return logits
 
     def all_logits(self, params: Params, code_BA: jax.Array) -> tuple[dict[str, jax.Array] | None, jax.Array]:
-        """Logits that depend on the budget alone.
+        """Logits that depend on nothing but the budget.
 
         Args:
           params: from `init`.
@@ -110,7 +141,7 @@ class RouterShape:
 
 
 def shares(table: CostTable, menu: Menu) -> dict[str, jax.Array]:
-    """Costs of the choices with all groups, as shares of the whole model's.
+    """Costs of the choices, with all key/value groups, as shares of the whole model's cost.
 
     Args:
       table: costs of the menu's choices.
@@ -125,9 +156,16 @@ def shares(table: CostTable, menu: Menu) -> dict[str, jax.Array]:
 
 
 def _damage(config: ModelConfig, menu: Menu, scores: list[np.ndarray]) -> Damage:
-    """How much less likely every choice is than the largest one; a layer that is left out takes any."""
+    """How much less likely every choice is than the largest one.
+
+    Args:
+      config: the whole model.
+      menu: what may be chosen.
+      scores: log-probabilities of the values of every gene of `search_space`.
+    """
     lost = [tuple((score[-1] - score).tolist()) for score in scores[:-1]]
     attention = tuple(tuple((d,) for d in choices) for choices in lost[::2])
+    # A layer that is left out makes no choice. It counts as if it had made its likeliest ones.
     gone = {
         layer: float(scores[-1][n] - scores[-1][n + 1]) + min(lost[2 * layer]) + min(lost[2 * layer + 1])
         for n, layer in enumerate(menu.dropped)
@@ -137,23 +175,46 @@ def _damage(config: ModelConfig, menu: Menu, scores: list[np.ndarray]) -> Damage
 
 @dataclasses.dataclass(frozen=True)
 class Routers:
-    """Trained routers and the costs that they choose by."""
+    """Trained routers and the costs that they choose by.
+
+    Raises:
+      ValueError: the number of tilts is wrong.
+
+    Example:
+      ```python
+      import jax
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+      from elastic_lm.width.trained_routers import RouterShape
+
+      config, menu = tiny_config(), el.Menu()
+      shape = RouterShape(config, menu, anchors=(0.6, 0.8, 1.0))
+      params = shape.init(jax.random.key(0))  # untrained: the recipe configs/routers.py trains them
+      routers = el.width.Routers(shape, params, el.width.counted_table(config, menu, "parameters"))
+      routers.subnet(el.Budget(parameters=30_000))  # a `Subnet` of at most 30,000 parameters
+      ```
+
+    Paper: Flextron, arXiv 2406.10260.
+    """
 
     shape: RouterShape
     params: Params  # from `RouterShape.init`, trained
     table: CostTable  # costs of the menu's choices, of the kind of the budgets
-    tilts: tuple[float, ...] = ()  # where states are read: of every anchor, see `routing.fit_tilts`
+    tilts: tuple[float, ...] = ()  # per anchor, where states are read: how much costs raise logits
 
     def __post_init__(self) -> None:
-        due = len(self.shape.anchors) if self.shape.reads == "hidden" else 0
-        fix = f"needs {due}: one per anchor where states are read, else none"
-        require(len(self.tilts) == due, "tilts", self.tilts, fix)
+        count = len(self.shape.anchors) if self.shape.reads == "hidden" else 0
+        fix = f"needs {count}: one per anchor where states are read, else none"
+        require(len(self.tilts) == count, "tilts", self.tilts, fix)
 
     def subnet(self, budget: Budget) -> Subnet:
-        """The sub-network for a budget, never above it (see the top of this file).
+        """The likeliest sub-network for a budget, never above it.
 
         Args:
           budget: of the table's kind; at or above the whole model's cost it gives the whole model.
+
+        Returns:
+          A sub-network of the menu.
 
         Raises:
           ValueError: the budget is of another kind or below the cheapest sub-network, or the routers read
@@ -161,9 +222,13 @@ class Routers:
         """
         config, menu = self.shape.config, self.shape.menu
         space, scores = Space(config, menu, self.table, budget), self._scores(budget)
-        damage = _damage(config, menu, scores)
-        found = knapsack(config, menu, self.table, budget, damage)
-        likeliest = tuple(int(np.argmax(score)) for score in scores)  # of layers that come back
+
+        # Only a knapsack can promise a budget: the loss that routers are trained with leaves a margin of 5 %
+        # unpunished, and between the anchors nothing was trained at all.
+        found = knapsack(config, menu, self.table, budget, _damage(config, menu, scores))
+
+        # A layer that the knapsack leaves out would come back with its likeliest choices.
+        likeliest = tuple(int(np.argmax(score)) for score in scores)
         kept = [m // 2 in found.layers for m in range(2 * config.n_layers)] + [True]
         each = zip(space.genes(found), likeliest, kept, strict=True)
         genes = tuple(gene if stays else likely for gene, likely, stays in each)
@@ -171,19 +236,31 @@ class Routers:
         def price(move: Move) -> float:
             return (scores[move.place][genes[move.place]] - scores[move.place][move.value]) / move.cost
 
-        while dearer := [m for m in space.moves(genes) if m.cost > 0 and space.fits(m.of(genes))]:
-            genes = min(dearer, key=price).of(genes)
+        # What the budget leaves is spent.
+        while growths := [m for m in space.moves(genes) if m.cost > 0 and space.fits(m.of(genes))]:
+            genes = min(growths, key=price).of(genes)
         return space.subnet(genes)
 
     def own(self, budget: Budget) -> Subnet:
-        """What the routers pick by themselves, which may miss the budget; raises as `subnet` does."""
+        """What the routers pick by themselves, which may miss the budget.
+
+        Args:
+          budget: of the table's kind.
+
+        Raises:
+          ValueError: as `subnet` does.
+        """
         space = Space(self.shape.config, self.shape.menu, self.table, budget)
         return space.subnet(tuple(int(np.argmax(score)) for score in self._scores(budget)))
 
     def _scores(self, budget: Budget) -> list[np.ndarray]:
         """Log-probabilities of the values of every gene of `search_space`."""
-        fix = "these routers choose for every token, no sub-network is fixed by a budget; train others"
-        require(self.shape.reads == "budget", "reads", self.shape.reads, fix)
+        require(
+            self.shape.reads == "budget",
+            "reads",
+            self.shape.reads,
+            "these routers choose for every token, no sub-network is fixed by a budget; train others",
+        )
         share = budget.amount / self.table.range(self.shape.menu)[1]
         code = budget_code(jnp.asarray([share]), self.shape.anchors)
         layers, dropped = self.shape.all_logits(self.params, code)
@@ -193,10 +270,10 @@ class Routers:
         return [np.asarray(jax.nn.log_softmax(r), np.float64) for r in logits]
 
     def save(self, folder: str | Path) -> None:
-        """Writes the routers into the folder of their model.
+        """Writes the routers beside the model that they were trained with.
 
         Args:
-          folder: of a checkpoint of the model they were trained with.
+          folder: of that model's checkpoint.
         """
         folder = Path(folder)
         arrays = {"/".join(k.key for k in path): np.asarray(jax.device_get(leaf))
@@ -218,10 +295,13 @@ class Routers:
         """Reads the routers beside a model.
 
         Args:
-          folder: the model's.
+          folder: of the model's checkpoint.
           config: the model.
           table: costs to choose by instead of those that the routers were trained with, such as the
             latencies of this device.
+
+        Returns:
+          The routers.
 
         Raises:
           FileNotFoundError: there are none.
@@ -240,6 +320,7 @@ class Routers:
             flat = load_file(folder / WEIGHTS)
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
             raise ValueError(f"{folder}: not usable routers ({error}); train them again") from error
+
         wanted = jax.eval_shape(shape.init, jax.random.key(0))
 
         def read(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
