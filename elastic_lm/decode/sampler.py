@@ -453,4 +453,4 @@ def _stopped(call: Call, state: DecodeState, controls: Controls) -> list[bool]:
 
 def _choose(elastic: SubnetChooser, budget: Budget) -> Subnet | Budget:
     """The sub-network for a budget, or the budget itself if routers choose widths while text is made."""
-    return budget if elastic.is_routed(budget) else elastic.subnet(budget)
+    return budget if elastic.chooses_while_decoding(budget) else elastic.subnet(budget)

@@ -101,8 +101,8 @@ class Classification:
       config = el.EncoderDecoderConfig(vocab_size=48, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
       model = el.TextToText(el.EncoderDecoder(config), random_params(config))
 
-      found = model.classify([[3, 4, 5], [6]], labels=[[7, 1], [8, 1]])
-      print(found.labels, found.log_probs, found.energy)
+      result = model.classify([[3, 4, 5], [6]], labels=[[7, 1], [8, 1]])
+      print(result.labels, result.log_probs, result.energy)
       ```
     """
 

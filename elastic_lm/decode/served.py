@@ -19,7 +19,7 @@ from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill, prefill_from_state
 from elastic_lm.models.decoder import Params
-from elastic_lm.width.chooser import Per, SubnetChooser, for_prompts, routed_model, routing
+from elastic_lm.width.chooser import Per, SubnetChooser, budget_inputs, nested_model, with_prompt_choices
 from elastic_lm.width.nested_decoder import ROUTING, NestedConfig
 from elastic_lm.width.slicing import slice_params
 
@@ -66,7 +66,7 @@ class Served:
         """This model, with the widths that its routers choose for these prompts if they choose per prompt."""
         if self.per == "token" or not isinstance(self.config, NestedConfig):
             return self
-        config, params = for_prompts(self.config, self.params, tokens_BP, length_B)
+        config, params = with_prompt_choices(self.config, self.params, tokens_BP, length_B)
         return dataclasses.replace(self, config=config, params=params)
 
 
@@ -122,11 +122,11 @@ class ServedModels:
         """
         assert elastic.routers is not None
         if self._nested is None:
-            self._nested = routed_model(self._whole.config, self._whole.params, elastic.routers)
+            self._nested = nested_model(self._whole.config, self._whole.params, elastic.routers)
 
         # The budget is traced, so that one model and one program serve all budgets.
         config, params = self._nested
-        params = {**params, ROUTING: routing(elastic.routers, budget)}
+        params = {**params, ROUTING: budget_inputs(elastic.routers, budget)}
         return Served(None, config, params, jit_prefill, jit_run, elastic.per, budget)
 
 
