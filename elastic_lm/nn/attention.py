@@ -97,7 +97,7 @@ class Attention(nn.Module):
             q = Norm("rmsnorm", c.norm_eps, c.norm_offset, c.param_dtype, name="q_norm")(q)
             k = Norm("rmsnorm", c.norm_eps, c.norm_offset, c.param_dtype, name="k_norm")(k)
 
-        # Keys are rotated before they are cached: a cache never needs its rotation again.
+        # Keys are rotated before they are cached, so that a cache is never rotated again.
         if c.position == "rope":
             frequency, factor = rope_frequencies(c.rope, c.rotary_dim, c.max_len)
             q = apply_rope(q, context.positions, frequency, factor)

@@ -23,7 +23,8 @@ from elastic_lm.nn.block import Tap
 from elastic_lm.width.nested import nest, nested_block
 from elastic_lm.width.router import layer_router, router_input
 
-ROUTING = "routing"  # key of what decides: {"code", "tilt"}, or the choices {"heads", "mlp": [B, L]}
+# Key of what decides a call's widths: the budget's {"code", "tilt"}, or choices {"heads", "mlp": [B, L]}.
+ROUTING = "routing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def layer_logits(
     """Logits of a layer's choices for every token, tilted towards the budget.
 
     Args:
-      config: static.
+      config: the nested model; static.
       layer: the layer's parameters, its `router` and the `costs` of its choices among them.
       routing: `code` [A] of the budget and `tilt`.
       hidden_BTD: state that enters the layer.
@@ -120,7 +121,7 @@ def prompt_choices(
     """What the routers choose for whole rows, by the mean of their logits over the prompt.
 
     Args:
-      config: static; per_token.
+      config: the nested model, with per_token=True; static.
       params: from `nested_params`, with `ROUTING`.
       tokens_BP: int32 prompts, padded on the right.
       length_B: int32 prompt lengths.
@@ -160,8 +161,8 @@ def nested_params(
     Nested layers are copies: the whole model's own arrays stay what they are.
 
     Args:
-      config: static.
-      params: canonical parameters.
+      config: the nested model; static.
+      params: canonical parameters of the whole model.
       routers: {"hidden", "heads", "mlp"} stacked over layers; per_token only.
       costs: {"heads", "mlp": [L, choices]} shares of the whole model's cost; per_token only.
 
