@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from elastic_lm.decode.results import Sample
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.depth.policies import ConfidenceExit
+    from elastic_lm.report.colour import Colours
     from elastic_lm.width.chooser import SubnetChooser
 
 HELP = """\
@@ -253,7 +254,9 @@ def run(options: Options) -> None:
     if options.json:
         write_json(options.json, prompts, samples)
     if options.json != "-":
-        show(tokenizer, len(runs.layers), prompts, samples, colour.wants_colour(sys.stdout, options.color))
+        show(
+            tokenizer, len(runs.layers), prompts, samples, colour.terminal_colours(sys.stdout, options.color)
+        )
 
 
 def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
@@ -419,7 +422,11 @@ def stream(sampler: "Sampler", prompt: str, max_new_tokens: int, settings: dict[
 
 
 def show(
-    tokenizer: "Tokenizer", n_layers: int, prompts: Sequence[str], samples: "Sequence[Sample]", colour: bool
+    tokenizer: "Tokenizer",
+    n_layers: int,
+    prompts: Sequence[str],
+    samples: "Sequence[Sample]",
+    colours: "Colours | None",
 ) -> None:
     """Prints each prompt with its continuation, and one line of statistics on stderr."""
     from elastic_lm.decode.results import sample_spans
@@ -427,9 +434,9 @@ def show(
 
     for prompt, sample in zip(prompts, samples, strict=True):
         text = sample.text
-        if colour:
+        if colours:
             before = tokenizer.encode(prompt, bos=True)
-            text = to_ansi(sample_spans(tokenizer, before, sample), n_layers)
+            text = to_ansi(sample_spans(tokenizer, before, sample), n_layers, colours)
         print(prompt + text)
 
     stats = samples[0].stats

@@ -104,7 +104,12 @@ def show_table(report: Report, console: Console) -> None:
 
 
 def show_text(
-    tokenizer: Tokenizer, prompt: Sequence[int], sample: Sample, depths: Sequence[int], n_layers: int
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sample: Sample,
+    depths: Sequence[int],
+    n_layers: int,
+    colours: render.Colours,
 ) -> str:
     """A prompt and its continuation for the terminal, coloured by depth, with the legend.
 
@@ -114,13 +119,14 @@ def show_text(
       sample: what follows them.
       depths: layers of every exit and of the full model, for the legend.
       n_layers: layers of the full model.
+      colours: what the terminal shows.
 
     Returns:
       Text with terminal escapes.
     """
     parts = sample_spans(tokenizer, prompt, sample)
-    text = tokenizer.decode(prompt) + render.to_ansi(parts, n_layers)
-    return f"{text}\n\n{render.to_ansi(render.legend(depths, n_layers), n_layers)}"
+    text = tokenizer.decode(prompt) + render.to_ansi(parts, n_layers, colours)
+    return f"{text}\n\n{render.to_ansi(render.legend(depths, n_layers), n_layers, colours)}"
 
 
 def save_texts(

@@ -256,8 +256,11 @@ def _show(
     target = min(options.targets, key=lambda t: abs(t - 0.99))
     sample = generations[str(target)].samples[0]
     console.print(f"\n[bold]A continuation at {100 * target:g} % agreement[/]\n")
-    if render.wants_colour(sys.stdout, colour):
-        print(report.show_text(model.tokenizer, prompts[0], sample, model.depths, model.depths[-1]))
+    if colours := render.terminal_colours(sys.stdout, colour):
+        shown = report.show_text(
+            model.tokenizer, prompts[0], sample, model.depths, model.depths[-1], colours=colours
+        )
+        print(shown)
     else:
         print(model.tokenizer.decode(prompts[0]) + sample.text)
     console.print()

@@ -5,12 +5,14 @@ import itertools
 import re
 from collections.abc import Sequence
 
+import pytest
+
 from elastic_lm.report import colour as render
 
 BYTES = "naïve café".encode()
 
 
-def decode(ids: list[int]) -> str:
+def decode(ids: Sequence[int]) -> str:
     return bytes(ids).decode("utf-8", errors="replace")
 
 
@@ -53,7 +55,40 @@ def test_colours_run_from_shallow_to_full_depth() -> None:
     assert [text for text, _ in render.legend((3, 6), 12)][::2] == ["■ 3 layers", "■ 6 layers", "■ 12 layers"]
 
 
-def test_colour_choice(monkeypatch) -> None:
-    assert not render.wants_colour(io.StringIO())
-    assert render.wants_colour(io.StringIO(), "always")
-    assert not render.wants_colour(io.StringIO(), "never")
+def test_ansi_in_the_colours_that_a_terminal_has() -> None:
+    assert render.to_ansi([("a\tb\r\n", 0)], 4) == "\x1b[38;2;26;152;80ma\tb\r\n\x1b[0m"
+    assert render.to_ansi([("a", 0)], 4, "256").startswith("\x1b[38;5;")
+    assert re.match(r"\x1b\[3\dma", render.to_ansi([("a", 0)], 4, "standard"))
+    assert render.to_ansi([("a", 0), ("b", 4)], 4, None) == "ab"
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, "truecolor"),
+        ({"TERM": "xterm-256color"}, "256"),
+        ({"TERM": "xterm"}, "standard"),
+        ({"TERM": "dumb"}, None),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, None),
+    ],
+)
+def test_colours_of_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: str | None
+) -> None:
+    for name in ("TERM", "COLORTERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert render.terminal_colours(Terminal()) == expected
+    assert render.terminal_colours(Terminal(), "never") is None
+    assert render.terminal_colours(Terminal(), "always")
+    # Where there is no terminal nothing is known of it.
+    assert render.terminal_colours(io.StringIO()) is None
+    assert render.terminal_colours(io.StringIO(), "always") == "truecolor"
