@@ -34,18 +34,18 @@ def table(fixed: float = 1.0) -> LatencyTable:
     return LatencyTable(CONFIG, MENU, WORK, Device.here(), costs, costs, residuals, 1, "", {})
 
 
-def whole_cost(elastic: SubnetChooser, kind: str) -> float:
-    return elastic.costs(kind).range(MENU)[1]
+def whole_cost(chooser: SubnetChooser, kind: str) -> float:
+    return chooser.costs(kind).range(MENU)[1]
 
 
 @pytest.mark.parametrize("kind", ["parameters", "flops", "memory_bytes"])
 def test_counted_budgets_are_kept_exactly_by_the_slice(kind: str) -> None:
-    elastic = SubnetChooser(CONFIG, MENU, workload=WORK)
+    chooser = SubnetChooser(CONFIG, MENU, workload=WORK)
     whole = getattr(model_cost(CONFIG, WORK), kind)
     params, seen = init_params(CONFIG, jax.random.key(0)), set()
     for share in (0.5, 0.65, 0.8, 0.9, 0.99, 1.0, 3.0):
         budget = Budget(**{kind: share * whole})
-        subnet = elastic.subnet(budget)
+        subnet = chooser.subnet(budget)
         config, cut = slice_params(CONFIG, params, subnet)
         cost = model_cost(config, WORK)
         assert getattr(cost, kind) <= budget.amount
@@ -62,16 +62,16 @@ def test_exits_do_not_count() -> None:
 
 
 def test_latency_budgets_are_kept_by_the_table() -> None:
-    elastic = SubnetChooser(CONFIG, MENU).with_latency(table())
-    whole = whole_cost(elastic, "latency_ms")
+    chooser = SubnetChooser(CONFIG, MENU).with_latency(table())
+    whole = whole_cost(chooser, "latency_ms")
     assert whole == pytest.approx(table().total(Subnet.full(CONFIG)))
-    assert elastic.subnet(Budget(latency_ms=whole)) == Subnet.full(CONFIG)
-    assert elastic.subnet(Budget(latency_ms=2 * whole)) == Subnet.full(CONFIG)
-    found = [elastic.subnet(Budget(latency_ms=share * whole)) for share in (0.6, 0.8)]
+    assert chooser.subnet(Budget(latency_ms=whole)) == Subnet.full(CONFIG)
+    assert chooser.subnet(Budget(latency_ms=2 * whole)) == Subnet.full(CONFIG)
+    found = [chooser.subnet(Budget(latency_ms=share * whole)) for share in (0.6, 0.8)]
     assert len(set(found)) == 2
     assert table().total(found[0]) <= 0.6 * whole < table().total(found[1]) <= 0.8 * whole
-    assert elastic.subnet(Budget(parameters=1e9)) == Subnet.full(CONFIG)  # counted as before
-    assert SubnetChooser(CONFIG, MENU, table().checked(CONFIG, MENU)) == elastic
+    assert chooser.subnet(Budget(parameters=1e9)) == Subnet.full(CONFIG)  # counted as before
+    assert SubnetChooser(CONFIG, MENU, table().checked(CONFIG, MENU)) == chooser
 
 
 def test_a_router_decides_below_the_cost_of_the_whole_model() -> None:
@@ -82,14 +82,14 @@ def test_a_router_decides_below_the_cost_of_the_whole_model() -> None:
         asked.append(budget)
         return chosen
 
-    elastic = SubnetChooser(CONFIG, MENU, choose=choose)
+    chooser = SubnetChooser(CONFIG, MENU, choose=choose)
     whole = model_cost(CONFIG).parameters
-    assert elastic.subnet(Budget(parameters=whole)) == Subnet.full(CONFIG)
+    assert chooser.subnet(Budget(parameters=whole)) == Subnet.full(CONFIG)
     assert not asked
     budget = Budget(parameters=whole - 1)
-    assert elastic.subnet(budget) == chosen
+    assert chooser.subnet(budget) == chosen
     assert asked == [budget]
-    without = dataclasses.replace(elastic, choose=None)
+    without = dataclasses.replace(chooser, choose=None)
     assert without.subnet(budget) == uniform_subnet(CONFIG, MENU, without.costs("parameters"), budget)
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_menu_is_named(folder: pathlib.Path, change: dict, message: st
 
 def test_latency_budgets_through_the_sampler(folder: pathlib.Path) -> None:
     model, params = el.load(folder)
-    elastic = SubnetChooser.load(folder, model.config).with_latency(table())
-    budget = Budget(latency_ms=0.7 * whole_cost(elastic, "latency_ms"))
-    served = el.Sampler(Decoder(model.config), params, elastic=elastic).sample([1, 2], 2, budget=budget)
-    assert served.stats.subnet == elastic.subnet(budget)
+    chooser = SubnetChooser.load(folder, model.config).with_latency(table())
+    budget = Budget(latency_ms=0.7 * whole_cost(chooser, "latency_ms"))
+    served = el.Sampler(Decoder(model.config), params, elastic=chooser).sample([1, 2], 2, budget=budget)
+    assert served.stats.subnet == chooser.subnet(budget)

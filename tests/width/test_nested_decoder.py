@@ -15,7 +15,7 @@ from elastic_lm.cost.counted import counted_table
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.policies import StaticExit
 from elastic_lm.models.decoder import Decoder
-from elastic_lm.width.chooser import SubnetChooser, routed_model, routing
+from elastic_lm.width.chooser import SubnetChooser, budget_inputs, nested_model
 from elastic_lm.width.nested_decoder import ROUTING, NestedDecoder, prompt_choices
 from elastic_lm.width.trained_routers import Routers, RouterShape
 
@@ -26,7 +26,7 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9]]
 
 
 @functools.cache
-def routed(exits: tuple[ExitConfig, ...] = ()) -> tuple[Decoder, Any, SubnetChooser]:
+def with_routers(exits: tuple[ExitConfig, ...] = ()) -> tuple[Decoder, Any, SubnetChooser]:
     """A model, and random routers."""
     config, params = make("llama", exits, n_layers=2)
     shape = RouterShape(config.with_exits(()), MENU, (0.6, 0.8, 1.0), "hidden", 8)
@@ -37,21 +37,21 @@ def routed(exits: tuple[ExitConfig, ...] = ()) -> tuple[Decoder, Any, SubnetChoo
 
 
 def budget(share: float) -> Budget:
-    elastic = routed()[2]
-    return Budget(parameters=share * elastic.costs("parameters").range(MENU)[1])
+    chooser = with_routers()[2]
+    return Budget(parameters=share * chooser.costs("parameters").range(MENU)[1])
 
 
 def sampler(**settings: Any) -> Sampler:
-    model, params, elastic = routed(settings.pop("exits", ()))
-    elastic = dataclasses.replace(elastic, per=settings.pop("per", "token"))
-    return Sampler(model, params, elastic=elastic, budget=budget(0.7), window=1, **settings)
+    model, params, chooser = with_routers(settings.pop("exits", ()))
+    chooser = dataclasses.replace(chooser, per=settings.pop("per", "token"))
+    return Sampler(model, params, elastic=chooser, budget=budget(0.7), window=1, **settings)
 
 
 def test_greedy_tokens_are_those_of_the_forward_pass() -> None:
-    model, params, elastic = routed()
-    assert elastic.routers is not None
-    config, nested = routed_model(model.config, params, elastic.routers)
-    nested = {**nested, ROUTING: routing(elastic.routers, budget(0.7))}
+    model, params, chooser = with_routers()
+    assert chooser.routers is not None
+    config, nested = nested_model(model.config, params, chooser.routers)
+    nested = {**nested, ROUTING: budget_inputs(chooser.routers, budget(0.7))}
     forward = jax.jit(lambda tokens: NestedDecoder(config).apply({"params": nested}, tokens).logits)
     tokens = PROMPTS[0]
     for emitted in sampler().sample(tokens, NEW, ignore_eos=True).tokens:
@@ -80,17 +80,17 @@ def test_budgets_change_text_and_compile_nothing() -> None:
 
 
 def test_whole_budget_is_the_whole_model() -> None:
-    model, params, _ = routed()
+    model, params, _ = with_routers()
     plain = Sampler(model, params, window=1).sample(PROMPTS, NEW, ignore_eos=True)
     found = sampler().sample(PROMPTS, NEW, ignore_eos=True, budget=budget(1.0))
     assert [s.tokens for s in found] == [s.tokens for s in plain]
 
 
 def test_prompts_choose_what_their_rows_run() -> None:
-    model, params, elastic = routed()
-    assert elastic.routers is not None
-    config, nested = routed_model(model.config, params, elastic.routers)
-    nested = {**nested, ROUTING: routing(elastic.routers, budget(0.7))}
+    model, params, chooser = with_routers()
+    assert chooser.routers is not None
+    config, nested = nested_model(model.config, params, chooser.routers)
+    nested = {**nested, ROUTING: budget_inputs(chooser.routers, budget(0.7))}
     prompt = PROMPTS[0]
     chosen = prompt_choices(config, nested, np.asarray([prompt], np.int32), np.asarray([len(prompt)]))
     subnet = _subnet(chosen)
@@ -99,7 +99,7 @@ def test_prompts_choose_what_their_rows_run() -> None:
 
 
 def _subnet(chosen: dict[str, jax.Array]) -> Any:
-    config = routed()[0].config
+    config = with_routers()[0].config
     sizes = MENU.sizes(config)
     whole = MENU.largest(config)
     heads = tuple(sizes.heads[i][h] for i, h in enumerate(chosen["heads"][0].tolist()))
@@ -108,26 +108,26 @@ def _subnet(chosen: dict[str, jax.Array]) -> Any:
 
 
 def test_errors_say_what_to_do() -> None:
-    model, params, elastic = routed()
+    model, params, chooser = with_routers()
     with pytest.raises(ValueError, match="for every token"):
-        elastic.subnet(budget(0.7))
+        chooser.subnet(budget(0.7))
     with pytest.raises(ValueError, match="cheapest sub-network"):
         sampler().sample(PROMPTS[0], NEW, budget=Budget(parameters=1.0))
     with pytest.raises(ValueError, match="cheapest sub-network"):
-        Sampler(model, params, elastic=elastic, budget=Budget(parameters=1.0))
-    assert elastic.routers is not None
-    few = dataclasses.replace(elastic.routers.shape, anchors=(0.8, 0.9, 1.0))
-    other = dataclasses.replace(elastic, routers=dataclasses.replace(elastic.routers, shape=few))
-    with pytest.raises(ValueError, match=r"trained for .* and more; .* lower train\.budgets"):
-        other.is_routed(budget(0.7))
+        Sampler(model, params, elastic=chooser, budget=Budget(parameters=1.0))
+    assert chooser.routers is not None
+    few = dataclasses.replace(chooser.routers.shape, anchors=(0.8, 0.9, 1.0))
+    other = dataclasses.replace(chooser, routers=dataclasses.replace(chooser.routers, shape=few))
+    with pytest.raises(ValueError, match=r"trained for .* and more; .* lower method\.budgets"):
+        other.chooses_while_decoding(budget(0.7))
     with pytest.raises(ValueError, match="fitted to budgets of parameters"):
-        elastic.is_routed(Budget(flops=1e9))
+        chooser.chooses_while_decoding(Budget(flops=1e9))
     with pytest.raises(ValueError, match=r"elastic\.menu=.*take their menu"):
-        dataclasses.replace(elastic, menu=Menu((0.25, 1.0), (0.5, 1.0)))
+        dataclasses.replace(chooser, menu=Menu((0.25, 1.0), (0.5, 1.0)))
     with pytest.raises(ValueError, match=r"tilts=\(\): needs 3"):
-        dataclasses.replace(elastic.routers, tilts=())
+        dataclasses.replace(chooser.routers, tilts=())
     with pytest.raises(ValueError, match="use 'exact'"):
         sampler(missing="propagate")
     with pytest.raises(ValueError, match=r"elastic\.per='row'"):
-        dataclasses.replace(elastic, per="row")
+        dataclasses.replace(chooser, per="row")
     assert Sampler(model, params, missing="propagate").runs is None
