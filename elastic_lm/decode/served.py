@@ -110,24 +110,24 @@ class ServedModels:
         self._kept.move_to_end(subnet)
         return self._kept[subnet]
 
-    def with_routers(self, elastic: SubnetChooser, budget: Budget) -> Served:
+    def with_routers(self, chooser: SubnetChooser, budget: Budget) -> Served:
         """The model whose routers choose its widths while it decodes.
 
         Args:
-          elastic: a chooser with routers that read states.
+          chooser: one with routers that read states.
           budget: below the cost of the whole model.
 
         Raises:
           ValueError: the routers cannot keep the budget.
         """
-        assert elastic.routers is not None
+        assert chooser.routers is not None
         if self._nested is None:
-            self._nested = nested_model(self._whole.config, self._whole.params, elastic.routers)
+            self._nested = nested_model(self._whole.config, self._whole.params, chooser.routers)
 
         # The budget is traced, so that one model and one program serve all budgets.
         config, params = self._nested
-        params = {**params, ROUTING: budget_inputs(elastic.routers, budget)}
-        return Served(None, config, params, jit_prefill, jit_run, elastic.per, budget)
+        params = {**params, ROUTING: budget_inputs(chooser.routers, budget)}
+        return Served(None, config, params, jit_prefill, jit_run, chooser.per, budget)
 
 
 def _sliced(config: ModelConfig, params: Params, subnet: Subnet) -> Served:

@@ -51,8 +51,8 @@ def test_bytes_are_counted_at_a_context(model: pathlib.Path, capsys: pytest.Capt
     amount = 0.8 * at.range(MENU)[1]
     assert generate(model, "--budget", f"memory_bytes={amount}", "--context", 64, "--json", "-") == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
-    elastic = dataclasses.replace(SubnetChooser.load(model), workload=Workload(context=64))
-    chosen = elastic.subnet(Budget(memory_bytes=amount))
+    chooser = dataclasses.replace(SubnetChooser.load(model), workload=Workload(context=64))
+    chosen = chooser.subnet(Budget(memory_bytes=amount))
     assert row["stats"]["subnet"] == json.loads(json.dumps(dataclasses.asdict(chosen)))
     assert chosen != SubnetChooser.load(model).subnet(Budget(memory_bytes=amount))
     assert generate(model, "--budget", "parameters=9e9", "--context", 64) == 2
@@ -68,10 +68,10 @@ def test_generate_serves_a_budget(
     assert generate(model, "--budget", f"{kind}={half.amount}", *given, "--json", "-") == 0
     printed = capsys.readouterr()
     (row,) = map(json.loads, printed.out.splitlines())
-    elastic = SubnetChooser.load(model)
+    chooser = SubnetChooser.load(model)
     if given:
-        elastic = elastic.with_latency(LatencyTable.load(table))
-    chosen = elastic.subnet(half)
+        chooser = chooser.with_latency(LatencyTable.load(table))
+    chosen = chooser.subnet(half)
     assert row["stats"]["subnet"] == json.loads(json.dumps(dataclasses.asdict(chosen)))
     assert f"runs 4 of 4 layers, {sum(chosen.mlp)} of 256 neurons, " in printed.err
     assert generate(model, "--budget", f"{kind}={2 * WHOLE}", *given, "--threshold", 0) == 0

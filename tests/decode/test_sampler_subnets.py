@@ -144,13 +144,13 @@ def test_a_budget_for_the_whole_model_serves_it_as_it_is(bare, prompts):
 
 
 def test_alternating_budgets_compile_each_sub_network_once(bare, prompts):
-    elastic = choices(bare)
-    assert len({elastic.subnet(b) for b in (WIDE, NARROW)}) == 2
-    sampler = bare.sampler(window=1, elastic=elastic, budget=WIDE, keep_subnets=2)
+    chooser = choices(bare)
+    assert len({chooser.subnet(b) for b in (WIDE, NARROW)}) == 2
+    sampler = bare.sampler(window=1, elastic=chooser, budget=WIDE, keep_subnets=2)
 
     def both() -> list:
         samples = [sampler.sample(prompts[0], 4, **asked) for asked in ({}, {"budget": NARROW})]
-        assert [s.stats.subnet for s in samples] == [elastic.subnet(b) for b in (WIDE, NARROW)]
+        assert [s.stats.subnet for s in samples] == [chooser.subnet(b) for b in (WIDE, NARROW)]
         return outputs(samples)
 
     before, first = Sampler.compilations(), both()
@@ -251,8 +251,8 @@ def test_policies_are_checked_against_the_whole_model(model, subnets, prompts):
 
 def test_what_cannot_be_served_is_named(model, subnets, prompts):
     budget, subnet = Budget(parameters=30_000), subnets["uneven"]
-    elastic = choices(model)
-    sampler = model.sampler(elastic=elastic)
+    chooser = choices(model)
+    sampler = model.sampler(elastic=chooser)
 
     def refuse(message: str, call, *args, **kwargs) -> None:
         with pytest.raises(ValueError, match=message):
@@ -260,7 +260,7 @@ def test_what_cannot_be_served_is_named(model, subnets, prompts):
 
     refuse("budget=Budget.*: sub-networks for .*elastic=", model.sampler, budget=budget)
     both = {"budget": budget, "subnet": subnet}
-    refuse("each says what runs; give one of them", model.sampler, elastic=elastic, **both)
+    refuse("each says what runs; give one of them", model.sampler, elastic=chooser, **both)
     refuse("each says what runs", sampler.sample, prompts[0], 2, **both)
     refuse("keep_subnets=0: must be at least 1", model.sampler, keep_subnets=0)
     wide = dataclasses.replace(subnet, mlp=(16, 128, 32))
@@ -270,5 +270,5 @@ def test_what_cannot_be_served_is_named(model, subnets, prompts):
     refuse(r"budget.parameters=10.0: the cheapest", sampler.sample, prompts[0], 2, budget=least)
     other = SubnetChooser(dataclasses.replace(model.config, dtype="bfloat16"), MENU)
     refuse("elastic.config.dtype='bfloat16': the .* has 'float32'", model.sampler, elastic=other)
-    routed = dataclasses.replace(elastic, choose=lambda budget: wide)
-    refuse(r"subnet.mlp\[1\]=128", model.sampler, elastic=routed, budget=budget)
+    wider = dataclasses.replace(chooser, choose=lambda budget: wide)
+    refuse(r"subnet.mlp\[1\]=128", model.sampler, elastic=wider, budget=budget)
