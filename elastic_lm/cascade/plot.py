@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_lm.cascade.sweep import CascadePoint
-from elastic_lm.report.plots import COLOURS, _figure
+from elastic_lm.report.plots import COLOURS, new_figure
 
 
 def plot_cascade(
@@ -41,7 +41,7 @@ def plot_cascade(
           plot_cascade(rule.curve, rule.measured, pathlib.Path(folder) / "curve.png")
       ```
     """
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     axes.plot([p.cost for p in points], [100 * p.accuracy for p in points], color=COLOURS[0])
 
     for point, name in ((points[0], "Swift alone"), (points[-1], "Swift and Super always")):

@@ -1,5 +1,4 @@
-"""Dataclasses from plain values (JSON, config files, overrides) and back, and their files; refusals name
-field and fix."""
+"""Files that appear complete or not at all, and JSON objects that are read from files."""
 
 import json
 import os
@@ -8,7 +7,13 @@ from typing import Any
 
 
 def read_json(path: Any) -> dict[str, Any]:
-    """Parses a file (a `pathlib` or `epath` path) that holds a JSON object.
+    """Reads a file that holds a JSON object.
+
+    Args:
+      path: a `pathlib` or `epath` path.
+
+    Returns:
+      The object.
 
     Raises:
       ValueError: it does not hold one; names file and position.
@@ -24,7 +29,7 @@ def read_json(path: Any) -> dict[str, Any]:
 
 
 def partial_path(path: str | Path) -> Path | None:
-    """Where `write_text_whole` writes a file before it appears.
+    """The path that a file is written to before it is moved to its own.
 
     Args:
       path: the file; its folder exists.
@@ -33,21 +38,24 @@ def partial_path(path: str | Path) -> Path | None:
       A path beside it; None for links, pipes and devices, and in folders that take no new files.
     """
     path = Path(path)
+    # Moving a file onto a link would replace the link, and onto a pipe the pipe.
     replaceable = not path.is_symlink() and (path.is_file() or not path.exists())
     takes_files = os.access(path.parent, os.W_OK)
     return path.with_name(path.name + ".partial") if replaceable and takes_files else None
 
 
 def write_text_whole(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 file that appears complete or not at all; what a crash leaves has a name of its own.
+    """Writes a UTF-8 file that appears complete or not at all.
+
+    A crash leaves the old file as it was, and a half-written one under another name.
 
     Args:
-      path: the file; its folder is made where it is missing. Where `partial_path` gives None it is written
-        to as it is.
+      path: the file; its folder is made where it is missing. Links, pipes and devices are written through.
       text: what it will hold.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+
     partial = partial_path(path)
     (partial or path).write_text(text, encoding="utf-8")
     if partial:
@@ -55,20 +63,22 @@ def write_text_whole(path: str | Path, text: str) -> None:
 
 
 def prepare_output(path: str | None) -> None:
-    """Makes the folder of a file that will be written at the end of long work.
+    """Makes the folder of a file that long work will write at its end, and checks that it can be written.
 
     Args:
-      path: the file; None or - = there is none.
+      path: the file; None, or - for stdout, = there is none.
 
     Raises:
       OSError: it cannot be written there.
     """
     if path in (None, "-"):
         return
+
     target = Path(str(path))
     target.parent.mkdir(parents=True, exist_ok=True)
+
     is_new = not target.exists()
-    if is_new or target.is_file() or target.is_dir():  # a pipe would lose its reader
+    if is_new or target.is_file() or target.is_dir():  # opening and closing a pipe would cost it its reader
         target.open("a").close()
     if is_new:
         target.unlink()

@@ -1,15 +1,16 @@
-"""What is in a file or a checkpoint, as one short text that says whether it is still the same."""
+"""Digests of files and checkpoints, which say whether they are still the same."""
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-SAMPLES, SAMPLE = 16, 1 << 16  # of files that are larger than all samples together: how many, bytes of each
+SAMPLES = 16  # pieces that are read of a large file
+SAMPLE = 1 << 16  # bytes of each
 PARTS = ("*.safetensors", "params/**/*", "*config.json", "tokenizer*.json", "vocab*", "merges.txt", "*.model")
 
 
 def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal.
+    """The SHA-256 digest of a file's bytes, in hexadecimal.
 
     Raises:
       OSError: the file cannot be read.
@@ -19,10 +20,11 @@ def file_sha256(path: str | Path) -> str:
 
 
 def checkpoint_fingerprint(folder: str | Path) -> str:
-    """A digest of the files that a model is loaded from, which does not depend on where or when they lie.
+    """A digest of the files that a model is loaded from, wherever and whenever they were saved.
 
-    Configuration and tokenizer are read whole; of large files names, sizes and samples, among them the
-    beginning and the end, so that it takes no time. Another save of equal weights may count as another.
+    Small files, such as configuration and tokenizer, are read whole. Of a large file the name, the size and
+    16 samples count, among them its beginning and its end, so that a digest takes no time. Saving the same
+    weights again may give a different fingerprint.
 
     Args:
       folder: a Hugging Face folder, or a checkpoint of this package.
@@ -49,6 +51,7 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
 
 
 def _pieces(path: Path, size: int) -> Iterator[bytes]:
+    """All of a small file; samples of a large one."""
     with path.open("rb") as file:
         if size <= SAMPLES * SAMPLE:
             yield file.read()

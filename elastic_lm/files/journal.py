@@ -1,4 +1,4 @@
-"""JSON lines: rows read as a stream, and an output file that a killed run goes on with."""
+"""JSON lines: records read as a stream, and an output file that a killed run continues."""
 
 import gzip
 import json
@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 from elastic_lm.config.checks import require
 from elastic_lm.files.atomic import read_json, write_text_whole
 
-CHUNK = 1 << 16
-REWRITTEN = 1024  # lines at once
+CHUNK = 1 << 16  # bytes that are read at once
+REWRITTEN = 1024  # lines that are written at once where a file is written anew
 
 
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """The objects of a file, one at a time.
 
     Args:
@@ -29,19 +29,22 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     for where, line in _lines(Path(path)):
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error}); write one object per line") from error
-        require(isinstance(row, dict), where, line[:80].decode(errors="replace"), "must be a JSON object")
-        yield row
+        if not isinstance(record, dict):
+            shown = line[:80].decode(errors="replace")
+            raise ValueError(f"{where}={shown!r}: must be a JSON object")
+        yield record
 
 
-def count_rows(path: str | Path) -> int:
-    """How many rows `read_rows` gives, without reading them."""
+def count_records(path: str | Path) -> int:
+    """How many records a file holds, counted without parsing them."""
     return sum(1 for _ in _lines(Path(path)))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Lines that are not blank, each with its place for a message."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
             for number, line in enumerate(file, 1):
@@ -52,15 +55,16 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 class Journal:
-    """An output of one JSON line per row, in order, that survives the end of its process.
+    """An output of one JSON line per record, in order, that survives the end of its process.
 
-    Lines are appended in batches and synchronised to the disk. When the file is opened again the run goes on
-    after the longest beginning whose rows are all there: what a killed process left half written is dropped,
-    and so are damaged lines with what follows them. With a name that ends in .gz every batch is a gzip member
-    of its own. FILE.run.json says what the run is; another run is refused, and so is a second process.
+    Lines are appended in batches and synchronised to the disk. When the file is opened again, the run goes on
+    after the longest beginning whose records are all there: a line that a killed process left half written is
+    dropped, and a damaged line with everything after it. If the file's name ends in .gz, every batch is a
+    gzip member of its own. FILE.run.json says which run the file belongs to. Another run is refused, and so
+    is a second process.
 
     Attributes:
-      rows: whole lines in the file.
+      records: number of whole lines in the file.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
@@ -78,15 +82,20 @@ class Journal:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._packed = self._path.suffix == ".gz"
         self._broken = False
+
         self._file = _locked(self._path)
         try:
-            self.rows = self._begin(json.loads(json.dumps(dict(settings))))
+            # Settings that have been through JSON compare with those of a file: tuples have become lists.
+            self.records = self._begin(json.loads(json.dumps(dict(settings))))
         except BaseException:
             self._file.close()
             raise
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Writes lines for the next rows, whose `index` says which they are; on the disk when it returns.
+        """Writes the next records. They are on the disk when this returns.
+
+        Args:
+          records: the lines; the field `index` of each says which record it is.
 
         Raises:
           OSError: they cannot be written.
@@ -94,25 +103,33 @@ class Journal:
         """
         if not records:
             return
-        fix = "an earlier write failed; open the file again, which finds out what it holds"
-        require(not self._broken, "journal", str(self._path), fix)
-        self._broken = True  # until all of it is on the disk: an interrupt may come at any point
+        require(
+            not self._broken,
+            "journal",
+            str(self._path),
+            "an earlier write failed; open the file again, which finds out what it holds",
+        )
+
+        # The file counts as broken until all of it is on the disk: an interrupt may come at any point.
+        self._broken = True
         _write(self._file, self._bytes(records))
-        self.rows += len(records)
+        self.records += len(records)
         self._broken = False
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """What was written, line by line."""
-        return read_rows(self._path)
+        """The records that were written, in order."""
+        return read_records(self._path)
 
     def replace(self, records: Mapping[int, Mapping[str, Any]]) -> None:
-        """Writes the file anew with other lines for some of its rows; it changes at once or not at all.
+        """Writes the file anew with other lines for some of its records. It changes at once or not at all.
 
         Args:
-          records: lines by `index`.
+          records: the new lines, by `index`.
         """
         partial = self._path.with_name(self._path.name + ".partial")
         partial.unlink(missing_ok=True)
+
+        # The new file is locked before it takes the old one's name, so that no process can come between.
         file, batch = _locked(partial), []
         try:
             for line in self.lines():
@@ -126,11 +143,12 @@ class Journal:
             file.close()
             partial.unlink(missing_ok=True)
             raise
+
         self._file.close()
         self._file = file
 
     def close(self) -> None:
-        """Closes the file; one that nothing was written to is removed."""
+        """Closes the file, and removes it where nothing was written to it."""
         if not os.fstat(self._file.fileno()).st_size:
             for path in (self._path, self._settings_path):
                 path.unlink(missing_ok=True)
@@ -141,25 +159,28 @@ class Journal:
         return self._path.with_name(self._path.name + ".run.json")
 
     def _begin(self, settings: dict[str, Any]) -> int:
-        """Checks whose file it is, and drops what does not count; returns the rows that do."""
+        """Refuses another run's file, truncates a damaged tail, returns the number of whole records."""
         if not self._path.stat().st_size:
             write_text_whole(self._settings_path, json.dumps(settings, indent=2) + "\n")
             return 0
+
         self._check(settings)
-        rows, end, after = self._whole()
+        records, end, after = self._whole()
         if after:
             print(
-                f"{self._path}: row {rows} is damaged or out of place: it and what follows it, "
+                f"{self._path}: row {records} is damaged or out of place: it and what follows it, "
                 f"{after} lines, are done again",
                 file=sys.stderr,
             )
         self._file.truncate(end)
-        return rows
+        return records
 
     def _check(self, settings: dict[str, Any]) -> None:
+        """Checks that the file belongs to a run with these settings."""
         other = "choose another path, or remove it to begin again"
         if not self._settings_path.is_file():
             raise ValueError(f"{self._path}: exists and was not written by a run like this; {other}")
+
         found = read_json(self._settings_path)
         for key in [*settings, *(key for key in found if key not in settings)]:
             old, new = found.get(key), settings.get(key)
@@ -167,17 +188,17 @@ class Journal:
                 raise ValueError(f"{self._path}: was begun with {key}={old!r}, now {key}={new!r}; {other}")
 
     def _whole(self) -> tuple[int, int, int]:
-        """(rows in sequence from the first, bytes up to where they end, whole lines after that)."""
-        rows = end = after = 0
+        """(records in sequence from the first, bytes up to where they end, whole lines after that)."""
+        records = end = after = 0
         with self._path.open("rb") as file:
             for text, stop in _members(file) if self._packed else _whole_lines(file):
                 lines = text.splitlines()
-                right = all(_index(line) == rows + i for i, line in enumerate(lines))
+                right = all(_index(line) == records + i for i, line in enumerate(lines))
                 if after or not right:
                     after += len(lines)
                 else:
-                    rows, end = rows + len(lines), stop
-        return rows, end, after
+                    records, end = records + len(lines), stop
+        return records, end, after
 
     def _bytes(self, records: Sequence[Mapping[str, Any]]) -> bytes:
         text = "".join(json.dumps(record, default=_plain) + "\n" for record in records).encode()
@@ -185,7 +206,7 @@ class Journal:
 
 
 def _locked(path: Path) -> FileIO:
-    """A file to append to that no other process has open so; what is written passes no buffer.
+    """Opens a file to append to, without a buffer, and locks it against other processes.
 
     Raises:
       ValueError: another process writes it.
@@ -207,7 +228,7 @@ def _locked(path: Path) -> FileIO:
 
 
 def _write(file: FileIO, data: bytes) -> None:
-    """Writes all of it, to the disk."""
+    """Writes all of the data and waits until it is on the disk."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) or 0 :]
@@ -220,6 +241,7 @@ def _plain(value: Any) -> Any:
 
 
 def _index(line: bytes) -> Any:
+    """Which record a line holds; None where it holds none."""
     try:
         return json.loads(line)["index"]
     except (ValueError, LookupError, TypeError):
@@ -227,7 +249,7 @@ def _index(line: bytes) -> Any:
 
 
 def _whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Lines that end, and where they do."""
+    """Lines that are complete, each with the offset of its end."""
     end = 0
     for line in file:
         if not line.endswith(b"\n"):
@@ -237,7 +259,7 @@ def _whole_lines(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Contents of whole gzip members, and where these end."""
+    """Contents of complete gzip members, each with the offset of its end."""
     end, rest = 0, b""
     while True:
         unpack, parts, used = zlib.decompressobj(wbits=31), [], 0
@@ -251,6 +273,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
             if not chunk:
                 return
             used += len(chunk)
+
+        # The last chunk may hold the beginning of the next member.
         rest = unpack.unused_data
         end += used - len(rest)
         yield b"".join(parts), end

@@ -1,4 +1,4 @@
-"""What a measurement ran on: hardware and versions."""
+"""What a measurement ran on: the hardware, and the versions of the packages."""
 
 import importlib.metadata
 import os

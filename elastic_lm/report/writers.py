@@ -1,4 +1,4 @@
-"""Where numbers go: JSON lines on disk, a progress line in the terminal, TensorBoard as an extra."""
+"""Where a run's numbers go: JSON lines on disk, a progress bar in the terminal, TensorBoard as an extra."""
 
 import importlib
 import json
@@ -14,22 +14,22 @@ from elastic_lm.files.atomic import write_text_whole
 
 
 class Writer(Protocol):
-    """Receives scalars."""
+    """What receives the scalars of a run."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values` at optimizer step `step`."""
         ...
 
     def close(self) -> None:
-        """Finishes what is buffered."""
+        """Writes out what is buffered."""
         ...
 
 
 class JsonlWriter:
     """Appends {"step": ..., name: value, ...} lines to a file.
 
-    Lines after `resume_step` are dropped when the file is opened: the steps they describe are about
-    to be run again.
+    Lines after `resume_step` are dropped when the file is opened, because the steps that they describe are
+    about to be run again.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -52,7 +52,9 @@ class ProgressWriter:
     """A live bar with loss, tokens per second and time left; plain lines where there is no terminal."""
 
     def __init__(self, total: int, start: int = 0) -> None:
-        self._total, self._first, self._began = total, start, time.monotonic()
+        self._total = total
+        self._first = start
+        self._began = time.monotonic()
         self._bar: rich.progress.Progress | None = None
         if sys.stdout.isatty():
             columns = ("{task.description}", rich.progress.BarColumn(), "{task.completed}/{task.total}")

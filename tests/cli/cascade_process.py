@@ -7,7 +7,7 @@ from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.function import Function
 from elastic_lm.cli.cascade.answering import answer_missing
-from elastic_lm.files.journal import Journal, count_rows, read_rows
+from elastic_lm.files.journal import Journal, count_records, read_records
 
 
 def swift(row: dict) -> Answer:
@@ -25,7 +25,7 @@ def main(data: str, out: str, pause: float) -> None:
 
     cascade = Cascade(Function(slow, batches=True), Function(super_), 50.0, batch_size=16)
     journal = Journal(out, {"data": data})
-    print(answer_missing(cascade, read_rows(data), journal, count_rows(data)).text())
+    print(answer_missing(cascade, read_records(data), journal, count_records(data)).text())
     journal.close()
 
 

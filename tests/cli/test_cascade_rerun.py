@@ -30,7 +30,7 @@ from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.cost.sequences import text_to_text_flops
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.files.fingerprints import SAMPLE, SAMPLES, checkpoint_fingerprint
-from elastic_lm.files.journal import Journal, read_rows
+from elastic_lm.files.journal import Journal, read_records
 from elastic_lm.models import registry as kinds
 from elastic_lm.models.registry import init_params
 
@@ -112,7 +112,7 @@ def test_rows_whose_write_is_interrupted_are_there_once(tmp_path: pathlib.Path, 
             answer_missing(cascade, rows, journal, 100)
     journal.close()
     journal = Journal(tmp_path / "o.jsonl", {})
-    assert journal.rows == 24
+    assert journal.records == 24
     answer_missing(cascade, rows, journal, 100)
     assert [line["index"] for line in journal.lines()] == list(range(100))
 
@@ -150,9 +150,9 @@ def test_outputs_are_names_whatever_the_order(pair: tuple, tmp_path: pathlib.Pat
     assert len(accuracies) == 1  # both models answer alike
     middle = fitted.curve[len(fitted.curve) // 2].threshold
     assert run(capsys, "run", *pair, "--threshold", middle, "--out", out)[0] == 0
-    lines = list(read_rows(out))
+    lines = list(read_records(out))
     assert {line["model"] for line in lines} == {"swift", "super"}
-    labels = [row["label"] for row in read_rows(pair[-1])]
+    labels = [row["label"] for row in read_records(pair[-1])]
     right = [line["output"] == label for line, label in zip(lines, labels, strict=True)]
     assert sum(right) / 20 == pytest.approx(*accuracies)
 
@@ -221,12 +221,12 @@ def test_a_service_that_was_down(folder: pathlib.Path, service: str, tmp_path: p
     answer = ("run", *models, "--threshold", 1e9, "--out", out)
     assert "every row failed, the first with" in run(capsys, *fit)[1]
     assert run(capsys, *answer)[0] == 0
-    assert {line["fallback"] for line in read_rows(out)} <= {"no", "yes"}
+    assert {line["fallback"] for line in read_records(out)} <= {"no", "yes"}
     down.clear()
     assert "every row failed" in run(capsys, *fit)[1]
     assert run(capsys, *fit, "--retry-failed")[0] == 0
     assert "20 rows had failed, 0 of them" in run(capsys, *answer, "--retry-failed")[1]
-    lines = list(read_rows(out))
+    lines = list(read_records(out))
     assert [line["index"] for line in lines] == list(range(20))
     assert all(line["output"] == "yes" and "error" not in line for line in lines)
 
@@ -303,7 +303,7 @@ def test_encoder_decoders_read_as_many_tokens_as_is_said(tmp_path: pathlib.Path,
     for longest in (7, 9, 5000):  # of 8 tokens and an end token; more than a model reads unless asked to
         out = tmp_path / f"{longest}.jsonl"
         assert run(capsys, *given, "--max-len", longest, "--out", out)[0] == 0
-        first, second = read_rows(out)
+        first, second = read_records(out)
         assert (first["score"] == second["score"]) == (longest == 7)
         costs[longest] = first["cost"]
     assert costs == {n: text_to_text_flops(config, min(n, 9), 1) for n in costs}

@@ -28,7 +28,7 @@ from elastic_lm.cli.cascade.models import make_pair
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data.tokenizer import train_bpe
-from elastic_lm.files.journal import Journal, read_rows
+from elastic_lm.files.journal import Journal, read_records
 from elastic_lm.models.registry import init_params
 from elastic_lm.models.task_heads import exit_encoder
 
@@ -69,7 +69,7 @@ def test_a_run_that_is_killed_loses_and_doubles_nothing(data: pathlib.Path, tmp_
     there = int(again.stderr.split()[0])
     assert 100 < there < ROWS
     assert f"{ROWS - there} records in" in again.stdout
-    assert list(read_rows(out)) == [expected(n) for n in range(ROWS)]
+    assert list(read_records(out)) == [expected(n) for n in range(ROWS)]
 
 
 def test_a_super_that_is_down_is_reported_and_the_rest_is_finished(
@@ -78,10 +78,10 @@ def test_a_super_that_is_down_is_reported_and_the_rest_is_finished(
     nobody = Endpoint("http://127.0.0.1:9/", retries=0, workers=4)
     swift = Function(lambda row: Answer(row["n"], {"energy": float(row["n"] % 100 != 7)}))
     journal = Journal(tmp_path / "out.jsonl", {})
-    statistics = answer_missing(Cascade(swift, nobody, 0.5, batch_size=64), read_rows(data), journal, ROWS)
+    statistics = answer_missing(Cascade(swift, nobody, 0.5, batch_size=64), read_records(data), journal, ROWS)
     journal.close()
     assert (statistics.records, statistics.to_super, statistics.failed) == (ROWS, 100, 100)
-    for n, line in enumerate(read_rows(tmp_path / "out.jsonl")):
+    for n, line in enumerate(read_records(tmp_path / "out.jsonl")):
         if n % 100 == 7:
             assert line["error"].startswith("http://127.0.0.1:9/: no answer after 1 tries")
             assert (line["output"], line["fallback"]) == (None, n)
@@ -157,11 +157,11 @@ def test_fit_then_run_and_run_again(
     assert fitted.measured is not None
     assert run("cascade", "run", *models, "--rule", rule, "--out", out) == 0
     assert "records in" in capsys.readouterr().out
-    lines = list(read_rows(out))
+    lines = list(read_records(out))
     assert [line["index"] for line in lines] == list(range(40))
     share = np.mean([line["model"] == "super" for line in lines])
     assert share == pytest.approx(fitted.measured.share_super)
-    labels = [row["label"] for row in read_rows(questions)]
+    labels = [row["label"] for row in read_records(questions)]
     right = [line["output"] == label for line, label in zip(lines, labels, strict=True)]
     assert np.mean(right) == pytest.approx(fitted.measured.accuracy)
     assert np.mean([line["cost"] for line in lines]) == pytest.approx(fitted.measured.cost)
@@ -206,7 +206,7 @@ def test_what_the_prompt_decides_is_decided_before_text_is_generated(
     middle = fitted.curve[len(fitted.curve) // 2]
     given = ("--score", "prompt_energy", "--threshold", repr(middle.threshold), "--out", out)
     assert run("cascade", "run", *models, *given) == 0
-    lines = list(read_rows(out))
+    lines = list(read_records(out))
     assert {line["model"] for line in lines} == {"swift", "super"}
     assert np.mean([line["cost"] for line in lines]) == pytest.approx(middle.cost)
 
@@ -242,7 +242,7 @@ def test_an_exit_of_an_encoder_is_a_swift(
     for swift in (("--swift", encoders["exit"]), ("--swift-exit", 1)):
         out = tmp_path / f"{len(lines)}.jsonl"
         assert run("cascade", "run", *swift, *pair, "--threshold", middle.threshold, "--out", out) == 0
-        lines.append(list(read_rows(out)))
+        lines.append(list(read_records(out)))
     apart, inside = lines
     saved = [a.pop("cost") - b.pop("cost") for a, b in zip(apart, inside, strict=True)]
     assert [saving > 0 for saving in saved] == [line["model"] == "super" for line in inside]

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from elastic_lm.files.journal import Journal, count_rows, read_rows
+from elastic_lm.files.journal import Journal, count_records, read_records
 
 RUN = {"swift": "a", "threshold": 1.5}
 
@@ -19,7 +19,7 @@ def path(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path
 
 
 def lines(path: pathlib.Path) -> list[int]:
-    return [row["index"] for row in read_rows(path)]
+    return [row["index"] for row in read_records(path)]
 
 
 def write(path: pathlib.Path, *batches: range) -> None:
@@ -35,7 +35,7 @@ def test_every_end_of_a_process_keeps_whole_rows(path: pathlib.Path) -> None:
     for size in range(len(data) + 1):  # killed after any byte
         path.write_bytes(data[:size])
         journal = Journal(path, RUN)
-        kept = journal.rows
+        kept = journal.records
         journal.append([{"index": i} for i in range(kept, 9)])
         journal.close()
         assert lines(path) == list(range(9))
@@ -75,7 +75,7 @@ def test_a_write_that_fails_is_not_repeated(path: pathlib.Path, monkeypatch, err
     journal.close()
     assert lines(path) == [0, 1]
     journal = Journal(path, RUN)
-    assert journal.rows == 2
+    assert journal.records == 2
     journal.close()
 
 
@@ -85,7 +85,7 @@ def test_what_follows_damage_is_done_again(path: pathlib.Path, capsys: pytest.Ca
     write(other := path.with_name("other" + path.suffix), range(2))
     path.write_bytes(whole + other.read_bytes())  # rows 0 and 1 once more
     journal = Journal(path, RUN)
-    assert journal.rows == 6
+    assert journal.records == 6
     journal.append([{"index": 6}])
     journal.close()
     assert lines(path) == list(range(7))
@@ -96,7 +96,7 @@ def test_a_line_in_the_middle(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "out.jsonl"
     write(path, range(3))
     path.write_text(path.read_text().replace('"index": 1', '"index": 7'))
-    assert Journal(path, RUN).rows == 1
+    assert Journal(path, RUN).records == 1
     assert lines(path) == [0]
 
 
@@ -122,7 +122,7 @@ def test_lines_are_replaced_at_once(path: pathlib.Path, monkeypatch: pytest.Monk
         Journal(path, RUN)
     journal.append([{"index": 6}])
     journal.close()
-    found = list(read_rows(path))
+    found = list(read_records(path))
     assert [row["index"] for row in found] == list(range(7))
     assert [row.get("output") for row in found[:4]] == ["", "new", "xx", "xxx"]
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name, f"{path.name}.run.json"]
@@ -138,19 +138,19 @@ def test_rows_and_what_is_none(tmp_path: pathlib.Path) -> None:
     plain.write_text(text, encoding="utf-8")
     packed.write_bytes(gzip.compress(text.encode()))
     for path in (plain, packed):
-        assert list(read_rows(path)) == [{"a": 1}, {"a": "é"}]
-        assert count_rows(path) == 2
+        assert list(read_records(path)) == [{"a": 1}, {"a": "é"}]
+        assert count_records(path) == 2
     plain.write_text('{"a": 1}\n[1]\n')
     with pytest.raises(ValueError, match=r"in.jsonl line 2.*must be a JSON object"):
-        list(read_rows(plain))
+        list(read_records(plain))
     plain.write_text('{"a": 1}\n{"a"\n')
     with pytest.raises(ValueError, match=r"in.jsonl line 2: not JSON"):
-        list(read_rows(plain))
+        list(read_records(plain))
     packed.write_bytes(packed.read_bytes()[:-5])
     with pytest.raises(ValueError, match="not a complete gzip file"):
-        list(read_rows(packed))
+        list(read_records(packed))
     with pytest.raises(FileNotFoundError):
-        list(read_rows(tmp_path / "none"))
+        list(read_records(tmp_path / "none"))
 
 
 def test_other_outputs_become_json(tmp_path: pathlib.Path) -> None:

@@ -21,7 +21,7 @@ from elastic_lm.cost.sequences import text_to_text_flops
 from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.decode.seq2seq import TextToText
-from elastic_lm.files.journal import read_rows
+from elastic_lm.files.journal import read_records
 from elastic_lm.models.registry import init_params
 from elastic_lm.train.config import TaskRun, TrainConfig
 from elastic_lm.train.run import fit
@@ -93,7 +93,7 @@ def test_it_reads_what_text_to_text_reads(run: TaskRun, folder: Path, trained: d
         iter(labelled.eval_batches(run.task, tokenizer, ("neg", "pos"), model.config.pad_id, model.config))
     )
     logits = task_logits(model.config, params, TaskBatch(**batch))
-    texts = ["review: " + row["review"] for row in read_rows(folder / "dev.jsonl")][:16]
+    texts = ["review: " + row["review"] for row in read_records(folder / "dev.jsonl")][:16]
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, TextToText(model, params, tokenizer).encoder_logits(texts), atol=1e-5)
 
@@ -136,11 +136,11 @@ def test_route_asks_the_head_and_decodes_only_what_is_kept(
     middle = fitted.curve[len(fitted.curve) // 2]
     dataclasses.replace(fitted, threshold=middle.threshold).save(rule)
     assert cli.main([str(a) for a in ("cascade", "run", *models, "--rule", rule, "--out", out)]) == 0
-    lines = list(read_rows(out))
+    lines = list(read_records(out))
     assert {line["model"] for line in lines} == {"swift", "super"}
     assert np.mean([line["cost"] for line in lines]) == pytest.approx(middle.cost)
     tokenizer = Tokenizer.load(folder / "run" / "model")
-    for line, row in zip(lines, read_rows(folder / "dev.jsonl"), strict=True):
+    for line, row in zip(lines, read_records(folder / "dev.jsonl"), strict=True):
         read = len(tokenizer.encode("review: " + row["review"])) + len(tokenizer.eos_ids[:1])
         whole = text_to_text_flops(super_, read, 1)
         known = text_to_text_flops(super_, read, 0) if line["model"] == "super" else 0

@@ -33,7 +33,7 @@ def answer_missing(
     Returns:
       What this pass cost.
     """
-    done = journal.rows
+    done = journal.records
     if done:
         print(f"{done} of {total} rows are there already", file=sys.stderr)
 
@@ -50,7 +50,7 @@ def answer_missing(
             journal.append(batch)
             if time.monotonic() - shown > PROGRESS_SECONDS:
                 shown = time.monotonic()
-                show_progress(progress, journal.rows, results.statistics())
+                show_progress(progress, journal.records, results.statistics())
     finally:
         journal.append(waiting)
         progress.close()

@@ -101,7 +101,7 @@ def run(options: Options) -> None:
     from elastic_lm.cascade.scores import Scoring
     from elastic_lm.cli.cascade.identity import answers_path, fingerprints, fit_identity
     from elastic_lm.files.atomic import prepare_output
-    from elastic_lm.files.journal import Journal, read_rows
+    from elastic_lm.files.journal import Journal, read_records
 
     risk = None
     if options.risk is not None:
@@ -109,7 +109,7 @@ def run(options: Options) -> None:
     scoring = Scoring(**options.given(("temperature", "centre")))
     for path in (options.out, options.plot):
         prepare_output(path)
-    rows = list(read_rows(options.data))
+    rows = list(read_records(options.data))
     require(bool(rows), "--data", options.data, "holds no row")
 
     found = fingerprints(options)

@@ -61,10 +61,10 @@ def run(options: Options) -> None:
     from elastic_lm.cli.cascade.lines import result_line
     from elastic_lm.cli.cascade.models import make_pair
     from elastic_lm.cli.cascade.quality import written_names
-    from elastic_lm.files.journal import Journal, count_rows, read_rows
+    from elastic_lm.files.journal import Journal, count_records, read_records
 
     rule = chosen_rule(options)
-    first = next(read_rows(options.data), None)
+    first = next(read_records(options.data), None)
     require(first is not None, "--data", options.data, "holds no row")
     assert first is not None
 
@@ -76,8 +76,8 @@ def run(options: Options) -> None:
         cascade = Cascade(*pair, rule, batch_size=options.batch_size)
         line = functools.partial(result_line, names=written_names(*pair))
         if options.retry_failed:
-            answer_failed(cascade, read_rows(options.data), journal, line)
-        rows, count = read_rows(options.data), count_rows(options.data)
+            answer_failed(cascade, read_records(options.data), journal, line)
+        rows, count = read_records(options.data), count_records(options.data)
         statistics = answer_missing(cascade, rows, journal, count, line)
 
     print(statistics.text())
