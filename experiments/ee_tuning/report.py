@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.report.plots import SpeedPoint, exit_depths, quality_speed
+import elastic_lm as el
 
 HERE = Path(__file__).parent
 
@@ -120,7 +120,7 @@ def draw(runs: list[dict[str, Any]]) -> None:
     for i, point in enumerate(runs[0]["teacher_forced"]["max_prob"]):
         points = [run["teacher_forced"]["max_prob"][i] for run in runs]
         calibrated.append(
-            SpeedPoint(
+            el.evaluate.SpeedPoint(
                 statistics.mean(p["agreement"] for p in points),
                 n_layers / statistics.mean(p["mean_layers"] for p in points),
                 f"{100 * point['target']:g} %",
@@ -130,8 +130,12 @@ def draw(runs: list[dict[str, Any]]) -> None:
         points = [run["one_threshold"][i] for run in runs]
         agreement = statistics.mean(p["agreement"] for p in points)
         if agreement >= 0.85:
-            shared.append(SpeedPoint(agreement, n_layers / statistics.mean(p["mean_layers"] for p in points)))
-    quality_speed(
+            shared.append(
+                el.evaluate.SpeedPoint(
+                    agreement, n_layers / statistics.mean(p["mean_layers"] for p in points)
+                )
+            )
+    el.evaluate.quality_speed(
         {"calibrated, one threshold per exit": calibrated, "one threshold for all exits": shared},
         HERE / "curve.png",
         title="stories260K with exits after layers 2 and 3, test stories",
@@ -141,7 +145,9 @@ def draw(runs: list[dict[str, Any]]) -> None:
     point = next(p for p in runs[0]["teacher_forced"]["max_prob"] if p["target"] == 0.95)
     tokens = runs[0]["test_tokens"]
     counts = {d: round(share * tokens) for d, share in zip(depths, point["shares"], strict=True)}
-    exit_depths(counts, n_layers, HERE / "depths.png", title="Where test tokens leave at the 95 % target")
+    el.evaluate.exit_depths(
+        counts, n_layers, HERE / "depths.png", title="Where test tokens leave at the 95 % target"
+    )
 
 
 if __name__ == "__main__":

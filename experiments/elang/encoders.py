@@ -2,13 +2,14 @@
 
 A seed draws which rows of the training file are learned and which choose thresholds, and the heads. Swift is
 either a model of its own, tuned and distilled from the Super, or an exit of the Super, after as many layers,
-that was trained along with it: routed rows go on from there.
+that was trained along with it: the Super goes on from there with the rows that it is asked for.
 """
 
 import dataclasses
 import functools
 import importlib.util
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,12 @@ import jax
 import numpy as np
 from study import Columns, relative_times, scored, settled
 
-from elastic_lm.config.encoder import EncoderConfig
-from elastic_lm.config.task import TaskConfig
+import elastic_lm as el
 from elastic_lm.cost.sequences import encoder_flops
 from elastic_lm.data import labelled
-from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models.task_heads import exit_encoder
-from elastic_lm.train.config import TaskRun, TrainConfig
 from elastic_lm.train.run import MODEL_FOLDER
-from elastic_lm.train.tasks.run import fit_task, load_of
+from elastic_lm.train.tasks.answers import load_of
 from elastic_lm.train.tasks.tuning import TaskBatch, task_logits
 
 HELD_BACK = 1000  # training rows that choose thresholds
@@ -41,7 +39,7 @@ class Task:
 
     train: str
     test: str
-    fields: dict[str, str]
+    fields: dict[str, Any]
     max_len: int
     steps: int
     layers: int
@@ -97,12 +95,12 @@ def measured(name: str, data: Path, out: Path, seed: int) -> dict[str, Columns]:
 
     def separate() -> Columns:
         super_ = make("super", init_from=pretrained(), lr=1e-4)
-        taught = {"init_layers": task.layers, "teacher_from": super_, "distil": 0.5, "temperature": 2.0}
-        swift = make("swift", init_from=pretrained(), lr=4e-4, **taught)
+        taught = {"teacher_from": super_, "distil": 0.5, "temperature": 2.0}
+        swift = make("swift", taught=taught, init_from=pretrained(), init_layers=task.layers, lr=4e-4)
         return columns(task, data, folder, {"swift": swift, "super": super_}, seed)
 
     def nested() -> Columns:
-        both = make("both", (task.layers,), init_from=pretrained(), lr=1e-4)
+        both = make("both", exits=(task.layers,), init_from=pretrained(), lr=1e-4)
         return columns(task, data, folder, {"super": both}, seed)
 
     pairs = {"separate": separate, "nested": nested}
@@ -110,19 +108,25 @@ def measured(name: str, data: Path, out: Path, seed: int) -> dict[str, Columns]:
 
 
 def trained(
-    task: Task, data: Path, folder: Path, seed: int, name: str, exits: tuple[int, ...] = (), **fields: Any
+    task: Task,
+    data: Path,
+    folder: Path,
+    seed: int,
+    name: str,
+    *,
+    exits: tuple[int, ...] = (),
+    taught: Mapping[str, Any] | None = None,
+    **fields: Any,
 ) -> str:
-    """Folder of a finished model."""
+    """Folder of a finished model; `taught` are options of distillation, `fields` others of training."""
     model = folder / name / MODEL_FOLDER
     if not model.is_dir():
-        train = TrainConfig(
-            method="task_tuning",
+        train = el.TrainConfig(
             steps=task.steps,
             warmup=task.steps // 10,
             schedule="linear",
             min_lr=0.0,
             weight_decay=0.01,
-            z_loss=1e-4,
             eval_every=0,
             eval_batches=4,
             save_every=100,
@@ -130,14 +134,19 @@ def trained(
             seed=seed,
             **fields,
         )
-        run = TaskRun(task_config(task, data, folder, seed), train, exits=exits)
-        fit_task(run, folder / name)
+        run = el.TaskRun(
+            task=task_config(task, data, folder, seed),
+            train=train,
+            method=el.train.TaskTuningConfig(z_loss=1e-4, **(taught or {})),
+            exits=exits,
+        )
+        el.train.fit(run, folder / name)
     return str(model)
 
 
-def task_config(task: Task, data: Path, folder: Path, seed: int) -> TaskConfig:
+def task_config(task: Task, data: Path, folder: Path, seed: int) -> el.TaskConfig:
     """Files of a seed."""
-    return TaskConfig(
+    return el.TaskConfig(
         paths=(str(folder / "train.jsonl"),),
         eval_paths=(str(folder / "fit.jsonl"),),
         max_len=task.max_len,
@@ -159,7 +168,7 @@ def columns(task: Task, data: Path, folder: Path, places: dict[str, str], seed: 
       seed: of the random score.
     """
     config = task_config(task, data, folder, seed)
-    models = {name: load_of(EncoderConfig, name, path) for name, path in places.items()}
+    models = {name: load_of(el.EncoderConfig, name, path) for name, path in places.items()}
     shared = "swift" not in models
     if shared:
         models["swift"] = exit_encoder(*models["super"], task.layers)
@@ -167,7 +176,7 @@ def columns(task: Task, data: Path, folder: Path, places: dict[str, str], seed: 
     test = dataclasses.replace(config, eval_paths=(str(data / f"{task.test}.jsonl"),))
     for split_name, part in {"fit": config, "test": test}.items():
         big = models["super"][0]
-        batches = list(labelled.eval_batches(part, Tokenizer.load(pretrained()), big.labels, big.pad_id))
+        batches = list(labelled.eval_batches(part, el.Tokenizer.load(pretrained()), big.labels, big.pad_id))
         placed = [TaskBatch(**batch) for batch in batches]
         logits = {name: answers(*model, placed) for name, model in models.items()}
         there = np.concatenate([b["weights"] for b in batches]) > 0
@@ -185,7 +194,7 @@ def columns(task: Task, data: Path, folder: Path, places: dict[str, str], seed: 
     return found
 
 
-def answers(config: EncoderConfig, params: Any, batches: list[TaskBatch]) -> np.ndarray:
+def answers(config: el.EncoderConfig, params: Any, batches: list[TaskBatch]) -> np.ndarray:
     """[N, C] logits of all rows."""
     return np.concatenate([jax.device_get(_logits(config, params, batch)) for batch in batches])
 

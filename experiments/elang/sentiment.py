@@ -12,14 +12,9 @@ from typing import Any
 from encoders import HELD_BACK, split
 from study import Columns, answered, settled
 
-from elastic_lm.cascade.multiple_choice import MultipleChoice
-from elastic_lm.cascade.shared_model import shared_multiple_choice
-from elastic_lm.checkpoints.loading import load
-from elastic_lm.config.data import DataConfig
-from elastic_lm.config.model import ExitConfig
-from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.train.config import RunConfig, TrainConfig
-from elastic_lm.train.run import MODEL_FOLDER, fit
+import elastic_lm as el
+from elastic_lm.checkpoints.loading import load_decoder
+from elastic_lm.train.run import MODEL_FOLDER
 
 STEPS, NESTED_STEPS = 500, 150  # of 8192 tokens
 LAYERS = 2
@@ -43,14 +38,20 @@ def measured(data: Path, out: Path, base: str, seed: int) -> dict[str, Columns]:
     split(data / f"{NAME}_train.jsonl", folder, seed)
     make = functools.partial(trained, folder, seed)
 
-    def separate() -> dict[str, MultipleChoice]:
+    def separate() -> dict[str, el.cascade.MultipleChoice]:
         whole = make("super", init_from=base, lr=1e-3)
         small = make("swift", init_from=base, init_layers=LAYERS, lr=2e-3)
         return {"swift": choice(small), "super": choice(whole)}
 
-    def inside() -> dict[str, MultipleChoice]:
-        exit_ = (ExitConfig(LAYERS, "norm", tied=True),)
-        both = make("both", exit_, init_from=base, method="joint", lr=1e-3, steps=NESTED_STEPS)
+    def inside() -> dict[str, el.cascade.MultipleChoice]:
+        both = make(
+            "both",
+            exits=(el.ExitConfig(LAYERS, "norm", tied=True),),
+            method=el.depth.JointTrainingConfig(),
+            init_from=base,
+            lr=1e-3,
+            steps=NESTED_STEPS,
+        )
         return nested(both, LAYERS)
 
     pairs = {"separate": separate, "nested": inside}
@@ -60,30 +61,44 @@ def measured(data: Path, out: Path, base: str, seed: int) -> dict[str, Columns]:
     }
 
 
-def trained(folder: Path, seed: int, name: str, exits: tuple[ExitConfig, ...] = (), **fields: Any) -> str:
-    """Folder of a finished model."""
+def trained(
+    folder: Path,
+    seed: int,
+    name: str,
+    *,
+    exits: tuple[el.ExitConfig, ...] = (),
+    method: el.train.MethodConfig | None = None,
+    **fields: Any,
+) -> str:
+    """Folder of a finished model; `fields` are options of training."""
     model = folder / name / MODEL_FOLDER
     if not model.is_dir():
         paths = {"paths": (str(folder / "train.jsonl"),), "eval_paths": (str(folder / "fit.jsonl"),)}
-        shape = {"seq_len": 256, "batch_size": 32, "packing": "first_fit", "seed": seed}
+        shape: dict[str, Any] = {"seq_len": 256, "batch_size": 32, "packing": "first_fit", "seed": seed}
         steps = fields.setdefault("steps", STEPS)
         fields |= {"warmup": steps // 10, "eval_every": 0, "save_every": 250, "keep": 1}
-        train = TrainConfig(seed=seed, **fields)
-        run = RunConfig(exits=exits, data=DataConfig(source="instruction", **paths, **shape), train=train)
-        fit(run, folder / name)
+        run = el.RunConfig(
+            exits=exits,
+            data=el.DataConfig(source="instruction", **paths, **shape),
+            method=method or el.train.PretrainingConfig(),
+            train=el.TrainConfig(seed=seed, **fields),
+        )
+        el.train.fit(run, folder / name)
     return str(model)
 
 
-def choice(folder: str) -> MultipleChoice:
+def choice(folder: str) -> el.cascade.MultipleChoice:
     """A model that chooses the sentiment."""
-    model, params = load(folder)
-    return MultipleChoice(model, params, Tokenizer.load(folder), **HOW)
+    model, params = load_decoder(folder)
+    return el.cascade.MultipleChoice(model, params, el.Tokenizer.load(folder), **HOW)
 
 
-def nested(folder: str, layer: int) -> dict[str, MultipleChoice]:
+def nested(folder: str, layer: int) -> dict[str, el.cascade.MultipleChoice]:
     """An exit and the model that it is part of."""
-    model, params = load(folder)
-    swift, super_ = shared_multiple_choice(model, params, Tokenizer.load(folder), exit=layer, **HOW)
+    model, params = load_decoder(folder)
+    swift, super_ = el.cascade.shared_multiple_choice(
+        model, params, el.Tokenizer.load(folder), exit=layer, **HOW
+    )
     return {"swift": swift, "super": super_}
 
 

@@ -3,22 +3,16 @@
 The quality of a translation is its sentence's chrF (Popovic 2015, by sacrebleu), in [0, 1].
 """
 
+import dataclasses
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import sacrebleu
 from study import Columns, answered, settled
 
-from elastic_lm.cascade.text_answerer import TextAnswerer
-from elastic_lm.checkpoints.loading import load
-from elastic_lm.config.parse import from_dict
-from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.seq2seq import TextToText
-from elastic_lm.train.config import TaskRun
+import elastic_lm as el
 from elastic_lm.train.run import MODEL_FOLDER
-from elastic_lm.train.tasks.run import fit_task
 
 RECIPE = Path(__file__).parents[2] / "configs" / "translation.py"
 STEPS = 500
@@ -32,20 +26,26 @@ def measured(data: Path, out: Path, seed: int) -> dict[str, Columns]:
 
     def separate() -> Columns:
         super_ = trained(data, folder, seed, "super")
-        swift = trained(data, folder, seed, "swift", super_, teacher_from=super_, distil=0.5)
+        taught = {"teacher_from": super_, "distil": 0.5}
+        swift = trained(data, folder, seed, "swift", tokenizer=super_, **taught)
         return columns(data, swift, super_, seed)
 
     return {"separate": settled(folder / "separate.json", separate)}
 
 
-def trained(data: Path, folder: Path, seed: int, size: str, tokenizer: str = "", **train: Any) -> str:
-    """Folder of a finished model."""
+def trained(data: Path, folder: Path, seed: int, size: str, *, tokenizer: str = "", **taught: Any) -> str:
+    """Folder of a finished model; `taught` are options of distillation."""
     model = folder / size / MODEL_FOLDER
     if not model.is_dir():
-        config = runpy.run_path(str(RECIPE))["get_config"](f"{data},{size}").to_dict()
-        config["task"] |= {"seed": seed, "tokenizer": tokenizer}
-        config["train"] |= {"steps": STEPS, "seed": seed, "eval_every": 0, "keep": 1, **train}
-        fit_task(from_dict(TaskRun, config), folder / size)
+        run = el.train.load_config(f"{RECIPE}:{data},{size}")
+        assert isinstance(run, el.TaskRun)
+        own: dict[str, Any] = {
+            "task": {"seed": seed, "tokenizer": tokenizer},
+            "method": taught,
+            "train": {"steps": STEPS, "seed": seed, "eval_every": 0, "keep": 1},
+        }
+        sections = {name: dataclasses.replace(getattr(run, name), **new) for name, new in own.items()}
+        el.train.fit(dataclasses.replace(run, **sections), folder / size)
     return str(model)
 
 
@@ -59,12 +59,12 @@ def columns(data: Path, swift: str, super_: str, seed: int) -> Columns:
     return answered(answerers, rows, lambda row, text: chrf(text, row["de"]), seed)
 
 
-def answerer(folder: str) -> TextAnswerer:
+def answerer(folder: str) -> el.cascade.TextAnswerer:
     """A model that translates the English of rows."""
-    model, params = load(folder)
-    return TextAnswerer(
-        TextToText(model, params, Tokenizer.load(folder)), MOST, template="{en}", batch_size=128
-    )
+    model, params = el.load(folder)
+    assert isinstance(model, el.EncoderDecoder)
+    texts = el.TextToText(model, params, el.Tokenizer.load(folder))
+    return el.cascade.TextAnswerer(texts, MOST, template="{en}", batch_size=128)
 
 
 def chrf(text: str, reference: str) -> float:

@@ -8,19 +8,17 @@ router starts from is `elastic_model(study)`.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from routed import by_token, static
 from study import MENU, MODEL_FOLDER, Measurement, Model, Study, losses, own_loss
 
+import elastic_lm as el
 from elastic_lm.checkpoints.native import save_model
-from elastic_lm.config.subnet import Menu, Subnet
-from elastic_lm.cost.counted import CostTable
-from elastic_lm.width.elastic_training import uniform_subnets
-from elastic_lm.width.search import greedy, knapsack, measured_damage, random_subnets, uniform_subnet
-from elastic_lm.width.slicing import slice_params
+from elastic_lm.width import greedy, knapsack, measured_damage, random_subnets, uniform_subnet
 
 Arm = Callable[[Study], list[Measurement]]
-MLP_ONLY = Menu(mlp=MENU.mlp, heads=(1.0,))
+MLP_ONLY = el.Menu(mlp=MENU.mlp, heads=(1.0,))
 
 
 def zero_shot(study: Study) -> list[Measurement]:
@@ -53,43 +51,34 @@ def elastic(study: Study) -> list[Measurement]:
     return rows
 
 
-def uniform_within(study: Study, share: float) -> list[Subnet]:
+def uniform_within(study: Study, share: float) -> list[el.Subnet]:
     """All uniform sub-networks of a budget."""
-    subnets = uniform_subnets(study.config, MENU).values()
+    subnets = el.width.uniform_subnets(study.config, MENU).values()
     most = study.budget(share).amount
     return [s for s in subnets if study.table.total(study.config, MENU, s) <= most]
 
 
 def elastic_model(study: Study) -> Model:
     """The elastically trained model, its neurons and heads in the order of the ranked base."""
-    study.ranked()
     s = study.settings
-    train = dataclasses.replace(
-        study.recipe,
-        method="flextron",
-        init_from=str(study.folder / "ranked" / MODEL_FOLDER),
-        menu_mlp=MENU.mlp,
-        menu_heads=MENU.heads,
-        samples=s.samples,
-        smallest_share=s.smallest_share,
-        distil=s.distil,
-        teacher=s.teacher if s.distil else "live",
+    teacher: Any = s.teacher if s.distil else "live"
+    method = el.width.ElasticTrainingConfig(
+        menu=MENU, samples=s.samples, smallest_share=s.smallest_share, distil=s.distil, teacher=teacher
     )
-    return study.trained("elastic", train)
+    return study.trained("elastic", from_ranked(study), method)
 
 
 def matformer(study: Study) -> list[Measurement]:
     """MatFormer's training: one width of all MLPs per step, the whole one among them."""
+    method = el.width.ElasticTrainingConfig(menu=MLP_ONLY, draw="one_per_step")
+    model = study.trained("matformer", from_ranked(study), method)
+    return uniform_rows(study, "matformer", model, MLP_ONLY)
+
+
+def from_ranked(study: Study) -> el.TrainConfig:
+    """A training of the ranked base, which is made where it is missing."""
     study.ranked()
-    train = dataclasses.replace(
-        study.recipe,
-        method="flextron",
-        init_from=str(study.folder / "ranked" / MODEL_FOLDER),
-        draw="one_per_step",
-        menu_mlp=MLP_ONLY.mlp,
-        menu_heads=MLP_ONLY.heads,
-    )
-    return uniform_rows(study, "matformer", study.trained("matformer", train), MLP_ONLY)
+    return dataclasses.replace(study.recipe, init_from=str(study.folder / "ranked" / MODEL_FOLDER))
 
 
 def scratch(study: Study) -> list[Measurement]:
@@ -97,7 +86,7 @@ def scratch(study: Study) -> list[Measurement]:
     s, rows = study.settings, []
     train = dataclasses.replace(study.recipe, optimizer="muon", lr=s.scratch_lr)
     for share, subnet in alone(study):
-        model = study.trained(f"scratch_{share:g}", train, subnet.sliced(study.config))
+        model = study.trained(f"scratch_{share:g}", train, model=subnet.sliced(study.config))
         rows.append(study.row("scratch", "alone", share, subnet, own_loss(model, study.held_out)))
     return rows
 
@@ -108,23 +97,23 @@ def tuned_slices(study: Study) -> list[Measurement]:
     for share, subnet in alone(study):
         start = study.folder / f"slice_{share:g}" / "start"
         if not start.is_dir():
-            save_model(start, *slice_params(*study.ranked(), subnet), study.tokenizer)
+            save_model(start, *el.slice_params(*study.ranked(), subnet), study.tokenizer)
         train = dataclasses.replace(study.recipe, lr=s.slice_lr, init_from=str(start))
         model = study.trained(f"slice_{share:g}", train)
         rows.append(study.row("slice", "alone", share, subnet, own_loss(model, study.held_out)))
     return rows
 
 
-def alone(study: Study) -> list[tuple[float, Subnet]]:
+def alone(study: Study) -> list[tuple[float, el.Subnet]]:
     """The uniform sub-networks that models are trained alone for."""
     given = (study.config, MENU, study.table)
     return [(share, uniform_subnet(*given, study.budget(share))) for share in study.settings.alone]
 
 
-def uniform_rows(study: Study, arm: str, model: Model, menu: Menu = MENU) -> list[Measurement]:
-    """The whole model, and the dearest uniform sub-network of every budget that the menu can meet."""
+def uniform_rows(study: Study, arm: str, model: Model, menu: el.Menu = MENU) -> list[Measurement]:
+    """The whole model, and the largest uniform sub-network within each budget that the menu can meet."""
     loss, table = losses(model, study.held_out), of_menu(study.table, menu)
-    full = Subnet.full(study.config)
+    full = el.Subnet.full(study.config)
     rows = [study.row(arm, "full", 1.0, full, loss(full))]
     for share in study.affordable(menu, table):
         subnet = uniform_subnet(study.config, menu, table, study.budget(share))
@@ -132,7 +121,7 @@ def uniform_rows(study: Study, arm: str, model: Model, menu: Menu = MENU) -> lis
     return rows
 
 
-def of_menu(table: CostTable, menu: Menu) -> CostTable:
+def of_menu(table: el.width.CostTable, menu: el.Menu) -> el.width.CostTable:
     """The costs of `MENU` that a menu with the same MLPs and the last of its heads has."""
     return dataclasses.replace(table, attention=tuple(a[-len(menu.heads) :] for a in table.attention))
 

@@ -73,7 +73,7 @@ def full_losses(run: dict[str, Any]) -> dict[str, float]:
 
 
 def grouped(runs: Runs) -> Values:
-    """Rows of sub-networks by method and budget, dearest budget first."""
+    """Rows of sub-networks by method and budget, the largest budget first."""
     found: Values = {}
     for run in runs:
         for row in run["rows"]:
@@ -97,7 +97,7 @@ def full_table(runs: Runs) -> str:
 
 
 def names(found: Values) -> tuple[list[str], list[float]]:
-    """(methods, budgets from the dearest)."""
+    """(methods, budgets from the largest)."""
     return list(dict.fromkeys(m for m, _ in found)), sorted({b for _, b in found}, reverse=True)
 
 

@@ -7,36 +7,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from study import MODEL_FOLDER, Measurement, Study, losses
+from study import MODEL_FOLDER, Measurement, Model, Study, losses
 
+import elastic_lm as el
 from elastic_lm.bench.timing import interleave
-from elastic_lm.config.subnet import Subnet
-from elastic_lm.decode.sampler import Sampler
-from elastic_lm.models.decoder import Decoder, stack_layers
-from elastic_lm.train.config import TrainConfig
-from elastic_lm.width.chooser import SubnetChooser
-from elastic_lm.width.router_training import ROUTERS, RouterTraining
-from elastic_lm.width.trained_routers import Routers
+from elastic_lm.models.decoder import stack_layers
+from elastic_lm.width.router_training import ROUTERS
 
 STEPS, LR, WIDTH = 80, 1e-2, 256
 TOKENS, ROUNDS = 64, 7
 
 
-def recipe(study: Study, elastic: str, **fields: Any) -> TrainConfig:
-    """How routers are trained: budgets in milliseconds of this study's table."""
-    return dataclasses.replace(
+def trained(study: Study, name: str, **fields: Any) -> Model:
+    """The elastic model with trained routers beside it; budgets are milliseconds of this study's table."""
+    train = dataclasses.replace(
         study.recipe,
-        method="routers",
-        init_from=str(study.folder / elastic / MODEL_FOLDER),
-        budgets=(*sorted(study.settings.budgets), 1.0),
-        priced="latency_ms",
-        latency_table=str(study.folder.parent / "latency.json"),
+        init_from=str(study.folder / "elastic" / MODEL_FOLDER),
         steps=STEPS,
         warmup=5,
         lr=LR,
         weight_decay=0.0,
+    )
+    method = el.width.RouterTrainingConfig(
+        budgets=(*sorted(study.settings.budgets), 1.0),
+        priced="latency_ms",
+        latency_table=str(study.folder.parent / "latency.json"),
         **fields,
     )
+    return study.trained(name, train, method)
 
 
 def static(study: Study) -> list[Measurement]:
@@ -45,9 +43,9 @@ def static(study: Study) -> list[Measurement]:
     schemes: dict[str, Any] = {"end to end": {}, "surrogate": {"scheme": "surrogate"}}
     for how, fields in schemes.items():
         name = f"router_{how.replace(' ', '_')}"
-        model = study.trained(name, recipe(study, "elastic", **fields))
+        model = trained(study, name, **fields)
         loss = losses(model, study.held_out)
-        routers = Routers.load(study.folder / name / MODEL_FOLDER, study.config, study.table)
+        routers = el.width.Routers.load(study.folder / name / MODEL_FOLDER, study.config, study.table)
         for share in study.settings.budgets:
             budget = study.budget(share)
             subnet, own = routers.subnet(budget), routers.own(budget)
@@ -59,10 +57,11 @@ def static(study: Study) -> list[Measurement]:
 
 def by_token(study: Study) -> list[Measurement]:
     """Widths chosen for every token, tilted to meet each budget on average over held-out text."""
-    fields: dict[str, Any] = {"reads": "hidden", "router_width": 32}
-    model = study.trained("router_by_token", recipe(study, "elastic", **fields))
-    routers = Routers.load(study.folder / "router_by_token" / MODEL_FOLDER, study.config, study.table)
-    training = RouterTraining(routers.shape, study.table, STEPS)
+    model = trained(study, "router_by_token", reads="hidden", router_width=32)
+    routers = el.width.Routers.load(
+        study.folder / "router_by_token" / MODEL_FOLDER, study.config, study.table
+    )
+    training = el.width.RouterTraining(shape=routers.shape, table=study.table, steps=STEPS)
     params = {**stack_layers(model[1]), ROUTERS: routers.params}
     measured = jax.jit(lambda batch, share, tilt: _loss_and_cost(training, params, batch, share, tilt))
     rows = []
@@ -76,26 +75,26 @@ def by_token(study: Study) -> list[Measurement]:
     return rows
 
 
-def _loss_and_cost(training: RouterTraining, params: Any, batch: Any, share: Any, tilt: Any) -> Any:
+def _loss_and_cost(training: el.width.RouterTraining, params: Any, batch: Any, share: Any, tilt: Any) -> Any:
     share_B = jnp.full(batch.tokens.shape[:1], share)
     hidden, picked = training.forward(params, batch, share_B, tilt=tilt)
     sums = training.token_sums(params, batch, hidden)
     return jnp.stack([jnp.sum(sums.loss), jnp.sum(sums.weight), jnp.mean(training.costs(picked))])
 
 
-def _relative_time(study: Study, model: Any, routers: Routers, share: float) -> float:
+def _relative_time(study: Study, model: Any, routers: el.width.Routers, share: float) -> float:
     """Measured time per token of generated text against the whole model's, in turns."""
-    elastic = SubnetChooser(study.config, routers.shape.menu, study.table, routers=routers)
-    sampler = Sampler(Decoder(study.config), model[1], elastic=elastic)
+    elastic = el.SubnetChooser(study.config, routers.shape.menu, study.table, routers=routers)
+    sampler = el.Sampler(el.Decoder(study.config), model[1], elastic=elastic)
     prompt = np.asarray(study.held_out[0].tokens[0, :64]).tolist()
     asked: dict[str, Any] = {
-        "whole": {"subnet": Subnet.full(study.config)},
-        "routed": {"budget": study.budget(share)},
+        "whole": {"subnet": el.Subnet.full(study.config)},
+        "by token": {"budget": study.budget(share)},
     }
     sides = {
         name: lambda fields=fields: sampler.sample(prompt, TOKENS, ignore_eos=True, **fields)
         for name, fields in asked.items()
     }
     times = interleave(sides, ROUNDS)
-    pairs = zip(times["routed"], times["whole"], strict=True)
-    return statistics.median(routed / whole for routed, whole in pairs)
+    pairs = zip(times["by token"], times["whole"], strict=True)
+    return statistics.median(own / whole for own, whole in pairs)

@@ -9,8 +9,8 @@ EXPECTED  choosing widths layer by layer is worth far more than 60 steps of trai
           that was only ranked is ahead of the best uniform sub-network of the elastic model; see README.md
 
     zero-shot   the base, ranked by importance and not trained: uniform sub-networks, and knapsack
-    elastic     Flextron's first stage on the ranked base: uniform sub-networks (the dearest of a budget, or
-                that with the least loss on training text), greedy, knapsack and random ones
+    elastic     Flextron's first stage on the ranked base: uniform sub-networks (the most expensive within a
+                budget, or the one with the least loss on training text), greedy, knapsack and random ones
     matformer   one MLP width per step on the ranked base; uniform sub-networks
     scratch     new models of the sizes of uniform sub-networks, trained alone (Muon)
     slice       uniform slices of the ranked base, fine-tuned alone
@@ -37,11 +37,8 @@ from report import plot, tables
 from study import Settings, Study, key
 from times import latency_table, timed
 
-from elastic_lm.checkpoints.embedded import embedded_model
-from elastic_lm.config.data import DataConfig
+import elastic_lm as el
 from elastic_lm.config.parse import from_dict
-from elastic_lm.config.subnet import Subnet
-from elastic_lm.cost.latency_table import LatencyTable
 from elastic_lm.report.machine import hardware, versions
 
 
@@ -49,7 +46,7 @@ def main() -> None:
     """Runs every arm of every seed, times what was chosen, and writes results.json and latency.png."""
     args = parse()
     out = Path(args.out)
-    base = str(embedded_model()) if args.base == "embedded" else args.base
+    base = str(el.embedded_model()) if args.base == "embedded" else args.base
     check(args, out)
     table = latency_table(base, out, args.rounds)
     runs = [one_seed(args, base, out, seed, table) for seed in args.seeds]
@@ -60,7 +57,7 @@ def main() -> None:
         "args": vars(args),
         "hardware": hardware(),
         "versions": versions(),
-        "whole_ms": table.total(Subnet.full(table.model)),
+        "whole_ms": table.total(el.Subnet.full(table.model)),
         "runs": runs,
     }
     result["tables"] = tables(runs)
@@ -112,7 +109,7 @@ def check(args: argparse.Namespace, out: Path) -> None:
 
 
 def one_seed(
-    args: argparse.Namespace, base: str, out: Path, seed: int, table: LatencyTable
+    args: argparse.Namespace, base: str, out: Path, seed: int, table: el.LatencyTable
 ) -> dict[str, Any]:
     """Rows and seconds of all arms of one seed."""
     folder = out / f"seed_{seed}"
@@ -138,14 +135,14 @@ def settings(args: argparse.Namespace) -> Settings:
     return from_dict(Settings, {name: value for name, value in vars(args).items() if name in names})
 
 
-def data_config(args: argparse.Namespace, seed: int) -> DataConfig:
+def data_config(args: argparse.Namespace, seed: int) -> el.DataConfig:
     """Text, and the shape of a batch."""
     shape = {"seq_len": args.seq_len, "batch_size": args.batch_size, "seed": seed}
     if args.data == "stdlib":
-        return DataConfig(source="stdlib", **shape)
+        return el.DataConfig(source="stdlib", **shape)
     folder = Path(args.data)
     paths = {"paths": (str(folder / "train"),), "eval_paths": (str(folder / "held_out"),)}
-    return DataConfig(source="text", **paths, **shape)
+    return el.DataConfig(source="text", **paths, **shape)
 
 
 if __name__ == "__main__":

@@ -10,28 +10,21 @@ from typing import Any
 
 import jax
 
-from elastic_lm.checkpoints.loading import load
+import elastic_lm as el
+from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.checkpoints.native import save_model
-from elastic_lm.config.data import DataConfig
-from elastic_lm.config.model import ModelConfig
-from elastic_lm.config.subnet import Budget, Menu, Subnet
-from elastic_lm.cost.counted import CostTable
-from elastic_lm.data import pipeline
-from elastic_lm.data.batch import Batch
-from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.data import Batch
 from elastic_lm.models.decoder import Params, stack_layers
-from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.losses import TokenSums
-from elastic_lm.train.run import ELASTIC_GROUPS, MODEL_FOLDER, fit
-from elastic_lm.width.elastic_training import ElasticTraining
-from elastic_lm.width.importance import permute, rank
+from elastic_lm.train.run import MODEL_FOLDER
+from elastic_lm.width.elastic_training import STORAGE_GROUPS
 from elastic_lm.width.switched import MenuIndices
 
 Measurement = dict[str, Any]
-Model = tuple[ModelConfig, Params]
+Model = tuple[el.ModelConfig, Params]
 
-MENU = Menu(mlp=(0.25, 0.5, 0.75, 1.0), heads=(1 / 3, 2 / 3, 1.0))
-WHOLE = Menu(mlp=(1.0,), heads=(1.0,))  # of a model that is measured as it is
+MENU = el.Menu(mlp=(0.25, 0.5, 0.75, 1.0), heads=(1 / 3, 2 / 3, 1.0))
+WHOLE = el.Menu(mlp=(1.0,), heads=(1.0,))  # of a model that is measured as it is
 RANK_BATCHES = 16
 
 
@@ -68,41 +61,41 @@ class Study:
 
     base: str
     folder: Path
-    data: DataConfig
-    table: CostTable
+    data: el.DataConfig
+    table: el.width.CostTable
     settings: Settings
 
     @functools.cached_property
-    def config(self) -> ModelConfig:
+    def config(self) -> el.ModelConfig:
         """The ranked model's config."""
         return elastic_config(self.base)
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> el.Tokenizer:
         """The base model's."""
-        return Tokenizer.load(self.base)
+        return el.Tokenizer.load(self.base)
 
     @functools.cached_property
     def held_out(self) -> list[Batch]:
         """The first batches of the held-out text."""
-        return batches(pipeline.eval_batches(self.data, self.tokenizer), self.settings.held_out)
+        return batches(el.data.eval_batches(self.data, self.tokenizer), self.settings.held_out)
 
     @functools.cached_property
     def damage_text(self) -> list[Batch]:
         """A few training batches in an order of their own, for searches."""
         data = dataclasses.replace(self.data, seed=self.data.seed + 1000)
-        return batches(pipeline.train_batches(data, self.tokenizer), self.settings.damage)
+        return batches(el.data.train_batches(data, self.tokenizer), self.settings.damage)
 
-    def budget(self, share: float) -> Budget:
+    def budget(self, share: float) -> el.Budget:
         """A share of the whole model's time."""
-        return Budget(latency_ms=share * self.table.range(MENU)[1])
+        return el.Budget(latency_ms=share * self.table.range(MENU)[1])
 
-    def affordable(self, menu: Menu, table: CostTable) -> list[float]:
+    def affordable(self, menu: el.Menu, table: el.width.CostTable) -> list[float]:
         """The budgets that a menu can meet."""
         least = table.range(menu)[0]
         return [share for share in self.settings.budgets if self.budget(share).amount >= least]
 
-    def row(self, arm: str, how: str, share: float, subnet: Subnet, loss: float) -> Measurement:
+    def row(self, arm: str, how: str, share: float, subnet: el.Subnet, loss: float) -> Measurement:
         """One measured sub-network; `predicted` is its share of the whole model's time by the table."""
         whole = self.table.range(MENU)[1]
         return {
@@ -114,18 +107,37 @@ class Study:
             "loss": loss,
         }
 
-    def trained(self, name: str, train: TrainConfig, model: ModelConfig | None = None) -> Model:
-        """The finished model of one training, from its folder where it is there already."""
+    def trained(
+        self,
+        name: str,
+        train: el.TrainConfig,
+        method: el.train.MethodConfig | None = None,
+        *,
+        model: el.ModelConfig | None = None,
+    ) -> Model:
+        """The finished model of one training, from its folder where it is there already.
+
+        Args:
+          name: of the folder.
+          train: options of training.
+          method: the method with its options; None = plain training of all parameters.
+          model: a new model; None = the one that `train` names.
+        """
         folder = self.folder / name
         if not (folder / MODEL_FOLDER).is_dir():
-            data = dataclasses.replace(self.data, tokenizer=self.base)
-            fit(RunConfig(model=model, data=data, train=train), folder)
+            run = el.RunConfig(
+                model=model,
+                data=dataclasses.replace(self.data, tokenizer=self.base),
+                method=method or el.train.PretrainingConfig(),
+                train=train,
+            )
+            el.train.fit(run, folder)
         return opened(folder)
 
     @property
-    def recipe(self) -> TrainConfig:
+    def recipe(self) -> el.TrainConfig:
         """What all trainings share."""
-        return TrainConfig(
+        return el.TrainConfig(
             steps=self.settings.steps,
             lr=self.settings.lr,
             min_lr=0.02,
@@ -141,22 +153,22 @@ class Study:
         """The base sorted by importance on this seed's first training batches; nothing else is changed."""
         folder = self.folder / "ranked"
         if not (folder / MODEL_FOLDER).is_dir():
-            decoder, params = load(self.base)
-            text = batches(pipeline.train_batches(self.data, self.tokenizer), RANK_BATCHES)
-            importance = rank(decoder.config, params, text)
-            config, params = permute(decoder.config, params, importance, groups=ELASTIC_GROUPS)
+            decoder, params = load_decoder(self.base)
+            text = batches(el.data.train_batches(self.data, self.tokenizer), RANK_BATCHES)
+            importance = el.width.rank(decoder.config, params, text)
+            config, params = el.width.permute(decoder.config, params, importance, groups=STORAGE_GROUPS)
             save_model(folder / MODEL_FOLDER, config, params, self.tokenizer)
         return opened(folder)
 
 
-def elastic_config(base: str) -> ModelConfig:
+def elastic_config(base: str) -> el.ModelConfig:
     """The config that the base has once it is ranked."""
-    return dataclasses.replace(load(base)[0].config, elastic_groups=ELASTIC_GROUPS)
+    return dataclasses.replace(load_decoder(base)[0].config, elastic_groups=STORAGE_GROUPS)
 
 
 def opened(folder: Path) -> Model:
     """A finished model."""
-    decoder, params = load(folder / MODEL_FOLDER)
+    decoder, params = load_decoder(folder / MODEL_FOLDER)
     return decoder.config, params
 
 
@@ -165,13 +177,13 @@ def batches(source: Iterable[Any], count: int) -> list[Batch]:
     return [Batch(**arrays) for arrays in itertools.islice(source, count)]
 
 
-def losses(model: Model, text: Sequence[Batch], menu: Menu = MENU) -> Callable[[Subnet], float]:
+def losses(model: Model, text: Sequence[Batch], menu: el.Menu = MENU) -> Callable[[el.Subnet], float]:
     """Nats per token of any sub-network of a model, by one compiled program."""
     config, params = model[0], stack_layers(model[1])
-    method = ElasticTraining(config, menu)
+    method = el.width.ElasticTraining(config, menu=menu)
 
     @functools.cache
-    def loss(subnet: Subnet) -> float:
+    def loss(subnet: el.Subnet) -> float:
         choice = MenuIndices.of(config, menu, subnet)
         sums = jax.device_get([_sums(method, params, choice, batch) for batch in text])
         return float(sum(s.cross_entropy for s in sums) / sum(s.weight for s in sums))
@@ -181,11 +193,11 @@ def losses(model: Model, text: Sequence[Batch], menu: Menu = MENU) -> Callable[[
 
 def own_loss(model: Model, text: Sequence[Batch]) -> float:
     """Nats per token of a model as it is."""
-    return losses(model, text, WHOLE)(Subnet.full(model[0]))
+    return losses(model, text, WHOLE)(el.Subnet.full(model[0]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(method: ElasticTraining, params: Params, choice: MenuIndices, batch: Batch) -> TokenSums:
+def _sums(method: el.width.ElasticTraining, params: Params, choice: MenuIndices, batch: Batch) -> TokenSums:
     return method.token_sums(params, choice, batch)
 
 

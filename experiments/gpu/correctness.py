@@ -13,16 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from record import Record
 
+import elastic_lm as el
 from elastic_lm.bench.model import random_model
-from elastic_lm.checkpoints.embedded import embedded_model
 from elastic_lm.checkpoints.loading import load_decoder
-from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.confidence import confidence
-from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.models.decoder import Decoder, Output, Params
-from elastic_lm.models.exits import attach_exits, without_exits
+from elastic_lm.models.decoder import Output, Params
 from elastic_lm.models.registry import init_params
 
 SHAPE = (2, 64)  # rows and tokens of the compared logits
@@ -56,15 +51,17 @@ def logits(record: Record, args: argparse.Namespace) -> None:
 def invariants(record: Record, precision: str, args: argparse.Namespace) -> None:
     """Rows of tokens that differ where none should."""
     config, params = with_exit(*embedded(args.tiny))
-    plain, backbone = without_exits(config, params)
+    plain, backbone = el.depth.without_exits(config, params)
     prompts, new = read_prompts(), 8 if args.tiny else NEW
     layer = config.exits[0].layer
 
-    def policy(threshold: float) -> ConfidenceExit:
-        return ConfidenceExit(METRIC, (threshold,), (layer,))
+    def policy(threshold: float) -> el.ConfidenceExit:
+        return el.ConfidenceExit(METRIC, (threshold,), (layer,))
 
-    def greedy(model: ModelConfig, weights: Params, rows: Sequence[list[int]], **how: Any) -> list[Any]:
-        return Sampler(Decoder(model), weights, window=WINDOW, **how).sample(list(rows), new, ignore_eos=True)
+    def greedy(model: el.ModelConfig, weights: Params, rows: Sequence[list[int]], **how: Any) -> list[Any]:
+        return el.Sampler(el.Decoder(model), weights, window=WINDOW, **how).sample(
+            list(rows), new, ignore_eos=True
+        )
 
     def tokens(samples: list[Any]) -> Rows:
         return [sample.tokens for sample in samples]
@@ -95,15 +92,15 @@ def invariants(record: Record, precision: str, args: argparse.Namespace) -> None
             record.put(**{f"lossless_vs_plain_draft_{name}": found})
 
 
-def random(tiny: bool) -> tuple[ModelConfig, Params]:
+def random(tiny: bool) -> tuple[el.ModelConfig, Params]:
     """The 12-layer Llama of the benchmarks."""
     config = random_model(tiny)
     return config, init_params(config, jax.random.key(0))
 
 
-def embedded(tiny: bool) -> tuple[ModelConfig, Params]:
+def embedded(tiny: bool) -> tuple[el.ModelConfig, Params]:
     """The embedded model in float32; of a tiny run its first layers."""
-    model, params = load_decoder(embedded_model(), dtype="float32")
+    model, params = load_decoder(el.embedded_model(), dtype="float32")
     config, params = model.config, jax.device_put(params, jax.devices()[0])
     if not tiny:
         return config, params
@@ -111,15 +108,15 @@ def embedded(tiny: bool) -> tuple[ModelConfig, Params]:
     return config.with_layers(range(2)), {name: tree for name, tree in params.items() if name not in above}
 
 
-def with_exit(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+def with_exit(config: el.ModelConfig, params: Params) -> tuple[el.ModelConfig, Params]:
     """An untrained exit after half the layers, through the model's own norm and head."""
-    exits = (ExitConfig(config.n_layers // 2, "norm", tied=True),)
-    return attach_exits(config, params, exits, jax.random.key(1))
+    exits = (el.ExitConfig(config.n_layers // 2, "norm", tied=True),)
+    return el.attach_exits(config, params, exits, jax.random.key(1))
 
 
 def read_prompts() -> Rows:
     """Beginnings of Python code, of 5 to 32 tokens, so that all fit one bucket."""
-    ids = Tokenizer.load(embedded_model()).encode(inspect.getsource(json.decoder))
+    ids = el.Tokenizer.load(el.embedded_model()).encode(inspect.getsource(json.decoder))
     lengths = np.random.default_rng(0).integers(5, 33, PROMPTS)
     return [ids[100 * i : 100 * i + n] for i, n in enumerate(lengths)]
 
@@ -133,11 +130,11 @@ def on_cpu(function: Callable[[Params], Any], params: Params) -> Any:
 
 
 @functools.cache
-def forward(config: ModelConfig) -> Callable[..., Output]:
+def forward(config: el.ModelConfig) -> Callable[..., Output]:
     """A jitted forward pass."""
 
     def apply(params: Params, tokens_BT: jax.Array) -> Any:
-        return Decoder(config).apply({"params": params}, tokens_BT)
+        return el.Decoder(config).apply({"params": params}, tokens_BT)
 
     return jax.jit(apply)
 
@@ -148,7 +145,7 @@ def compared(out: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     return {"error": float(error), "same_best": float(np.mean(out.argmax(-1) == reference.argmax(-1)))}
 
 
-def middle_confidence(config: ModelConfig, params: Params, prompts: Rows) -> float:
+def middle_confidence(config: el.ModelConfig, params: Params, prompts: Rows) -> float:
     """A threshold that about half of the prompts' positions reach, so that exits fire and do not."""
     width = min(map(len, prompts))
     tokens = np.asarray([row[:width] for row in prompts], np.int32)
@@ -173,7 +170,7 @@ def parting(wanted: list[int], given: list[int]) -> int | None:
     return next((i for i, (a, b) in enumerate(zip(wanted, given, strict=True)) if a != b), None)
 
 
-def gaps(config: ModelConfig, params: Params, prompts: Rows, wanted: Rows, given: Rows) -> list[float]:
+def gaps(config: el.ModelConfig, params: Params, prompts: Rows, wanted: Rows, given: Rows) -> list[float]:
     """How far apart the two tokens' logits are where two full-depth rows part, in float32 on the CPU.
 
     A gap near zero is a tie that arithmetic rounds one way or the other; a large one is an error.

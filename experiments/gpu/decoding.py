@@ -10,13 +10,10 @@ import jax
 import numpy as np
 from record import Record
 
+import elastic_lm as el
 from elastic_lm.bench.timing import interleave
-from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.settings import bucket
-from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.models.exits import without_exits
+from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import init_params
 
 WINDOW = 32
@@ -29,9 +26,9 @@ NEVER_EXITS, ALWAYS = 1.0, 0.0  # thresholds: random weights are never certain, 
 class Big:
     """The model that is decoded, with an exit at half depth and without."""
 
-    exits: ModelConfig
+    exits: el.ModelConfig
     params: Params
-    plain: ModelConfig
+    plain: el.ModelConfig
     backbone: Params
 
 
@@ -42,9 +39,9 @@ def big_model(tiny: bool) -> Big:
     if tiny:
         sizes = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_mlp": 128}
     sizes |= {"vocab_size": 512 if tiny else 32000, "dtype": "bfloat16", "param_dtype": "bfloat16"}
-    config = ModelConfig(**sizes, exits=(ExitConfig(sizes["n_layers"] // 2, "norm", tied=True),))
+    config = el.ModelConfig(**sizes, exits=(el.ExitConfig(sizes["n_layers"] // 2, "norm", tied=True),))
     params = jax.block_until_ready(init_params(config, jax.random.key(0)))
-    return Big(config, params, *without_exits(config, params))
+    return Big(config, params, *el.depth.without_exits(config, params))
 
 
 def decode(record: Record, batch: int, args: argparse.Namespace) -> None:
@@ -65,9 +62,9 @@ def make_sides(big: Big, batch: int) -> dict[str, Callable[[], Any]]:
     rows = prompts(big, batch)
     layer = big.exits.exits[0].layer
 
-    def side(model: ModelConfig, weights: Params, *thresholds: float, new: int = NEW) -> Callable[[], Any]:
-        policy = ConfidenceExit("max_prob", thresholds, (layer,)) if thresholds else None
-        sampler = Sampler(Decoder(model), weights, exit=policy, window=WINDOW)
+    def side(model: el.ModelConfig, weights: Params, *thresholds: float, new: int = NEW) -> Callable[[], Any]:
+        policy = el.ConfidenceExit("max_prob", thresholds, (layer,)) if thresholds else None
+        sampler = el.Sampler(el.Decoder(model), weights, exit=policy, window=WINDOW)
         return lambda: [sample.tokens for sample in sampler.sample(rows, new)] and None
 
     return {

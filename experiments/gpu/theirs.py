@@ -22,13 +22,13 @@ def transformers(record: Any, cache: str, args: argparse.Namespace) -> None:
     from decoding import NEW, big_model, prompts
     from graphs import child
 
-    from elastic_lm.hf import export
+    import elastic_lm as el
 
     big = big_model(args.tiny)
     result = record.path.parent / f"{record.section}.json"
     result.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        export(big.plain, big.backbone, Path(folder) / "model")
+        el.hf.export(big.plain, big.backbone, Path(folder) / "model")
         ids = prompts(big, max(BATCHES))
         Path(folder, "job.json").write_text(json.dumps({"ids": ids, "new": NEW, "cache": cache}))
         record.say("exported")

@@ -9,15 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from record import Record
 
+import elastic_lm as el
 from elastic_lm.bench.timing import interleave
 from elastic_lm.bench.train import SUB_MODELS, random_batch, random_params, timed_step
-from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.depth.ee_tuning import EETuning
-from elastic_lm.depth.sorted_finetuning import SortedFineTuning
 from elastic_lm.models.decoder import Params
-from elastic_lm.models.exits import without_exits
-from elastic_lm.train.losses import Method
-from elastic_lm.train.pretraining import Pretraining
 
 
 def training(record: Record, args: argparse.Namespace) -> None:
@@ -25,9 +20,11 @@ def training(record: Record, args: argparse.Namespace) -> None:
     decoding.big_model.cache_clear()  # its memory is needed here
     config, shape = model(args.tiny)
     layers = config.n_layers
-    exits = config.with_exits(tuple(ExitConfig(max(1, layers * i // 4)) for i in (1, 2, 3)))
+    exits = config.with_exits(tuple(el.ExitConfig(max(1, layers * i // 4)) for i in (1, 2, 3)))
     batch, params = random_batch(config, shape, 0), random_params(exits, 0)
-    record.put(parameters=decoding.count(without_exits(exits, params)[1]), rows=shape[0], length=shape[1])
+    record.put(
+        parameters=decoding.count(el.depth.without_exits(exits, params)[1]), rows=shape[0], length=shape[1]
+    )
     sides = {}
     for name in ("sft", "ee_tuning", "soft8"):
         for remat in (False, True):  # True only where the first does not fit
@@ -39,14 +36,14 @@ def training(record: Record, args: argparse.Namespace) -> None:
     report(record, config, interleave(sides, args.rounds), shape)
 
 
-def side(record: Record, name: str, exits: ModelConfig, params: Params, batch: Any, remat: bool) -> Any:
+def side(record: Record, name: str, exits: el.ModelConfig, params: Params, batch: Any, remat: bool) -> Any:
     """A compiled step of one method that has run once."""
-    plain, backbone = without_exits(exits, params)
+    plain, backbone = el.depth.without_exits(exits, params)
     depths = sub_models(plain.n_layers)
-    methods: dict[str, tuple[Method, Params]] = {
-        "sft": (Pretraining(plain, remat), backbone),
-        "ee_tuning": (EETuning(exits, remat=remat), params),
-        "soft8": (SortedFineTuning(plain, depths, remat=remat), backbone),
+    methods: dict[str, tuple[el.train.Method[Any], Params]] = {
+        "sft": (el.train.Pretraining(plain, remat=remat), backbone),
+        "ee_tuning": (el.depth.EETuning(exits, remat=remat), params),
+        "soft8": (el.depth.SortedFineTuning(plain, depths=depths, remat=remat), backbone),
     }
     method, weights = methods[name]
     run, memory = timed_step(method, jax.tree.map(jnp.copy, weights), batch)
@@ -56,7 +53,7 @@ def side(record: Record, name: str, exits: ModelConfig, params: Params, batch: A
 
 
 def report(
-    record: Record, config: ModelConfig, seconds: dict[str, list[float]], shape: tuple[int, int]
+    record: Record, config: el.ModelConfig, seconds: dict[str, list[float]], shape: tuple[int, int]
 ) -> None:
     """Speeds and ratios; those to SFT are formed within a round."""
     tokens, ceiling = shape[0] * shape[1], record.found("ceilings").get("matmul_bf16_tflops", float("nan"))
@@ -75,13 +72,13 @@ def report(
         record.put(**{name: found})
 
 
-def model(tiny: bool) -> tuple[ModelConfig, tuple[int, int]]:
+def model(tiny: bool) -> tuple[el.ModelConfig, tuple[int, int]]:
     """A Llama of 374 million float32 parameters that computes in bfloat16; rows and length of a batch."""
     sizes: dict[str, Any] = {"d_model": 1024, "n_layers": 24, "n_heads": 16, "d_mlp": 2816, "max_len": 1024}
     if tiny:
         sizes = {"d_model": 32, "n_layers": 4, "n_heads": 2, "d_mlp": 64, "max_len": 32}
     vocab = 128 if tiny else 32000
-    return ModelConfig(vocab_size=vocab, dtype="bfloat16", **sizes), (2, 32) if tiny else (8, 1024)
+    return el.ModelConfig(vocab_size=vocab, dtype="bfloat16", **sizes), (2, 32) if tiny else (8, 1024)
 
 
 def sub_models(layers: int) -> tuple[int, ...]:
@@ -90,7 +87,7 @@ def sub_models(layers: int) -> tuple[int, ...]:
     return tuple(layers * (i + 1) // count for i in range(count))
 
 
-def flops(name: str, config: ModelConfig, length: int) -> float:
+def flops(name: str, config: el.ModelConfig, length: int) -> float:
     """Operations per token: 2 per weight and direction, attention over the whole length, nothing twice.
 
     What trains costs three times its forward pass. The frozen layers of EE-tuning run forward up to the
