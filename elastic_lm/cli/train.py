@@ -37,8 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: Options) -> None:
     """Trains, or goes on with what the workdir holds."""
     from elastic_lm.checkpoints.native import QUICKSTART_MARK
-    from elastic_lm.train.recipes import load_config
-    from elastic_lm.train.run import fit
+    from elastic_lm.train import fit, load_config
 
     workdir = options.workdir
     if (Path(workdir) / QUICKSTART_MARK).exists():
