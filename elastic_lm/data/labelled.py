@@ -62,7 +62,7 @@ def train_batches(
       model: an encoder-decoder, which reads what it reads of pairs (`data.pairs`); None = an encoder does.
 
     Returns:
-      A dataset of dicts with the fields of `methods.task_tuning.TaskBatch`: NumPy arrays of batch_size rows.
+      A dataset of dicts with the fields of `train.tasks.tuning.TaskBatch`: NumPy arrays of batch_size rows.
     """
     rows = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
     stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels), model)))

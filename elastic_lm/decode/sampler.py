@@ -29,6 +29,7 @@ from elastic_lm.decode.settings import Settings, bucket, make_controls, make_set
 from elastic_lm.decode.state import Controls, DecodeState, Mode
 from elastic_lm.depth.policies import ExitPolicy, on_subnet
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.registry import Model
 from elastic_lm.width.chooser import SubnetChooser
 
 ENDLESS = 2**30  # iterations of the loop, where nothing has to be looked at before all rows have ended
@@ -95,7 +96,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         params: Params,
         tokenizer: TextTokenizer | None = None,
         *,
@@ -105,7 +106,7 @@ class Sampler:
         """Creates a sampler; nothing is compiled yet.
 
         Args:
-          model: the decoder; its config is static.
+          model: a decoder, as `el.load` gives it; its config is static.
           params: canonical parameters.
           tokenizer: needed for text; token-id prompts work without one and give empty text.
           options: how the sampler decodes; None = full depth, whole model.
@@ -113,11 +114,18 @@ class Sampler:
 
         Raises:
           TypeError: a keyword is not a field of `DecodeOptions`.
-          ValueError: an option is out of range or does not fit the model, or both `options` and one of its
-            fields are given.
+          ValueError: the model is no decoder, an option is out of range or does not fit it, or both `options`
+            and one of its fields are given.
         """
+        # `el.load` gives models of any kind, so that the type is wide and the check is here.
+        if not isinstance(model, Decoder):
+            raise ValueError(
+                f"model={type(model).__name__}: a sampler needs a decoder; use el.TextToText for an "
+                "encoder-decoder, el.cascade.Classifier for an encoder"
+            )
         options = make_options(options, fields)
         options.check(model.config)
+
         self.config = model.config
         self.params = params
         self.tokenizer = tokenizer
@@ -451,6 +459,6 @@ def _stopped(call: Call, state: DecodeState, controls: Controls) -> list[bool]:
     return stopped
 
 
-def _choose(elastic: SubnetChooser, budget: Budget) -> Subnet | Budget:
+def _choose(chooser: SubnetChooser, budget: Budget) -> Subnet | Budget:
     """The sub-network for a budget, or the budget itself if routers choose widths while text is made."""
-    return budget if elastic.chooses_while_decoding(budget) else elastic.subnet(budget)
+    return budget if chooser.chooses_while_decoding(budget) else chooser.subnet(budget)

@@ -23,7 +23,7 @@ def test_gates_that_no_method_trains_are_refused(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ("pretraining", "sorted_finetuning", "flextron")
+    "method", ["pretraining", "sorted_finetuning", "flextron"]
 )  # those begin with a model
 def test_exits_that_no_method_trains_are_refused(method: str) -> None:
     model, exits = tiny_config(n_layers=3), (ExitConfig(1, "norm"),)

@@ -4,9 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.decode.results import held_back
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.encoder import Encoder
 
 
 class Letters:
@@ -119,3 +121,9 @@ def test_held_back_waits_for_whole_characters_and_stop_strings():
     assert held_back("caf\ufffd", ()) == "caf"
     assert held_back("one\n", ("\n\n",)) == "one"
     assert held_back("one", ("\n\n",)) == "one"
+
+
+def test_a_model_that_is_no_decoder_is_refused() -> None:
+    config = EncoderConfig(vocab_size=20, d_model=8, n_layers=1, n_heads=2, d_mlp=8, max_len=8)
+    with pytest.raises(ValueError, match=r"model=Encoder: a sampler needs a decoder; use el\.TextToText"):
+        Sampler(Encoder(config), {})
