@@ -35,6 +35,28 @@ class RiskControl:
 
     Raises:
       ValueError: a number is out of its range.
+
+    Example:
+      ```python
+      import jax
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config()
+      exits = [el.ExitConfig(3, tied=True)]  # untuned: copies of the final norm
+      config, params = el.attach_exits(
+          config, random_params(config, scale=0.1), exits, jax.random.key(0)
+      )
+      tokens = random_tokens(config, batch=400, length=9)  # in earnest: `el.data.eval_batches`
+      ones = jnp.ones((400, 8), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      policy = el.depth.calibrate(config, params, [batch], risk=el.RiskControl(target=0.9))
+      print(policy.guarantee.statement)  # with probability at least 0.95 over the 200 sequences ...
+      ```
+
+    Paper: Learn then Test, arXiv 2110.01052.
     """
 
     target: float  # agreement with the full model, in (0, 1)
@@ -55,7 +77,22 @@ class RiskControl:
 
 @dataclasses.dataclass(frozen=True)
 class Guarantee:
-    """What was stated, and what the testing sequences say about the thresholds it holds for."""
+    """What was stated, and what the testing sequences say about the thresholds it holds for.
+
+    Example:
+      ```python
+      import numpy as np
+      from elastic_lm.bounds import fixed_sequence_test
+      from elastic_lm.depth.guarantee import RiskControl, describe
+
+      stated = RiskControl(target=0.9)
+      losses = np.full(200, 0.02)  # of 200 sequences: the share of tokens that differ from the full model's
+      verdict = fixed_sequence_test(
+          [(0.8,)], lambda thresholds: losses, stated.allowed, stated.epsilon, otherwise=(2.0,)
+      )
+      print(describe(verdict, stated).statement)
+      ```
+    """
 
     target: float  # stated agreement with the full model
     epsilon: float  # stated probability of failure
