@@ -8,6 +8,7 @@
 """
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def draw_text(folder: Path) -> None:
     console.print(Text(prompt, style="dim"), end="")
     for part in (spans, [("\n\n", n_layers)], legend):
         console.print(Text.from_ansi(el.evaluate.to_ansi(part, n_layers)), end="")
-    console.save_svg(str(HERE / "text.svg"), title="colour = layers that a token needed")
+    picture = console.export_svg(title="colour = layers that a token needed")
+    # The fonts of the page that shows it, instead of some from another host.
+    (HERE / "text.svg").write_text(re.sub(r" *@font-face {.*?}\n", "", picture, flags=re.DOTALL))
 
 
 def draw_curve() -> None:
