@@ -32,7 +32,10 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "elastic_lm.calibrate.routing_risk": ("elastic_lm.cascade.guarantee", {"RoutingRisk": "CascadeRisk"}),
     "elastic_lm.calibrate.routing_rule": ("elastic_lm.cascade.rule", {"fit_routing": "fit_rule"}),
     "elastic_lm.calibrate.routing_scores": ("elastic_lm.cascade.scores", {}),
-    "elastic_lm.calibrate.thresholds": ("elastic_lm.depth.calibration", {}),
+    "elastic_lm.calibrate.thresholds": (
+        "elastic_lm.depth.calibration",
+        {"CurvePoint": "CalibrationPoint", "fit": "fit_thresholds"},
+    ),
     "elastic_lm.decode.black_boxes": ("elastic_lm.cascade", {}),  # Endpoint and Function
     "elastic_lm.decode.choice": ("elastic_lm.cascade.multiple_choice", {"Choice": "MultipleChoice"}),
     "elastic_lm.decode.classifier": ("elastic_lm.cascade.classifier", {}),

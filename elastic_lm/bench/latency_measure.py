@@ -109,7 +109,7 @@ def measure(
     config = config.with_exits(())
     most = config.max_len - NEW_TOKENS
     fix = f"must be from 1 to {most}: max_len={config.max_len} less the {NEW_TOKENS} tokens that are decoded"
-    require(1 <= load.context <= most, "load.context", load.context, fix)
+    require(1 <= load.context <= most, "workload.context", load.context, fix)
     params = init_params(config, jax.random.key(seed)) if params is None else params
     full = Program(*slice_params(config, params, Subnet.full(config)), load, seed)
     groups = [subnets[i : i + GROUP] for i in range(0, len(subnets), GROUP)] or [[]]

@@ -107,14 +107,14 @@ def rows(options: Options) -> list[Measurement]:
 class Repeating(ElasticTraining):
     """Elastic training that draws the sub-networks of its first `ELASTIC_STEPS` steps again and again."""
 
-    def choices(self, step: jax.Array | int) -> MenuIndices:
+    def subnets(self, step: jax.Array | int) -> MenuIndices:
         """Subnets of a step, [S, L] each."""
-        return super().choices(step % ELASTIC_STEPS)
+        return super().subnets(step % ELASTIC_STEPS)
 
 
 def _drawn(method: ElasticTraining) -> str:
     """What the timed steps draw."""
-    drawn = jax.device_get(jax.vmap(method.choices)(jnp.arange(ELASTIC_STEPS)))
+    drawn = jax.device_get(jax.vmap(method.subnets)(jnp.arange(ELASTIC_STEPS)))
     smallest = np.all((drawn.mlp == 0) & (drawn.groups == 0), axis=-1)
     mlp, heads = np.asarray(method.menu.mlp)[drawn.mlp], np.asarray(method.menu.groups)[drawn.groups]
     return (

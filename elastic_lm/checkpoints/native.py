@@ -30,7 +30,7 @@ PARAMS_FOLDER = "params"
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 WRITTEN = {
     *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json"),
-    *("routers.json", "routers.safetensors"),  # of `methods.routers`
+    *("routers.json", "routers.safetensors"),  # of `width.trained_routers`
     *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
 }
 

@@ -2,7 +2,7 @@
 
     subnet   a static choice of layers, MLP widths, heads and model width: `Subnet`
     menu     the choices that a model was made elastic for: `Menu`
-    nested   a smaller choice is a prefix of a larger one, after ranking by importance (`methods.importance`)
+    nested   a smaller choice is a prefix of a larger one, after ranking by importance (`width.importance`)
     budget   what a user asks for: latency, parameters, FLOPs or memory: `Budget`
 
 Ranked neurons are dealt out to G = `ModelConfig.elastic_groups` storage groups: the one of rank r lies in
@@ -275,7 +275,7 @@ class Menu:
         )
 
     def indices(self, config: ModelConfig, subnet: Subnet) -> tuple[Ints, Ints, Ints, tuple[bool, ...]]:
-        """What `nn.elastic` switches on to compute a subnet: all layers' indices into the choices.
+        """What `width.switched` switches on to compute a subnet: all layers' indices into the choices.
 
         Args:
           config: the whole model.

@@ -8,7 +8,8 @@ A layer of N query heads in K groups of width H, F neurons and D channels has
     cache       2 K H numbers per position
 
 A sub-network costs what its slice costs (`Subnet.sliced`). Over a menu, costs are sums of one number per
-module and choice: `CostTable`, which latency measured on a device fills in as well (`latency`).
+module and choice, a `CostTable`. Latency that was measured on a device is a table of the same form
+(`cost.latency_table`).
 """
 
 import dataclasses
@@ -19,19 +20,33 @@ from elastic_lm.config.checks import NOT_NEGATIVE, require, require_each
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 
+COUNTED = ("parameters", "flops", "memory_bytes")  # kinds of cost that follow from a config
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """How a model is used."""
+    """How a model is used: the batch and context at which costs are counted or measured.
+
+    Raises:
+      ValueError: a number is out of its range.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      workload = el.width.Workload(batch=8, context=100)
+      table = el.width.counted_table(tiny_config(), el.Menu(mlp=(0.5, 1.0)), "flops", workload)
+      ```
+    """
 
     batch: int = 1  # sequences decoded together
     context: int = 0  # positions before the token that is decoded
 
     def __post_init__(self) -> None:
-        require(self.batch >= 1, "load.batch", self.batch, "must be at least 1")
-        require_each(self, "load.", ("context",), *NOT_NEGATIVE)
+        require(self.batch >= 1, "workload.batch", self.batch, "must be at least 1")
+        require_each(self, "workload.", ("context",), *NOT_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,46 +63,47 @@ class Cost:
         return Cost(*(a + b for a, b in pairs))
 
 
-def model_cost(config: ModelConfig, load: Workload = Workload()) -> Cost:
-    """Cost of a model decoded at full depth; exits are held, but not run.
+def model_cost(config: ModelConfig, workload: Workload = Workload()) -> Cost:
+    """Cost of a model that is decoded at full depth; exits are held, but not run.
 
     Args:
       config: the model; layers may differ in size.
-      load: batch and context.
+      workload: batch and context.
 
     Returns:
-      Its cost, exactly that of the arrays it is made of.
+      Its cost; parameters and bytes are exactly those of its arrays.
     """
-    layers = [_layer(config, i, load) for i in range(config.n_layers)]
-    return functools.reduce(Cost.__add__, layers, base_cost(config, load))
+    layers = [_layer(config, i, workload) for i in range(config.n_layers)]
+    return functools.reduce(Cost.__add__, layers, base_cost(config, workload))
 
 
-def base_cost(config: ModelConfig, load: Workload = Workload()) -> Cost:
-    """Cost of what stands around the layers: tables, final norm, vocabulary head, exits held.
+def base_cost(config: ModelConfig, workload: Workload = Workload()) -> Cost:
+    """Cost of what is not in the layers: tables, final norm, vocabulary head, and exits, which are held only.
 
     Args:
       config: the model.
-      load: batch and context.
+      workload: batch and context.
     """
     c, d = config, config.d_model
     table = c.vocab_size * d
     looked_up = table + (c.max_len * d if c.position == "learned" else 0)
-    read = (2 if c.position == "learned" else 1) * load.batch * d  # the rows of the newest tokens
     norm, head = _norm(c), table
     exits = sum(_exit_parameters(c, e) for e in c.exits)
     held = looked_up + norm + (0 if c.tied else head) + exits
+
+    read = (2 if c.position == "learned" else 1) * workload.batch * d  # the rows of the newest tokens
     blocks = sum(_cache(c, c.sizes(e.layer - 1)[2]) for e in c.exits if e.kind == "block")
     size = BYTES[c.param_dtype]
     return Cost(
         parameters=held,
-        flops=2 * head * load.batch,
+        flops=2 * head * workload.batch,
         read_bytes=(read + norm + head) * size,
-        memory_bytes=held * size + blocks * load.batch * load.context * BYTES[c.dtype],
+        memory_bytes=held * size + blocks * workload.batch * workload.context * BYTES[c.dtype],
     )
 
 
 def attention_cost(
-    config: ModelConfig, layer: int, heads: int, groups: int, load: Workload = Workload()
+    config: ModelConfig, layer: int, heads: int, groups: int, workload: Workload = Workload()
 ) -> Cost:
     """Cost of one layer's attention with its norms.
 
@@ -96,7 +112,7 @@ def attention_cost(
       layer: counted from 0; decides about the sliding window.
       heads: query heads in every key/value group.
       groups: key/value groups.
-      load: batch and context.
+      workload: batch and context.
     """
     c, d = config, config.d_model
     queries = heads * groups * c.head_dim
@@ -104,40 +120,49 @@ def attention_cost(
     weights = d * projected + queries * d
     small = (projected if c.qkv_bias else 0) + (d if c.out_bias else 0) + (2 * c.head_dim if c.qk_norm else 0)
     held = weights + small + _norm(c) * (2 if c.sandwich_norm else 1)
+
+    # A sliding window bounds what a step reads, not what the cache holds.
     window = c.window(layer)
-    seen = min(load.context + 1, window) if window else load.context + 1
+    seen = min(workload.context + 1, window) if window else workload.context + 1  # with the token itself
     cache = _cache(c, groups)
     size, state = BYTES[c.param_dtype], BYTES[c.dtype]
     return Cost(
         parameters=held,
-        flops=load.batch * (2 * weights + 4 * queries * seen),
-        read_bytes=held * size + load.batch * cache * (seen - 1) * state,
-        memory_bytes=held * size + load.batch * cache * load.context * state,
+        flops=workload.batch * (2 * weights + 4 * queries * seen),
+        read_bytes=held * size + workload.batch * cache * (seen - 1) * state,
+        memory_bytes=held * size + workload.batch * cache * workload.context * state,
     )
 
 
-def mlp_cost(config: ModelConfig, neurons: int, load: Workload = Workload()) -> Cost:
+def mlp_cost(config: ModelConfig, neurons: int, workload: Workload = Workload()) -> Cost:
     """Cost of one layer's MLP with its norms.
 
     Args:
       config: the model; its channels and dtypes are read.
       neurons: hidden width.
-      load: batch and context.
+      workload: batch and context.
     """
     c, d = config, config.d_model
     ways = 2 if c.gated else 1
     weights = (ways + 1) * d * neurons
     held = weights + (ways * neurons + d if c.mlp_bias else 0) + _norm(c) * (2 if c.sandwich_norm else 1)
     size = BYTES[c.param_dtype]
-    return Cost(held, 2 * weights * load.batch, held * size, held * size)
+    return Cost(
+        parameters=held,
+        flops=2 * weights * workload.batch,
+        read_bytes=held * size,
+        memory_bytes=held * size,
+    )
 
 
-def _layer(config: ModelConfig, layer: int, load: Workload) -> Cost:
+def _layer(config: ModelConfig, layer: int, workload: Workload) -> Cost:
+    """Cost of one whole layer."""
     mlp, heads, groups = config.sizes(layer)
-    return attention_cost(config, layer, heads // groups, groups, load) + mlp_cost(config, mlp, load)
+    return attention_cost(config, layer, heads // groups, groups, workload) + mlp_cost(config, mlp, workload)
 
 
 def _norm(config: ModelConfig) -> int:
+    """Parameters of one norm: scales, and biases where it has them."""
     return config.d_model * (2 if config.norm == "layernorm" else 1)
 
 
@@ -147,14 +172,13 @@ def _cache(config: ModelConfig, groups: int) -> int:
 
 
 def _exit_parameters(config: ModelConfig, e: ExitConfig) -> int:
+    """Parameters of one exit: body, gate and vocabulary head."""
     c, i = config, e.layer - 1
     body = 0 if e.kind == "embedding" else _norm(c)
-    if e.kind == "mlp":  # without the norms around it
-        body += (
-            mlp_cost(c, c.sizes(i)[0]).parameters
-            - mlp_cost(c, 0).parameters
-            + (c.d_model if c.mlp_bias else 0)
-        )
+    if e.kind == "mlp":
+        # An exit has no norms around its MLP. An MLP of no neurons is these norms and the output bias.
+        around = mlp_cost(c, 0).parameters - (c.d_model if c.mlp_bias else 0)
+        body += mlp_cost(c, c.sizes(i)[0]).parameters - around
     if e.kind == "block":
         body += _layer(c, i, Workload()).parameters
     gate = e.gate * c.d_model + 2 * e.gate + 1 if e.gate else 0
@@ -163,7 +187,23 @@ def _exit_parameters(config: ModelConfig, e: ExitConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class CostTable:
-    """One kind of cost of every module and choice of a menu; a subnet costs the sum of what it chooses."""
+    """One kind of cost of every module and choice of a menu; a subnet costs the sum of what it chooses.
+
+    Raises:
+      ValueError: the kind is no field of `Budget`, or the layers of attention and MLPs differ in number.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      config, menu = tiny_config(), el.Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
+      table = el.width.counted_table(config, menu, "parameters")  # a `CostTable`
+      least, whole = table.range(menu)
+      assert table.total(config, menu, menu.smallest(config)) == least
+      table.check(el.Budget(parameters=0.9 * whole), menu)  # raises where a budget cannot be met
+      ```
+    """
 
     kind: str  # a field of `Budget`
     fixed: float  # what no choice changes
@@ -173,9 +213,12 @@ class CostTable:
     def __post_init__(self) -> None:
         kinds = tuple(f.name for f in dataclasses.fields(Budget))
         require(self.kind in kinds, "table.kind", self.kind, f"must be one of {', '.join(kinds)}")
-        same = len(self.attention) == len(self.mlp)
-        fix = f"there are {len(self.mlp)} layers of MLPs; give both for every layer"
-        require(same, "table.attention", len(self.attention), fix)
+        require(
+            len(self.attention) == len(self.mlp),
+            "table.attention",
+            len(self.attention),
+            f"there are {len(self.mlp)} layers of MLPs; give both for every layer",
+        )
 
     def total(self, config: ModelConfig, menu: Menu, subnet: Subnet) -> float:
         """Cost of a subnet.
@@ -185,18 +228,25 @@ class CostTable:
           menu: whose choices the table holds.
           subnet: chosen from it, with all channels.
 
+        Returns:
+          The cost, in the unit of `kind`.
+
         Raises:
           ValueError: a size is not on the menu, or channels are left out.
         """
         subnet.check(config)
-        fix = "the table holds costs at the model's full width; leave d_model whole"
-        require(subnet.d_model == config.d_model, "subnet.d_model", subnet.d_model, fix)
+        require(
+            subnet.d_model == config.d_model,
+            "subnet.d_model",
+            subnet.d_model,
+            "the table holds costs at the model's full width; leave d_model whole",
+        )
         mlp, heads, groups = menu.positions(config, subnet)
         chosen = zip(subnet.layers, mlp, heads, groups, strict=True)
         return self.fixed + sum(self.attention[i][h][g] + self.mlp[i][f] for i, f, h, g in chosen)
 
     def range(self, menu: Menu) -> tuple[float, float]:
-        """(least cost of the menu's subnets, without all layers that may go; cost of the whole model)."""
+        """(the least that a subnet can cost, without all layers that may go; what the whole model costs)."""
         cheapest = [min(itertools.chain(*a)) + min(m) for a, m in zip(self.attention, self.mlp, strict=True)]
         least = sum(cost for i, cost in enumerate(cheapest) if i not in menu.dropped)
         whole = sum(a[-1][-1] + m[-1] for a, m in zip(self.attention, self.mlp, strict=True))
@@ -216,46 +266,67 @@ class CostTable:
             budget.kind == self.kind, "budget", budget.kind, f"this table holds {self.kind}; build one for it"
         )
         least, whole = self.range(menu)
-        fix = f"the cheapest sub-network of this menu costs {least:.6g} (the whole model {whole:.6g}): "
-        fix += "raise the budget, or make the model elastic with a menu of smaller choices"
-        require(budget.amount >= least, f"budget.{self.kind}", budget.amount, fix)
+        require(
+            budget.amount >= least,
+            f"budget.{self.kind}",
+            budget.amount,
+            f"the cheapest sub-network of this menu costs {least:.6g} (the whole model {whole:.6g}): raise "
+            "the budget, or make the model elastic with a menu of smaller choices",
+        )
 
 
-def counted_table(config: ModelConfig, menu: Menu, kind: str, load: Workload = Workload()) -> CostTable:
+def counted_table(config: ModelConfig, menu: Menu, kind: str, workload: Workload = Workload()) -> CostTable:
     """The table of a cost that is counted rather than measured, of a model without its exits.
 
     Args:
       config: the whole model.
       menu: what may be chosen.
       kind: "parameters", "flops" or "memory_bytes".
-      load: batch and context.
+      workload: batch and context.
 
     Returns:
       The table; its totals equal `model_cost` of the slices exactly.
 
     Raises:
       ValueError: the kind is not counted, or the menu does not fit the model or offers widths of all of it.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      menu = el.Menu(mlp=(0.25, 0.5, 1.0), heads=(0.5, 1.0))
+      table = el.width.counted_table(tiny_config(), menu, "parameters")
+      print(table.fixed, table.mlp[0])  # embeddings and head; the first layer's MLP in three widths
+      ```
     """
+    require(
+        menu.d_model == (1.0,),
+        "menu.d_model",
+        menu.d_model,
+        "a table holds costs at the model's full width: leave d_model=(1.0,)",
+    )
+    require(
+        kind in COUNTED,
+        "kind",
+        kind,
+        f"only {', '.join(COUNTED)} are counted; latency is measured: elastic-lm latency build",
+    )
     config = config.with_exits(())
-    fix = "a table holds costs at the model's full width: leave d_model=(1.0,)"
-    require(menu.d_model == (1.0,), "menu.d_model", menu.d_model, fix)
-    counted = ("parameters", "flops", "memory_bytes")
-    fix = f"only {', '.join(counted)} are counted; latency is measured: elastic-lm latency build"
-    require(kind in counted, "kind", kind, fix)
     sizes = menu.sizes(config)
 
     def attention(i: int, heads: int, groups: int) -> float:
-        return float(getattr(attention_cost(config, i, heads, groups, load), kind))
+        return float(getattr(attention_cost(config, i, heads, groups, workload), kind))
 
     def mlp(neurons: int) -> float:
-        return float(getattr(mlp_cost(config, neurons, load), kind))
+        return float(getattr(mlp_cost(config, neurons, workload), kind))
 
-    each = range(config.n_layers)
+    layers = range(config.n_layers)
     return CostTable(
-        kind,
-        float(getattr(base_cost(config, load), kind)),
-        tuple(
-            tuple(tuple(attention(i, h, g) for g in sizes.groups[i]) for h in sizes.heads[i]) for i in each
+        kind=kind,
+        fixed=float(getattr(base_cost(config, workload), kind)),
+        attention=tuple(
+            tuple(tuple(attention(i, h, g) for g in sizes.groups[i]) for h in sizes.heads[i]) for i in layers
         ),
-        tuple(tuple(map(mlp, sizes.mlp[i])) for i in each),
+        mlp=tuple(tuple(map(mlp, sizes.mlp[i])) for i in layers),
     )

@@ -2,10 +2,10 @@
 
     time(subnet) = fixed + sum over its layers of attention[layer][heads][groups] + mlp[layer][neurons]
 
-There is one such table per phase: `decode`, one token of every sequence of the batch, with `context`
-positions in the caches; `prefill`, the prompts of `context` tokens of the whole batch. A table belongs to
-the sizes of a model, a menu, a batch and context, and a device: `LatencyTable.check` refuses it where one of
-them differs, before its costs go into a search.
+There is one such table per phase: `decode` is one token of every sequence of the batch, with `context`
+positions in the caches, and `prefill` is the prompts of the whole batch, `context` tokens each. A table
+belongs to the sizes of a model, a menu, a batch and context, and a device: `LatencyTable.check` refuses it
+where one of them differs, before its costs go into a search.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ TIMELESS = (
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What computes; times of one say nothing about another."""
+    """What computes. Times of one device say nothing about another."""
 
     platform: str  # cpu, gpu or tpu
     kind: str  # the device's name in jax
@@ -50,10 +50,15 @@ class Device:
     def here(cls) -> "Device":
         """The device that this process computes on."""
         found = hardware()
-        return cls(found["backend"], found["devices"][0], found["processor"], found["cores"])
+        return cls(
+            platform=found["backend"],
+            kind=found["devices"][0],
+            processor=found["processor"],
+            cores=found["cores"],
+        )
 
     def check(self, source: str) -> None:
-        """Checks that this is the device of this process; the host counts only where it computes itself.
+        """Checks that this is the device of this process.
 
         Args:
           source: what was measured on this device, for the message.
@@ -62,16 +67,52 @@ class Device:
           ValueError: it is another; names what differs.
         """
         here = Device.here()
+        # The host counts only where it computes itself.
         fields = ("platform", "kind", *(("processor", "cores") if self.platform == "cpu" else ()))
         for field in fields:
-            value, own = getattr(self, field), getattr(here, field)
-            fix = f"this device has {own!r}, and times of another say nothing about it; {REBUILD}"
-            require(value == own, f"{source}: device.{field}", value, fix)
+            value, found = getattr(self, field), getattr(here, field)
+            require(
+                value == found,
+                f"{source}: device.{field}",
+                value,
+                f"this device has {found!r}, and times of another say nothing about it; {REBUILD}",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class LatencyTable:
-    """Measured milliseconds of every module and choice of a menu, on one device."""
+    """Measured milliseconds of every module and choice of a menu, on one device.
+
+    `elastic-lm latency build` measures one. `SubnetChooser.with_latency` chooses by it.
+
+    Raises:
+      ValueError: the costs are not those of the menu's choices, or not finite; names field, value and fix.
+
+    Example:
+      ```python
+      import dataclasses
+      import elastic_lm as el
+      from elastic_lm.cost.latency_table import Device
+      from elastic_lm.testing import tiny_config
+
+      config, menu = tiny_config(), el.Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
+      counted = el.width.counted_table(config, menu, "parameters")
+      costs = dataclasses.replace(counted, kind="latency_ms")  # made up: in earnest they are measured
+      table = el.LatencyTable(
+          model=config,
+          menu=menu,
+          workload=el.width.Workload(batch=1, context=32),
+          device=Device.here(),
+          decode=costs,
+          prefill=costs,
+          residuals={"decode": 0.0, "prefill": 0.0},
+          rounds=1,
+          date="2026-01-01T00:00:00",
+          versions={},
+      )
+      print(table.total(menu.smallest(config)), table.total(menu.largest(config)))
+      ```
+    """
 
     model: ModelConfig  # the whole model, without exits
     menu: Menu  # whose choices were measured
@@ -85,18 +126,27 @@ class LatencyTable:
     versions: Mapping[str, str]  # of the packages that matter to speed
 
     def __post_init__(self) -> None:
+        # Numbers of choices of every layer: neurons, heads, and groups once for each choice of heads.
         sizes = self.menu.sizes(self.model)
-        shape = [tuple(map(len, s)) for s in zip(sizes.mlp, sizes.heads, sizes.groups, strict=True)]
+        choices = zip(sizes.mlp, sizes.heads, sizes.groups, strict=True)
+        wanted = [(len(mlp), len(heads), *[len(groups)] * len(heads)) for mlp, heads, groups in choices]
+
         for phase in PHASES:
             costs: CostTable = getattr(self, phase)
             require(costs.kind == "latency_ms", f"{phase}.kind", costs.kind, "must be latency_ms")
+
             found = [(len(m), len(a), *map(len, a)) for m, a in zip(costs.mlp, costs.attention, strict=True)]
-            fits = found == [(f, h, *[g] * h) for f, h, g in shape]
-            fix = f"does not hold one number for each choice of {self.menu} in {self.model.n_layers} layers"
-            require(fits, phase, f"costs of {len(found)} layers", fix)
+            require(
+                found == wanted,
+                phase,
+                f"costs of {len(found)} layers",
+                f"does not hold one number for each choice of {self.menu} in {self.model.n_layers} layers",
+            )
+
             numbers = [costs.fixed, *itertools.chain(*costs.mlp, *itertools.chain(*costs.attention))]
             worst = next((x for x in numbers if not 0 <= x < math.inf), 0.0)
             require(worst == 0, phase, worst, "milliseconds must be at least 0 and finite")
+
             residual = self.residuals.get(phase)
             require(isinstance(residual, float), f"residuals.{phase}", residual, "must be a number")
 
@@ -106,6 +156,9 @@ class LatencyTable:
         Args:
           subnet: chosen from the menu, with all channels.
           phase: "decode", per step of the whole batch, or "prefill", per prompts of the whole batch.
+
+        Returns:
+          Milliseconds.
 
         Raises:
           ValueError: a size is not on the menu, or channels are left out.
@@ -124,28 +177,44 @@ class LatencyTable:
           ValueError: it is about another model, menu or device; names the first field that differs.
         """
         for field in (f.name for f in dataclasses.fields(ModelConfig) if f.name not in TIMELESS):
-            value, own = getattr(self.model, field), getattr(config, field)
-            fix = f"this model has {own!r}; name the table's model with --model, or {REBUILD}"
-            require(value == own, f"{source}: model.{field}", value, fix)
+            value, wanted = getattr(self.model, field), getattr(config, field)
+            require(
+                value == wanted,
+                f"{source}: model.{field}",
+                value,
+                f"this model has {wanted!r}; name the table's model with --model, or {REBUILD}",
+            )
+
+        # Menus may differ in their shares, as long as these give the same sizes.
         menu = menu or self.menu
-        sizes, own_sizes = self.menu.sizes(self.model), menu.sizes(config)
+        sizes, wanted_sizes = self.menu.sizes(self.model), menu.sizes(config)
         for field in CHOICES:
-            value, own = getattr(self.menu, field), getattr(menu, field)
-            fix = f"this menu has {own}; {REBUILD} --{field} {_listed(own)}"
-            same = getattr(sizes, field) == getattr(own_sizes, field)
-            require(same, f"{source}: menu.{field}", value, fix)
-        fix = f"this menu drops layers {menu.dropped}, of which no time is known; {REBUILD} with --model"
-        measured = bool(self.menu.dropped) or not menu.dropped
-        require(measured, f"{source}: menu.dropped", self.menu.dropped, fix)
+            wanted = getattr(menu, field)
+            require(
+                getattr(sizes, field) == getattr(wanted_sizes, field),
+                f"{source}: menu.{field}",
+                getattr(self.menu, field),
+                f"this menu has {wanted}; {REBUILD} --{field} {_listed(wanted)}",
+            )
+
+        require(
+            bool(self.menu.dropped) or not menu.dropped,
+            f"{source}: menu.dropped",
+            self.menu.dropped,
+            f"this menu drops layers {menu.dropped}, of which no time is known; {REBUILD} with --model",
+        )
         self.device.check(source)
 
     def checked(self, config: ModelConfig, menu: Menu, source: str = "latency table") -> CostTable:
-        """Milliseconds per decoded step of the whole batch, where this table is about a model here (`check`).
+        """Milliseconds per decoded step of the whole batch, after `check`.
 
         Args:
           config: the whole model; exits do not matter.
           menu: whose choices are looked up.
           source: the table's name in messages, e.g. its file.
+
+        Returns:
+          The table `decode`.
 
         Raises:
           ValueError: it is about another model, menu or device; names the first field that differs.
@@ -169,19 +238,19 @@ class LatencyTable:
         return load_dataclass(cls, path, FORMAT, "latency table", REBUILD)
 
     def text(self) -> str:
-        """The table as aligned lines, one per choice; layers that cost the same share theirs."""
-        load = self.workload
+        """The table as aligned lines, one per choice; layers of equal costs share their lines."""
+        batch, context = self.workload.batch, self.workload.context
         fits = ", ".join(f"{phase} {self.residuals[phase]:.1%}" for phase in PHASES)
         lines = [
-            f"milliseconds at batch {load.batch} after {load.context} tokens; the fit is off by {fits}",
+            f"milliseconds at batch {batch} after {context} tokens; the fit is off by {fits}",
             f"{'':44}{'step':>10}{'prompts':>12}",
             _line("whole model", self, lambda t: t.range(self.menu)[1]),
             _line("embeddings, vocabulary head, calls", self, lambda t: t.fixed),
         ]
+
         sizes = self.menu.sizes(self.model)
-        for i, layers in self._alike().items():
-            where = f"each of layers {_listed(layers)}" if len(layers) > 1 else f"layer {i}"
-            lines.append(where)
+        for i, layers in self._equal_layers().items():
+            lines.append(f"each of layers {_listed(layers)}" if len(layers) > 1 else f"layer {i}")
             for j, n in enumerate(sizes.mlp[i]):
                 lines.append(_line(f"  MLP of {n} neurons", self, lambda t, i=i, j=j: t.mlp[i][j]))
             pairs = itertools.product(enumerate(sizes.heads[i]), enumerate(sizes.groups[i]))
@@ -190,7 +259,7 @@ class LatencyTable:
                 lines.append(_line(name, self, lambda t, i=i, h=h, g=g: t.attention[i][h][g]))
         return "\n".join(lines)
 
-    def _alike(self) -> dict[int, list[int]]:
+    def _equal_layers(self) -> dict[int, list[int]]:
         """First layer -> layers of the same sizes and costs."""
         sizes = self.menu.sizes(self.model)
         found: dict[object, list[int]] = {}
@@ -201,6 +270,7 @@ class LatencyTable:
 
 
 def _line(name: str, table: LatencyTable, cost: Callable[[CostTable], float]) -> str:
+    """A line with one cost in both phases."""
     return f"{name:44}{cost(table.decode):>10.4g}{cost(table.prefill):>12.4g}"
 
 

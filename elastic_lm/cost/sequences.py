@@ -30,12 +30,17 @@ def layer_flops(config: ModelConfig, tokens: int, start: int = 0, stop: int | No
 
 
 def _layer(config: ModelConfig, layer: int, tokens: int) -> int:
+    """FLOPs of one layer over one sequence."""
     neurons, heads, groups = config.sizes(layer)
     alone = attention_cost(config, layer, heads // groups, groups).flops + mlp_cost(config, neurons).flops
+
+    # Keys that all positions see together: a triangle until the window is full, then the window for each.
     window = config.window(layer) or tokens
     whole = min(window, tokens)  # positions that see all before them
     seen = whole * (whole + 1) // 2 + (tokens - whole) * window
-    return tokens * alone + 4 * heads * config.head_dim * (seen - tokens)  # one key is in `alone`
+
+    # `alone` has one key per position already.
+    return tokens * alone + 4 * heads * config.head_dim * (seen - tokens)
 
 
 def head_flops(config: ModelConfig, positions: int) -> int:
@@ -63,9 +68,9 @@ def encoder_flops(config: EncoderConfig, tokens: int, layers: int | None = None)
       layers: that run; None = all.
     """
     d = config.d_model
-    each = 2 * tokens * (4 * d * d + 2 * d * config.d_mlp) + 4 * d * tokens * tokens
+    layer = 2 * tokens * (4 * d * d + 2 * d * config.d_mlp) + 4 * d * tokens * tokens
     head = 2 * d * config.n_labels + (2 * d * d if config.pooler != "none" else 0)
-    return each * (config.n_layers if layers is None else layers) + head
+    return layer * (config.n_layers if layers is None else layers) + head
 
 
 def text_to_text_flops(config: EncoderDecoderConfig, source: int, emitted: int) -> int:
@@ -78,8 +83,10 @@ def text_to_text_flops(config: EncoderDecoderConfig, source: int, emitted: int) 
     """
     d, inner, s, m = config.d_model, config.n_heads * config.head_dim, source, emitted
     mlp = 2 * (3 if config.gated else 2) * d * config.d_mlp
+
     encoder = s * (8 * d * inner + mlp) + 4 * inner * s * s
     own = m * (8 * d * inner + mlp) + 4 * inner * m * (m + 1) // 2
+    # Keys and values of the source are projected once, queries and outputs for every token of the target.
     cross = 4 * d * inner * (s + m) + 4 * inner * m * s if m else 0
     head = 2 * config.vocab_size * d * m
     return config.n_layers * encoder + config.n_decoder_layers * (own + cross) + head

@@ -1,4 +1,4 @@
-"""Training exits on what the frozen layers computed once, over many epochs."""
+"""What frozen layers computed once for a few batches, in a new order every epoch."""
 
 from collections.abc import Iterator
 
@@ -9,10 +9,10 @@ import numpy as np
 
 @flax.struct.dataclass
 class Taps:
-    """What exits and the full model's head read of a batch: everything below them is frozen.
+    """What exits and the full model's head read of a batch, from the frozen layers below them.
 
     Attributes:
-      exits: for every exit, the fields of its layer's `Tap` that its kind reads, [B, T, D] each.
+      exits: for every exit, the fields of its layer's `Tap` that an exit of its kind reads, [B, T, D] each.
       features: [B, T, D] input of the full model's head.
       weights: [B, T] float32, how much each token counts.
       positions: [B, T] int32.
@@ -27,9 +27,9 @@ class Taps:
 
 
 class CachedBatches(Iterator[Taps]):
-    """Batches of `Taps` in a new order every epoch, without an end; it resumes as a grain iterator does."""
+    """Batches of `Taps` in a new order every epoch, without an end; resumes as a grain iterator does."""
 
-    def __init__(self, taps: list[Taps], seed: int):
+    def __init__(self, taps: list[Taps], seed: int) -> None:
         """Creates the iterator, at the beginning of its first epoch.
 
         Args:
@@ -41,8 +41,10 @@ class CachedBatches(Iterator[Taps]):
         self._step = 0
 
     def __next__(self) -> Taps:
+        # The order depends on seed and epoch alone, so that the number of steps says where a run stands.
         epoch, index = divmod(self._step, len(self._taps))
         order = np.random.default_rng((self._seed, epoch)).permutation(len(self._taps))
+
         self._step += 1
         return self._taps[order[index]]
 

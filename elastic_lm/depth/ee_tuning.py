@@ -16,7 +16,7 @@ Papers: EE-Tuning, arXiv 2402.00518; EE-LLM, arXiv 2312.04916.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,10 @@ Warmup = Literal["linear", "cosine"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EETuningConfig(MethodConfig):
-    """Options of `EETuning`.
+    """Options of `EETuning`, the `method` section of a run's config.
+
+    Raises:
+      ValueError: an option is out of its range; names field, value and fix.
 
     Example:
       ```python
@@ -54,10 +57,10 @@ class EETuningConfig(MethodConfig):
     dynamic_token_weights: bool = False  # omega_t is the exit's own confidence
 
     def __post_init__(self) -> None:
-        for field in ("weights", "warmup_from"):
-            value = getattr(self, field)
-            finite = all(0 <= w < math.inf for w in (value if field == "weights" else (value,)))
-            require(finite, f"method.{field}", value, "must not be negative")
+        finite = all(0 <= w < math.inf for w in self.weights)
+        require(finite, "method.weights", self.weights, "must not be negative")
+        finite = 0 <= self.warmup_from < math.inf
+        require(finite, "method.warmup_from", self.warmup_from, "must not be negative")
         if self.weights and not any(self.weights):
             raise ValueError(f"method.weights={self.weights}: at least one exit needs a weight above 0")
         require_each(self, "method.", ("warmup_steps",), *NOT_NEGATIVE)
@@ -66,7 +69,29 @@ class EETuningConfig(MethodConfig):
 
 @dataclasses.dataclass(frozen=True)
 class EETuning(EETuningConfig, Method[Batch]):
-    """Trains the exits of a frozen model (EE-Tuning, arXiv 2402.00518)."""
+    """Trains the exits of a frozen model (EE-Tuning, arXiv 2402.00518).
+
+    Static under `jit`; parameters, batches and the step are traced.
+
+    Raises:
+      ValueError: the model has no exits, or `weights` does not have one entry per exit.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config(exits=(1, 3))
+      tokens = random_tokens(config, batch=2, length=17)
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      method = el.depth.EETuning(config, weights=(1.0, 0.5))
+      exits, backbone = method.split(random_params(config))
+      loss, metrics = method.loss(exits, backbone, batch, jnp.int32(0))
+      ```
+    """
 
     section = EETuningConfig
 
@@ -96,15 +121,6 @@ class EETuning(EETuningConfig, Method[Batch]):
         """
         return split_exits(params, [self.config.exits[i] for i in self.active])
 
-    def exit_weights(self, step: jax.Array | int) -> jax.Array:
-        """w_l(step) of every exit: [E] float32."""
-        target = jnp.asarray(self._targets(), jnp.float32)
-        if not self.warmup_steps:
-            return target
-        r = jnp.minimum(jnp.asarray(step, jnp.float32) / self.warmup_steps, 1.0)
-        f = r if self.warmup == "linear" else (1.0 + jnp.cos(jnp.pi * (r + 1.0))) / 2.0
-        return jnp.where(target == 0, 0.0, self.warmup_from + (target - self.warmup_from) * f)
-
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
@@ -120,12 +136,27 @@ class EETuning(EETuningConfig, Method[Batch]):
           (scalar float32, metrics `loss`, `loss/exit_<layer>` and `accuracy/exit_<layer>`).
         """
         params = {**jax.lax.stop_gradient(frozen), **trainable}
+
+        # The layers run up to the deepest exit that trains, and no further.
         depths = [self.config.exits[i].layer for i in self.active]
         taps = self._taps(params, depths, batch)
+
         total, metrics = self._exit_losses(params, taps, batch, step)
         return total, {"loss": total, **metrics}
 
+    def exit_weights(self, step: jax.Array | int) -> jax.Array:
+        """w_l(step) of every exit: [E] float32."""
+        target = jnp.asarray(self._targets(), jnp.float32)
+        if not self.warmup_steps:
+            return target
+
+        r = jnp.minimum(jnp.asarray(step, jnp.float32) / self.warmup_steps, 1.0)
+        f = r if self.warmup == "linear" else (1.0 + jnp.cos(jnp.pi * (r + 1.0))) / 2.0
+        # An exit that does not train has weight 0 during the warm-up, too.
+        return jnp.where(target == 0, 0.0, self.warmup_from + (target - self.warmup_from) * f)
+
     def _targets(self) -> tuple[float, ...]:
+        """w_l of every exit, where the warm-up ends."""
         return self.weights or (1.0,) * len(self.config.exits)
 
     def _taps(self, params: Params, depths: Sequence[int], batch: Batch) -> dict[int, Tap]:
@@ -135,23 +166,24 @@ class EETuning(EETuningConfig, Method[Batch]):
     def _exit_losses(
         self, params: Params, taps: dict[int, Tap], batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """sum_l w_l(step) L_l, one exit after the other so that only one holds logits."""
+        """sum_l w_l(step) L_l and metrics, one exit after the other so that only one holds logits."""
         weights = self.exit_weights(step)
         total, metrics = jnp.zeros((), jnp.float32), {}
         for i in self.active:
             e = self.config.exits[i]
 
-            def sums(params: Params, tap: Tap, i: int = i) -> TokenSums:
+            def token_sums(params: Params, tap: Tap, i: int = i) -> TokenSums:
                 return self._token_sums(params, tap, i, batch)
 
-            result = (jax.checkpoint(sums) if self.remat else sums)(params, taps[e.layer])
-            count = jnp.maximum(result.weight, 1.0)
-            total += weights[i] * result.loss / count
-            metrics[f"loss/{e.name}"] = result.cross_entropy / count
-            metrics[f"accuracy/{e.name}"] = result.correct / count
+            sums = (jax.checkpoint(token_sums) if self.remat else token_sums)(params, taps[e.layer])
+            count = jnp.maximum(sums.weight, 1.0)  # a batch of padding alone has no tokens
+            total += weights[i] * sums.loss / count
+            metrics[f"loss/{e.name}"] = sums.cross_entropy / count
+            metrics[f"accuracy/{e.name}"] = sums.correct / count
         return total, metrics
 
     def _token_sums(self, params: Params, tap: Tap, index: int, batch: Batch) -> TokenSums:
+        """Sums over the tokens of one exit."""
         decoder = Decoder(self.config).bind({"params": params})
         features = decoder.exit_features(index, tap, batch.positions, batch.segments)
         return chunked_cross_entropy(
@@ -167,17 +199,45 @@ class EETuning(EETuningConfig, Method[Batch]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JointTrainingConfig(EETuningConfig):
-    """Options of `JointTraining`, those of `EETuning`."""
+    """Options of `JointTraining`, which are those of `EETuning`.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      method = el.depth.JointTrainingConfig(weights=(0.25, 0.5))
+      ```
+    """
 
     name: str = "joint"
 
 
 @dataclasses.dataclass(frozen=True)
 class JointTraining(EETuning):
-    """Trains all parameters, L_final + sum_l w_l(step) L_l (EE-LLM, arXiv 2312.04916)."""
+    """Trains all parameters, L_final + sum_l w_l(step) L_l (EE-LLM, arXiv 2312.04916).
+
+    Static under `jit`; parameters, batches and the step are traced.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config(exits=(2,))
+      tokens = random_tokens(config, batch=2, length=17)
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      method = el.depth.JointTraining(config, weights=(0.5,))
+      trainable, frozen = method.split(random_params(config))  # everything, and nothing
+      loss, metrics = method.loss(trainable, frozen, batch, jnp.int32(0))
+      ```
+    """
 
     section = JointTrainingConfig
 
+    # The base class is `EETuning` with all its options, so that the name has to be said again.
     name: str = dataclasses.field(default="joint", kw_only=True)
 
     def split(self, params: Params) -> tuple[Params, Params]:
@@ -198,13 +258,16 @@ class JointTraining(EETuning):
         Returns:
           (scalar float32, metrics of `EETuning.loss` and `loss/final`, `accuracy/final`).
         """
-        params: dict[str, Any] = {**jax.lax.stop_gradient(frozen), **trainable}
+        params: Params = {**jax.lax.stop_gradient(frozen), **trainable}
         depth = self.config.n_layers
         taps = self._taps(params, [*(self.config.exits[i].layer for i in self.active), depth], batch)
+
         exits, metrics = self._exit_losses(params, taps, batch, step)
+
         decoder = Decoder(self.config).bind({"params": params})
         features, kernel = decoder.final_features(taps[depth].hidden), decoder.final_kernel()
         final = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
+
         count = jnp.maximum(final.weight, 1.0)
         total = final.loss / count + exits
         metrics |= {"loss/final": final.loss / count, "accuracy/final": final.correct / count}
@@ -212,24 +275,27 @@ class JointTraining(EETuning):
 
 
 def check_exits(config: ModelConfig) -> None:
-    """Refuses a model without exits."""
+    """Raises ValueError for a model without exits."""
     if not config.exits:
         raise ValueError("config.exits=(): attach exits first, with el.attach_exits or a run's `exits`")
 
 
 def split_exits(params: Params, exits: Sequence[ExitConfig]) -> tuple[Params, Params]:
-    """(the parameters of these exits, all others), for methods that leave the backbone as it is.
+    """Splits parameters for methods that leave the backbone as it is.
 
     Args:
       params: of the model.
       exits: those that train.
+
+    Returns:
+      (parameters of these exits, all other parameters).
 
     Raises:
       ValueError: the exits own no parameters.
     """
     names = {e.name for e in exits}
     trainable = {name: tree for name, tree in params.items() if name in names}
-    if not trainable:
+    if not trainable:  # a tied `embedding` exit reads the model's table and has no norm
         layers = tuple(e.layer for e in exits)
         raise ValueError(
             f"exits after layers {layers}: tied `embedding` exits own nothing to train; untie them, give "

@@ -19,14 +19,15 @@ A gate (`ExitConfig.gate`) learns whether its exit is right, from the exit's fea
     G = BCE(gate, [arg max z_i = y]);  balanced: the mean over right tokens and the mean over wrong tokens
                                        count half each, where a batch has both
 
-Everything that frozen layers compute may be kept (`cache_taps`) and read again for many epochs
-(`cached_batches`), which costs the exits alone. Balcony is a tied `block` exit with `kl`.
+What the frozen layers compute may be kept (`cached_batches`) and read again for many epochs, which then cost
+the exits alone. Balcony is a tied `block` exit with `kl`.
 
 Papers: Self-Supervised Early Exits, arXiv 2407.21082; Balcony, arXiv 2503.05005; CALM (gates),
 arXiv 2207.07061.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args
@@ -45,45 +46,13 @@ from elastic_lm.nn.block import Tap
 from elastic_lm.train.losses import Metrics, Objective, imitation_loss, sum_over_chunks
 from elastic_lm.train.method import Method, MethodConfig, RunData
 
-READS: dict[ExitKind, tuple[str, ...]] = {
-    "embedding": ("hidden",),
-    "norm": ("hidden",),
-    "mlp": ("residual", "mlp_input"),
-    "block": ("hidden",),
-}
-
-
-@flax.struct.dataclass
-class _Sums:
-    """Weighted sums over tokens for one exit, float32 scalars."""
-
-    loss: jax.Array
-    right: jax.Array  # weight of the tokens where the exit agrees with the full model
-    weight: jax.Array
-    gate_right: jax.Array  # the gate's cross-entropy where the exit is right
-    gate_wrong: jax.Array  # the gate's cross-entropy where it is wrong
-    gate_correct: jax.Array  # weight of the tokens where the gate, cut at 1/2, tells which
-
-
-def gate_cross_entropy(probability: jax.Array, right: jax.Array) -> jax.Array:
-    """-log of the probability that a gate gives to what is the case: BCE of every token.
-
-    Args:
-      probability: [...] float32 in [0, 1], that the exit is right.
-      right: [...] bool, whether it is.
-
-    Returns:
-      [...] float32, in nats; finite where the gate is sure and wrong.
-    """
-    # Below 1 by the smallest float32 step: log(1 - p) stays finite.
-    return -jnp.where(
-        right, jnp.log(jnp.maximum(probability, 1e-30)), jnp.log1p(-jnp.minimum(probability, 1 - 6e-8))
-    )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfSupervisedConfig(MethodConfig):
-    """Options of `SelfSupervisedExits`.
+    """Options of `SelfSupervisedExits`, the `method` section of a run's config.
+
+    Raises:
+      ValueError: an option is out of its range, or not read with the others; names field, value and fix.
 
     Example:
       ```python
@@ -107,15 +76,37 @@ class SelfSupervisedConfig(MethodConfig):
         require_choice("method.objective", self.objective, get_args(Objective))
         require_each(self, "method.", ("top_k", "cached_batches"), *NOT_NEGATIVE)
         require(0 <= self.alpha <= 1, "method.alpha", self.alpha, "must be in [0, 1]")
-        for fields, objective in ((("top_k",), "kl"), (("alpha",), "penalised")):
+        for field, objective in (("top_k", "kl"), ("alpha", "penalised")):
             if self.objective != objective:
                 unread = f"not read with method.objective={self.objective!r}, only with {objective}; set"
-                require_defaults(self, "method.", fields, unread)
+                require_defaults(self, "method.", (field,), unread)
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
-    """Trains the exits of a frozen model on the model's own predictions (arXiv 2407.21082)."""
+    """Trains the exits of a frozen model on the model's own predictions (arXiv 2407.21082).
+
+    Static under `jit`; parameters, batches and the step are traced.
+
+    Raises:
+      ValueError: the model has no exits.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config(exits=(2,))
+      tokens = random_tokens(config, batch=2, length=17)
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      method = el.depth.SelfSupervisedExits(config, objective="kl")
+      exits, backbone = method.split(random_params(config))
+      loss, metrics = method.loss(exits, backbone, batch, jnp.int32(0))
+      ```
+    """
 
     section = SelfSupervisedConfig
 
@@ -162,7 +153,7 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
           (scalar float32, metrics `loss`, for every exit `loss/exit_<layer>` and `agreement/exit_<layer>`
           with the full model, for every gate `gate_loss/exit_<layer>` and `gate_accuracy/exit_<layer>`).
         """
-        # Which of the two it is, is static: each compiles to a program of its own.
+        # Whether a batch holds taps is static: batches and taps compile to programs of their own.
         taps = batch if isinstance(batch, Taps) else self.taps(frozen, batch)
         return self.loss_from_taps(trainable, frozen, taps)
 
@@ -178,10 +169,14 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
         """
         decoder = Decoder(self.config).bind({"params": jax.lax.stop_gradient(frozen)})
         depths = [*(e.layer for e in self.config.exits), self.config.n_layers]
-        found = decoder.taps(batch.tokens, depths, batch.positions, batch.segments)
-        exits = tuple({f: getattr(found[e.layer], f) for f in READS[e.kind]} for e in self.config.exits)
-        features = decoder.final_features(found[self.config.n_layers].hidden)
-        return Taps(exits, features, batch.weights, batch.positions, batch.segments)
+        by_depth = decoder.taps(batch.tokens, depths, batch.positions, batch.segments)
+        return Taps(
+            exits=tuple({f: getattr(by_depth[e.layer], f) for f in READS[e.kind]} for e in self.config.exits),
+            features=decoder.final_features(by_depth[self.config.n_layers].hidden),
+            weights=batch.weights,
+            positions=batch.positions,
+            segments=batch.segments,
+        )
 
     def loss_from_taps(self, trainable: Params, frozen: Params, taps: Taps) -> tuple[jax.Array, Metrics]:
         """`loss` without running the frozen layers.
@@ -197,6 +192,8 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
         params = {**jax.lax.stop_gradient(frozen), **trainable}
         decoder = Decoder(self.config).bind({"params": params})
         exits = self.config.exits
+
+        # What precedes the vocabulary: features of all columns at once. A gate does not train the features.
         features = [self._features(decoder, i, taps) for i in range(len(exits))]
         gates = [
             decoder.exit_gate(i, jax.lax.stop_gradient(x)) if exits[i].gate else None
@@ -205,23 +202,29 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
         kernels = [decoder.exit_kernel(i) for i in range(len(exits))]
         teacher_VD = decoder.final_kernel()
 
-        def sums(piece: tuple) -> list[_Sums]:
+        # Logits exist for one chunk of columns only: the teacher's, once for all exits, and those of an exit.
+        # The backward pass computes the exits' logits again.
+        def sums(piece: tuple) -> list[_ExitSums]:
             teacher_BTD, features, gates, weights = piece
             teacher = jax.lax.stop_gradient(vocab_logits(self.config, teacher_BTD, teacher_VD))
-            one = jax.checkpoint(self._exit_sums, static_argnums=0)
             each = zip(exits, features, kernels, gates, strict=True)
-            return [one(e, x, kernel, gate, teacher, weights) for e, x, kernel, gate in each]
+            return [
+                jax.checkpoint(functools.partial(self._exit_sums, e))(x, kernel, gate, teacher, weights)
+                for e, x, kernel, gate in each
+            ]
 
-        found = sum_over_chunks(sums, (taps.features, features, gates, taps.weights), self.loss_chunk)
+        per_exit = sum_over_chunks(sums, (taps.features, features, gates, taps.weights), self.loss_chunk)
+
         total, metrics = jnp.zeros((), jnp.float32), {}
-        for e, result in zip(exits, found, strict=True):
-            loss, named = self._summary(e, result)
+        for e, exit_sums in zip(exits, per_exit, strict=True):
+            loss, named = self._exit_loss(e, exit_sums)
             total, metrics = total + loss / len(exits), metrics | named
         return total, {"loss": total, **metrics}
 
     def _features(self, decoder: Decoder, index: int, taps: Taps) -> jax.Array:
-        """Features of one exit; fields that its kind does not read stand in for each other."""
+        """Features [B, T, D] of one exit."""
         stored = jax.lax.stop_gradient(taps.exits[index])
+        # A `Tap` has all fields. Those that this kind of exit does not read are filled with any array.
         anything = next(iter(stored.values()))
         tap = Tap(**{f.name: stored.get(f.name, anything) for f in dataclasses.fields(Tap)})
         return decoder.exit_features(index, tap, taps.positions, taps.segments)
@@ -234,34 +237,83 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
         gate_BT: jax.Array | None,
         teacher_BTV: jax.Array,
         weights_BT: jax.Array,
-    ) -> _Sums:
+    ) -> "_ExitSums":
+        """Sums of one exit over a chunk of columns."""
         student = vocab_logits(self.config, features_BTD, kernel_VD, e.temperature)
         loss = imitation_loss(self.objective, teacher_BTV, student, self.top_k, self.alpha)
         right = jnp.argmax(student, axis=-1) == jnp.argmax(teacher_BTV, axis=-1)
-        zero = jnp.zeros((), jnp.float32)
-        gate = (zero, zero, zero)
+
+        gate_right = gate_wrong = gate_correct = jnp.zeros((), jnp.float32)
         if gate_BT is not None:
             entropy = gate_cross_entropy(gate_BT, right) * weights_BT
-            told = jnp.sum(weights_BT * ((gate_BT > 0.5) == right))
-            gate = (jnp.sum(entropy * right), jnp.sum(entropy * ~right), told)
-        return _Sums(jnp.sum(loss * weights_BT), jnp.sum(weights_BT * right), jnp.sum(weights_BT), *gate)
+            gate_right, gate_wrong = jnp.sum(entropy * right), jnp.sum(entropy * ~right)
+            gate_correct = jnp.sum(weights_BT * ((gate_BT > 0.5) == right))
 
-    def _summary(self, e: ExitConfig, sums: _Sums) -> tuple[jax.Array, Metrics]:
+        return _ExitSums(
+            loss=jnp.sum(loss * weights_BT),
+            right=jnp.sum(weights_BT * right),
+            weight=jnp.sum(weights_BT),
+            gate_right=gate_right,
+            gate_wrong=gate_wrong,
+            gate_correct=gate_correct,
+        )
+
+    def _exit_loss(self, e: ExitConfig, sums: "_ExitSums") -> tuple[jax.Array, Metrics]:
         """L + G of one exit, and its metrics."""
-        count = jnp.maximum(sums.weight, 1.0)
+        count = jnp.maximum(sums.weight, 1.0)  # a batch of padding alone has no tokens
         loss = sums.loss / count
         metrics = {f"loss/{e.name}": loss, f"agreement/{e.name}": sums.right / count}
         if not e.gate:
             return loss, metrics
+
         gate = (sums.gate_right + sums.gate_wrong) / count
         if self.balance_gates:
             wrong = sums.weight - sums.right
             right_mean = sums.gate_right / jnp.maximum(sums.right, 1.0)
             wrong_mean = sums.gate_wrong / jnp.maximum(wrong, 1.0)
+            # Half of each where a batch has right and wrong tokens, all of the one that it has otherwise.
             kinds = jnp.maximum((sums.right > 0).astype(jnp.float32) + (wrong > 0), 1.0)
             gate = (right_mean + wrong_mean) / kinds
+
         metrics |= {f"gate_loss/{e.name}": gate, f"gate_accuracy/{e.name}": sums.gate_correct / count}
         return loss + gate, metrics
+
+
+# Fields of a `Tap` that an exit reads; the others are not cached.
+READS: dict[ExitKind, tuple[str, ...]] = {
+    "embedding": ("hidden",),
+    "norm": ("hidden",),
+    "mlp": ("residual", "mlp_input"),
+    "block": ("hidden",),
+}
+
+
+@flax.struct.dataclass
+class _ExitSums:
+    """Weighted sums over tokens for one exit, float32 scalars."""
+
+    loss: jax.Array
+    right: jax.Array  # weight of the tokens where the exit agrees with the full model
+    weight: jax.Array
+    gate_right: jax.Array  # the gate's cross-entropy where the exit is right
+    gate_wrong: jax.Array  # the gate's cross-entropy where it is wrong
+    gate_correct: jax.Array  # weight of the tokens where the gate, cut at 1/2, tells which
+
+
+def gate_cross_entropy(probability: jax.Array, right: jax.Array) -> jax.Array:
+    """BCE of every token: -log of the probability that a gate gives to what is the case.
+
+    Args:
+      probability: [...] float32 in [0, 1], that the exit is right.
+      right: [...] bool, whether it is.
+
+    Returns:
+      [...] float32, in nats; finite where the gate is sure and wrong.
+    """
+    # Below 1 by the smallest float32 step: log(1 - p) stays finite.
+    return -jnp.where(
+        right, jnp.log(jnp.maximum(probability, 1e-30)), jnp.log1p(-jnp.minimum(probability, 1 - 6e-8))
+    )
 
 
 def cache_taps(method: SelfSupervisedExits, frozen: Params, batches: Iterable[Batch]) -> list[Taps]:

@@ -44,63 +44,13 @@ from elastic_lm.train.method import Method, MethodConfig
 DepthWeights = Literal["uniform", "linear", "sum", "sqrt", "inverse", "inverse_sqrt", "layerskip"]
 Curriculum = Literal["all", "sampled", "rotational", "gradual"]
 
-WEIGHT: dict[DepthWeights, Callable[[int], float]] = {
-    "uniform": lambda n: 1.0,
-    "linear": lambda n: n,
-    "sum": lambda n: n * (n + 1) / 2,
-    "sqrt": math.sqrt,
-    "inverse": lambda n: 1 / n,
-    "inverse_sqrt": lambda n: 1 / math.sqrt(n),
-}
-
-
-def depth_weights(
-    depths: tuple[int, ...], n_layers: int, kind: DepthWeights = "uniform", scale: float = 1.0
-) -> tuple[float, ...]:
-    """e_n of every sub-model, normalised to sum 1 (see the top of this file).
-
-    Args:
-      depths: layers of the sub-models.
-      n_layers: layers of the full model.
-      kind: how the weight grows with depth.
-      scale: s, factor of the weights below the full depth.
-
-    Returns:
-      One weight per depth.
-    """
-    if len(depths) == 1:
-        return (1.0,)
-
-    def raw(n: int) -> float:
-        if kind == "layerskip":
-            below = scale * sum(range(min(n, n_layers - 1)))
-            return below if n < n_layers else n_layers - 1 + below
-        return WEIGHT[kind](n) * (1.0 if n == n_layers else scale)
-
-    total = sum(map(raw, depths))
-    return tuple(raw(n) / total for n in depths)
-
-
-def drop_probabilities(n_layers: int, highest: float, ramp: int, step: jax.Array | int) -> jax.Array:
-    """LayerSkip's p(l, t) of every layer (arXiv 2404.16710; see the top of this file).
-
-    Args:
-      n_layers: L.
-      highest: p_max, that of the last layer.
-      ramp: T', steps until S reaches 1; 0 = S is 1 from the start. Static.
-      step: t.
-
-    Returns:
-      [L] float32 probabilities.
-    """
-    depth = jnp.exp2(jnp.arange(n_layers, dtype=jnp.float32) / max(n_layers - 1, 1)) - 1.0
-    progress = jnp.minimum(jnp.asarray(step, jnp.float32) / max(ramp - 1, 1), 1.0) if ramp else 1.0
-    return highest * (jnp.exp2(progress) - 1.0) * depth
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SortedFineTuningConfig(MethodConfig):
-    """Options of `SortedFineTuning`.
+    """Options of `SortedFineTuning`, the `method` section of a run's config.
+
+    Raises:
+      ValueError: an option is out of its range, or not read with the others; names field, value and fix.
 
     Example:
       ```python
@@ -158,7 +108,29 @@ class SortedFineTuningConfig(MethodConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SortedFineTuning(SortedFineTuningConfig, Method[Batch]):
-    """Trains every parameter on the losses of nested sub-models (SoFT, arXiv 2309.08968)."""
+    """Trains every parameter on the losses of sub-models of several depths (SoFT, arXiv 2309.08968).
+
+    Static under `jit`; parameters, batches and the step are traced.
+
+    Raises:
+      ValueError: `depths` names a layer that the model lacks.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config()
+      tokens = random_tokens(config, batch=2, length=17)
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      method = el.depth.SortedFineTuning(config, depths=(2, 3))  # and 4, the full depth
+      trainable, frozen = method.split(random_params(config))
+      loss, metrics = method.loss(trainable, frozen, batch, jnp.int32(0))
+      ```
+    """
 
     section = SortedFineTuningConfig
 
@@ -170,6 +142,8 @@ class SortedFineTuning(SortedFineTuningConfig, Method[Batch]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+
+        # The full model is always one of the sub-models, the last.
         layers = self.config.n_layers
         depths = tuple(sorted({*(self.depths or range(1, layers)), layers}))
         if not 1 <= depths[0] <= depths[-1] <= layers:
@@ -201,34 +175,36 @@ class SortedFineTuning(SortedFineTuningConfig, Method[Batch]):
           and `accuracy/depth_<n>`, for the full model `loss/final` and `accuracy/final`).
         """
         params = {**jax.lax.stop_gradient(frozen), **trainable}
+
+        # One forward pass gives the states of all sub-models.
         decoder = Decoder(self.config, self.remat).bind({"params": params})
         keep_LB = self.kept_layers(step, batch.tokens.shape[0])
         taps = decoder.taps(batch.tokens, self.depths, batch.positions, batch.segments, keep_LB)
+
         weights = self.weights(step)
-        count = jnp.maximum(jnp.sum(batch.weights), 1.0)
+        count = jnp.maximum(jnp.sum(batch.weights), 1.0)  # a batch of padding alone has no tokens
         total, metrics = jnp.zeros((), jnp.float32), {}
         for i, depth in enumerate(self.depths):
-            sums = self._token_sums(
-                params, taps[depth].hidden, batch, None if self._always(i) else weights[i]
-            )
+            always = self._always(i)
+            sums = self._token_sums(params, taps[depth].hidden, batch, None if always else weights[i])
             total += weights[i] * sums.loss / count
-            if self._always(i):
+            if always:
                 name = "final" if depth == self.config.n_layers else f"depth_{depth}"
                 metrics |= {f"loss/{name}": sums.loss / count, f"accuracy/{name}": sums.correct / count}
         return total, {"loss": total, **metrics}
 
     def weights(self, step: jax.Array | int) -> jax.Array:
-        """w_n(t) of every sub-model: [|B|] float32 that sum to 1."""
+        """w_n(t) of every sub-model, by the curriculum: [|B|] float32 that sum to 1."""
         base = depth_weights(self.depths, self.config.n_layers, self.depth_weights, self.depth_scale)
         weights = jnp.asarray(base, jnp.float32)
         index, last = jnp.arange(len(base)), len(base) - 1
+
         if self.curriculum == "sampled":
             key = jax.random.fold_in(jax.random.key(self.seed), step)
             return (index == jax.random.categorical(key, jnp.log(weights))).astype(jnp.float32)
         if self.curriculum == "rotational":
-            weights = jnp.where(
-                ((index - step) % self.curriculum_period == 0) | (index == last), weights, 0.0
-            )
+            turn = (index - step) % self.curriculum_period == 0
+            weights = jnp.where(turn | (index == last), weights, 0.0)
         if self.curriculum == "gradual":
             period = self.curriculum_period or max(self.steps // (2 * len(base)), 1)
             weights = jnp.where(index >= last - step // period, weights, 0.0)
@@ -238,7 +214,7 @@ class SortedFineTuning(SortedFineTuningConfig, Method[Batch]):
         """m of every layer and row of a step.
 
         Args:
-          step: t.
+          step: t; traced.
           rows: B; static.
 
         Returns:
@@ -246,20 +222,29 @@ class SortedFineTuning(SortedFineTuningConfig, Method[Batch]):
         """
         if not self.layer_dropout:
             return None
+
+        # Folded in twice: `weights` draws a sub-model with the key of the step itself.
         layers = self.config.n_layers
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), step), 1)
         drop_L = drop_probabilities(layers, self.layer_dropout, self.dropout_ramp, step)
         return jax.random.uniform(key, (layers, rows)) >= drop_L[:, None]
 
     def _always(self, index: int) -> bool:
-        """Whether a sub-model trains in every step."""
+        """Whether a sub-model trains in every step, which is known when the step is compiled."""
         last = index == len(self.depths) - 1
         return self.curriculum == "all" or (last and self.curriculum != "sampled")
 
     def _token_sums(
         self, params: Params, hidden_BTD: jax.Array, batch: Batch, weight: jax.Array | None
     ) -> TokenSums:
-        """Sums of one sub-model; its head is not computed where `weight` is 0."""
+        """Sums over the tokens of one sub-model.
+
+        Args:
+          params: of the model.
+          hidden_BTD: state after the sub-model's last layer.
+          batch: packed tokens, targets and weights.
+          weight: where it is 0 the vocabulary head is not computed; None = it always is.
+        """
 
         def sums(params: Params, hidden_BTD: jax.Array) -> TokenSums:
             decoder = Decoder(self.config).bind({"params": params})
@@ -269,9 +254,64 @@ class SortedFineTuning(SortedFineTuningConfig, Method[Batch]):
         def nothing(params: Params, hidden_BTD: jax.Array) -> TokenSums:
             return TokenSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
 
-        # Not all parameters: a branch that is not taken writes zeros for the gradient of each it is given.
+        # The branches are given no other parameters: one that is not taken writes zeros for the gradients of
+        # all that it is given.
         head = "embed" if self.config.tied else "head"
         read = {"final_norm": params["final_norm"], head: params[head]}
         if weight is None:
             return sums(read, hidden_BTD)
         return jax.lax.cond(weight > 0, sums, nothing, read, hidden_BTD)
+
+
+def depth_weights(
+    depths: tuple[int, ...], n_layers: int, kind: DepthWeights = "uniform", scale: float = 1.0
+) -> tuple[float, ...]:
+    """e_n of every sub-model, normalised to sum 1 (equations at the top of this file).
+
+    Args:
+      depths: layers of the sub-models.
+      n_layers: layers of the full model.
+      kind: how the weight grows with depth.
+      scale: s, factor of the weights below the full depth.
+
+    Returns:
+      One weight per depth.
+    """
+    if len(depths) == 1:
+        return (1.0,)
+
+    def raw(n: int) -> float:
+        if kind == "layerskip":
+            below = scale * sum(range(min(n, n_layers - 1)))
+            return below if n < n_layers else n_layers - 1 + below
+        return GROWTH[kind](n) * (1.0 if n == n_layers else scale)
+
+    total = sum(map(raw, depths))
+    return tuple(raw(n) / total for n in depths)
+
+
+GROWTH: dict[DepthWeights, Callable[[int], float]] = {  # e_n, but for LayerSkip's
+    "uniform": lambda n: 1.0,
+    "linear": lambda n: n,
+    "sum": lambda n: n * (n + 1) / 2,
+    "sqrt": math.sqrt,
+    "inverse": lambda n: 1 / n,
+    "inverse_sqrt": lambda n: 1 / math.sqrt(n),
+}
+
+
+def drop_probabilities(n_layers: int, highest: float, ramp: int, step: jax.Array | int) -> jax.Array:
+    """LayerSkip's p(l, t) of every layer (arXiv 2404.16710; equations at the top of this file).
+
+    Args:
+      n_layers: L.
+      highest: p_max, that of the last layer.
+      ramp: T', steps until S reaches 1; 0 = S is 1 from the start; static.
+      step: t; traced.
+
+    Returns:
+      [L] float32 probabilities.
+    """
+    depth = jnp.exp2(jnp.arange(n_layers, dtype=jnp.float32) / max(n_layers - 1, 1)) - 1.0
+    progress = jnp.minimum(jnp.asarray(step, jnp.float32) / max(ramp - 1, 1), 1.0) if ramp else 1.0
+    return highest * (jnp.exp2(progress) - 1.0) * depth

@@ -120,7 +120,7 @@ class Family:
       read: (config.json, fields of the config read so far) -> further fields.
       write: config -> further entries of config.json.
       refuse: (key, values it may have) for features without a counterpart here; missing is fine.
-      config_class: describes the family's models, and with that says which kind they are (`models.kinds`).
+      config_class: describes the family's models, and with that says which kind they are (`models.registry`).
       varying: config -> parameters outside the layers whose tensors depend on it, as in `root`.
       complete: (config, names of the folder's tensors, without `prefix`) -> the config with what only
         the tensors tell.

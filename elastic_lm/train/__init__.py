@@ -10,9 +10,9 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.mesh import MeshConfig
     from elastic_lm.config.task import TaskConfig
     from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
-    from elastic_lm.train.recipes import load_config
     from elastic_lm.train.method import Method, MethodConfig
     from elastic_lm.train.pretraining import Pretraining, PretrainingConfig
+    from elastic_lm.train.recipes import load_config
     from elastic_lm.train.registry import register
     from elastic_lm.train.run import fit
     from elastic_lm.train.tasks.config import TaskTuningConfig

@@ -2,7 +2,7 @@
 
 A subnet x chooses, in every layer, a share of the MLP neurons, of the query heads in each key/value group and
 of these groups from a `Menu`, and may leave out layers; it computes what its slice computes
-(`elastic_lm.slicing`). Where heads share no groups, the groups are the heads.
+(`width.slicing`). Where heads share no groups, the groups are the heads.
 With z the logits of the whole model, z_s those of subnet x_s, q_s = softmax(z_s), N counted tokens:
 
     minimise over all parameters:    CE(z) + (1/S) sum_{s=1..S} [(1 - d) CE(z_s) + d KL(p || q_s)]
@@ -62,90 +62,12 @@ TeacherKind = Literal["live", "frozen"]
 STORAGE_GROUPS = 16  # of a model that becomes elastic; devices of a tensor axis divide them
 
 
-def draw_choice(key: jax.Array, menu: Menu, n_layers: int, *, uniform: bool = False) -> MenuIndices:
-    """A random subnet of a menu, every choice equally likely.
-
-    Args:
-      key: typed PRNG key; traced.
-      menu: what may be chosen; static. Channels stay whole.
-      n_layers: L; static.
-      uniform: all layers take the same choice, instead of each its own; static.
-
-    Returns:
-      The choice, [L] each.
-    """
-    mlp, heads, depth, groups = jax.random.split(key, 4)
-    shape = () if uniform else (n_layers,)
-
-    def indices(key: jax.Array, shares: tuple[float, ...]) -> jax.Array:
-        return jnp.broadcast_to(jax.random.randint(key, shape, 0, len(shares)), (n_layers,))
-
-    left_out = jax.random.randint(depth, (), 0, len(menu.dropped) + 1)
-    place = {layer: n for n, layer in enumerate(menu.dropped)}
-    place_L = jnp.asarray([place.get(layer, len(place)) for layer in range(n_layers)])
-    stays_L = place_L >= left_out
-    return MenuIndices(
-        indices(mlp, menu.mlp), indices(heads, menu.heads), stays_L, indices(groups, menu.groups)
-    )
-
-
-def draw_choices(
-    key: jax.Array,
-    menu: Menu,
-    n_layers: int,
-    samples: int,
-    *,
-    smallest_share: float = 0.0,
-    uniform: bool = False,
-) -> MenuIndices:
-    """Independent random subnets, one of which is often the smallest.
-
-    Args:
-      key: typed PRNG key; traced.
-      menu: what may be chosen; static.
-      n_layers: L; static.
-      samples: S; static.
-      smallest_share: probability that the first one is the menu's smallest; static.
-      uniform: see `draw_choice`; static.
-
-    Returns:
-      The choices, [S, L] each.
-    """
-    drawn, coin = jax.random.split(key)
-    keys = jax.random.split(drawn, samples)
-    choices = jax.vmap(lambda key: draw_choice(key, menu, n_layers, uniform=uniform))(keys)
-    stays = jnp.asarray([i not in menu.dropped for i in range(n_layers)])
-    first = jnp.zeros(n_layers, jnp.int32)
-    smallest = MenuIndices(first, first, stays, first)
-    taken = jax.random.bernoulli(coin, smallest_share) & (jnp.arange(samples) == 0)
-    return jax.tree.map(lambda one, all_: jnp.where(taken[:, None], one, all_), smallest, choices)
-
-
-def uniform_subnets(config: ModelConfig, menu: Menu) -> dict[str, Subnet]:
-    """The subnets that held-out text is read by: every uniform width of a menu, and its smallest one.
-
-    Args:
-      config: the whole model.
-      menu: what may be chosen.
-
-    Returns:
-      {name: subnet}: "final" is the whole model, "smallest" the smallest subnet of all, and
-      "mlp_0.5_heads_1" has half of the neurons and all heads of all layers; where there is nothing to choose,
-      here groups, the share is left out of the name.
-    """
-    elastic = [axis for axis in ("mlp", "heads", "groups") if len(getattr(menu, axis)) > 1]
-    names: dict[Subnet, str] = {}
-    for shares in itertools.product(*(getattr(menu, axis) for axis in elastic)):
-        named: dict[str, Any] = dict(zip(elastic, shares, strict=True))
-        name = "_".join(f"{axis}_{share:g}" for axis, share in named.items())
-        names[Subnet.uniform(config, **named)] = name
-    names |= {menu.smallest(config): "smallest", menu.largest(config): "final"}
-    return {name: subnet for subnet, name in names.items()}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ElasticTrainingConfig(MethodConfig):
-    """Options of `ElasticTraining`.
+    """Options of `ElasticTraining`, the `method` section of a run's config.
+
+    Raises:
+      ValueError: an option is out of its range, or not read with the others; names field, value and fix.
 
     Example:
       ```python
@@ -192,7 +114,7 @@ class ElasticTrainingConfig(MethodConfig):
         )
 
     def check(self, run: Any) -> None:
-        """Refuses a number of ranking batches where there is nothing to rank."""
+        """Refuses a number of ranking batches for a new model, which there is nothing to rank in."""
         if not run.train.init_from:
             unread = "not read with train.init_from='', which is not ranked; name a model, or set"
             require_defaults(self, "method.", ("rank_batches",), unread)
@@ -200,7 +122,29 @@ class ElasticTrainingConfig(MethodConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
-    """Trains every parameter on the losses of the whole model and of random subnets (Flextron)."""
+    """Trains every parameter on the losses of the whole model and of random subnets (Flextron).
+
+    Static under `jit`; parameters, batches and the step are traced. Paper: arXiv 2406.10260.
+
+    Raises:
+      ValueError: the menu does not fit the model.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config(elastic_groups=16)
+      tokens = random_tokens(config, batch=2, length=17)
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      method = el.width.ElasticTraining(config, menu=el.Menu(mlp=(0.5, 1.0), heads=(1.0,)))
+      trainable, frozen = method.split(random_params(config))
+      loss, metrics = method.loss(trainable, frozen, batch, jnp.int32(0))
+      ```
+    """
 
     section = ElasticTrainingConfig
 
@@ -244,7 +188,8 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
     def split(self, params: Params) -> tuple[Params, Params]:
         """Everything trains; a frozen teacher is a copy of `params` under the key `TEACHER`.
 
-        The copy is made before `begin` sorts the model: sorted or not, it computes the same.
+        The copy is made before `begin` sorts the model, which does not matter: sorted or not, it computes the
+        same.
         """
         return params, {TEACHER: jax.tree.map(jnp.copy, params)} if self._has_frozen_teacher else {}
 
@@ -255,15 +200,6 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
         print(f"ranking neurons and heads on {self.rank_batches} batches", flush=True)
         first = itertools.islice(iter(data.train), self.rank_batches)
         return rank_state(self.config, state, data.placed(first))
-
-    def for_evaluation(self) -> "ElasticEvaluation":
-        """Cross-entropy of the menu's uniform subnets."""
-        return ElasticEvaluation(self)
-
-    def finish(self, params: Params, data: RunData) -> Finished:
-        """The model without the teacher, and the menu that it is elastic for."""
-        own = {name: tree for name, tree in params.items() if name != TEACHER}
-        return Finished(own, self.menu)
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
@@ -281,40 +217,57 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
           `accuracy/final` of the whole model, `loss/sampled` = mean cross-entropy of the subnets and, with
           distillation, `kl/sampled`).
         """
-        choices = self.choices(step)
+        subnets = self.subnets(step)
         if self.draw == "one_per_step":
-            sums = self.token_sums(trainable, jax.tree.map(lambda x: x[0], choices), batch)
+            sums = self.token_sums(trainable, jax.tree.map(lambda x: x[0], subnets), batch)
             loss = sums.loss / jnp.maximum(sums.weight, 1.0)
             return loss, {"loss": loss}
-        final, sampled, divergence = self._sums(trainable, frozen, batch, choices)
-        count = jnp.maximum(final.weight, 1.0)
+
+        final, sampled, divergence = self._sums(trainable, frozen, batch, subnets)
+        count = jnp.maximum(final.weight, 1.0)  # a batch of padding alone has no tokens
         entropy, divergence = sampled / count / self.samples, divergence / count / self.samples
         loss = final.loss / count + (1.0 - self.distil) * entropy + self.distil * divergence
+
         metrics = {"loss": loss, "loss/final": final.loss / count, "accuracy/final": final.correct / count}
         distilled = {"kl/sampled": divergence} if self.distil else {}
         return loss, {**metrics, "loss/sampled": entropy, **distilled}
 
-    def choices(self, step: jax.Array | int) -> MenuIndices:
+    def for_evaluation(self) -> "ElasticEvaluation":
+        """The cross-entropy of the menu's uniform subnets."""
+        return ElasticEvaluation(self)
+
+    def finish(self, params: Params, data: RunData) -> Finished:
+        """The model without the teacher, and the menu that it is elastic for."""
+        own = {name: tree for name, tree in params.items() if name != TEACHER}
+        return Finished(own, self.menu)
+
+    def subnets(self, step: jax.Array | int) -> MenuIndices:
         """Subnets of a step, [S, L] each; one for one_per_step. Seed and step decide."""
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         layers = self.config.n_layers
         if self.draw == "one_per_step":
-            return draw_choices(key, self.menu, layers, 1, uniform=True)
-        uniform, share = self.draw == "uniform", self.smallest_share
-        return draw_choices(key, self.menu, layers, self.samples, smallest_share=share, uniform=uniform)
+            return draw_subnets(key, self.menu, layers, 1, uniform=True)
+        return draw_subnets(
+            key,
+            self.menu,
+            layers,
+            self.samples,
+            smallest_share=self.smallest_share,
+            uniform=self.draw == "uniform",
+        )
 
-    def token_sums(self, params: Params, choice: MenuIndices, batch: Batch) -> TokenSums:
+    def token_sums(self, params: Params, subnet: MenuIndices, batch: Batch) -> TokenSums:
         """Cross-entropy of one subnet.
 
         Args:
           params: canonical or stacked parameters.
-          choice: [L] each; traced.
+          subnet: [L] each; traced.
           batch: packed tokens, targets and weights.
 
         Returns:
           TokenSums of float32 scalars.
         """
-        features, kernel = self._features(params, choice, batch), self._kernel(params)
+        features, kernel = self._features(params, subnet, batch), self._kernel(params)
         return chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
 
     @property
@@ -322,17 +275,20 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
         return self.draw != "one_per_step" and self.distil > 0 and self.teacher == "frozen"
 
     def _sums(
-        self, params: Params, frozen: Params, batch: Batch, choices: MenuIndices
+        self, params: Params, frozen: Params, batch: Batch, subnets: MenuIndices
     ) -> tuple[TokenSums, jax.Array, jax.Array]:
         """(sums of the whole model, cross-entropy and KL summed over subnets and tokens)."""
+        # States before the vocabulary heads, of the whole model, of its subnets and of the teacher. `map`
+        # runs one subnet after the other by one program.
         kernel = self._kernel(params)
         full = self._full_features(params, batch)
-        each = jax.lax.map(lambda choice: self._features(params, choice, batch), choices)
+        each = jax.lax.map(lambda subnet: self._features(params, subnet, batch), subnets)
         teacher_kernel, taught = kernel, None
         if self._has_frozen_teacher:
             original = jax.lax.stop_gradient(frozen[TEACHER])
             teacher_kernel, taught = self._kernel(original), self._full_features(original, batch)
 
+        # The backward pass computes a student's logits again, so that those of one subnet exist at a time.
         @jax.checkpoint
         def student(
             features: jax.Array, teacher: jax.Array | None, targets: jax.Array, weights: jax.Array
@@ -348,14 +304,14 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
             logits = vocab_logits(self.config, full, kernel)
             teacher = logits if taught is None else vocab_logits(self.config, taught, teacher_kernel)
             held = jax.lax.stop_gradient(teacher) if self.distil else None
-            found = [student(features, held, targets, weights) for features in each]
-            entropy, divergence = (sum(sums, jnp.zeros(())) for sums in zip(*found, strict=True))
+            losses = [student(features, held, targets, weights) for features in each]
+            entropy, divergence = (sum(sums, jnp.zeros(())) for sums in zip(*losses, strict=True))
             return token_sums(logits, targets, weights), entropy, divergence
 
         arrays = (full, taught, list(each), batch.targets, batch.weights)
         return sum_over_chunks(one, arrays, self.loss_chunk)
 
-    def _features(self, params: Params, choice: MenuIndices, batch: Batch) -> jax.Array:
+    def _features(self, params: Params, subnet: MenuIndices, batch: Batch) -> jax.Array:
         """[B, T, D] of one subnet for the vocabulary head."""
         depth = self.config.n_layers
         taps = elastic_taps(
@@ -363,10 +319,10 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
             self.menu,
             params,
             batch.tokens,
-            choice,
-            (depth,),
-            batch.positions,
-            batch.segments,
+            subnet,
+            depths=(depth,),
+            positions_BT=batch.positions,
+            segments_BT=batch.segments,
             remat=self.remat,
         )
         return Decoder(self.config).bind({"params": params}).final_features(taps[depth].hidden)
@@ -378,6 +334,7 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
         return decoder.final_features(taps[depth].hidden)
 
     def _kernel(self, params: Params) -> jax.Array:
+        """[V, D] of the vocabulary head."""
         return Decoder(self.config).bind({"params": params}).final_kernel()
 
 
@@ -404,8 +361,9 @@ class ElasticEvaluation(Method[Batch]):
         config, menu = self.method.config, self.method.menu
         subnets = uniform_subnets(config, menu)
         each = [MenuIndices.of(config, menu, subnet) for subnet in subnets.values()]
-        choices = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-        sums = jax.lax.map(lambda choice: self.method.token_sums(trainable, choice, batch), choices)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        sums = jax.lax.map(lambda subnet: self.method.token_sums(trainable, subnet, batch), stacked)
+
         count = jnp.maximum(sums.weight[0], 1.0)
         losses = dict(zip(subnets, sums.cross_entropy / count, strict=True))
         mean = jnp.mean(sums.cross_entropy) / count
@@ -414,11 +372,109 @@ class ElasticEvaluation(Method[Batch]):
         return mean, {"loss": mean, **named, "accuracy/final": accuracy}
 
 
+def draw_subnets(
+    key: jax.Array,
+    menu: Menu,
+    n_layers: int,
+    samples: int,
+    *,
+    smallest_share: float = 0.0,
+    uniform: bool = False,
+) -> MenuIndices:
+    """Independent random subnets, one of which is often the smallest.
+
+    Args:
+      key: typed PRNG key; traced.
+      menu: what may be chosen; static.
+      n_layers: L; static.
+      samples: S; static.
+      smallest_share: probability that the first one is the menu's smallest; static.
+      uniform: all layers take the same choice, instead of each its own; static.
+
+    Returns:
+      The subnets, [S, L] each.
+    """
+    drawn, coin = jax.random.split(key)
+    keys = jax.random.split(drawn, samples)
+    subnets = jax.vmap(lambda key: draw_subnet(key, menu, n_layers, uniform=uniform))(keys)
+
+    # The first choice of every axis is the smallest one, and all layers that may go are gone.
+    stays = jnp.asarray([i not in menu.dropped for i in range(n_layers)])
+    first = jnp.zeros(n_layers, jnp.int32)
+    smallest = MenuIndices(first, first, stays, first)
+    taken = jax.random.bernoulli(coin, smallest_share) & (jnp.arange(samples) == 0)
+    return jax.tree.map(lambda one, all_: jnp.where(taken[:, None], one, all_), smallest, subnets)
+
+
+def draw_subnet(key: jax.Array, menu: Menu, n_layers: int, *, uniform: bool = False) -> MenuIndices:
+    """A random subnet of a menu, every choice equally likely.
+
+    Args:
+      key: typed PRNG key; traced.
+      menu: what may be chosen; static. Channels stay whole.
+      n_layers: L; static.
+      uniform: all layers take the same choice, instead of each its own; static.
+
+    Returns:
+      The subnet, [L] each.
+    """
+    mlp, heads, depth, groups = jax.random.split(key, 4)
+    shape = () if uniform else (n_layers,)
+
+    def indices(key: jax.Array, shares: tuple[float, ...]) -> jax.Array:
+        return jnp.broadcast_to(jax.random.randint(key, shape, 0, len(shares)), (n_layers,))
+
+    # Layers go in the order of `menu.dropped`: the first n of them, n drawn from 0 to all.
+    left_out = jax.random.randint(depth, (), 0, len(menu.dropped) + 1)
+    place = {layer: n for n, layer in enumerate(menu.dropped)}
+    place_L = jnp.asarray([place.get(layer, len(place)) for layer in range(n_layers)])
+
+    return MenuIndices(
+        mlp=indices(mlp, menu.mlp),
+        heads=indices(heads, menu.heads),
+        keep=place_L >= left_out,
+        groups=indices(groups, menu.groups),
+    )
+
+
+def uniform_subnets(config: ModelConfig, menu: Menu) -> dict[str, Subnet]:
+    """The subnets that held-out text is read by: every uniform width of a menu, and its smallest subnet.
+
+    Args:
+      config: the whole model.
+      menu: what may be chosen.
+
+    Returns:
+      {name: subnet}: "final" is the whole model, "smallest" the smallest subnet of all, and
+      "mlp_0.5_heads_1" has half of the neurons and all heads of all layers. An axis with a single choice,
+      here groups, is left out of the name.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.testing import tiny_config
+
+      menu = el.Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
+      named = el.width.uniform_subnets(tiny_config(), menu)
+      assert list(named) == ["smallest", "mlp_0.5_heads_1", "mlp_1_heads_0.5", "final"]
+      ```
+    """
+    elastic = [axis for axis in ("mlp", "heads", "groups") if len(getattr(menu, axis)) > 1]
+    names: dict[Subnet, str] = {}
+    for shares in itertools.product(*(getattr(menu, axis) for axis in elastic)):
+        named: dict[str, Any] = dict(zip(elastic, shares, strict=True))
+        name = "_".join(f"{axis}_{share:g}" for axis, share in named.items())
+        names[Subnet.uniform(config, **named)] = name
+    names |= {menu.smallest(config): "smallest", menu.largest(config): "final"}
+    return {name: subnet for subnet, name in names.items()}
+
+
 def _about_method(error: ValueError, model: ModelConfig) -> ValueError:
     """The same error about a menu, with the name that its field has in a run's config."""
     message = str(error)
     if not message.startswith("menu."):
         return error
+
     message = f"method.{message}"
     alone = any(heads == groups for _, heads, groups in map(model.sizes, range(model.n_layers)))
     if alone and message.startswith("method.menu.heads"):

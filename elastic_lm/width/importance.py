@@ -8,16 +8,16 @@ On calibration text, with forward passes only and sums over its tokens (padding 
     F_channel(c) = sum over all norms of |norm(x)_c|                             one order for the model
     F_layer(j)   = sum (logits - logits without j)^2 / sum logits^2              after `removed` are gone
 
-F_channel and F_layer are eq. 1 and 5 of Nemotron Elastic; its eq. 2 scores neurons by the input of the
-activation, |W x|, of MLPs without a gate: what enters W_down, which we take, is what a cut neuron takes
-away. The Flextron paper's own score of heads could not be verified; ours is the size of what W_out reads.
-Flextron ranks heads of a model without groups. We rank query heads inside their key/value group, so that
-the group's keys and values stay in use, and whole groups by themselves.
+F_channel and F_layer are eq. 1 and 5 of Nemotron Elastic. Its eq. 2 scores neurons by the input of the
+activation, |W x|, of MLPs without a gate. We score what enters W_down, because that is what the model loses
+when a neuron is cut. The Flextron paper's own score of heads could not be verified; ours is the size of what
+W_out reads. Flextron ranks heads of a model without groups. We rank query heads inside their key/value group,
+so that the group's keys and values stay in use, and whole groups by themselves.
 
 `permute` sorts without changing what the model computes (Flextron): neurons through W_up and
 W_down, heads through W_qkv and W_out, channels through every tensor that touches the residual stream.
-Rotary positions do not depend on a head's place, norms not on the order of channels. Storage is that of
-`elastic_lm.elastic`.
+Rotary positions do not depend on a head's place, and norms do not depend on the order of channels. Where
+ranked neurons are stored is described in `config.subnet`.
 
 Papers: Flextron, arXiv 2406.10260; Nemotron Elastic, arXiv 2511.16664; Minitron, arXiv 2407.14679.
 """
@@ -53,6 +53,23 @@ class Importance:
       neurons: {owner of an MLP: [F]}; owners are `layers_0`, `exit_2` (kind mlp), `exit_2/block`.
       heads: {owner of an attention: [K, G]}.
       channels: [D].
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config()
+      params = random_params(config)
+      tokens = random_tokens(config, batch=2, length=17)  # in earnest: text like that of the training
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      importance = el.width.rank(config, params, [batch])
+      importance.neurons["layers_0"]  # [64] scores of the first layer's neurons
+      importance.groups["layers_0"]  # [2] scores of its key/value groups
+      ```
     """
 
     neurons: Scores
@@ -74,21 +91,41 @@ def rank(config: ModelConfig, params: Params, batches: Iterable[Batch]) -> Impor
       batches: calibration text, rows sharded or not; one compiled pass each. Weights and targets are not
         read; tokens of segment 0 are padding and do not count.
 
+    Returns:
+      The scores, float64 sums over all tokens.
+
     Raises:
       ValueError: there are no batches, or no tokens in them.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config()
+      params = random_params(config)
+      tokens = random_tokens(config, batch=2, length=17)  # in earnest: text like that of the training
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      importance = el.width.rank(config, params, [batch])
+      order = (-importance.neurons["layers_0"]).argsort()  # the most important neuron comes first
+      ```
     """
     total: dict[str, np.ndarray] = {}
     scores = _compiled(_scores, _whole(params))
     for batch in batches:
         for name, value in jax.device_get(scores(config, params, batch)).items():
             total[name] = total.get(name, 0.0) + value.astype(np.float64)
+
     count = int(total.pop("tokens", np.zeros(())))
     require(count > 0, "batches", count, "hold no tokens; give calibration text")
 
-    def part(kind: str) -> Scores:
-        return {name.removesuffix(kind): v for name, v in total.items() if name.endswith(kind)}
+    def of_kind(path: str) -> Scores:
+        return {name.removesuffix(path): v for name, v in total.items() if name.endswith(path)}
 
-    return Importance(part("/mlp/down"), part("/attn/out"), total["channels"])
+    return Importance(neurons=of_kind("/mlp/down"), heads=of_kind("/attn/out"), channels=total["channels"])
 
 
 @functools.cache
@@ -104,7 +141,11 @@ def _whole(params: Params) -> NamedSharding | None:
 
 
 def _scores(config: ModelConfig, params: Params, batch: Batch) -> dict[str, jax.Array]:
-    """Sums over one batch: channels, tokens, and one entry per MLP and attention."""
+    """Sums over one batch: channels, tokens, and one entry per MLP and attention.
+
+    An interceptor reads what enters `down` and `out` and what leaves the norms, so that ranking needs no
+    forward pass of its own in code.
+    """
     counted = (batch.segments > 0).astype(jnp.float32)
     found: dict[str, jax.Array] = {"channels": jnp.zeros((config.d_model,)), "tokens": jnp.sum(counted)}
 
@@ -114,7 +155,7 @@ def _scores(config: ModelConfig, params: Params, batch: Batch) -> dict[str, jax.
     def watch(run: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         result, module = run(*args, **kwargs), context.module
         name = "/".join(module.path)
-        if isinstance(module, Norm) and module.name not in ("q_norm", "k_norm"):
+        if isinstance(module, Norm) and module.name not in ("q_norm", "k_norm"):  # those normalise heads
             found["channels"] += total(jnp.abs(result.astype(jnp.float32)))
         elif isinstance(module, Linear) and name.endswith("/mlp/down"):
             found[name] = total(jnp.abs(args[0].astype(jnp.float32)))
@@ -145,7 +186,7 @@ def layer_scores(
 ) -> np.ndarray:
     """F_layer: how much the logits change without each layer.
 
-    Nemotron Elastic removes one layer at a time: call again with the lowest scored one in `removed`.
+    Nemotron Elastic removes one layer at a time: call this again with the lowest scored layer in `removed`.
 
     Args:
       config: the model; static.
@@ -159,16 +200,20 @@ def layer_scores(
     Raises:
       ValueError: there are no batches, or `removed` names a layer that the model lacks.
     """
-    inside = all(0 <= i < config.n_layers for i in removed)
-    fix = f"the model has {config.n_layers} layers, counted from 0"
-    require(inside, "removed", tuple(removed), fix)
-    change, size = np.zeros(config.n_layers), 0.0
+    require(
+        all(0 <= i < config.n_layers for i in removed),
+        "removed",
+        tuple(removed),
+        f"the model has {config.n_layers} layers, counted from 0",
+    )
     stays = np.ones(config.n_layers, bool)
     stays[list(removed)] = False
+
+    change, size = np.zeros(config.n_layers), 0.0
     changes = _compiled(_changes, _whole(params))
     for batch in batches:
-        found = jax.device_get(changes(config, params, batch, stays))
-        change, size = change + found[0].astype(np.float64), size + float(found[1])
+        batch_change, batch_size = jax.device_get(changes(config, params, batch, stays))
+        change, size = change + batch_change.astype(np.float64), size + float(batch_size)
     require(size > 0, "batches", size, "hold no tokens; give calibration text")
     return np.where(stays, change / size, math.inf)
 
@@ -176,7 +221,7 @@ def layer_scores(
 def _changes(
     config: ModelConfig, params: Params, batch: Batch, stays_L: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(sum (M - M_-j)^2 for every layer j, sum M^2) of one batch; M is the model with all layers."""
+    """(sum (M - M_-j)^2 for every layer j, sum M^2) of one batch; M are the logits with all layers."""
     decoder = Decoder(config).bind({"params": params})
     counted = (batch.segments > 0).astype(jnp.float32)[..., None]
 
@@ -190,6 +235,7 @@ def _changes(
     def change(j: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(whole - logits(stays_L.at[j].set(False))))
 
+    # One layer after the other by one program, so that two sets of logits exist at a time.
     stays_L = jnp.asarray(stays_L)
     return jax.lax.map(change, jnp.arange(config.n_layers)), jnp.sum(jnp.square(whole))
 
@@ -217,14 +263,37 @@ def permute(
 
     Raises:
       ValueError: G does not divide a width, the scores are of another model, or params are stacked.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config()
+      params = random_params(config)
+      tokens = random_tokens(config, batch=2, length=17)  # in earnest: text like that of the training
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      importance = el.width.rank(config, params, [batch])
+      config, params = el.width.permute(config, params, importance, groups=16)
+      half = el.Subnet.uniform(config, mlp=0.5)  # the better half of the neurons of every layer
+      small, small_params = el.slice_params(config, params, half)
+      ```
     """
     require("layers" not in params, "params", "stacked", "pass them through models.decoder.unstack_layers")
     new = dataclasses.replace(config, elastic_groups=groups)
     order_D = np.arange(config.d_model)
     if channels:
-        fix = f"must divide d_model={config.d_model}; choose {math.gcd(groups, config.d_model)}"
-        require(config.d_model % max(groups, 1) == 0, "groups", groups, fix)
+        require(
+            config.d_model % max(groups, 1) == 0,
+            "groups",
+            groups,
+            f"must divide d_model={config.d_model}; choose {math.gcd(groups, config.d_model)}",
+        )
         order_D = storage_order(importance.channels, groups)
+    _check_scores(config, params, importance)
 
     def permuted(name: str, tree: Params) -> Params:
         if name.startswith("exit_") and "block" in tree:
@@ -233,7 +302,6 @@ def permute(
             return {**permuted(name, rest), "block": block}
         return edit_params(tree, _sorting(new, importance, name, order_D), (name,))
 
-    _check_scores(config, params, importance)
     sorted_params = {name: permuted(name, tree) for name, tree in params.items()}
     return new, jax.tree.map(_where_it_was, sorted_params, params)
 
@@ -244,6 +312,9 @@ def _where_it_was(new: jax.Array, old: jax.Array) -> jax.Array:
 
 def storage_order(scores: np.ndarray, groups: int) -> np.ndarray:
     """Which entry is stored at each place: rank r at place r // G of storage group r mod G.
+
+    A narrower MLP is then a prefix of every group, which tensor parallelism over a divisor of G slices in
+    place.
 
     Args:
       scores: [F]; of equal ones the first comes first.
@@ -261,6 +332,9 @@ def _sorting(config: ModelConfig, importance: Importance, owner: str, order_D: n
         edit = dataclasses.replace(edit, neurons=functools.partial(_take, order=order_F))
     if owner not in importance.heads:
         return edit
+
+    # Groups are sorted by the sum of their heads' scores, and heads inside their group. W_qkv stores for
+    # every group its G query heads, then its key and its value, which stay in their slots.
     scores_KG = importance.heads[owner]
     k, g = scores_KG.shape
     order_K = np.argsort(-scores_KG.sum(axis=1), kind="stable")
@@ -289,12 +363,17 @@ def _check_scores(config: ModelConfig, params: Params, importance: Importance) -
     """Refuses scores of a model of another shape or with other exits."""
     owners = {name: tree for name, tree in params.items() if "mlp" in tree}
     owners |= {f"{name}/block": tree["block"] for name, tree in params.items() if "block" in tree}
-    fix = "scores are of another model: rank this one, with its exits"
-    require(set(importance.neurons) == set(owners), "importance.neurons", sorted(importance.neurons), fix)
+
+    def check(same: bool, field: str, value: object) -> None:
+        fix = "scores are of another model: rank this one, with its exits"
+        require(same, f"importance.{field}", value, fix)
+
+    check(set(importance.neurons) == set(owners), "neurons", sorted(importance.neurons))
     for owner, scores in importance.neurons.items():
         mlp, heads, groups = config.sizes(_layer_of(owner))
-        require(scores.shape == (mlp,), f"importance.neurons[{owner!r}]", scores.shape, fix)
+        check(scores.shape == (mlp,), f"neurons[{owner!r}]", scores.shape)
+
         shape = importance.heads[owner].shape if owner in importance.heads else None
         wanted = (groups, heads // groups) if "attn" in owners[owner] else None
-        require(shape == wanted, f"importance.heads[{owner!r}]", shape, fix)
-    require(len(importance.channels) == config.d_model, "importance.channels", len(importance.channels), fix)
+        check(shape == wanted, f"heads[{owner!r}]", shape)
+    check(len(importance.channels) == config.d_model, "channels", len(importance.channels))

@@ -1,4 +1,4 @@
-"""Before elastic training: a pretrained model is sorted by importance, measured on training text."""
+"""Sorts a pretrained model by importance on training text, before elastic training begins."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from elastic_lm.width.importance import permute, rank
 
 
 def rank_state(config: ModelConfig, state: TrainState, batches: Iterable[Batch]) -> TrainState:
-    """Sorts neurons and heads of a state at step 0 by importance; the model computes what it did.
+    """Sorts neurons and heads of a state at step 0 by importance; what the model computes stays the same.
 
     Args:
       config: the model, with the `elastic_groups` that its neurons are dealt out to.
@@ -23,6 +23,7 @@ def rank_state(config: ModelConfig, state: TrainState, batches: Iterable[Batch])
     Returns:
       The state with sorted parameters, where they were.
     """
+    # Importance is measured, and sorted by, on canonical parameters; training stacks the layers.
     params = unstack_layers(state.params)
     importance = rank(config, params, batches)
     _, ranked = permute(config, params, importance, groups=config.elastic_groups)

@@ -1,6 +1,6 @@
 """Routers that choose the sub-network for a budget: Flextron's second stage, in two schemes.
 
-A router gives the choices of every layer for a budget b, a share of the whole model's cost (`nn.router`).
+A router gives the choices of every layer for a budget b, a share of the whole model's cost (`width.router`).
 Every row of a batch draws a budget from the anchors; x is the sub-network that its routers pick with Gumbel
 noise, c(x) its cost as a share of the whole model's, from a `CostTable`, measured or counted:
 
@@ -80,20 +80,12 @@ READ_WITH = (
 )
 
 
-class Surrogate(nn.Module):
-    """S: from one-hot choices to the rise of the loss, in nats per token."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, picked_BI: jax.Array) -> jax.Array:
-        x = nn.leaky_relu(Linear((self.width,), (None, None), name="hidden")(picked_BI), SLOPE)
-        return Linear((1,), (None, None), name="rise")(x)[..., 0]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterTrainingConfig(MethodConfig):
-    """Options of `RouterTraining`.
+    """Options of `RouterTraining`, the `method` section of a run's config.
+
+    Raises:
+      ValueError: an option is out of its range, or not read with the others; names field, value and fix.
 
     Example:
       ```python
@@ -134,7 +126,8 @@ class RouterTrainingConfig(MethodConfig):
             "name the file that elastic-lm latency build wrote on this device",
         )
         for fields, by, values in READ_WITH:
-            if (value := getattr(self, by)) not in values:
+            value = getattr(self, by)
+            if value not in values:
                 unread = f"not read with method.{by}={value!r}, only with {' or '.join(values)}; set"
                 require_defaults(self, "method.", fields, unread)
         require(
@@ -145,7 +138,7 @@ class RouterTrainingConfig(MethodConfig):
         )
 
     def check(self, run: Any) -> None:
-        """Refuses a run without an elastic model."""
+        """Raises ValueError for a run without an elastic model."""
         require(
             bool(run.train.init_from),
             "train.init_from",
@@ -156,7 +149,34 @@ class RouterTrainingConfig(MethodConfig):
 
 @dataclasses.dataclass(frozen=True)
 class RouterTraining(RouterTrainingConfig, Method[Batch]):
-    """Trains routers, and the model with them where wanted (Flextron, arXiv 2406.10260, sec. 3)."""
+    """Trains routers, and the model with them where wanted (Flextron, arXiv 2406.10260, sec. 3).
+
+    Static under `jit`; parameters, batches and the step are traced.
+
+    Raises:
+      ValueError: a budget is below the least that the menu can cost.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.models.decoder import stack_layers
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+      from elastic_lm.width.trained_routers import RouterShape
+
+      config = tiny_config(elastic_groups=16)
+      tokens = random_tokens(config, batch=2, length=17)
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      menu = el.Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
+      shape = RouterShape(config, menu, anchors=(0.7, 1.0), width=16)
+      table = el.width.counted_table(config, menu, "parameters")
+      method = el.width.RouterTraining(shape=shape, table=table, steps=100)
+      routers, model = method.split(stack_layers(random_params(config)))
+      loss, metrics = method.loss(routers, model, batch, jnp.int32(0))
+      ```
+    """
 
     section = RouterTrainingConfig
 
@@ -177,9 +197,15 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         ):
             object.__setattr__(self, field, value)
         super().__post_init__()
+
         whole = self.table.range(self.shape.menu)[1]
         for share in self.shape.anchors:
             self.table.check(Budget(**{self.table.kind: share * whole}), self.shape.menu)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model, without exits."""
+        return self.shape.config
 
     @classmethod
     def create(
@@ -203,14 +229,19 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         )
         return method, params
 
-    @property
-    def config(self) -> ModelConfig:
-        """The model, without exits."""
-        return self.shape.config
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Routers train, and the surrogate or the model with them where wanted."""
+        routers, surrogate = jax.random.split(jax.random.key(self.seed))
+        new: Params = {ROUTERS: self.initial or self.shape.init(routers)}
+        if self.scheme == "surrogate":
+            menu = self.shape.menu
+            inputs = self.shape.config.n_layers * (len(menu.heads) + len(menu.mlp)) + len(menu.dropped) + 1
+            new[SURROGATE] = init_router(Surrogate(self.shape.width), inputs, surrogate)
 
-    def parameter_groups(self) -> tuple[ParameterGroup, ...]:
-        """Routers and the surrogate have no weight decay, and a learning rate of their own."""
-        return (ParameterGroup((ROUTERS, SURROGATE), self.router_lr),)
+        # New parameters lie whole on every device of the model's mesh, where it has one.
+        mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+        new = new if mesh is None else jax.device_put(new, NamedSharding(mesh, PartitionSpec()))
+        return ({**params, **new}, {}) if self.train_model else (new, params)
 
     def batches(self, batches: Iterator[Any], frozen: Params, data: RunData) -> Any:
         """The data as it comes.
@@ -225,37 +256,10 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
             )
         return batches
 
-    def for_evaluation(self) -> "RouterEvaluation":
-        """What the routers pick without noise."""
-        return RouterEvaluation(self)
-
-    def finish(self, params: Params, data: RunData) -> Finished:
-        """The model and, beside it, the routers; those that read states are tilted towards their budgets."""
-        tilts: tuple[float, ...] = ()
-        if self.reads == "hidden":
-            tilts = fit_tilts(
-                self, params, list(data.placed(itertools.islice(data.held_out(), TILT_BATCHES)))
-            )
-        routers = Routers(self.shape, params[ROUTERS], self.table, tilts)
-        model = {name: tree for name, tree in params.items() if name not in (ROUTERS, SURROGATE)}
-        return Finished(model, self.shape.menu, routers.save)
-
-    def split(self, params: Params) -> tuple[Params, Params]:
-        """Routers (and the surrogate, or the model) train; new ones lie on all devices of the model."""
-        routers, surrogate = jax.random.split(jax.random.key(self.seed))
-        new: Params = {ROUTERS: self.initial or self.shape.init(routers)}
-        if self.scheme == "surrogate":
-            menu = self.shape.menu
-            inputs = self.shape.config.n_layers * (len(menu.heads) + len(menu.mlp)) + len(menu.dropped) + 1
-            new[SURROGATE] = init_router(Surrogate(self.shape.width), inputs, surrogate)
-        mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
-        new = new if mesh is None else jax.device_put(new, NamedSharding(mesh, PartitionSpec()))
-        return ({**params, **new}, {}) if self.train_model else (new, params)
-
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """What is minimised (see the top of this file), in nats per counted token.
+        """What is minimised (equations at the top of this file), in nats per counted token.
 
         Args:
           trainable: first result of `split`, the model stacked.
@@ -269,29 +273,54 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
           `budget/miss` = mean |c(x) / b - 1|; with the surrogate `surrogate/error` and `surrogate/trusted`).
         """
         params = {**frozen, **trainable}
+
+        # Every row draws a budget, and noise fades from step to step.
         budgets, noise = jax.random.split(jax.random.fold_in(jax.random.key(self.seed), step))
         anchors = jnp.asarray(self.shape.anchors)
         budget_B = anchors[jax.random.randint(budgets, (batch.tokens.shape[0],), 0, anchors.size)]
         progress = step / self.steps
         tau = TAU[0] * (TAU[1] / TAU[0]) ** progress
         scale = SCALE[0] + (SCALE[1] - SCALE[0]) * progress
-        hidden, picked = self.forward(params, batch, budget_B, noise, scale, tau)
+        hidden, picked = self.forward(params, batch, budget_B, key=noise, scale=scale, tau=tau)
+
+        # a miss(x, b)
         off_B, whole_B = self.misses(picked, budget_B)
         charged_B = jnp.where((off_B < DEAD_ZONE) & (budget_B < 1), 0.0, off_B) + WHOLE * whole_B
         miss = self.budget_weight * row_mean(charged_B, batch)
         metrics = {"budget/miss": row_mean(off_B, batch)}
+
         if self.scheme == "end_to_end":
             loss, entropy = self._quality(params, batch, hidden)
             return loss + miss, {"loss": loss + miss, "loss/picked": entropy, **metrics}
+
         rise_B, entropy = self._rise(params, batch, hidden)
         loss, surrogate = self._surrogate_loss(params[SURROGATE], batch, picked, rise_B, miss)
         return loss, {"loss": loss, "loss/picked": entropy, **metrics, **surrogate}
+
+    def for_evaluation(self) -> "RouterEvaluation":
+        """What the routers pick without noise."""
+        return RouterEvaluation(self)
+
+    def finish(self, params: Params, data: RunData) -> Finished:
+        """The model and, beside it, the routers; those that read states are tilted towards their budgets."""
+        tilts: tuple[float, ...] = ()
+        if self.reads == "hidden":
+            held_out = data.placed(itertools.islice(data.held_out(), TILT_BATCHES))
+            tilts = fit_tilts(self, params, list(held_out))
+        routers = Routers(self.shape, params[ROUTERS], self.table, tilts)
+        model = {name: tree for name, tree in params.items() if name not in (ROUTERS, SURROGATE)}
+        return Finished(model, self.shape.menu, routers.save)
+
+    def parameter_groups(self) -> tuple[ParameterGroup, ...]:
+        """Routers and the surrogate have no weight decay, and a learning rate of their own."""
+        return (ParameterGroup((ROUTERS, SURROGATE), self.router_lr),)
 
     def forward(
         self,
         params: Params,
         batch: Batch,
         budget_B: jax.Array,
+        *,
         key: jax.Array | None = None,
         scale: jax.Array | float = 1.0,
         tau: jax.Array | float = 1.0,
@@ -314,42 +343,65 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         shape, routers = self.shape, params[ROUTERS]
         heads_key, mlp_key, depth_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         code_BA = budget_code(budget_B, shape.anchors)
+
+        # The budget alone decides how many layers are left out.
         layers, dropped_BC = shape.all_logits(routers, code_BA)
         dropped_BC = straight_through(dropped_BC, depth_key, scale, tau)
         keep_LB = (dropped_BC @ shape.kept).T
 
-        def picks(logits: dict[str, jax.Array], heads: Any, mlp: Any) -> Picks:
+        def picks(logits: dict[str, jax.Array], heads_key: Any, mlp_key: Any) -> Picks:
             return Picks(
-                straight_through(logits["heads"], heads, scale, tau),
-                straight_through(logits["mlp"], mlp, scale, tau),
+                heads=straight_through(logits["heads"], heads_key, scale, tau),
+                mlp=straight_through(logits["mlp"], mlp_key, scale, tau),
             )
 
         def of_state(given: Any, hidden: jax.Array) -> Picks:
-            router, heads, mlp, *keys = given
+            router, heads_tilt, mlp_tilt, *keys = given
             logits = shape.layer_logits(router, router_input(code_BA[:, None], hidden))
-            return picks({"heads": logits["heads"] + heads, "mlp": logits["mlp"] + mlp}, *keys)
+            tilted = {"heads": logits["heads"] + heads_tilt, "mlp": logits["mlp"] + mlp_tilt}
+            return picks(tilted, *keys)
 
         def run(pick: Any, given: Any, keep_LB: jax.Array) -> tuple[jax.Array, Picks]:
             return gated_hidden(
-                shape.config, shape.menu, params, batch.tokens, pick, given, keep_LB,
-                batch.positions, batch.segments, remat=self.remat,
-            )  # fmt: skip
+                shape.config,
+                shape.menu,
+                params,
+                batch.tokens,
+                pick,
+                given=given,
+                keep_LB=keep_LB,
+                positions_BT=batch.positions,
+                segments_BT=batch.segments,
+                remat=self.remat,
+            )
 
+        # Routers that read states pick for every token, when its state is there.
         if shape.reads == "hidden":
-            each = [None if k is None else jax.random.split(k, len(keep_LB)) for k in (heads_key, mlp_key)]
+            keys = [None if k is None else jax.random.split(k, len(keep_LB)) for k in (heads_key, mlp_key)]
             tilts = [tilt * costs for costs in self._shares()]
-            hidden, mean = run(of_state, (routers["layers"], *tilts, *each), keep_LB)
+            hidden, mean = run(of_state, (routers["layers"], *tilts, *keys), keep_LB)
             return hidden, {"heads": mean.heads, "mlp": mean.mlp, "dropped": dropped_BC}
+
+        # The others have picked for the row before the first layer.
         assert layers is not None
         picked = picks(layers, heads_key, mlp_key)
         given, keep = jax.tree.map(lambda x: x[:, :, None], picked), keep_LB
-        if self.scheme == "surrogate":
+        if self.scheme == "surrogate":  # the gradient takes the way through the surrogate, not the model
             given, keep = jax.lax.stop_gradient((given, keep))
         hidden, _ = run(lambda given, _: given, given, keep)
         return hidden, {"heads": picked.heads, "mlp": picked.mlp, "dropped": dropped_BC}
 
     def misses(self, picked: dict[str, jax.Array], budget_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[B] relative distance from the budget; [B] squared one from the whole model, where that is due."""
+        """How far what was picked is from the budgets.
+
+        Args:
+          picked: second result of `forward`.
+          budget_B: float32 shares of the whole model's cost.
+
+        Returns:
+          ([B] relative distance from the budget; [B] squared distance from the whole model, where the budget
+          is the whole model, else 0).
+        """
         largest = [picked[name][..., -1] for name in ("heads", "mlp")]
         far_B = sum(jnp.mean(jnp.square(1 - last), axis=0) for last in largest)
         far_B = far_B + jnp.square(1 - picked["dropped"][:, 0])
@@ -365,7 +417,7 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         return self.table.fixed / whole + jnp.sum(keep_LB * layers_LB, axis=0)
 
     def _shares(self) -> tuple[jax.Array, jax.Array]:
-        """Shares of the choices of heads and of neurons."""
+        """Costs of the choices of heads and of neurons, [L, choices], as shares of the whole model's."""
         costs = shares(self.table, self.shape.menu)
         return costs["heads"], costs["mlp"]
 
@@ -377,7 +429,7 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         """((1 - d) CE + d KL, CE), per counted token."""
         taught = jax.lax.stop_gradient(self._whole(params, batch)) if self.distil else None
         sums, divergence_B = self._row_sums(params, batch, hidden, taught)
-        count = jnp.maximum(jnp.sum(sums.weight), 1.0)
+        count = jnp.maximum(jnp.sum(sums.weight), 1.0)  # a batch of padding alone has no tokens
         entropy = jnp.sum(sums.loss) / count
         return (1 - self.distil) * entropy + self.distil * jnp.sum(divergence_B) / count, entropy
 
@@ -397,15 +449,19 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         rise_B: jax.Array,
         miss: jax.Array,
     ) -> tuple[jax.Array, Metrics]:
+        """(S(x) - e)^2 for the surrogate and, where S is trusted, S(x) + a miss(x, b) for the routers."""
         network = Surrogate(self.shape.width)
         flat = [jnp.moveaxis(picked[name], 1, 0).reshape(rise_B.shape[0], -1) for name in ("heads", "mlp")]
         picked_BI = jnp.concatenate([*flat, picked["dropped"]], axis=-1)
+
+        # S learns from the picks without moving them, and the routers learn through S without moving it.
         held = jax.lax.stop_gradient
         predicted_B: Any = network.apply({"params": surrogate}, held(picked_BI))
-        wished_B: Any = network.apply({"params": held(surrogate)}, picked_BI)
+        through_B: Any = network.apply({"params": held(surrogate)}, picked_BI)
+
         error = row_mean(jnp.abs(held(predicted_B) - rise_B), batch)
         trusted = error < self.surrogate_error
-        routers = jnp.where(trusted, row_mean(wished_B, batch) + miss, 0.0)
+        routers = jnp.where(trusted, row_mean(through_B, batch) + miss, 0.0)
         loss = row_mean(jnp.square(predicted_B - rise_B), batch) + routers
         return loss, {"surrogate/error": error, "surrogate/trusted": trusted.astype(jnp.float32)}
 
@@ -436,6 +492,18 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         teacher = None if taught is None else decoder.final_features(taught)
         arrays = (decoder.final_features(hidden), teacher, batch.targets, batch.weights)
         return sum_over_chunks(one, arrays, self.loss_chunk)
+
+
+class Surrogate(nn.Module):
+    """S: from one-hot choices to the rise of the loss, in nats per token."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, picked_BI: jax.Array) -> jax.Array:
+        """[B] rise of every row's loss."""
+        x = nn.leaky_relu(Linear((self.width,), (None, None), name="hidden")(picked_BI), SLOPE)
+        return Linear((1,), (None, None), name="rise")(x)[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -470,7 +538,9 @@ class RouterEvaluation(Method[Batch]):
             entropy = jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.weight), 1.0)
             return entropy, row_mean(self.method.costs(picked), batch) / budget
 
+        # `map` runs one budget after the other by one program.
         losses, spent = jax.lax.map(one, budgets)
+
         names = [f"budget_{b:.4g}" for b in (*anchors, *between)]
         metrics = {f"loss/{name}": loss for name, loss in zip(names, losses, strict=True)}
         metrics |= {f"spent/{name}": share for name, share in zip(names, spent, strict=True)}
@@ -496,6 +566,7 @@ def fit_tilts(method: RouterTraining, params: Params, batches: Sequence[Batch]) 
       One tilt per anchor, found by halving an interval: what is spent is at most the anchor, and as near to
       it as the interval is small; 0 for the whole model.
     """
+    # A tilt of +- `widest` makes every token take the most expensive, or the cheapest, choices.
     costs_of = shares(method.table, method.shape.menu)
     steps = np.concatenate([np.diff(np.asarray(costs)).ravel() for costs in costs_of.values()])
     widest = STEEPEST / np.min(steps[steps > 0], initial=1.0)
@@ -506,6 +577,7 @@ def fit_tilts(method: RouterTraining, params: Params, batches: Sequence[Batch]) 
         return row_mean(method.costs(method.forward(params, batch, budget_B, tilt=tilt)[1]), batch)
 
     def fit(anchor: float) -> float:
+        # What is spent rises with the tilt. `low` is the highest tilt so far that keeps the budget.
         low, high = -widest, widest
         for _ in range(HALVINGS):
             tilt = (low + high) / 2
@@ -517,7 +589,12 @@ def fit_tilts(method: RouterTraining, params: Params, batches: Sequence[Batch]) 
 
 
 def cost_table(section: RouterTrainingConfig, model: ModelConfig, menu: Menu) -> CostTable:
-    """Costs of a menu, of the kind that the budgets are in; raises as `RouterTraining.create` does."""
+    """Costs of a menu, of the kind that the budgets are in.
+
+    Raises:
+      FileNotFoundError: there is no latency table.
+      ValueError: the latency table is of another model, menu or device.
+    """
     if section.priced == "latency_ms":
         return LatencyTable.load(section.latency_table).checked(model, menu)
     return counted_table(model, menu, section.priced, Workload(context=section.context))
@@ -529,6 +606,7 @@ def initial_routers(section: RouterTrainingConfig, shape: RouterShape, folder: s
         found = Routers.load(folder, shape.config)
     except FileNotFoundError:
         return None
+
     for name, field in (("budgets", "anchors"), ("reads", "reads"), ("router_width", "width")):
         value, stored = getattr(section, name), getattr(found.shape, field)
         require(

@@ -249,7 +249,7 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match=r"menu.d_model=\(0.5, 1.0\): times are measured at the model"):
         build.build(LLAMA, Menu(d_model=(0.5, 1.0)), LOAD)
     for context in (0, 97):
-        with pytest.raises(ValueError, match=rf"load.context={context}: must be from 1 to 96"):
+        with pytest.raises(ValueError, match=rf"workload.context={context}: must be from 1 to 96"):
             build.build(tiny_config(), Menu(), Workload(context=context), params={})
 
 
@@ -308,7 +308,7 @@ def test_verify_and_build_on_the_command_line(
         (("build", "--tiny", "--model", "m"), "--tiny: stands for a model of its own; leave it or --model m"),
         (("verify", "--table", "nowhere.json"), "nowhere.json: no such latency table"),
         (("build", "--tiny", "--heads", "0.5,1"), "menu.heads=0.5: must give a multiple of 1"),
-        (("build", "--tiny", "--batch", 0), "load.batch=0: must be at least 1"),
+        (("build", "--tiny", "--batch", 0), "workload.batch=0: must be at least 1"),
         (("build", "--tiny", "--mlp", "0.5"), "menu.mlp=(0.5,): must be shares in (0, 1]"),
     ],
 )

@@ -30,9 +30,9 @@ def test_elastic_steps_draw_the_same_again() -> None:
     config = tiny_config(n_kv_heads=4)
     method, plain = train.Repeating(config, train.MENU), ElasticTraining(config, menu=train.MENU)
     for step in range(train.ELASTIC_STEPS):
-        first, again = method.choices(step), method.choices(step + train.ELASTIC_STEPS)
+        first, again = method.subnets(step), method.subnets(step + train.ELASTIC_STEPS)
         chex.assert_trees_all_equal(first, again)
-        chex.assert_trees_all_equal(first, plain.choices(step))
+        chex.assert_trees_all_equal(first, plain.subnets(step))
 
 
 def test_a_model_is_refused():

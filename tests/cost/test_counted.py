@@ -212,7 +212,7 @@ def test_what_is_not_counted_is_refused() -> None:
     config = tiny_config()
     with pytest.raises(ValueError, match="latency is measured: elastic-lm latency build"):
         counted_table(config, Menu(), "latency_ms")
-    with pytest.raises(ValueError, match=r"load\.batch=0"):
+    with pytest.raises(ValueError, match=r"workload\.batch=0"):
         Workload(batch=0)
     with pytest.raises(ValueError, match=r"menu.d_model=\(0.5, 1.0\): a table holds costs at the model's"):
         counted_table(config, Menu(d_model=(0.5, 1.0)), "flops")

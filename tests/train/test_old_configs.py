@@ -10,8 +10,8 @@ import pytest
 from elastic_lm.config.parse import to_dict
 from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.identity import check_identity
-from elastic_lm.train.recipes import load_config
 from elastic_lm.train.old_configs import MOVED, upgraded
+from elastic_lm.train.recipes import load_config
 from elastic_lm.train.registry import METHODS, method_class
 
 

@@ -23,8 +23,8 @@ from elastic_lm.data import labelled
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models.registry import init_params
 from elastic_lm.train.config import TaskRun, TrainConfig
-from elastic_lm.train.recipes import load_config
 from elastic_lm.train.pretraining import PretrainingConfig
+from elastic_lm.train.recipes import load_config
 from elastic_lm.train.run import fit
 from elastic_lm.train.tasks import run as tasks
 from elastic_lm.train.tasks.config import TaskTuningConfig

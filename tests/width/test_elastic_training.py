@@ -24,7 +24,7 @@ from elastic_lm.width.elastic_training import (
     ElasticEvaluation,
     ElasticTraining,
     ElasticTrainingConfig,
-    draw_choices,
+    draw_subnets,
     uniform_subnets,
 )
 from elastic_lm.width.slicing import slice_params
@@ -77,7 +77,7 @@ def divergence(teacher: jax.Array, logits: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def draws(method: ElasticTraining, step: int) -> MenuIndices:
-    return method.choices(step)
+    return method.subnets(step)
 
 
 def subnets(method: ElasticTraining, step: int) -> list[Subnet]:
@@ -222,14 +222,14 @@ def test_draws_follow_seed_and_step() -> None:
     def same(a: MenuIndices, b: MenuIndices) -> bool:
         return jax.tree.all(jax.tree.map(jnp.array_equal, a, b))
 
-    assert same(draws(method, 5), again.choices(jnp.int32(5)))
+    assert same(draws(method, 5), again.subnets(jnp.int32(5)))
     assert not same(draws(method, 5), draws(method, 6))
     assert not same(draws(method, 5), draws(other, 5))
 
 
 def many(menu: Menu, layers: int, samples: int, **options: Any) -> MenuIndices:
     keys = jax.random.split(jax.random.key(0), 4000)
-    draw = functools.partial(draw_choices, menu=menu, n_layers=layers, samples=samples, **options)
+    draw = functools.partial(draw_subnets, menu=menu, n_layers=layers, samples=samples, **options)
     return jax.device_get(jax.vmap(draw)(keys))
 
 

@@ -15,7 +15,7 @@ from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.train.config import RunConfig
-from elastic_lm.train.load_config import load_config
+from elastic_lm.train.recipes import load_config
 from elastic_lm.train.run import fit
 from elastic_lm.width.chooser import SubnetChooser
 from elastic_lm.width.trained_routers import Routers

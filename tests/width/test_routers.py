@@ -55,7 +55,7 @@ def batch(rows: int = 8, length: int = 16) -> Batch:
 def method(scheme: Any, reads: Any, **fields: Any) -> RouterTraining:
     menu = dataclasses.replace(MENU, dropped=()) if reads == "hidden" else MENU
     shape = RouterShape(model()[0], menu, ANCHORS, reads, 32)
-    return RouterTraining(shape, table(), STEPS, scheme, **fields)
+    return RouterTraining(shape, table(), STEPS, scheme=scheme, **fields)
 
 
 @functools.cache
@@ -150,7 +150,7 @@ def test_same_seed_same_draws_and_curve(scheme: str, reads: str) -> None:
     assert jax.tree.all(jax.tree.map(jnp.array_equal, first[1], again[1]))
     params = {**stack_layers(model()[1]), ROUTERS: first[1][ROUTERS]}
     everyone = jnp.full((8,), 0.8)
-    drawn = [first[0].forward(params, batch(), everyone, jax.random.key(i))[1] for i in (0, 0, 1)]
+    drawn = [first[0].forward(params, batch(), everyone, key=jax.random.key(i))[1] for i in (0, 0, 1)]
     assert jax.tree.all(jax.tree.map(jnp.array_equal, drawn[0], drawn[1]))
     assert not jax.tree.all(jax.tree.map(jnp.array_equal, drawn[0], drawn[2]))
 
