@@ -1,10 +1,15 @@
 """Notebooks run from top to bottom on the tiny setting, and stay notebooks: no layers defined in them."""
 
+import ast
 import pathlib
+import re
+import types
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+import elastic_lm
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "colab").glob("*.ipynb"))
 
@@ -36,3 +41,23 @@ def test_notebook_is_well_formed(path: pathlib.Path) -> None:
     assert [source for source in code if "%pip" in source] == code[:1]
     assert '"google.colab" in sys.modules' in code[0]
     assert not any("nn.Module" in source for source in code)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_uses_public_names(path: pathlib.Path) -> None:
+    code = [cell["source"] for cell in read(path).cells if cell["cell_type"] == "code"]
+    nodes = [node for source in code if "%pip" not in source for node in ast.walk(ast.parse(source))]
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert [name for name in imported if name.startswith("elastic_lm")] == ["elastic_lm"]
+    assert not [
+        node.module
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("elastic_lm")
+    ]
+
+    used = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    for name in filter(re.compile(r"el(\.\w+)+").fullmatch, used):
+        face, parts = elastic_lm, name.split(".")[1:]
+        while parts and isinstance(face, types.ModuleType):
+            assert parts[0] in face.__all__, name
+            face = getattr(face, parts.pop(0))

@@ -17,10 +17,18 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cascade.rule import CascadeRule, fit_rule
     from elastic_lm.cascade.scores import Scoring
     from elastic_lm.cascade.shared_model import shared_classifier, shared_generator, shared_multiple_choice
-    from elastic_lm.cascade.sweep import CascadeCurve, CascadePoint
+    from elastic_lm.cascade.sweep import (
+        ALWAYS_SUPER,
+        ALWAYS_SWIFT,
+        CascadeCurve,
+        CascadePoint,
+        Measurements,
+    )
     from elastic_lm.cascade.text_answerer import TextAnswerer
 
 __all__ = [
+    "ALWAYS_SUPER",
+    "ALWAYS_SWIFT",
     "Answer",
     "Answerer",
     "Cascade",
@@ -36,6 +44,7 @@ __all__ = [
     "Function",
     "Generator",
     "MeasuredPair",
+    "Measurements",
     "MultipleChoice",
     "Scoring",
     "TextAnswerer",

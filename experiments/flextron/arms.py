@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from routed import by_token, static
+from routers import by_token, static
 from study import MENU, MODEL_FOLDER, Measurement, Model, Study, losses, own_loss
 
 import elastic_lm as el
