@@ -1,4 +1,4 @@
-"""What holds for every encoder: padding has no influence, depth can be continued, heads, meshes."""
+"""Every encoder: padding has no influence, passes go on from any depth, heads, meshes."""
 
 import dataclasses
 import functools

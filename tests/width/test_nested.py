@@ -1,4 +1,4 @@
-"""Nested blocks: what they compute is what slices compute, for every token its own."""
+"""Nested blocks compute for every token what its slice computes, whatever the other tokens choose."""
 
 from typing import Any
 
@@ -33,11 +33,11 @@ def test_a_row_of_choices_is_a_slice(name: str) -> None:
     config, params = make(name)
     menu, rng = menu_of(name), np.random.default_rng(0)
     subnets = [menu.sample(config, rng) for _ in range(2)]
-    routed = NestedConfig.of(config, menu, per_token=False)
+    nested_config = NestedConfig.of(config, menu, per_token=False)
     mlp, heads = (jnp.asarray([menu.indices(config, s)[n] for s in subnets]) for n in (0, 1))
-    nested = {**nested_params(routed, params), ROUTING: {"mlp": mlp, "heads": heads}}
+    nested = {**nested_params(nested_config, params), ROUTING: {"mlp": mlp, "heads": heads}}
     tokens = random_tokens(config, 2, 9)
-    found = NestedDecoder(routed).apply({"params": nested}, tokens).logits
+    found = NestedDecoder(nested_config).apply({"params": nested}, tokens).logits
     for row, subnet in enumerate(subnets):
         small, sliced = slice_params(config, params, subnet)
         expected = Decoder(small).apply({"params": sliced}, tokens[row : row + 1]).logits
@@ -48,7 +48,7 @@ def by_token(tilt: float = 0.0) -> tuple[NestedConfig, Any]:
     """A model with random routers."""
     config, params = make("llama")
     menu = Menu((0.25, 0.5, 1.0), (0.5, 1.0))
-    routed = NestedConfig.of(config, menu, router_width=8)
+    nested_config = NestedConfig.of(config, menu, router_width=8)
     key = jax.random.key(0)
     shapes = {"hidden": (3, 8, 2 + config.d_model), "heads": (3, 2, 8), "mlp": (3, 3, 8)}
     routers = {name: {"kernel": jax.random.normal(key, shape)} for name, shape in shapes.items()}
@@ -57,7 +57,10 @@ def by_token(tilt: float = 0.0) -> tuple[NestedConfig, Any]:
         "mlp": jnp.tile(jnp.asarray([0.1, 0.2, 0.4]), (3, 1)),
     }
     code = budget_code(jnp.asarray(0.7), (0.5, 1.0))
-    return routed, {**nested_params(routed, params, routers, costs), ROUTING: {"code": code, "tilt": tilt}}
+    return nested_config, {
+        **nested_params(nested_config, params, routers, costs),
+        ROUTING: {"code": code, "tilt": tilt},
+    }
 
 
 def test_tokens_choose_for_themselves() -> None:

@@ -82,7 +82,7 @@ def test_a_choice_without_groups_has_all_of_them() -> None:
     np.testing.assert_allclose(states(unsaid), states(whole), rtol=1e-6)
 
 
-def test_rows_keep_their_shape_and_extend_a_cache() -> None:
+def test_keys_and_values_keep_their_shape_and_extend_a_cache() -> None:
     """The layer reads the keys and values that it made itself, like the slice."""
     config, params = make("llama", n_layers=1)
     layer = params["layers_0"]
