@@ -9,7 +9,7 @@ Every name below is imported when it is first used, so `import elastic_lm` is in
 from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
-    from elastic_lm import cascade, checkpoints, cost, data, depth, evaluate, hf, testing, train, width
+    from elastic_lm import cascade, data, depth, evaluate, hf, testing, train, width
     from elastic_lm.cascade.cascade import Cascade
     from elastic_lm.cascade.measure import measure_cascade
     from elastic_lm.cascade.rule import CascadeRule
@@ -78,8 +78,6 @@ __all__ = [
     "attach_task_exits",
     "attach_task_head",
     "cascade",
-    "checkpoints",
-    "cost",
     "data",
     "depth",
     "embedded_model",

@@ -22,6 +22,27 @@ NAMES = {
     "sharding": "elastic_lm.models.sharding",
 }
 
+# Names that modules of 0.1 had whose names are rooms today.
+ROOM_NAMES: dict[str, dict[str, str]] = {
+    "elastic_lm.config": {
+        "DataConfig": "elastic_lm.config.data.DataConfig",
+        "ExitConfig": "elastic_lm.config.model.ExitConfig",
+        "MeshConfig": "elastic_lm.config.mesh.MeshConfig",
+        "ModelConfig": "elastic_lm.config.model.ModelConfig",
+        "RopeConfig": "elastic_lm.config.rope.RopeConfig",
+        "RunConfig": "elastic_lm.train.config.RunConfig",
+        "TrainConfig": "elastic_lm.train.config.TrainConfig",
+    },
+    "elastic_lm.cost": {
+        "Cost": "elastic_lm.cost.counted.Cost",
+        "CostTable": "elastic_lm.cost.counted.CostTable",
+        "Load": "elastic_lm.cost.counted.Workload",
+        "counted_table": "elastic_lm.cost.counted.counted_table",
+        "model_cost": "elastic_lm.cost.counted.model_cost",
+    },
+    "elastic_lm.evaluate": {"plots": "elastic_lm.report.plots", "quality": "elastic_lm.depth.quality"},
+}
+
 # Modules that the documents of 0.1 imported from -> module of today, and names that differ there.
 MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "elastic_lm.calibrate": ("elastic_lm.depth", {}),
@@ -49,6 +70,7 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "elastic_lm.decode.text_answerer": ("elastic_lm.cascade.text_answerer", {}),
+    "elastic_lm.embedded": ("elastic_lm.checkpoints.embedded", {}),
     "elastic_lm.methods": ("elastic_lm.train", {}),
     "elastic_lm.methods.search": ("elastic_lm.width.search", {}),
 }
@@ -72,6 +94,25 @@ def with_old_names(resolve: Callable[[str], Any], public: Sequence[str]) -> Call
         if name not in public:
             names = ", ".join(public)
             raise AttributeError(f"module 'elastic_lm' has no attribute {name!r}; public names: {names}")
+        return resolve(name)
+
+    return getattr_
+
+
+def old_room_names(room: str, resolve: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
+    """A room's `__getattr__` for the names that a module of the same name had in 0.1.
+
+    Args:
+      room: dotted name of the room.
+      resolve: the `__getattr__` of today's names; None = the room has no lazy names.
+    """
+
+    def getattr_(name: str) -> Any:
+        if name in ROOM_NAMES[room]:
+            _warn(f"{room}.{name}", ROOM_NAMES[room][name])
+            return _find(ROOM_NAMES[room][name])
+        if resolve is None:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
         return resolve(name)
 
     return getattr_

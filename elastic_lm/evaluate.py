@@ -2,6 +2,8 @@
 
 from etils import epy as _epy
 
+from elastic_lm.deprecated import old_room_names as _old_room_names
+
 with _epy.lazy_api_imports(globals()):
     from elastic_lm.cascade.measure import measure_cascade
     from elastic_lm.cascade.plot import plot_cascade
@@ -31,3 +33,6 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+__getattr__ = _old_room_names(__name__, globals()["__getattr__"])

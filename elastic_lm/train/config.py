@@ -123,6 +123,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_method(self.method, self.train, "text")
+        self.method.check(self)
         require(
             self.model is not None or bool(self.train.init_from),
             "model",
@@ -153,7 +154,6 @@ class RunConfig:
             self.train.accumulate,
             f"must divide data.batch_size={rows}",
         )
-        self.method.check(self)
 
 
 @dataclasses.dataclass(frozen=True)

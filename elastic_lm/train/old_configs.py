@@ -4,6 +4,7 @@ They are read for one release, with a warning; run.json files of that form are r
 that 0.1 began can be resumed.
 """
 
+import copy
 import warnings
 from typing import Any
 
@@ -25,6 +26,20 @@ _ELASTIC = {f"menu_{axis}": f"menu.{axis}" for axis in ("mlp", "heads", "groups"
 _ELASTIC |= {
     name: name
     for name in ("draw", "samples", "smallest_share", "distil", "teacher", "elastic_groups", "rank_batches")
+}
+
+# Options of methods with the defaults that 0.1 had.
+OPTIONS: dict[str, Any] = {
+    **{"exit_weights": (), "exit_warmup": 0, "confidence_weighted": False},
+    **{"depths": (), "depth_weights": "uniform", "depth_scale": 1.0, "curriculum": "all"},
+    **{"curriculum_period": 0, "layer_dropout": 0.0, "dropout_ramp": 0},
+    **{"objective": "kl", "top_k": 0, "imitation": 0.9, "cached_batches": 0, "balance_gates": True},
+    **{"menu_mlp": (0.25, 0.5, 0.75, 1.0), "menu_heads": (1.0,), "menu_groups": (1.0,), "menu_dropped": ()},
+    **{"draw": "per_layer", "samples": 2, "smallest_share": 0.5, "distil": 0.0, "teacher": "live"},
+    **{"elastic_groups": 0, "rank_batches": 16, "budgets": (0.5, 0.625, 0.75, 0.875, 1.0)},
+    **{"priced": "parameters", "latency_table": "", "context": 0, "scheme": "end_to_end", "reads": "budget"},
+    **{"router_width": 256, "router_lr": 1.0, "budget_weight": 10.0, "train_model": False},
+    **{"surrogate_error": 0.5, "teacher_from": "", "temperature": 1.0, "z_loss": 0.0, "tuned": "all"},
 }
 
 # Method -> key that 0.1 had in `train` -> key in `method`.
@@ -50,22 +65,34 @@ def upgraded(values: dict[str, Any], *, stored: bool = False) -> dict[str, Any]:
 
     Returns:
       The sections.
+
+    Raises:
+      ValueError: an option in `train` belongs to another method, or `train.method` contradicts `method.name`.
     """
     if not all(isinstance(values.get(section, {}), dict) for section in ("train", "method")):
         return values  # refused where the dataclasses are built
-    train, method = dict(values.get("train", {})), dict(values.get("method", {}))
+
+    train, method = dict(values.get("train", {})), copy.deepcopy(values.get("method", {}))
     old_name = train.pop("method", None)
     name = method.setdefault("name", old_name or ("task_tuning" if "task" in values else "pretraining"))
+    require(
+        old_name in (None, name),
+        "train.method",
+        old_name,
+        f"the config has method.name={name!r}: set that instead, with the options of the other method",
+    )
+
     moved = {key: new for key, new in MOVED.get(name, {}).items() if key in train}
-    for other, keys in MOVED.items():
-        for key in () if stored else keys:
-            require(
-                key in moved or key not in train,
-                f"train.{key}",
-                train.get(key),
-                f"not read with method.name={name!r}; {other} reads it, as method.{keys[key]}",
-            )
-    if old_name is None and not moved:
+    for key in [key for key in train if key in OPTIONS and key not in moved]:
+        readers = [f"{other} (as method.{keys[key]})" for other, keys in MOVED.items() if key in keys]
+        require(
+            stored or _same(train[key], OPTIONS[key]),
+            f"train.{key}",
+            train[key],
+            f"not read with method.name={name!r}, only with {', '.join(readers)}",
+        )
+        del train[key]
+    if old_name is None and not moved and len(train) == len(values.get("train", {})):
         return values
 
     for key, new in moved.items():
@@ -74,10 +101,7 @@ def upgraded(values: dict[str, Any], *, stored: bool = False) -> dict[str, Any]:
         target[last] = train.pop(key)
     if "menu" in method:
         method["menu"].setdefault("heads", (1.0,))  # the default of 0.1
-    if stored:
-        unread = {key for keys in MOVED.values() for key in keys}
-        train = {key: value for key, value in train.items() if key not in unread}
-    else:
+    if not stored:
         changes = [f"method.{new} for train.{key}" for key, new in moved.items()]
         warnings.warn(
             "train.method and the options of a method are now in a section of their own: write "
@@ -87,3 +111,8 @@ def upgraded(values: dict[str, Any], *, stored: bool = False) -> dict[str, Any]:
             stacklevel=3,
         )
     return {**values, "train": train, "method": method}
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Whether a value of a config is 0.1's default, lists counted as tuples."""
+    return (tuple(value) if isinstance(value, list) else value) == default

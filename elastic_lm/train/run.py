@@ -1,5 +1,6 @@
 """A training run from its config: model, data and method, the loop, and the finished model on disk."""
 
+import dataclasses
 import functools
 import logging
 from contextlib import closing
@@ -63,9 +64,10 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Any, Params, 
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
     run: Prepared = prepare(config, workdir, mesh)  # pyright: ignore[reportArgumentType]
     method, data = run.method, run.data
-    save_identity(config, workdir)
 
     trainable, frozen = method.split(run.params)
+    # What trains is donated step by step: nothing else may hold on to it.
+    run = dataclasses.replace(run, params={})
     optimizer = make_optimizer(config.train, method.parameter_groups())
     shardings = state_shardings(optimizer, trainable)
     job = loop.Job(
@@ -79,8 +81,12 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Any, Params, 
     )
 
     batches = method.batches(iter(data.train), frozen, data)
+    state = create_state(optimizer, trainable)
+    del trainable
+    save_identity(config, workdir)  # only now: a run that was refused leaves no trace in its workdir
+
     with closing(Checkpoints(workdir / "checkpoints", config.train.keep)) as checkpoints:
-        start, state = loop.resume(checkpoints, create_state(optimizer, trainable), batches)
+        start, state = loop.resume(checkpoints, state, batches)
         if not start:
             state = method.begin(state, data)
         with closing(make_writer(workdir, config.train.steps, start)) as writer:

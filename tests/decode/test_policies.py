@@ -42,7 +42,7 @@ def four(make_model):
 def sampler(model, policy, **kwargs):
     made = model.sampler(window=2, **kwargs)
     policy.check(model.config)
-    made.exit = policy
+    made.options = dataclasses.replace(made.options, exit=policy)
     return made
 
 

@@ -271,8 +271,9 @@ def test_memory_does_not_grow_with_sub_models_times_vocabulary() -> None:
 
 
 def test_messages() -> None:
-    for depths in ((0, 4), (5,)):
-        with pytest.raises(ValueError, match=r"method\.depths=.* 1 \.\. 4"):
-            SortedFineTuning(tiny_config(), depths=depths)
+    with pytest.raises(ValueError, match=r"method\.depths=\(0, 4\): must be distinct layers, counted from 1"):
+        SortedFineTuning(tiny_config(), depths=(0, 4))
+    with pytest.raises(ValueError, match=r"method\.depths=\(5,\): .*layers 1 \.\. 4"):
+        SortedFineTuning(tiny_config(), depths=(5,))
     with pytest.raises(ValueError, match=r"method\.curriculum_period=0"):
         SortedFineTuning(tiny_config(), curriculum="rotational")

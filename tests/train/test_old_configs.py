@@ -10,7 +10,7 @@ import pytest
 from elastic_lm.config.parse import to_dict
 from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.identity import check_identity
-from elastic_lm.train.old_configs import MOVED, upgraded
+from elastic_lm.train.old_configs import MOVED, OPTIONS, upgraded
 from elastic_lm.train.recipes import load_config
 from elastic_lm.train.registry import METHODS, method_class
 
@@ -22,6 +22,7 @@ def recipe(tmp_path: Path, values: dict[str, Any]) -> str:
 
 
 def test_every_old_option_has_a_new_place() -> None:
+    assert {key for keys in MOVED.values() for key in keys} == set(OPTIONS)
     assert set(MOVED) == set(METHODS)
     for name, keys in MOVED.items():
         fields = {field.name for field in dataclasses.fields(method_class(name).section)}
@@ -68,3 +69,22 @@ def test_a_run_of_the_old_form_is_the_same_run(tmp_path: Path) -> None:
 def test_todays_form_stays_as_it_is() -> None:
     values = {"train": {"lr": 1e-3}, "method": {"name": "joint", "weights": (1.0,)}}
     assert upgraded(values) is values
+
+
+def test_a_method_named_twice_is_refused_where_the_names_differ(tmp_path: Path) -> None:
+    file = recipe(tmp_path, {"method": {"name": "ee_tuning"}, "train": {"init_from": "model"}})
+    with pytest.raises(ValueError, match=r"train\.method='joint': the config has method\.name='ee_tuning'"):
+        load_config(file, ["train.method=joint"])
+
+
+def test_defaults_of_other_methods_are_read(tmp_path: Path) -> None:
+    train = {"method": "flextron", "init_from": "model", "exit_weights": (), "z_loss": 0.0}
+    with pytest.warns(FutureWarning, match=r"method\.name='flextron'"):
+        assert load_config(recipe(tmp_path, {"train": train})).method.name == "flextron"
+
+
+def test_the_values_given_stay_as_they_are() -> None:
+    values = {"train": {"menu_mlp": (0.5, 1.0)}, "method": {"name": "flextron", "menu": {"heads": (1.0,)}}}
+    with pytest.warns(FutureWarning):
+        assert upgraded(values)["method"]["menu"] == {"heads": (1.0,), "mlp": (0.5, 1.0)}
+    assert values["method"]["menu"] == {"heads": (1.0,)}

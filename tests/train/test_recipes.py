@@ -76,9 +76,9 @@ def test_argument_and_overrides(file: Path) -> None:
         ("train.eval_batches=-1", r"train\.eval_batches=-1: must be at least 0"),
         (
             "train.menu_groups=(0.5, 1.0)",
-            r"menu_groups=.*'pretraining'; flextron reads it, as method\.menu\.groups",
+            r"menu_groups=.*'pretraining', only with flextron \(as method\.menu\.groups\)",
         ),
-        ("train.samples=3", r"samples=3: not read with method\.name='pretraining'; flextron reads it"),
+        ("train.samples=3", r"samples=3: not read with method\.name='pretraining', only with flextron"),
         ("method.samples=3", r"method=.*'samples': 3.*: must be a mapping with a name: one of pretraining"),
         ("method={'steps': 3}", r"method=.*: must be a mapping with a name: one of pretraining"),
         ("method.name=other", r"method\.name='other': must be one of pretraining"),
@@ -87,13 +87,16 @@ def test_argument_and_overrides(file: Path) -> None:
         ("data.seed=-1", r"data\.seed=-1: must be in"),
         (
             "train.cached_batches=8",
-            r"cached_batches=8: not read with method\.name='pretraining'; self_supervised_exits reads it",
+            r"cached_batches=8: not read with method\.name='pretraining', only with self_supervised_exits",
         ),
         (
             "train.layer_dropout=0.1",
-            r"layer_dropout=0\.1: .*; sorted_finetuning reads it, as method\.layer_dropout",
+            r"layer_dropout=0\.1: .* only with sorted_finetuning \(as method\.layer_dropout\)",
         ),
-        ("train.exit_weights=(1.0,)", r"train\.exit_weights=\(1\.0,\): .* as method\.weights"),
+        (
+            "train.exit_weights=(1.0,)",
+            r"train\.exit_weights=.*ee_tuning \(as method\.weights\), joint",
+        ),
     ],
 )
 def test_refused_overrides_name_the_key(file: Path, override: str, message: str) -> None:

@@ -20,6 +20,7 @@ from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, stack_layers
 from elastic_lm.models.exits import attach_exits
 from elastic_lm.models.sharding import batch_sharding, make_mesh, param_shardings
+from elastic_lm.nn.attention import AttentionContext
 from elastic_lm.testing import all_logits, random_params, tiny_config
 from elastic_lm.width.importance import Importance, layer_scores, permute, rank, storage_order
 from elastic_lm.width.slicing import slice_params
@@ -114,8 +115,7 @@ def test_scores_are_what_the_formulas_say(gated: bool) -> None:
                         out, _ = block.attn.apply(
                             {"params": {**attention, "out": {"kernel": only}}},
                             entering,
-                            batch.positions,
-                            segments_BT=batch.segments,
+                            AttentionContext(batch.positions, batch.segments),
                         )
                         heads[k, g] += np.linalg.norm(np.asarray(out)[counted], axis=-1).sum()
         channels += np.abs(decoder.final_features(taps[2].hidden)[counted]).sum(0)
