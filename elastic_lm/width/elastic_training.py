@@ -131,6 +131,7 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
 
     Example:
       ```python
+      import jax
       import jax.numpy as jnp
       import elastic_lm as el
       from elastic_lm.testing import random_params, random_tokens, tiny_config
@@ -142,7 +143,7 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
 
       method = el.width.ElasticTraining(config, menu=el.Menu(mlp=(0.5, 1.0), heads=(1.0,)))
       trainable, frozen = method.split(random_params(config))
-      loss, metrics = method.loss(trainable, frozen, batch, jnp.int32(0))
+      loss, metrics = jax.jit(method.loss)(trainable, frozen, batch, jnp.int32(0))
       ```
     """
 

@@ -158,6 +158,7 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
 
     Example:
       ```python
+      import jax
       import jax.numpy as jnp
       import elastic_lm as el
       from elastic_lm.models.decoder import stack_layers
@@ -174,7 +175,7 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
       table = el.width.counted_table(config, menu, "parameters")
       method = el.width.RouterTraining(shape=shape, table=table, steps=100)
       routers, model = method.split(stack_layers(random_params(config)))
-      loss, metrics = method.loss(routers, model, batch, jnp.int32(0))
+      loss, metrics = jax.jit(method.loss)(routers, model, batch, jnp.int32(0))
       ```
     """
 
