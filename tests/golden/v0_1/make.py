@@ -358,7 +358,7 @@ def runs() -> dict[str, RunConfig | TaskRun]:
 
 def half_finished(name: str, run: RunConfig | TaskRun) -> None:
     """Runs to the end, keeps the final parameters and forgets everything after step `STOPPED`."""
-    workdir = Path("runs") / name
+    workdir = Path("workdirs") / name
     _, params, metrics = fit_task(run, workdir) if isinstance(run, TaskRun) else fit(run, workdir)
     flat = jax.tree_util.tree_leaves_with_path(params)
     final = {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in flat}
