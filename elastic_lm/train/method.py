@@ -162,7 +162,7 @@ class Method(Generic[AnyBatch]):
         Raises:
           ValueError: the options do not fit the model; names field, value and fix.
         """
-        return cls(model, **options(cls, section, train)), params
+        return cls(config=model, **options(cls, section, train)), params  # pyright: ignore[reportCallIssue]
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Splits parameters into (trainable, frozen), two trees with disjoint top-level keys."""

@@ -1,7 +1,6 @@
 """A training run from its config: model, data and method, the loop, and the finished model on disk."""
 
 import dataclasses
-import functools
 import logging
 from contextlib import closing
 from pathlib import Path
@@ -75,7 +74,7 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Any, Params, 
         train_step=make_train_step(method, optimizer, shardings, config.train.accumulate),
         eval_step=make_eval_step(method.for_evaluation()),
         held_out=data.held_out,
-        place=functools.partial(data.place, mesh=mesh),
+        place=lambda batch: data.place(batch, data.mesh),
         per_step=run.per_step,
         rate=run.rate,
     )

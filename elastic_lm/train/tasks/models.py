@@ -16,6 +16,7 @@ from elastic_lm.models.sharding import param_shardings
 from elastic_lm.models.task_heads import attach_task_exits, attach_task_head, lowest_layers
 from elastic_lm.train.config import TaskRun
 from elastic_lm.train.tasks.answers import answers_of, check_vocabulary, load_any, same_answers
+from elastic_lm.train.tasks.config import TaskTuningConfig, Tuned
 
 Params = dict[str, Any]
 
@@ -69,7 +70,7 @@ def prepare_encoder_head(
     Raises:
       ValueError: the run asks for more than a head that tells classes apart, or the model has another head.
     """
-    train, task, method = run.train, run.task, run.method
+    train, task, tuned = run.train, run.task, tuned_of(run)
     holds = f"{train.init_from} holds an encoder-decoder"
     require(
         task.problem == "classification",
@@ -78,9 +79,9 @@ def prepare_encoder_head(
         f"{holds}, whose head on the encoder tells classes apart; make classes of the numbers",
     )
     require(
-        method.tuned == "head",
+        tuned == "head",
         "method.tuned",
-        method.tuned,
+        tuned,
         f"{holds}, which answers by writing: set task.problem='text_to_text', where labels are texts, or "
         "method.tuned='head', for a head on its encoder",
     )
@@ -134,7 +135,7 @@ def prepare_encoder(
     Raises:
       ValueError: the task, its length, or options of exits do not fit; names the field.
     """
-    train, task, method = run.train, run.task, run.method
+    train, task, tuned = run.train, run.task, tuned_of(run)
     assert task.problem != "text_to_text"
     require(not task.prefix, "task.prefix", task.prefix, "is read by encoder-decoders only; leave it out")
 
@@ -156,9 +157,9 @@ def prepare_encoder(
     due = (task.problem, len(labels) or 1, labels)
     known = same_answers(answers_of(config), due)
     require(
-        known or method.tuned != "exits",
+        known or tuned != "exits",
         "method.tuned",
-        method.tuned,
+        tuned,
         f"{train.init_from or 'the new model'} answers {answers_of(config)}, not {due}: tune it on the task "
         "first, or set 'all'",
     )
@@ -170,16 +171,9 @@ def prepare_encoder(
 
     if run.exits:
         config, params = attach_task_exits(config, params, run.exits)
-    require(
-        method.tuned != "exits" or bool(config.exits),
-        "method.tuned",
-        method.tuned,
-        "the model has no exits; name their layers in exits",
-    )
-    require(
-        len(method.exit_weights) in (0, len(config.exits)),
-        "method.exit_weights",
-        method.exit_weights,
-        f"needs one weight for each of the exits {config.exits or 'none'}, or none at all",
-    )
     return config, params
+
+
+def tuned_of(run: TaskRun) -> Tuned:
+    """What the run's method trains: all, unless it is `TaskTuning` and says otherwise."""
+    return run.method.tuned if isinstance(run.method, TaskTuningConfig) else "all"

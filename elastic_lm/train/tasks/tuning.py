@@ -83,13 +83,13 @@ class TaskTuning(TaskTuningConfig, Method[TaskBatch]):
             self.tuned != "exits" or bool(self.exits),
             "method.tuned",
             self.tuned,
-            "the model has no exits; attach some",
+            "the model has no exits; name their layers in exits",
         )
         require(
             len(self.exit_weights) in (0, len(self.exits)),
             "method.exit_weights",
             self.exit_weights,
-            f"needs one weight for each of the exits {self.exits} that train, or none at all",
+            f"needs one weight for each of the exits {self.exits or 'none'} that train, or none at all",
         )
 
     @classmethod
