@@ -17,7 +17,7 @@ EXPECTED  see experiments/elang
 
 `DATA` holds NAME_train.jsonl.gz and NAME_dev.jsonl.gz as listed below (JSON lines, CSV or TSV, packed or
 not, under any name that is given as task.paths and task.eval_paths). `z_loss` keeps energies comparable, by
-which cascades are routed (`elastic-lm cascade`).
+which a cascade decides (`elastic-lm cascade`).
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Routers: which width every layer of an elastic model takes for a budget (Flextron's second stage).
 
-COMMAND   elastic-lm train --config configs/routers.py:runs/elastic/model --workdir runs/routed
-          then el.Sampler(..., budget=...), or elastic-lm generate --model runs/routed/model --budget ...
+COMMAND   elastic-lm train --config configs/routers.py:runs/elastic/model --workdir runs/routers
+          then el.Sampler(..., budget=...), or elastic-lm generate --model runs/routers/model --budget ...
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  see experiments/flextron; a step of the surrogate is two forward passes
 EXPECTED  `eval_spent/budget_<b>` within 5 % of 1 at the budgets that were trained for

@@ -25,7 +25,7 @@ from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.registry import init_params
-from elastic_lm.width.nested_decoder import ROUTING, NestedConfig, NestedDecoder, nested_params
+from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig, NestedDecoder, nested_params
 from elastic_lm.width.slicing import slice_params
 
 NEW_TOKENS = 64
@@ -48,8 +48,8 @@ def _rows(options: Options, batch: int) -> Iterator[Measurement]:
     config = dataclasses.replace(random_model(options.tiny), n_kv_heads=groups, elastic_groups=16)
     params = init_params(config, jax.random.key(options.seed))
     half = Subnet.uniform(config, mlp=0.5, heads=menu.heads[-2])
-    routed = NestedConfig.of(config, menu, per_token=False)
-    nested = nested_params(routed, params)
+    nested_config = NestedConfig.of(config, menu, per_token=False)
+    nested = nested_params(nested_config, params)
     rng = np.random.default_rng(options.seed)
     prompts = rng.integers(3, config.vocab_size, (batch, 16)).tolist()
 
@@ -58,7 +58,7 @@ def _rows(options: Options, batch: int) -> Iterator[Measurement]:
 
     def chosen(subnet: Subnet) -> Sampler:
         mlp, heads, _, _ = (jnp.tile(jnp.asarray(n), (batch, 1)) for n in menu.indices(config, subnet))
-        return Sampler(NestedDecoder(routed), {**nested, ROUTING: {"mlp": mlp, "heads": heads}})
+        return Sampler(NestedDecoder(nested_config), {**nested, WIDTH_INPUTS: {"mlp": mlp, "heads": heads}})
 
     small, sliced = slice_params(config, params, half)
     sides = {

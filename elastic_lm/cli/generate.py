@@ -310,9 +310,9 @@ def chooser(folder: str, config: "ModelConfig", budget: Budget, options: Options
         return found.with_latency(LatencyTable.load(options.latency_table), options.latency_table)
     if options.context is None:
         return found
-    routed = found.routers is not None and found.routers.table.kind == budget.kind
+    by_routers = found.routers is not None and found.routers.table.kind == budget.kind
     require(
-        not routed,
+        not by_routers,
         "--context",
         options.context,
         "the routers of this model keep to the context that they were trained for; leave it out",

@@ -1,8 +1,9 @@
 """The models that a sampler serves: the whole one, and those of its sub-networks that were served last.
 
 A sub-network is served as an ordinary smaller model. It owns the arrays that are sliced for it and the
-programs that are compiled for it, and both leave memory when it is evicted. Routers that read states choose
-the widths of one model for all budgets, whose layers are a second copy of the layers of the whole model.
+programs that are compiled for it, and both leave memory when it is evicted. Routers that read states need
+one more model, which serves all budgets: a second copy of the whole model's layers, whose widths the routers
+choose while it decodes.
 """
 
 import collections
@@ -20,7 +21,7 @@ from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill, prefill_from_state
 from elastic_lm.models.decoder import Params
 from elastic_lm.width.chooser import Per, SubnetChooser, budget_inputs, nested_model, with_prompt_choices
-from elastic_lm.width.nested_decoder import ROUTING, NestedConfig
+from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig
 from elastic_lm.width.slicing import slice_params
 
 
@@ -126,7 +127,7 @@ class ServedModels:
 
         # The budget is traced, so that one model and one program serve all budgets.
         config, params = self._nested
-        params = {**params, ROUTING: budget_inputs(chooser.routers, budget)}
+        params = {**params, WIDTH_INPUTS: budget_inputs(chooser.routers, budget)}
         return Served(None, config, params, jit_prefill, jit_run, chooser.per, budget)
 
 

@@ -15,7 +15,7 @@ from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable, Workload, counted_table
 from elastic_lm.cost.latency_table import LatencyTable
 from elastic_lm.models.decoder import Params
-from elastic_lm.width.nested_decoder import ROUTING, NestedConfig, nested_params, prompt_choices
+from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig, nested_params, prompt_choices
 from elastic_lm.width.router import budget_code
 from elastic_lm.width.search import uniform_subnet
 from elastic_lm.width.search_space import check_shape
@@ -231,7 +231,7 @@ def nested_model(config: ModelConfig, params: Params, routers: Routers) -> tuple
       routers: that read states.
 
     Returns:
-      (config, parameters without `ROUTING`, which `budget_inputs` gives).
+      (config, parameters without `WIDTH_INPUTS`, which `budget_inputs` gives).
     """
     shape = routers.shape
     nested = NestedConfig.of(config, shape.menu, router_width=shape.width)
@@ -240,7 +240,7 @@ def nested_model(config: ModelConfig, params: Params, routers: Routers) -> tuple
 
 
 def budget_inputs(routers: Routers, budget: Budget) -> dict[str, Any]:
-    """What tells the routers about a budget, the `ROUTING` of a `nested_model`.
+    """What tells the routers about a budget, the `WIDTH_INPUTS` of a `nested_model`.
 
     Args:
       routers: that read states.
@@ -294,9 +294,9 @@ def with_prompt_choices(
 
     Args:
       config: from `nested_model`; static.
-      params: its parameters, with `ROUTING`.
+      params: its parameters, with `WIDTH_INPUTS`.
       tokens_BP: int32 prompts, padded on the right.
       length_B: int32 prompt lengths.
     """
     chosen = jit_prompt_choices(config, params, tokens_BP, length_B)
-    return dataclasses.replace(config, per_token=False), {**params, ROUTING: chosen}
+    return dataclasses.replace(config, per_token=False), {**params, WIDTH_INPUTS: chosen}

@@ -24,7 +24,7 @@ from elastic_lm.width.nested import nest, nested_block
 from elastic_lm.width.router import layer_router, router_input
 
 # Key of what decides a call's widths: the budget's {"code", "tilt"}, or choices {"heads", "mlp": [B, L]}.
-ROUTING = "routing"
+WIDTH_INPUTS = "width_inputs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,10 @@ class NestedDecoder(Decoder):
 
     def _choices(self, i: int, layer: Params, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """int32 indices into the choices of heads and of neurons, [B, T or 1] each."""
-        routing = self.variables["params"][ROUTING]
+        inputs = self.variables["params"][WIDTH_INPUTS]
         if not self.config.per_token:
-            return routing["heads"][:, i, None], routing["mlp"][:, i, None]
-        logits = layer_logits(self.config, layer, routing, hidden_BTD)
+            return inputs["heads"][:, i, None], inputs["mlp"][:, i, None]
+        logits = layer_logits(self.config, layer, inputs, hidden_BTD)
         return jnp.argmax(logits["heads"], axis=-1), jnp.argmax(logits["mlp"], axis=-1)
 
 
@@ -97,22 +97,22 @@ def decoder_of(config: ModelConfig) -> Decoder:
 
 
 def layer_logits(
-    config: NestedConfig, layer: Params, routing: Params, hidden_BTD: jax.Array
+    config: NestedConfig, layer: Params, inputs: Params, hidden_BTD: jax.Array
 ) -> dict[str, jax.Array]:
     """Logits of a layer's choices for every token, tilted towards the budget.
 
     Args:
       config: the nested model; static.
       layer: the layer's parameters, its `router` and the `costs` of its choices among them.
-      routing: `code` [A] of the budget and `tilt`.
+      inputs: `code` [A] of the budget and `tilt`.
       hidden_BTD: state that enters the layer.
 
     Returns:
       {"heads", "mlp": [B, T, choices] float32}.
     """
-    router, code = layer_router(config.menu, config.router_width), routing["code"]
+    router, code = layer_router(config.menu, config.router_width), inputs["code"]
     logits: Any = router.apply({"params": layer["router"]}, router_input(code, hidden_BTD))
-    return {name: r + routing["tilt"] * layer["costs"][name] for name, r in logits.items()}
+    return {name: r + inputs["tilt"] * layer["costs"][name] for name, r in logits.items()}
 
 
 def prompt_choices(
@@ -122,12 +122,12 @@ def prompt_choices(
 
     Args:
       config: the nested model, with per_token=True; static.
-      params: from `nested_params`, with `ROUTING`.
+      params: from `nested_params`, with `WIDTH_INPUTS`.
       tokens_BP: int32 prompts, padded on the right.
       length_B: int32 prompt lengths.
 
     Returns:
-      {"heads", "mlp": [B, L] int32}, the `ROUTING` of the same model with per_token=False.
+      {"heads", "mlp": [B, L] int32}, the `WIDTH_INPUTS` of the same model with per_token=False.
     """
     decoder, sizes = NestedDecoder(config).bind({"params": params}), config.menu.sizes(config)
     positions = default_positions(tokens_BP, None)
@@ -138,7 +138,7 @@ def prompt_choices(
     chosen: list[tuple[jax.Array, jax.Array]] = []
     for i in range(config.n_layers):
         layer = params[f"layers_{i}"]
-        logits = layer_logits(config, layer, params[ROUTING], hidden)
+        logits = layer_logits(config, layer, params[WIDTH_INPUTS], hidden)
         mean = {name: jnp.sum(r * share_BP1, axis=1) for name, r in logits.items()}
         heads_B, mlp_B = jnp.argmax(mean["heads"], axis=-1), jnp.argmax(mean["mlp"], axis=-1)
         chosen.append((heads_B, mlp_B))
@@ -167,7 +167,7 @@ def nested_params(
       costs: {"heads", "mlp": [L, choices]} shares of the whole model's cost; per_token only.
 
     Returns:
-      Parameters without `ROUTING`, which changes from call to call.
+      Parameters without `WIDTH_INPUTS`, which changes from call to call.
     """
     sizes = config.menu.sizes(config)
     nested = dict(params)

@@ -76,7 +76,7 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 def tables(pairs: dict[str, list[Columns]]) -> str:
     """One table per pair of models, mean (least-most) over seeds."""
-    return "\n\n".join(f"### {name}\n\n{models(found)}\n\n{routes(found)}" for name, found in pairs.items())
+    return "\n\n".join(f"### {name}\n\n{models(found)}\n\n{scores(found)}" for name, found in pairs.items())
 
 
 def models(found: list[Columns]) -> str:
@@ -96,7 +96,7 @@ def models(found: list[Columns]) -> str:
     return markdown(["model alone", "quality", "FLOPs", "time"], lines)
 
 
-def routes(found: list[Columns]) -> str:
+def scores(found: list[Columns]) -> str:
     """What every score gives on the test rows."""
     lines = []
     for kind in kinds_of(found[0]):

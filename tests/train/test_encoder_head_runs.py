@@ -1,4 +1,4 @@
-"""Whole runs that learn a head on the encoder of an encoder-decoder, and `route` by its energy."""
+"""Runs that learn a head on the encoder of an encoder-decoder, and a cascade that decides by its energy."""
 
 import dataclasses
 import json

@@ -12,7 +12,7 @@ from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.testing import random_tokens
 from elastic_lm.width.nested_decoder import (
-    ROUTING,
+    WIDTH_INPUTS,
     NestedConfig,
     NestedDecoder,
     nested_params,
@@ -35,7 +35,7 @@ def test_a_row_of_choices_is_a_slice(name: str) -> None:
     subnets = [menu.sample(config, rng) for _ in range(2)]
     nested_config = NestedConfig.of(config, menu, per_token=False)
     mlp, heads = (jnp.asarray([menu.indices(config, s)[n] for s in subnets]) for n in (0, 1))
-    nested = {**nested_params(nested_config, params), ROUTING: {"mlp": mlp, "heads": heads}}
+    nested = {**nested_params(nested_config, params), WIDTH_INPUTS: {"mlp": mlp, "heads": heads}}
     tokens = random_tokens(config, 2, 9)
     found = NestedDecoder(nested_config).apply({"params": nested}, tokens).logits
     for row, subnet in enumerate(subnets):
@@ -59,7 +59,7 @@ def by_token(tilt: float = 0.0) -> tuple[NestedConfig, Any]:
     code = budget_code(jnp.asarray(0.7), (0.5, 1.0))
     return nested_config, {
         **nested_params(nested_config, params, routers, costs),
-        ROUTING: {"code": code, "tilt": tilt},
+        WIDTH_INPUTS: {"code": code, "tilt": tilt},
     }
 
 

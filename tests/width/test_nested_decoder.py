@@ -16,7 +16,7 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.policies import StaticExit
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.width.chooser import SubnetChooser, budget_inputs, nested_model
-from elastic_lm.width.nested_decoder import ROUTING, NestedDecoder, prompt_choices
+from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedDecoder, prompt_choices
 from elastic_lm.width.trained_routers import Routers, RouterShape
 
 MENU = Menu((0.5, 1.0), (0.5, 1.0))
@@ -51,7 +51,7 @@ def test_greedy_tokens_are_those_of_the_forward_pass() -> None:
     model, params, chooser = with_routers()
     assert chooser.routers is not None
     config, nested = nested_model(model.config, params, chooser.routers)
-    nested = {**nested, ROUTING: budget_inputs(chooser.routers, budget(0.7))}
+    nested = {**nested, WIDTH_INPUTS: budget_inputs(chooser.routers, budget(0.7))}
     forward = jax.jit(lambda tokens: NestedDecoder(config).apply({"params": nested}, tokens).logits)
     tokens = PROMPTS[0]
     for emitted in sampler().sample(tokens, NEW, ignore_eos=True).tokens:
@@ -90,7 +90,7 @@ def test_prompts_choose_what_their_rows_run() -> None:
     model, params, chooser = with_routers()
     assert chooser.routers is not None
     config, nested = nested_model(model.config, params, chooser.routers)
-    nested = {**nested, ROUTING: budget_inputs(chooser.routers, budget(0.7))}
+    nested = {**nested, WIDTH_INPUTS: budget_inputs(chooser.routers, budget(0.7))}
     prompt = PROMPTS[0]
     chosen = prompt_choices(config, nested, np.asarray([prompt], np.int32), np.asarray([len(prompt)]))
     subnet = _subnet(chosen)

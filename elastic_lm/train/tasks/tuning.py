@@ -1,6 +1,6 @@
 """Fine-tuning an encoder on labelled records, alone or towards a larger model's answers.
 
-The encoder of an encoder-decoder learns like any other, its head alone: E-LANG's head on it.
+The encoder of an encoder-decoder can learn a head of its own, and nothing else (as in E-LANG).
 
 With f the logits of a record, y its class, g the logits of the model it learns from, T a temperature:
 
@@ -8,8 +8,10 @@ With f the logits of a record, y its class, g the logits of the model it learns 
 
 d = 0 is plain fine-tuning (BERT, arXiv 1810.04805, sec. 4), d > 0 distillation (Hinton et al., arXiv
 1503.02531, sec. 2). Neither CE nor KL sees a constant that is added to all logits, while energy does: z, of
-the order of 1e-4, keeps the normaliser near 0, so that energies of different records can be compared (E-LANG,
-arXiv 2203.00748, routes by them). Regression, without z: L = (1 - d) (f - y)^2 + d (f - g)^2.
+the order of 1e-4, keeps the normaliser near 0, so that energies of different records can be compared (the
+cascade of E-LANG, arXiv 2203.00748, decides by them). Regression has no z:
+
+    L = (1 - d) (f - y)^2 + d (f - g)^2
 
 An encoder with exits, heads of their own after layers l_i, learns sum_i w_i L_i + L, all of it or its exits
 alone over layers that stay as they are (the second stage of DeeBERT, arXiv 2004.12993, and EE-Tuning, arXiv
