@@ -1,9 +1,9 @@
 """Decides after each segment which rows emit: cheap gate first, then vocabulary head, then confidence.
 
 The vocabulary head of an exit reads a matrix as large as the vocabulary, which costs more than the rest of
-the decision. It is therefore read only where all that costs next to nothing speaks for it: the threshold is
-within reach, the exit's gate (a small classifier of the hidden state) gives enough, and a confidence that
-needs no logits is high enough.
+the decision. It is therefore read only for rows that pass three checks, which cost almost nothing: the
+threshold can be reached, the exit's gate (a small classifier of the hidden state) gives a probability that is
+high enough, and so is a confidence that needs no logits.
 """
 
 import jax

@@ -86,17 +86,17 @@ class PositionPolicy(Protocol):
 
 @runtime_checkable
 class GatedPolicy(Protocol):
-    """A policy that reads an exit's vocabulary head only if the exit's gate gives enough."""
+    """A policy that reads an exit's vocabulary head only if the exit's gate is sure enough."""
 
     @property
     def gates(self) -> tuple[float, ...]:
-        """Per exit, the least that its gate must give; () = every head is read."""
+        """Per exit, the lowest probability of its gate at which the head is read; () = always."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationPoint:
-    """What one target gave on held-out tokens that the thresholds were not chosen on."""
+    """The result of one target on held-out tokens that were not used to choose the thresholds."""
 
     target: float  # wanted share of tokens equal to the full model's
     thresholds: tuple[float, ...]  # one per exit

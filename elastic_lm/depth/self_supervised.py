@@ -297,18 +297,18 @@ class _ExitSums:
     weight: jax.Array
     gate_right: jax.Array  # the gate's cross-entropy where the exit is right
     gate_wrong: jax.Array  # the gate's cross-entropy where it is wrong
-    gate_correct: jax.Array  # weight of the tokens where the gate, cut at 1/2, tells which
+    gate_correct: jax.Array  # weight of the tokens where the gate, cut at 1/2, is correct
 
 
 def gate_cross_entropy(probability: jax.Array, right: jax.Array) -> jax.Array:
-    """BCE of every token: -log of the probability that a gate gives to what is the case.
+    """Binary cross-entropy of a gate for every token: -log of the probability that it gives to the truth.
 
     Args:
       probability: [...] float32 in [0, 1], that the exit is right.
-      right: [...] bool, whether it is.
+      right: [...] bool, whether the exit is right.
 
     Returns:
-      [...] float32, in nats; finite where the gate is sure and wrong.
+      [...] float32, in nats; finite even where the gate is certain and wrong.
     """
     # Below 1 by the smallest float32 step: log(1 - p) stays finite.
     return -jnp.where(

@@ -97,17 +97,17 @@ class Encoder(nn.Module):
 
         Args:
           tokens_BT: int32 token ids.
-          mask_BT: bool or int, 0 at padding, which no token then sees; None = no padding. Positions with
-            an offset are counted by `pad_id`, whatever the mask is (`position_ids`).
+          mask_BT: bool or int, 0 at padding, which no token attends to; None = no padding. A model whose
+            positions have an offset (RoBERTa) numbers its tokens by `pad_id`, whatever the mask is.
           types_BT: int32 token types; None = all 0.
           depth: layers that run, static; None = all.
           token_logits: also run the masked language model's head; static.
 
         Returns:
-          The states, and what the heads make of them.
+          The states, and the outputs of the heads.
 
         Raises:
-          ValueError: rows are longer than `max_len`, or the model lacks what is asked for.
+          ValueError: rows are longer than `max_len`, or `token_logits` needs a head that the model lacks.
         """
         hidden = self.states(tokens_BT, mask_BT, types_BT, depth)
         pooled = self.pool(hidden, mask_BT) if self.config.pooler != "none" else None

@@ -167,11 +167,12 @@ def attend(
 
 
 def visible(context: AttentionContext, keys: KeyValues) -> jax.Array:
-    """Which keys each query may attend to: not later, within the window, of the same document.
+    """Marks the keys that each query may attend to: no later ones, in the window and of the same document.
 
     Args:
       context: positions and documents of the queries, and their window.
-      keys: positions and documents of the keys; documents are told apart where both sides have them.
+      keys: positions and documents of the keys. Documents are compared only if both the queries and the keys
+        have them.
 
     Returns:
       [B, T, S] bool.

@@ -1,7 +1,8 @@
 """Linear maps with kernels stored (out, in), as in Hugging Face folders.
 
-A product with few tokens, as in decoding, can be as fast as its kernel is read. On CPU it depends on how the
-product is written, since XLA transposes or packs the kernel of `x @ kernel^T` first:
+A product with few tokens, as in decoding, takes at least the time in which its kernel is read from memory.
+How near it comes to that on CPU depends on how the product is written, because XLA transposes or packs the
+kernel of `x @ kernel^T` first:
 
     tokens          on CPU                                       elsewhere
     1               kernel @ x, at the memory's bandwidth        kernel @ x^T

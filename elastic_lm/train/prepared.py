@@ -1,4 +1,4 @@
-"""A run at step 0: what `train.run.fit` needs, whether the run is about text or about labelled records."""
+"""What `train.run.fit` needs at step 0 of a run, be it on text or on labelled records."""
 
 import dataclasses
 from collections.abc import Callable

@@ -53,7 +53,7 @@ def make_eval_step(method: Method[Any]) -> EvalStep:
     """Compiles (trainable, frozen, batch) -> (metrics, counted tokens)."""
 
     def eval_step(trainable: Params, frozen: Params, batch: Any) -> tuple[Metrics, jax.Array]:
-        # The largest step: whatever rises during a run, like the weights of exits, stands where it ends.
+        # At the largest step number, schedules (such as that of the exits' weights) have their last value.
         _, metrics = method.loss(trainable, frozen, batch, jnp.asarray(jnp.iinfo(jnp.int32).max))
         return metrics, jnp.sum(batch.weights)
 

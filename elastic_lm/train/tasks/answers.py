@@ -1,4 +1,4 @@
-"""What a model answers: classes, a number or a text; and models of a kind from their folders."""
+"""Describes what a model answers (classes, a number or a text), and loads models of the kind needed."""
 
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ def answers_of(config: EncoderConfig | EncoderDecoderConfig) -> TaskHead:
 
 
 def same_answers(some: TaskHead, others: TaskHead) -> bool:
-    """Whether two heads answer the same: as many outputs of one kind, of equal names where both have some."""
+    """Whether two heads have the same problem and outputs and, if both name their classes, the same names."""
     named = bool(some[2]) and bool(others[2])
     return some[:2] == others[:2] and (not named or some[2] == others[2])
 
@@ -31,7 +31,7 @@ def same_answers(some: TaskHead, others: TaskHead) -> bool:
 def load_any(
     field: str, folder: str, dtype: str | None = None, mesh: Mesh | None = None
 ) -> tuple[EncoderConfig | EncoderDecoderConfig, Params]:
-    """`load_of`, for encoders and encoder-decoders alike."""
+    """An encoder or an encoder-decoder from its folder; raises like `load_of`."""
     model, params = load(folder, dtype=dtype, mesh=mesh)
     config: Any = model.config
     fix = f"holds a {kind_of(config).name}, where an encoder or encoder-decoder is needed"

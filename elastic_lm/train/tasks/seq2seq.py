@@ -120,7 +120,7 @@ class SequenceToSequence(TaskTuningConfig, Method[PairBatch]):
         return loss, metrics if self.teacher is None else {**metrics, "divergence": divergence}
 
     def _sums(self, trainable: Params, frozen: Params, batch: PairBatch) -> PairSums:
-        """Logits of the model and the teacher exist for `chunk` positions at a time."""
+        """Sums over the batch; the logits of `loss_chunk` positions per row are in memory at once."""
         model = EncoderDecoder(self.config).bind({"params": trainable})
         hidden = _decoded(model, batch)
         arrays = {"hidden": hidden, "target": batch.target, "weights": batch.weights}
