@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.decode import cache
+from elastic_lm.decode import cache, lookup
 from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.exit_check import check_exit
 from elastic_lm.decode.lossless import deep_tokens, drafting_room, look_deep, verify
@@ -121,7 +121,11 @@ def _run_segment(segment: Segment, state: DecodeState, emissions: Emissions) -> 
     # Which rows ask this segment for a token, up to which position it has to run, and whether it does now.
     if j == 0:
         asking_B = can_advance(state, room_B)
-        target_B = state.done[0] + asking_B
+        if state.lookup is not None:
+            state, copied_B = lookup.draft(state, controls, asking_B)
+            # A row that has copied tokens goes to the full model, and asks no exit for more of them.
+            room_B = jnp.where(copied_B, 0, room_B)
+        target_B = jnp.where(asking_B, state.length, state.done[0])
         fires = jnp.any(asking_B)
     else:
         asking_B = state.alive & (state.wait == j - 1)
@@ -130,7 +134,7 @@ def _run_segment(segment: Segment, state: DecodeState, emissions: Emissions) -> 
         asking_B &= fires
 
     begin_B = state.done[j]
-    widths = (1,) if j == 0 or segment.mode == "propagate" else tick_widths(window)
+    widths = _widths(segment, state, window)
     written, output = _tick_if_due(segment, state, target_B, fires, widths)
     state = _with_segment_state(segment, state, written)
     target_B = jnp.where(fires, target_B, begin_B)
@@ -210,6 +214,14 @@ def tick_widths(window: int) -> tuple[int, ...]:
     (`nn.linear`). Every width compiles the deeper layers once more, so there are few of them.
     """
     return (*(width for width in (1, 2, 3, 4, 8) if width < window), window)
+
+
+def _widths(segment: Segment, state: DecodeState, window: int) -> tuple[int, ...]:
+    """Widths for which the tick of a segment is compiled."""
+    if segment.index == 0:
+        # One new token at a time, unless rows copy tokens from their own text.
+        return (1,) if state.lookup is None else lookup.widths(window)
+    return (1,) if segment.mode == "propagate" else tick_widths(window)
 
 
 def _tick_if_due(
@@ -342,7 +354,9 @@ def _no_output(segment: Segment, state: DecodeState) -> TickOutput:
 
 
 def _window(state: DecodeState) -> int:
-    """W, the positions that may be pending; 1 for a model without exits, which leaves none pending."""
+    """W, the positions that may be pending; 1 where nothing drafts, so that none stay pending."""
+    if state.lookup is not None:
+        return state.lookup.proposal.shape[1] + 1
     return state.hidden[0].shape[1] if state.hidden else 1
 
 

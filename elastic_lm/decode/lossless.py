@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.decode.sampling import Sampling, sample
-from elastic_lm.decode.state import FREE, Controls, DecodeState, ends
+from elastic_lm.decode.state import COPIED, FREE, Controls, DecodeState, ends
 from elastic_lm.models.decoder import Decoder
 
 
@@ -126,6 +126,10 @@ def verify(
     drafted = jnp.sum(checked, axis=1)
     accepted = jnp.where(rejected, first, drafted)
 
+    # Which of them were copied from the row's own text, and not drafted by an exit.
+    depths = jnp.take_along_axis(state.exit_layers, jnp.minimum(drawn_for, capacity - 1), axis=1)
+    copied = checked & (depths == COPIED)
+
     # The full model's token takes the place of the wrong one and is the row's newest. Rows without a wrong
     # draft write out of bounds, which JAX drops.
     token = jnp.take_along_axis(drawn_BW, first[:, None], axis=1)[:, 0]
@@ -141,9 +145,11 @@ def verify(
         done=jnp.where(rejected, jnp.minimum(state.done, position), state.done),
         wait=jnp.where(rejected, FREE, state.wait),
         ended=jnp.where(rejected, ends(state, token, length, controls.stop_tokens), state.ended),
-        draft=jnp.where(controls.adapt & (drafted > 0), grown, state.draft),
+        draft=jnp.where(controls.adapt & (drafted > 0) & ~jnp.any(copied, axis=1), grown, state.draft),
         drafted=state.drafted + drafted,
         accepted=state.accepted + accepted,
+        copied=state.copied + jnp.sum(copied & (column < accepted[:, None]), axis=1),
+        verifications=state.verifications + (target_B > begin_B),
     )
     return state, rejected
 

@@ -29,6 +29,9 @@ class DecodeOptions:
       lossless: early tokens are drafts that the full model verifies (LayerSkip, arXiv 2404.16710). What is
         emitted is what full depth emits with the same seed, except for near-ties that bfloat16 rounds
         differently. Each call may choose otherwise.
+      lookup: lossless rows draft the tokens that followed the last ones earlier in their text, as many as
+        acceptance and the time of a pass over them justify (prompt lookup, arXiv 2304.04487); alone, or
+        before exits. Static.
       draft: tokens that a lossless row drafts before it is verified, from 1 to window - 1; None = as many as
         acceptance justifies. An exit that is not confident ends a draft earlier. Traced.
       missing: what the deeper layers see of early tokens. "exact" = what they compute for them, later, in
@@ -68,6 +71,7 @@ class DecodeOptions:
     fire_share: float = 0.0
     stream_every: int = 16
     lossless: bool = False
+    lookup: bool = False
     draft: int | None = None
     missing: Missing = "exact"
     together: bool = False
@@ -88,6 +92,8 @@ class DecodeOptions:
         in_window = self.draft is None or 1 <= self.draft < max(self.window, 2)
         require(in_window, "draft", self.draft, f"must be at least 1 and below window={self.window}")
 
+        exact = self.missing == "exact"
+        require(exact or not self.lookup, "lookup", True, f"verifies nothing with missing={self.missing!r}")
         check_choice(self.budget, self.subnet, self.elastic)
 
     def check(self, config: ModelConfig) -> None:

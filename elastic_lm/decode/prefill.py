@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import cache
+from elastic_lm.decode.lookup import no_proposals
 from elastic_lm.decode.state import FREE, DecodeState, segments
 from elastic_lm.models.decoder import Params, default_positions
 from elastic_lm.width.nested_decoder import decoder_of
@@ -42,6 +43,7 @@ def prefill(
     *,
     capacity: int,
     window: int,
+    lookup: bool = False,
 ) -> DecodeState:
     """Builds the decode state of a batch of prompts.
 
@@ -54,6 +56,7 @@ def prefill(
       draft: int32 scalar, tokens that a lossless row may draft at first; traced.
       capacity: positions per cache; static; at least max(limit_B) + window.
       window: pending positions per row, W; static.
+      lookup: lossless rows draft from their own text; static.
 
     Returns:
       DecodeState ready for `loop.run`.
@@ -74,7 +77,7 @@ def prefill(
 
     return _decode_state(
         config, tokens_BP, length_B, limit_B, draft,
-        caches=caches, exit_caches=exit_caches, capacity=capacity, window=window,
+        caches=caches, exit_caches=exit_caches, capacity=capacity, window=window, lookup=lookup,
     )  # fmt: skip
 
 
@@ -118,6 +121,7 @@ def _decode_state(
     exit_caches: Sequence[cache.LayerCache | None],
     capacity: int,
     window: int,
+    lookup: bool = False,
 ) -> DecodeState:
     """The decode state around filled caches: one per layer, and one per exit (None where it has no block)."""
     (b, p), n_exits = tokens_BP.shape, len(exit_caches)
@@ -138,6 +142,9 @@ def _decode_state(
         draft=jnp.broadcast_to(draft, (b,)),
         drafted=jnp.zeros((b,), jnp.int32),
         accepted=jnp.zeros((b,), jnp.int32),
+        copied=jnp.zeros((b,), jnp.int32),
+        verifications=jnp.zeros((b,), jnp.int32),
+        lookup=no_proposals(b, window) if lookup else None,
         ticks=jnp.zeros((n_exits + 1,), jnp.int32),
     )
 

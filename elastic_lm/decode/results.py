@@ -45,6 +45,8 @@ class SampleStatistics:
       drafted: tokens that lossless rows drafted and the full model verified.
       accepted: drafted tokens that the full model accepted.
       wasted: drafted tokens that it rejected.
+      copied: accepted tokens that were copied from the row's own text (`DecodeOptions.lookup`).
+      verifications: how often the full model verified positions of a lossless row.
 
     Example:
       ```python
@@ -73,11 +75,18 @@ class SampleStatistics:
     drafted: int = 0
     accepted: int = 0
     wasted: int = 0
+    copied: int = 0
+    verifications: int = 0
 
     @property
     def acceptance(self) -> float:
         """Share of the drafted tokens that were accepted; 1 where none were drafted."""
         return self.accepted / self.drafted if self.drafted else 1.0
+
+    @property
+    def accepted_per_verification(self) -> float:
+        """Drafted tokens that were accepted in one verification, on average; 0 where nothing is verified."""
+        return self.accepted / self.verifications if self.verifications else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +97,7 @@ class Sample:
       text: decoded continuation, without the prompt, without the stop token, cut before a stop string.
       tokens: emitted token ids, up to and including a stop token or the end of a stop string.
       exit_layers: layers that ran before each emitted token was chosen; layers that a sub-network leaves out
-        do not count.
+        do not count, and a token that was copied from the text has 0.
       stats: what the call cost; the rows of a batch share it.
 
     Example:
@@ -182,8 +191,10 @@ def collect(
     Returns:
       One sample per row.
     """
-    on_device = (state.tokens, state.exit_layers, state.length, state.ticks, state.drafted, state.accepted)
-    tokens, depths, lengths, ticks, drafted, accepted = jax.device_get(on_device)
+    rows = jax.device_get((state.tokens, state.exit_layers, state.length))
+    counters = (state.ticks, state.drafted, state.accepted, state.copied, state.verifications)
+    ticks, drafted, accepted, copied, verifications = jax.device_get(counters)
+    tokens, depths, lengths = rows
     seconds = time.perf_counter() - started
 
     emitted, exit_layers = [], []
@@ -209,6 +220,8 @@ def collect(
         drafted=int(drafted.sum()),
         accepted=int(accepted.sum()),
         wasted=int((drafted - accepted).sum()),
+        copied=int(copied.sum()),
+        verifications=int(verifications.sum()),
     )
     return [
         Sample(detokenizer.text(prompt, ids), ids, layers, stats)

@@ -27,6 +27,7 @@ from elastic_lm.decode.results import (
 from elastic_lm.decode.served import Served, ServedModels, compilations, jit_prefill_from_state
 from elastic_lm.decode.settings import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
 from elastic_lm.decode.state import Controls, DecodeState, Mode
+from elastic_lm.decode.tick_costs import tick_costs
 from elastic_lm.depth.policies import ExitPolicy, on_subnet
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Model
@@ -417,13 +418,19 @@ class Sampler:
             adapt=options.draft is None,
             fire_share=options.fire_share,
             together=options.together,
+            tick_costs=(1.0,) * options.window,
         )
 
         draft = min(options.draft or FIRST_DRAFT, max(options.window - 1, 1))
         arrays = (tokens, lengths, lengths + max_new_tokens, jnp.int32(draft))
         shapes = {"capacity": capacity, "window": options.window}
         if prompt_state is None:
-            state = model.prefill(model.config, model.params, *arrays, **shapes)
+            looks_up = options.lookup and bool(call.lossless.any())
+            prefill = functools.partial(model.prefill, model.config, model.params, **shapes, lookup=looks_up)
+            state = prefill(*arrays)
+            if looks_up and options.draft is None:
+                costs = tick_costs(model, prefill, controls, tokens.shape)
+                controls = dataclasses.replace(controls, tick_costs=costs)
         else:
             require(not model.config.exits, "exit", model.config.exits, "prompt states go on without exits")
             state = jit_prefill_from_state(model.config, model.params, prompt_state, *arrays, **shapes)

@@ -26,8 +26,8 @@ from elastic_lm.width.slicing import slice_params
 
 
 def _jit_prefill(function: Callable[..., Any]) -> Any:
-    """Static: the config, the capacity, the window. Traced: everything else."""
-    return jax.jit(function, static_argnames=("config", "capacity", "window"))
+    """Static: the config, the capacity, the window, whether rows look up. Traced: everything else."""
+    return jax.jit(function, static_argnames=("config", "capacity", "window", "lookup"))
 
 
 def _jit_run(function: Callable[..., Any]) -> Any:
@@ -38,7 +38,7 @@ def _jit_run(function: Callable[..., Any]) -> Any:
 # The programs of whole models, which stay for the life of the process.
 jit_prefill = _jit_prefill(prefill)
 jit_run = _jit_run(run)
-jit_prefill_from_state = _jit_prefill(prefill_from_state)
+jit_prefill_from_state = jax.jit(prefill_from_state, static_argnames=("config", "capacity", "window"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -126,6 +126,7 @@ def make_controls(
     adapt: bool,
     fire_share: float,
     together: bool,
+    tick_costs: Sequence[float] = (1.0,),
 ) -> Controls:
     """The arrays by which a batch of requests steers the decode loop.
 
@@ -140,6 +141,7 @@ def make_controls(
       adapt: the length of drafts follows how many are accepted.
       fire_share: share of the living rows that must wait before a deep tick fires.
       together: rows leave early only all at once.
+      tick_costs: of `lookup.measure_ticks`; not read where no row looks up.
 
     Raises:
       ValueError: a setting is out of range, or does not have one entry per row.
@@ -162,6 +164,7 @@ def make_controls(
         lossless=jnp.asarray(lossless),
         adapt=jnp.asarray(adapt),
         stop_tokens=stop_array(config.eos_ids, settings),
+        tick_costs=jnp.asarray(tick_costs, jnp.float32),
         sampling=settings.arrays(batch),
     )
 

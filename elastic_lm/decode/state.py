@@ -14,6 +14,7 @@ from elastic_lm.decode.sampling import Sampling
 Mode = Literal["exact", "verify", "propagate"]  # what becomes of the deeper layers of early tokens
 
 FREE = -1  # `wait` of a row that waits for no deeper segment
+COPIED = 0  # layers that ran before a token was chosen that was copied from the row's own text
 
 
 @flax.struct.dataclass
@@ -31,6 +32,8 @@ class Controls:
       lossless: [B] bool; the row's early tokens are drafts, which the full model verifies.
       adapt: bool; the length of drafts follows how many are accepted.
       stop_tokens: [E] int32 tokens that end a row; -1 = unused.
+      tick_costs: [W] float32, time of an iteration over 1 .. W positions per row, in any unit; decides how
+        many tokens `lookup` drafts.
       sampling: how tokens are drawn.
     """
 
@@ -42,7 +45,27 @@ class Controls:
     lossless: jax.Array
     adapt: jax.Array
     stop_tokens: jax.Array
+    tick_costs: jax.Array
     sampling: Sampling
+
+
+@flax.struct.dataclass
+class Lookup:
+    """What rows propose from their own text (`decode.lookup`), and how often they were right.
+
+    Attributes:
+      proposal: [B, W - 1] int32, proposed tokens; -1 = none.
+      proposed_at: [B] int32, position of the first of them.
+      match: [B] int32, tokens that matched when they were proposed, 0 .. N.
+      hits: [B, N] float32, faded count of proposed tokens that came true, by the match before them.
+      trials: [B, N] float32, faded count of proposed tokens that were compared with the text.
+    """
+
+    proposal: jax.Array
+    proposed_at: jax.Array
+    match: jax.Array
+    hits: jax.Array
+    trials: jax.Array
 
 
 @flax.struct.dataclass
@@ -51,7 +74,7 @@ class DecodeState:
 
     Attributes:
       tokens: [B, S] int32, prompt and emitted tokens.
-      exit_layers: [B, S] int32, layers that ran before each emitted token was chosen.
+      exit_layers: [B, S] int32, layers that ran before each emitted token was chosen; COPIED where none did.
       length: [B] int32, tokens known.
       limit: [B] int32, length at which the row ends.
       alive: [B] bool, the row still runs.
@@ -64,6 +87,9 @@ class DecodeState:
       draft: [B] int32, tokens that a lossless row may draft before the deep layers verify them.
       drafted: [B] int32, drafted tokens that were verified.
       accepted: [B] int32, drafted tokens that the full model accepted.
+      copied: [B] int32, those of the accepted tokens that were copied from the row's own text.
+      verifications: [B] int32, how often the deepest segment ran over positions of the row.
+      lookup: what rows propose from their own text; None where they do not.
       ticks: [J + 1] int32, how often each segment ran.
     """
 
@@ -81,6 +107,9 @@ class DecodeState:
     draft: jax.Array
     drafted: jax.Array
     accepted: jax.Array
+    copied: jax.Array
+    verifications: jax.Array
+    lookup: Lookup | None
     ticks: jax.Array
 
 

@@ -1,0 +1,180 @@
+"""Prompt lookup: proposals are what the text says, and nothing but speed depends on them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elastic_lm.config.model import ExitConfig
+from elastic_lm.decode import lookup
+from elastic_lm.models.registry import init_params
+from elastic_lm.testing import tiny_config
+
+NEW = 24
+WINDOW = 8
+
+
+def proposed(tokens, count, capacity=32):
+    """Proposal and match by their definition, one position after the other."""
+    best = (0, 0)
+    for p in range(1, len(tokens)):
+        match = 0
+        while match < min(p, lookup.LONGEST) and tokens[p - 1 - match] == tokens[-1 - match]:
+            match += 1
+        best = max(best, (match, p))
+    match, start = best
+    text = list(tokens)
+    for i in range(count):  # a proposal that reaches the end goes on with itself
+        text.append(text[start + i])
+    return (text[len(tokens) :] if match else [-1] * count), match
+
+
+@pytest.mark.parametrize("alphabet", [1, 2, 3, 30])
+def test_proposals_continue_the_latest_of_the_longest_matches(alphabet):
+    rng = np.random.default_rng(alphabet)
+    rows = [rng.integers(0, alphabet, rng.integers(1, 30)).tolist() for _ in range(50)]
+    array = np.full((50, 32), 7)  # what lies behind the end must not matter
+    for row, tokens in zip(array, rows, strict=True):
+        row[: len(tokens)] = tokens
+    lengths = jnp.asarray([len(tokens) for tokens in rows])
+    proposal, match = jax.jit(lookup.propose, static_argnums=2)(jnp.asarray(array), lengths, 5)
+    expected = [proposed(tokens, 5) for tokens in rows]
+    np.testing.assert_array_equal(proposal, [tokens for tokens, _ in expected])
+    np.testing.assert_array_equal(match, [length for _, length in expected])
+
+
+def test_acceptance_is_counted_by_the_match_before_each_token():
+    state = lookup.no_proposals(2, 5)
+    state = dataclasses.replace(
+        state,
+        proposal=jnp.asarray([[4, 5, 6, 7], [4, 5, 6, 7]]),
+        proposed_at=jnp.asarray([3, 3]),
+        match=jnp.asarray([2, 2]),
+        hits=jnp.zeros_like(state.hits),
+        trials=jnp.zeros_like(state.trials),
+    )
+    text = jnp.asarray([[1, 2, 3, 4, 5, 9, 7, 0], [1, 2, 3, 4, 5, 9, 7, 0]])
+    seen = lookup.learn(state, text, jnp.asarray([7, 4]), jnp.asarray([True, True]))
+    # The first row knows four tokens: two come true, the third does not, and the fourth says nothing.
+    np.testing.assert_array_equal(seen.trials[0, :5], [0, 1, 1, 1, 0])
+    np.testing.assert_array_equal(seen.hits[0, :5], [0, 1, 1, 0, 0])
+    # The second knows one.
+    np.testing.assert_array_equal(seen.trials[1, :5], [0, 1, 0, 0, 0])
+    untouched = lookup.learn(state, text, jnp.asarray([7, 4]), jnp.asarray([False, False]))
+    assert not np.any(untouched.trials)
+
+
+def repeating(make_model, exits=()):
+    """A model whose own greedy text soon repeats itself, in part."""
+    config = dataclasses.replace(tiny_config(n_layers=3), exits=exits)
+    params = jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, init_params(config, jax.random.key(0)))
+    return make_model(config, params)
+
+
+@pytest.fixture(scope="module")
+def plain(make_model):
+    return repeating(make_model)
+
+
+@pytest.fixture(scope="module")
+def with_exits(make_model):
+    return repeating(make_model, (ExitConfig(1, "norm", tied=True), ExitConfig(2, "norm", tied=True)))
+
+
+@pytest.fixture(scope="module")
+def many_prompts():
+    rng = np.random.default_rng(1)
+    repeated = [rng.integers(0, 64, 6).tolist() * 3 for _ in range(16)]
+    return repeated + [rng.integers(0, 64, rng.integers(1, 25)).tolist() for _ in range(16)]
+
+
+SAMPLED = {"temperature": 0.7, "top_k": 12, "repetition_penalty": 1.1, "seed": 5}
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("draft", [None, 1, WINDOW - 1])
+@pytest.mark.parametrize("size", [1, 4])
+def test_no_token_differs_from_full_depth(plain, many_prompts, settings, draft, size):
+    full = plain.sampler(window=WINDOW)
+    sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True, draft=draft)
+    copied = 0
+    for i in range(0, 32 if size > 1 else 8, size):
+        rows = many_prompts[i : i + size]
+        expected = [out.tokens for out in full.sample(rows, NEW, **settings)]
+        outputs = sampler.sample(rows, NEW, **settings)
+        assert [out.tokens for out in outputs] == expected
+        copied += outputs[0].stats.copied
+        assert outputs[0].stats.copied == sum(layers == 0 for out in outputs for layers in out.exit_layers)
+    assert copied > 0 or draft is None
+
+
+@pytest.mark.parametrize("thresholds", [(0.0, 2.0), (0.055, 0.055), (2.0, 2.0)])
+@pytest.mark.parametrize("draft", [None, 3])
+def test_before_exits(with_exits, many_prompts, thresholds, draft):
+    full = [out.tokens for out in with_exits.sampler(window=WINDOW).sample(many_prompts, NEW)]
+    sampler = with_exits.sampler(thresholds, window=WINDOW, lossless=True, lookup=True, draft=draft)
+    outputs = sampler.sample(many_prompts, NEW)
+    assert [out.tokens for out in outputs] == full
+
+
+def test_rows_that_are_not_lossless_copy_nothing(with_exits, many_prompts):
+    early = with_exits.sampler((0.0, 2.0), window=WINDOW).sample(many_prompts[:8], NEW)
+    full = with_exits.sampler(window=WINDOW).sample(many_prompts[:8], NEW)
+    sampler = with_exits.sampler((0.0, 2.0), window=WINDOW, lookup=True, draft=4)
+    mixed = sampler.sample(many_prompts[:8], NEW, lossless=[True, False] * 4)
+    assert [out.tokens for out in mixed[::2]] == [out.tokens for out in full[::2]]
+    assert [out.tokens for out in mixed[1::2]] == [out.tokens for out in early[1::2]]
+    assert all(0 not in out.exit_layers for out in mixed[1::2])
+
+
+def test_copies_save_passes(plain):
+    """Where the full model repeats itself, most of its passes are saved."""
+    sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True, draft=WINDOW - 1)
+    prompt = [3, 1, 4, 1, 5]
+    text = plain.sampler(window=WINDOW).sample(prompt, 120).tokens
+    assert len(set(text[-40:])) < 20  # a cycle
+    stats = sampler.sample(prompt, 120).stats
+    assert stats.segment_ticks[0] == stats.verifications < 100
+    assert stats.copied == stats.accepted > 20
+    assert stats.accepted_per_verification == stats.accepted / stats.verifications
+
+
+def test_stop_tokens_in_copies(plain, many_prompts):
+    full, sampler = plain.sampler(window=WINDOW), plain.sampler(window=WINDOW, lossless=True, lookup=True, draft=5)
+    for prompt in many_prompts[:8]:
+        stop = full.sample(prompt, NEW).tokens[NEW // 2]
+        settings = {"stop_tokens": (stop,)}
+        assert sampler.sample(prompt, NEW, **settings).tokens == full.sample(prompt, NEW, **settings).tokens
+
+
+def test_the_number_of_drafts_maximises_tokens_per_time():
+    state = lookup.no_proposals(1, 5)
+    rate = jnp.full_like(state.hits, 0.5)
+    state = dataclasses.replace(state, hits=rate, trials=jnp.ones_like(rate))
+    expected = lookup.expected_tokens(state, jnp.asarray([3]), 4)
+    np.testing.assert_allclose(expected[0], [1, 1.5, 1.75, 1.875, 1.9375])
+    np.testing.assert_array_equal(lookup.expected_tokens(state, jnp.asarray([0]), 4)[0], [1, 1, 1, 1, 1])
+
+
+def test_costs_of_wide_passes_stop_the_drafts(plain, many_prompts, monkeypatch):
+    """No token is copied where a second position costs as much as ten passes."""
+    import elastic_lm.decode.sampler as sampler_module
+
+    dear = [1.0] + [10.0] * (WINDOW - 1)
+    monkeypatch.setattr(sampler_module, "tick_costs", lambda *_: jnp.asarray(dear))
+    sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True)
+    stats = sampler.sample(many_prompts[0], NEW).stats
+    assert stats.drafted == 0
+    assert stats.verifications == NEW
+
+    monkeypatch.setattr(sampler_module, "tick_costs", lambda *_: jnp.ones(WINDOW))
+    assert sampler.sample(many_prompts[0], NEW).stats.drafted > 0
+
+
+def test_options():
+    import elastic_lm as el
+
+    with pytest.raises(ValueError, match=r"lookup=True: verifies nothing with missing='propagate'"):
+        el.DecodeOptions(lookup=True, missing="propagate")
