@@ -16,8 +16,8 @@ from elastic_lm.config.rope import RopeConfig
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 Position = Literal["rope", "learned"]
-ExitKind = Literal["embedding", "norm", "mlp", "block"]
-ExitInit = Literal["copy", "random"]
+ExitKind = Literal["embedding", "norm", "linear", "mlp", "block"]
+ExitInit = Literal["copy", "random", "fit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +27,29 @@ class ExitConfig:
     layer: int  # the exit reads the output of this many layers, 1 .. n_layers
     kind: ExitKind = "mlp"  # what stands between the hidden state and the vocabulary head
     tied: bool = False  # True: reads the model's own vocabulary head instead of owning a copy
-    init: ExitInit = "copy"  # copy modules of the pretrained model, or draw at random
+    init: ExitInit = "copy"  # copy modules of the pretrained model, draw at random, or copy and fit
     temperature: float = 1.0  # logits are divided by this
     gate: int = 0  # hidden width of a classifier that decides whether the head is read; 0 = none
+    hidden: int = 0  # linear: hidden width of a gated MLP beside the affine map; 0 = none
 
     def __post_init__(self) -> None:
         require(self.layer >= 1, "exit.layer", self.layer, "layers are counted from 1")
         require_choice("exit.kind", self.kind, get_args(ExitKind))
         require_choice("exit.init", self.init, get_args(ExitInit))
         require(self.gate >= 0, "exit.gate", self.gate, "must be a width, or 0 for none")
+        require(self.hidden >= 0, "exit.hidden", self.hidden, "must be a width, or 0 for none")
+        require(
+            self.kind == "linear" or not self.hidden,
+            "exit.hidden",
+            self.hidden,
+            f"not read with exit.kind={self.kind!r}; set 0, or kind='linear'",
+        )
+        require(
+            self.kind != "embedding" or self.init != "fit",
+            "exit.init",
+            self.init,
+            "exit.kind='embedding' has nothing to fit; choose linear, or norm",
+        )
         require(self.temperature > 0, "exit.temperature", self.temperature, "must be positive")
 
     @property

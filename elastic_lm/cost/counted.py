@@ -174,7 +174,10 @@ def _cache(config: ModelConfig, groups: int) -> int:
 def _exit_parameters(config: ModelConfig, e: ExitConfig) -> int:
     """Parameters of one exit: body, gate and vocabulary head."""
     c, i = config, e.layer - 1
-    body = 0 if e.kind == "embedding" else _norm(c)
+    body = 0 if e.kind in ("embedding", "linear") else _norm(c)
+    if e.kind == "linear":
+        beside = e.hidden * 3 * c.d_model + (2 * e.hidden + c.d_model if e.hidden and c.mlp_bias else 0)
+        body += c.d_model * (c.d_model + 1) + beside
     if e.kind == "mlp":
         # An exit has no norms around its MLP. An MLP of no neurons is these norms and the output bias.
         around = mlp_cost(c, 0).parameters - (c.d_model if c.mlp_bias else 0)

@@ -112,9 +112,7 @@ def learn(lookup: Lookup, tokens_BS: jax.Array, length_B: jax.Array, rows_B: jax
     trials = jnp.einsum("bk,bkn->bn", tried.astype(jnp.float32), after)
     hits = jnp.einsum("bk,bkn->bn", run.astype(jnp.float32), after)
     fade = FADE**trials
-    return dataclasses.replace(
-        lookup, hits=lookup.hits * fade + hits, trials=lookup.trials * fade + trials
-    )
+    return dataclasses.replace(lookup, hits=lookup.hits * fade + hits, trials=lookup.trials * fade + trials)
 
 
 def expected_tokens(lookup: Lookup, match_B: jax.Array, count: int) -> jax.Array:
@@ -130,9 +128,7 @@ def _matches(match_B: jax.Array, count: int) -> jax.Array:
     return jnp.clip(match_B[:, None] + jnp.arange(count), 1, LONGEST)
 
 
-def draft(
-    state: DecodeState, controls: Controls, asking_B: jax.Array
-) -> tuple[DecodeState, jax.Array]:
+def draft(state: DecodeState, controls: Controls, asking_B: jax.Array) -> tuple[DecodeState, jax.Array]:
     """Appends drafts to the rows that ask for a token.
 
     Args:

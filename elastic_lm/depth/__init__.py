@@ -11,6 +11,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.calibration import calibrate
     from elastic_lm.depth.confidence import METRICS
     from elastic_lm.depth.ee_tuning import EETuning, EETuningConfig, JointTraining, JointTrainingConfig
+    from elastic_lm.depth.fitting import fit_exits
     from elastic_lm.depth.forecasting import Forecast, forecast, forecast_outcome, weight_bytes
     from elastic_lm.depth.guarantee import Guarantee, RiskControl
     from elastic_lm.depth.observations import Observations, observe
@@ -44,6 +45,7 @@ __all__ = [
     "calibrate",
     "exit_thresholds",
     "extract",
+    "fit_exits",
     "forecast",
     "forecast_outcome",
     "observe",

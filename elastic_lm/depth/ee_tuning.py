@@ -24,10 +24,12 @@ import jax.numpy as jnp
 from elastic_lm.config.checks import NOT_NEGATIVE, require, require_choice, require_each
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Batch
+from elastic_lm.depth.fitting import fit_state
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.block import Tap
 from elastic_lm.train.losses import Metrics, TokenSums, chunked_cross_entropy
-from elastic_lm.train.method import Method, MethodConfig
+from elastic_lm.train.method import Method, MethodConfig, RunData
+from elastic_lm.train.state import TrainState
 
 Warmup = Literal["linear", "cosine"]
 
@@ -120,6 +122,11 @@ class EETuning(EETuningConfig, Method[Batch]):
           ValueError: the exits in use own no parameters.
         """
         return split_exits(params, [self.config.exits[i] for i in self.active])
+
+    def begin(self, state: TrainState, frozen: Params, data: RunData) -> TrainState:
+        """Fits the exits that ask for it (`depth.fitting`)."""
+        fitted = fit_state(self.config, state.params, frozen, data.placed(iter(data.train)))
+        return dataclasses.replace(state, params=fitted)
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array

@@ -41,10 +41,12 @@ from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.depth.cached_taps import CachedBatches, Taps
 from elastic_lm.depth.ee_tuning import check_exits, split_exits
+from elastic_lm.depth.fitting import fit_state
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.block import Tap
 from elastic_lm.train.losses import Metrics, Objective, imitation_loss, sum_over_chunks
 from elastic_lm.train.method import Method, MethodConfig, RunData
+from elastic_lm.train.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,11 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
             return batches
         first = itertools.islice(batches, self.cached_batches)
         return CachedBatches(cache_taps(self, frozen, data.placed(first)), data.seed)
+
+    def begin(self, state: TrainState, frozen: Params, data: RunData) -> TrainState:
+        """Fits the exits that ask for it (`depth.fitting`)."""
+        fitted = fit_state(self.config, state.params, frozen, data.placed(iter(data.train)))
+        return dataclasses.replace(state, params=fitted)
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch | Taps, step: jax.Array
@@ -283,6 +290,7 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
 READS: dict[ExitKind, tuple[str, ...]] = {
     "embedding": ("hidden",),
     "norm": ("hidden",),
+    "linear": ("hidden",),
     "mlp": ("residual", "mlp_input"),
     "block": ("hidden",),
 }

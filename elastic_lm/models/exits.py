@@ -17,10 +17,11 @@ def attach_exits(
 ) -> tuple[ModelConfig, Params]:
     """Adds exits to a model; what the model computes at its last layer stays bit-identical.
 
-    A copied exit starts from the vocabulary head (the embedding table if that is the head), the final norm,
-    the MLP of the same layer (`mlp`) and the last layer (`block`). A random exit after layer l draws
-    N(0, 0.02), output projections / sqrt(2 l), with identity norms and zero biases. A gate has nothing to be
-    copied from and draws N(0, 1 / inputs).
+    A copied exit starts from the vocabulary head (the embedding table if that is the head), the final norm
+    (`linear`: as its affine map, beside which the MLP adds nothing yet), the MLP of the same layer (`mlp`)
+    and the last layer (`block`). `init="fit"` copies as well: `depth.fit_exits`, or the run that trains the exit,
+    fits it afterwards. A random exit after layer l draws N(0, 0.02), output projections / sqrt(2 l), with
+    identity norms and zero biases. A gate has nothing to be copied from and draws N(0, 1 / inputs).
 
     Args:
       config: the model; exits it already has are kept.
@@ -54,9 +55,9 @@ def attach_exits(
         if e.name not in shapes:  # tied `embedding` exits own nothing
             continue
 
-        if e.init == "copy":
+        if e.init != "random":
             grown[e.name] = jax.tree.map(jnp.copy, _sources(config, params, e))
-            drawn = {name: tree for name, tree in shapes[e.name].items() if name == "gate"}
+            drawn = {name: tree for name, tree in shapes[e.name].items() if name not in grown[e.name]}
         else:
             drawn = shapes[e.name]
         grown.setdefault(e.name, {}).update(_draw(config, e, drawn, jax.random.fold_in(key, e.layer)))
@@ -91,7 +92,13 @@ def without_exits(config: ModelConfig, params: Params) -> tuple[ModelConfig, Par
 def _sources(config: ModelConfig, params: Params, e: ExitConfig) -> Params:
     """The pretrained modules that a copied exit starts from."""
     modules: Params = {}
-    if e.kind != "embedding":
+    if e.kind == "linear":
+        # The final norm as an affine map of the normalised state.
+        norm = params["final_norm"]
+        bias = norm["bias"] if "bias" in norm else jnp.zeros_like(norm["scale"])
+        scale = norm["scale"].astype(jnp.float32) + config.norm_offset
+        modules["map"] = {"kernel": jnp.diag(scale).astype(norm["scale"].dtype), "bias": bias}
+    elif e.kind != "embedding":
         modules["norm"] = params["final_norm"]
     if e.kind == "mlp":
         modules["mlp"] = _layer(params, e.layer - 1)["mlp"]
@@ -127,6 +134,9 @@ def _draw(config: ModelConfig, e: ExitConfig, shapes: Params, key: jax.Array) ->
             draws.append(jnp.zeros(leaf.shape, leaf.dtype))
         else:
             deviation = 0.02 / (2 * e.layer) ** 0.5 if names[-2] in ("out", "down") else 0.02
+            # The MLP beside a copied map starts by adding nothing.
+            if e.kind == "linear" and e.init != "random" and names[-2:] == ["down", "kernel"]:
+                deviation = 0.0
             # A gate is small and trains for few steps, so it starts at the scale of its input.
             if names[0] == "gate":
                 deviation = leaf.shape[-1] ** -0.5

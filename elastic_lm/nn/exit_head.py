@@ -1,5 +1,6 @@
 """Exit heads: from the state after layer l to features for a vocabulary head (EE-Tuning, sec. 2.1)."""
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -11,18 +12,21 @@ from elastic_lm.nn.attention import AttentionContext, NewKeyValues
 from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.mlp import MLP
+from elastic_lm.nn.norm import layer_norm, rms_norm
 from elastic_lm.nn.partition import partitioned
 
 
 class Exit(nn.Module):
-    """One early exit after layer l, in the four kinds of EE-Tuning.
+    """One early exit after layer l, in the four kinds of EE-Tuning and an affine one.
 
     - embedding: features = h_l
     - norm:      features = Norm(h_l)
+    - linear:    features = A u_l + b (+ MLP_exit(u_l)), u_l = Norm(h_l) without scale and bias
     - mlp:       features = Norm(a_l + MLP_exit(N2(a_l))), a second MLP beside the layer's own
     - block:     features = Norm(Block_exit(h_l)), with its own keys and values
 
-    MLP_exit and Block_exit have the sizes of layer l.
+    MLP_exit and Block_exit have the sizes of layer l; beside an affine map, MLP_exit is as wide as the exit's
+    config says (Tuned Lens, arXiv 2303.08112, is the map alone).
     """
 
     config: ModelConfig
@@ -34,7 +38,13 @@ class Exit(nn.Module):
             self.mlp = MLP(layer, name="mlp")
         if self.exit.kind == "block":
             self.block = Block(layer, name="block")
-        if self.exit.kind != "embedding":
+        if self.exit.kind == "linear":
+            d, dtype = self.config.d_model, self.config.param_dtype
+            self.map = Linear((d,), (None, "embed"), True, dtype, name="map")
+            if self.exit.hidden:
+                beside = dataclasses.replace(layer, d_mlp=self.exit.hidden, layer_mlp=(), gated=True)
+                self.mlp = MLP(beside, name="mlp")
+        elif self.exit.kind != "embedding":
             self.norm = make_norm(self.config, "norm")
         if not self.exit.tied:
             self.head = VocabHead(self.config, name="head")
@@ -69,6 +79,10 @@ class Exit(nn.Module):
           tap: what layer l offers.
           add_mlp: `Block.add_mlp` of layer l.
         """
+        if self.exit.kind == "linear":
+            unit_BTD = unit_norm(self.config, hidden_BTD)
+            features_BTD = self.map(unit_BTD)
+            return features_BTD + self.mlp(unit_BTD) if self.exit.hidden else features_BTD
         if self.exit.kind == "mlp":
             hidden_BTD = add_mlp(tap.residual, self.mlp(tap.mlp_input))
         return hidden_BTD if self.exit.kind == "embedding" else self.norm(hidden_BTD)
@@ -81,6 +95,14 @@ class Exit(nn.Module):
           positions_BT: int32 positions of its tokens.
         """
         return self.block.key_values(hidden_BTD, positions_BT) if self.exit.kind == "block" else None
+
+
+def unit_norm(config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:
+    """States [B, T, D] normalised as the model's norms do it, without scale and bias."""
+    ones = jnp.ones((config.d_model,), jnp.float32)
+    if config.norm == "rmsnorm":
+        return rms_norm(hidden_BTD, ones, config.norm_eps, config.norm_width)
+    return layer_norm(hidden_BTD, ones, jnp.zeros_like(ones), config.norm_eps, config.norm_width)
 
 
 class VocabHead(nn.Module):

@@ -201,11 +201,12 @@ class Method(Generic[AnyBatch]):
         """
         return batches
 
-    def begin(self, state: TrainState, data: RunData) -> TrainState:
+    def begin(self, state: TrainState, frozen: Params, data: RunData) -> TrainState:
         """Changes the state of a run at its first start.
 
         Args:
           state: at step 0, on the mesh.
+          frozen: second result of `split`.
           data: what the run reads.
         """
         return state

@@ -87,7 +87,7 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Any, Params, 
     with closing(Checkpoints(workdir / "checkpoints", config.train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
         if not start:
-            state = method.begin(state, data)
+            state = method.begin(state, frozen, data)
         with closing(make_writer(workdir, config.train.steps, start)) as writer:
             state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
 

@@ -194,7 +194,7 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
         """
         return params, {TEACHER: jax.tree.map(jnp.copy, params)} if self._has_frozen_teacher else {}
 
-    def begin(self, state: TrainState, data: RunData) -> TrainState:
+    def begin(self, state: TrainState, frozen: Params, data: RunData) -> TrainState:
         """Sorts a pretrained model by importance on the first training batches."""
         if not self.unsorted:
             return state

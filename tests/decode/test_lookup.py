@@ -142,7 +142,10 @@ def test_copies_save_passes(plain):
 
 
 def test_stop_tokens_in_copies(plain, many_prompts):
-    full, sampler = plain.sampler(window=WINDOW), plain.sampler(window=WINDOW, lossless=True, lookup=True, draft=5)
+    full, sampler = (
+        plain.sampler(window=WINDOW),
+        plain.sampler(window=WINDOW, lossless=True, lookup=True, draft=5),
+    )
     for prompt in many_prompts[:8]:
         stop = full.sample(prompt, NEW).tokens[NEW // 2]
         settings = {"stop_tokens": (stop,)}

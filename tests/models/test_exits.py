@@ -13,7 +13,7 @@ from elastic_lm.models.registry import abstract_params
 from elastic_lm.testing import all_logits, assert_same_tree, random_tokens, tiny_config
 
 KEY = jax.random.key(0)
-KINDS: tuple[ExitKind, ...] = ("embedding", "norm", "mlp", "block")
+KINDS: tuple[ExitKind, ...] = ("embedding", "norm", "linear", "mlp", "block")
 
 
 def drawn(config: ModelConfig) -> Params:

@@ -139,7 +139,7 @@ def at_the_start(config: RunConfig, folder: Path) -> tuple[ModelConfig, Params, 
     run = prepare_text(config, folder, make_mesh())
     trainable, _ = run.method.split(run.params)
     before = create_state(make_optimizer(config.train), trainable)
-    after = run.method.begin(before, run.data)
+    after = run.method.begin(before, {}, run.data)
     return run.method.config, unstack_layers(after.params), after is not before
 
 
