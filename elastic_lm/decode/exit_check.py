@@ -19,6 +19,8 @@ from elastic_lm.depth.confidence import (
     reads_gate,
     reads_logits,
 )
+from elastic_lm.models.decoder import softcapped
+from elastic_lm.nn.preview import preview_logits
 
 
 def check_exit(
@@ -68,7 +70,7 @@ def check_exit(
             passing_B &= evidence.gate >= controls.gates[:, j]
 
         def head() -> Emissions:
-            logits = segment.decoder.exit_logits(j, features)[:, 0]
+            logits = exit_logits(segment, features)[:, 0]
 
             # The metrics are branches of one `switch`: the metric is traced, changing it compiles nothing,
             # and only the one in use is computed.
@@ -92,10 +94,37 @@ def _check_last(segment: Segment, emissions: Emissions, output: TickOutput, aski
             logits = deep_logits(output.deep, segment.config.vocab_size)
         else:
             assert output.features is not None
-            logits = segment.decoder.final_logits(output.features)[:, 0]
+            logits = final_logits(segment, output.features, asking_B)
         return _with_rows(emissions, asking_B, logits, segment.stop)
 
     return jax.lax.cond(jnp.any(asking_B), head, lambda: emissions)
+
+
+def exit_logits(segment: Segment, features_BTD: jax.Array) -> jax.Array:
+    """[B, T, V] float32 logits of a segment's exit, previewed where it reads the model's own head."""
+    e = segment.config.exits[segment.index]
+    if segment.preview is None or not e.tied:
+        return segment.decoder.exit_logits(segment.index, features_BTD)
+    # An unsure preview needs no second look: such an exit is not confident, and the token goes deeper.
+    found = preview_logits(segment.preview, features_BTD, segment.decoder.final_kernel())
+    return softcapped(segment.config, found.logits, e.temperature)
+
+
+def final_logits(segment: Segment, features_B1D: jax.Array, asking_B: jax.Array) -> jax.Array:
+    """[B, V] float32 logits of the full model, previewed for the rows in which the preview is sure."""
+    if segment.preview is None:
+        return segment.decoder.final_logits(features_B1D)[:, 0]
+    found = preview_logits(segment.preview, features_B1D, segment.decoder.final_kernel())
+    previewed_BV = softcapped(segment.config, found.logits)[:, 0]
+    sure_B = found.gap[:, 0] >= segment.preview.margin
+
+    # Which rows read the whole head depends on each row alone, so that rows stay what they are alone.
+    whole_BV = jax.lax.cond(
+        jnp.any(asking_B & ~sure_B),
+        lambda: segment.decoder.final_logits(features_B1D)[:, 0],
+        lambda: previewed_BV,
+    )
+    return jnp.where(sure_B[:, None], previewed_BV, whole_BV)
 
 
 def _with_rows(emissions: Emissions, rows_B: jax.Array, logits_BV: jax.Array, depth: int) -> Emissions:

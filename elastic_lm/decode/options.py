@@ -8,6 +8,8 @@ from elastic_lm.config.decoding import WINDOW, Missing
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.depth.policies import ExitPolicy
+from elastic_lm.depth.previewing import check_preview
+from elastic_lm.nn.preview import HeadPreview
 from elastic_lm.width.chooser import SubnetChooser
 
 
@@ -32,6 +34,9 @@ class DecodeOptions:
       lookup: lossless rows draft the tokens that followed the last ones earlier in their text, as many as
         acceptance and the time of a pass over them justify (prompt lookup, arXiv 2304.04487); alone, or
         before exits. Static.
+      preview: of the model's vocabulary head, from `el.depth.fit_preview`: most tokens are chosen by a part
+        of the head's bytes, with the agreement that its report states. Exits that read the model's own head
+        are previewed, too; what lossless rows are verified by is the whole head. None = it is always read.
       draft: tokens that a lossless row drafts before it is verified, from 1 to window - 1; None = as many as
         acceptance justifies. An exit that is not confident ends a draft earlier. Traced.
       missing: what the deeper layers see of early tokens. "exact" = what they compute for them, later, in
@@ -72,6 +77,7 @@ class DecodeOptions:
     stream_every: int = 16
     lossless: bool = False
     lookup: bool = False
+    preview: HeadPreview | None = dataclasses.field(default=None, compare=False)  # arrays do not compare
     draft: int | None = None
     missing: Missing = "exact"
     together: bool = False
@@ -94,6 +100,9 @@ class DecodeOptions:
 
         exact = self.missing == "exact"
         require(exact or not self.lookup, "lookup", True, f"verifies nothing with missing={self.missing!r}")
+        whole = self.budget is None and self.subnet is None and self.elastic is None
+        fits = whole or self.preview is None
+        require(fits, "preview", "given", "is of the whole model's features; leave sub-networks out")
         check_choice(self.budget, self.subnet, self.elastic)
 
     def check(self, config: ModelConfig) -> None:
@@ -107,6 +116,8 @@ class DecodeOptions:
         """
         if self.exit is not None:
             self.exit.check(config)
+        if self.preview is not None:
+            check_preview(self.preview, config)
         if self.elastic is not None:
             self.elastic.check(config)
         if self.subnet is not None:

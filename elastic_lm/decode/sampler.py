@@ -24,6 +24,7 @@ from elastic_lm.decode.results import (
     held_back,
     make_detokenizer,
 )
+from elastic_lm.decode.segment import PREVIEW
 from elastic_lm.decode.served import Served, ServedModels, compilations, jit_prefill_from_state
 from elastic_lm.decode.settings import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
 from elastic_lm.decode.state import Controls, DecodeState, Mode
@@ -137,7 +138,8 @@ class Sampler:
             choose = functools.partial(_choose, options.elastic)
             self._chosen = functools.lru_cache(REMEMBERED_BUDGETS)(choose)
         self.runs = self._what_runs(options.budget, options.subnet, otherwise=None)
-        self._models = ServedModels(model.config, params, options.keep_subnets, options.slice_inside)
+        served = params if options.preview is None else {**params, PREVIEW: options.preview}
+        self._models = ServedModels(model.config, served, options.keep_subnets, options.slice_inside)
 
     @overload
     def sample(self, prompt: Prompt, max_new_tokens: int = ..., **settings: Any) -> Sample: ...

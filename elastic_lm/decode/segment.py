@@ -8,7 +8,10 @@ import jax
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode.state import Controls, Mode, segments
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.nn.preview import HeadPreview
 from elastic_lm.width.nested_decoder import decoder_of
+
+PREVIEW = "preview"  # key of a `HeadPreview` beside the parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Segment:
     def is_last(self) -> bool:
         """Whether the model's own vocabulary head follows, instead of an exit."""
         return self.stop == self.config.n_layers
+
+    @property
+    def preview(self) -> HeadPreview | None:
+        """The preview of the model's own vocabulary head; None where the whole head is read."""
+        return self.params.get(PREVIEW)
 
     @property
     def decoder(self) -> Decoder:

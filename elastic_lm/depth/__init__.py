@@ -17,9 +17,11 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.observations import Observations, observe
     from elastic_lm.depth.per_exit import exit_thresholds
     from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, ExitPolicy, StaticExit
+    from elastic_lm.depth.previewing import PreviewReport, fit_preview, load_preview, save_preview
     from elastic_lm.depth.self_supervised import SelfSupervisedConfig, SelfSupervisedExits
     from elastic_lm.depth.sorted_finetuning import SortedFineTuning, SortedFineTuningConfig
     from elastic_lm.models.exits import attach_exits, extract, without_exits
+    from elastic_lm.nn.preview import HeadPreview
 
 __all__ = [
     "METRICS",
@@ -32,9 +34,11 @@ __all__ = [
     "ExitPolicy",
     "Forecast",
     "Guarantee",
+    "HeadPreview",
     "JointTraining",
     "JointTrainingConfig",
     "Observations",
+    "PreviewReport",
     "RiskControl",
     "SelfSupervisedConfig",
     "SelfSupervisedExits",
@@ -46,9 +50,12 @@ __all__ = [
     "exit_thresholds",
     "extract",
     "fit_exits",
+    "fit_preview",
     "forecast",
     "forecast_outcome",
+    "load_preview",
     "observe",
+    "save_preview",
     "weight_bytes",
     "without_exits",
 ]

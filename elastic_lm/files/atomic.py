@@ -53,11 +53,16 @@ def write_text_whole(path: str | Path, text: str) -> None:
       path: the file; its folder is made where it is missing. Links, pipes and devices are written through.
       text: what it will hold.
     """
+    write_bytes_whole(path, text.encode())
+
+
+def write_bytes_whole(path: str | Path, content: bytes) -> None:
+    """`write_text_whole` for bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
     partial = partial_path(path)
-    (partial or path).write_text(text, encoding="utf-8")
+    (partial or path).write_bytes(content)
     if partial:
         partial.replace(path)
 

@@ -346,7 +346,11 @@ def vocab_logits(
     config: ModelConfig, features: jax.Array, kernel_VD: jax.Array, temperature: float = 1.0
 ) -> jax.Array:
     """Float32 logits [..., V] = softcap(features kernel^T) / temperature."""
-    logits = linear(features, kernel_VD, dtype=jnp.float32)
+    return softcapped(config, linear(features, kernel_VD, dtype=jnp.float32), temperature)
+
+
+def softcapped(config: ModelConfig, logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Float32 logits [..., V] after the model's softcap, divided by a temperature."""
     if config.final_softcap:
         logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
     return logits if temperature == 1.0 else logits / temperature

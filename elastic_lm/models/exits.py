@@ -19,9 +19,11 @@ def attach_exits(
 
     A copied exit starts from the vocabulary head (the embedding table if that is the head), the final norm
     (`linear`: as its affine map, beside which the MLP adds nothing yet), the MLP of the same layer (`mlp`)
-    and the last layer (`block`). `init="fit"` copies as well: `depth.fit_exits`, or the run that trains the exit,
-    fits it afterwards. A random exit after layer l draws N(0, 0.02), output projections / sqrt(2 l), with
-    identity norms and zero biases. A gate has nothing to be copied from and draws N(0, 1 / inputs).
+    and the last layer (`block`). `init="fit"` copies as well: `depth.fit_exits`, or the run that trains the
+    exit, fits it afterwards.
+
+    A random exit after layer l draws N(0, 0.02), output projections / sqrt(2 l), with identity norms and zero
+    biases. A gate has nothing to be copied from and draws N(0, 1 / inputs).
 
     Args:
       config: the model; exits it already has are kept.

@@ -1,0 +1,299 @@
+"""Previews of the vocabulary head, chosen by data and calibrated like every approximation.
+
+With S = E[f f^T] over the features f that the head reads, L its Cholesky factor and W the head, the r leading
+right singular vectors V_r of W L give the preview with the least mean squared error of all logits,
+
+    U = W L V_r,     P = V_r^T L^-1,     E |W f - U P f|^2 = sum of the other squared singular values.
+
+Directions that features never take cost nothing: a plain SVD of W, without S, keeps far fewer of the largest
+logits. The margin m is the smallest under which at most `1 - agreement` of other tokens are given a token
+that is not the whole head's; the rank is the one that reads the fewest bytes then.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.data.batch import Batch
+from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.nn.preview import HeadPreview, preview_logits
+
+RANKS = (32, 64, 96, 128, 192, 256)  # candidates, as far as they are below D
+KEPT = 8192  # tokens that the margin is chosen and measured on, half each
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewReport:
+    """What a preview does on tokens that it was not chosen on.
+
+    Attributes:
+      rank: r.
+      margin: m.
+      agreement: share of tokens whose largest logit is the whole head's.
+      whole: share of tokens for which the whole head is read.
+      bytes: of the head's bytes, the share that a token reads on average.
+      variation: mean total variation distance from the whole head's distribution.
+      tokens: how many tokens these are of.
+    """
+
+    rank: int
+    margin: float
+    agreement: float
+    whole: float
+    bytes: float
+    variation: float
+    tokens: int
+
+
+def fit_preview(
+    config: ModelConfig,
+    params: Params,
+    batches: Iterable[Batch | Mapping[str, Any]],
+    *,
+    agreement: float = 0.9995,
+    ranks: Sequence[int] = RANKS,
+    blocks: int = HeadPreview.blocks,
+    block: int = HeadPreview.block,
+    seed: int = 0,
+) -> tuple[HeadPreview, PreviewReport]:
+    """Chooses directions, rank and margin of a preview in one pass over text.
+
+    Args:
+      config: the model; static under `jit`.
+      params: its parameters, canonical or stacked.
+      batches: packed batches, or dicts of their fields; targets are not read.
+      agreement: share of tokens that must keep the whole head's choice.
+      ranks: candidates for r.
+      blocks: k, blocks of rows that are exact.
+      block: b, rows of a block.
+      seed: which tokens choose the margin and which measure it.
+
+    Returns:
+      (the preview, what it does on tokens that neither directions nor margin were chosen on).
+
+    Raises:
+      ValueError: the agreement is no share, or there is too little text.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config()
+      tokens = random_tokens(config, batch=32, length=17)
+      ones = jnp.ones((32, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      preview, report = el.depth.fit_preview(config, random_params(config), [batch] * 4, ranks=(8, 16))
+      print(f"{report.agreement:.2%} of the tokens kept for {report.bytes:.0%} of the head's bytes")
+      ```
+    """
+    if not 0 < agreement < 1:
+        raise ValueError(f"agreement={agreement}: must be a share between 0 and 1")
+
+    moment, kept = _features(config, params, batches, seed)
+    if len(kept) < 64:
+        raise ValueError(f"batches: {len(kept)} held-out tokens are too few to calibrate on; give more text")
+
+    kernel = _kernel(config, params)
+    candidates = [rank for rank in ranks if rank < config.d_model] or [config.d_model]
+    down, up = directions(np.asarray(kernel, np.float64), moment, max(candidates))
+
+    half = len(kept) // 2
+    choosing, measuring = kept[:half], kept[half:]
+    found = []
+    for rank in candidates:
+        preview = HeadPreview(
+            jnp.asarray(down[:rank], kernel.dtype),
+            jnp.asarray(up[:, :rank], kernel.dtype),
+            jnp.float32(0.0),
+            blocks,
+            block,
+        )
+        gap, right, _ = _outcomes(preview, choosing, kernel)
+        margin = least_margin(gap, right, agreement)
+        preview = preview.replace(margin=jnp.float32(margin))
+        found.append((_bytes(preview, kernel, float(np.mean(gap < margin))), preview))
+    _, best = min(found, key=lambda pair: pair[0])
+
+    gap, right, variation = _outcomes(best, measuring, kernel)
+    margin = float(best.margin)
+    unsure = gap < margin
+    report = PreviewReport(
+        rank=len(best.down),
+        margin=margin,
+        agreement=float(np.mean(right | unsure)),
+        whole=float(np.mean(unsure)),
+        bytes=_bytes(best, kernel, float(np.mean(unsure))),
+        variation=float(np.mean(np.where(unsure, 0.0, variation))),
+        tokens=len(measuring),
+    )
+    return best, report
+
+
+def directions(kernel_VD: np.ndarray, moment_DD: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """P [r, D] and U [V, r] of the preview with the least mean squared error.
+
+    Args:
+      kernel_VD: W, float64.
+      moment_DD: S = E[f f^T], float64.
+      rank: r.
+    """
+    ridge = 1e-6 * np.trace(moment_DD) / len(moment_DD)
+    factor = np.linalg.cholesky(moment_DD + ridge * np.eye(len(moment_DD)))
+    # The right singular vectors of W L are the eigenvectors of L^T W^T W L, which is only [D, D].
+    gram = factor.T @ (kernel_VD.T @ kernel_VD) @ factor
+    first = len(gram) - rank
+    _, vectors = scipy.linalg.eigh(gram, subset_by_index=[first, len(gram) - 1])
+    vectors = vectors[:, ::-1]
+    down = scipy.linalg.solve_triangular(factor, vectors, lower=True, trans="T").T
+    return down, kernel_VD @ (factor @ vectors)
+
+
+def least_margin(gap: np.ndarray, right: np.ndarray, agreement: float) -> float:
+    """The smallest margin under which at most 1 - agreement of the tokens are sure and wrong.
+
+    Args:
+      gap: [N] float32.
+      right: [N] bool, the preview's largest logit is the whole head's.
+      agreement: a share in (0, 1).
+    """
+    wrong = np.sort(gap[~right])[::-1]
+    allowed = math.floor((1 - agreement) * len(gap))
+    if len(wrong) <= allowed:
+        return 0.0
+    return float(np.nextafter(wrong[allowed], np.float32(np.inf), dtype=np.float32))
+
+
+def _features(
+    config: ModelConfig, params: Params, batches: Iterable[Batch | Mapping[str, Any]], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """S over three batches of four, and at most KEPT features [N, D] of the others, mixed."""
+
+    @jax.jit
+    def run(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        decoder = Decoder(config.with_exits(())).bind({"params": params})
+        tap = decoder.taps(batch.tokens, [config.n_layers], batch.positions, batch.segments)
+        features = decoder.final_features(tap[config.n_layers].hidden).reshape(-1, config.d_model)
+        counted = (batch.weights.reshape(-1, 1) > 0).astype(jnp.float32)
+        f = features.astype(jnp.float32)
+        moment = jnp.einsum("nd,ne->de", f * counted, f, precision=jax.lax.Precision.HIGHEST)
+        return features, moment, jnp.sum(counted)
+
+    moment, count, kept = np.zeros((config.d_model,) * 2), 0.0, []
+    for i, arrays in enumerate(batches):
+        batch = Batch(**arrays) if isinstance(arrays, Mapping) else arrays
+        features, own, n = run(params, batch)
+        if i % 4 == 3:
+            kept.append(np.asarray(features)[np.asarray(batch.weights).reshape(-1) > 0])
+        else:
+            moment += np.asarray(own, np.float64)
+            count += float(n)
+    if not count or not kept:
+        raise ValueError("batches: at least 4 are needed, one in four measures what the others chose")
+    mixed = np.random.default_rng(seed).permutation(np.concatenate(kept))
+    return moment / count, mixed[:KEPT]
+
+
+def _kernel(config: ModelConfig, params: Params) -> jax.Array:
+    return params["embed"]["table"] if config.tied else params["head"]["kernel"]
+
+
+def _outcomes(
+    preview: HeadPreview, features: np.ndarray, kernel: jax.Array, chunk: int = 128
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per token: gap, whether the largest logit is the right one, and the total variation distance."""
+    run = jax.jit(_outcome)
+    short = -len(features) % chunk
+    padded = np.concatenate([features, np.zeros((short, features.shape[1]), features.dtype)])
+    parts = [jax.device_get(run(preview, part, kernel)) for part in np.split(padded, len(padded) // chunk)]
+    gap, right, variation = (np.concatenate(column)[: len(features)] for column in zip(*parts, strict=True))
+    return gap, right, variation
+
+
+def _outcome(
+    preview: HeadPreview, features_ND: jax.Array, kernel_VD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    found = preview_logits(preview, features_ND, kernel_VD)
+    whole = jnp.einsum("nd,vd->nv", features_ND, kernel_VD, preferred_element_type=jnp.float32)
+    right = jnp.argmax(found.logits, axis=-1) == jnp.argmax(whole, axis=-1)
+    distance = jnp.abs(jax.nn.softmax(found.logits) - jax.nn.softmax(whole))
+    return found.gap, right, jnp.sum(distance, axis=-1) / 2
+
+
+def _bytes(preview: HeadPreview, kernel: jax.Array, whole: float) -> float:
+    """Share of the head's bytes that a token reads."""
+    vocab_size, width = kernel.shape
+    exact = min(preview.blocks * preview.block, vocab_size)
+    own = preview.up.size + preview.down.size + exact * width
+    return own / (vocab_size * width) + whole
+
+
+def save_preview(preview: HeadPreview, report: PreviewReport, path: str | Path) -> None:
+    """Writes a preview and its report to a .safetensors file.
+
+    Args:
+      preview: arrays and sizes.
+      report: what it does; stored as metadata.
+      path: file to write; it appears whole or not at all.
+    """
+    from safetensors.numpy import save
+
+    from elastic_lm.files.atomic import write_bytes_whole
+
+    arrays = {"down": preview.down, "up": preview.up, "margin": preview.margin}
+    sizes = {"blocks": preview.blocks, "block": preview.block}
+    metadata = {"preview": json.dumps(sizes), "report": json.dumps(dataclasses.asdict(report))}
+    write_bytes_whole(Path(path), save({name: np.asarray(x) for name, x in arrays.items()}, metadata))
+
+
+def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, PreviewReport]:
+    """Reads what `save_preview` wrote.
+
+    Args:
+      path: the file.
+      config: the model that it must fit.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no preview, or one of another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no preview; write one with `el.depth.fit_preview`")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            sizes = json.loads(metadata["preview"])
+            report = PreviewReport(**json.loads(metadata["report"]))
+            arrays = {name: file.get_tensor(name) for name in ("down", "up", "margin")}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is no preview of a vocabulary head ({error})") from error
+    preview = HeadPreview(**{name: jnp.asarray(x) for name, x in arrays.items()}, **sizes)
+    check_preview(preview, config, str(path))
+    return preview, report
+
+
+def check_preview(preview: HeadPreview, config: ModelConfig, name: str = "preview") -> None:
+    """Refuses a preview that does not fit a model's head.
+
+    Raises:
+      ValueError: its vocabulary or its width is another one.
+    """
+    found = (preview.up.shape[0], preview.down.shape[1])
+    due = (config.vocab_size, config.d_model)
+    if found != due:
+        raise ValueError(
+            f"{name}: is of a head of {found} rows and columns, not {due}; fit one for this model"
+        )

@@ -1,0 +1,150 @@
+"""Previews of the vocabulary head: the whole head's choice where they are sure, and rows for themselves."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import elastic_lm as el
+from elastic_lm.config.model import ExitConfig
+from elastic_lm.data.batch import Batch
+from elastic_lm.depth.previewing import directions, fit_preview, least_margin, load_preview, save_preview
+from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
+from elastic_lm.nn.preview import HeadPreview, preview_logits
+from elastic_lm.testing import random_tokens, tiny_config
+
+NEW = 24
+V, D = 61, 32  # a vocabulary that is no multiple of a block
+
+
+@pytest.fixture(scope="module")
+def decaying():
+    """Features [N, D] and a head [V, D] of which a few directions say most."""
+    rng = np.random.default_rng(0)
+    spread = 0.7 ** np.arange(D)
+    features = (rng.normal(size=(2000, D)) * spread) @ np.linalg.qr(rng.normal(size=(D, D)))[0]
+    return features.astype(np.float32), rng.normal(size=(V, D)).astype(np.float32)
+
+
+def preview_of(features, kernel, rank, margin=0.0, blocks=4, block=4):
+    down, up = directions(
+        kernel.astype(np.float64), features.T.astype(np.float64) @ features / len(features), rank
+    )
+    arrays = jnp.asarray(down, jnp.float32), jnp.asarray(up, jnp.float32), jnp.float32(margin)
+    return HeadPreview(*arrays, blocks=blocks, block=block)
+
+
+def test_directions_have_the_least_squared_error_of_all_logits(decaying):
+    features, kernel = decaying
+    whole = features @ kernel.T
+    best = np.linalg.svd(whole, compute_uv=False)
+    for rank in (1, 4, 16):
+        preview = preview_of(features, kernel, rank)
+        error = np.sum((features @ np.asarray(preview.down).T @ np.asarray(preview.up).T - whole) ** 2)
+        assert error == pytest.approx(np.sum(best[rank:] ** 2), rel=1e-3)  # Eckart and Young
+
+
+def test_kept_rows_are_exact_and_the_gap_bounds_the_others(decaying):
+    features, kernel = decaying
+    preview = preview_of(features, kernel, 6)
+    found = preview_logits(preview, jnp.asarray(features[:200]), jnp.asarray(kernel))
+    scores = features[:200] @ np.asarray(preview.down).T @ np.asarray(preview.up).T
+    whole = features[:200] @ kernel.T
+    logits, gap = np.asarray(found.logits), np.asarray(found.gap)
+    exact = np.abs(logits - whole) < np.abs(logits - scores)
+    assert (exact.sum(axis=1) >= 12).all()
+    for row in range(200):
+        outside = ~exact[row]
+        assert (logits[row, outside] <= logits[row].max() - gap[row] + 1e-4).all()
+
+
+def test_the_margin_allows_just_so_many_wrong_tokens():
+    gap = np.arange(10, dtype=np.float32)
+    right = np.ones(10, bool)
+    assert least_margin(gap, right, 0.9) == 0
+    right[[2, 5, 7]] = False
+    for allowed, share in ((1, 0.89), (2, 0.79)):
+        margin = least_margin(gap, right, share)
+        assert np.sum((gap >= margin) & ~right) == allowed
+    assert np.sum((gap >= least_margin(gap, right, 0.95)) & ~right) == 0
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def fitted(request, make_model):
+    exits = (ExitConfig(1, "norm", tied=True), ExitConfig(2, "norm", tied=False))
+    config = dataclasses.replace(tiny_config(n_layers=3, vocab_size=V), exits=exits, tied=request.param)
+    params = jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, init_params(config, jax.random.key(0)))
+    tokens = random_tokens(config, batch=64, length=33)
+    ones = jnp.ones((16, 32), jnp.int32)
+    batches = [
+        Batch(part[:, :-1], part[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+        for part in np.split(tokens, 4)
+    ]
+    preview, report = fit_preview(config, params, batches, ranks=(8, 16), agreement=0.99, blocks=4, block=4)
+    return make_model(config, params), preview, report
+
+
+PROMPTS = np.random.default_rng(2).integers(0, V, (6, 9)).tolist()
+
+
+def test_the_report(fitted):
+    _, preview, report = fitted
+    assert report.rank == len(preview.down) in (8, 16)
+    assert report.agreement > 0.95
+    assert 0 <= report.variation < 0.1
+    assert report.tokens == 256
+
+
+def test_never_sure_is_the_whole_head_and_always_sure_is_not(fitted):
+    model, preview, _ = fitted
+    full = [out.tokens for out in model.sampler().sample(PROMPTS, NEW)]
+    never = model.sampler(preview=preview.replace(margin=jnp.float32(np.inf)))
+    assert [out.tokens for out in never.sample(PROMPTS, NEW)] == full
+    poor = preview.replace(down=preview.down[:2], up=preview.up[:, :2], margin=jnp.float32(-np.inf))
+    assert [out.tokens for out in model.sampler(preview=poor).sample(PROMPTS, NEW)] != full
+
+
+@pytest.mark.parametrize("thresholds", [None, (0.055, 2.0), (0.05, 0.05)])
+def test_rows_of_a_batch_are_what_they_are_alone(fitted, thresholds):
+    model, preview, _ = fitted
+    sampler = model.sampler(thresholds, preview=preview)
+    together = [out.tokens for out in sampler.sample(PROMPTS, NEW)]
+    assert together == [sampler.sample(prompt, NEW).tokens for prompt in PROMPTS]
+
+
+def test_lossless_rows_are_verified_by_the_whole_head(fitted):
+    model, preview, _ = fitted
+    full = [out.tokens for out in model.sampler().sample(PROMPTS, NEW)]
+    poor = preview.replace(down=preview.down[:2], up=preview.up[:, :2], margin=jnp.float32(-np.inf))
+    sampler = model.sampler((0.05, 0.05), preview=poor, lossless=True, lookup=True, window=8)
+    assert [out.tokens for out in sampler.sample(PROMPTS, NEW)] == full
+
+
+def test_another_margin_compiles_nothing(fitted):
+    model, preview, _ = fitted
+    model.sampler(preview=preview).sample(PROMPTS, NEW)
+    before = el.Sampler.compilations()
+    model.sampler(preview=preview.replace(margin=jnp.float32(0.123))).sample(PROMPTS, NEW)
+    assert el.Sampler.compilations() == before
+
+
+def test_files(fitted, tmp_path):
+    model, preview, report = fitted
+    save_preview(preview, report, tmp_path / "preview.safetensors")
+    again, what = load_preview(tmp_path / "preview.safetensors", model.config)
+    assert what == report
+    jax.tree.map(np.testing.assert_array_equal, again, preview)
+    assert (again.blocks, again.block) == (4, 4)
+
+    with pytest.raises(FileNotFoundError, match="no preview"):
+        load_preview(tmp_path / "other", model.config)
+    with pytest.raises(ValueError, match=r"is of a head of \(61, 32\) rows and columns, not \(64, 32\)"):
+        load_preview(tmp_path / "preview.safetensors", tiny_config())
+    (tmp_path / "text").write_text("no")
+    with pytest.raises(ValueError, match="is no preview of a vocabulary head"):
+        load_preview(tmp_path / "text", model.config)
+    with pytest.raises(ValueError, match=r"is of a head of \(61, 32\)"):
+        el.Sampler(Decoder(tiny_config()), {}, preview=preview)
