@@ -1,16 +1,18 @@
 """Previews of the vocabulary head, chosen by data and calibrated like every approximation.
 
-With S = E[f f^T] over the features f that the head reads, L its Cholesky factor and W the head, the r leading
-right singular vectors V_r of W L give the preview with the least mean squared error of all logits,
+With S = E[f f^T] over the features f that the head reads, L its Cholesky factor, W the head and V the right
+singular vectors of W L, the leading r of them give the preview with the least mean squared error of all
+logits:
 
-    U = W L V_r,     P = V_r^T L^-1,     E |W f - U P f|^2 = sum of the other squared singular values.
+    P = V^T L^-1,     U = the first r columns of W L V,     sigma_v^2 = sum_{i > r} (W L V)_{v i}^2
 
 Directions that features never take cost nothing: a plain SVD of W, without S, keeps far fewer of the largest
-logits. The margin m is the smallest under which at most `1 - agreement` of other tokens are given a token
-that is not the whole head's; the rank is the one that reads the fewest bytes then.
+logits. The margin is the smallest under which at most `1 - agreement` of other tokens are given a token that
+is not the whole head's; rank and number of blocks are those that read the fewest bytes then.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +30,8 @@ from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.preview import HeadPreview, preview_logits
 
 RANKS = (32, 64, 96, 128, 192, 256)  # candidates, as far as they are below D
+BLOCKS = (256, 512, 1024)  # candidates for the number of blocks
+ARRAYS = ("down", "up", "spread", "margin")  # of a file
 KEPT = 8192  # tokens that the margin is chosen and measured on, half each
 
 
@@ -37,6 +41,7 @@ class PreviewReport:
 
     Attributes:
       rank: r.
+      blocks: k.
       margin: m.
       agreement: share of tokens whose largest logit is the whole head's.
       whole: share of tokens for which the whole head is read.
@@ -46,6 +51,7 @@ class PreviewReport:
     """
 
     rank: int
+    blocks: int
     margin: float
     agreement: float
     whole: float
@@ -61,7 +67,7 @@ def fit_preview(
     *,
     agreement: float = 0.9995,
     ranks: Sequence[int] = RANKS,
-    blocks: int = HeadPreview.blocks,
+    blocks: Sequence[int] = BLOCKS,
     block: int = HeadPreview.block,
     seed: int = 0,
 ) -> tuple[HeadPreview, PreviewReport]:
@@ -73,7 +79,7 @@ def fit_preview(
       batches: packed batches, or dicts of their fields; targets are not read.
       agreement: share of tokens that must keep the whole head's choice.
       ranks: candidates for r.
-      blocks: k, blocks of rows that are exact.
+      blocks: candidates for k, the number of blocks of rows that are exact.
       block: b, rows of a block.
       seed: which tokens choose the margin and which measure it.
 
@@ -106,20 +112,14 @@ def fit_preview(
         raise ValueError(f"batches: {len(kept)} held-out tokens are too few to calibrate on; give more text")
 
     kernel = _kernel(config, params)
-    candidates = [rank for rank in ranks if rank < config.d_model] or [config.d_model]
-    down, up = directions(np.asarray(kernel, np.float64), moment, max(candidates))
+    below = [rank for rank in ranks if rank < config.d_model] or [config.d_model - 1]
+    down, up = directions(np.asarray(kernel, np.float64), moment)
 
     half = len(kept) // 2
     choosing, measuring = kept[:half], kept[half:]
     found = []
-    for rank in candidates:
-        preview = HeadPreview(
-            jnp.asarray(down[:rank], kernel.dtype),
-            jnp.asarray(up[:, :rank], kernel.dtype),
-            jnp.float32(0.0),
-            blocks,
-            block,
-        )
+    for rank, count in itertools.product(below, blocks):
+        preview = make_preview(down, up, rank, kernel.dtype, blocks=count, block=block)
         gap, right, _ = _outcomes(preview, choosing, kernel)
         margin = least_margin(gap, right, agreement)
         preview = preview.replace(margin=jnp.float32(margin))
@@ -130,7 +130,8 @@ def fit_preview(
     margin = float(best.margin)
     unsure = gap < margin
     report = PreviewReport(
-        rank=len(best.down),
+        rank=best.rank,
+        blocks=best.blocks,
         margin=margin,
         agreement=float(np.mean(right | unsure)),
         whole=float(np.mean(unsure)),
@@ -141,23 +142,43 @@ def fit_preview(
     return best, report
 
 
-def directions(kernel_VD: np.ndarray, moment_DD: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """P [r, D] and U [V, r] of the preview with the least mean squared error.
+def directions(kernel_VD: np.ndarray, moment_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """P [D, D] and W L V [V, D], ordered by what each coordinate adds to the logits.
 
     Args:
       kernel_VD: W, float64.
       moment_DD: S = E[f f^T], float64.
-      rank: r.
     """
     ridge = 1e-6 * np.trace(moment_DD) / len(moment_DD)
     factor = np.linalg.cholesky(moment_DD + ridge * np.eye(len(moment_DD)))
     # The right singular vectors of W L are the eigenvectors of L^T W^T W L, which is only [D, D].
-    gram = factor.T @ (kernel_VD.T @ kernel_VD) @ factor
-    first = len(gram) - rank
-    _, vectors = scipy.linalg.eigh(gram, subset_by_index=[first, len(gram) - 1])
+    _, vectors = np.linalg.eigh(factor.T @ (kernel_VD.T @ kernel_VD) @ factor)
     vectors = vectors[:, ::-1]
     down = scipy.linalg.solve_triangular(factor, vectors, lower=True, trans="T").T
     return down, kernel_VD @ (factor @ vectors)
+
+
+def make_preview(
+    down_DD: np.ndarray, up_VD: np.ndarray, rank: int, dtype: Any, *, blocks: int, block: int
+) -> HeadPreview:
+    """A preview by the leading coordinates, which is always sure.
+
+    Args:
+      down_DD: first result of `directions`.
+      up_VD: second result.
+      rank: r.
+      dtype: of the head.
+      blocks: k.
+      block: b.
+    """
+    return HeadPreview(
+        down=jnp.asarray(down_DD, dtype),
+        up=jnp.asarray(up_VD[:, :rank], dtype),
+        spread=jnp.asarray(np.linalg.norm(up_VD[:, rank:], axis=1), jnp.float32),
+        margin=jnp.float32(-np.inf),
+        blocks=blocks,
+        block=block,
+    )
 
 
 def least_margin(gap: np.ndarray, right: np.ndarray, agreement: float) -> float:
@@ -171,7 +192,7 @@ def least_margin(gap: np.ndarray, right: np.ndarray, agreement: float) -> float:
     wrong = np.sort(gap[~right])[::-1]
     allowed = math.floor((1 - agreement) * len(gap))
     if len(wrong) <= allowed:
-        return 0.0
+        return -math.inf
     return float(np.nextafter(wrong[allowed], np.float32(np.inf), dtype=np.float32))
 
 
@@ -251,7 +272,7 @@ def save_preview(preview: HeadPreview, report: PreviewReport, path: str | Path) 
 
     from elastic_lm.files.atomic import write_bytes_whole
 
-    arrays = {"down": preview.down, "up": preview.up, "margin": preview.margin}
+    arrays = {name: getattr(preview, name) for name in ARRAYS}
     sizes = {"blocks": preview.blocks, "block": preview.block}
     metadata = {"preview": json.dumps(sizes), "report": json.dumps(dataclasses.asdict(report))}
     write_bytes_whole(Path(path), save({name: np.asarray(x) for name, x in arrays.items()}, metadata))
@@ -277,7 +298,7 @@ def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, Pr
             metadata = file.metadata() or {}
             sizes = json.loads(metadata["preview"])
             report = PreviewReport(**json.loads(metadata["report"]))
-            arrays = {name: file.get_tensor(name) for name in ("down", "up", "margin")}
+            arrays = {name: file.get_tensor(name) for name in ARRAYS}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is no preview of a vocabulary head ({error})") from error
     preview = HeadPreview(**{name: jnp.asarray(x) for name, x in arrays.items()}, **sizes)

@@ -1,18 +1,19 @@
 """A preview of a vocabulary head: all logits from a few numbers, exact ones for the rows that matter.
 
-With W the head [V, D] and f its input, r directions that were chosen by data (`depth.previewing`) split W f
-into what r numbers say and a rest:
+With W the head [V, D] and f its input, coordinates c = P f that were chosen by data (`depth.previewing`) are
+uncorrelated, have variance 1, and are ordered by what they add to the logits. The first r of them give
 
-    s = U (P f)                       U [V, r], P [r, D]: previewed logits of all rows
-    K = rows of the k blocks of b consecutive rows whose largest s is largest
+    s = U c_{1..r}                                  previewed logits of all rows; U [V, r]
+    rho = |c_{r+1..D}| / sqrt(D - r)                how large the part is that they leave out, about 1
+    K = rows of the k blocks of b consecutive rows with the largest  max_block (s_v + rho sigma_v)
     z_v = W_v f  for v in K,   z_v = s_v  for the others
-    sure = max_K z - (k-th largest of the blocks' maxima) >= m
+    sure = (max_K z - the k-th of these maxima) / rho >= m
 
-A preview reads r / D + k b / V of the head's bytes. No previewed logit outside K exceeds the k-th maximum, so
-that where the gap is at least m, only an error of the preview above m can hide the largest logit; elsewhere
-the whole head is read. m is calibrated on text.
+with sigma_v the standard deviation of what U leaves out in row v. No row outside K can be the largest unless
+its error exceeds m + 1 standard deviations or so; where the gap is smaller than m the whole head is read, and
+m is calibrated on text. A preview reads r / D + k b / V + D / V of the head's bytes.
 
-Paper: SVD-softmax, NeurIPS 2017, chooses directions by W alone.
+Paper: SVD-softmax, NeurIPS 2017, chooses directions by W alone and has no second look.
 """
 
 import flax.struct
@@ -21,24 +22,33 @@ import jax.numpy as jnp
 
 from elastic_lm.nn.linear import linear
 
+TINY = 1e-12  # keeps a preview of all coordinates, which leaves nothing out, from dividing by 0
+
 
 @flax.struct.dataclass
 class HeadPreview:
     """Arrays of a preview, which are traced, and the sizes of its blocks, which are static.
 
     Attributes:
-      down: [r, D], P.
+      down: [D, D], P.
       up: [V, r], U.
-      margin: [] float32, m; 0 = always sure, infinity = never.
+      spread: [V] float32, sigma.
+      margin: [] float32, m; -infinity = always sure, infinity = never.
       blocks: k.
       block: b.
     """
 
     down: jax.Array
     up: jax.Array
+    spread: jax.Array
     margin: jax.Array
-    blocks: int = flax.struct.field(pytree_node=False, default=64)
-    block: int = flax.struct.field(pytree_node=False, default=16)
+    blocks: int = flax.struct.field(pytree_node=False, default=512)
+    block: int = flax.struct.field(pytree_node=False, default=4)
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.up.shape[1]
 
 
 @flax.struct.dataclass
@@ -47,7 +57,8 @@ class Previewed:
 
     Attributes:
       logits: [..., V] float32, exact in the kept rows.
-      gap: [...] float32, by how much the largest exact logit exceeds every previewed one that was not kept.
+      gap: [...] float32, by how much the largest exact logit exceeds what rows that were not kept could have,
+        in standard deviations of the preview's errors.
     """
 
     logits: jax.Array
@@ -69,9 +80,14 @@ def preview_logits(preview: HeadPreview, features: jax.Array, kernel_VD: jax.Arr
     x_ND = features.reshape(-1, features.shape[-1])
     n = len(x_ND)
 
-    scores_NV = linear(linear(x_ND, preview.down), preview.up, dtype=jnp.float32)
+    coordinates = linear(x_ND, preview.down, dtype=jnp.float32)
+    scores_NV = linear(coordinates[:, : preview.rank].astype(x_ND.dtype), preview.up, dtype=jnp.float32)
+    rest_N = jnp.mean(jnp.square(coordinates[:, preview.rank :]), axis=-1)
+    rho_N1 = jnp.sqrt(rest_N + TINY)[:, None]
+
+    hopeful_NV = scores_NV + rho_N1 * preview.spread
     short = -vocab_size % block
-    padded = jnp.pad(scores_NV, [(0, 0), (0, short)], constant_values=-jnp.inf)
+    padded = jnp.pad(hopeful_NV, [(0, 0), (0, short)], constant_values=-jnp.inf)
     largest = jnp.max(padded.reshape(n, -1, block), axis=-1)
     top, index = jax.lax.top_k(largest, min(preview.blocks, largest.shape[1]))
 
@@ -82,6 +98,6 @@ def preview_logits(preview: HeadPreview, features: jax.Array, kernel_VD: jax.Arr
     exact = jnp.where(rows < vocab_size, exact, -jnp.inf)
     logits = scores_NV.at[jnp.arange(n)[:, None], rows].set(exact, mode="drop")
 
-    gap = jnp.max(exact, axis=-1) - top[:, -1]
+    gap = (jnp.max(exact, axis=-1) - top[:, -1]) / rho_N1[:, 0]
     lead = features.shape[:-1]
     return Previewed(logits.reshape(*lead, vocab_size), gap.reshape(lead))
