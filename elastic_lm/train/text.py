@@ -22,7 +22,7 @@ from elastic_lm.models.sharding import check_rows, param_shardings, stacked_shar
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.method import Arrays, RunData
 from elastic_lm.train.prepared import Prepared
-from elastic_lm.train.registry import method_class
+from elastic_lm.train.registry import method_class, names_with
 from elastic_lm.train.step import place_batch
 
 
@@ -113,13 +113,11 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
         model = decoder.config
         if train.init_layers:
             model, params = extract(model, params, train.init_layers)
-        require(
-            not model.exits or config.method.trains_exits,
-            "method.name",
-            config.method.name,
-            f"{train.init_from} has exits, which it does not train; choose joint or ee_tuning, or export the "
-            "model without exits",
-        )
+        if model.exits and not config.method.trains_exits:
+            raise ValueError(
+                f"method.name={config.method.name!r}: {train.init_from} has exits, which it does not train; "
+                f"choose {names_with('trains_exits')}, or export the model without exits"
+            )
     else:
         assert config.model is not None
         model = dataclasses.replace(config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
