@@ -22,6 +22,7 @@ from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.mesh import MeshConfig
 from elastic_lm.config.model import DTYPES, ExitConfig, ModelConfig
 from elastic_lm.config.task import TaskConfig
+from elastic_lm.train.losses import LOSS_CHUNK
 from elastic_lm.train.method import MethodConfig
 from elastic_lm.train.pretraining import PretrainingConfig
 from elastic_lm.train.registry import method_class, names_with
@@ -62,7 +63,7 @@ class TrainConfig:
     clip: float = 1.0  # largest global norm of the gradient; 0 = off
     accumulate: int = 1  # parts a batch is computed in, one after the other
     remat: bool = False  # recompute layers in the backward pass: less memory, more time
-    loss_chunk: int = 256  # columns of logits alive at once
+    loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from elastic_lm.cli.parser import CommandOptions
 from elastic_lm.config.cascade import (
+    BATCH_SIZE,
     DEFAULT_SCORE,
     KINDS,
     RETRIES,
@@ -28,7 +29,7 @@ class PairOptions(CommandOptions):
     swift_exit: int | None = None  # instead: the exit after this layer of the Super
     super_: str  # the large model: a folder or an address
     max_new_tokens: int = 32  # of generated answers
-    batch_size: int = 16  # rows per batch
+    batch_size: int = BATCH_SIZE  # rows per batch
     normalise: Normalise = get_args(Normalise)[0]
     timeout: float = TIMEOUT  # of a service, seconds
     retries: int = RETRIES  # of a service, per row
