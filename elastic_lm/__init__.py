@@ -41,7 +41,7 @@ with _epy.lazy_api_imports(globals()):
 
 from elastic_lm import deprecated as _deprecated
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Budget",

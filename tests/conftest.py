@@ -3,6 +3,7 @@
 An XLA_FLAGS of the caller's own stays; `XLA_FLAGS= python -m pytest` compiles as users' programs do.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.train.config import RunConfig, TrainConfig
 
+MOST_RESIDENT = 2 * 2**30  # bytes of a test process between two files
 LINE = "def f{0}(x):\n    return x * {0} + {1}\n\n"
 
 if "XLA_FLAGS" not in os.environ:
@@ -59,3 +61,26 @@ def run_config(text_file: Path) -> RunConfig:
             steps=6, lr=1e-2, warmup=2, log_every=1, eval_every=3, eval_batches=2, save_every=2
         ),
     )
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forgets compiled programs between the rooms, and between files where they are many.
+
+    A process that keeps the programs of two thousand tests spends more and more of its time on them, and
+    runs out of memory maps in the end.
+    """
+    here, there = item.path, nextitem.path if nextitem else None
+    if there is None or here == there:
+        return
+    if resident_bytes() > MOST_RESIDENT or here.parent != there.parent:
+        jax.clear_caches()
+        gc.collect()
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return 0
+    pages = int(statm.read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

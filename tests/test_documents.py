@@ -53,42 +53,6 @@ LANGUAGES = ("python", "sh", "text", "json", "edit")
 REASONS = ("installs", "downloads", "needs a GPU", "needs a TPU", "needs several devices", "runs the tests")
 FACES = ("", "cascade", "data", "depth", "evaluate", "hf", "train", "width")
 
-# Public names whose docstrings lack an example. The list may only become shorter.
-MISSING_EXAMPLES: set[str] = {
-    "el.Budget",
-    "el.DataConfig",
-    "el.EncoderConfig",
-    "el.EncoderDecoderConfig",
-    "el.ExitConfig",
-    "el.Menu",
-    "el.MeshConfig",
-    "el.ModelConfig",
-    "el.RopeConfig",
-    "el.Subnet",
-    "el.TaskConfig",
-    "el.Tokenizer",
-    "el.data.Batch",
-    "el.data.eval_batches",
-    "el.data.stdlib_files",
-    "el.data.train_batches",
-    "el.data.train_bpe",
-    "el.depth.extract",
-    "el.embedded_model",
-    "el.hf.config_from_hf",
-    "el.hf.config_to_hf",
-    "el.hf.export",
-    "el.hf.load",
-    "el.load",
-    "el.train.Method",
-    "el.train.MethodConfig",
-    "el.train.Pretraining",
-    "el.train.PretrainingConfig",
-    "el.train.TaskTuning",
-    "el.train.load_config",
-    "el.train.register",
-}
-
-
 # What a page may say instead of arguments: runs of two steps, on texts and on labelled records.
 STEPS = ("steps=2", "warmup=1", "eval_every=0", "eval_batches=1", "save_every=2")
 SHORT_RUN = tuple(f"--config.train.{option}" for option in STEPS)
@@ -353,7 +317,7 @@ def test_an_example_runs(place: str, tmp_path: pathlib.Path, monkeypatch: pytest
 
 
 def test_every_public_name_has_an_example() -> None:
-    assert {name for name in NAMES if f"{name}-0" not in EXAMPLES} == MISSING_EXAMPLES
+    assert not [name for name in NAMES if f"{name}-0" not in EXAMPLES]
 
 
 # What documents name.

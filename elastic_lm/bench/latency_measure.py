@@ -18,6 +18,7 @@ import numpy as np
 
 from elastic_lm.bench.timing import interleave
 from elastic_lm.config.checks import require
+from elastic_lm.config.decoding import WINDOW
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.counted import Workload
@@ -31,7 +32,6 @@ from elastic_lm.report.writers import Writer
 from elastic_lm.width.slicing import slice_params
 
 NEW_TOKENS = 32  # decoded after each prompt
-WINDOW = 16  # the sampler's own; caches have room for it
 GROUP = 4  # sub-networks that take turns with the full model
 
 Progress = Callable[[int], Writer]  # number of timed calls -> what shows how many are done

@@ -25,6 +25,7 @@ from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.registry import init_params
+from elastic_lm.width.importance import STORAGE_GROUPS
 from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig, NestedDecoder, nested_params
 from elastic_lm.width.slicing import slice_params
 
@@ -45,7 +46,7 @@ def rows(options: Options) -> Iterator[Measurement]:
 
 def _rows(options: Options, batch: int) -> Iterator[Measurement]:
     groups, menu = (2, TINY_MENU) if options.tiny else (4, MENU)
-    config = dataclasses.replace(random_model(options.tiny), n_kv_heads=groups, elastic_groups=16)
+    config = dataclasses.replace(random_model(options.tiny), n_kv_heads=groups, elastic_groups=STORAGE_GROUPS)
     params = init_params(config, jax.random.key(options.seed))
     half = Subnet.uniform(config, mlp=0.5, heads=menu.heads[-2])
     nested_config = NestedConfig.of(config, menu, per_token=False)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeGuard, runtime_checkable
 
 Record = Mapping[str, Any]  # fields by name, like a line of JSON; each answerer documents those that it reads
 
@@ -121,6 +121,34 @@ class PreviewingAnswerer(Answerer, Protocol):
 
         Returns:
           What `answer` gives, at the same cost, which includes the preview's.
+        """
+        ...
+
+
+@runtime_checkable
+class NamedAnswerer(Answerer, Protocol):
+    """An answerer that `elastic-lm cascade` makes where it is named, as in `--swift Function:rules.py`.
+
+    Its name is that of the class on the face `elastic_lm.cascade`.
+
+    Attributes:
+      reads: options of the command (fields of `PairOptions`, such as "text_field") that `from_place` takes as
+        keywords; the command refuses others that no other model reads.
+    """
+
+    reads: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def from_place(cls, place: str, /, **options: Any) -> Self:
+        """Makes the answerer.
+
+        Args:
+          place: what stands behind the colon, a file or a folder.
+          **options: values of `reads`.
+
+        Raises:
+          OSError: there is nothing at `place`.
+          ValueError: what is there cannot be used; names it.
         """
         ...
 

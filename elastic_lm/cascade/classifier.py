@@ -18,6 +18,7 @@ import numpy as np
 from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import ProgramShape, answer_by_shape, shape_or_none
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
+from elastic_lm.config.cascade import BATCH_SIZE
 from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.cost.sequences import encoder_flops
@@ -71,7 +72,7 @@ class Classifier:
         pair_field: str | None = None,
         max_len: int | None = None,
         scoring: Scoring = PLAIN,
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
         keep_state: bool = False,
     ) -> None:
         """Creates an answerer; nothing is compiled yet.

@@ -1,8 +1,9 @@
 """A Python function as a model of a cascade."""
 
+import runpy
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from elastic_lm.cascade.answerer import Answer, Record, failed
 from elastic_lm.config.checks import NOT_NEGATIVE, require
@@ -24,6 +25,8 @@ class Function:
       ```
     """
 
+    reads: ClassVar[tuple[str, ...]] = ()  # options of the command line; a function reads none
+
     def __init__(self, function: Callable[..., Any], *, cost: float = 0.0, batches: bool = False) -> None:
         """Wraps a function.
 
@@ -39,6 +42,22 @@ class Function:
         """
         require(NOT_NEGATIVE[0](cost), "cost", cost, NOT_NEGATIVE[1])
         self._function, self._cost, self._batches = function, cost, batches
+
+    @classmethod
+    def from_place(cls, place: str) -> "Function":
+        """The function `answer` of a Python file, which the command line calls `Function:FILE`.
+
+        Args:
+          place: a Python file whose function `answer` takes a record and returns an output or an `Answer`.
+
+        Raises:
+          OSError: there is no such file.
+          ValueError: it defines no such function.
+        """
+        function = runpy.run_path(place).get("answer")
+        if not callable(function):
+            raise ValueError(f"{place} has no function answer: define answer(record)")
+        return cls(function)
 
     def answer(self, records: Sequence[Record]) -> list[Answer]:
         """Answers records, as in `Answerer.answer`."""

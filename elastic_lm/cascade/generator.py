@@ -24,6 +24,7 @@ from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
 from elastic_lm.cascade.known_tokens import ModelPart, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, pooled_scores
+from elastic_lm.config.cascade import BATCH_SIZE
 from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet
@@ -72,7 +73,7 @@ class Generator:
         prompt_field: str = "prompt",
         scoring: Scoring = PLAIN,
         scored: bool = True,
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
         scorer: tuple[ModelPart, Params] | None = None,
         keep_state: bool = False,
         **settings: Any,

@@ -18,8 +18,8 @@ import numpy as np
 from elastic_lm.bounds import RUNGS, fixed_sequence_test, risk_bound
 from elastic_lm.cascade.energy import keeps
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, TOLERANCE, Measurements, sweep
-from elastic_lm.config.cascade import DEFAULT_EPSILON
 from elastic_lm.config.checks import require
+from elastic_lm.config.guarantee import DEFAULT_EPSILON
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.rule import CascadeRule, fit_rule
 from elastic_lm.cascade.scores import PLAIN, Scoring
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, Measurements
-from elastic_lm.config.cascade import DEFAULT_SCORE, CostUnit
+from elastic_lm.config.cascade import BATCH_SIZE, DEFAULT_SCORE, CostUnit
 from elastic_lm.config.checks import require, require_choice
 
 
@@ -70,7 +70,7 @@ def measure_cascade(
     score: str = DEFAULT_SCORE,
     seed: int = 0,
     cost: CostUnit = "flops",
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
 ) -> MeasuredPair:
     """Has both models answer every labelled record; `MeasuredPair.fit` then chooses a threshold.
 

@@ -25,7 +25,7 @@ from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import ProgramShape, answer_by_shape, shape_or_none
 from elastic_lm.cascade.known_tokens import ModelPart, ScoredTokens, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
-from elastic_lm.config.cascade import Normalise
+from elastic_lm.config.cascade import BATCH_SIZE, Normalise
 from elastic_lm.config.checks import AT_LEAST_1, require, require_choice
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import head_flops
@@ -88,7 +88,7 @@ class MultipleChoice:
         prompt_field: str = "prompt",
         choices_field: str = "choices",
         scoring: Scoring = PLAIN,
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
         keep_state: bool = False,
     ) -> None:
         """Creates an answerer; nothing is compiled yet.

@@ -11,7 +11,7 @@ import numpy as np
 from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
 from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, logit_scores, pooled_scores
-from elastic_lm.config.cascade import KINDS, SOURCE_TOKENS
+from elastic_lm.config.cascade import BATCH_SIZE, KINDS, SOURCE_TOKENS
 from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.cost.sequences import text_to_text_flops
 from elastic_lm.data.padding import filled
@@ -61,7 +61,7 @@ class TextAnswerer:
         labels: Sequence[str] | None = None,
         encoder_head: bool = False,
         scoring: Scoring = PLAIN,
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         """Creates an answerer; nothing is compiled yet.
 

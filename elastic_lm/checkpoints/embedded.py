@@ -10,6 +10,14 @@ def embedded_model() -> Path:
 
     Raises:
       FileNotFoundError: the package was installed without it.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      model, params = el.load(el.embedded_model())
+      assert model.config.family == "llama"
+      ```
     """
     if not (FOLDER / "config.json").is_file():
         raise FileNotFoundError(

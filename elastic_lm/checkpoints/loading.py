@@ -30,6 +30,14 @@ def load(
     Raises:
       FileNotFoundError: there is nothing at `path`, or it is neither kind of folder.
       ValueError: see `hf.load`.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      model, params = el.load(el.embedded_model(), dtype="bfloat16")
+      assert params["embed"]["table"].shape == (model.config.vocab_size, model.config.d_model)
+      ```
     """
     config, params = _load(Path(path), dtype, mesh)
     return make_model(config), params

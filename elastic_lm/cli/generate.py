@@ -44,6 +44,7 @@ elastic-lm generate --prompt "def main():" --max-new-tokens 100 --stream
 elastic-lm generate --model ckpt --thresholds thresholds.json --prompts-file in.jsonl --json out.jsonl
 elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --temperature 0.8
 elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --lossless
+elastic-lm generate --model ckpt --prompts-file chats.jsonl --lossless --lookup
 elastic-lm generate --model ckpt --unprompted 200 --temperature 1 --json own.jsonl
 elastic-lm generate --model ckpt --budget latency_ms=4 --latency-table latency.json --prompt "Once"
 
@@ -54,7 +55,7 @@ trained with configs/flextron.py.
 
 # Options that become fields of `decode.settings.Settings` and of `decode.options.DecodeOptions`.
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-DECODING = ("window", "fire_share", "lossless", "draft", "missing")
+DECODING = ("window", "fire_share", "lossless", "lookup", "draft", "missing")
 ROWS = 32  # texts written at once where there is no prompt
 
 
@@ -83,6 +84,8 @@ class Options(CommandOptions):
     window: int = WINDOW
     fire_share: float | None = None
     lossless: bool = False
+    lookup: bool = False  # with lossless
+    preview: str | None = None  # file of a preview of the vocabulary head
     draft: int | None = None  # with lossless
     missing: Missing = get_args(Missing)[0]
     stream: bool = False
@@ -121,11 +124,13 @@ class Options(CommandOptions):
             raise ValueError(f"--metric {self.metric}: goes with --threshold; a thresholds file has its own")
         if self.draft is not None and not self.lossless:
             raise ValueError(f"--draft {self.draft}: drafts are verified with --lossless only; add it")
+        if self.lookup and not self.lossless:
+            raise ValueError("--lookup: copied tokens are verified with --lossless only; add it")
 
         if self.thresholds or self.threshold is not None:
             return
-        if self.lossless:
-            raise ValueError("--lossless: without exits nothing is drafted; give --thresholds or --threshold")
+        if self.lossless and not self.lookup:
+            raise ValueError("--lossless: nothing drafts; give --lookup, --thresholds or --threshold")
         if self.missing == "propagate":
             raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
 
@@ -175,6 +180,9 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
     add("--window", type=int, metavar="W", help=window)
     add("--fire-share", type=float, metavar="S", help="0 = lowest latency, the default; 1 = throughput")
     add("--lossless", action="store_true", help="early tokens are drafts, verified by the full model")
+    lookup = "with --lossless: drafts what followed the last tokens earlier in the text"
+    add("--lookup", action="store_true", help=lookup)
+    add("--preview", metavar="FILE", help="of the vocabulary head, from `elastic-lm preview`")
     add("--draft", type=int, metavar="K", help="with --lossless: drafts per verification (default: adapts)")
     missing = "keys and values of early tokens in deeper layers: computed later, or CALM's approximation "
     missing += f"(default: {Options.missing})"
@@ -267,10 +275,13 @@ def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
     """
     from elastic_lm.decode.options import DecodeOptions
     from elastic_lm.decode.sampler import Sampler
+    from elastic_lm.depth.previewing import load_preview
 
     model, params, tokenizer, folder = load_with_tokenizer(options.model)
     how: dict[str, Any] = options.given(DECODING)
     how["exit"] = exit_policy(model.config, options)
+    if options.preview:
+        how["preview"] = load_preview(options.preview, model.config)[0]
     if options.budget:
         how |= {"budget": options.budget, "elastic": chooser(folder, model.config, options.budget, options)}
     return Sampler(model, params, tokenizer, options=DecodeOptions(**how)), tokenizer
@@ -449,6 +460,7 @@ def show(
     if stats.drafted:
         print(
             f"{stats.drafted} drafted tokens, {stats.acceptance:.1%} accepted, {stats.wasted} wasted, "
+            f"{stats.accepted_per_verification:.2f} accepted per verification, "
             f"deepest layers ran {stats.segment_ticks[-1]} times",
             file=sys.stderr,
         )

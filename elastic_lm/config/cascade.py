@@ -13,7 +13,7 @@ Centre = Literal["none", "mean"]  # what the logits of an energy are measured fr
 Normalise = Literal["tokens", "bytes", "none"]  # what the log-likelihood of a choice is divided by
 SOURCE_TOKENS = 512  # that an encoder-decoder reads of a row
 CostUnit = Literal["flops", "seconds"]  # what a cascade saves
-DEFAULT_EPSILON = 0.05  # probability that a guarantee fails
+BATCH_SIZE = 16  # rows that a model answers at once
 
 Style = Literal["rows", "openai"]  # what a service is sent, and what it answers
 TIMEOUT = 30.0  # seconds that a service may take for a row

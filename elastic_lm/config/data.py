@@ -15,7 +15,16 @@ JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes batches."""
+    """Where text comes from and how it becomes batches.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      data = el.DataConfig(source="text", paths=("train.txt",), eval_paths=("held_out.txt",), seq_len=512)
+      assert data.packing == "concat"
+      ```
+    """
 
     source: DataSource = "stdlib"  # the interpreter's own library, text files, or JSON lines
     paths: tuple[str, ...] = ()  # training files or folders; unused by stdlib

@@ -16,6 +16,15 @@ class EncoderConfig:
     """A bidirectional transformer with normalisation after each residual sum (BERT, arXiv 1810.04805).
 
     Fields that decoders have too mean what they mean in `config.ModelConfig`.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      shape = {"vocab_size": 30522, "d_model": 128, "n_layers": 2, "n_heads": 2, "d_mlp": 512}
+      config = el.EncoderConfig(**shape, n_labels=2, labels=("ham", "spam"))
+      assert config.head_dim == 64
+      ```
     """
 
     vocab_size: int  # rows of the embedding

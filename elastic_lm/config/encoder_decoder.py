@@ -9,7 +9,17 @@ from elastic_lm.config.model import DTYPES, Activation, ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class EncoderDecoderConfig:
-    """A T5 (arXiv 1910.10683): two stacks of pre-norm layers whose positions are biases of attention."""
+    """A T5 (arXiv 1910.10683): two stacks of pre-norm layers whose positions are biases of attention.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      shape = {"vocab_size": 32128, "d_model": 512, "n_layers": 6, "n_heads": 8, "d_mlp": 2048}
+      config = el.EncoderDecoderConfig(**shape)  # T5-small
+      assert (config.n_decoder_layers, config.head_dim) == (6, 64)
+      ```
+    """
 
     vocab_size: int  # rows of the embedding and of the vocabulary head
     d_model: int  # width of the residual streams

@@ -5,7 +5,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; -1 on one axis = all that are left."""
+    """Devices per mesh axis; -1 on one axis = all that are left.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      mesh = el.MeshConfig(data=1, fsdp=-1, tensor=2)  # two devices share each layer
+      assert mesh.fsdp == -1
+      ```
+    """
 
     data: int = -1  # rows of a batch
     fsdp: int = 1  # rows of a batch and slices of every parameter

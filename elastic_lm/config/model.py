@@ -22,7 +22,16 @@ ExitInit = Literal["copy", "random", "fit"]
 
 @dataclasses.dataclass(frozen=True)
 class ExitConfig:
-    """One early exit: a head that predicts the next token after layer `layer` (EE-Tuning, sec. 2)."""
+    """One early exit: a head that predicts the next token after layer `layer` (EE-Tuning, sec. 2).
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      exits = (el.ExitConfig(2, kind="norm", tied=True), el.ExitConfig(3, gate=8))
+      assert [e.name for e in exits] == ["exit_2", "exit_3"]
+      ```
+    """
 
     layer: int  # the exit reads the output of this many layers, 1 .. n_layers
     kind: ExitKind = "mlp"  # what stands between the hidden state and the vocabulary head
@@ -60,7 +69,16 @@ class ExitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with the knobs that the supported families need."""
+    """A decoder-only transformer with the knobs that the supported families need.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.ModelConfig(vocab_size=512, d_model=64, n_layers=4, n_heads=4, n_kv_heads=2, d_mlp=128)
+      assert (config.head_dim, config.group_size) == (16, 2)
+      ```
+    """
 
     vocab_size: int  # rows of the embedding and of the vocabulary head
     d_model: int  # width of the residual stream

@@ -16,13 +16,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: Any, values: Any, where: str = "") -> Any:
+def from_dict(cls: Any, values: Any, where: str = "", default: Any = None) -> Any:
     """Builds config dataclass `cls` from nested dicts, refusing unknown and missing keys.
 
     Args:
       cls: a dataclass (nested dataclass fields are built too).
       values: mapping from field names to values; missing fields take their defaults.
       where: dotted prefix used in messages.
+      default: an instance of `cls` that missing fields are taken from; None = the defaults of `cls`.
 
     Returns:
       An instance of `cls`.
@@ -35,13 +36,16 @@ def from_dict(cls: Any, values: Any, where: str = "") -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     name = where.rstrip(".") or cls.__name__
     require(isinstance(values, Mapping), name, values, f"must be a mapping like {{{known[0]!r}: ...}}")
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     kwargs = {}
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {', '.join(known)}"
             raise ValueError(f"unknown key {where}{key}={value!r}: {hint}")
-        kwargs[key] = _coerce(hints[key], value, f"{where}{key}")
+        kwargs[key] = _coerce(hints[key], value, f"{where}{key}", defaults[key])
+    if default is not None:
+        return dataclasses.replace(default, **kwargs)
     missing = [where + f.name for f in dataclasses.fields(cls) if _required(f) and f.name not in kwargs]
     if missing:
         raise ValueError(f"{name}={dict(values)!r}: needs {', '.join(missing)}; add what is missing")
@@ -81,8 +85,15 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """Turns JSON's lists and dicts into the tuples and dataclasses that `hint` asks for."""
+def _coerce(hint: Any, value: Any, where: str, default: Any = None) -> Any:
+    """Turns JSON's lists and dicts into the tuples and dataclasses that `hint` asks for.
+
+    Args:
+      hint: type of the field.
+      value: of the field.
+      where: name of the field, for messages.
+      default: of the field. A section of the same class takes from it what `value` leaves out.
+    """
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return value
@@ -92,7 +103,8 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return value
         # A base class, like that of the `method` sections, knows which of its subclasses the values describe.
         resolve = getattr(hint, "resolve", None)
-        return from_dict(hint if resolve is None else resolve(value, where), value, where + ".")
+        cls = hint if resolve is None else resolve(value, where)
+        return from_dict(cls, value, where + ".", default if type(default) is cls else None)
     if get_origin(hint) is tuple:
         instead = () if value is None else (value,)
         if not isinstance(value, list | tuple):

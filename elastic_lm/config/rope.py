@@ -10,7 +10,17 @@ RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding and its long-context variants."""
+    """Rotary position embedding and its long-context variants.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      rope = el.RopeConfig(theta=500000.0, scaling="llama3", factor=8.0, original_max_len=8192)
+      config = el.testing.tiny_config(rope=rope)
+      assert config.rotary_dim == config.head_dim
+      ```
+    """
 
     theta: float = 10000.0  # base of the geometric sequence of wavelengths
     fraction: float = 1.0  # share of each head that is rotated (NeoX 0.25, Nemotron 0.5)

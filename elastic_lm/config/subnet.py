@@ -46,7 +46,18 @@ def whole(field: str, fraction: float, size: int, unit: int, of: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Subnet:
-    """A sub-network of an elastic model; frozen, hashable and static under jit."""
+    """A sub-network of an elastic model; frozen, hashable and static under jit.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config()
+      subnet = el.Subnet.uniform(config, mlp=0.5, depth=0.75)
+      small = subnet.sliced(config)
+      assert (small.n_layers, small.d_mlp) == (3, 32)
+      ```
+    """
 
     layers: Ints  # kept layers in increasing order, counted from 0
     mlp: Ints  # MLP neurons of every kept layer
@@ -193,7 +204,17 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Menu:
-    """The choices that a model is made elastic for: fractions in increasing order, the last one 1."""
+    """The choices that a model is made elastic for: fractions in increasing order, the last one 1.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      menu = el.Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0), dropped=(2,))
+      smallest = menu.smallest(el.testing.tiny_config())
+      assert (smallest.layers, smallest.mlp, smallest.heads) == ((0, 1, 3), (32, 32, 32), (1, 1, 1))
+      ```
+    """
 
     mlp: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # of the MLP neurons, per layer
     heads: tuple[float, ...] = (0.5, 1.0)  # of the query heads in every key/value group, per layer
@@ -326,7 +347,16 @@ def _index(field: str, size: int, choices: Ints) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a sub-network may cost; exactly one field is set."""
+    """What a sub-network may cost; exactly one field is set.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      budget = el.Budget(parameters=1e6)
+      assert (budget.kind, budget.amount) == ("parameters", 1e6)
+      ```
+    """
 
     latency_ms: float | None = None  # milliseconds, of what the latency table measured
     parameters: float | None = None  # stored numbers

@@ -10,7 +10,16 @@ TaskProblem = Literal["classification", "regression", "text_to_text"]
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """Labelled records, and which of their fields are read and learned."""
+    """Labelled records, and which of their fields are read and learned.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      task = el.TaskConfig(paths=("train.jsonl",), text_field="review", labels=("bad", "good"))
+      assert task.problem == "classification"
+      ```
+    """
 
     problem: TaskProblem = "classification"  # a class, a number, or a text for every record
     paths: tuple[str, ...] = ()  # training files or folders: JSON lines, CSV or TSV, also .gz

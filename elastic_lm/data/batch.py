@@ -14,6 +14,17 @@ class Batch:
       weights: [B, T] float32, how much each target counts (0 = padding or prompt).
       positions: [B, T] int32 position of each token in its document.
       segments: [B, T] int32 document id of each token; 0 = padding.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+
+      import elastic_lm as el
+
+      tokens, ones = jnp.array([[5, 6, 7, 8]]), jnp.ones((1, 3), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.arange(3)[None], ones)
+      assert batch.targets.tolist() == [[6, 7, 8]]
+      ```
     """
 
     tokens: jax.Array

@@ -59,6 +59,16 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset
     Raises:
       FileNotFoundError: see `documents`.
       ValueError: see `documents`.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      tokenizer = el.Tokenizer.load(el.embedded_model())
+      config = el.DataConfig(source="stdlib", seq_len=32, batch_size=2)
+      batch = next(iter(el.data.train_batches(config, tokenizer)))
+      assert batch["tokens"].shape == (2, 32)
+      ```
     """
     source = documents(config, "train")
     rows = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
@@ -101,6 +111,16 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, split: Split = "test"
     Raises:
       FileNotFoundError: see `documents`.
       ValueError: see `documents`.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      tokenizer = el.Tokenizer.load(el.embedded_model())
+      config = el.DataConfig(source="stdlib", seq_len=32, batch_size=2)
+      batch = next(iter(el.data.eval_batches(config, tokenizer, "calibration")))
+      assert batch["weights"].shape == (2, 32)
+      ```
     """
     rows = grain.MapDataset.source(documents(config, split)).shuffle(seed=0)
     rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))

@@ -30,6 +30,14 @@ def stdlib_files(split: Split) -> list[Path]:
     Raises:
       ValueError: no such split.
       FileNotFoundError: this interpreter ships no library sources.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      held_out = el.data.stdlib_files("test")
+      assert not set(held_out) & set(el.data.stdlib_files("train"))
+      ```
     """
     if split not in SHARES:
         raise ValueError(f"split={split!r}: must be one of {', '.join(SHARES)}")

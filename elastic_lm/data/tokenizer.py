@@ -21,6 +21,15 @@ class Tokenizer:
       bos_id: id put before every text, or None.
       eos_ids: ids that end a text; possibly empty.
       pad_id: id that fills rows up, or None.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      tokenizer = el.Tokenizer.load(el.embedded_model())
+      ids = tokenizer.encode("import os", bos=True)
+      assert tokenizer.decode(ids) == "import os"
+      ```
     """
 
     def __init__(
@@ -142,6 +151,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Raises:
       ValueError: vocab_size is below 257.
+
+    Example:
+      ```python
+      from elastic_lm.data import train_bpe
+
+      tokenizer = train_bpe(["a good film", "a bad film"], 262)
+      assert tokenizer.decode(tokenizer.encode("a film")) == "a film"
+      ```
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size={vocab_size}: byte-level BPE needs at least 257")

@@ -1,7 +1,7 @@
 """The options of a sampler: what stays the same over its calls."""
 
 import dataclasses
-from typing import Any, get_args
+from typing import TypedDict, get_args
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.decoding import WINDOW, Missing
@@ -124,7 +124,30 @@ class DecodeOptions:
             self.subnet.check(config)
 
 
-def make_options(options: DecodeOptions | None, fields: dict[str, Any]) -> DecodeOptions:
+class DecodeKeywords(TypedDict, total=False):
+    """The fields of `DecodeOptions` as keywords of `Sampler`, for type checkers and editors.
+
+    A type checker takes no keywords from a dataclass. A test compares names and types of both.
+    """
+
+    exit: ExitPolicy | None
+    window: int
+    fire_share: float
+    stream_every: int
+    lossless: bool
+    lookup: bool
+    preview: HeadPreview | None
+    draft: int | None
+    missing: Missing
+    together: bool
+    elastic: SubnetChooser | None
+    budget: Budget | None
+    subnet: Subnet | None
+    keep_subnets: int
+    slice_inside: bool
+
+
+def make_options(options: DecodeOptions | None, fields: DecodeKeywords) -> DecodeOptions:
     """The options of a sampler that was given either them or some of their fields.
 
     Raises:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.lossless import final_length
-from elastic_lm.decode.options import DecodeOptions, check_choice, make_options
+from elastic_lm.decode.options import DecodeKeywords, DecodeOptions, check_choice, make_options
 from elastic_lm.decode.prefill import PromptState
 from elastic_lm.decode.results import (
     Detokenizer,
@@ -70,18 +70,19 @@ class Call:
 class Sampler:
     """Generates text with per-token early exits, at any batch size, by the whole model or a sub-network.
 
-    One prefill and one loop are compiled for every sub-network, every number of rows, and every bucket of
-    lengths: those of prompts and of whole sequences are rounded up to powers of two. Thresholds, the metric,
-    the firing rule, the length of drafts and the settings of a call are traced: changing them compiles
-    nothing. Every row gets the tokens that it would get alone, unless the option `together` couples the rows.
+    One prefill and one loop are compiled for every sub-network, every number of rows and every bucket of
+    lengths. The lengths of prompts and of whole sequences are rounded up to powers of two. Thresholds, the
+    metric, the firing rule, the length of drafts and the settings of a call are traced: changing them
+    compiles nothing. Every row gets the tokens that it would get alone, unless the option `together` couples
+    the rows.
 
     Attributes:
       config: of the whole model; static.
       params: its canonical parameters.
-      tokenizer: None = calls are about token ids.
+      tokenizer: None = prompts and results are token ids, without a text.
       options: how the sampler decodes.
-      runs: what runs unless a call says otherwise: a sub-network, a budget that routers keep while they
-        decode, or None for the whole model.
+      runs: the model of calls that name no other: a sub-network, a budget that routers keep while the model
+        decodes, or None for the whole model.
 
     Example:
       ```python
@@ -103,7 +104,7 @@ class Sampler:
         tokenizer: TextTokenizer | None = None,
         *,
         options: DecodeOptions | None = None,
-        **fields: Any,
+        **fields: Unpack[DecodeKeywords],
     ):
         """Creates a sampler; nothing is compiled yet.
 
@@ -390,7 +391,9 @@ class Sampler:
         if isinstance(chosen, Subnet):
             chosen.check(self.config)
         elif chosen is not None and self.options.missing == "propagate":
-            raise ValueError("missing='propagate': layers that are routed cannot do that; use 'exact'")
+            raise ValueError(
+                "missing='propagate': layers whose widths routers choose cannot do that; use 'exact'"
+            )
         return chosen
 
     def _prefill(

@@ -27,7 +27,7 @@ from elastic_lm.data.batch import Batch
 from elastic_lm.depth.fitting import fit_state
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.block import Tap
-from elastic_lm.train.losses import Metrics, TokenSums, chunked_cross_entropy
+from elastic_lm.train.losses import LOSS_CHUNK, Metrics, TokenSums, chunked_cross_entropy
 from elastic_lm.train.method import Method, MethodConfig, RunData
 from elastic_lm.train.state import TrainState
 
@@ -98,7 +98,7 @@ class EETuning(EETuningConfig, Method[Batch]):
     section = EETuningConfig
 
     config: ModelConfig  # the model with its exits; static
-    loss_chunk: int = 256  # columns of logits alive at once
+    loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
     remat: bool = False  # recompute what an exit computes in its backward pass
 
     def __post_init__(self) -> None:

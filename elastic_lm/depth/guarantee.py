@@ -24,6 +24,7 @@ import numpy as np
 
 from elastic_lm.bounds import RUNGS, Verdict, clopper_pearson, count_above, fixed_sequence_test, risk_bound
 from elastic_lm.config.checks import require
+from elastic_lm.config.guarantee import DEFAULT_EPSILON
 from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.observations import Observations
 from elastic_lm.depth.threshold_search import choose_thresholds, emitting_exit
@@ -60,7 +61,7 @@ class RiskControl:
     """
 
     target: float  # agreement with the full model, in (0, 1)
-    epsilon: float = 0.05  # probability, over the held-out sequences, that the guarantee fails
+    epsilon: float = DEFAULT_EPSILON  # probability, over the held-out sequences, that the guarantee fails
     delta: float | None = None  # share of sequences whose agreement may be below target; None = not stated
 
     def __post_init__(self) -> None:

@@ -12,10 +12,10 @@ is not the whole head's; rank and number of blocks are those that read the fewes
 """
 
 import dataclasses
-import itertools
+import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ import scipy.linalg
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.nn.preview import HeadPreview, preview_logits
+from elastic_lm.nn.linear import linear
+from elastic_lm.nn.preview import HeadPreview, by_block, preview_logits, preview_scores
 
-RANKS = (32, 64, 96, 128, 192, 256)  # candidates, as far as they are below D
+RANKS = (64, 96, 128, 192)  # candidates, as far as they are below D
 BLOCKS = (256, 512, 1024)  # candidates for the number of blocks
 ARRAYS = ("down", "up", "spread", "margin")  # of a file
-KEPT = 8192  # tokens that the margin is chosen and measured on, half each
+CHUNK = 64  # tokens whose logits are alive at once
+KEPT = 6144  # tokens that the margin is chosen and measured on, half each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +120,13 @@ def fit_preview(
     half = len(kept) // 2
     choosing, measuring = kept[:half], kept[half:]
     found = []
-    for rank, count in itertools.product(below, blocks):
-        preview = make_preview(down, up, rank, kernel.dtype, blocks=count, block=block)
-        gap, right, _ = _outcomes(preview, choosing, kernel)
-        margin = least_margin(gap, right, agreement)
-        preview = preview.replace(margin=jnp.float32(margin))
-        found.append((_bytes(preview, kernel, float(np.mean(gap < margin))), preview))
+    for rank in below:
+        widest = make_preview(down, up, rank, kernel.dtype, blocks=max(blocks), block=block)
+        gaps, rights = _trial(widest, choosing, kernel, tuple(blocks))
+        for count, gap, right in zip(blocks, gaps, rights, strict=True):
+            margin = least_margin(gap, right, agreement)
+            preview = widest.replace(blocks=count, margin=jnp.float32(margin))
+            found.append((_bytes(preview, kernel, float(np.mean(gap < margin))), preview))
     _, best = min(found, key=lambda pair: pair[0])
 
     gap, right, variation = _outcomes(best, measuring, kernel)
@@ -230,23 +233,52 @@ def _kernel(config: ModelConfig, params: Params) -> jax.Array:
     return params["embed"]["table"] if config.tied else params["head"]["kernel"]
 
 
+def _trial(
+    preview: HeadPreview, features: np.ndarray, kernel: jax.Array, blocks: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """[len(blocks), N] gaps, and whether the largest logit is kept, for several numbers of blocks."""
+    parts = _by_chunk(lambda x: _kept(preview, x, kernel, blocks), features)
+    gap, right = (np.concatenate(column, axis=1)[:, : len(features)] for column in zip(*parts, strict=True))
+    return gap, right
+
+
+@functools.partial(jax.jit, static_argnames="blocks")
+def _kept(
+    preview: HeadPreview, features_ND: jax.Array, kernel_VD: jax.Array, blocks: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """`_trial` of a chunk. The whole head is read anyway, so that the kept rows need not be gathered."""
+    whole_NV = linear(features_ND, kernel_VD, dtype=jnp.float32)
+    _, hopeful_NV, rho_N1 = preview_scores(preview, features_ND)
+    largest, exact = (by_block(x, preview.block).max(axis=-1) for x in (hopeful_NV, whole_NV))
+    top, index = jax.lax.top_k(largest, min(preview.blocks, largest.shape[1]))
+    best = jax.lax.cummax(jnp.take_along_axis(exact, index, axis=1), axis=1)
+
+    last = jnp.asarray([min(count, top.shape[1]) - 1 for count in blocks])
+    gap = (best[:, last] - top[:, last]) / rho_N1
+    return gap.T, (best[:, last] >= jnp.max(whole_NV, axis=1, keepdims=True)).T
+
+
 def _outcomes(
-    preview: HeadPreview, features: np.ndarray, kernel: jax.Array, chunk: int = 128
+    preview: HeadPreview, features: np.ndarray, kernel: jax.Array
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per token: gap, whether the largest logit is the right one, and the total variation distance."""
-    run = jax.jit(_outcome)
-    short = -len(features) % chunk
-    padded = np.concatenate([features, np.zeros((short, features.shape[1]), features.dtype)])
-    parts = [jax.device_get(run(preview, part, kernel)) for part in np.split(padded, len(padded) // chunk)]
+    parts = _by_chunk(lambda x: _outcome(preview, x, kernel), features)
     gap, right, variation = (np.concatenate(column)[: len(features)] for column in zip(*parts, strict=True))
     return gap, right, variation
 
 
+def _by_chunk(run: Callable[[np.ndarray], Any], features: np.ndarray) -> list[Any]:
+    """Results for `CHUNK` tokens at a time, the last of them padded with zeros."""
+    padded = np.pad(features, [(0, -len(features) % CHUNK), (0, 0)])
+    return [jax.device_get(run(part)) for part in np.split(padded, len(padded) // CHUNK)]
+
+
+@jax.jit
 def _outcome(
     preview: HeadPreview, features_ND: jax.Array, kernel_VD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     found = preview_logits(preview, features_ND, kernel_VD)
-    whole = jnp.einsum("nd,vd->nv", features_ND, kernel_VD, preferred_element_type=jnp.float32)
+    whole = linear(features_ND, kernel_VD, dtype=jnp.float32)
     right = jnp.argmax(found.logits, axis=-1) == jnp.argmax(whole, axis=-1)
     distance = jnp.abs(jax.nn.softmax(found.logits) - jax.nn.softmax(whole))
     return found.gap, right, jnp.sum(distance, axis=-1) / 2

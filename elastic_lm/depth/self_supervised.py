@@ -44,7 +44,7 @@ from elastic_lm.depth.ee_tuning import check_exits, split_exits
 from elastic_lm.depth.fitting import fit_state
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.block import Tap
-from elastic_lm.train.losses import Metrics, Objective, imitation_loss, sum_over_chunks
+from elastic_lm.train.losses import LOSS_CHUNK, Metrics, Objective, imitation_loss, sum_over_chunks
 from elastic_lm.train.method import Method, MethodConfig, RunData
 from elastic_lm.train.state import TrainState
 
@@ -113,7 +113,7 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
     section = SelfSupervisedConfig
 
     config: ModelConfig  # the model with its exits; static
-    loss_chunk: int = 256  # columns of logits alive at once, of the full model and of one exit
+    loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once, of the full model and of one exit
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -30,6 +30,15 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     Raises:
       ValueError: the model_type is not supported, a key is missing or has a value of the wrong type,
         or the file asks for a feature that has no counterpart here; names the key and its value.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      sizes = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+      config = el.hf.config_from_hf({"model_type": "llama", "intermediate_size": 128, **sizes})
+      assert (config.d_model, config.n_layers) == (64, 4)
+      ```
     """
     family = find_family(hf.get("model_type"))
     _refuse(family, hf)
@@ -72,6 +81,14 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     Raises:
       ValueError: the family cannot express this model; names the fields that it would lose, or the
         layers that differ in size.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      entries = el.hf.config_to_hf(el.testing.tiny_config())
+      assert (entries["model_type"], entries["hidden_size"]) == ("llama", 32)
+      ```
     """
     family = find_family(config.family)
     if isinstance(config, ModelConfig):

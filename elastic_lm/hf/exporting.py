@@ -61,6 +61,18 @@ def export(
     Raises:
       ValueError: the family cannot express the model, or parameters and config disagree.
       FileExistsError: `path` holds something that may not be replaced.
+
+    Example:
+      ```python
+      import tempfile
+
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,))
+      with tempfile.TemporaryDirectory() as folder:
+          el.hf.export(config, el.testing.random_params(config), f"{folder}/model")
+          assert el.hf.load(f"{folder}/model")[0].exits == config.exits
+      ```
     """
     target = Path(path)
     _check_target(target, overwrite)

@@ -56,6 +56,16 @@ def load(
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: a file is damaged, the family or one of its features is not supported, a tensor is
         missing, not expected or of the wrong shape. Messages name file, tensor and fix.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+
+      import elastic_lm as el
+
+      config, params = el.hf.load(el.embedded_model())
+      logits = el.Decoder(config).apply({"params": params}, jnp.array([[1, 2, 3]])).logits
+      ```
     """
     folder = Path(path)
     _check_folder(folder)

@@ -160,6 +160,15 @@ def extract(config: ModelConfig, params: Params, n: int) -> tuple[ModelConfig, P
 
     Raises:
       ValueError: the model does not have n layers.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,))
+      small, params = el.depth.extract(config, el.testing.random_params(config), 2)
+      assert (small.n_layers, small.exits) == (2, ())
+      ```
     """
     if not 1 <= n <= config.n_layers:
         raise ValueError(f"n={n}: the model has {config.n_layers} layers; keep between 1 and all of them")

@@ -80,15 +80,8 @@ def preview_logits(preview: HeadPreview, features: jax.Array, kernel_VD: jax.Arr
     x_ND = features.reshape(-1, features.shape[-1])
     n = len(x_ND)
 
-    coordinates = linear(x_ND, preview.down, dtype=jnp.float32)
-    scores_NV = linear(coordinates[:, : preview.rank].astype(x_ND.dtype), preview.up, dtype=jnp.float32)
-    rest_N = jnp.mean(jnp.square(coordinates[:, preview.rank :]), axis=-1)
-    rho_N1 = jnp.sqrt(rest_N + TINY)[:, None]
-
-    hopeful_NV = scores_NV + rho_N1 * preview.spread
-    short = -vocab_size % block
-    padded = jnp.pad(hopeful_NV, [(0, 0), (0, short)], constant_values=-jnp.inf)
-    largest = jnp.max(padded.reshape(n, -1, block), axis=-1)
+    scores_NV, hopeful_NV, rho_N1 = preview_scores(preview, x_ND)
+    largest = jnp.max(by_block(hopeful_NV, block), axis=-1)
     top, index = jax.lax.top_k(largest, min(preview.blocks, largest.shape[1]))
 
     # Rows behind the end of a vocabulary that is no multiple of a block are dropped when they are written.
@@ -101,3 +94,19 @@ def preview_logits(preview: HeadPreview, features: jax.Array, kernel_VD: jax.Arr
     gap = (jnp.max(exact, axis=-1) - top[:, -1]) / rho_N1[:, 0]
     lead = features.shape[:-1]
     return Previewed(logits.reshape(*lead, vocab_size), gap.reshape(lead))
+
+
+def preview_scores(preview: HeadPreview, x_ND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Previewed logits s [N, V], s + rho sigma [N, V], and rho [N, 1], float32."""
+    coordinates = linear(x_ND, preview.down, dtype=jnp.float32)
+    scores_NV = linear(coordinates[:, : preview.rank].astype(x_ND.dtype), preview.up, dtype=jnp.float32)
+    rest_N = jnp.mean(jnp.square(coordinates[:, preview.rank :]), axis=-1)
+    rho_N1 = jnp.sqrt(rest_N + TINY)[:, None]
+    return scores_NV, scores_NV + rho_N1 * preview.spread, rho_N1
+
+
+def by_block(x_NV: jax.Array, block: int) -> jax.Array:
+    """[N, blocks, b], the last block filled up with -infinity."""
+    n, vocab_size = x_NV.shape
+    padded = jnp.pad(x_NV, [(0, 0), (0, -vocab_size % block)], constant_values=-jnp.inf)
+    return padded.reshape(n, -1, block)

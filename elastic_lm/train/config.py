@@ -22,9 +22,10 @@ from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.mesh import MeshConfig
 from elastic_lm.config.model import DTYPES, ExitConfig, ModelConfig
 from elastic_lm.config.task import TaskConfig
+from elastic_lm.train.losses import LOSS_CHUNK
 from elastic_lm.train.method import MethodConfig
 from elastic_lm.train.pretraining import PretrainingConfig
-from elastic_lm.train.registry import method_class
+from elastic_lm.train.registry import method_class, names_with
 from elastic_lm.train.tasks.config import TaskTuningConfig
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
@@ -62,7 +63,7 @@ class TrainConfig:
     clip: float = 1.0  # largest global norm of the gradient; 0 = off
     accumulate: int = 1  # parts a batch is computed in, one after the other
     remat: bool = False  # recompute layers in the backward pass: less memory, more time
-    loss_chunk: int = 256  # columns of logits alive at once
+    loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
     seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
@@ -133,19 +134,18 @@ class RunConfig:
 
         drawn = self.model.exits if self.model and not self.train.init_from else ()
         where = "exits" if self.exits else "model.exits"
-        require(
-            not (self.exits or drawn) or self.method.trains_exits,
-            "method.name",
-            self.method.name,
-            f"trains no exits: choose ee_tuning, self_supervised_exits or joint, or leave {where} out",
-        )
-        for e in (*drawn, *self.exits):
-            require(
-                not e.gate or self.method.trains_gates,
-                f"{e.name}.gate",
-                e.gate,
-                f"method.name={self.method.name!r} trains no gates: choose self_supervised_exits, or set 0",
+        # Only a message asks for the methods with an ability: that imports the modules of all methods.
+        if (self.exits or drawn) and not self.method.trains_exits:
+            raise ValueError(
+                f"method.name={self.method.name!r}: trains no exits: choose {names_with('trains_exits')}, "
+                f"or leave {where} out"
             )
+        for e in (*drawn, *self.exits):
+            if e.gate and not self.method.trains_gates:
+                raise ValueError(
+                    f"{e.name}.gate={e.gate!r}: method.name={self.method.name!r} trains no gates: choose "
+                    f"{names_with('trains_gates')}, or set 0"
+                )
 
         rows = self.data.batch_size
         require(

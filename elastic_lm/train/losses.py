@@ -11,6 +11,8 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import vocab_logits
 
+LOSS_CHUNK = 256  # columns of logits in memory at once, unless a run says otherwise
+
 Objective = Literal["kl", "argmax", "penalised"]
 Metrics = dict[str, jax.Array]
 
@@ -71,7 +73,7 @@ def chunked_cross_entropy(
     *,
     temperature: float = 1.0,
     confidence_weighted: bool = False,
-    chunk: int = 256,
+    chunk: int = LOSS_CHUNK,
 ) -> TokenSums:
     """Next-token cross-entropy that never holds more than `chunk` columns of logits.
 

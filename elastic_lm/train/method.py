@@ -1,15 +1,15 @@
 """What a training method is: its options, what it trains, and on which loss.
 
-A method owns everything that only it needs. `train.run.fit` asks it, in this order:
+A method owns everything that only it needs. A run (`train.run.fit`) calls it in this order:
 
-    create             the method for a model, with the parameters that it adds to the model's (a teacher)
-    split              which parameters train, and which are frozen
-    parameter_groups   which parameters the optimizer treats differently
-    batches            what the steps read: the data as it comes, or what a method makes of it
-    begin              changes to the state at the run's first start (neurons sorted by importance)
-    loss               of one batch; compiled with its gradient
-    for_evaluation     the method whose loss held-out data is measured with
-    finish             what of the trained parameters is the model, and what is saved beside it
+    create             makes the method for a model, and adds parameters of its own (a teacher's)
+    split              says which parameters train, and which are frozen
+    parameter_groups   names the parameters that the optimizer treats differently
+    for_evaluation     gives the method whose loss is measured on held-out data
+    batches            gives what the steps read: the data as it comes, or what the method makes of it
+    begin              changes the state, at the first start of a run alone (neurons sorted by importance)
+    loss               of one batch; compiled with its gradient, and run in every step
+    finish             separates the model from what only training needed, and names files to save beside it
 
 A new method is a file with two classes, a `MethodConfig` (the `method` section of a run's config) and a
 `Method`, and one row in `train.registry`, or a call of `train.registry.register` from outside the package.
@@ -45,6 +45,22 @@ class MethodConfig:
 
     Attributes:
       name: of the method, a row of `train.registry`; static, like every option.
+
+    Example:
+      ```python
+      import dataclasses
+
+      import elastic_lm as el
+
+
+      @dataclasses.dataclass(frozen=True, kw_only=True)
+      class NormOnlyConfig(el.train.MethodConfig):
+          name: str = "norm_only"
+          smoothing: float = 0.0
+
+
+      assert NormOnlyConfig(smoothing=0.1).name == "norm_only"
+      ```
     """
 
     name: str
@@ -136,6 +152,29 @@ class Method(Generic[AnyBatch]):
 
     The fields of a subclass are `config` (of the model), those of its `section`, and any of the run-wide
     options `seed`, `steps`, `loss_chunk` and `remat` that it reads.
+
+    Example:
+      ```python
+      import dataclasses
+
+      import jax.numpy as jnp
+
+      import elastic_lm as el
+
+
+      @dataclasses.dataclass(frozen=True)
+      class SmallLogits(el.train.PretrainingConfig, el.train.Method):
+          section = el.train.PretrainingConfig
+          config: el.ModelConfig
+
+          def loss(self, trainable, frozen, batch, step):
+              loss = jnp.mean(el.Decoder(self.config).apply({"params": trainable}, batch.tokens).logits ** 2)
+              return loss, {"loss": loss}
+
+
+      method = SmallLogits(el.testing.tiny_config())
+      assert method.split({"embed": {}}) == ({"embed": {}}, {})  # everything trains
+      ```
     """
 
     section: ClassVar[type[MethodConfig]]  # class of the options
@@ -168,25 +207,13 @@ class Method(Generic[AnyBatch]):
         """Splits parameters into (trainable, frozen), two trees with disjoint top-level keys."""
         return params, {}
 
-    def loss(
-        self, trainable: Params, frozen: Params, batch: AnyBatch, step: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
-        """What is minimised; pure and traced.
-
-        Args:
-          trainable: first result of `split`; the gradient is taken with respect to it.
-          frozen: second result of `split`.
-          batch: rows, with the `weights` of what counts.
-          step: int32 scalar, optimizer steps done; the largest int32 in evaluation.
-
-        Returns:
-          (scalar float32, float32 scalars by name), each per counted token or row of the batch.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
-
     def parameter_groups(self) -> tuple[ParameterGroup, ...]:
         """Parameters that the optimizer treats differently from the rest."""
         return ()
+
+    def for_evaluation(self) -> "Method[Any]":
+        """The method whose loss held-out data is measured with."""
+        return self
 
     def batches(self, batches: Iterator[Any], frozen: Params, data: RunData) -> Any:
         """What the training steps read; it has `get_state` and `set_state`, so that a run can resume.
@@ -211,9 +238,21 @@ class Method(Generic[AnyBatch]):
         """
         return state
 
-    def for_evaluation(self) -> "Method[Any]":
-        """The method whose loss held-out data is measured with."""
-        return self
+    def loss(
+        self, trainable: Params, frozen: Params, batch: AnyBatch, step: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """What is minimised; pure and traced.
+
+        Args:
+          trainable: first result of `split`; the gradient is taken with respect to it.
+          frozen: second result of `split`.
+          batch: rows, with the `weights` of what counts.
+          step: int32 scalar, optimizer steps done; the largest int32 in evaluation.
+
+        Returns:
+          (scalar float32, float32 scalars by name), each per counted token or row of the batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def finish(self, params: Params, data: RunData) -> Finished:
         """Separates the model from what only training needed.

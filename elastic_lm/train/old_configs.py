@@ -99,8 +99,6 @@ def upgraded(values: dict[str, Any], *, stored: bool = False) -> dict[str, Any]:
         section, _, last = new.rpartition(".")
         target = method.setdefault(section, {}) if section else method
         target[last] = train.pop(key)
-    if "menu" in method:
-        method["menu"].setdefault("heads", (1.0,))  # the default of 0.1
     if not stored:
         changes = [f"method.{new} for train.{key}" for key, new in moved.items()]
         warnings.warn(

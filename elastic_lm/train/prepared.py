@@ -1,11 +1,12 @@
 """What `train.run.fit` needs at step 0 of a run, be it on text or on labelled records."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from elastic_lm.config.subnet import Menu
-from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.models.decoder import Params
 from elastic_lm.train.method import Method, RunData
 
@@ -33,3 +34,16 @@ class Prepared:
     rate: str = "tokens_per_s"
     menu: Menu | None = None
     canonical: Callable[[Params], Params] = lambda params: params
+
+
+def learned_tokenizer(workdir: Path, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
+    """A BPE tokenizer of a run that has none; it is kept, so that a resumed run reads the same ids.
+
+    Args:
+      workdir: the tokenizer.json is written here, or read where it lies there already.
+      texts: gives what the tokenizer is learned from; called only where none is kept.
+      vocab_size: number of ids.
+    """
+    if not (workdir / "tokenizer.json").is_file():
+        train_bpe(texts(), vocab_size).save(workdir)
+    return Tokenizer.load(workdir)

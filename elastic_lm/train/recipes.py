@@ -28,6 +28,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: the file has no get_config, or a key or value is refused; names it.
+
+    Example:
+      ```python
+      import pathlib
+      import tempfile
+
+      import elastic_lm as el
+
+      recipe = "def get_config(arg): return {'train': {'init_from': 'models/my-model', 'steps': 900}}"
+      with tempfile.TemporaryDirectory() as folder:
+          pathlib.Path(folder, "mine.py").write_text(recipe)
+          run = el.train.load_config(f"{folder}/mine.py", ["train.lr=1e-3"])
+      assert (run.train.steps, run.train.lr) == (900, 1e-3)
+      ```
     """
     values = _run_file(path)
     for override in overrides:

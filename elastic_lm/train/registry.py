@@ -35,6 +35,16 @@ def names() -> tuple[str, ...]:
     return (*METHODS, *_REGISTERED)
 
 
+def names_with(ability: str) -> str:
+    """The methods whose options say that they can do something, as a message lists them.
+
+    Args:
+      ability: a class attribute of `MethodConfig`: "trains_exits" or "trains_gates".
+    """
+    able = [name for name in names() if getattr(method_class(name).section, ability)]
+    return " or ".join(filter(None, (", ".join(able[:-1]), *able[-1:])))
+
+
 def register(method: AnyMethod) -> AnyMethod:
     """Adds a method of a user's own; a class decorator.
 
@@ -46,6 +56,24 @@ def register(method: AnyMethod) -> AnyMethod:
 
     Raises:
       ValueError: a method of the package has that name.
+
+    Example:
+      ```python
+      import dataclasses
+
+      import elastic_lm as el
+
+
+      @dataclasses.dataclass(frozen=True, kw_only=True)
+      class MineConfig(el.train.MethodConfig):
+          name: str = "mine"
+
+
+      @el.train.register
+      @dataclasses.dataclass(frozen=True)
+      class Mine(MineConfig, el.train.Method):
+          section = MineConfig
+      ```
     """
     name = method.section.name  # the default of a dataclass field is an attribute of the class
     require(name not in METHODS, "name", name, "a method of the package has this name; choose another")

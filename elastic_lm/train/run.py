@@ -4,12 +4,16 @@ import dataclasses
 import logging
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import jax
 
 from elastic_lm.checkpoints.native import Checkpoints, check_target, local_folder, save_model
+from elastic_lm.config.encoder import EncoderConfig
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh
 from elastic_lm.report.writers import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
 from elastic_lm.train import loop
@@ -25,7 +29,21 @@ from elastic_lm.train.text import prepare_text
 MODEL_FOLDER = "model"
 
 
-def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Any, Params, dict[str, float]]:
+@overload
+def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, dict[str, float]]: ...
+
+
+@overload
+def fit(
+    config: TaskRun, workdir: str | Path
+) -> tuple[EncoderConfig | EncoderDecoderConfig, Params, dict[str, float]]: ...
+
+
+@overload
+def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Params, dict[str, float]]: ...
+
+
+def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Params, dict[str, float]]:
     """Trains what `config` describes; run again after a stop, it continues where it was.
 
     Args:

@@ -14,15 +14,15 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data import pipeline
-from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models.decoder import Params, stack_layers, unstack_layers
 from elastic_lm.models.exits import attach_exits, extract
 from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import check_rows, param_shardings, stacked_shardings
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.method import Arrays, RunData
-from elastic_lm.train.prepared import Prepared
-from elastic_lm.train.registry import method_class
+from elastic_lm.train.prepared import Prepared, learned_tokenizer
+from elastic_lm.train.registry import method_class, names_with
 from elastic_lm.train.step import place_batch
 
 
@@ -73,8 +73,6 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
 def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
     """The configured tokenizer, that of the initial checkpoint, or a BPE learned from the training text.
 
-    A learned one is kept in `workdir`, so that a resumed run reads the same ids.
-
     Args:
       config: the whole run.
       workdir: a learned tokenizer.json is written here, or read where it lies there already.
@@ -86,10 +84,8 @@ def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
     if source:
         return Tokenizer.load(source)
 
-    if not (workdir / "tokenizer.json").is_file():
-        assert config.model is not None
-        train_bpe(pipeline.file_texts(config.data), config.model.vocab_size).save(workdir)
-    return Tokenizer.load(workdir)
+    assert config.model is not None
+    return learned_tokenizer(workdir, lambda: pipeline.file_texts(config.data), config.model.vocab_size)
 
 
 def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[ModelConfig, Params]:
@@ -113,13 +109,11 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
         model = decoder.config
         if train.init_layers:
             model, params = extract(model, params, train.init_layers)
-        require(
-            not model.exits or config.method.trains_exits,
-            "method.name",
-            config.method.name,
-            f"{train.init_from} has exits, which it does not train; choose joint or ee_tuning, or export the "
-            "model without exits",
-        )
+        if model.exits and not config.method.trains_exits:
+            raise ValueError(
+                f"method.name={config.method.name!r}: {train.init_from} has exits, which it does not train; "
+                f"choose {names_with('trains_exits')}, or export the model without exits"
+            )
     else:
         assert config.model is not None
         model = dataclasses.replace(config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)

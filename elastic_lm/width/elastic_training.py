@@ -45,6 +45,7 @@ from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.train.losses import (
+    LOSS_CHUNK,
     Metrics,
     TokenSums,
     chunked_cross_entropy,
@@ -54,12 +55,12 @@ from elastic_lm.train.losses import (
 )
 from elastic_lm.train.method import TEACHER, Finished, Method, MethodConfig, RunData, options
 from elastic_lm.train.state import TrainState
+from elastic_lm.width.importance import STORAGE_GROUPS
 from elastic_lm.width.ranking import rank_state
 from elastic_lm.width.switched import MenuIndices, elastic_taps
 
 Draw = Literal["per_layer", "uniform", "one_per_step"]
 TeacherKind = Literal["live", "frozen"]
-STORAGE_GROUPS = 16  # of a model that becomes elastic; devices of a tensor axis divide them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class ElasticTrainingConfig(MethodConfig):
     smallest_share: float = 0.5  # probability that x_1 is the smallest
     distil: float = 0.0  # d
     teacher: TeacherKind = "live"  # p, where d > 0
-    elastic_groups: int = 0  # storage groups of neurons; 0 = the model's own, or 16
+    elastic_groups: int = 0  # storage groups of neurons; 0 = the model's own, or STORAGE_GROUPS
     rank_batches: int = 16  # batches that rank neurons and heads of init_from, unless it is ranked
 
     def __post_init__(self) -> None:
@@ -151,7 +152,7 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
 
     config: ModelConfig  # the model, ranked (`width.importance`) or new; its exits are not used; static
     seed: int = 0  # of the draws
-    loss_chunk: int = 256  # columns of logits alive at once, of the teacher and of one subnet
+    loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once, of the teacher and of one subnet
     remat: bool = False  # recompute layers in the backward pass
     unsorted: bool = False  # a pretrained model whose neurons and heads `begin` sorts
 

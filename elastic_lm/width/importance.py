@@ -42,6 +42,8 @@ from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.norm import Norm
 from elastic_lm.width.axes import Edit, edit_params
 
+STORAGE_GROUPS = 16  # of neurons; the number of devices that a tensor axis has must divide it
+
 Scores = dict[str, np.ndarray]
 
 
@@ -245,7 +247,7 @@ def permute(
     params: Params,
     importance: Importance,
     *,
-    groups: int = 16,
+    groups: int = STORAGE_GROUPS,
     channels: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """Sorts a model by importance; it computes what it did.

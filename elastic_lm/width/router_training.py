@@ -54,7 +54,14 @@ from elastic_lm.cost.latency_table import LatencyTable
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.linear import Linear
-from elastic_lm.train.losses import Metrics, TokenSums, imitation_loss, sum_over_chunks, token_sums
+from elastic_lm.train.losses import (
+    LOSS_CHUNK,
+    Metrics,
+    TokenSums,
+    imitation_loss,
+    sum_over_chunks,
+    token_sums,
+)
 from elastic_lm.train.method import Finished, Method, MethodConfig, ParameterGroup, RunData, options
 from elastic_lm.width.gated import Picks, gated_hidden
 from elastic_lm.width.router import SLOPE, budget_code, init_router, router_input, straight_through
@@ -186,7 +193,7 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
     steps: int  # of the whole run, over which noise fades
     initial: Any = dataclasses.field(default=None, compare=False)  # routers to start from; None = new ones
     seed: int = 0  # of the draws and of new routers
-    loss_chunk: int = 256  # columns of logits alive at once
+    loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
     remat: bool = False  # recompute layers in the backward pass
 
     def __post_init__(self) -> None:

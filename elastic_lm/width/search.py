@@ -342,11 +342,14 @@ def _stdout_kept() -> Iterator[None]:
     """Sends to stderr what C code prints.
 
     The solver in scipy 1.17 prints a line of its own debugging now and then, and stdout may be a user's JSON.
+    Where stdout or stderr has no open file descriptor, C code prints as it would anyway.
     """
-    if sys.platform == "win32":
+    stdout = None if sys.platform == "win32" else _copy_of_stdout()
+    if stdout is None:
         yield
         return
-    flush, stdout = ctypes.CDLL(None).fflush, os.dup(1)
+
+    flush = ctypes.CDLL(None).fflush
     try:
         flush(None)
         os.dup2(2, 1)
@@ -355,6 +358,15 @@ def _stdout_kept() -> Iterator[None]:
         flush(None)  # C keeps what it prints until there is a pageful
         os.dup2(stdout, 1)
         os.close(stdout)
+
+
+def _copy_of_stdout() -> int | None:
+    """A new descriptor of what descriptor 1 writes to; None where it or that of stderr is closed."""
+    try:
+        os.fstat(2)
+        return os.dup(1)
+    except OSError:
+        return None
 
 
 def evolutionary(

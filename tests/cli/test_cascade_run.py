@@ -251,6 +251,60 @@ def test_an_exit_of_an_encoder_is_a_swift(
         assert a == {**b, "score": pytest.approx(b["score"])}
 
 
+RULES = """
+from elastic_lm.cascade import Answer
+
+
+def answer(record):
+    return Answer(len(record["text"]) % 2, {"energy": float(len(record["text"]))}, cost=1.0)
+"""
+
+
+def test_a_python_file_is_an_answerer(tmp_path: pathlib.Path, capsys) -> None:
+    swift, super_, data, out = (
+        tmp_path / name for name in ("rules.py", "labels.py", "in.jsonl", "out.jsonl")
+    )
+    swift.write_text(RULES)
+    super_.write_text("answer = lambda record: record['label']")
+    data.write_text("".join(json.dumps({"text": "x" * n, "label": 7}) + "\n" for n in range(4)))
+    given = ("--swift", f"Function:{swift}", "--super", f"Function:{super_}", "--data", data, "--out", out)
+    assert run("cascade", "run", *given, "--threshold", 2) == 0
+    lines = list(read_records(out))
+    assert [line["output"] for line in lines] == [7, 7, 0, 1]
+    assert [line["model"] for line in lines] == ["super", "super", "swift", "swift"]
+
+    # Another file is another model, whose answers do not go on with those of the first.
+    swift.write_text(RULES + "# changed")
+    assert run("cascade", "run", *given, "--threshold", 2) == 2
+    assert "was begun with swift_checkpoint=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("swift", "options", "message"),
+    [
+        ("Function:none.py", (), "No such file or directory: 'none.py'"),
+        ("Function:empty.py", (), "empty.py has no function answer: define answer(record)"),
+        ("Answer:empty.py", (), "model='Answer:empty.py': is no answerer that a command can make"),
+        ("Function:rules.py", ("--max-new-tokens", 3), "--max-new-tokens=3: is read by"),
+        (
+            "Function:rules.py",
+            ("--temperature", 2),
+            "answerers by name, which answer with energies of their own",
+        ),
+    ],
+)
+def test_answerers_by_name_that_do_not_work(tmp_path, capsys, monkeypatch, swift, options, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("empty.py").touch()
+    pathlib.Path("rules.py").write_text(RULES)
+    pathlib.Path("in.jsonl").write_text('{"text": "x"}\n')
+    given = ("--swift", swift, "--super", "Function:rules.py", "--data", "in.jsonl", "--out", "out.jsonl")
+    assert run("cascade", "run", *given, "--threshold", 2, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.strip().count("\n") == 0
+
+
 @pytest.mark.parametrize(
     ("super_", "message"),
     [

@@ -22,8 +22,9 @@ from elastic_lm.cli import bench, calibrate, convert, evaluate, export, generate
 from elastic_lm.cli.cascade import fit, run
 from elastic_lm.cli.main import COMMANDS, build_parsers
 from elastic_lm.cli.parser import CommandOptions, Parser
-from elastic_lm.config.cascade import DEFAULT_EPSILON, DEFAULT_SCORE, SOURCE_TOKENS, Centre
+from elastic_lm.config.cascade import DEFAULT_SCORE, SOURCE_TOKENS, Centre
 from elastic_lm.config.exit_policy import STRATEGIES, Strategy
+from elastic_lm.config.guarantee import DEFAULT_EPSILON
 from elastic_lm.config.subnet import BUDGET_KINDS, Budget
 from elastic_lm.cost.counted import Workload
 from elastic_lm.decode.options import DecodeOptions

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from elastic_lm.config.parse import from_dict
+from elastic_lm.config.subnet import Menu
 from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.recipes import load_config
 from elastic_lm.train.registry import METHODS, method_class
@@ -42,6 +43,21 @@ def test_argument_and_overrides(file: Path) -> None:
     assert (config.data.source, config.data.paths) == ("text", ("a.txt",))
     assert config.model is not None
     assert config.model.n_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("menu", "expected"),
+    [
+        ("method.menu.mlp=(0.5, 1.0)", Menu(mlp=(0.5, 1.0), heads=(1.0,))),
+        ("method.menu.dropped=(1,)", Menu(heads=(1.0,), dropped=(1,))),
+        ("method.menu.heads=(0.5, 1.0)", Menu()),
+        ("method.menu={}", Menu(heads=(1.0,))),
+    ],
+)
+def test_a_part_of_a_menu_overrides_only_the_fields_that_it_names(
+    file: Path, menu: str, expected: Menu
+) -> None:
+    assert load_config(str(file), ["method.name=flextron", menu]).method.menu == expected
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,21 @@ def test_what_the_solver_prints_does_not_reach_stdout(capfd: pytest.CaptureFixtu
     shown = capfd.readouterr()
     assert shown.out == "before\nafter\n"
     assert shown.err == "from C\n"
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_the_knapsack_runs_where_a_standard_stream_is_closed(descriptor: int) -> None:
+    config, menu, table, damage = problem("wide", "latency_ms")
+    budget = budget_at(table, menu, 0.5)
+    expected = knapsack(config, menu, table, budget, damage)
+    kept = os.dup(descriptor)
+    try:
+        os.close(descriptor)
+        found = knapsack(config, menu, table, budget, damage)
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+    assert found == expected
 
 
 def searched(given: TaskProblem, budget: Budget, uniform: bool = True) -> dict[str, Subnet]:

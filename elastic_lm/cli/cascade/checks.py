@@ -3,7 +3,7 @@
 import re
 import string
 
-from elastic_lm.cascade.answerer import Answerer, Record
+from elastic_lm.cascade.answerer import Answerer, NamedAnswerer, Record
 from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.endpoint import Endpoint
 from elastic_lm.cascade.multiple_choice import MultipleChoice
@@ -14,6 +14,7 @@ from elastic_lm.config.checks import require
 # Kinds of models, as messages call them.
 ENCODER, WRITER, CHOOSER, GENERATOR = "encoders", "encoder-decoders", "decoders that choose", "decoders"
 SERVICE, COMPLETION = "services", "services of --style openai"
+NAMED = "answerers by name"
 
 # Options that only some kinds of models read.
 READERS = {
@@ -44,8 +45,9 @@ def check_pair(options: PairOptions, row: Record, swift: Answerer, super_: Answe
       ValueError: an option is read by neither model, a field is missing, or the Swift has no scores.
     """
     kinds = [_kind(options, model) for model in (swift, super_)]
-    _check_readers(options, kinds)
-    _check_fields(options, row, kinds)
+    named = {field for model in (swift, super_) for field in _reads(model)}
+    _check_readers(options, kinds, named)
+    _check_fields(options, row, kinds, named)
     if isinstance(swift, Classifier) and not swift.classes and score != "random":
         place = f"--swift {options.swift}"
         if options.swift_exit is not None:
@@ -59,42 +61,50 @@ def check_pair(options: PairOptions, row: Record, swift: Answerer, super_: Answe
 def _kind(options: PairOptions, model: Answerer) -> str:
     if isinstance(model, Endpoint):
         return COMPLETION if options.style == "openai" else SERVICE
+    if isinstance(model, NamedAnswerer):
+        return NAMED
     kinds = {Classifier: ENCODER, TextAnswerer: WRITER, MultipleChoice: CHOOSER}
     return kinds.get(type(model), GENERATOR)
 
 
-def _check_readers(options: PairOptions, kinds: list[str]) -> None:
+def _reads(model: Answerer) -> tuple[str, ...]:
+    """Options that an answerer by name reads."""
+    return model.reads if isinstance(model, NamedAnswerer) else ()
+
+
+def _check_readers(options: PairOptions, kinds: list[str], named: set[str]) -> None:
     found = " and ".join(dict.fromkeys(kinds))
     for field, readers in READERS.items():
         value = options.chosen(field)
         require(
-            value is None or bool({*readers} & {*kinds}),
+            value is None or field in named or bool({*readers} & {*kinds}),
             flag_name(field),
             value,
             f"is read by {', '.join(readers)}, and these are {found}; leave it out",
         )
 
-    swift_is_service, super_is_service = (kind in (SERVICE, COMPLETION) for kind in kinds)
+    swift, super_ = kinds
     require(
-        super_is_service or not options.super_cost,
+        super_ in (SERVICE, COMPLETION) or not options.super_cost,
         "--super-cost",
         options.super_cost,
         "is of a service, and the Super's own costs are known; leave it out",
     )
+    own_energies = (SERVICE, COMPLETION, NAMED)
     for field in ("temperature", "centre"):
         value = getattr(options, field)
         require(
-            value is None or not swift_is_service,
+            value is None or swift not in own_energies,
             flag_name(field),
             value,
-            "the Swift is a service, which answers with energies of its own; leave it out",
+            f"the Swift is one of the {swift}, which answer with energies of their own; leave it out",
         )
 
 
-def _check_fields(options: PairOptions, row: Record, kinds: list[str]) -> None:
+def _check_fields(options: PairOptions, row: Record, kinds: list[str], named: set[str]) -> None:
     """The fields that the models read have to be in the first row."""
     reads_text = {ENCODER, CHOOSER, GENERATOR, COMPLETION} | (set() if options.template else {WRITER})
-    reads = bool(reads_text & {*kinds}) or options.chosen("text_field") is not None
+    reads = bool(reads_text & {*kinds}) or "text_field" in named or options.chosen("text_field") is not None
     fix = f"is no field of the first row of {options.data}, which has {', '.join(row)}"
     require(not reads or options.text_field in row, "--text-field", options.text_field, fix)
     require(not options.pair_field or options.pair_field in row, "--pair-field", options.pair_field, fix)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from elastic_lm.cli.cascade.options import PairOptions, add_pair_flags, flag_name, is_url
 from elastic_lm.cli.parser import require_share, share
-from elastic_lm.config.cascade import DEFAULT_EPSILON, CostUnit
+from elastic_lm.config.cascade import CostUnit
 from elastic_lm.config.checks import NOT_NEGATIVE, require, require_choice
+from elastic_lm.config.guarantee import DEFAULT_EPSILON
 
 if TYPE_CHECKING:
     from elastic_lm.cascade.answerer import Record

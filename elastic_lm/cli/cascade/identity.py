@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import PLACES, Scoring
-from elastic_lm.cli.cascade.options import PairOptions, is_url
+from elastic_lm.cli.cascade.options import PairOptions, answerer_name, is_url
 from elastic_lm.files.fingerprints import checkpoint_fingerprint, file_sha256
 
 # The options that change answers. The others change how long answers take, or no model reads them.
@@ -28,13 +28,20 @@ ANSWERING = (
 
 
 def fingerprints(options: PairOptions) -> dict[str, str | None]:
-    """Fingerprints of the checkpoints of "swift" and "super"; None = a service.
+    """Fingerprints of the checkpoints, or files, of "swift" and "super"; None = a service.
 
     Raises:
-      FileNotFoundError: a folder is not there.
+      FileNotFoundError: a folder or file is not there.
     """
     places = {"swift": options.swift or options.super_, "super": options.super_}
-    return {name: None if is_url(at) else checkpoint_fingerprint(at) for name, at in places.items()}
+    return {name: _fingerprint(at) for name, at in places.items()}
+
+
+def _fingerprint(place: str) -> str | None:
+    if is_url(place):
+        return None
+    name, rest = answerer_name(place)
+    return file_sha256(rest) if name and not Path(rest).is_dir() else checkpoint_fingerprint(rest)
 
 
 def identity(options: PairOptions, found: Mapping[str, str | None], scoring: Scoring) -> dict[str, Any]:

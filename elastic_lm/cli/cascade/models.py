@@ -1,9 +1,10 @@
-"""From what `elastic-lm cascade` is given, a folder or an address, to a model of a cascade."""
+"""From what `elastic-lm cascade` is given, a folder, an address or a name, to a model of a cascade."""
 
 import os
 from typing import Any
 
-from elastic_lm.cascade.answerer import Answerer, Record
+from elastic_lm import cascade
+from elastic_lm.cascade.answerer import Answerer, NamedAnswerer, Record
 from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.endpoint import Endpoint
 from elastic_lm.cascade.generator import Generator
@@ -12,8 +13,9 @@ from elastic_lm.cascade.scores import PLACES, Scoring
 from elastic_lm.cascade.shared_model import shared_classifier, shared_generator, shared_multiple_choice
 from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.checkpoints.loading import load
-from elastic_lm.cli.cascade.options import KEY, PairOptions, is_url
+from elastic_lm.cli.cascade.options import KEY, PairOptions, answerer_name, is_url
 from elastic_lm.config.cascade import DEFAULT_SCORE
+from elastic_lm.config.checks import require
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.seq2seq import LONGEST, TextToText
@@ -52,11 +54,11 @@ def make_pair(
 def make_answerer(
     options: PairOptions, place: str, row: Record, scoring: Scoring, *, cost: float, score: str = ""
 ) -> Answerer:
-    """One model, of the kind that its folder holds.
+    """One model, of the kind that is named, or that its folder holds.
 
     Args:
       options: of the command.
-      place: folder or address.
+      place: folder, address, or name and file.
       row: see `make_pair`.
       scoring: of its energy.
       cost: FLOPs of a row, where the model is a service.
@@ -64,6 +66,9 @@ def make_answerer(
     """
     if is_url(place):
         return _service(options, place, cost)
+    name, rest = answerer_name(place)
+    if name:
+        return _named(options, name, rest)
     model, params = load(place)
     tokenizer = Tokenizer.load(place)
     shared: dict[str, Any] = {"scoring": scoring, "batch_size": options.batch_size}
@@ -88,6 +93,14 @@ def make_answerer(
     sampler = Sampler(Decoder(config), params, tokenizer, window=1)
     prompt = {"prompt_field": options.text_field, "scored": bool(score)}
     return Generator(sampler, options.max_new_tokens, **prompt, **shared)
+
+
+def _named(options: PairOptions, name: str, place: str) -> NamedAnswerer:
+    """An answerer by the name of its class."""
+    found = getattr(cascade, name)
+    fix = "is no answerer that a command can make; give it a classmethod from_place"
+    require(hasattr(found, "from_place"), "model", f"{name}:{place}", fix)
+    return found.from_place(place, **{field: getattr(options, field) for field in found.reads})
 
 
 def _service(options: PairOptions, url: str, cost: float) -> Endpoint:

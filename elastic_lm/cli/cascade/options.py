@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from elastic_lm.cli.parser import CommandOptions
 from elastic_lm.config.cascade import (
+    BATCH_SIZE,
     DEFAULT_SCORE,
     KINDS,
     RETRIES,
@@ -24,11 +25,11 @@ KEY = "ELASTIC_LM_API_KEY"  # environment variable with the key of a service
 class PairOptions(CommandOptions):
     """Two models and the rows that they answer."""
 
-    swift: str | None = None  # the small model: a folder or an address
+    swift: str | None = None  # the small model: a folder, an address, or NAME:FILE
     swift_exit: int | None = None  # instead: the exit after this layer of the Super
-    super_: str  # the large model: a folder or an address
+    super_: str  # the large model: a folder, an address, or NAME:FILE
     max_new_tokens: int = 32  # of generated answers
-    batch_size: int = 16  # rows per batch
+    batch_size: int = BATCH_SIZE  # rows per batch
     normalise: Normalise = get_args(Normalise)[0]
     timeout: float = TIMEOUT  # of a service, seconds
     retries: int = RETRIES  # of a service, per row
@@ -89,6 +90,18 @@ def is_url(place: str) -> bool:
     return place.startswith(("http://", "https://"))
 
 
+def answerer_name(place: str) -> tuple[str, str]:
+    """(NAME, PLACE) of "NAME:PLACE", where NAME is an answerer on the face `elastic_lm.cascade`.
+
+    Args:
+      place: of a model; NAME is "" for folders and addresses, which need none.
+    """
+    from elastic_lm import cascade  # a list of names, which imports none of them
+
+    name, colon, rest = place.partition(":")
+    return (name, rest) if colon and name in cascade.__all__ else ("", place)
+
+
 def add_pair_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `PairOptions`."""
     _add_models(parser)
@@ -98,9 +111,10 @@ def add_pair_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, PairOptions
-    add("--swift", metavar="DIR|URL", help="the small model: a folder, or a service that answers with scores")
+    small = "the small model: a folder, a service that answers with scores, or an answerer by its name, as "
+    add("--swift", metavar="DIR|URL|NAME:FILE", help=f"{small}Function:rules.py")
     add("--swift-exit", type=int, metavar="L", help="instead: the exit after this layer of the Super")
-    add("--super", dest="super_", required=True, metavar="DIR|URL", help="the large model")
+    add("--super", dest="super_", required=True, metavar="DIR|URL|NAME:FILE", help="the large model")
     longest = f"of generated answers (default: {default.max_new_tokens})"
     add("--max-new-tokens", type=int, metavar="N", help=longest)
     add("--batch-size", type=int, metavar="N", help=f"rows per batch (default: {default.batch_size})")

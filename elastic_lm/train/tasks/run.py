@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data import labelled, pairs
-from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models import registry
 from elastic_lm.models.sharding import check_rows, param_shardings
 from elastic_lm.train.config import TaskRun
 from elastic_lm.train.method import RunData
-from elastic_lm.train.prepared import Prepared
+from elastic_lm.train.prepared import Prepared, learned_tokenizer
 from elastic_lm.train.registry import method_class
 from elastic_lm.train.step import place_batch
 from elastic_lm.train.tasks.answers import check_vocabulary, load_of
@@ -78,19 +78,14 @@ def prepare_task(run: TaskRun, workdir: Path, mesh: Mesh) -> Prepared:
 
 
 def prepare_tokenizer(run: TaskRun, workdir: Path) -> Tokenizer:
-    """The configured tokenizer, that of the initial checkpoint, or a BPE learned from both texts of pairs.
-
-    A learned one is kept in `workdir`, so that a resumed run reads the same ids.
-    """
+    """The configured tokenizer, that of the initial checkpoint, or a BPE learned from both texts of pairs."""
     if source := run.task.tokenizer or run.train.init_from:
         if not run.task.tokenizer and not Path(source).is_dir():
             load(source)  # says how to get a model
         return Tokenizer.load(source)
 
     assert run.encoder_decoder is not None
-    if not (workdir / "tokenizer.json").is_file():
-        train_bpe(pairs.pair_texts(run.task), run.encoder_decoder.vocab_size).save(workdir)
-    return Tokenizer.load(workdir)
+    return learned_tokenizer(workdir, lambda: pairs.pair_texts(run.task), run.encoder_decoder.vocab_size)
 
 
 def prepare_writer(run: TaskRun, tokenizer: Tokenizer, mesh: Mesh) -> tuple[EncoderDecoderConfig, Params]:

@@ -19,7 +19,7 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
-from elastic_lm.train.losses import Metrics, sum_over_chunks
+from elastic_lm.train.losses import LOSS_CHUNK, Metrics, sum_over_chunks
 from elastic_lm.train.method import TEACHER, Finished, Method, RunData
 from elastic_lm.train.tasks.config import TaskTuningConfig
 
@@ -69,7 +69,7 @@ class SequenceToSequence(TaskTuningConfig, Method[PairBatch]):
 
     config: EncoderDecoderConfig  # the model; static
     teacher: EncoderDecoderConfig | None = None  # what is distilled, its parameters under `TEACHER`; static
-    loss_chunk: int = 256  # target positions per row whose logits are alive at once
+    loss_chunk: int = LOSS_CHUNK  # target positions per row whose logits are alive at once
 
     def __post_init__(self) -> None:
         super().__post_init__()

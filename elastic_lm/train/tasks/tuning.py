@@ -65,7 +65,19 @@ class TaskBatch:
 
 @dataclasses.dataclass(frozen=True)
 class TaskTuning(TaskTuningConfig, Method[TaskBatch]):
-    """Trains an encoder with a task head, or parts of it (BERT, arXiv 1810.04805; DeeBERT, 2004.12993)."""
+    """Trains an encoder with a task head, or parts of it (BERT, arXiv 1810.04805; DeeBERT, 2004.12993).
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      shape = {"vocab_size": 64, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 32, "n_labels": 2}
+      config = el.EncoderConfig(**shape)
+      method = el.train.TaskTuning(config, tuned="head")
+      trainable, frozen = method.split(el.testing.random_params(config))
+      assert trainable.keys() == {"pooler", "head"}
+      ```
+    """
 
     section = TaskTuningConfig
     batch = TaskBatch
