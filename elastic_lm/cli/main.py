@@ -19,6 +19,7 @@ COMMANDS = (
     "export",
     "train",
     "calibrate",
+    "preview",
     "latency",
     "generate",
     "evaluate",

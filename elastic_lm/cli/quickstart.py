@@ -21,7 +21,7 @@ from elastic_lm.config.model import ExitKind
 from elastic_lm.quickstart.options import Options as Job
 
 HELP = """\
-Main job end to end: exits attached, tuned, calibrated, and measured against full depth.
+Main job end to end: what pays is planned, tuned, calibrated, and measured against full depth.
 
 elastic-lm quickstart                              a few minutes on two CPU cores
 elastic-lm quickstart --hf-dir my-model --data book.txt
@@ -62,6 +62,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     exits = "layers with an exit (default: one, after three quarters of them)"
     add("--exits", type=layers, metavar="L,L", help=exits)
     add("--kind", help=f"exit kind: {listed(get_args(ExitKind))} (default: {Job.kind})")
+    minutes = f"with --hf-dir: about how long the run may take (default: {Job.minutes:g})"
+    add("--minutes", type=float, metavar="M", help=minutes)
     add("--steps", type=int, metavar="N", help=f"EE-tuning steps (default: {Job.steps})")
     targets = f"agreements with the full model (default: {listed(Job.targets, ',')})"
     add("--targets", type=shares, metavar="A,A", help=targets)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import lookup
 from elastic_lm.decode.served import Served
 from elastic_lm.decode.state import Controls, DecodeState
@@ -83,3 +84,12 @@ def _measure(
     rounds = [[seconds(width, 1) - seconds(width, 0) for width in widths] for _ in range(ROUNDS)]
     by_width = [max(statistics.median(column), 1e-9) for column in zip(*rounds, strict=True)]
     return tuple(by_width[sum(width < t for width in widths)] for t in range(1, window + 1))
+
+
+def measured_costs(config: ModelConfig, *, batch: int, greedy: bool, window: int) -> tuple[float, ...]:
+    """What `tick_costs` has measured for a model in this process: seconds of 1 .. W positions per row.
+
+    Raises:
+      KeyError: nothing of the kind has run.
+    """
+    return _measured[(config, batch, greedy, window, jax.devices()[0].device_kind)]

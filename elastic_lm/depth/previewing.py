@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def fit_preview(
     Args:
       config: the model; static under `jit`.
       params: its parameters, canonical or stacked.
-      batches: packed batches, or dicts of their fields; targets are not read.
+      batches: packed batches, or dicts of their fields, at least 4; targets are not read.
       agreement: share of tokens that must keep the whole head's choice.
       ranks: candidates for r.
       blocks: candidates for k, the number of blocks of rows that are exact.
@@ -106,8 +106,25 @@ def fit_preview(
       print(f"{report.agreement:.2%} of the tokens kept for {report.bytes:.0%} of the head's bytes")
       ```
     """
-    if not 0 < agreement < 1:
-        raise ValueError(f"agreement={agreement}: must be a share between 0 and 1")
+    sizes = {"ranks": ranks, "blocks": blocks, "block": block, "seed": seed}
+    return fit_previews(config, params, batches, (agreement,), **sizes)[agreement]
+
+
+def fit_previews(
+    config: ModelConfig,
+    params: Params,
+    batches: Iterable[Batch | Mapping[str, Any]],
+    agreements: Sequence[float],
+    *,
+    ranks: Sequence[int] = RANKS,
+    blocks: Sequence[int] = BLOCKS,
+    block: int = HeadPreview.block,
+    seed: int = 0,
+) -> dict[float, tuple[HeadPreview, PreviewReport]]:
+    """`fit_preview` for several agreements, in one pass; arguments as there."""
+    for agreement in agreements:
+        if not 0 < agreement < 1:
+            raise ValueError(f"agreement={agreement}: must be a share between 0 and 1")
 
     moment, kept = _features(config, params, batches, seed)
     if len(kept) < 64:
@@ -119,30 +136,54 @@ def fit_preview(
 
     half = len(kept) // 2
     choosing, measuring = kept[:half], kept[half:]
-    found = []
+    best: dict[float, tuple[float, HeadPreview]] = {}
     for rank in below:
         widest = make_preview(down, up, rank, kernel.dtype, blocks=max(blocks), block=block)
         gaps, rights = _trial(widest, choosing, kernel, tuple(blocks))
         for count, gap, right in zip(blocks, gaps, rights, strict=True):
-            margin = least_margin(gap, right, agreement)
-            preview = widest.replace(blocks=count, margin=jnp.float32(margin))
-            found.append((_bytes(preview, kernel, float(np.mean(gap < margin))), preview))
-    _, best = min(found, key=lambda pair: pair[0])
+            for agreement in agreements:
+                margin = least_margin(gap, right, agreement)
+                preview = widest.replace(blocks=count, margin=jnp.float32(margin))
+                cost = _bytes(preview, kernel, float(np.mean(gap < margin)))
+                if agreement not in best or cost < best[agreement][0]:
+                    best[agreement] = cost, preview
+    return {
+        agreement: (preview, _report(preview, measuring, kernel)) for agreement, (_, preview) in best.items()
+    }
 
-    gap, right, variation = _outcomes(best, measuring, kernel)
-    margin = float(best.margin)
-    unsure = gap < margin
-    report = PreviewReport(
-        rank=best.rank,
-        blocks=best.blocks,
-        margin=margin,
+
+def measure_preview(
+    config: ModelConfig,
+    params: Params,
+    batches: Iterable[Batch | Mapping[str, Any]],
+    preview: HeadPreview,
+) -> PreviewReport:
+    """What a preview does on other text.
+
+    Args:
+      config: the model; static under `jit`.
+      params: its parameters, canonical or stacked.
+      batches: packed batches, or dicts of their fields; targets are not read.
+      preview: of this model.
+    """
+    kept = [features for features, _, _ in _each_batch(config, params, batches)]
+    return _report(preview, np.concatenate(kept), _kernel(config, params))
+
+
+def _report(preview: HeadPreview, features: np.ndarray, kernel: jax.Array) -> PreviewReport:
+    """What a preview does on some tokens."""
+    gap, right, variation = _outcomes(preview, features, kernel)
+    unsure = gap < float(preview.margin)
+    return PreviewReport(
+        rank=preview.rank,
+        blocks=preview.blocks,
+        margin=float(preview.margin),
         agreement=float(np.mean(right | unsure)),
         whole=float(np.mean(unsure)),
-        bytes=_bytes(best, kernel, float(np.mean(unsure))),
+        bytes=_bytes(preview, kernel, float(np.mean(unsure))),
         variation=float(np.mean(np.where(unsure, 0.0, variation))),
-        tokens=len(measuring),
+        tokens=len(features),
     )
-    return best, report
 
 
 def directions(kernel_VD: np.ndarray, moment_DD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -203,30 +244,37 @@ def _features(
     config: ModelConfig, params: Params, batches: Iterable[Batch | Mapping[str, Any]], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """S over three batches of four, and at most KEPT features [N, D] of the others, mixed."""
-
-    @jax.jit
-    def run(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        decoder = Decoder(config.with_exits(())).bind({"params": params})
-        tap = decoder.taps(batch.tokens, [config.n_layers], batch.positions, batch.segments)
-        features = decoder.final_features(tap[config.n_layers].hidden).reshape(-1, config.d_model)
-        counted = (batch.weights.reshape(-1, 1) > 0).astype(jnp.float32)
-        f = features.astype(jnp.float32)
-        moment = jnp.einsum("nd,ne->de", f * counted, f, precision=jax.lax.Precision.HIGHEST)
-        return features, moment, jnp.sum(counted)
-
     moment, count, kept = np.zeros((config.d_model,) * 2), 0.0, []
-    for i, arrays in enumerate(batches):
-        batch = Batch(**arrays) if isinstance(arrays, Mapping) else arrays
-        features, own, n = run(params, batch)
+    for i, (features, own, n) in enumerate(_each_batch(config, params, batches)):
         if i % 4 == 3:
-            kept.append(np.asarray(features)[np.asarray(batch.weights).reshape(-1) > 0])
+            kept.append(features)
         else:
-            moment += np.asarray(own, np.float64)
-            count += float(n)
+            moment += own
+            count += n
     if not count or not kept:
         raise ValueError("batches: at least 4 are needed, one in four measures what the others chose")
     mixed = np.random.default_rng(seed).permutation(np.concatenate(kept))
     return moment / count, mixed[:KEPT]
+
+
+def _each_batch(
+    config: ModelConfig, params: Params, batches: Iterable[Batch | Mapping[str, Any]]
+) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """Of every batch: features [N, D] of its counted tokens, sum of f f^T in float64, and their number."""
+
+    @jax.jit
+    def run(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        decoder = Decoder(config.with_exits(())).bind({"params": params})
+        tap = decoder.taps(batch.tokens, [config.n_layers], batch.positions, batch.segments)
+        features = decoder.final_features(tap[config.n_layers].hidden).reshape(-1, config.d_model)
+        f = jnp.where(batch.weights.reshape(-1, 1) > 0, features, 0).astype(jnp.float32)
+        return features, jnp.einsum("nd,ne->de", f, f, precision=jax.lax.Precision.HIGHEST)
+
+    for arrays in batches:
+        batch = Batch(**arrays) if isinstance(arrays, Mapping) else arrays
+        features, moment = jax.device_get(run(params, batch))
+        counted = np.asarray(batch.weights).reshape(-1) > 0
+        yield features[counted], np.asarray(moment, np.float64), float(counted.sum())
 
 
 def _kernel(config: ModelConfig, params: Params) -> jax.Array:

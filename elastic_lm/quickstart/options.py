@@ -20,6 +20,7 @@ class Options:
     exits: tuple[int, ...] = ()  # layers with an exit; () = one, after three quarters of them
     kind: ExitKind = "norm"  # what stands between the hidden state and the exit's vocabulary head
     tied: bool = False  # exits share the model's own vocabulary head
+    minutes: float = 10.0  # about how long a run on a model of one's own may take
     steps: int = 60  # EE-tuning steps
     lr: float = 1e-3  # EE-tuning learning rate
     batch_size: int = 8  # rows per training step
@@ -40,6 +41,8 @@ class Options:
         for field in ("steps", "pretrain_steps"):
             if getattr(self, field) < 2:
                 raise ValueError(f"{field}={getattr(self, field)}: at least 2 steps are needed")
+        if not self.minutes > 0:
+            raise ValueError(f"minutes={self.minutes}: must be above 0")
         if not self.targets:
             raise ValueError("targets=(): name at least one agreement, like 0.99")
         require_choice("metric", self.metric, METRICS)

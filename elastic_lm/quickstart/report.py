@@ -13,6 +13,7 @@ from rich.table import Table
 
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.results import Sample, sample_spans
+from elastic_lm.depth.forecasting import NO_GAIN
 from elastic_lm.quickstart.options import Options
 from elastic_lm.report import colour as render
 from elastic_lm.report.machine import hardware, versions
@@ -31,6 +32,7 @@ class Target:
       speedup: speed over that of full depth, median over rounds in which both took turns.
       generated_agreement: share of the generated tokens equal to the full model's choice.
       thresholds: one per exit; above 1 = the exit is not used.
+      dial: "exits", or "preview" of the vocabulary head.
     """
 
     target_agreement: float
@@ -40,6 +42,7 @@ class Target:
     speedup: float
     generated_agreement: float
     thresholds: tuple[float, ...]
+    dial: str = "exits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Report:
       targets: one row per target agreement.
       steps: seconds per step of the run.
       model: where the model came from, its size and exits.
+      plan: what was forecast before anything was tuned; None for the model that comes with the package.
     """
 
     seconds_total: float
@@ -61,6 +65,14 @@ class Report:
     targets: list[Target]
     steps: dict[str, float]
     model: dict[str, Any]
+    plan: dict[str, Any] | None = None
+
+    @property
+    def recommended(self) -> Target | None:
+        """The setting to use: of those near 99 % and above, then of the others, the fastest; None = full depth."""
+        faster = [row for row in self.targets if row.speedup > NO_GAIN]
+        near = [row for row in faster if row.target_agreement >= 0.99]
+        return max(near or faster, key=lambda row: row.speedup, default=None)
 
 
 def save(report: Report, options: Options, path: Path) -> None:
@@ -73,11 +85,26 @@ def save(report: Report, options: Options, path: Path) -> None:
     """
     content = {
         **dataclasses.asdict(report),
+        "recommended": recommendation(report),
         "config": dataclasses.asdict(options),
         "hardware": hardware(),
         "versions": versions(),
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def recommendation(report: Report) -> dict[str, Any]:
+    """The recommended setting as JSON values, which is never slower than full depth."""
+    row = report.recommended
+    if row is None:
+        return {"dial": "full depth", "speedup": 1.0, "agreement": 1.0}
+    return {
+        "dial": row.dial,
+        "target_agreement": row.target_agreement,
+        "speedup": row.speedup,
+        "agreement": row.agreement,
+        "generated_agreement": row.generated_agreement,
+    }
 
 
 def show_table(report: Report, console: Console) -> None:
@@ -87,20 +114,30 @@ def show_table(report: Report, console: Console) -> None:
       report: what was measured.
       console: where the table goes.
     """
-    table = Table(box=rich.box.SIMPLE_HEAD, title="Early exits against full depth", title_justify="left")
-    for heading in ("target", "agreement", "mean layers", "tokens/s", "speed-up"):
+    table = Table(box=rich.box.SIMPLE_HEAD, title="Measured against full depth", title_justify="left")
+    for heading in ("target", "dial", "agreement", "generated", "mean layers", "tokens/s", "speed-up"):
         table.add_column(heading, justify="right")
     layers, rate = report.full_depth_layers, report.full_depth_tokens_per_s
-    table.add_row("full depth", "100 %", f"{layers}", f"{rate:.0f}", "1.00x")
+    table.add_row("full depth", "", "100 %", "100 %", f"{layers}", f"{rate:.0f}", "1.00x")
     for row in report.targets:
         table.add_row(
             f"{100 * row.target_agreement:g} %",
+            row.dial,
             f"{100 * row.agreement:.2f} %",
+            f"{100 * row.generated_agreement:.2f} %",
             f"{row.mean_layers:.2f}",
             f"{row.tokens_per_s:.0f}",
             f"{row.speedup:.2f}x",
         )
     console.print(table)
+    best = report.recommended
+    if best is None:
+        console.print("[bold]Recommended: full depth.[/] No setting was measured to be faster.")
+    else:
+        console.print(
+            f"[bold]Recommended: {best.dial} at {100 * best.target_agreement:g} %[/], {best.speedup:.2f} times "
+            "as fast as full depth"
+        )
 
 
 def show_text(
@@ -164,10 +201,8 @@ def save_curve(report: Report, path: Path) -> None:
       report: what was measured.
       path: the image; replaced where it exists.
     """
-    points = [
-        SpeedPoint(
-            row.agreement, row.speedup, f"{100 * row.target_agreement:g} %\n{row.mean_layers:.1f} layers"
-        )
-        for row in report.targets
-    ]
-    quality_speed({"calibrated exits": points}, path)
+    curves: dict[str, list[SpeedPoint]] = {}
+    for row in report.targets:
+        label = f"{100 * row.target_agreement:g} %\n{row.mean_layers:.1f} layers"
+        curves.setdefault(row.dial, []).append(SpeedPoint(row.agreement, row.speedup, label))
+    quality_speed(curves, path)

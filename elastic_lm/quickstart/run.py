@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from elastic_lm.checkpoints.embedded import embedded_model
@@ -23,14 +24,19 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.calibration import calibrate
 from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.policies import ConfidenceExit
+from elastic_lm.depth.previewing import PreviewReport, measure_preview, save_preview
 from elastic_lm.depth.threshold_search import exit_outcome
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
+from elastic_lm.nn.preview import HeadPreview
 from elastic_lm.quickstart import folders, measure, report, text, train
+from elastic_lm.quickstart import plan as planning
 from elastic_lm.quickstart.options import Options
+from elastic_lm.quickstart.plan import Plan
 from elastic_lm.report import colour as render
 
-STEPS = 6
+PLANNED_PROMPTS = 3  # that prompt lookup is tried on
+PLANNED_TOKENS = 24_000  # most tokens of a pass of the plan
 FULL = "full depth"
 
 
@@ -44,7 +50,7 @@ class Steps:
     @contextlib.contextmanager
     def step(self, name: str, what: str) -> Iterator[None]:
         """Announces a step, runs the block, reports its time."""
-        self.console.print(f"[bold cyan]{len(self.seconds) + 1}/{STEPS}[/] {what}")
+        self.console.print(f"[bold cyan]{len(self.seconds) + 1}[/] {what}")
         began = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - began, 2)
@@ -99,20 +105,29 @@ def run(options: Options, colour: str = "auto") -> report.Report:
         prompts = text.held_out_prompts(
             _data(options, "test"), Tokenizer.load(source), options.prompts, options.prompt_tokens
         )
-    with steps.step("tune", "Attach exits and tune them (the model itself stays frozen)"):
-        model = _tune(options, source, name, base.n_layers)
-    with steps.step("calibrate", "Calibrate thresholds on held-out text"):
-        policy = _calibrate(options, model)
-        policy.save(out / "thresholds.json")
+    plan = previews = None
+    if options.hf_dir:
+        with steps.step("plan", "Plan: measure what each dial would give on this model and device"):
+            model = _load_plain(source, name)
+            plan, previews, options = _plan(options, model, prompts, console)
+
+    policy = None
+    if plan is None or plan.exits_pay:
+        with steps.step("tune", "Attach exits and tune them (the model itself stays frozen)"):
+            model = _tune(options, source, name, base.n_layers)
+        with steps.step("calibrate", "Calibrate thresholds on held-out text"):
+            policy = _calibrate(options, model)
+            policy.save(out / "thresholds.json")
+
     with steps.step("test", "Measure agreement on text that nothing was fitted on"):
-        tested = _observe(options, model, "test", options.test_tokens, options.metric)
-    with steps.step("generate", f"Generate: full depth and {len(options.targets)} targets take turns"):
-        generations = _generate(options, model, policy, prompts)
+        settings = _settings(options, model, plan, previews or {}, policy)
+    with steps.step("generate", f"Generate: full depth and {len(settings)} settings take turns"):
+        generations = _generate(options, model, settings, prompts)
     with steps.step("write", f"Write results to {out}"):
-        rows = [_row(model, policy.at(t), tested, generations, prompts) for t in options.targets]
-        result = _report(steps, model, rows, generations[FULL])
-        _write(options, model, result, generations, prompts)
-    _show(console, options, model, result, generations, prompts, colour)
+        rows = [_row(model, setting, generations, prompts) for setting in settings]
+        result = _report(steps, model, rows, generations[FULL], plan)
+        _write(options, model, result, settings, generations, prompts)
+    _show(console, options, model, result, settings, generations, prompts, colour)
     return result
 
 
@@ -180,42 +195,158 @@ def _calibrate(options: Options, model: Model) -> ConfidenceExit:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One way to decode: exits, or a preview of the vocabulary head, for a target agreement."""
+
+    target: float
+    agreement: float  # on text that nothing was fitted on
+    policy: ConfidenceExit | None = None
+    preview: HeadPreview | None = None
+
+    @property
+    def dial(self) -> str:
+        """What makes it faster."""
+        return "exits" if self.policy else "preview"
+
+
+def _load_plain(source: Path, name: str) -> Model:
+    decoder, params = load_decoder(source)
+    return Model(decoder, params, Tokenizer.load(source), name)
+
+
+def _plan(
+    options: Options, model: Model, prompts: list[list[int]], console: Console
+) -> tuple[Plan, dict[float, HeadPreview], Options]:
+    """The plan, shown and written; and the options, sized so that the rest takes the minutes that are left."""
+    began = time.monotonic()
+    budget = 60 * options.minutes
+    tokens = _planned_tokens(options, model)
+    plan, previews = planning.make_plan(
+        model.decoder.config,
+        model.params,
+        options.targets,
+        fitting=lambda: planning.first_tokens(_training(options, model), tokens),
+        testing=lambda: planning.first_tokens(_batches(options, model, "calibration", tokens), tokens // 2),
+        prompts=prompts[:PLANNED_PROMPTS],
+        new_tokens=options.new_tokens // 4,
+        window=options.window,
+    )
+    planning.show_plan(plan, console)
+
+    # What is left is for timing, and for tuning where exits pay.
+    left = max(budget - (time.monotonic() - began), budget / 4)
+    timing = left * (0.45 if plan.exits_pay else 0.8)
+    per_round = timing / options.rounds / (1 + len(options.targets)) / plan.seconds[0]
+    new_tokens = int(min(options.new_tokens, max(16, per_round / min(options.prompts, 4))))
+    count = int(min(options.prompts, max(2, per_round / new_tokens)))
+    seconds_per_token = plan.seconds[-1] / len(plan.seconds)
+    step = 4 * seconds_per_token * options.batch_size * options.seq_len
+    return (
+        plan,
+        previews,
+        dataclasses.replace(
+            options,
+            new_tokens=new_tokens,
+            prompts=count,
+            steps=int(min(options.steps, max(2, 0.3 * left / step))),
+            calibration_tokens=int(
+                min(options.calibration_tokens, max(2048, 0.1 * left / seconds_per_token))
+            ),
+            test_tokens=int(min(options.test_tokens, max(2048, 0.1 * left / seconds_per_token))),
+        ),
+    )
+
+
+def _planned_tokens(options: Options, model: Model) -> int:
+    """Tokens of a pass of the plan, so that its passes take a third of the minutes."""
+    batch = next(iter(_batches(options, model, "calibration", 1)))
+    decoder, params = model.decoder, model.params
+
+    def forward() -> None:
+        jax.block_until_ready(measure.full_choices(decoder.config.with_exits(()), params, batch.tokens))
+
+    forward()
+    began = time.monotonic()
+    forward()
+    per_token = (time.monotonic() - began) / batch.tokens.size
+    return int(min(PLANNED_TOKENS, max(2048, 60 * options.minutes / 3 / per_token / 3)))
+
+
+def _training(options: Options, model: Model) -> Iterable[Batch]:
+    data = _data(options, "test")
+    return (Batch(**arrays) for arrays in pipeline.train_batches(data, model.tokenizer))
+
+
+def _settings(
+    options: Options,
+    model: Model,
+    plan: Plan | None,
+    previews: Mapping[float, HeadPreview],
+    policy: ConfidenceExit | None,
+) -> list[Setting]:
+    """One setting per target that something pays for, with its agreement on the test text."""
+    best = {row.target: row.best for row in plan.targets} if plan else {}
+    tested = None
+    if policy is not None:
+        tested = _observe(options, model, "test", options.test_tokens, options.metric)
+
+    settings = []
+    for target in options.targets:
+        if policy is not None and tested is not None and best.get(target, "exits") == "exits":
+            found = policy.at(target)
+            held_out = exit_outcome(tested.confidence, tested.agrees, model.depths, found.thresholds)
+            settings.append(Setting(target, held_out.agreement, policy=found))
+        elif best.get(target) == "preview":
+            text = _batches(options, model, "test", options.test_tokens)
+            report = measure_preview(model.decoder.config, model.params, text, previews[target])
+            settings.append(Setting(target, report.agreement, preview=previews[target]))
+    return settings
+
+
 def _generate(
-    options: Options, model: Model, policy: ConfidenceExit, prompts: list[list[int]]
+    options: Options, model: Model, settings: list[Setting], prompts: list[list[int]]
 ) -> dict[str, measure.Generation]:
-    """Continuations and speed of full depth, without any exit in the program, and of every target."""
+    """Continuations and speed of full depth, without any exit in the program, and of every setting."""
     full, backbone = without_exits(model.decoder.config, model.params)
     samplers = {FULL: Sampler(Decoder(full), backbone, model.tokenizer)}
-    for target in options.targets:
-        samplers[str(target)] = Sampler(
-            model.decoder, model.params, model.tokenizer, exit=policy.at(target), window=options.window
+    for setting in settings:
+        decoder, params = (model.decoder, model.params) if setting.policy else (Decoder(full), backbone)
+        samplers[str(setting.target)] = Sampler(
+            decoder,
+            params,
+            model.tokenizer,
+            exit=setting.policy,
+            preview=setting.preview,
+            window=options.window,
         )
-    return measure.generate(samplers, prompts, options.new_tokens, options.rounds)
+    return measure.generate(samplers, prompts[: options.prompts], options.new_tokens, options.rounds)
 
 
 def _row(
     model: Model,
-    policy: ConfidenceExit,
-    tested: Observations,
+    setting: Setting,
     generations: Mapping[str, measure.Generation],
     prompts: list[list[int]],
 ) -> report.Target:
     """One line of the table."""
-    assert policy.target is not None
-    found = generations[str(policy.target)]
-    held_out = exit_outcome(tested.confidence, tested.agrees, model.depths, policy.thresholds)
+    found = generations[str(setting.target)]
+    some = prompts[: len(found.samples)]
     return report.Target(
-        target_agreement=policy.target,
-        agreement=held_out.agreement,
+        target_agreement=setting.target,
+        agreement=setting.agreement,
         mean_layers=found.mean_layers,
         tokens_per_s=found.tokens_per_s,
         speedup=found.speedup(generations[FULL]),
-        generated_agreement=measure.agreement(model.decoder.config, model.params, prompts, found.samples),
-        thresholds=policy.thresholds,
+        generated_agreement=measure.agreement(model.decoder.config, model.params, some, found.samples),
+        thresholds=setting.policy.thresholds if setting.policy else (),
+        dial=setting.dial,
     )
 
 
-def _report(steps: Steps, model: Model, rows: list[report.Target], full: measure.Generation) -> report.Report:
+def _report(
+    steps: Steps, model: Model, rows: list[report.Target], full: measure.Generation, plan: Plan | None
+) -> report.Report:
     config = model.decoder.config
     description = {
         "name": model.name,
@@ -225,22 +356,30 @@ def _report(steps: Steps, model: Model, rows: list[report.Target], full: measure
         "exits": [dataclasses.asdict(e) for e in config.exits],
     }
     total = round(steps.total(), 2)
-    return report.Report(total, config.n_layers, full.tokens_per_s, rows, steps.seconds, description)
+    planned = planning.to_json(plan) if plan else None
+    return report.Report(total, config.n_layers, full.tokens_per_s, rows, steps.seconds, description, planned)
 
 
 def _write(
     options: Options,
     model: Model,
     result: report.Report,
+    settings: list[Setting],
     generations: Mapping[str, measure.Generation],
     prompts: list[list[int]],
 ) -> None:
     out = Path(options.out)
     report.save(result, options, out / "report.json")
-    report.save_curve(result, out / "curve.png")
-    texts = {t: generations[str(t)].samples for t in options.targets}
+    if result.targets:
+        report.save_curve(result, out / "curve.png")
+    for setting in settings:
+        if setting.preview is not None and result.plan is not None:
+            found = PreviewReport(**result.plan["previews"][str(setting.target)])
+            save_preview(setting.preview, found, out / f"preview_{100 * setting.target:g}.safetensors")
+    texts = {s.target: generations[str(s.target)].samples for s in settings}
     n_layers = model.decoder.config.n_layers
-    report.save_texts(model.tokenizer, prompts, texts, model.depths, n_layers, out / "text.html")
+    some = prompts[: options.prompts]
+    report.save_texts(model.tokenizer, some, texts, model.depths, n_layers, out / "text.html")
 
 
 def _show(
@@ -248,14 +387,16 @@ def _show(
     options: Options,
     model: Model,
     result: report.Report,
+    settings: list[Setting],
     generations: Mapping[str, measure.Generation],
     prompts: list[list[int]],
     colour: str,
 ) -> None:
     """Text coloured by depth, the table, and what to do next."""
-    target = min(options.targets, key=lambda t: abs(t - 0.99))
-    sample = generations[str(target)].samples[0]
-    console.print(f"\n[bold]A continuation at {100 * target:g} % agreement[/]\n")
+    chosen = min(settings, key=lambda s: abs(s.target - 0.99), default=None)
+    sample = generations[FULL if chosen is None else str(chosen.target)].samples[0]
+    what = "full depth" if chosen is None else f"{100 * chosen.target:g} % agreement"
+    console.print(f"\n[bold]A continuation at {what}[/]\n")
     if colours := render.terminal_colours(sys.stdout, colour):
         shown = report.show_text(
             model.tokenizer, prompts[0], sample, model.depths, model.depths[-1], colours=colours
@@ -266,7 +407,17 @@ def _show(
     console.print()
     report.show_table(result, console)
     out = options.out
-    console.print(f"{out}/report.json, {out}/curve.png, {out}/text.html")
+    curve = f", {out}/curve.png" if result.targets else ""
+    console.print(f"{out}/report.json{curve}, {out}/text.html")
     console.print(f"[bold]{result.seconds_total:.0f} s in total.[/] Next:")
-    command = f"elastic-lm generate --model {out}/model --thresholds {out}/thresholds.json"
-    console.print(f'  {command} --prompt "def main():"', soft_wrap=True)
+    console.print(f"  {_next_command(options, result)}", soft_wrap=True)
+
+
+def _next_command(options: Options, result: report.Report) -> str:
+    """The command that generates with the recommended setting."""
+    out, row = options.out, result.recommended
+    prompt = '--prompt "Once upon a time"' if options.hf_dir else '--prompt "def main():"'
+    if options.hf_dir and (row is None or row.dial == "preview"):
+        preview = f" --preview {out}/preview_{100 * row.target_agreement:g}.safetensors" if row else ""
+        return f"elastic-lm generate --model {options.hf_dir}{preview} {prompt}"
+    return f"elastic-lm generate --model {out}/model --thresholds {out}/thresholds.json {prompt}"
