@@ -96,8 +96,8 @@ class Plan:
             return ", ".join(f"{row.best} at {100 * row.target:g} %" for row in gains) + " should pay"
         reach = max(row.coverage for row in self.targets)
         return (
-            f"nothing pays on this model and device: the head is {self.head:.0%} of a token's bytes, which no "
-            f"preview can save much of, and an exit would have to be sure of more than {reach:.0%} of the tokens"
+            f"nothing pays on this model and device: the head, {self.head:.0%} of a token's bytes, is all "
+            f"that a preview can save of, and no exit is sure of more than {reach:.0%} of the tokens"
         )
 
 
@@ -111,6 +111,7 @@ def make_plan(
     prompts: Sequence[list[int]],
     new_tokens: int,
     window: int,
+    say: Callable[[str], None] = print,
 ) -> tuple[Plan, dict[float, HeadPreview]]:
     """Measures a model and forecasts what each dial would give.
 
@@ -123,22 +124,26 @@ def make_plan(
       prompts: token ids, for the lookup.
       new_tokens: per prompt.
       window: W.
+      say: told what is going on.
 
     Returns:
       (the plan, the preview for every target).
     """
     config, params = without_exits(config, params)
+    say(f"timing passes, and copying {len(prompts)} texts from themselves")
     seconds, lookup, accepted = _lookup(config, params, prompts, new_tokens, window)
 
+    say("fitting previews of the vocabulary head")
     fitted = fit_previews(config, params, fitting(), targets)
     weights = weight_bytes(config)
     head = weights.final_head / weights.full
 
-    exits = [
-        ExitConfig(layer, "linear", tied=True, init="fit") for layer in candidate_layers(config.n_layers)
-    ]
+    layers = candidate_layers(config.n_layers)
+    exits = [ExitConfig(layer, "linear", tied=True, init="fit") for layer in layers]
+    say(f"fitting exits after layers {', '.join(map(str, layers))}")
     with_exits, grown = attach_exits(config, params, exits, jax.random.key(0))
     grown = fit_exits(with_exits, grown, fitting())
+    say("measuring the exits on other text")
     seen = observe(with_exits, grown, testing())
 
     # A further position of a pass, relative to the first: measured between one and four.
@@ -193,9 +198,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     """
     widths = [t for t in (1, 2, 4, 8, 16) if t <= len(plan.seconds)]
     times = ", ".join(f"{t}: {1e3 * plan.seconds[t - 1]:.1f}" for t in widths)
-    console.print(
-        f"    ms of a pass by its positions: {times}; the head is {plan.head:.0%} of a token's bytes"
-    )
+    console.print(f"    ms of a pass by its positions: {times}; the head is {plan.head:.0%} of the bytes")
     table = Table(box=rich.box.SIMPLE_HEAD, title="Forecast speed-up over full depth", title_justify="left")
     for heading in ("target", "preview of the head", "exit (closed form)", "best"):
         table.add_column(heading, justify="right")

@@ -69,7 +69,7 @@ class Report:
 
     @property
     def recommended(self) -> Target | None:
-        """The setting to use: of those near 99 % and above, then of the others, the fastest; None = full depth."""
+        """The fastest setting from 99 % on, else the fastest of the others; None = full depth."""
         faster = [row for row in self.targets if row.speedup > NO_GAIN]
         near = [row for row in faster if row.target_agreement >= 0.99]
         return max(near or faster, key=lambda row: row.speedup, default=None)
@@ -135,8 +135,8 @@ def show_table(report: Report, console: Console) -> None:
         console.print("[bold]Recommended: full depth.[/] No setting was measured to be faster.")
     else:
         console.print(
-            f"[bold]Recommended: {best.dial} at {100 * best.target_agreement:g} %[/], {best.speedup:.2f} times "
-            "as fast as full depth"
+            f"[bold]Recommended: {best.dial} at {100 * best.target_agreement:g} %[/], "
+            f"{best.speedup:.2f} times as fast as full depth"
         )
 
 

@@ -218,7 +218,7 @@ def _load_plain(source: Path, name: str) -> Model:
 def _plan(
     options: Options, model: Model, prompts: list[list[int]], console: Console
 ) -> tuple[Plan, dict[float, HeadPreview], Options]:
-    """The plan, shown and written; and the options, sized so that the rest takes the minutes that are left."""
+    """The plan, shown; previews; and options by which the rest takes the minutes that are left."""
     began = time.monotonic()
     budget = 60 * options.minutes
     tokens = _planned_tokens(options, model)
@@ -231,6 +231,7 @@ def _plan(
         prompts=prompts[:PLANNED_PROMPTS],
         new_tokens=options.new_tokens // 4,
         window=options.window,
+        say=lambda what: console.print(f"    [dim]{what}[/]"),
     )
     planning.show_plan(plan, console)
 
@@ -240,8 +241,9 @@ def _plan(
     per_round = timing / options.rounds / (1 + len(options.targets)) / plan.seconds[0]
     new_tokens = int(min(options.new_tokens, max(16, per_round / min(options.prompts, 4))))
     count = int(min(options.prompts, max(2, per_round / new_tokens)))
-    seconds_per_token = plan.seconds[-1] / len(plan.seconds)
-    step = 4 * seconds_per_token * options.batch_size * options.seq_len
+    per_token = plan.seconds[-1] / len(plan.seconds)
+    step = 4 * per_token * options.batch_size * options.seq_len
+    held_out = int(max(2048, 0.1 * left / per_token))
     return (
         plan,
         previews,
@@ -250,10 +252,8 @@ def _plan(
             new_tokens=new_tokens,
             prompts=count,
             steps=int(min(options.steps, max(2, 0.3 * left / step))),
-            calibration_tokens=int(
-                min(options.calibration_tokens, max(2048, 0.1 * left / seconds_per_token))
-            ),
-            test_tokens=int(min(options.test_tokens, max(2048, 0.1 * left / seconds_per_token))),
+            calibration_tokens=min(options.calibration_tokens, held_out),
+            test_tokens=min(options.test_tokens, held_out),
         ),
     )
 
