@@ -12,7 +12,16 @@ import elastic_lm.bench
 from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.report.machine import hardware, versions
 
-PLUMBING = ("early", "latency_build", "latency_measure", "latency_verify", "model", "report", "timing")
+PLUMBING = (
+    "early",
+    "latency_build",
+    "latency_measure",
+    "latency_verify",
+    "model",
+    "plan",
+    "report",
+    "timing",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Options:
     rounds: int = 5  # timed rounds per side
     seed: int = 0  # of weights and prompts
     model: str = ""  # a checkpoint of the user's own, for the benchmarks that take one
+    data: tuple[str, ...] = ()  # text of the user's own, likewise; () = the Python standard library
 
 
 def names() -> list[str]:

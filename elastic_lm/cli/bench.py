@@ -7,12 +7,13 @@ import sys
 from typing import Any
 
 from elastic_lm.bench import report
-from elastic_lm.cli.parser import CommandOptions, require_flag
+from elastic_lm.cli.parser import CommandOptions, add_data, require_flag
 
 HELP = """\
 Measures speed against what the hardware or a competitor allows.
 
 elastic-lm bench decode --json decode.json
+elastic-lm bench real --model my-model --data text.txt --json real.json
 
 Sides of a comparison take turns in one process and medians are reported.
 """
@@ -28,6 +29,7 @@ class Options(CommandOptions):
     rounds: int = report.Options.rounds  # timed rounds per side
     seed: int = report.Options.seed  # of weights and prompts
     model: str = report.Options.model  # a checkpoint of the user's own
+    data: tuple[str, ...] = report.Options.data  # text of the user's own
 
     def __post_init__(self) -> None:
         require_flag(self.rounds >= 1, "--rounds", self.rounds, "must be at least 1")
@@ -41,7 +43,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tiny", action="store_true", help="a model that only checks that the benchmark runs")
     add("--rounds", type=int, metavar="N", help=f"timed rounds per side (default: {Options.rounds})")
     add("--seed", type=int, help=f"of weights and prompts (default: {Options.seed})")
-    add("--model", metavar="DIR", help="decode: also draft with the exits of this checkpoint")
+    add(
+        "--model",
+        metavar="DIR",
+        help="decode: also draft with the exits of this checkpoint; real: measure it",
+    )
+    add_data(parser, "real: text to fit and measure on")
 
 
 def run(options: Options) -> None:
@@ -58,7 +65,7 @@ def run(options: Options) -> None:
             with contextlib.suppress(OSError):
                 report.save(result, partial)
 
-    how = report.Options(options.tiny, options.rounds, options.seed, options.model)
+    how = report.Options(options.tiny, options.rounds, options.seed, options.model, options.data)
     result = report.run(options.name, how, keep)
 
     print(report.table(result))

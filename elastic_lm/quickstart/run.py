@@ -12,11 +12,13 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from elastic_lm.bench import plan as planning
+from elastic_lm.bench.plan import Plan
 from elastic_lm.checkpoints.embedded import embedded_model
 from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.data import pipeline
+from elastic_lm.data import pipeline, splitting
 from elastic_lm.data.batch import Batch
 from elastic_lm.data.stdlib import Split
 from elastic_lm.data.tokenizer import Tokenizer
@@ -29,10 +31,8 @@ from elastic_lm.depth.threshold_search import exit_outcome
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
 from elastic_lm.nn.preview import HeadPreview
-from elastic_lm.quickstart import folders, measure, report, text, train
-from elastic_lm.quickstart import plan as planning
+from elastic_lm.quickstart import folders, measure, report, train
 from elastic_lm.quickstart.options import Options
-from elastic_lm.quickstart.plan import Plan
 from elastic_lm.report import colour as render
 
 PLANNED_PROMPTS = 3  # that prompt lookup is tried on
@@ -102,7 +102,7 @@ def run(options: Options, colour: str = "auto") -> report.Report:
         train.check_exits(options, base)
         options = options.fitted(base.max_len)
         source, name = _load(options)
-        prompts = text.held_out_prompts(
+        prompts = splitting.held_out_prompts(
             _data(options, "test"), Tokenizer.load(source), options.prompts, options.prompt_tokens
         )
     plan = previews = None
@@ -147,7 +147,7 @@ def _source(options: Options) -> str:
 def _data(options: Options, split: Split) -> DataConfig:
     folder = Path(options.out) / "text"
     sizes = {"seq_len": options.seq_len, "batch_size": options.batch_size}
-    return text.data_config(split, options.data, folder, **sizes, seed=options.seed)
+    return splitting.data_config(split, options.data, folder, **sizes, seed=options.seed)
 
 
 def _load(options: Options) -> tuple[Path, str]:

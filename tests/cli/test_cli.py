@@ -344,7 +344,7 @@ def test_bench_refuses_unknown_names(capsys: pytest.CaptureFixture[str]) -> None
         (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens=0: must be at least 1"),
         (("--prompt", "a", "--tempertaure", "1"), "did you mean --temperature?"),
         (("--prompt", "a", "--prompt", "b", "--stream"), "--stream shows one prompt at a time"),
-        (("--prompt", "a", "--lossless"), "--lossless: without exits nothing is drafted"),
+        (("--prompt", "a", "--lossless"), "--lossless: nothing drafts"),
         (("--prompt", "a", "--missing", "propagate"), "--missing propagate: is about early tokens"),
         (("--prompt", "a", "--metric", "margin"), "--metric margin: goes with --threshold"),
         (("--unprompted", "2"), "--unprompted 2: greedy texts are all the same; give --temperature 1"),

@@ -6,10 +6,10 @@ import pathlib
 import pytest
 
 from elastic_lm.cli import main as cli
+from elastic_lm.data.splitting import split_text
 from elastic_lm.quickstart import train
 from elastic_lm.quickstart.options import Options
 from elastic_lm.quickstart.run import run
-from elastic_lm.quickstart.text import split_text
 from elastic_lm.quickstart.train import check_exits, exit_layers
 from elastic_lm.testing import tiny_config
 
