@@ -61,7 +61,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--pretrain-steps", type=int, metavar="N", help=pretraining)
     exits = "layers with an exit (default: one, after three quarters of them)"
     add("--exits", type=layers, metavar="L,L", help=exits)
-    add("--kind", help=f"exit kind: {listed(get_args(ExitKind))} (default: {Job.kind})")
+    kinds = listed(get_args(ExitKind))
+    add("--kind", help=f"exit kind: {kinds} (default: norm; with --hf-dir linear, fitted and tuned)")
     minutes = f"with --hf-dir: about how long the run may take (default: {Job.minutes:g})"
     add("--minutes", type=float, metavar="M", help=minutes)
     add("--steps", type=int, metavar="N", help=f"EE-tuning steps (default: {Job.steps})")

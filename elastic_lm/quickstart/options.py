@@ -18,7 +18,7 @@ class Options:
     from_scratch: bool = False  # pretrain a small model instead of loading one
     pretrain_steps: int = 300  # with from_scratch
     exits: tuple[int, ...] = ()  # layers with an exit; () = one, after three quarters of them
-    kind: ExitKind = "norm"  # what stands between the hidden state and the exit's vocabulary head
+    kind: ExitKind | None = None  # of the exits; None = norm, or on a model of one's own a fitted linear map
     tied: bool = False  # exits share the model's own vocabulary head
     minutes: float = 10.0  # about how long a run on a model of one's own may take
     steps: int = 60  # EE-tuning steps
@@ -53,7 +53,7 @@ class Options:
         if len(set(self.exits)) < len(self.exits):
             raise ValueError(f"exits={self.exits}: name every layer once")
         for layer in self.exits or (1,):
-            ExitConfig(layer, self.kind)
+            ExitConfig(layer, self.kind or "norm")
         if self.from_scratch and self.hf_dir:
             raise ValueError(
                 f"--from-scratch trains a model and --hf-dir {self.hf_dir} reads one: give one of them"

@@ -112,6 +112,9 @@ def run(options: Options, colour: str = "auto") -> report.Report:
             plan, previews, options = _plan(options, model, prompts, console)
 
     policy = None
+    if plan is not None and not options.exits:
+        layers = {row.exit_layer for row in plan.targets if row.best == "exits"}
+        options = dataclasses.replace(options, exits=tuple(sorted(layers)))
     if plan is None or plan.exits_pay:
         with steps.step("tune", "Attach exits and tune them (the model itself stays frozen)"):
             model = _tune(options, source, name, base.n_layers)
@@ -264,12 +267,12 @@ def _planned_tokens(options: Options, model: Model) -> int:
     decoder, params = model.decoder, model.params
 
     def forward() -> None:
-        jax.block_until_ready(measure.full_choices(decoder.config.with_exits(()), params, batch.tokens))
+        jax.block_until_ready(measure.full_choices(decoder.config.with_exits(()), params, batch.tokens[:1]))
 
     forward()
     began = time.monotonic()
     forward()
-    per_token = (time.monotonic() - began) / batch.tokens.size
+    per_token = (time.monotonic() - began) / batch.tokens.shape[1]
     return int(min(PLANNED_TOKENS, max(2048, 60 * options.minutes / 3 / per_token / 3)))
 
 

@@ -5,11 +5,15 @@ from pathlib import Path
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.depth.ee_tuning import EETuningConfig
+from elastic_lm.depth.self_supervised import SelfSupervisedConfig
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.quickstart import folders
 from elastic_lm.quickstart.options import Options
 from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import MODEL_FOLDER, fit
+
+HIDDEN = 1024  # width of the MLP beside a fitted map
+EPOCHS = 4  # passes over what the frozen layers have computed
 
 
 def tune_exits(
@@ -26,7 +30,18 @@ def tune_exits(
     Returns:
       (model with exits, its parameters, the folder of the elastic checkpoint).
     """
-    exits = tuple(ExitConfig(layer, options.kind, options.tied) for layer in exit_layers(options, n_layers))
+    fitted = bool(options.hf_dir) and options.kind is None
+    if fitted:
+        # A closed form, and beside it an MLP that starts at zero: both learn the model's own distribution.
+        exits = tuple(
+            ExitConfig(layer, "linear", tied=True, init="fit", hidden=HIDDEN)
+            for layer in exit_layers(options, n_layers)
+        )
+        method = SelfSupervisedConfig(objective="kl", cached_batches=max(2, options.steps // EPOCHS))
+    else:
+        kind = options.kind or "norm"
+        exits = tuple(ExitConfig(layer, kind, options.tied) for layer in exit_layers(options, n_layers))
+        method = EETuningConfig()
     train = TrainConfig(
         init_from=str(source),
         steps=options.steps,
@@ -40,7 +55,7 @@ def tune_exits(
         save_every=options.steps,
     )
     folder = Path(options.out) / folders.TUNING
-    config, params = _fit(RunConfig(exits=exits, data=data, method=EETuningConfig(), train=train), folder)
+    config, params = _fit(RunConfig(exits=exits, data=data, method=method, train=train), folder)
     return Decoder(config), params, folder / MODEL_FOLDER
 
 
