@@ -28,7 +28,7 @@ def test_rows():
 
 def test_elastic_steps_draw_the_same_again() -> None:
     config = tiny_config(n_kv_heads=4)
-    method, plain = train.Repeating(config, train.MENU), ElasticTraining(config, menu=train.MENU)
+    method, plain = train.Repeating(config, menu=train.MENU), ElasticTraining(config, menu=train.MENU)
     for step in range(train.ELASTIC_STEPS):
         first, again = method.subnets(step), method.subnets(step + train.ELASTIC_STEPS)
         chex.assert_trees_all_equal(first, again)

@@ -282,7 +282,7 @@ def test_a_python_file_is_an_answerer(tmp_path: pathlib.Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("swift", "options", "message"),
     [
-        ("Function:none.py", (), "No such file or directory: 'none.py'"),
+        ("Function:none.py", (), "none.py: No such file or directory"),
         ("Function:empty.py", (), "empty.py has no function answer: define answer(record)"),
         ("Answer:empty.py", (), "model='Answer:empty.py': is no answerer that a command can make"),
         ("Function:rules.py", ("--max-new-tokens", 3), "--max-new-tokens=3: is read by"),
