@@ -50,6 +50,23 @@ class PreviewReport:
       bytes: of the head's bytes, the share that a token reads on average.
       variation: mean total variation distance from the whole head's distribution.
       tokens: how many tokens these are of.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      report = el.depth.PreviewReport(
+          rank=128,
+          blocks=512,
+          margin=4.0,
+          agreement=0.9997,
+          whole=0.03,
+          bytes=0.31,
+          variation=0.03,
+          tokens=3072,
+      )
+      assert report.bytes < 1
+      ```
     """
 
     rank: int
@@ -347,6 +364,21 @@ def save_preview(preview: HeadPreview, report: PreviewReport, path: str | Path) 
       preview: arrays and sizes.
       report: what it does; stored as metadata.
       path: file to write; it appears whole or not at all.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config()
+      tokens = random_tokens(config, batch=32, length=17)
+      ones = jnp.ones((32, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+      preview, report = el.depth.fit_preview(config, random_params(config), [batch] * 4, ranks=(8,))
+
+      el.depth.save_preview(preview, report, "preview.safetensors")
+      ```
     """
     from safetensors.numpy import save
 
@@ -368,6 +400,23 @@ def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, Pr
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is no preview, or one of another model.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config()
+      tokens = random_tokens(config, batch=32, length=17)
+      ones = jnp.ones((32, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+      preview, report = el.depth.fit_preview(config, random_params(config), [batch] * 4, ranks=(8,))
+
+      el.depth.save_preview(preview, report, "preview.safetensors")
+      again, _ = el.depth.load_preview("preview.safetensors", config)
+      assert again.rank == preview.rank
+      ```
     """
     from safetensors import SafetensorError, safe_open
 

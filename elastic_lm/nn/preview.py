@@ -36,6 +36,17 @@ class HeadPreview:
       margin: [] float32, m; -infinity = always sure, infinity = never.
       blocks: k.
       block: b.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+
+      ones = jnp.ones((61, 8))  # of a head of 61 rows and 32 columns
+      preview = el.depth.HeadPreview(jnp.eye(32), ones, jnp.ones(61), jnp.float32(4.0))
+      stricter = preview.replace(margin=jnp.float32(6.0))  # traced: nothing compiles again
+      assert stricter.rank == 8
+      ```
     """
 
     down: jax.Array

@@ -240,7 +240,12 @@ def test_a_service_that_was_down(folder: pathlib.Path, service: str, tmp_path: p
         ("ordered", "turned", ("--timeout", "3"), "--timeout=3.0: is read by services"),
         ("ordered", "turned", ("--super-cost", "3"), "--super-cost=3.0: is of a service"),
         ("http://h/", "http://h/", ("--pair-field", "b"), "--pair-field='b': is read by encoders"),
-        ("http://h/", "turned", ("--temperature", "2"), "--temperature=2.0: the Swift is one of the services"),
+        (
+            "http://h/",
+            "turned",
+            ("--temperature", "2"),
+            "--temperature=2.0: the Swift is one of the services",
+        ),
         ("ordered", "http://h/", ("--service-model", "b"), "--service-model='b': is read by services of --s"),
         ("ordered", "http://h/", ("--style", "openai"), "--super-cost 0: the service does not say"),
         ("ordered", "turned", ("--super-cost", "-1"), "--super-cost=-1.0: must be at least 0"),
