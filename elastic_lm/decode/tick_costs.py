@@ -27,7 +27,7 @@ _measured: dict[tuple[Any, ...], tuple[float, ...]] = {}
 
 
 def tick_costs(
-    model: Served, prefill: Callable[..., DecodeState], controls: Controls, shape: tuple[int, int]
+    model: Served, prefill: Callable[..., DecodeState], controls: Controls, shape: tuple[int, ...]
 ) -> jax.Array:
     """Seconds of an iteration over 1 .. W positions per row.
 
@@ -51,7 +51,7 @@ def tick_costs(
 
 
 def _measure(
-    model: Served, prefill: Callable[..., DecodeState], controls: Controls, shape: tuple[int, int]
+    model: Served, prefill: Callable[..., DecodeState], controls: Controls, shape: tuple[int, ...]
 ) -> tuple[float, ...]:
     window = controls.tick_costs.shape[0]
     begun = prefill(

@@ -160,7 +160,7 @@ def fit_previews(
         for count, gap, right in zip(blocks, gaps, rights, strict=True):
             for agreement in agreements:
                 margin = least_margin(gap, right, agreement)
-                preview = widest.replace(blocks=count, margin=jnp.float32(margin))
+                preview = dataclasses.replace(widest, blocks=count, margin=jnp.float32(margin))
                 cost = _bytes(preview, kernel, float(np.mean(gap < margin)))
                 if agreement not in best or cost < best[agreement][0]:
                     best[agreement] = cost, preview
@@ -215,7 +215,7 @@ def directions(kernel_VD: np.ndarray, moment_DD: np.ndarray) -> tuple[np.ndarray
     # The right singular vectors of W L are the eigenvectors of L^T W^T W L, which is only [D, D].
     _, vectors = np.linalg.eigh(factor.T @ (kernel_VD.T @ kernel_VD) @ factor)
     vectors = vectors[:, ::-1]
-    down = scipy.linalg.solve_triangular(factor, vectors, lower=True, trans="T").T
+    down = scipy.linalg.solve_triangular(factor, vectors, lower=True, trans=1).T
     return down, kernel_VD @ (factor @ vectors)
 
 
@@ -367,6 +367,8 @@ def save_preview(preview: HeadPreview, report: PreviewReport, path: str | Path) 
 
     Example:
       ```python
+      import tempfile
+
       import jax.numpy as jnp
       import elastic_lm as el
       from elastic_lm.testing import random_params, random_tokens, tiny_config
@@ -377,7 +379,8 @@ def save_preview(preview: HeadPreview, report: PreviewReport, path: str | Path) 
       batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
       preview, report = el.depth.fit_preview(config, random_params(config), [batch] * 4, ranks=(8,))
 
-      el.depth.save_preview(preview, report, "preview.safetensors")
+      with tempfile.TemporaryDirectory() as folder:
+          el.depth.save_preview(preview, report, f"{folder}/preview.safetensors")
       ```
     """
     from safetensors.numpy import save
@@ -403,6 +406,8 @@ def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, Pr
 
     Example:
       ```python
+      import tempfile
+
       import jax.numpy as jnp
       import elastic_lm as el
       from elastic_lm.testing import random_params, random_tokens, tiny_config
@@ -413,8 +418,9 @@ def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, Pr
       batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
       preview, report = el.depth.fit_preview(config, random_params(config), [batch] * 4, ranks=(8,))
 
-      el.depth.save_preview(preview, report, "preview.safetensors")
-      again, _ = el.depth.load_preview("preview.safetensors", config)
+      with tempfile.TemporaryDirectory() as folder:
+          el.depth.save_preview(preview, report, f"{folder}/preview.safetensors")
+          again, _ = el.depth.load_preview(f"{folder}/preview.safetensors", config)
       assert again.rank == preview.rank
       ```
     """

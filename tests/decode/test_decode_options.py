@@ -31,6 +31,8 @@ def choices(model) -> dict[str, object]:
         "budget": None,  # goes without a sub-network, and the other way round
         "subnet": Subnet.uniform(model.config, mlp=0.5),
         "keep_subnets": 2,
+        "lookup": False,  # goes without propagation
+        "preview": None,  # goes without sub-networks
         "slice_inside": True,
     }
 

@@ -26,7 +26,7 @@ def drawn(config: ModelConfig) -> Params:
 @pytest.mark.parametrize("model_tied", [False, True])
 @pytest.mark.parametrize("exit_tied", [False, True])
 def test_final_logits_are_bit_identical(model_tied: bool, exit_tied: bool) -> None:
-    config = tiny_config(tied=model_tied)
+    config = tiny_config(n_layers=len(KINDS), tied=model_tied)
     params = drawn(config)
     exits = [ExitConfig(i + 1, kind, exit_tied) for i, kind in enumerate(KINDS)]
     grown_config, grown = attach_exits(config, params, exits, KEY)
