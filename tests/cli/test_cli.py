@@ -27,6 +27,7 @@ COMMANDS = (
     "export",
     "train",
     "calibrate",
+    "preview",
     "latency",
     "generate",
     "evaluate",

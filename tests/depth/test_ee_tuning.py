@@ -20,7 +20,7 @@ from elastic_lm.models.exits import attach_exits
 from elastic_lm.models.registry import abstract_params
 from elastic_lm.testing import assert_same_tree, random_tokens, tiny_config
 
-KINDS = ("embedding", "norm", "linear", "mlp", "block")
+KINDS = ("embedding", "norm", "mlp", "block")
 
 
 @functools.cache

@@ -119,3 +119,23 @@ def test_errors():
         el.depth.fit_exits(config, params, [batch_of(config, 0)], layers=(2,))
     with pytest.raises(ValueError, match="no token counts"):
         el.depth.fit_exits(config, params, [batch_of(config, 0, padded=LENGTH)])
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_fitted_exits_train_on_labels_and_on_the_model(hidden):
+    """Every parameter gets a gradient, and what is cached gives the loss that is computed afresh."""
+    config, params = attached("linear", hidden=hidden)
+    batch = batch_of(config, 0)
+    params = fit_exits(config, params, [batch])
+    for method in (el.depth.EETuning(config), el.depth.SelfSupervisedExits(config)):
+        exits, frozen = method.split(params)
+        gradient = jax.grad(lambda e, m=method, f=frozen: m.loss(e, f, batch, jnp.int32(0))[0])(exits)
+        own = {**gradient["exit_1"]}
+        # The MLP beside the map adds nothing at first: its second half learns before its first.
+        up = own.pop("mlp")["down"] if hidden else {}
+        assert all(np.any(leaf) for leaf in jax.tree.leaves([own, up]))
+
+    taps = method.taps(frozen, batch)
+    cached, _ = method.loss(exits, frozen, taps, jnp.int32(0))
+    online, _ = method.loss(exits, frozen, batch, jnp.int32(0))
+    np.testing.assert_allclose(cached, online, rtol=1e-6)
