@@ -8,7 +8,8 @@ logits:
 
 Directions that features never take cost nothing: a plain SVD of W, without S, keeps far fewer of the largest
 logits. The margin is the smallest under which at most `1 - agreement` of other tokens are given a token that
-is not the whole head's; rank and number of blocks are those that read the fewest bytes then.
+is not the whole head's; rank and number of blocks are those that should take the least time then, by the bytes
+that are read and how.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from elastic_lm.nn.preview import HeadPreview, by_block, preview_logits, preview
 RANKS = (64, 96, 128, 192)  # candidates, as far as they are below D
 BLOCKS = (256, 512, 1024)  # candidates for the number of blocks
 ARRAYS = ("down", "up", "spread", "margin")  # of a file
+SCATTERED = 4.0  # time of a byte of the exact rows, which lie apart, relative to one of the head (measured)
 CHUNK = 64  # tokens whose logits are alive at once
 KEPT = 6144  # tokens that the margin is chosen and measured on, half each
 
@@ -161,7 +163,7 @@ def fit_previews(
             for agreement in agreements:
                 margin = least_margin(gap, right, agreement)
                 preview = dataclasses.replace(widest, blocks=count, margin=jnp.float32(margin))
-                cost = _bytes(preview, kernel, float(np.mean(gap < margin)))
+                cost = _bytes(preview, kernel, float(np.mean(gap < margin)), SCATTERED)
                 if agreement not in best or cost < best[agreement][0]:
                     best[agreement] = cost, preview
     return {
@@ -349,11 +351,11 @@ def _outcome(
     return found.gap, right, jnp.sum(distance, axis=-1) / 2
 
 
-def _bytes(preview: HeadPreview, kernel: jax.Array, whole: float) -> float:
-    """Share of the head's bytes that a token reads."""
+def _bytes(preview: HeadPreview, kernel: jax.Array, whole: float, scattered: float = 1.0) -> float:
+    """Share of the head's bytes that a token reads, or with `scattered` of the time of as many."""
     vocab_size, width = kernel.shape
     exact = min(preview.blocks * preview.block, vocab_size)
-    own = preview.up.size + preview.down.size + exact * width
+    own = preview.up.size + preview.down.size + scattered * exact * width
     return own / (vocab_size * width) + whole
 
 
