@@ -8,7 +8,7 @@ logits:
 
 Directions that features never take cost nothing: a plain SVD of W, without S, keeps far fewer of the largest
 logits. The margin is the smallest under which at most `1 - agreement` of other tokens are given a token that
-is not the whole head's; rank and number of blocks are those that should take the least time then, by the bytes
+is not the whole head's; rank and number of blocks are those that should take the least time then, by bytes
 that are read and how.
 """
 
