@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 
 from elastic_lm.cli.held_out import HeldOutOptions, add_held_out, held_out_batches
 from elastic_lm.cli.model_folder import load_with_tokenizer
@@ -57,3 +58,9 @@ def run(options: Options) -> None:
         f"mean total variation from its distribution {report.variation:.4f}\n"
         f"wrote {options.out}"
     )
+    if report.agreement < options.agreement:
+        print(
+            f"below the {options.agreement:.2%} that --agreement asks for: {report.tokens} tokens calibrated "
+            "the margin; raise --tokens",
+            file=sys.stderr,
+        )

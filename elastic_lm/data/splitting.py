@@ -1,4 +1,4 @@
-"""Text of a quickstart run: three disjoint parts, and prompts from the part nothing was fitted on."""
+"""A user's text in three disjoint parts, and prompts from the part that nothing was fitted on."""
 
 import hashlib
 from collections.abc import Sequence

@@ -375,6 +375,8 @@ def _write(
     report.save(result, options, out / "report.json")
     if result.targets:
         report.save_curve(result, out / "curve.png")
+    else:
+        (out / "curve.png").unlink(missing_ok=True)  # of an earlier run
     for setting in settings:
         if setting.preview is not None and result.plan is not None:
             found = PreviewReport(**result.plan["previews"][str(setting.target)])
