@@ -1,10 +1,14 @@
-"""How the tests compile: fast, because compilation is most of what they cost.
+"""How the tests compile: fast and once, because compilation is most of what they cost.
 
-An XLA_FLAGS of the caller's own stays; `XLA_FLAGS= python -m pytest` compiles as users' programs do.
+An XLA_FLAGS of the caller's own stays; `XLA_FLAGS= python -m pytest` compiles as users' programs do. So does
+a JAX_COMPILATION_CACHE_DIR.
 """
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -25,13 +29,19 @@ if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
-@pytest.fixture(scope="session")
-def programs_on_disk(tmp_path_factory: pytest.TempPathFactory):
-    """From its first use on, programs that take long to compile are compiled once per session."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Both workers, and the processes that tests start, take from one folder what one of them has compiled.
+    # Half of the programs are single operations, which take longer to compile than to read.
+    programs = tempfile.mkdtemp(prefix="elastic_lm_programs_")
+    atexit.register(shutil.rmtree, programs, ignore_errors=True)
+    settings = {
+        "jax_compilation_cache_dir": programs,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)  # for this process
+        os.environ[name.upper()] = str(value)  # for those that it starts
 
 
 @pytest.fixture
@@ -84,3 +94,9 @@ def resident_bytes() -> int:
         return 0
     pages = int(statm.read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def pytest_collection_finish() -> None:
+    """Keeps what the imports left behind out of later garbage collections."""
+    gc.collect()
+    gc.freeze()

@@ -140,7 +140,7 @@ def test_blocks_are_marked_as_they_should_be(page: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, programs_on_disk: None) -> pathlib.Path:
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Small models and a little data under the names that the pages use."""
     folder = tmp_path_factory.mktemp("workshop")
     (folder / "configs").symlink_to(ROOT / "configs")
@@ -226,7 +226,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
-@pytest.mark.usefixtures("programs_on_disk", "own_registries")
+@pytest.mark.usefixtures("own_registries")
 def test_what_a_page_shows_runs(
     page: pathlib.Path, workshop: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +309,7 @@ EXAMPLES = {place: code for name, found in NAMES.items() for place, code in exam
 
 
 @pytest.mark.parametrize("place", EXAMPLES)
-@pytest.mark.usefixtures("programs_on_disk", "own_registries")
+@pytest.mark.usefixtures("own_registries")
 def test_an_example_runs(place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(EXAMPLES[place], place, "exec"), {"__name__": "__main__"})

@@ -24,7 +24,7 @@ FILES = tuple(TESTS / name for name in NAMES)
 @pytest.mark.skipif(jax.device_count() >= 8, reason="this process has eight devices already")
 def test_on_eight_devices() -> None:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mesh or sharding"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-k", "mesh or sharding"]
     command += map(str, FILES)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -61,6 +61,7 @@ class Program:
         self.controls = make_controls(
             config, self.prompts, NEW_TOKENS, self.capacity, Settings(ignore_eos=True), [None] * load.batch,
             lossless=np.zeros(load.batch, bool), adapt=True, fire_share=0.0, together=False,
+            tick_costs=(1.0,) * WINDOW,
         )  # fmt: skip
         self.runs: dict[Phase, list[float]] = {phase: [] for phase in PHASES}
 
@@ -71,7 +72,7 @@ class Program:
         began = time.perf_counter()
         state = jit_prefill(
             self.config, self.params, tokens, lengths, limits, jnp.int32(1),
-            capacity=self.capacity, window=WINDOW,
+            capacity=self.capacity, window=WINDOW, lookup=False,
         )  # fmt: skip
         jax.block_until_ready(state)
         prefilled = time.perf_counter()

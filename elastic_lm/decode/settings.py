@@ -126,7 +126,7 @@ def make_controls(
     adapt: bool,
     fire_share: float,
     together: bool,
-    tick_costs: Sequence[float] = (1.0,),
+    tick_costs: Sequence[float],
 ) -> Controls:
     """The arrays by which a batch of requests steers the decode loop.
 

@@ -35,11 +35,6 @@ RENAMED = {  # options of methods that recipes were given
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_programs_are_kept(programs_on_disk: None) -> None:
-    """Programs that several tests need compile once."""
-
-
 @pytest.fixture(autouse=True)
 def golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy to work in: the files name each other by paths relative to their folder."""

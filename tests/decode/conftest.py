@@ -17,11 +17,6 @@ from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
 
 
-@pytest.fixture(autouse=True, scope="session")
-def compiled_programs_are_kept(programs_on_disk: None) -> None:
-    """Samplers of one shape of model and batch compile once per session."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Plain thresholds."""

@@ -14,11 +14,11 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import fit
 
-STEPS = 60
+STEPS = 36
 
 
 def main(workdir: Path, text: str, cache: str) -> None:
-    """Runs or resumes 60 steps with a checkpoint after every third."""
+    """Runs or resumes 36 steps with a checkpoint after every third."""
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     save = Checkpoints.save
