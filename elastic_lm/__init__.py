@@ -34,6 +34,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.models.encoder import Encoder
     from elastic_lm.models.encoder_decoder import EncoderDecoder
     from elastic_lm.models.exits import attach_exits
+    from elastic_lm.models.registry import init_params
     from elastic_lm.models.task_heads import attach_task_exits, attach_task_head
     from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
     from elastic_lm.width.chooser import SubnetChooser
@@ -83,6 +84,7 @@ __all__ = [
     "embedded_model",
     "evaluate",
     "hf",
+    "init_params",
     "load",
     "measure_cascade",
     "slice_params",

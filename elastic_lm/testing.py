@@ -13,6 +13,18 @@ from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Config, abstract_params
 
+__all__ = [
+    "all_logits",
+    "assert_causal",
+    "assert_exits_nested",
+    "assert_same_tree",
+    "final_head",
+    "random_params",
+    "random_tokens",
+    "tiny_config",
+    "truncated",
+]
+
 
 def tiny_config(exits: tuple[int, ...] = (), **overrides: Any) -> ModelConfig:
     """A four-layer Llama that compiles and runs in moments.
@@ -23,6 +35,14 @@ def tiny_config(exits: tuple[int, ...] = (), **overrides: Any) -> ModelConfig:
 
     Returns:
       The config: d_model 32, 4 heads in 2 groups, vocabulary 64.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,), n_layers=6)
+      assert config.exits == (el.ExitConfig(2, kind="norm"),)
+      ```
     """
     fields: dict[str, Any] = {
         "vocab_size": 64,
@@ -44,6 +64,15 @@ def random_params(config: Config, seed: int = 0, scale: float = 0.3) -> Params:
       config: architecture of any model.
       seed: of the draw.
       scale: standard deviation.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,))
+      params = el.testing.random_params(config)
+      assert params["embed"]["table"].shape == (config.vocab_size, config.d_model)
+      ```
     """
     draw = np.random.default_rng(seed).standard_normal
     shapes = nn.unbox(abstract_params(config))
@@ -61,6 +90,14 @@ def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -
 
     Returns:
       [batch, length] int32.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      tokens = el.testing.random_tokens(el.testing.tiny_config(), batch=2, length=5)
+      assert tokens.shape == (2, 5)
+      ```
     """
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, config.vocab_size)
 
@@ -76,6 +113,16 @@ def all_logits(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> dic
 
     Returns:
       {depth: [B, T, V] float32}, the full model under `n_layers`.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,))
+      params = el.testing.random_params(config)
+      logits = el.testing.all_logits(config, params, el.testing.random_tokens(config, 2, 5))
+      assert list(logits) == [2, 4] and logits[2].shape == (2, 5, config.vocab_size)
+      ```
     """
     output = Decoder(config).bind({"params": params})(tokens_BT)
     early = {e.layer: x for e, x in zip(config.exits, output.exit_logits, strict=True)}
@@ -92,6 +139,15 @@ def assert_causal(config: ModelConfig, params: Params, length: int = 8) -> None:
 
     Raises:
       AssertionError: names the depth and the position that saw the future.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,))
+      params = el.testing.random_params(config)
+      el.testing.assert_causal(config, params, length=3)
+      ```
     """
     tokens = random_tokens(config, 1, length)
     before = all_logits(config, params, tokens)
@@ -112,6 +168,16 @@ def truncated(config: ModelConfig, params: Params, layer: int) -> tuple[ModelCon
 
     Returns:
       (config, params) of a model with `layer` layers, no exits, and the exit's norm and head.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,))
+      params = el.testing.random_params(config)
+      small, small_params = el.testing.truncated(config, params, layer=2)
+      assert small.n_layers == 2
+      ```
     """
     exit_config = next(e for e in config.exits if e.layer == layer)
     own = params[exit_config.name]
@@ -131,6 +197,15 @@ def final_head(config: ModelConfig, params: Params) -> Params:
 
     Returns:
       {"kernel": [V, D]}, not copied.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,))
+      params = el.testing.random_params(config)
+      assert el.testing.final_head(config, params)["kernel"].shape == (config.vocab_size, config.d_model)
+      ```
     """
     return {"kernel": params["embed"]["table"]} if config.tied else params["head"]
 
@@ -145,6 +220,15 @@ def assert_exits_nested(config: ModelConfig, params: Params, length: int = 8) ->
 
     Raises:
       AssertionError: an exit's logits differ from the cut model's.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,))
+      params = el.testing.random_params(config)
+      el.testing.assert_exits_nested(config, params, length=3)
+      ```
     """
     tokens = random_tokens(config, 2, length)
     logits = all_logits(config, params, tokens)
@@ -163,6 +247,15 @@ def assert_same_tree(first: Params, second: Params) -> None:
 
     Raises:
       AssertionError: the trees have different keys, or a tensor differs; names the first one.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(exits=(2,))
+      params = el.testing.random_params(config)
+      el.testing.assert_same_tree(params, el.testing.random_params(config, seed=0))
+      ```
     """
     assert jax.tree.structure(first) == jax.tree.structure(second)
     leaves = jax.tree_util.tree_leaves_with_path(first)

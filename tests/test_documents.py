@@ -10,6 +10,7 @@ A comment above a block tells what is different here:
 """
 
 import argparse
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -51,7 +52,7 @@ DOCUMENTS += [ROOT / "configs" / "README.md"]
 
 LANGUAGES = ("python", "sh", "text", "json", "edit")
 REASONS = ("installs", "downloads", "needs a GPU", "needs a TPU", "needs several devices", "runs the tests")
-FACES = ("", "cascade", "data", "depth", "evaluate", "hf", "train", "width")
+FACES = ("", "cascade", "data", "depth", "evaluate", "hf", "testing", "train", "width")
 
 # What a page may say instead of arguments: runs of two steps, on texts and on labelled records.
 STEPS = ("steps=2", "warmup=1", "eval_every=0", "eval_batches=1", "save_every=2")
@@ -318,6 +319,20 @@ def test_an_example_runs(place: str, tmp_path: pathlib.Path, monkeypatch: pytest
 
 def test_every_public_name_has_an_example() -> None:
     assert not [name for name in NAMES if f"{name}-0" not in EXAMPLES]
+
+
+SHOWN = {block.place: block.code for page in PAGES for block in blocks(page) if block.language == "python"}
+
+
+@pytest.mark.parametrize("place", [*SHOWN, *EXAMPLES])
+def test_what_is_shown_imports_faces_alone(place: str) -> None:
+    for node in ast.walk(ast.parse({**SHOWN, **EXAMPLES}[place])):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+            assert all(name == "elastic_lm" or not name.startswith("elastic_lm") for name in modules)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("elastic_lm"):
+            listed = importlib.import_module(str(node.module)).__all__
+            assert {alias.name for alias in node.names} <= set(listed), ast.unparse(node)
 
 
 # What documents name.

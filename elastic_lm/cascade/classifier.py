@@ -48,11 +48,10 @@ class Classifier:
       import elastic_lm as el
       from elastic_lm.cascade import Classifier
       from elastic_lm.data import train_bpe
-      from elastic_lm.models.registry import init_params
 
       shape = {"vocab_size": 260, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_mlp": 32, "max_len": 64}
       config = el.EncoderConfig(**shape, n_labels=2, labels=("ham", "spam"))
-      params = init_params(config, jax.random.key(0))  # `el.load(folder)` gives a trained model
+      params = el.init_params(config, jax.random.key(0))  # `el.load(folder)` gives a trained model
       tokenizer = train_bpe(["some text"], 260)
 
       classifier = Classifier(el.Encoder(config), params, tokenizer, text_field="mail", batch_size=1)

@@ -54,9 +54,7 @@ class CascadeGuarantee:
     Example:
       ```python
       import numpy as np
-
-      from elastic_lm.cascade import CascadeRisk, fit_rule
-      from elastic_lm.cascade.sweep import Measurements
+      from elastic_lm.cascade import CascadeRisk, Measurements, fit_rule
 
       # The Swift is right about the half of 400 records that it is sure of.
       scores = np.linspace(0, 1, 400)

@@ -144,8 +144,7 @@ def fit_rule(
 
     Example:
       ```python
-      from elastic_lm.cascade import fit_rule
-      from elastic_lm.cascade.sweep import Measurements
+      from elastic_lm.cascade import Measurements, fit_rule
 
       # Four records: the Swift is right about the two that it is surest of, the Super about all.
       qualities = {"swift": [1, 1, 0, 0], "super_": [1, 1, 1, 1]}

@@ -177,11 +177,10 @@ def shared_classifier(
       import elastic_lm as el
       from elastic_lm.cascade import shared_classifier
       from elastic_lm.data import train_bpe
-      from elastic_lm.models.registry import init_params
 
       shape = {"vocab_size": 260, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_mlp": 32, "max_len": 64}
       config = el.EncoderConfig(**shape, n_labels=2, exits=(1,))
-      params = init_params(config, jax.random.key(0))  # `el.load(folder)` gives a trained model
+      params = el.init_params(config, jax.random.key(0))  # `el.load(folder)` gives a trained model
       swift, super_ = shared_classifier(el.Encoder(config), params, train_bpe(["some text"], 260), exit=1)
 
       results = el.Cascade(swift, super_, 0.9, score="max_prob").answer([{"text": "You won!"}])

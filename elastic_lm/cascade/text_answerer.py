@@ -39,10 +39,9 @@ class TextAnswerer:
       import elastic_lm as el
       from elastic_lm.cascade import TextAnswerer
       from elastic_lm.data import train_bpe
-      from elastic_lm.models.registry import init_params
 
       config = el.EncoderDecoderConfig(vocab_size=260, d_model=16, n_layers=1, n_heads=2, d_mlp=32)
-      params = init_params(config, jax.random.key(0))  # `el.load(folder)` gives a trained model
+      params = el.init_params(config, jax.random.key(0))  # `el.load(folder)` gives a trained model
       model = el.TextToText(el.EncoderDecoder(config), params, train_bpe(["some text"], 260))
 
       answerer = TextAnswerer(model, template="review: {text}", labels=("good", "bad"), batch_size=1)

@@ -9,7 +9,7 @@ from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import require_share, share
 
 HELP = """\
-Chooses a part of the vocabulary head that gives most tokens, on text, for a target agreement.
+Fits a preview to text: a cheap part of the vocabulary head that decides most tokens.
 
 elastic-lm preview --model my-model --data text.txt --out preview.safetensors
 elastic-lm preview --model my-model --data text.txt --agreement 0.99

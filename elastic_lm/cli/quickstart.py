@@ -21,9 +21,9 @@ from elastic_lm.config.model import ExitKind
 from elastic_lm.quickstart.options import Options as Job
 
 HELP = """\
-Main job end to end: what pays is planned, tuned, calibrated, and measured against full depth.
+Plans what pays on a model, tunes and calibrates it, and measures it against full depth.
 
-elastic-lm quickstart                              a few minutes on two CPU cores
+elastic-lm quickstart                              one to two minutes on two CPU cores
 elastic-lm quickstart --hf-dir my-model --data book.txt
 elastic-lm quickstart --from-scratch               pretrains the small model first
 

@@ -32,14 +32,15 @@ def whole(field: str, fraction: float, size: int, unit: int, of: str) -> int:
     """`fraction` of `size`, a multiple of `unit`.
 
     Raises:
-      ValueError: it is none; names `field` and the nearest fractions that would be.
+      ValueError: the fraction does not give such a number; names `field` and the nearest fractions that do.
     """
     exact = fraction * size
     if 0 < fraction <= 1 and math.isclose(exact, round(exact), rel_tol=1e-5) and round(exact) % unit == 0:
         return round(exact)
     low, steps = int(max(exact, 0) // unit), size // unit
     near = sorted({min(max(n, 1), steps) * unit for n in (low, low + 1)} if steps else {size})
-    fix = f"must give a multiple of {unit} of {size} {of}; nearest: "
+    number = f"a whole number of the {size}" if unit == 1 else f"a multiple of {unit} of {size}"
+    fix = f"must give {number} {of}; nearest: "
     fix += ", ".join(f"{n / size:.6g} ({n})" for n in near)
     raise ValueError(f"{field}={fraction!r}: {fix}")
 

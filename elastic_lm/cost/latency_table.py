@@ -39,7 +39,16 @@ TIMELESS = (
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What computes. Times of one device say nothing about another."""
+    """What computes. Times of one device say nothing about another.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      device = el.width.Device.here()
+      print(device.platform, device.kind, device.cores)
+      ```
+    """
 
     platform: str  # cpu, gpu or tpu
     kind: str  # the device's name in jax
@@ -92,7 +101,6 @@ class LatencyTable:
       ```python
       import dataclasses
       import elastic_lm as el
-      from elastic_lm.cost.latency_table import Device
       from elastic_lm.testing import tiny_config
 
       config, menu = tiny_config(), el.Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
@@ -102,7 +110,7 @@ class LatencyTable:
           model=config,
           menu=menu,
           workload=el.width.Workload(batch=1, context=32),
-          device=Device.here(),
+          device=el.width.Device.here(),
           decode=costs,
           prefill=costs,
           residuals={"decode": 0.0, "prefill": 0.0},

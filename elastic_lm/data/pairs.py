@@ -34,7 +34,7 @@ def train_pairs(config: TaskConfig, model: EncoderDecoderConfig, tokenizer: Toke
       tokenizer: of the model.
 
     Returns:
-      A dataset of dicts with the fields of `sequence_to_sequence.PairBatch`, NumPy arrays.
+      A dataset of dicts with the fields of `train.tasks.seq2seq.PairBatch`, NumPy arrays.
 
     Raises:
       FileNotFoundError: a file or folder does not exist.
@@ -130,7 +130,7 @@ def pad_pairs(config: TaskConfig, model: EncoderDecoderConfig, pairs: list[Pair]
       pairs: at most `batch_size` of them; further rows have weight 0.
 
     Returns:
-      The fields of `sequence_to_sequence.PairBatch`; S and T are powers of two, or the largest lengths.
+      The fields of `train.tasks.seq2seq.PairBatch`; S and T are powers of two, or the largest lengths.
     """
     s = max(bucket(len(pair["source"]), config.max_len) for pair in pairs)
     t = max(bucket(len(pair["target"]), config.max_target) for pair in pairs)

@@ -82,16 +82,26 @@ class Guarantee:
 
     Example:
       ```python
-      import numpy as np
-      from elastic_lm.bounds import fixed_sequence_test
-      from elastic_lm.depth.guarantee import RiskControl, describe
+      import elastic_lm as el
 
-      stated = RiskControl(target=0.9)
-      losses = np.full(200, 0.02)  # of 200 sequences: the share of tokens that differ from the full model's
-      verdict = fixed_sequence_test(
-          [(0.8,)], lambda thresholds: losses, stated.allowed, stated.epsilon, otherwise=(2.0,)
+      # A policy that `el.depth.calibrate(..., risk=...)` has saved has one as its `guarantee`.
+      stated = el.depth.Guarantee(
+          target=0.9,
+          epsilon=0.05,
+          delta=None,
+          achieved=True,
+          statement="with probability at least 0.95 over the 200 sequences ...",
+          sequences=200,
+          accepted=3,
+          tested=4,
+          p_value=0.01,
+          agreement=0.93,
+          agreement_bound=0.91,
+          below=0.2,
+          below_bound=0.25,
+          worst_decile=0.8,
       )
-      print(describe(verdict, stated).statement)
+      assert stated.achieved and stated.agreement_bound >= stated.target
       ```
     """
 

@@ -46,7 +46,7 @@ def load(
       path: local folder with config.json and model.safetensors, or shards with an index.
       dtype: "float32", "bfloat16" or "float16" of parameters and activations; None = that of the
         file, except on a CPU, where it is float32 (half precision is slow there).
-      mesh: devices to spread the parameters over (`elastic_lm.sharding`); None = the default device.
+      mesh: devices to spread the parameters over (`elastic_lm.models.sharding`); None = the default device.
 
     Returns:
       (config, canonical parameters). Token ids that start and end a text come from

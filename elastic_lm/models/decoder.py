@@ -368,6 +368,17 @@ def stack_layers(params: Params) -> Params:
     Returns:
       The same parameters with `layers` of shape [L, ...], the form that training scans over.
 
+    Example:
+      ```python
+      import jax
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, tiny_config
+
+      config = tiny_config(n_layers=3)
+      stacked = el.train.stack_layers(random_params(config))
+      assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(stacked["layers"]))
+      ```
+
     Raises:
       ValueError: layers differ in size (`ModelConfig.heterogeneous`).
     """

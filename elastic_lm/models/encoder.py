@@ -54,10 +54,9 @@ class Encoder(nn.Module):
       ```python
       import elastic_lm as el
       import jax
-      from elastic_lm.models.registry import init_params
 
       config = el.EncoderConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_mlp=64, n_labels=3)
-      params = init_params(config, jax.random.key(0))
+      params = el.init_params(config, jax.random.key(0))
       tokens = jax.numpy.asarray([[2, 7, 5, 3]])
       output = jax.jit(el.Encoder(config).apply)({"params": params}, tokens)
       assert output.logits.shape == (1, 3)

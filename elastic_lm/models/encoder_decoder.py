@@ -37,10 +37,9 @@ class EncoderDecoder(nn.Module):
       ```python
       import elastic_lm as el
       import jax
-      from elastic_lm.models.registry import init_params
 
       config = el.EncoderDecoderConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
-      params = init_params(config, jax.random.key(0))
+      params = el.init_params(config, jax.random.key(0))
       source = jax.numpy.asarray([[2, 7, 5, 1]])
       target = jax.numpy.asarray([[config.decoder_start_id, 9, 4]])
       logits = jax.jit(el.EncoderDecoder(config).apply)({"params": params}, source, target)

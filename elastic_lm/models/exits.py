@@ -79,11 +79,10 @@ def without_exits(config: ModelConfig, params: Params) -> tuple[ModelConfig, Par
     Example:
       ```python
       import elastic_lm as el
-      from elastic_lm.models.exits import without_exits
 
       config = el.testing.tiny_config(exits=(2,))
       params = el.testing.random_params(config)
-      config, params = without_exits(config, params)
+      config, params = el.depth.without_exits(config, params)
       assert config.exits == () and "exit_2" not in params
       ```
     """

@@ -91,6 +91,19 @@ def init_params(config: Config, key: jax.Array) -> Params:
 
     Returns:
       Canonical parameters, unboxed.
+
+    Raises:
+      TypeError: the config describes no model.
+
+    Example:
+      ```python
+      import jax
+      import elastic_lm as el
+
+      config = el.testing.tiny_config()
+      params = el.init_params(config, jax.random.key(0))
+      assert params["embed"]["table"].shape == (config.vocab_size, config.d_model)
+      ```
     """
     kind = kind_of(config)
     if kind.draw is None:

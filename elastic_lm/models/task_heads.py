@@ -43,10 +43,9 @@ def attach_task_head(
       ```python
       import elastic_lm as el
       import jax
-      from elastic_lm.models.registry import init_params
 
       config = el.EncoderConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_mlp=64)
-      params = init_params(config, jax.random.key(0))
+      params = el.init_params(config, jax.random.key(0))
       config, params = el.attach_task_head(
           config, params, 2, "classification", jax.random.key(1), labels=("negative", "positive")
       )
@@ -92,10 +91,9 @@ def attach_task_exits(
       ```python
       import elastic_lm as el
       import jax
-      from elastic_lm.models.registry import init_params
 
       config = el.EncoderConfig(vocab_size=64, d_model=32, n_layers=4, n_heads=4, d_mlp=64, n_labels=2)
-      params = init_params(config, jax.random.key(0))
+      params = el.init_params(config, jax.random.key(0))
       config, params = el.attach_task_exits(config, params, (1, 2))
       assert params["exit_1"].keys() == {"pooler", "head"}
       ```

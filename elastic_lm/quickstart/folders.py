@@ -5,6 +5,8 @@ from pathlib import Path
 
 from elastic_lm.checkpoints.native import QUICKSTART_MARK as MARK
 
+MODEL = "model"  # with tuned exits
+PREVIEW = "preview_"  # then the target in percent
 TUNING = "tuning"  # made before any file is written, so where it is ours the files are
 FILES = ("thresholds.json", "report.json", "curve.png", "text.html")
 
@@ -21,6 +23,24 @@ def check_files(out: Path) -> None:
             f"{out} was not written by an earlier quickstart (it has no {TUNING}/{MARK}) and its "
             f"{', '.join(found)} would be overwritten: move what is there away, or choose another --out"
         )
+
+
+def begin(out: Path, source: Path | None) -> None:
+    """Marks a folder as a quickstart's, and removes what an earlier one left that this one may not write.
+
+    Args:
+      out: folder of the results.
+      source: folder of the model that is read; None = there is none.
+
+    Raises:
+      ValueError: a folder may not be replaced; see `check_replaceable`.
+    """
+    renew(out / TUNING, source)
+    check_replaceable(out / MODEL, source)
+    if (out / MODEL).exists():
+        shutil.rmtree(out / MODEL)
+    for file in (*(out / name for name in FILES), *out.glob(f"{PREVIEW}*.safetensors")):
+        file.unlink(missing_ok=True)
 
 
 def check_replaceable(folder: Path, source: Path | None) -> None:

@@ -51,7 +51,7 @@ class Generation:
 def generate(
     samplers: Mapping[str, Sampler], prompts: Sequence[list[int]], new_tokens: int, rounds: int
 ) -> dict[str, Generation]:
-    """Greedy continuations at batch 1; samplers take turns at every prompt and share the machine's moods.
+    """Greedy continuations at batch 1; samplers take turns at every prompt.
 
     Args:
       samplers: name -> sampler.

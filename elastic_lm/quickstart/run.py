@@ -95,7 +95,7 @@ def run(options: Options, colour: str = "auto") -> report.Report:
     out = Path(options.out)
     folders.check_files(out)
     out.mkdir(parents=True, exist_ok=True)
-    for folder in ("model", folders.TUNING, *(("pretraining",) if options.from_scratch else ())):
+    for folder in (folders.MODEL, folders.TUNING, *(("pretraining",) if options.from_scratch else ())):
         folders.check_replaceable(out / folder, Path(options.hf_dir) if options.hf_dir else None)
     with steps.step("load", f"Load {_source(options)}"):
         base = _base(options)
@@ -105,6 +105,8 @@ def run(options: Options, colour: str = "auto") -> report.Report:
         prompts = splitting.held_out_prompts(
             _data(options, "test"), Tokenizer.load(source), options.prompts, options.prompt_tokens
         )
+    folders.begin(out, Path(options.hf_dir) if options.hf_dir else None)
+
     plan = previews = None
     if options.hf_dir:
         with steps.step("plan", "Plan: measure what each dial would give on this model and device"):
@@ -120,7 +122,6 @@ def run(options: Options, colour: str = "auto") -> report.Report:
             model = _tune(options, source, name, base.n_layers)
         with steps.step("calibrate", "Calibrate thresholds on held-out text"):
             policy = _calibrate(options, model)
-            policy.save(out / "thresholds.json")
 
     with steps.step("test", "Measure agreement on text that nothing was fitted on"):
         settings = _settings(options, model, plan, previews or {}, policy)
@@ -130,6 +131,8 @@ def run(options: Options, colour: str = "auto") -> report.Report:
         rows = [_row(model, setting, generations, prompts) for setting in settings]
         result = _report(steps, model, rows, generations[FULL], plan)
         _write(options, model, result, settings, generations, prompts)
+        if policy is not None:
+            _recommended(policy, result).save(out / "thresholds.json")
     _show(console, options, model, result, settings, generations, prompts, colour)
     return result
 
@@ -163,7 +166,7 @@ def _load(options: Options) -> tuple[Path, str]:
 
 
 def _tune(options: Options, source: Path, name: str, n_layers: int) -> Model:
-    target = Path(options.out) / "model"
+    target = Path(options.out) / folders.MODEL
     decoder, params, saved = train.tune_exits(options, source, n_layers, _data(options, "test"))
     folders.renew(target, source)
     for part in saved.iterdir():
@@ -375,12 +378,10 @@ def _write(
     report.save(result, options, out / "report.json")
     if result.targets:
         report.save_curve(result, out / "curve.png")
-    else:
-        (out / "curve.png").unlink(missing_ok=True)  # of an earlier run
     for setting in settings:
         if setting.preview is not None and result.plan is not None:
             found = PreviewReport(**result.plan["previews"][str(setting.target)])
-            save_preview(setting.preview, found, out / f"preview_{100 * setting.target:g}.safetensors")
+            save_preview(setting.preview, found, out / _preview_file(setting.target))
     texts = {s.target: generations[str(s.target)].samples for s in settings}
     n_layers = model.decoder.config.n_layers
     some = prompts[: options.prompts]
@@ -418,11 +419,25 @@ def _show(
     console.print(f"  {_next_command(options, result)}", soft_wrap=True)
 
 
+def _recommended(policy: ConfidenceExit, result: report.Report) -> ConfidenceExit:
+    """The policy at the recommended target; as it was calibrated where exits are not recommended."""
+    row = result.recommended
+    return policy.at(row.target_agreement) if row is not None and row.dial == "exits" else policy
+
+
 def _next_command(options: Options, result: report.Report) -> str:
     """The command that generates with the recommended setting."""
     out, row = options.out, result.recommended
     prompt = '--prompt "Once upon a time"' if options.hf_dir else '--prompt "def main():"'
-    if options.hf_dir and (row is None or row.dial == "preview"):
-        preview = f" --preview {out}/preview_{100 * row.target_agreement:g}.safetensors" if row else ""
-        return f"elastic-lm generate --model {options.hf_dir}{preview} {prompt}"
-    return f"elastic-lm generate --model {out}/model --thresholds {out}/thresholds.json {prompt}"
+    model = f"{out}/{folders.MODEL}"
+    if row is None:
+        how = f"--model {options.hf_dir or model}"
+    elif row.dial == "preview":
+        how = f"--model {options.hf_dir} --preview {out}/{_preview_file(row.target_agreement)}"
+    else:
+        how = f"--model {model} --thresholds {out}/thresholds.json"
+    return f"elastic-lm generate {how} {prompt}"
+
+
+def _preview_file(target: float) -> str:
+    return f"{folders.PREVIEW}{100 * target:g}.safetensors"

@@ -178,7 +178,7 @@ def terminal_colours(stream: TextIO, choice: str = "auto") -> Colours | None:
     Returns:
       The colours that TERM and COLORTERM say a terminal shows, 24 bits where there is none; None = no colour.
     """
-    is_terminal = stream.isatty()  # a notebook is none: what it prints is shown as it would stand in a file
+    is_terminal = stream.isatty()  # a notebook is not a terminal: print as to a file
     console = Console(file=stream, force_terminal=is_terminal, force_jupyter=False, legacy_windows=False)
     shown = cast(Colours | None, console.color_system)
     if choice == "always":

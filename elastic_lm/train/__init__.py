@@ -9,6 +9,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.data import DataConfig
     from elastic_lm.config.mesh import MeshConfig
     from elastic_lm.config.task import TaskConfig
+    from elastic_lm.models.decoder import stack_layers
     from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
     from elastic_lm.train.method import Method, MethodConfig
     from elastic_lm.train.pretraining import Pretraining, PretrainingConfig
@@ -34,6 +35,7 @@ __all__ = [
     "fit",
     "load_config",
     "register",
+    "stack_layers",
 ]
 
 

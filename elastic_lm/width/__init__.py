@@ -5,7 +5,7 @@ from etils import epy as _epy
 with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.subnet import Budget, Menu, Subnet
     from elastic_lm.cost.counted import CostTable, Workload, counted_table
-    from elastic_lm.cost.latency_table import LatencyTable
+    from elastic_lm.cost.latency_table import Device, LatencyTable
     from elastic_lm.width.chooser import SubnetChooser
     from elastic_lm.width.elastic_training import ElasticTraining, ElasticTrainingConfig, uniform_subnets
     from elastic_lm.width.importance import Importance, permute, rank
@@ -20,17 +20,19 @@ with _epy.lazy_api_imports(globals()):
         uniform_subnet,
     )
     from elastic_lm.width.slicing import mask_params, slice_params
-    from elastic_lm.width.trained_routers import Routers
+    from elastic_lm.width.trained_routers import Routers, RouterShape
 
 __all__ = [
     "Budget",
     "CostTable",
     "Damage",
+    "Device",
     "ElasticTraining",
     "ElasticTrainingConfig",
     "Importance",
     "LatencyTable",
     "Menu",
+    "RouterShape",
     "RouterTraining",
     "RouterTrainingConfig",
     "Routers",

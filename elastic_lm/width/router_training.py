@@ -168,9 +168,7 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
       import jax
       import jax.numpy as jnp
       import elastic_lm as el
-      from elastic_lm.models.decoder import stack_layers
       from elastic_lm.testing import random_params, random_tokens, tiny_config
-      from elastic_lm.width.trained_routers import RouterShape
 
       config = tiny_config(elastic_groups=16)
       tokens = random_tokens(config, batch=2, length=17)
@@ -178,10 +176,10 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
       batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
 
       menu = el.Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
-      shape = RouterShape(config, menu, anchors=(0.7, 1.0), width=16)
+      shape = el.width.RouterShape(config, menu, anchors=(0.7, 1.0), width=16)
       table = el.width.counted_table(config, menu, "parameters")
       method = el.width.RouterTraining(shape=shape, table=table, steps=100)
-      routers, model = method.split(stack_layers(random_params(config)))
+      routers, model = method.split(el.train.stack_layers(random_params(config)))
       loss, metrics = jax.jit(method.loss)(routers, model, batch, jnp.int32(0))
       ```
     """

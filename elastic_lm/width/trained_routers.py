@@ -42,6 +42,16 @@ class RouterShape:
 
     Raises:
       ValueError: the routers cannot choose from this menu, or a field is out of its range.
+
+    Example:
+      ```python
+      import jax
+      import elastic_lm as el
+
+      menu = el.Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
+      shape = el.width.RouterShape(el.testing.tiny_config(), menu, anchors=(0.7, 1.0), width=16)
+      params = shape.init(jax.random.key(0))  # of routers that nothing has trained yet
+      ```
     """
 
     config: ModelConfig  # the whole model, all layers of one size; static
@@ -185,10 +195,9 @@ class Routers:
       import jax
       import elastic_lm as el
       from elastic_lm.testing import tiny_config
-      from elastic_lm.width.trained_routers import RouterShape
 
       config, menu = tiny_config(), el.Menu()
-      shape = RouterShape(config, menu, anchors=(0.6, 0.8, 1.0))
+      shape = el.width.RouterShape(config, menu, anchors=(0.6, 0.8, 1.0))
       params = shape.init(jax.random.key(0))  # untrained: the recipe configs/routers.py trains them
       routers = el.width.Routers(shape, params, el.width.counted_table(config, menu, "parameters"))
       routers.subnet(el.Budget(parameters=30_000))  # a `Subnet` of at most 30,000 parameters

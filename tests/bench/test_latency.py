@@ -307,7 +307,7 @@ def test_verify_and_build_on_the_command_line(
         (("verify", "--table", "t", "--context", 0), "--context 0: is settled by --table t"),
         (("build", "--tiny", "--model", "m"), "--tiny: stands for a model of its own; leave it or --model m"),
         (("verify", "--table", "nowhere.json"), "nowhere.json: no such latency table"),
-        (("build", "--tiny", "--heads", "0.5,1"), "menu.heads=0.5: must give a multiple of 1"),
+        (("build", "--tiny", "--heads", "0.5,1"), "menu.heads=0.5: must give a whole number of the"),
         (("build", "--tiny", "--batch", 0), "workload.batch=0: must be at least 1"),
         (("build", "--tiny", "--mlp", "0.5"), "menu.mlp=(0.5,): must be shares in (0, 1]"),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from elastic_lm.checkpoints.native import check_target
 from elastic_lm.cli import main as cli
-from elastic_lm.quickstart.folders import FILES, TUNING, check_files, check_replaceable, renew
+from elastic_lm.quickstart.folders import FILES, MODEL, TUNING, begin, check_files, check_replaceable, renew
 
 
 def test_own_folders_are_made_anew(tmp_path: Path) -> None:
@@ -73,6 +73,17 @@ def test_files_of_an_earlier_run_are_written_anew(tmp_path: Path) -> None:
     for name in FILES:
         (tmp_path / name).touch()
     check_files(tmp_path)
+
+
+def test_nothing_of_an_earlier_run_stays(tmp_path: Path) -> None:
+    begin(tmp_path, None)
+    renew(tmp_path / MODEL, None)
+    for name in (*FILES, "preview_99.safetensors"):
+        (tmp_path / name).touch()
+    (tmp_path / "notes.txt").touch()
+    check_files(tmp_path)
+    begin(tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir()} == {TUNING, "notes.txt"}
 
 
 @pytest.mark.parametrize("inside", ["", "model"])
