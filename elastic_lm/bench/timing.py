@@ -21,9 +21,9 @@ def time_once(run: Callable[[], Any]) -> float:
 def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Seconds per call of several functions that are compared with each other.
 
-    A machine slows down and speeds up while it measures. Alternating the sides exposes all of them to the same
-    drift, and odd rounds run backwards so that no side always follows the same neighbour. Each side runs once
-    before, untimed, to compile and to warm its caches.
+    A machine slows down and speeds up while it measures. Alternating the sides exposes all of them to the
+    same drift, and odd rounds run backwards so that no side always follows the same neighbour. Each side runs
+    once before, untimed, to compile and to warm its caches.
 
     Args:
       sides: name -> function; what it returns may be jax arrays still being computed.
