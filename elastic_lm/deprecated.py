@@ -46,17 +46,25 @@ ROOM_NAMES: dict[str, dict[str, str]] = {
 # Modules that the documents of 0.1 imported from -> module of today, and names that differ there.
 MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "elastic_lm.calibrate": ("elastic_lm.depth", {}),
+    "elastic_lm.calibrate.risk_control": ("elastic_lm.depth.guarantee", {}),
     "elastic_lm.calibrate.routing": (
         "elastic_lm.cascade.sweep",
         {"Measured": "Measurements", "RoutingCurve": "CascadeCurve", "RoutingPoint": "CascadePoint"},
     ),
-    "elastic_lm.calibrate.routing_risk": ("elastic_lm.cascade.guarantee", {"RoutingRisk": "CascadeRisk"}),
-    "elastic_lm.calibrate.routing_rule": ("elastic_lm.cascade.rule", {"fit_routing": "fit_rule"}),
+    "elastic_lm.calibrate.routing_risk": (
+        "elastic_lm.cascade.guarantee",
+        {"RoutingRisk": "CascadeRisk", "RoutingGuarantee": "CascadeGuarantee"},
+    ),
+    "elastic_lm.calibrate.routing_rule": (
+        "elastic_lm.cascade.rule",
+        {"fit_routing": "fit_rule", "RoutingRule": "CascadeRule"},
+    ),
     "elastic_lm.calibrate.routing_scores": ("elastic_lm.cascade.scores", {}),
     "elastic_lm.calibrate.thresholds": (
         "elastic_lm.depth.calibration",
         {"CurvePoint": "CalibrationPoint", "fit": "fit_thresholds"},
     ),
+    "elastic_lm.checkpoint": ("elastic_lm.checkpoints.native", {}),
     "elastic_lm.decode.black_boxes": ("elastic_lm.cascade", {}),  # Endpoint and Function
     "elastic_lm.decode.choice": ("elastic_lm.cascade.multiple_choice", {"Choice": "MultipleChoice"}),
     "elastic_lm.decode.classifier": ("elastic_lm.cascade.classifier", {}),
@@ -70,9 +78,13 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "elastic_lm.decode.text_answerer": ("elastic_lm.cascade.text_answerer", {}),
+    "elastic_lm.elastic": ("elastic_lm.config.subnet", {}),
     "elastic_lm.embedded": ("elastic_lm.checkpoints.embedded", {}),
     "elastic_lm.methods": ("elastic_lm.train", {}),
+    "elastic_lm.methods.ee_tuning": ("elastic_lm.depth", {}),
     "elastic_lm.methods.search": ("elastic_lm.width.search", {}),
+    "elastic_lm.render": ("elastic_lm.report.colour", {}),
+    "elastic_lm.sharding": ("elastic_lm.models.sharding", {}),
 }
 
 
