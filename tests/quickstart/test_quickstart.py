@@ -9,7 +9,8 @@ from elastic_lm.cli import main as cli
 from elastic_lm.data.splitting import split_text
 from elastic_lm.quickstart import train
 from elastic_lm.quickstart.options import Options
-from elastic_lm.quickstart.run import run
+from elastic_lm.quickstart.report import Report, Target
+from elastic_lm.quickstart.run import _next_command, run
 from elastic_lm.quickstart.train import check_exits, exit_layers
 from elastic_lm.testing import tiny_config
 
@@ -35,6 +36,34 @@ def test_tiny_quickstart_writes_everything(
     assert "\x1b[38;2;" in printed
     shown = ["--model", f"{out}/model", "--thresholds", f"{out}/thresholds.json", "--prompt", "def"]
     assert cli.main(["generate", *shown, "--max-new-tokens", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("speedups", "dial", "command"),
+    [
+        ((), "exits", "--model own "),
+        ((0.9, 0.8), "exits", "--model own "),
+        ((1.2, 0.9), "exits", "--model out/model --thresholds out/thresholds.json "),
+        ((1.3, 1.1), "preview", "--model own --preview out/preview_99.safetensors "),
+    ],
+)
+def test_what_comes_next_is_what_is_recommended(speedups: tuple[float, ...], dial: str, command: str) -> None:
+    rows = [
+        Target(
+            target_agreement=target,
+            agreement=target,
+            mean_layers=3.0,
+            tokens_per_s=1.0,
+            speedup=speedup,
+            generated_agreement=1.0,
+            thresholds=(0.5,),
+            dial=dial,
+        )
+        for target, speedup in zip((0.9, 0.99), speedups, strict=False)
+    ]
+    result = Report(1.0, 4, 1.0, rows, {}, {}, None)
+    options = Options(out="out", hf_dir="own", data=("text.txt",))
+    assert _next_command(options, result).startswith(f"elastic-lm generate {command}--prompt")
 
 
 def test_text_is_cut_into_disjoint_parts(tmp_path: pathlib.Path) -> None:
