@@ -42,7 +42,10 @@ class Exit(nn.Module):
             d, dtype = self.config.d_model, self.config.param_dtype
             self.map = Linear((d,), (None, "embed"), True, dtype, name="map")
             if self.exit.hidden:
-                beside = dataclasses.replace(layer, d_mlp=self.exit.hidden, layer_mlp=(), gated=True)
+                # Its neurons are not ranked, so that they need not fill the layer's storage groups.
+                beside = dataclasses.replace(
+                    layer, d_mlp=self.exit.hidden, layer_mlp=(), elastic_groups=0, gated=True
+                )
                 self.mlp = MLP(beside, name="mlp")
         elif self.exit.kind != "embedding":
             self.norm = make_norm(self.config, "norm")
