@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config.checks import require
-from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.models.decoder import Params
 
 # Kinds of a parameter's trailing dimensions, by the last two keys of its path; None = no width. `qkv_heads`
@@ -46,6 +46,8 @@ WIDTHS: dict[str, tuple[str | None, ...]] = {
     "up/bias": ("neurons",),
     "down/kernel": ("channels", "neurons"),
     "down/bias": ("channels",),
+    "map/kernel": ("channels", "channels"),  # of an exit of kind `linear`
+    "map/bias": ("channels",),
 }
 # An exit's gate reads channels; its own hidden width is never cut.
 GATE_WIDTHS: dict[str, tuple[str | None, ...]] = {"up/kernel": (None, "channels")}
@@ -114,6 +116,15 @@ def dimensions(path: tuple[str, ...]) -> tuple[str | None, ...]:
         "its widths are not known; add it to width.axes.WIDTHS",
     )
     return WIDTHS[name]
+
+
+def exit_edit(exit: ExitConfig, edit: Edit) -> Edit:
+    """What happens to an exit whose layer is edited by `edit`.
+
+    The MLP beside an affine map is as wide as the exit's config says, whatever its layer's width: all of its
+    neurons stay where they are.
+    """
+    return dataclasses.replace(edit, neurons=unchanged) if exit.kind == "linear" else edit
 
 
 def slice_edit(config: ModelConfig, *, mlp: int, heads: int, kv_groups: int, d_model: int) -> Edit:

@@ -52,7 +52,8 @@ class Importance:
     """Scores in the order in which the model stores things; larger is more important.
 
     Attributes:
-      neurons: {owner of an MLP: [F]}; owners are `layers_0`, `exit_2` (kind mlp), `exit_2/block`.
+      neurons: {owner of an MLP: [F]}; owners are `layers_0`, `exit_2` (kind mlp, or linear with an MLP beside
+        its map, which is scored but never sorted), `exit_2/block`.
       heads: {owner of an attention: [K, G]}.
       channels: [D].
 
@@ -297,12 +298,17 @@ def permute(
         order_D = storage_order(importance.channels, groups)
     _check_scores(config, params, importance)
 
+    # The MLP beside an exit's affine map is never cut, so that its neurons stay in their order.
+    linear = [e.name for e in config.exits if e.kind == "linear"]
+    neurons = {owner: scores for owner, scores in importance.neurons.items() if owner not in linear}
+    ranked = dataclasses.replace(importance, neurons=neurons)
+
     def permuted(name: str, tree: Params) -> Params:
         if name.startswith("exit_") and "block" in tree:
             rest = {key: value for key, value in tree.items() if key != "block"}
-            block = edit_params(tree["block"], _sorting(new, importance, f"{name}/block", order_D))
+            block = edit_params(tree["block"], _sorting(new, ranked, f"{name}/block", order_D))
             return {**permuted(name, rest), "block": block}
-        return edit_params(tree, _sorting(new, importance, name, order_D), (name,))
+        return edit_params(tree, _sorting(new, ranked, name, order_D), (name,))
 
     sorted_params = {name: permuted(name, tree) for name, tree in params.items()}
     return new, jax.tree.map(_where_it_was, sorted_params, params)
@@ -366,14 +372,20 @@ def _check_scores(config: ModelConfig, params: Params, importance: Importance) -
     owners = {name: tree for name, tree in params.items() if "mlp" in tree}
     owners |= {f"{name}/block": tree["block"] for name, tree in params.items() if "block" in tree}
 
+    beside = {e.name: e.hidden for e in config.exits if e.kind == "linear"}
+
     def check(same: bool, field: str, value: object) -> None:
-        fix = "scores are of another model: rank this one, with its exits"
-        require(same, f"importance.{field}", value, fix)
+        require(
+            same,
+            f"importance.{field}",
+            value,
+            "scores are of another model: rank this one, with its exits",
+        )
 
     check(set(importance.neurons) == set(owners), "neurons", sorted(importance.neurons))
     for owner, scores in importance.neurons.items():
         mlp, heads, groups = config.sizes(_layer_of(owner))
-        check(scores.shape == (mlp,), f"neurons[{owner!r}]", scores.shape)
+        check(scores.shape == (beside.get(owner, mlp),), f"neurons[{owner!r}]", scores.shape)
 
         shape = importance.heads[owner].shape if owner in importance.heads else None
         wanted = (groups, heads // groups) if "attn" in owners[owner] else None

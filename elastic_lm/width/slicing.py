@@ -23,13 +23,22 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.models.decoder import Params
-from elastic_lm.width.axes import Edit, dimensions, edit_params, grouped_kept, mask_edit, slice_edit
+from elastic_lm.width.axes import (
+    Edit,
+    dimensions,
+    edit_params,
+    exit_edit,
+    grouped_kept,
+    mask_edit,
+    slice_edit,
+)
 
 
 def slice_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[ModelConfig, Params]:
     """Cuts a sub-network out of a model: an ordinary smaller one.
 
-    Exits stay if their layer does, with their own modules sliced like it. Heads keep their width, and the
+    Exits stay if their layer does, with their own modules sliced like it, except for the MLP of an exit of
+    kind `linear`, whose neurons all stay. Heads keep their width, and the
     scales of attention and embedding do not change. If the model was never sorted by importance
     (`width.importance`), the first neurons and heads stay, whatever they do.
 
@@ -66,7 +75,8 @@ def slice_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[M
         small[f"layers_{j}"] = edit_params(params[f"layers_{i}"], edits[i])
     for old, new in subnet.exits(config):
         if old.name in params:
-            small[new.name] = edit_params(params[old.name], edits[old.layer - 1], (old.name,))
+            edit = exit_edit(old, edits[old.layer - 1])
+            small[new.name] = edit_params(params[old.name], edit, (old.name,))
     return subnet.sliced(config), small
 
 
@@ -125,7 +135,7 @@ def mask_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[Mo
     edits = _edits(config, params, subnet, mask_edit)
     channels = Edit(channels=edits[subnet.layers[0]].channels)
     by_name = {f"layers_{i}": edit for i, edit in edits.items()}
-    by_name |= {old.name: edits[old.layer - 1] for old, _ in subnet.exits(config)}
+    by_name |= {old.name: exit_edit(old, edits[old.layer - 1]) for old, _ in subnet.exits(config)}
     masked = {name: edit_params(tree, by_name.get(name, channels), (name,)) for name, tree in params.items()}
 
     if config.norm_offset:

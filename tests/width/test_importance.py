@@ -78,6 +78,23 @@ def test_layers_of_many_sizes_are_sorted_too() -> None:
     np.testing.assert_allclose(all_logits(config, found, tokens)[2], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_exit_with_an_affine_map_is_sorted_by_channels_alone() -> None:
+    config = tiny_config(n_layers=2).with_exits((ExitConfig(1, "linear", hidden=12),))
+    params = random_params(config)
+    batch = make_batch(config.vocab_size)
+    importance = rank(config, params, [batch])
+    assert importance.neurons["exit_1"].shape == (12,)
+    sorted_config, found = permute(config, params, importance, groups=16, channels=True)
+    gates = (tree["exit_1"]["mlp"]["up"]["kernel"].sum(axis=-1) for tree in (found, params))
+    np.testing.assert_allclose(*gates, rtol=1e-4, atol=1e-5)
+    expected = all_logits(config, params, batch.tokens)
+    for depth, logits in all_logits(sorted_config, found, batch.tokens).items():
+        np.testing.assert_allclose(logits, expected[depth], rtol=1e-5, atol=1e-5)
+    wrong = dataclasses.replace(importance, neurons={**importance.neurons, "exit_1": np.ones(64)})
+    with pytest.raises(ValueError, match=r"importance.neurons\['exit_1'\]=\(64,\): scores are of another"):
+        permute(config, params, wrong)
+
+
 def test_storage_deals_ranks_out_to_groups() -> None:
     scores = np.array([0.1, 0.9, 0.3, 0.7, 0.5, 0.2, 0.8, 0.4])
     order = storage_order(scores, 2)

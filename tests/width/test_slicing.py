@@ -14,8 +14,8 @@ from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.models.decoder import Decoder, Params, default_positions, stack_layers
 from elastic_lm.models.exits import attach_exits
 from elastic_lm.models.sharding import make_mesh, param_shardings, replicated
-from elastic_lm.testing import assert_same_tree, random_params
-from elastic_lm.width.axes import dimensions
+from elastic_lm.testing import assert_same_tree, random_params, random_tokens
+from elastic_lm.width.axes import dimensions, grouped_kept
 from elastic_lm.width.slicing import mask_params, slice_params
 
 
@@ -47,6 +47,26 @@ def test_a_slice_computes_what_the_mask_computes(name: str, seed: int) -> None:
     assert set(small) == set(depth.values())
     for before, after in depth.items():
         assert_close(small[after], large[before])
+
+
+@pytest.mark.parametrize("name", ["llama", "neox"])
+def test_exits_with_an_affine_map_keep_the_neurons_beside_it(name: str) -> None:
+    """12 neurons fill neither the layer's storage groups nor its width."""
+    config, params = make(name, (ExitConfig(1, "linear", gate=4, hidden=12),), n_layers=2)
+    subnet = Subnet((0,), (16,), (3,), (1,), 24)
+    small, cut = slice_params(config, params, subnet)
+    assert small.exits == config.exits
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, random_params(small))
+    assert cut["exit_1"]["map"]["kernel"].shape == (24, 24)
+    assert cut["exit_1"]["mlp"]["down"]["kernel"].shape == (24, 12)
+
+    decoder, large = Decoder(small).bind({"params": cut}), mask_params(config, params, subnet)
+    masked, tokens = Decoder(large[0]).bind({"params": large[1]}), random_tokens(config, 2, 9)
+    found = decoder.exit_features(0, decoder.taps(tokens, (1,))[1])
+    expected = masked.exit_features(0, masked.taps(tokens, (1,))[1])
+    kept = grouped_kept(config.d_model, 24, config.elastic_groups)
+    assert_close(found, expected[..., kept])
+    assert not jnp.any(expected[..., ~kept])
 
 
 @pytest.mark.parametrize("name", ["llama", "of many sizes"])
