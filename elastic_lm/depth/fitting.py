@@ -5,10 +5,11 @@ full model's vocabulary head reads at the same token, a `linear` exit is the rid
 
     minimise over A, b:  mean_t |A u_t + b - f_t|^2 + lambda |A|^2
 
-so that its tied head sees the features it was made for. The sums that the solution needs are those of
-[u; 1] [u; 1]^T and [u; 1] f^T over the tokens, (D + 1)^2 + (D + 1) D numbers per exit whatever the text's
-length; they are added up and solved in float64. lambda is the one of `RIDGES` that predicts the features of
-every tenth batch best, which does not take part in the sums.
+so that its tied head sees the features it was made for. Where an MLP stands beside the map, f_t - MLP(u_t)
+takes the place of f_t. The sums that the solution needs are those of [u; 1] [u; 1]^T and [u; 1] f^T over the
+tokens, (D + 1)^2 + (D + 1) D numbers per exit whatever the text's length; they are added up and solved in
+float64. lambda is the one of `RIDGES` that predicts the features of every tenth batch best, which does not
+take part in the sums.
 
 The other kinds start from their copied modules and fit the scale (and the bias) of their norm, channel by
 channel, which is the same regression with a diagonal A.
@@ -98,7 +99,7 @@ def fit_exits(
     """
     chosen = _chosen(config, layers)
     config = dataclasses.replace(config, exits=tuple(chosen))  # nothing of the others is computed
-    plain = {**params, **{e.name: _unscaled(config, e, params[e.name]) for e in chosen}}
+    plain = {**params, **{e.name: _without_fit(config, e, params[e.name]) for e in chosen}}
 
     fitted, held_out, weight = _add_up(config, plain, batches)
     return {
@@ -122,17 +123,18 @@ def fit_state(config: ModelConfig, trainable: Params, frozen: Params, batches: I
     Returns:
       Trainable parameters in the same places on the mesh.
     """
-    layers = [e.layer for e in config.exits if e.init == "fit" and e.name in trainable]
-    if not layers:
+    chosen = [e for e in config.exits if e.init == "fit" and e.name in trainable]
+    if not chosen:
         return trainable
     first = next(batches)
     count = max(2, -(-FIT_TOKENS // first.tokens.size))
     some = itertools.chain([first], itertools.islice(batches, count - 1))
-    fitted = fit_exits(config, {**frozen, **trainable}, some, layers=layers)
-    names = [f"exit_{layer}" for layer in layers]
+    fitted = fit_exits(config, {**frozen, **trainable}, some, layers=[e.layer for e in chosen])
     placed = {
-        name: jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), fitted[name], trainable[name])
-        for name in names
+        e.name: jax.tree.map(
+            lambda new, old: jax.device_put(new, old.sharding), fitted[e.name], trainable[e.name]
+        )
+        for e in chosen
     }
     return {**trainable, **placed}
 
@@ -156,10 +158,10 @@ def _chosen(config: ModelConfig, layers: Sequence[int]) -> list[ExitConfig]:
     return sorted(chosen, key=lambda e: e.layer)
 
 
-def _unscaled(config: ModelConfig, e: ExitConfig, exit_params: Params) -> Params:
-    """The exit with a norm that has neither scale nor bias, so that its features are u."""
+def _without_fit(config: ModelConfig, e: ExitConfig, exit_params: Params) -> Params:
+    """The exit without what is fitted: its features are u, and those of a `linear` exit what its MLP adds."""
     if e.kind == "linear":
-        return exit_params
+        return {**exit_params, "map": jax.tree.map(jnp.zeros_like, exit_params["map"])}
     norm = {"scale": jnp.full_like(exit_params["norm"]["scale"], 1.0 - config.norm_offset)}
     if "bias" in exit_params["norm"]:
         norm["bias"] = jnp.zeros_like(exit_params["norm"]["bias"])
@@ -183,17 +185,20 @@ def _batch_sums(config: ModelConfig, params: Params, batch: Batch) -> tuple[tupl
     f = flat(decoder.final_features(taps[config.n_layers].hidden))
     all_sums = []
     for i, e in enumerate(config.exits):
-        tap = taps[e.layer]
+        tap, target = taps[e.layer], f
         if e.kind == "linear":
+            if e.hidden:
+                # The map gives what the MLP beside it leaves.
+                target = f - flat(decoder.exit_features(i, tap, batch.positions, batch.segments))
             u = flat(unit_norm(config, tap.hidden))
             u1 = jnp.concatenate([u, jnp.ones_like(weight)], axis=1)
-            uu, uf = product("nd,ne->de", u1 * weight, u1), product("nd,ne->de", u1 * weight, f)
+            uu, uf = product("nd,ne->de", u1 * weight, u1), product("nd,ne->de", u1 * weight, target)
         else:
             u = flat(decoder.exit_features(i, tap, batch.positions, batch.segments))
             ones = jnp.ones_like(u)
             uu = jnp.stack([jnp.sum(weight * x, axis=0) for x in (u * u, u, ones)], axis=1)
             uf = jnp.stack([jnp.sum(weight * x, axis=0) for x in (u * f, f)], axis=1)
-        all_sums.append(Sums(uu, uf, jnp.sum(weight * f * f)))
+        all_sums.append(Sums(uu, uf, jnp.sum(weight * target * target)))
     return tuple(all_sums), jnp.sum(weight)
 
 

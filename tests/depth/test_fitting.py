@@ -88,6 +88,17 @@ def test_a_fit_comes_closer_than_the_copy_on_other_text(kind, norm):
     assert fitted["layers_0"] is params["layers_0"]
 
 
+def test_the_map_gives_what_the_mlp_beside_it_leaves():
+    """Least squares with a free constant leave nothing of the mean, and nothing that u could predict."""
+    config, params = attached("linear", init="random", hidden=8)
+    down = params["exit_1"]["mlp"]["down"]["kernel"]
+    params["exit_1"]["mlp"]["down"]["kernel"] = jax.random.normal(jax.random.key(2), down.shape)
+    batch = batch_of(config, 0)
+    features, full = features_of(config, fit_exits(config, params, [batch], ridge=1e-6), batch)
+    np.testing.assert_allclose(np.mean(full - features, axis=0), 0, atol=1e-3)
+    assert np.sum((features - full) ** 2) < np.sum((full - full.mean(axis=0)) ** 2)
+
+
 def test_an_exit_after_the_last_layer_is_fitted_exactly():
     config = tiny_config(n_layers=2, norm="layernorm")
     exit_config = ExitConfig(2, "linear", tied=True, init="fit")
