@@ -111,8 +111,9 @@ def preview_scores(preview: HeadPreview, x_ND: jax.Array) -> tuple[jax.Array, ja
     """Previewed logits s [N, V], s + rho sigma [N, V], and rho [N, 1], float32."""
     coordinates = linear(x_ND, preview.down, dtype=jnp.float32)
     scores_NV = linear(coordinates[:, : preview.rank].astype(x_ND.dtype), preview.up, dtype=jnp.float32)
-    rest_N = jnp.mean(jnp.square(coordinates[:, preview.rank :]), axis=-1)
-    rho_N1 = jnp.sqrt(rest_N + TINY)[:, None]
+    rest_ND = jnp.square(coordinates[:, preview.rank :])
+    rest_N1 = jnp.sum(rest_ND, axis=-1, keepdims=True) / max(rest_ND.shape[1], 1)
+    rho_N1 = jnp.sqrt(rest_N1 + TINY)
     return scores_NV, scores_NV + rho_N1 * preview.spread, rho_N1
 
 
