@@ -6,6 +6,8 @@ threshold can be reached, the exit's gate (a small classifier of the hidden stat
 high enough, and so is a confidence that needs no logits.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -20,7 +22,7 @@ from elastic_lm.depth.confidence import (
     reads_logits,
 )
 from elastic_lm.models.decoder import softcapped
-from elastic_lm.nn.preview import preview_logits
+from elastic_lm.nn.preview import HeadPreview, preview_logits
 
 
 def check_exit(
@@ -70,12 +72,13 @@ def check_exit(
             passing_B &= evidence.gate >= controls.gates[:, j]
 
         def head() -> Emissions:
-            logits = exit_logits(segment, features)[:, 0]
+            # A row that leaves whatever its confidence takes its token from the whole head where need be.
+            logits, sure_B = exit_logits(segment, features, passing_B & (threshold_B <= 0))
 
             # The metrics are branches of one `switch`: the metric is traced, changing it compiles nothing,
             # and only the one in use is computed.
             confidence_B = confidence_by_index(controls.metric, logits, evidence)
-            confident_B = passing_B & (confidence_B >= threshold_B)
+            confident_B = passing_B & sure_B & (confidence_B >= threshold_B)
 
             # CALM's rule for batches: either all rows leave here, or none.
             confident_B &= ~controls.together | jnp.all(confident_B == asking_B)
@@ -100,31 +103,58 @@ def _check_last(segment: Segment, emissions: Emissions, output: TickOutput, aski
     return jax.lax.cond(jnp.any(asking_B), head, lambda: emissions)
 
 
-def exit_logits(segment: Segment, features_BTD: jax.Array) -> jax.Array:
-    """[B, T, V] float32 logits of a segment's exit, previewed where it reads the model's own head."""
+def exit_logits(
+    segment: Segment, features_B1D: jax.Array, leaving_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits of a segment's exit, previewed where it reads the model's own head.
+
+    Args:
+      segment: one with an exit.
+      features_B1D: input of the exit's vocabulary head.
+      leaving_B: bool, rows that leave here for certain; the whole head is read where their preview is unsure.
+
+    Returns:
+      (float32 logits [B, V]; [B] bool, whether they can be relied on. A row without goes deeper.)
+    """
     e = segment.config.exits[segment.index]
     if segment.preview is None or not e.tied:
-        return segment.decoder.exit_logits(segment.index, features_BTD)
-    # An unsure preview needs no second look: such an exit is not confident, and the token goes deeper.
-    found = preview_logits(segment.preview, features_BTD, segment.decoder.final_kernel())
-    return softcapped(segment.config, found.logits, e.temperature)
+        logits_BV = segment.decoder.exit_logits(segment.index, features_B1D)[:, 0]
+        return logits_BV, jnp.ones(logits_BV.shape[:1], bool)
+
+    def whole() -> jax.Array:
+        return segment.decoder.exit_logits(segment.index, features_B1D)[:, 0]
+
+    return _previewed(segment, segment.preview, features_B1D, leaving_B, whole, e.temperature)
 
 
 def final_logits(segment: Segment, features_B1D: jax.Array, asking_B: jax.Array) -> jax.Array:
     """[B, V] float32 logits of the full model, previewed for the rows in which the preview is sure."""
-    if segment.preview is None:
+
+    def whole() -> jax.Array:
         return segment.decoder.final_logits(features_B1D)[:, 0]
-    found = preview_logits(segment.preview, features_B1D, segment.decoder.final_kernel())
-    previewed_BV = softcapped(segment.config, found.logits)[:, 0]
-    sure_B = found.gap[:, 0] >= segment.preview.margin
+
+    if segment.preview is None:
+        return whole()
+    return _previewed(segment, segment.preview, features_B1D, asking_B, whole)[0]
+
+
+def _previewed(
+    segment: Segment,
+    preview: HeadPreview,
+    features_B1D: jax.Array,
+    certain_B: jax.Array,
+    whole: Callable[[], jax.Array],
+    temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Logits by a preview, or for unsure rows of `certain_B` by `whole`; and which can be relied on."""
+    found = preview_logits(preview, features_B1D, segment.decoder.final_kernel())
+    previewed_BV = softcapped(segment.config, found.logits, temperature)[:, 0]
+    sure_B = found.gap[:, 0] >= preview.margin
 
     # Which rows read the whole head depends on each row alone, so that rows stay what they are alone.
-    whole_BV = jax.lax.cond(
-        jnp.any(asking_B & ~sure_B),
-        lambda: segment.decoder.final_logits(features_B1D)[:, 0],
-        lambda: previewed_BV,
-    )
-    return jnp.where(sure_B[:, None], previewed_BV, whole_BV)
+    unsure_B = certain_B & ~sure_B
+    whole_BV = jax.lax.cond(jnp.any(unsure_B), whole, lambda: previewed_BV)
+    return jnp.where(unsure_B[:, None], whole_BV, previewed_BV), sure_B | certain_B
 
 
 def _with_rows(emissions: Emissions, rows_B: jax.Array, logits_BV: jax.Array, depth: int) -> Emissions:

@@ -76,6 +76,13 @@ def test_the_gap_is_in_standard_deviations_of_the_errors(decaying):
     assert wrong[gap > 3].mean() < 0.1 * wrong[gap < 0].mean()
 
 
+def test_a_preview_of_all_coordinates_is_the_head(decaying):
+    features, kernel = decaying
+    found = preview_logits(preview_of(features, kernel, D), jnp.asarray(features[:20]), jnp.asarray(kernel))
+    np.testing.assert_allclose(found.logits, features[:20] @ kernel.T, atol=1e-3)
+    assert np.isfinite(found.gap).all()
+
+
 def test_the_margin_allows_just_so_many_wrong_tokens():
     gap = np.arange(10, dtype=np.float32)
     right = np.ones(10, bool)
@@ -122,6 +129,24 @@ def test_never_sure_is_the_whole_head_and_always_sure_is_not(fitted):
     assert [out.tokens for out in never.sample(PROMPTS, NEW)] == full
     poor = preview.replace(up=preview.up[:, :2], margin=jnp.float32(-np.inf))
     assert [out.tokens for out in model.sampler(preview=poor).sample(PROMPTS, NEW)] != full
+
+
+def test_an_exit_without_a_threshold_reads_the_whole_head_where_the_preview_is_unsure(fitted):
+    model, preview, _ = fitted
+    never = preview.replace(margin=jnp.float32(np.inf))
+    static = (0.0, 2.0)
+    whole, previewed = (model.sampler(static, preview=p).sample(PROMPTS, NEW) for p in (None, never))
+    assert [out.tokens for out in previewed] == [out.tokens for out in whole]
+    assert [out.exit_layers for out in previewed] == [out.exit_layers for out in whole]
+
+
+def test_tokens_go_deeper_where_the_preview_is_unsure(fitted):
+    """By a confidence that reads no logits, all of them would leave after the first layer."""
+    model, preview, _ = fitted
+    sampler = model.sampler((0.01, 2.0), "cosine", preview=preview.replace(margin=jnp.float32(np.inf)))
+    outputs = sampler.sample(PROMPTS, NEW)
+    assert {layers for out in outputs for layers in out.exit_layers} == {3}
+    assert [out.tokens for out in outputs] == [out.tokens for out in model.sampler().sample(PROMPTS, NEW)]
 
 
 @pytest.mark.parametrize("thresholds", [None, (0.055, 2.0), (0.05, 0.05)])
