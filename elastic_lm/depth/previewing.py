@@ -158,7 +158,7 @@ def fit_previews(
     best: dict[float, tuple[float, HeadPreview]] = {}
     for rank in below:
         widest = make_preview(down, up, rank, kernel.dtype, blocks=max(blocks), block=block)
-        gaps, rights = _trial(widest, choosing, kernel, tuple(blocks))
+        gaps, rights = trial(widest, choosing, kernel, tuple(blocks))
         for count, gap, right in zip(blocks, gaps, rights, strict=True):
             for agreement in agreements:
                 margin = least_margin(gap, right, agreement)
@@ -191,7 +191,7 @@ def measure_preview(
 
 def _report(preview: HeadPreview, features: np.ndarray, kernel: jax.Array) -> PreviewReport:
     """What a preview does on some tokens."""
-    gap, right, variation = _outcomes(preview, features, kernel)
+    gap, right, variation = outcomes(preview, features, kernel)
     unsure = gap < float(preview.margin)
     return PreviewReport(
         rank=preview.rank,
@@ -300,32 +300,52 @@ def _kernel(config: ModelConfig, params: Params) -> jax.Array:
     return params["embed"]["table"] if config.tied else params["head"]["kernel"]
 
 
-def _trial(
+def trial(
     preview: HeadPreview, features: np.ndarray, kernel: jax.Array, blocks: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[len(blocks), N] gaps, and whether the largest logit is kept, for several numbers of blocks."""
-    parts = _by_chunk(lambda x: _kept(preview, x, kernel, blocks), features)
+    """Gaps, and whether the largest logit is the right one, for several numbers of blocks at once.
+
+    Args:
+      preview: with the largest of these numbers of blocks.
+      features: [N, D].
+      kernel: the whole head.
+      blocks: candidates for k.
+
+    Returns:
+      (gaps [len(blocks), N], [len(blocks), N] bool), as `outcomes` gives them for each number.
+    """
+    parts = _by_chunk(lambda x: _trial_chunk(preview, x, kernel, blocks), features)
     gap, right = (np.concatenate(column, axis=1)[:, : len(features)] for column in zip(*parts, strict=True))
     return gap, right
 
 
 @functools.partial(jax.jit, static_argnames="blocks")
-def _kept(
+def _trial_chunk(
     preview: HeadPreview, features_ND: jax.Array, kernel_VD: jax.Array, blocks: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """`_trial` of a chunk. The whole head is read anyway, so that the kept rows need not be gathered."""
+    """`trial` of a chunk. The whole head is read anyway, so that the kept rows need not be gathered."""
     whole_NV = linear(features_ND, kernel_VD, dtype=jnp.float32)
-    _, hopeful_NV, rho_N1 = preview_scores(preview, features_ND)
-    largest, exact = (by_block(x, preview.block).max(axis=-1) for x in (hopeful_NV, whole_NV))
+    scores_NV, hopeful_NV, rho_N1 = preview_scores(preview, features_ND)
+    largest = jnp.max(by_block(hopeful_NV, preview.block), axis=-1)
     top, index = jax.lax.top_k(largest, min(preview.blocks, largest.shape[1]))
-    best = jax.lax.cummax(jnp.take_along_axis(exact, index, axis=1), axis=1)
 
-    last = jnp.asarray([min(count, top.shape[1]) - 1 for count in blocks])
-    gap = (best[:, last] - top[:, last]) / rho_N1
-    return gap.T, (best[:, last] >= jnp.max(whole_NV, axis=1, keepdims=True)).T
+    n, vocab_size = whole_NV.shape
+    last = top.shape[1]  # rank of every block that none of these numbers keeps
+    rank = jnp.full(largest.shape, last).at[jnp.arange(n)[:, None], index].set(jnp.arange(last))
+    rank_NV = jnp.repeat(rank, preview.block, axis=1)[:, :vocab_size]
+
+    def one(count: int) -> tuple[jax.Array, jax.Array]:
+        kept_NV = rank_NV < count
+        best = jnp.max(jnp.where(kept_NV, whole_NV, -jnp.inf), axis=1)
+        # Rows that are not kept take part with their previewed logits, as they do when text is decoded.
+        found = jnp.argmax(jnp.where(kept_NV, whole_NV, scores_NV), axis=1)
+        return (best - top[:, min(count, last) - 1]) / rho_N1[:, 0], found == jnp.argmax(whole_NV, axis=1)
+
+    gap, right = zip(*map(one, blocks), strict=True)
+    return jnp.stack(gap), jnp.stack(right)
 
 
-def _outcomes(
+def outcomes(
     preview: HeadPreview, features: np.ndarray, kernel: jax.Array
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per token: gap, whether the largest logit is the right one, and the total variation distance."""

@@ -16,7 +16,9 @@ from elastic_lm.depth.previewing import (
     least_margin,
     load_preview,
     make_preview,
+    outcomes,
     save_preview,
+    trial,
 )
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.registry import init_params
@@ -92,6 +94,19 @@ def test_the_margin_allows_just_so_many_wrong_tokens():
         margin = least_margin(gap, right, share)
         assert np.sum((gap >= margin) & ~right) == allowed
     assert np.sum((gap >= least_margin(gap, right, 0.95)) & ~right) == 0
+
+
+@pytest.mark.parametrize("rank", [1, 6])
+def test_the_calibration_counts_as_right_what_decoding_gets_right(decaying, rank):
+    """For every number of blocks, also where a row that was not kept has the largest logit."""
+    features, kernel = decaying
+    blocks = (1, 3, 16)
+    gaps, rights = trial(preview_of(features, kernel, rank, blocks=16), features, jnp.asarray(kernel), blocks)
+    for count, gap, right in zip(blocks, gaps, rights, strict=True):
+        preview = preview_of(features, kernel, rank, blocks=count)
+        decoded_gap, decoded_right, _ = outcomes(preview, features, jnp.asarray(kernel))
+        np.testing.assert_array_equal(right, decoded_right)
+        np.testing.assert_allclose(gap, decoded_gap, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
