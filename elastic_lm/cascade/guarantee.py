@@ -158,14 +158,14 @@ def ladder(measurements: Measurements, loss: float, rungs: int = RUNGS) -> list[
 
 def _statement(stated: CascadeRisk, n: int) -> str:
     return (
-        f"with probability at least {1 - stated.epsilon:g} over the {n} rows that tested, the expected "
-        f"accuracy is at least that of the Super alone minus {stated.loss:g} (for independent rows like "
+        f"with probability at least {1 - stated.epsilon:g} over the {n} records that tested, the expected "
+        f"accuracy is at least that of the Super alone minus {stated.loss:g} (for independent records like "
         "these)"
     )
 
 
 def _refusal(tested: int, more: int | None) -> str:
-    start = "not achievable with these rows, every row goes to the Super: "
+    start = "not achievable with these records, every record goes to the Super: "
     if not tested:
         return start + "the Super gains too much on those that the Swift is surest of"
     if more is None:

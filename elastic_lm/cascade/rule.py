@@ -27,7 +27,7 @@ from elastic_lm.files.atomic import write_text_whole
 
 # Both stand in files.
 FORMAT = "elastic_lm routing 1"
-AVERAGES = "none: averages over the validation rows that chose the threshold, which are optimistic"
+AVERAGES = "none: averages over the validation records that chose the threshold, which are optimistic"
 
 
 @dataclasses.dataclass(frozen=True)

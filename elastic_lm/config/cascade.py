@@ -11,10 +11,10 @@ DEFAULT_SCORE = KINDS[0]
 
 Centre = Literal["none", "mean"]  # what the logits of an energy are measured from
 Normalise = Literal["tokens", "bytes", "none"]  # what the log-likelihood of a choice is divided by
-SOURCE_TOKENS = 512  # that an encoder-decoder reads of a row
+SOURCE_TOKENS = 512  # that an encoder-decoder reads of a record
 CostUnit = Literal["flops", "seconds"]  # what a cascade saves
-BATCH_SIZE = 16  # rows that a model answers at once
+BATCH_SIZE = 16  # records that a model answers at once
 
 Style = Literal["rows", "openai"]  # what a service is sent, and what it answers
-TIMEOUT = 30.0  # seconds that a service may take for a row
-RETRIES = 2  # further tries per row
+TIMEOUT = 30.0  # seconds that a service may take for a record
+RETRIES = 2  # further tries per record

@@ -1,4 +1,4 @@
-"""Answers ten thousand rows, to be killed meanwhile: cascade_process.py IN OUT SECONDS_PER_BATCH."""
+"""Answers ten thousand records, to be killed meanwhile: cascade_process.py IN OUT SECONDS_PER_BATCH."""
 
 import sys
 import time
@@ -10,18 +10,18 @@ from elastic_lm.cli.cascade.answering import answer_missing
 from elastic_lm.files.journal import Journal, count_records, read_records
 
 
-def swift(row: dict) -> Answer:
-    return Answer(f"swift {row['n']}", {"energy": float(row["n"] * 7919 % 101)}, cost=1.0)
+def swift(record: dict) -> Answer:
+    return Answer(f"swift {record['n']}", {"energy": float(record["n"] * 7919 % 101)}, cost=1.0)
 
 
-def super_(row: dict) -> Answer:
-    return Answer(f"super {row['n']}", cost=10.0)
+def super_(record: dict) -> Answer:
+    return Answer(f"super {record['n']}", cost=10.0)
 
 
 def main(data: str, out: str, pause: float) -> None:
-    def slow(rows: list[dict]) -> list[Answer]:
+    def slow(records: list[dict]) -> list[Answer]:
         time.sleep(pause)
-        return [swift(row) for row in rows]
+        return [swift(record) for record in records]
 
     cascade = Cascade(Function(slow, batches=True), Function(super_), 50.0, batch_size=16)
     journal = Journal(out, {"data": data})

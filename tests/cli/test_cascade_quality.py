@@ -19,13 +19,13 @@ class Model(Function):
     """A model with a task head, as far as names go."""
 
     def __init__(self, names: tuple[str, ...] = (), classes: int = 0) -> None:
-        super().__init__(lambda row: 0)
+        super().__init__(lambda record: 0)
         self.names, self.classes = names, classes or len(names)
 
 
-def right(label, names=None, tolerance=None, **row):
+def right(label, names=None, tolerance=None, **record):
     how = {"label_field": "label", "choices_field": "choices", "tolerance": tolerance}
-    return right_answers([{"label": label, **row}], names or {}, data="d.jsonl", **how)[0]
+    return right_answers([{"label": label, **record}], names or {}, data="d.jsonl", **how)[0]
 
 
 @pytest.mark.parametrize(
@@ -65,38 +65,38 @@ def test_numbers_within_a_tolerance() -> None:
     assert quality("a text", right(2.5, tolerance=0.25), 0.25) == 0.0
     with pytest.raises(ValueError, match="--tolerance"):
         quality(2.5, [2.5])
-    with pytest.raises(ValueError, match=r"d.jsonl row 1: label='yes': --tolerance 0.1 compares numbers"):
+    with pytest.raises(ValueError, match=r"d.jsonl record 1: label='yes': --tolerance 0.1 compares numbers"):
         right("yes", tolerance=0.1)
 
 
 @pytest.mark.parametrize("label", [1, "1", "B", " blue", ["x", "blue"][1]])
 def test_choices_by_index_letter_and_text(label: object) -> None:
-    row = {"choices": ["red", "blue"]}
-    assert right(label, **row) == ["blue"]
-    assert choice_of(1, row["choices"]) == ("number", "blue")
+    record = {"choices": ["red", "blue"]}
+    assert right(label, **record) == ["blue"]
+    assert choice_of(1, record["choices"]) == ("number", "blue")
 
 
 @pytest.mark.parametrize(
-    ("label", "names", "row", "message"),
+    ("label", "names", "record", "message"),
     [
         ("yes", STARS, {}, "label='yes': is no class of the models, which know 1, 2, 3"),
-        (0, STARS, {}, "row 1: label=0: is no class"),
+        (0, STARS, {}, "record 1: label=0: is no class"),
         (None, STARS, {}, "label=None: must be a text or a number"),
         (None, {}, {}, "label=None: must be a text or a number"),
-        ("C", {}, {"choices": ["a b", "c"]}, "label='C': is none of the row's 2 choices"),
-        (2, {}, {"choices": ["a b", "c"]}, "label=2: is none of the row's 2 choices"),
+        ("C", {}, {"choices": ["a b", "c"]}, "label='C': is none of the record's 2 choices"),
+        (2, {}, {"choices": ["a b", "c"]}, "label=2: is none of the record's 2 choices"),
         (0, {}, {"choices": {"text": ["a"]}}, "must be a list of texts"),
     ],
 )
-def test_labels_that_no_answer_matches(label: object, names: dict, row: dict, message: str) -> None:
+def test_labels_that_no_answer_matches(label: object, names: dict, record: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        right(label, names, **row)
+        right(label, names, **record)
 
 
 def test_letters_and_numbers_are_not_mixed() -> None:
-    rows = [{"label": label, "choices": ["a b", "c d"]} for label in ("B", "1")]
-    with pytest.raises(ValueError, match=r"row 2: label='1': the file names choices by letters and by num"):
-        right_answers(rows, {}, data="d", label_field="label", choices_field="choices", tolerance=None)
+    records = [{"label": label, "choices": ["a b", "c d"]} for label in ("B", "1")]
+    with pytest.raises(ValueError, match=r"record 2: label='1': the file names choices by letters and by n"):
+        right_answers(records, {}, data="d", label_field="label", choices_field="choices", tolerance=None)
 
 
 def test_names_of_a_pair() -> None:
@@ -105,7 +105,7 @@ def test_names_of_a_pair() -> None:
     assert [named(1, model, names) for model in ("swift", "super")] == ["yes", "no"]
     assert written_names(Model(classes=2), Model(classes=2)) == {}
     assert class_names(Model(classes=2), Model(classes=2))["super"] == ("0", "1")
-    service = class_names(named_, Function(lambda row: 0))
+    service = class_names(named_, Function(lambda record: 0))
     assert [named(output, "super", service) for output in (1, "yes", "what", 7)] == ["yes", "yes", "what", 7]
     for wrong in (Model(("no", "maybe")), Model(classes=2)):
         with pytest.raises(ValueError, match=r"--swift: its classes are no, yes, and those of --super are"):

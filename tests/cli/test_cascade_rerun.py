@@ -35,7 +35,7 @@ from elastic_lm.models import registry as kinds
 from elastic_lm.models.registry import init_params
 
 CONFIG = EncoderConfig(vocab_size=260, d_model=16, n_layers=1, n_heads=2, d_mlp=32, max_len=32, n_labels=2)
-SWIFT = Function(lambda row: Answer(row["x"], {"energy": float(row["x"] % 3)}))
+SWIFT = Function(lambda record: Answer(record["x"], {"energy": float(record["x"] % 3)}))
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str]:
@@ -46,7 +46,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object,
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The same classifier with its classes in two orders, one without names, a regression, and rows."""
+    """The same classifier with its classes in two orders, one without names, a regression, and records."""
     folder, tokenizer = tmp_path_factory.mktemp("models"), train_bpe(["some text"], 260)
     params = jax.tree.map(lambda x: 8 * x, init_params(CONFIG, jax.random.key(0)))
     turned = {**params, "head": jax.tree.map(lambda x: x[::-1], params["head"])}
@@ -59,8 +59,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     }
     for name, (config, own) in models.items():
         checkpoint.save_model(folder / name, config, own, tokenizer)
-    rows = [{"text": "abcdefgh"[i % 8 :] + "tex"[i % 3 :], "label": names[i % 2]} for i in range(20)]
-    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [{"text": "abcdefgh"[i % 8 :] + "tex"[i % 3 :], "label": names[i % 2]} for i in range(20)]
+    (folder / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
@@ -96,7 +96,7 @@ down: list[bool] = []
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_rows_whose_write_is_interrupted_are_there_once(tmp_path: pathlib.Path, monkeypatch, error) -> None:
-    rows, synchronise, calls = [{"x": x} for x in range(100)], os.fsync, []
+    records, synchronise, calls = [{"x": x} for x in range(100)], os.fsync, []
 
     def fsync(file: int) -> None:
         calls.append(file)
@@ -104,41 +104,41 @@ def test_rows_whose_write_is_interrupted_are_there_once(tmp_path: pathlib.Path, 
         if len(calls) == 3:
             raise error
 
-    cascade = Cascade(SWIFT, Function(lambda row: -row["x"]), 1.0, batch_size=8)
+    cascade = Cascade(SWIFT, Function(lambda record: -record["x"]), 1.0, batch_size=8)
     journal = Journal(tmp_path / "o.jsonl", {})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(error):
-            answer_missing(cascade, rows, journal, 100)
+            answer_missing(cascade, records, journal, 100)
     journal.close()
     journal = Journal(tmp_path / "o.jsonl", {})
     assert journal.records == 24
-    answer_missing(cascade, rows, journal, 100)
+    answer_missing(cascade, records, journal, 100)
     assert [line["index"] for line in journal.lines()] == list(range(100))
 
 
 @pytest.mark.parametrize("score", ["energy", "random"])
 def test_failed_rows_are_answered_again(tmp_path: pathlib.Path, capsys, score: str) -> None:
-    rows, lost = [{"x": x} for x in range(50)], {3, 9, 12, 14}
+    records, lost = [{"x": x} for x in range(50)], {3, 9, 12, 14}
 
-    def super_(row: dict) -> int:
-        if row["x"] in lost:
+    def super_(record: dict) -> int:
+        if record["x"] in lost:
             raise ConnectionError("down")
-        return -row["x"]
+        return -record["x"]
 
     cascade = Cascade(SWIFT, Function(super_), 0.9, score=score, batch_size=8)
     whole = Journal(tmp_path / "whole.jsonl", {})
     broken = Journal(tmp_path / "broken.jsonl", {})
-    answer_missing(cascade, rows, broken, 50)
+    answer_missing(cascade, records, broken, 50)
     failed = [line["index"] for line in broken.lines() if "error" in line]
     assert 0 < len(failed) <= 4
     lost.intersection_update({failed[0]})
-    answer_failed(cascade, rows, broken)
-    assert f"{len(failed)} rows had failed, 1 of them" in capsys.readouterr().err
+    answer_failed(cascade, records, broken)
+    assert f"{len(failed)} records had failed, 1 of them" in capsys.readouterr().err
     lost.clear()
-    answer_failed(cascade, rows, broken)
-    answer_failed(cascade, rows, broken)  # nothing is left to do
-    answer_missing(cascade, rows, whole, 50)
+    answer_failed(cascade, records, broken)
+    answer_failed(cascade, records, broken)  # nothing is left to do
+    answer_missing(cascade, records, whole, 50)
     assert list(broken.lines()) == list(whole.lines())
 
 
@@ -152,7 +152,7 @@ def test_outputs_are_names_whatever_the_order(pair: tuple, tmp_path: pathlib.Pat
     assert run(capsys, "run", *pair, "--threshold", middle, "--out", out)[0] == 0
     lines = list(read_records(out))
     assert {line["model"] for line in lines} == {"swift", "super"}
-    labels = [row["label"] for row in read_records(pair[-1])]
+    labels = [record["label"] for record in read_records(pair[-1])]
     right = [line["output"] == label for line, label in zip(lines, labels, strict=True)]
     assert sum(right) / 20 == pytest.approx(*accuracies)
 
@@ -168,7 +168,7 @@ def test_another_goal_asks_no_model(pair: tuple, tmp_path: pathlib.Path, capsys,
     monkeypatch.setattr(Classifier, "answer", None)
     code, error = run(capsys, *fit, "--super-accuracy")
     assert code == 0
-    assert "20 of 20 rows are there already" in error
+    assert "20 of 20 records are there already" in error
 
 
 def test_a_run_is_known_by_all_that_changes_answers(
@@ -219,13 +219,13 @@ def test_a_service_that_was_down(folder: pathlib.Path, service: str, tmp_path: p
     rule, out = tmp_path / "rule.json", tmp_path / "o.jsonl"
     fit = ("fit", *models, "--super-accuracy", "--out", rule)
     answer = ("run", *models, "--threshold", 1e9, "--out", out)
-    assert "every row failed, the first with" in run(capsys, *fit)[1]
+    assert "every record failed, the first with" in run(capsys, *fit)[1]
     assert run(capsys, *answer)[0] == 0
     assert {line["fallback"] for line in read_records(out)} <= {"no", "yes"}
     down.clear()
-    assert "every row failed" in run(capsys, *fit)[1]
+    assert "every record failed" in run(capsys, *fit)[1]
     assert run(capsys, *fit, "--retry-failed")[0] == 0
-    assert "20 rows had failed, 0 of them" in run(capsys, *answer, "--retry-failed")[1]
+    assert "20 records had failed, 0 of them" in run(capsys, *answer, "--retry-failed")[1]
     lines = list(read_records(out))
     assert [line["index"] for line in lines] == list(range(20))
     assert all(line["output"] == "yes" and "error" not in line for line in lines)
@@ -249,13 +249,13 @@ def test_a_service_that_was_down(folder: pathlib.Path, service: str, tmp_path: p
         ("ordered", "http://h/", ("--service-model", "b"), "--service-model='b': is read by services of --s"),
         ("ordered", "http://h/", ("--style", "openai"), "--super-cost 0: the service does not say"),
         ("ordered", "turned", ("--super-cost", "-1"), "--super-cost=-1.0: must be at least 0"),
-        ("ordered", "turned", ("--text-field", "no"), "--text-field='no': is no field of the first row of"),
+        ("ordered", "turned", ("--text-field", "no"), "--text-field='no': is no field of the first record"),
         ("ordered", "turned", ("--pair-field", "no"), "--pair-field='no': is no field"),
         ("ordered", "turned", ("--choices-field", "no"), "--choices-field='no': is no field"),
         ("ordered", "turned", ("--max-len", "99"), "max_len=99: must be at least 1 and at most the model's"),
-        ("ordered", "turned", ("--tolerance", "1"), "row 1: label='no': --tolerance 1 compares numbers"),
+        ("ordered", "turned", ("--tolerance", "1"), "record 1: label='no': --tolerance 1 compares numbers"),
         ("ordered", "unnamed", (), "--swift: its classes are no, yes, and those of --super are 0, 1"),
-        ("unnamed", "unnamed", (), "row 1: label='no': is no class of the models, which know 0, 1"),
+        ("unnamed", "unnamed", (), "record 1: label='no': is no class of the models, which know 0, 1"),
         ("regression", "ordered", (), "is a regression, and has no energy"),
         ("nowhere", "ordered", (), "no such folder. Models are not downloaded"),
     ],
@@ -276,8 +276,8 @@ def test_what_does_not_fit_is_refused_before_a_row_is_answered(
     ("flag", "value", "message"),
     [
         ("--template", "{text", "--template {text: expected '}'"),
-        ("--template", "{text.x}", "cannot be filled from a row"),
-        ("--template", "{txt}", "its {txt} is no field of the first row of d, which has text"),
+        ("--template", "{text.x}", "cannot be filled from a record"),
+        ("--template", "{txt}", "its {txt} is no field of the first record of d, which has text"),
         ("--labels", "a,a", "--labels='a,a': must be different texts"),
         ("--labels", "a,", "--labels='a,': must be different texts"),
         (

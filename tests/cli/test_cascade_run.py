@@ -32,14 +32,14 @@ from elastic_lm.files.journal import Journal, read_records
 from elastic_lm.models.registry import init_params
 from elastic_lm.models.task_heads import exit_encoder
 
-ROWS = 10_000
+RECORDS = 10_000
 LETTERS = list("abcdefgh ")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("rows") / "in.jsonl"
-    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(ROWS)))
+    path = tmp_path_factory.mktemp("records") / "in.jsonl"
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(RECORDS)))
     return path
 
 
@@ -67,20 +67,21 @@ def test_a_run_that_is_killed_loses_and_doubles_nothing(data: pathlib.Path, tmp_
     again = subprocess.run([*command, "0"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     there = int(again.stderr.split()[0])
-    assert 100 < there < ROWS
-    assert f"{ROWS - there} records in" in again.stdout
-    assert list(read_records(out)) == [expected(n) for n in range(ROWS)]
+    assert 100 < there < RECORDS
+    assert f"{RECORDS - there} records in" in again.stdout
+    assert list(read_records(out)) == [expected(n) for n in range(RECORDS)]
 
 
 def test_a_super_that_is_down_is_reported_and_the_rest_is_finished(
     data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     nobody = Endpoint("http://127.0.0.1:9/", retries=0, workers=4)
-    swift = Function(lambda row: Answer(row["n"], {"energy": float(row["n"] % 100 != 7)}))
+    swift = Function(lambda record: Answer(record["n"], {"energy": float(record["n"] % 100 != 7)}))
     journal = Journal(tmp_path / "out.jsonl", {})
-    statistics = answer_missing(Cascade(swift, nobody, 0.5, batch_size=64), read_records(data), journal, ROWS)
+    cascade = Cascade(swift, nobody, 0.5, batch_size=64)
+    statistics = answer_missing(cascade, read_records(data), journal, RECORDS)
     journal.close()
-    assert (statistics.records, statistics.to_super, statistics.failed) == (ROWS, 100, 100)
+    assert (statistics.records, statistics.to_super, statistics.failed) == (RECORDS, 100, 100)
     for n, line in enumerate(read_records(tmp_path / "out.jsonl")):
         if n % 100 == 7:
             assert line["error"].startswith("http://127.0.0.1:9/: no answer after 1 tries")
@@ -106,8 +107,8 @@ def test_services_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scores_that_are_nan_are_null() -> None:
-    swift = Function(lambda row: Answer(0, {"energy": float("nan")}))
-    (result,) = Cascade(swift, Function(lambda row: 1), 0.0).answer([{}])
+    swift = Function(lambda record: Answer(0, {"energy": float("nan")}))
+    (result,) = Cascade(swift, Function(lambda record: 1), 0.0).answer([{}])
     assert (
         json.dumps(result_line(result))
         == '{"index": 0, "output": 1, "model": "super", "score": null, "cost": 0.0}'
@@ -127,11 +128,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def questions(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("questions") / "val.jsonl"
-    rows = [
+    records = [
         {"text": "".join(rng.choice(LETTERS, 9)), "choices": ["ab", "cd"], "label": int(rng.integers(2))}
         for _ in range(40)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -150,7 +151,7 @@ def test_fit_then_run_and_run_again(
     plot = tmp_path / "curve.png"
     assert run("cascade", "fit", *models, "--super-accuracy", "--out", rule, "--plot", plot) == 0
     printed = capsys.readouterr()
-    assert "40 rows: Swift alone" in printed.out
+    assert "40 records: Swift alone" in printed.out
     assert plot.read_bytes()[:4] == b"\x89PNG"
     fitted = CascadeRule.load(rule)
     assert fitted.provenance["models"] == {"swift": f"{model} exit 1", "super": str(model)}
@@ -161,13 +162,13 @@ def test_fit_then_run_and_run_again(
     assert [line["index"] for line in lines] == list(range(40))
     share = np.mean([line["model"] == "super" for line in lines])
     assert share == pytest.approx(fitted.measured.share_super)
-    labels = [row["label"] for row in read_records(questions)]
+    labels = [record["label"] for record in read_records(questions)]
     right = [line["output"] == label for line, label in zip(lines, labels, strict=True)]
     assert np.mean(right) == pytest.approx(fitted.measured.accuracy)
     assert np.mean([line["cost"] for line in lines]) == pytest.approx(fitted.measured.cost)
     before = out.read_bytes()
     assert run("cascade", "run", *models, "--rule", rule, "--out", out) == 0
-    assert "40 of 40 rows are there already" in capsys.readouterr().err
+    assert "40 of 40 records are there already" in capsys.readouterr().err
     assert out.read_bytes() == before
     assert run("cascade", "run", *models, "--threshold", 9, "--out", out) == 2
     assert "was begun with threshold=" in capsys.readouterr().err
@@ -198,7 +199,7 @@ def test_what_the_prompt_decides_is_decided_before_text_is_generated(
     rule, out, data = (tmp_path / name for name in ("rule.json", "out.jsonl", "prompts.jsonl"))
     rng = np.random.default_rng(1)
     prompts = [{"text": "".join(rng.choice(LETTERS, 9)), "label": "?"} for _ in range(12)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    data.write_text("".join(json.dumps(record) + "\n" for record in prompts))
     models = ("--swift-exit", 1, "--super", model, "--data", data, "--max-new-tokens", 3)
     goal = ("--target-cost", 1e12, "--out", rule)
     assert run("cascade", "fit", *models, *goal, "--score", "prompt_energy") == 0
@@ -326,7 +327,7 @@ def test_exits_that_are_not_there(encoders, questions, tmp_path, capsys, super_,
         (("fit", "--swift-exit", "9", "--risk", "0.1"), "exit=9"),
         (("fit", "--swift-exit", "1"), "one of the arguments --target-accuracy"),
         (("fit", "--swift-exit", "1", "--super-accuracy", "--epsilon", "0.1"), "give --risk too"),
-        (("fit", "--swift-exit", "1", "--risk", "0.1", "--label-field", "x"), "row 1: no 'x'"),
+        (("fit", "--swift-exit", "1", "--risk", "0.1", "--label-field", "x"), "record 1: no 'x'"),
         (("fit", "--swift-exit", "1", "--target-accuracy", "1"), "no threshold reaches it"),
         (("fit", "--swift-exit", "1", "--risk", "0.1", "--score", "surprise"), "score='surprise'"),
         (("fit", "--swift-exit", "1", "--risk", "0.1", "--temperature", "0"), "temperature=0.0"),

@@ -1,15 +1,15 @@
-"""`elastic-lm cascade`: fits a rule between two models on labelled rows, and answers rows by it."""
+"""`elastic-lm cascade`: fits a rule between two models on labelled records, and answers records by it."""
 
 from elastic_lm.cli.cascade import fit, run
 from elastic_lm.cli.parser import Parser, add_command
 
 HELP = """\
-A small model answers rows, and a large one those that the small one is not sure of.
+A small model answers records, and a large one those that the small one is not sure of.
 
 elastic-lm cascade fit --swift small --super large --data val.jsonl --super-accuracy --out rule.json
 elastic-lm cascade run --swift small --super large --rule rule.json --data in.jsonl --out out.jsonl
 
-Classifiers, encoder-decoders and decoders (text, or multiple choice where rows have choices); the Super
+Classifiers, encoder-decoders and decoders (text, or multiple choice where records have choices); the Super
 may be a service behind HTTP.
 """
 

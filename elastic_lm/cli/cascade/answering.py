@@ -1,4 +1,4 @@
-"""Answers rows into a journal: those that it does not hold yet, and those that failed before."""
+"""Answers records into a journal: those that it does not hold yet, and those that failed before."""
 
 import dataclasses
 import itertools
@@ -19,15 +19,15 @@ Line = Callable[[CascadeResult], dict[str, Any]]
 
 
 def answer_missing(
-    cascade: Cascade, rows: Iterable[Record], journal: Journal, total: int, line: Line = result_line
+    cascade: Cascade, records: Iterable[Record], journal: Journal, total: int, line: Line = result_line
 ) -> CascadeStatistics:
-    """Answers the rows that a journal does not hold yet.
+    """Answers the records that a journal does not hold yet.
 
     Args:
       cascade: answers them.
-      rows: all rows, from the first.
+      records: all records, from the first.
       journal: where results go, one batch after the other.
-      total: number of rows, for the time left.
+      total: number of records, for the time left.
       line: what is written of a result.
 
     Returns:
@@ -35,9 +35,9 @@ def answer_missing(
     """
     done = journal.records
     if done:
-        print(f"{done} of {total} rows are there already", file=sys.stderr)
+        print(f"{done} of {total} records are there already", file=sys.stderr)
 
-    results = cascade.run(itertools.islice(rows, done, None), start=done)
+    results = cascade.run(itertools.islice(records, done, None), start=done)
     progress, shown = ProgressWriter(total, done), time.monotonic()
     waiting: list[dict[str, Any]] = []
     try:
@@ -57,37 +57,38 @@ def answer_missing(
     return results.statistics()
 
 
-def show_progress(progress: ProgressWriter, rows: int, statistics: CascadeStatistics) -> None:
-    """Shows how many rows are answered, and by whom."""
-    progress.write(rows, {"to Super": statistics.share_super, "failed": statistics.failed})
+def show_progress(progress: ProgressWriter, records: int, statistics: CascadeStatistics) -> None:
+    """Shows how many records are answered, and by whom."""
+    progress.write(records, {"to Super": statistics.share_super, "failed": statistics.failed})
 
 
 def answer_failed(
-    cascade: Cascade, rows: Iterable[Record], journal: Journal, line: Line = result_line
+    cascade: Cascade, records: Iterable[Record], journal: Journal, line: Line = result_line
 ) -> None:
-    """Answers the rows again whose lines have an error, and puts the new lines in place of the old ones.
+    """Answers the records again whose lines have an error, and puts the new lines in place of the old ones.
 
     Args:
       cascade: answers them.
-      rows: all rows, from the first.
-      journal: with lines of the rows.
+      records: all records, from the first.
+      journal: with lines of the records.
       line: what is written of a result.
     """
     failed = [one["index"] for one in journal.lines() if "error" in one]
     if not failed:
         return
     wanted, again = set(failed), {}
-    given = ((i, row) for i, row in enumerate(rows) if i in wanted)
+    given = ((i, record) for i, record in enumerate(records) if i in wanted)
 
-    # A random score depends on the number of its row, so that these rows run one by one, each with its own.
+    # A random score depends on its record's number, so these records run one by one, each with its own.
     apart = cascade.rule.score == "random"
     groups: Iterable[list[tuple[int, Record]]] = ([pair] for pair in given) if apart else [list(given)]
     try:
         for group in groups:
-            results = cascade.run((row for _, row in group), start=group[0][0])
+            results = cascade.run((record for _, record in group), start=group[0][0])
             for (index, _), result in zip(group, results, strict=True):
                 again[index] = line(dataclasses.replace(result, index=index))
     finally:
         journal.replace(again)
         left = len(failed) - sum("error" not in one for one in again.values())
-        print(f"{len(failed)} rows had failed, {left} of them are without an answer still", file=sys.stderr)
+        message = f"{len(failed)} records had failed, {left} of them are without an answer still"
+        print(message, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Checks that the options of `elastic-lm cascade` fit the models and the rows, before these are answered."""
+"""Checks that the options of `elastic-lm cascade` fit the models and the records, before any is answered."""
 
 import re
 import string
@@ -31,12 +31,12 @@ READERS = {
 }
 
 
-def check_pair(options: PairOptions, row: Record, swift: Answerer, super_: Answerer, score: str) -> None:
+def check_pair(options: PairOptions, record: Record, swift: Answerer, super_: Answerer, score: str) -> None:
     """Checks options against the models that they named.
 
     Args:
       options: of the command.
-      row: the first of the data.
+      record: the first of the data.
       swift: from `make_pair`.
       super_: from `make_pair`.
       score: that is read of the Swift.
@@ -47,7 +47,7 @@ def check_pair(options: PairOptions, row: Record, swift: Answerer, super_: Answe
     kinds = [_kind(options, model) for model in (swift, super_)]
     named = {field for model in (swift, super_) for field in _reads(model)}
     _check_readers(options, kinds, named)
-    _check_fields(options, row, kinds, named)
+    _check_fields(options, record, kinds, named)
     if isinstance(swift, Classifier) and not swift.classes and score != "random":
         place = f"--swift {options.swift}"
         if options.swift_exit is not None:
@@ -101,20 +101,20 @@ def _check_readers(options: PairOptions, kinds: list[str], named: set[str]) -> N
         )
 
 
-def _check_fields(options: PairOptions, row: Record, kinds: list[str], named: set[str]) -> None:
-    """The fields that the models read have to be in the first row."""
+def _check_fields(options: PairOptions, record: Record, kinds: list[str], named: set[str]) -> None:
+    """The fields that the models read have to be in the first record."""
     reads_text = {ENCODER, CHOOSER, GENERATOR, COMPLETION} | (set() if options.template else {WRITER})
     reads = bool(reads_text & {*kinds}) or "text_field" in named or options.chosen("text_field") is not None
-    fix = f"is no field of the first row of {options.data}, which has {', '.join(row)}"
-    require(not reads or options.text_field in row, "--text-field", options.text_field, fix)
-    require(not options.pair_field or options.pair_field in row, "--pair-field", options.pair_field, fix)
+    fix = f"is no field of the first record of {options.data}, which has {', '.join(record)}"
+    require(not reads or options.text_field in record, "--text-field", options.text_field, fix)
+    require(not options.pair_field or options.pair_field in record, "--pair-field", options.pair_field, fix)
     choices = options.chosen("choices_field")
-    require(choices is None or choices in row, "--choices-field", choices, fix)
+    require(choices is None or choices in record, "--choices-field", choices, fix)
 
     if options.template:
         for field in _fields(options.template):
-            require(field in row, "--template", options.template, f"its {{{field}}} {fix}")
-        _fill(options.template, row)
+            require(field in record, "--template", options.template, f"its {{{field}}} {fix}")
+        _fill(options.template, record)
     labels = options.labels.split(",") if options.labels else []
     right = all(labels) and len({*labels}) == len(labels)
     require(right, "--labels", options.labels, "must be different texts with a comma between them")
@@ -129,9 +129,9 @@ def _fields(template: str) -> list[str]:
     return [re.split(r"[.\[]", name)[0] for name in parts]
 
 
-def _fill(template: str, row: Record) -> None:
+def _fill(template: str, record: Record) -> None:
     try:
-        template.format_map(row)
+        template.format_map(record)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         fix = "write fields as {name}"
-        raise ValueError(f"--template {template}: cannot be filled from a row ({error}); {fix}") from error
+        raise ValueError(f"--template {template}: cannot be filled from a record ({error}); {fix}") from error

@@ -1,4 +1,4 @@
-"""`elastic-lm cascade fit`: both models answer labelled rows, and a threshold is chosen."""
+"""`elastic-lm cascade fit`: both models answer labelled records, and a threshold is chosen."""
 
 import argparse
 import dataclasses
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from elastic_lm.files.journal import Journal
 
 HELP = """\
-Fits a threshold on labelled rows.
+Fits a threshold on labelled records.
 
 elastic-lm cascade fit --swift small --super large --data val.jsonl --super-accuracy --out rule.json
 elastic-lm cascade fit --swift small --super large --data val.jsonl --target-accuracy 0.93 --plot curve.png
 elastic-lm cascade fit --swift-exit 6 --super runs/exits/model --data val.jsonl --risk 0.01 --epsilon 0.05
 
-Both models answer every row, whose labels say who is right; the threshold is one run-time number. Goals:
+Both models answer every record, whose labels say who is right; the threshold is one run-time number. Goals:
 the least cost that reaches an accuracy, or the Super's own; the most accurate within a mean cost; or, with
 --risk, the least cost of which it is guaranteed that at most so much accuracy is lost against the Super.
 The answers are kept beside the rule, in a file rule.answers-*.jsonl per pair, data and flags: another goal
@@ -43,7 +43,7 @@ class Options(PairOptions):
     """What a threshold is chosen for; exactly one goal is set."""
 
     target_accuracy: float | None = None  # the cheapest that reaches it
-    target_cost: float | None = None  # the most accurate within it, per row
+    target_cost: float | None = None  # the most accurate within it, per record
     super_accuracy: bool = False  # the cheapest with the Super's accuracy
     risk: float | None = None  # the cheapest that is guaranteed to lose no more accuracy
     epsilon: float | None = None  # with risk; None = DEFAULT_EPSILON
@@ -72,7 +72,7 @@ class Options(PairOptions):
     def cost_is_missing(self) -> str:
         """What to do about a Super whose costs nobody knows."""
         value = f"--super-cost {self.super_cost:g}"
-        return f"{value}: the service does not say what a row costs; give it, or --cost seconds"
+        return f"{value}: the service does not say what a record costs; give it, or --cost seconds"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_pair_flags(parser)
     goals = parser.add_mutually_exclusive_group(required=True)
     goals.add_argument("--target-accuracy", type=share, metavar="A", help="cheapest that reaches it")
-    goals.add_argument("--target-cost", type=float, metavar="C", help="most accurate within it, per row")
+    goals.add_argument("--target-cost", type=float, metavar="C", help="most accurate within it, per record")
     goals.add_argument("--super-accuracy", action="store_true", help="cheapest with the Super's accuracy")
     goals.add_argument("--risk", type=share, metavar="LOSS", help="cheapest guaranteed to lose no more")
     add = parser.add_argument
@@ -96,7 +96,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> None:
-    """Both models answer the rows; a threshold is chosen, printed and written."""
+    """Both models answer the records; a threshold is chosen, printed and written."""
     from elastic_lm.cascade.guarantee import CascadeRisk
     from elastic_lm.cascade.rule import fit_rule
     from elastic_lm.cascade.scores import Scoring
@@ -110,14 +110,14 @@ def run(options: Options) -> None:
     scoring = Scoring(**options.given(("temperature", "centre")))
     for path in (options.out, options.plot):
         prepare_output(path)
-    rows = list(read_records(options.data))
-    require(bool(rows), "--data", options.data, "holds no row")
+    records = list(read_records(options.data))
+    require(bool(records), "--data", options.data, "holds no record")
 
     found = fingerprints(options)
     settings = fit_identity(options, found, scoring)
     kept = answers_path(options.out, settings)
     with closing(Journal(kept, settings)) as journal:
-        measured = measure(options, rows, scoring, journal)
+        measured = measure(options, records, scoring, journal)
 
     try:
         rule = fit_rule(
@@ -145,18 +145,18 @@ def run(options: Options) -> None:
 
 
 def measure(
-    options: Options, rows: "Sequence[Record]", scoring: "Scoring", journal: "Journal"
+    options: Options, records: "Sequence[Record]", scoring: "Scoring", journal: "Journal"
 ) -> "Measurements":
-    """What both models give for labelled rows.
+    """What both models give for labelled records.
 
     Args:
       options: of the command.
-      rows: with labels.
+      records: with labels.
       scoring: of the Swift's energy.
       journal: where the answers are, and where those that are missing go.
 
     Raises:
-      ValueError: flags, models and rows do not fit together, or every row failed.
+      ValueError: flags, models and records do not fit together, or every record failed.
     """
     from elastic_lm.cascade.answerer import can_preview
     from elastic_lm.cascade.cascade import Cascade
@@ -171,11 +171,11 @@ def measure(
 
     # The answers are kept without --super-cost, so that another price needs no new answers.
     score = options.scored_by
-    swift, super_ = make_pair(options, rows[0], scoring, score, super_cost=0.0)
-    check_pair(options, rows[0], swift, super_, score)
+    swift, super_ = make_pair(options, records[0], scoring, score, super_cost=0.0)
+    check_pair(options, records[0], swift, super_, score)
     names = class_names(swift, super_)
     right = right_answers(
-        rows,
+        records,
         names,
         data=options.data,
         label_field=options.label_field,
@@ -183,7 +183,7 @@ def measure(
         tolerance=options.tolerance,
     )
 
-    # The threshold that sends every row to the Super makes both models answer it.
+    # The threshold that sends every record to the Super makes both models answer it.
     rule = CascadeRule(
         ALWAYS_SUPER, score, temperature=scoring.temperature, centre=scoring.centre, seed=options.seed
     )
@@ -195,11 +195,11 @@ def measure(
         return answers_line(result)
 
     if options.retry_failed:
-        answer_failed(cascade, rows, journal, line)
-    answer_missing(cascade, rows, journal, len(rows), line)
+        answer_failed(cascade, records, journal, line)
+    answer_missing(cascade, records, journal, len(records), line)
     answered = [answers_of(one) for one in journal.lines()]
     previewed = can_preview(swift, score)
-    return measured_of(answered, rows, right, names, options, previewed=previewed)
+    return measured_of(answered, records, right, names, options, previewed=previewed)
 
 
 def table(rule: "CascadeRule") -> str:
@@ -208,7 +208,7 @@ def table(rule: "CascadeRule") -> str:
 
     assert rule.measured is not None
     unit, data = rule.provenance["cost"], rule.provenance["data"]
-    lines = [f"{rule.score} threshold   to Super   accuracy   mean {unit} per row"]
+    lines = [f"{rule.score} threshold   to Super   accuracy   mean {unit} per record"]
     spread = rule.curve[:: max(1, len(rule.curve) // CURVE_LINES)]
     for point in sorted({*spread, rule.curve[-1], rule.measured}, key=lambda p: p.threshold):
         shown = f"{point.threshold:.6g}" if abs(point.threshold) < ALWAYS_SUPER else "all"
@@ -216,7 +216,7 @@ def table(rule: "CascadeRule") -> str:
         numbers = f"{point.share_super:>10.2%} {point.accuracy:>10.4f} {point.cost:>14.4g}"
         lines.append(f"{shown:>16} {numbers}{mark}")
 
-    lines.append(f"{data['rows']} rows: Swift alone {data['swift']:.4f}, Super alone {data['super']:.4f}")
+    lines.append(f"{data['rows']} records: Swift alone {data['swift']:.4f}, Super alone {data['super']:.4f}")
     if rule.guarantee:
         start = "guaranteed: " if rule.guarantee.achieved else ""
         lines.append(start + rule.guarantee.statement)

@@ -45,7 +45,7 @@ def _fingerprint(place: str) -> str | None:
 
 
 def identity(options: PairOptions, found: Mapping[str, str | None], scoring: Scoring) -> dict[str, Any]:
-    """Everything that both models' answers to the rows depend on.
+    """Everything that both models' answers to the records depend on.
 
     Args:
       options: of the command.
@@ -73,7 +73,7 @@ def fit_identity(options: PairOptions, found: Mapping[str, str | None], scoring:
 
 
 def answers_path(out: str | Path, settings: Mapping[str, Any]) -> Path:
-    """Where answers are kept beside a rule; other models, rows or flags have another file.
+    """Where answers are kept beside a rule; other models, records or flags have another file.
 
     Args:
       out: the rule's file.

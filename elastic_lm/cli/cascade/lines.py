@@ -1,4 +1,4 @@
-"""Lines of the files that `elastic-lm cascade` writes, and what is measured on those of labelled rows."""
+"""Lines of the files that `elastic-lm cascade` writes, and what is measured on those of labelled records."""
 
 import math
 import sys
@@ -24,7 +24,7 @@ def result_line(result: CascadeResult, names: Names = UNNAMED) -> dict[str, Any]
     """A result as a line of an output.
 
     Args:
-      result: of one row.
+      result: of one record.
       names: of the models' classes, which are written instead of their indices.
     """
     score = None if result.score is None or math.isnan(result.score) else result.score
@@ -36,7 +36,7 @@ def result_line(result: CascadeResult, names: Names = UNNAMED) -> dict[str, Any]
 
 
 def answers_line(result: CascadeResult) -> dict[str, Any]:
-    """Both models' answers to a row as a line; `answers_of` reads it."""
+    """Both models' answers to a record as a line; `answers_of` reads it."""
     line = {"index": result.index, "swift": _values(result.swift), "super": _values(result.answer)}
     error = result.swift.error or result.error
     return line if error is None else {**line, "error": error}
@@ -59,41 +59,41 @@ def _answer(values: Mapping[str, Any]) -> Answer:
 
 def measured_of(
     pairs: Sequence[Pair],
-    rows: Sequence[Record],
+    records: Sequence[Record],
     right: Sequence[Sequence[Any]],
     names: Names,
     options: Options,
     *,
     previewed: bool,
 ) -> Measurements:
-    """What both models gave for labelled rows.
+    """What both models gave for labelled records.
 
-    Rows that a model failed on are left out, with a note on stderr.
+    Records that a model failed on are left out, with a note on stderr.
 
     Args:
-      pairs: answers to the rows.
-      rows: the rows.
+      pairs: answers to the records.
+      records: the records.
       right: from `right_answers`.
       names: from `class_names`.
       options: of the command.
       previewed: the Swift knows its score before it answers.
 
     Raises:
-      ValueError: no row is left, or costs are asked for that nobody knows.
+      ValueError: no record is left, or costs are asked for that nobody knows.
     """
     good = [i for i, pair in enumerate(pairs) if all(answer.error is None for answer in pair)]
     if len(good) < len(pairs):
         first = next(answer.error for pair in pairs for answer in pair if answer.error is not None)
         fix = "--retry-failed answers them again"
-        require(bool(good), "rows", len(pairs), f"every row failed, the first with: {first}; {fix}")
+        require(bool(good), "records", len(pairs), f"every record failed, the first with: {first}; {fix}")
         count = len(pairs) - len(good)
-        print(f"{count} of {len(pairs)} rows failed and are left out ({fix}): {first}", file=sys.stderr)
+        print(f"{count} of {len(pairs)} records failed and are left out ({fix}): {first}", file=sys.stderr)
     swift, super_ = ([pairs[i][model] for i in good] for model in (0, 1))
 
     def qualities(model: str, answers: list[Answer]) -> list[float]:
         found = []
         for i, answer in zip(good, answers, strict=True):
-            output, choices = named(answer.output, model, names), rows[i].get(options.choices_field)
+            output, choices = named(answer.output, model, names), records[i].get(options.choices_field)
             # A choice may be named by its number or letter; labels were turned into texts.
             if choices is not None and not any(names.values()) and options.tolerance is None:
                 output = (choice_of(output, choices) or ("", output))[1]

@@ -27,7 +27,7 @@ from elastic_lm.models.registry import kind_of
 
 def make_pair(
     options: PairOptions,
-    row: Record,
+    record: Record,
     scoring: Scoring,
     score: str = DEFAULT_SCORE,
     *,
@@ -37,31 +37,31 @@ def make_pair(
 
     Args:
       options: of the command.
-      row: one of the data; choices in it make a decoder choose.
+      record: one of the data; choices in it make a decoder choose.
       scoring: of the Swift's energy.
       score: that is read of the Swift.
-      super_cost: FLOPs of a row, where the Super is a service that does not say them.
+      super_cost: FLOPs of a record, where the Super is a service that does not say them.
 
     Raises:
       ValueError: an option does not fit the models; names it.
     """
     if not options.swift:
-        return _shared_pair(options, row, scoring)
-    swift = make_answerer(options, options.swift, row, scoring, cost=0.0, score=score)
-    return swift, make_answerer(options, options.super_, row, Scoring(), cost=super_cost)
+        return _shared_pair(options, record, scoring)
+    swift = make_answerer(options, options.swift, record, scoring, cost=0.0, score=score)
+    return swift, make_answerer(options, options.super_, record, Scoring(), cost=super_cost)
 
 
 def make_answerer(
-    options: PairOptions, place: str, row: Record, scoring: Scoring, *, cost: float, score: str = ""
+    options: PairOptions, place: str, record: Record, scoring: Scoring, *, cost: float, score: str = ""
 ) -> Answerer:
     """One model, of the kind that is named, or that its folder holds.
 
     Args:
       options: of the command.
       place: folder, address, or name and file.
-      row: see `make_pair`.
+      record: see `make_pair`.
       scoring: of its energy.
-      cost: FLOPs of a row, where the model is a service.
+      cost: FLOPs of a record, where the model is a service.
       score: that is read of it; "" = none.
     """
     if is_url(place):
@@ -86,7 +86,7 @@ def make_answerer(
             **options.given(("max_len",)),
             **shared,
         )
-    if options.choices_field in row:
+    if options.choices_field in record:
         return MultipleChoice(model, params, tokenizer, **_choice_options(options), **shared)
     # At full depth no token waits for its deeper layers, so that a window of 1 is enough.
     config, params = without_exits(model.config, params)
@@ -120,7 +120,7 @@ def _service(options: PairOptions, url: str, cost: float) -> Endpoint:
     )
 
 
-def _shared_pair(options: PairOptions, row: Record, scoring: Scoring) -> tuple[Answerer, Answerer]:
+def _shared_pair(options: PairOptions, record: Record, scoring: Scoring) -> tuple[Answerer, Answerer]:
     """The Super, and one of its exits as the Swift."""
     model, params = load(options.super_)
     tokenizer = Tokenizer.load(options.super_)
@@ -137,7 +137,7 @@ def _shared_pair(options: PairOptions, row: Record, scoring: Scoring) -> tuple[A
             f"--swift-exit {options.swift_exit}: {options.super_} holds an {kind_of(model.config).name}, "
             "which has no exits; name a model of its own as --swift"
         )
-    if options.choices_field in row:
+    if options.choices_field in record:
         return shared_multiple_choice(model, params, tokenizer, **_choice_options(options), **how)
     how["prompt_field"] = options.text_field
     return shared_generator(model, params, tokenizer, options.max_new_tokens, **how)

@@ -1,4 +1,4 @@
-"""What `elastic-lm cascade fit` and `run` are both told: the two models, the rows, and the Swift's score."""
+"""What `elastic-lm cascade fit` and `run` are both told: two models, the records, and the Swift's score."""
 
 import argparse
 import dataclasses
@@ -23,28 +23,28 @@ KEY = "ELASTIC_LM_API_KEY"  # environment variable with the key of a service
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairOptions(CommandOptions):
-    """Two models and the rows that they answer."""
+    """Two models and the records that they answer."""
 
     swift: str | None = None  # the small model: a folder, an address, or NAME:FILE
     swift_exit: int | None = None  # instead: the exit after this layer of the Super
     super_: str  # the large model: a folder, an address, or NAME:FILE
     max_new_tokens: int = 32  # of generated answers
-    batch_size: int = BATCH_SIZE  # rows per batch
+    batch_size: int = BATCH_SIZE  # records per batch
     normalise: Normalise = get_args(Normalise)[0]
     timeout: float = TIMEOUT  # of a service, seconds
-    retries: int = RETRIES  # of a service, per row
+    retries: int = RETRIES  # of a service, per record
     style: Style = get_args(Style)[0]  # of a service
     service_model: str | None = None  # name of the model behind a service
-    super_cost: float = 0.0  # FLOPs of a row, by a service; 0 = it says so itself
+    super_cost: float = 0.0  # FLOPs of a record, by a service; 0 = it says so itself
 
     data: str  # JSON lines
     text_field: str = "text"  # key of the text, prompt or question
     pair_field: str | None = None  # encoders: key of the second text
-    choices_field: str = "choices"  # multiple choice, where rows have it
-    max_len: int | None = None  # tokens read of a row; None = the model's
+    choices_field: str = "choices"  # multiple choice, where records have it
+    max_len: int | None = None  # tokens read of a record; None = the model's
     template: str | None = None  # encoder-decoders: their source
     labels: str | None = None  # encoder-decoders: the only answers, with commas between them
-    retry_failed: bool = False  # rows that failed before are answered again
+    retry_failed: bool = False  # records that failed before are answered again
 
     score: str | None = None  # name of the Swift's score; None = the rule's, or DEFAULT_SCORE
     temperature: float | None = None  # of the energy; None = the rule's, or Scoring.temperature
@@ -105,7 +105,7 @@ def answerer_name(place: str) -> tuple[str, str]:
 def add_pair_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `PairOptions`."""
     _add_models(parser)
-    _add_rows(parser)
+    _add_records(parser)
     _add_score(parser)
 
 
@@ -117,34 +117,34 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     add("--super", dest="super_", required=True, metavar="DIR|URL|NAME:FILE", help="the large model")
     longest = f"of generated answers (default: {default.max_new_tokens})"
     add("--max-new-tokens", type=int, metavar="N", help=longest)
-    add("--batch-size", type=int, metavar="N", help=f"rows per batch (default: {default.batch_size})")
+    add("--batch-size", type=int, metavar="N", help=f"records per batch (default: {default.batch_size})")
     normalise = "multiple choice: what the log-likelihood of a choice is divided by "
     normalise += f"(default: {default.normalise})"
     add("--normalise", choices=get_args(Normalise), help=normalise)
     timeout = f"of a service, seconds (default: {default.timeout:g})"
     add("--timeout", type=float, metavar="S", help=timeout)
-    add("--retries", type=int, metavar="N", help=f"of a service, per row (default: {default.retries})")
-    style = "of a service: rows as JSON, or completions of the OpenAI API "
+    add("--retries", type=int, metavar="N", help=f"of a service, per record (default: {default.retries})")
+    style = "of a service: records as JSON, or completions of the OpenAI API "
     add("--style", choices=get_args(Style), help=f"{style}(default: {default.style})")
     add("--service-model", metavar="NAME", help=f"openai: the model; {KEY} holds the key")
-    add("--super-cost", type=float, metavar="FLOPS", help="of a row, by a service that does not say it")
+    add("--super-cost", type=float, metavar="FLOPS", help="of a record, by a service that does not say it")
 
 
-def _add_rows(parser: argparse.ArgumentParser) -> None:
+def _add_records(parser: argparse.ArgumentParser) -> None:
     add, default = parser.add_argument, PairOptions
     add("--data", required=True, metavar="FILE", help="JSON lines, or .gz of them")
     text = f"the text, prompt or question (default: {default.text_field})"
     add("--text-field", metavar="NAME", help=text)
-    add("--pair-field", metavar="NAME", help="encoders: the second text of a row")
-    choices = f"multiple choice, where rows have it (default: {default.choices_field})"
+    add("--pair-field", metavar="NAME", help="encoders: the second text of a record")
+    choices = f"multiple choice, where records have it (default: {default.choices_field})"
     add("--choices-field", metavar="NAME", help=choices)
-    tokens = "encoders, encoder-decoders: tokens read of a row "
+    tokens = "encoders, encoder-decoders: tokens read of a record "
     tokens += f"(default: all that an encoder can read, {SOURCE_TOKENS} for encoder-decoders)"
     add("--max-len", type=int, metavar="N", help=tokens)
     add("--template", metavar="TEXT", help='encoder-decoders: their source, "sst2 sentence: {text}"')
     only = "encoder-decoders: the only answers (default: any; with --score encoder_*, the head's classes)"
     add("--labels", metavar="A,B", help=only)
-    add("--retry-failed", action="store_true", help="rows that failed before are answered again")
+    add("--retry-failed", action="store_true", help="records that failed before are answered again")
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:

@@ -59,7 +59,7 @@ def named(output: Any, model: str, names: Names) -> Any:
 
 
 def right_answers(
-    rows: Sequence[Record],
+    records: Sequence[Record],
     names: Names,
     *,
     data: str,
@@ -67,32 +67,32 @@ def right_answers(
     choices_field: str,
     tolerance: float | None,
 ) -> list[list[Any]]:
-    """What is right for every row: names of classes, texts of choices, numbers or texts.
+    """What is right for every record: names of classes, texts of choices, numbers or texts.
 
     Args:
-      rows: with labels; a list of labels means that any of them is right.
+      records: with labels; a list of labels means that any of them is right.
       names: from `class_names`.
-      data: where the rows are, for messages.
+      data: where the records are, for messages.
       label_field: key of the label.
-      choices_field: key of the choices, where rows have some and the models have no classes.
+      choices_field: key of the choices, where records have some and the models have no classes.
       tolerance: labels are numbers; None = they need not be.
 
     Returns:
-      One list per row.
+      One list per record.
 
     Raises:
-      ValueError: a label is missing, or no answer can match it; names the row.
+      ValueError: a label is missing, or no answer can match it; names the record.
     """
     known = next(filter(None, names.values()), ())
     found, ways = [], set()
-    for number, row in enumerate(rows, 1):
-        where = f"{data} row {number}"
-        if label_field not in row:
+    for number, record in enumerate(records, 1):
+        where = f"{data} record {number}"
+        if label_field not in record:
             raise ValueError(
-                f"{where}: no {label_field!r}: --label-field names the right answer; the row has "
-                f"{', '.join(row)}"
+                f"{where}: no {label_field!r}: --label-field names the right answer; the record has "
+                f"{', '.join(record)}"
             )
-        label, choices = row[label_field], row.get(choices_field)
+        label, choices = record[label_field], record.get(choices_field)
         labels = label if isinstance(label, list) else [label]
         if choices is None or known or tolerance is not None:
             found.append([_label(f"{where}: {label_field}", one, known, tolerance) for one in labels])
@@ -137,7 +137,7 @@ def _choice(where: str, label: Any, choices: Any) -> tuple[str, str]:
     found = choice_of(label, choices)
     if found is None:
         raise ValueError(
-            f"{where}={label!r}: is none of the row's {len(choices)} choices; give its index (from 0), "
+            f"{where}={label!r}: is none of the record's {len(choices)} choices; give its index (from 0), "
             "its letter or its text"
         )
     return found
@@ -148,7 +148,7 @@ def choice_of(value: Any, choices: Sequence[str]) -> tuple[str, str] | None:
 
     Args:
       value: the text of a choice, its index from 0 (also as text), or its letter from A.
-      choices: of the row.
+      choices: of the record.
     """
     if isinstance(value, str):
         texts = [choice.strip() for choice in choices]

@@ -1,4 +1,4 @@
-"""`elastic-lm cascade run`: answers a file of rows by a rule, or goes on with it."""
+"""`elastic-lm cascade run`: answers a file of records by a rule, or goes on with it."""
 
 import argparse
 import dataclasses
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from elastic_lm.cascade.rule import CascadeRule
 
 HELP = """\
-Answers rows by a rule.
+Answers records by a rule.
 
 elastic-lm cascade run --swift small --super large --rule rule.json --data in.jsonl --out out.jsonl
 elastic-lm cascade run --swift small --super http://host/answer --rule rule.json --data in.gz --out out.gz
 elastic-lm cascade run --swift small --super large --threshold 1.31044 --data in.jsonl --out out.jsonl
 
-Run it again after it was stopped: it goes on where it was. Each line of the output has the row's index,
+Run it again after it was stopped: it goes on where it was. Each line of the output has the record's index,
 output (the name of a class, where the models name them), model ("swift" or "super"), score and cost (FLOPs);
-rows that the Super fails on have an error, and the Swift's output as fallback, until --retry-failed.
+records that the Super fails on have an error, and the Swift's output as fallback, until --retry-failed.
 """
 
 
@@ -53,7 +53,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> None:
-    """Answers the rows that the output does not hold yet."""
+    """Answers the records that the output does not hold yet."""
     from elastic_lm.cascade.cascade import Cascade
     from elastic_lm.cli.cascade.answering import answer_failed, answer_missing
     from elastic_lm.cli.cascade.checks import check_pair
@@ -65,7 +65,7 @@ def run(options: Options) -> None:
 
     rule = chosen_rule(options)
     first = next(read_records(options.data), None)
-    require(first is not None, "--data", options.data, "holds no row")
+    require(first is not None, "--data", options.data, "holds no record")
     assert first is not None
 
     found = fingerprints(options)
@@ -77,8 +77,8 @@ def run(options: Options) -> None:
         line = functools.partial(result_line, names=written_names(*pair))
         if options.retry_failed:
             answer_failed(cascade, read_records(options.data), journal, line)
-        rows, count = read_records(options.data), count_records(options.data)
-        statistics = answer_missing(cascade, rows, journal, count, line)
+        records, count = read_records(options.data), count_records(options.data)
+        statistics = answer_missing(cascade, records, journal, count, line)
 
     print(statistics.text())
     print(f"written to {options.out}", file=sys.stderr)
