@@ -9,31 +9,26 @@ noise, c(x) its cost as a share of the whole model's, from a `CostTable`, measur
 
     end_to_end    minimise over routers (and, jointly, the model)
                       (1 - d) CE(z_x) + d KL(p || q_x) + a miss(x, b)
-    surrogate     with e = CE(z_x) - CE(z) of the row, and S a small network that reads what was picked:
-                  minimise over S         (S(x) - e)^2
-                  minimise over routers   S(x) + a miss(x, b), in steps where S is trusted:
-                                          mean |S(x) - e| < `surrogate_error`
+    surrogate     minimise over routers
+                      S(x) + a miss(x, b), S being a prediction of the loss (`width.surrogate`)
 
-Both have the gradient of the straight-through choice. The first one needs a backward pass through the model;
-the second none, and forgets S afterwards. The paper's surrogate predicts the loss from the routers' logits;
-ours predicts from the choice that was run how much the row's loss rises over that of the whole model, so that
-neither the noise of the choice nor how hard a text is has to be learned. As training goes on the noise fades:
-tau falls geometrically over TAU, the logits' scale rises linearly over SCALE.
+Both have the gradient of the straight-through choice. The first one needs a backward pass through the model,
+the second none. As training goes on the noise fades: tau falls geometrically over TAU, the logits' scale
+rises linearly over SCALE.
 
-Routers that read states choose for every token (`end_to_end` only). c(x) is then a mean over the row.
+Routers that read states choose for every token (`end_to_end` only). c(x) is then a mean over the row, and
+`width.tilts` holds the trained routers to their budgets.
 
 Papers: Flextron, arXiv 2406.10260, sec. 3; Nemotron Elastic, arXiv 2511.16664 (budget loss, schedules).
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, Self, get_args
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elastic_lm.checkpoints.native import load_menu
@@ -52,32 +47,24 @@ from elastic_lm.config.subnet import Budget, Menu
 from elastic_lm.cost.counted import CostTable, Workload, counted_table
 from elastic_lm.cost.latency_table import LatencyTable
 from elastic_lm.data.batch import Batch
-from elastic_lm.models.decoder import Decoder, Params, vocab_logits
-from elastic_lm.nn.linear import Linear
+from elastic_lm.models.decoder import Params
 from elastic_lm.train.losses import (
     LOSS_CHUNK,
     Metrics,
-    TokenSums,
-    imitation_loss,
-    sum_over_chunks,
-    token_sums,
 )
 from elastic_lm.train.method import Finished, Method, MethodConfig, ParameterGroup, RunData, options
-from elastic_lm.width.gated import Picks, gated_hidden
-from elastic_lm.width.router import SLOPE, budget_code, init_router, router_input, straight_through
-from elastic_lm.width.trained_routers import RouterReads, Routers, RouterShape, shares
+from elastic_lm.width.picking import ROUTERS, Picking, row_mean
+from elastic_lm.width.surrogate import SURROGATE, Surrogate, init_surrogate, rise, surrogate_loss
+from elastic_lm.width.tilts import TILT_BATCHES, fit_tilts
+from elastic_lm.width.trained_routers import RouterReads, Routers, RouterShape
 
 Scheme = Literal["end_to_end", "surrogate"]
 Priced = Literal["parameters", "flops", "memory_bytes", "latency_ms"]
 
-ROUTERS, SURROGATE = "routers", "surrogate"  # keys of their parameters
 DEAD_ZONE = 0.05  # relative miss of a budget that costs nothing
 WHOLE = 10.0  # weight of choices that are not the largest where the budget is the whole model
 TAU = (1.0, 0.05)  # temperature of the straight-through gradient, from the first to the last step
 SCALE = (1.0, 10.0)  # of the logits against the noise
-STEEPEST = 100.0  # logits by which the widest tilt tells the menu's nearest costs apart
-HALVINGS = 24  # of the interval that a tilt is looked for in
-TILT_BATCHES = 4  # held-out batches on which routers that read states are held to their budgets
 # Options, the option that decides whether they are read, and its values that have them read.
 READ_WITH = (
     (("train_model", "distil"), "scheme", ("end_to_end",)),
@@ -213,6 +200,11 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         """The model, without exits."""
         return self.shape.config
 
+    @property
+    def picking(self) -> Picking:
+        """What the routers pick, and its cost."""
+        return Picking(self.shape, self.table, self.loss_chunk, self.remat)
+
     @classmethod
     def create(
         cls, section: MethodConfig, model: ModelConfig, params: Params, train: Any, mesh: Mesh
@@ -240,9 +232,7 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         routers, surrogate = jax.random.split(jax.random.key(self.seed))
         new: Params = {ROUTERS: self.initial or self.shape.init(routers)}
         if self.scheme == "surrogate":
-            menu = self.shape.menu
-            inputs = self.shape.config.n_layers * (len(menu.heads) + len(menu.mlp)) + len(menu.dropped) + 1
-            new[SURROGATE] = init_router(Surrogate(self.shape.width), inputs, surrogate)
+            new[SURROGATE] = init_surrogate(self.shape, surrogate)
 
         # New parameters lie whole on every device of the model's mesh, where it has one.
         mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
@@ -287,10 +277,14 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         progress = step / self.steps
         tau = TAU[0] * (TAU[1] / TAU[0]) ** progress
         scale = SCALE[0] + (SCALE[1] - SCALE[0]) * progress
-        hidden, picked = self.forward(params, batch, budget_B, key=noise, scale=scale, tau=tau)
+        # The gradient takes the way through the surrogate, where there is one, and not through the model.
+        picking, stops = self.picking, self.scheme == "surrogate"
+        hidden, picked = picking.forward(
+            params, batch, budget_B, key=noise, scale=scale, tau=tau, stops=stops
+        )
 
         # a miss(x, b)
-        off_B, whole_B = self.misses(picked, budget_B)
+        off_B, whole_B = picking.misses(picked, budget_B)
         charged_B = jnp.where((off_B < DEAD_ZONE) & (budget_B < 1), 0.0, off_B) + WHOLE * whole_B
         miss = self.budget_weight * row_mean(charged_B, batch)
         metrics = {"budget/miss": row_mean(off_B, batch)}
@@ -299,20 +293,23 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
             loss, entropy = self._quality(params, batch, hidden)
             return loss + miss, {"loss": loss + miss, "loss/picked": entropy, **metrics}
 
-        rise_B, entropy = self._rise(params, batch, hidden)
-        loss, surrogate = self._surrogate_loss(params[SURROGATE], batch, picked, rise_B, miss)
+        rise_B, entropy = rise(picking, params, batch, hidden)
+        network = Surrogate(self.shape.width)
+        loss, surrogate = surrogate_loss(
+            network, params[SURROGATE], batch, picked, rise_B, miss=miss, most_error=self.surrogate_error
+        )
         return loss, {"loss": loss, "loss/picked": entropy, **metrics, **surrogate}
 
     def for_evaluation(self) -> "RouterEvaluation":
         """What the routers pick without noise."""
-        return RouterEvaluation(self)
+        return RouterEvaluation(self.picking)
 
     def finish(self, params: Params, data: RunData) -> Finished:
         """The model and, beside it, the routers; those that read states are tilted towards their budgets."""
         tilts: tuple[float, ...] = ()
         if self.reads == "hidden":
             held_out = data.placed(itertools.islice(data.held_out(), TILT_BATCHES))
-            tilts = fit_tilts(self, params, list(held_out))
+            tilts = fit_tilts(self.picking, params, list(held_out))
         routers = Routers(self.shape, params[ROUTERS], self.table, tilts)
         model = {name: tree for name, tree in params.items() if name not in (ROUTERS, SURROGATE)}
         return Finished(model, self.shape.menu, routers.save)
@@ -321,202 +318,20 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         """Routers and the surrogate have no weight decay, and a learning rate of their own."""
         return (ParameterGroup((ROUTERS, SURROGATE), self.router_lr),)
 
-    def forward(
-        self,
-        params: Params,
-        batch: Batch,
-        budget_B: jax.Array,
-        *,
-        key: jax.Array | None = None,
-        scale: jax.Array | float = 1.0,
-        tau: jax.Array | float = 1.0,
-        tilt: jax.Array | float = 0.0,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Runs what the routers pick for every row's budget.
-
-        Args:
-          params: model, stacked, and routers.
-          batch: packed tokens.
-          budget_B: float32 shares of the whole model's cost.
-          key: of the noise; None = the likeliest choices.
-          scale: of the logits.
-          tau: of the gradient.
-          tilt: times its cost as a share of the whole model's, raises a choice's logit where states are read.
-
-        Returns:
-          ([B, T, D] state after the last layer, {"heads", "mlp": [L, B, choices], "dropped": [B, choices]}).
-        """
-        shape, routers = self.shape, params[ROUTERS]
-        heads_key, mlp_key, depth_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-        code_BA = budget_code(budget_B, shape.anchors)
-
-        # The budget alone decides how many layers are left out.
-        layers, dropped_BC = shape.all_logits(routers, code_BA)
-        dropped_BC = straight_through(dropped_BC, depth_key, scale, tau)
-        keep_LB = (dropped_BC @ shape.kept).T
-
-        def picks(logits: dict[str, jax.Array], heads_key: Any, mlp_key: Any) -> Picks:
-            return Picks(
-                heads=straight_through(logits["heads"], heads_key, scale, tau),
-                mlp=straight_through(logits["mlp"], mlp_key, scale, tau),
-            )
-
-        def of_state(given: Any, hidden: jax.Array) -> Picks:
-            router, heads_tilt, mlp_tilt, *keys = given
-            logits = shape.layer_logits(router, router_input(code_BA[:, None], hidden))
-            tilted = {"heads": logits["heads"] + heads_tilt, "mlp": logits["mlp"] + mlp_tilt}
-            return picks(tilted, *keys)
-
-        def run(pick: Any, given: Any, keep_LB: jax.Array) -> tuple[jax.Array, Picks]:
-            return gated_hidden(
-                shape.config,
-                shape.menu,
-                params,
-                batch.tokens,
-                pick,
-                given=given,
-                keep_LB=keep_LB,
-                positions_BT=batch.positions,
-                segments_BT=batch.segments,
-                remat=self.remat,
-            )
-
-        # Routers that read states pick for every token, when its state is there.
-        if shape.reads == "hidden":
-            keys = [None if k is None else jax.random.split(k, len(keep_LB)) for k in (heads_key, mlp_key)]
-            tilts = [tilt * costs for costs in self._shares()]
-            hidden, mean = run(of_state, (routers["layers"], *tilts, *keys), keep_LB)
-            return hidden, {"heads": mean.heads, "mlp": mean.mlp, "dropped": dropped_BC}
-
-        # The others have picked for the row before the first layer.
-        assert layers is not None
-        picked = picks(layers, heads_key, mlp_key)
-        given, keep = jax.tree.map(lambda x: x[:, :, None], picked), keep_LB
-        if self.scheme == "surrogate":  # the gradient takes the way through the surrogate, not the model
-            given, keep = jax.lax.stop_gradient((given, keep))
-        hidden, _ = run(lambda given, _: given, given, keep)
-        return hidden, {"heads": picked.heads, "mlp": picked.mlp, "dropped": dropped_BC}
-
-    def misses(self, picked: dict[str, jax.Array], budget_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """How far what was picked is from the budgets.
-
-        Args:
-          picked: second result of `forward`.
-          budget_B: float32 shares of the whole model's cost.
-
-        Returns:
-          ([B] relative distance from the budget; [B] squared distance from the whole model, where the budget
-          is the whole model, else 0).
-        """
-        largest = [picked[name][..., -1] for name in ("heads", "mlp")]
-        far_B = sum(jnp.mean(jnp.square(1 - last), axis=0) for last in largest)
-        far_B = far_B + jnp.square(1 - picked["dropped"][:, 0])
-        return jnp.abs(self.costs(picked) / budget_B - 1), jnp.where(budget_B >= 1, far_B, 0.0)
-
-    def costs(self, picked: dict[str, jax.Array]) -> jax.Array:
-        """[B] cost of what was picked, as a share of the whole model's."""
-        whole = self.table.range(self.shape.menu)[1]
-        attention, mlp = self._shares()
-        layers_LB = jnp.einsum("lbc,lc->lb", picked["heads"], attention)
-        layers_LB = layers_LB + jnp.einsum("lbc,lc->lb", picked["mlp"], mlp)
-        keep_LB = (picked["dropped"] @ self.shape.kept).T
-        return self.table.fixed / whole + jnp.sum(keep_LB * layers_LB, axis=0)
-
-    def _shares(self) -> tuple[jax.Array, jax.Array]:
-        """Costs of the choices of heads and of neurons, [L, choices], as shares of the whole model's."""
-        costs = shares(self.table, self.shape.menu)
-        return costs["heads"], costs["mlp"]
-
-    def token_sums(self, params: Params, batch: Batch, hidden: jax.Array) -> TokenSums:
-        """[B] sums of every row, from the state after the last layer."""
-        return self._row_sums(params, batch, hidden)[0]
-
     def _quality(self, params: Params, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """((1 - d) CE + d KL, CE), per counted token."""
-        taught = jax.lax.stop_gradient(self._whole(params, batch)) if self.distil else None
-        sums, divergence_B = self._row_sums(params, batch, hidden, taught)
+        taught = jax.lax.stop_gradient(self.picking.whole(params, batch)) if self.distil else None
+        sums, divergence_B = self.picking.row_sums(params, batch, hidden, taught)
         count = jnp.maximum(jnp.sum(sums.weight), 1.0)  # a batch of padding alone has no tokens
         entropy = jnp.sum(sums.loss) / count
         return (1 - self.distil) * entropy + self.distil * jnp.sum(divergence_B) / count, entropy
-
-    def _rise(self, params: Params, batch: Batch, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """([B] e, scalar CE of what was picked), without gradient."""
-        hidden, params = jax.lax.stop_gradient((hidden, params))
-        picked = self.token_sums(params, batch, hidden)
-        whole = self.token_sums(params, batch, self._whole(params, batch))
-        entropy = jnp.sum(picked.loss) / jnp.maximum(jnp.sum(picked.weight), 1.0)
-        return (picked.loss - whole.loss) / jnp.maximum(picked.weight, 1.0), entropy
-
-    def _surrogate_loss(
-        self,
-        surrogate: Params,
-        batch: Batch,
-        picked: dict[str, jax.Array],
-        rise_B: jax.Array,
-        miss: jax.Array,
-    ) -> tuple[jax.Array, Metrics]:
-        """(S(x) - e)^2 for the surrogate and, where S is trusted, S(x) + a miss(x, b) for the routers."""
-        network = Surrogate(self.shape.width)
-        flat = [jnp.moveaxis(picked[name], 1, 0).reshape(rise_B.shape[0], -1) for name in ("heads", "mlp")]
-        picked_BI = jnp.concatenate([*flat, picked["dropped"]], axis=-1)
-
-        # S learns from the picks without moving them, and the routers learn through S without moving it.
-        held = jax.lax.stop_gradient
-        predicted_B: Any = network.apply({"params": surrogate}, held(picked_BI))
-        through_B: Any = network.apply({"params": held(surrogate)}, picked_BI)
-
-        error = row_mean(jnp.abs(held(predicted_B) - rise_B), batch)
-        trusted = error < self.surrogate_error
-        routers = jnp.where(trusted, row_mean(through_B, batch) + miss, 0.0)
-        loss = row_mean(jnp.square(predicted_B - rise_B), batch) + routers
-        return loss, {"surrogate/error": error, "surrogate/trusted": trusted.astype(jnp.float32)}
-
-    def _whole(self, params: Params, batch: Batch) -> jax.Array:
-        """[B, T, D] state of the whole model after its last layer."""
-        config = self.shape.config
-        decoder, depth = Decoder(config, self.remat).bind({"params": params}), config.n_layers
-        return decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)[depth].hidden
-
-    def _row_sums(
-        self, params: Params, batch: Batch, hidden: jax.Array, taught: jax.Array | None = None
-    ) -> tuple[TokenSums, jax.Array]:
-        """([B] sums of every row, [B] KL to the logits of `taught`)."""
-        config = self.shape.config
-        decoder = Decoder(config).bind({"params": params})
-        kernel = decoder.final_kernel()
-        rows = jax.vmap(token_sums)
-
-        def one(piece: Any) -> tuple[TokenSums, jax.Array]:
-            features, teacher, targets, weights = piece
-            logits = vocab_logits(config, features, kernel)
-            sums = rows(logits, targets, weights)
-            if teacher is None:
-                return sums, jnp.zeros_like(sums.loss)
-            losses = imitation_loss("kl", vocab_logits(config, teacher, kernel), logits)
-            return sums, jnp.sum(weights * losses, axis=1)
-
-        teacher = None if taught is None else decoder.final_features(taught)
-        arrays = (decoder.final_features(hidden), teacher, batch.targets, batch.weights)
-        return sum_over_chunks(one, arrays, self.loss_chunk)
-
-
-class Surrogate(nn.Module):
-    """S: from one-hot choices to the rise of the loss, in nats per token."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, picked_BI: jax.Array) -> jax.Array:
-        """[B] rise of every row's loss."""
-        x = nn.leaky_relu(Linear((self.width,), (None, None), name="hidden")(picked_BI), SLOPE)
-        return Linear((1,), (None, None), name="rise")(x)[..., 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class RouterEvaluation(Method[Batch]):
     """What routers pick without noise, at their anchors and between them."""
 
-    method: RouterTraining
+    picking: Picking
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
@@ -533,16 +348,16 @@ class RouterEvaluation(Method[Batch]):
           (mean over the anchors, metrics `loss` and, for every anchor b and every mean of two neighbours,
           `loss/budget_<b>` in nats per counted token and `spent/budget_<b>`, cost over budget).
         """
-        params, anchors = {**frozen, **trainable}, self.method.shape.anchors
+        params, anchors = {**frozen, **trainable}, self.picking.shape.anchors
         between = [(low + high) / 2 for low, high in itertools.pairwise(anchors)]
         budgets = jnp.asarray([*anchors, *between], jnp.float32)
 
         def one(budget: jax.Array) -> tuple[jax.Array, jax.Array]:
             budget_B = jnp.full(batch.tokens.shape[:1], budget)
-            hidden, picked = self.method.forward(params, batch, budget_B)
-            sums = self.method.token_sums(params, batch, hidden)
+            hidden, picked = self.picking.forward(params, batch, budget_B)
+            sums = self.picking.token_sums(params, batch, hidden)
             entropy = jnp.sum(sums.loss) / jnp.maximum(jnp.sum(sums.weight), 1.0)
-            return entropy, row_mean(self.method.costs(picked), batch) / budget
+            return entropy, row_mean(self.picking.costs(picked), batch) / budget
 
         # `map` runs one budget after the other by one program.
         losses, spent = jax.lax.map(one, budgets)
@@ -552,46 +367,6 @@ class RouterEvaluation(Method[Batch]):
         metrics |= {f"spent/{name}": share for name, share in zip(names, spent, strict=True)}
         mean = jnp.mean(losses[: len(anchors)])
         return mean, {"loss": mean, **metrics}
-
-
-def row_mean(x_B: jax.Array, batch: Batch) -> jax.Array:
-    """Mean over rows by their tokens; rows of padding do not count."""
-    tokens_B = jnp.sum(batch.segments > 0, axis=1)
-    return jnp.sum(x_B * tokens_B) / jnp.maximum(jnp.sum(tokens_B), 1)
-
-
-def fit_tilts(method: RouterTraining, params: Params, batches: Sequence[Batch]) -> tuple[float, ...]:
-    """Tilts with which routers that read states spend each anchor on average over some text.
-
-    Args:
-      method: whose routers read states.
-      params: model, stacked, and trained routers.
-      batches: text that budgets are to be met on; batches count alike.
-
-    Returns:
-      One tilt per anchor, found by halving an interval: what is spent is at most the anchor, and as near to
-      it as the interval is small; 0 for the whole model.
-    """
-    # A tilt of +- `widest` makes every token take the most expensive, or the cheapest, choices.
-    costs_of = shares(method.table, method.shape.menu)
-    steps = np.concatenate([np.diff(np.asarray(costs)).ravel() for costs in costs_of.values()])
-    widest = STEEPEST / np.min(steps[steps > 0], initial=1.0)
-
-    @jax.jit
-    def spent(params: Params, batch: Batch, budget: jax.Array, tilt: jax.Array) -> jax.Array:
-        budget_B = jnp.full(batch.tokens.shape[:1], budget)
-        return row_mean(method.costs(method.forward(params, batch, budget_B, tilt=tilt)[1]), batch)
-
-    def fit(anchor: float) -> float:
-        # What is spent rises with the tilt. `low` is the highest tilt so far that keeps the budget.
-        low, high = -widest, widest
-        for _ in range(HALVINGS):
-            tilt = (low + high) / 2
-            fits = np.mean([spent(params, batch, anchor, tilt) for batch in batches]) <= anchor
-            low, high = (tilt, high) if fits else (low, tilt)
-        return float(low)
-
-    return (*(fit(anchor) for anchor in method.shape.anchors[:-1]), 0.0)
 
 
 def cost_table(section: RouterTrainingConfig, model: ModelConfig, menu: Menu) -> CostTable:

@@ -12,7 +12,7 @@ from study import MODEL_FOLDER, Measurement, Model, Study, losses
 import elastic_lm as el
 from elastic_lm.bench.timing import interleave
 from elastic_lm.models.decoder import stack_layers
-from elastic_lm.width.router_training import ROUTERS
+from elastic_lm.width.picking import ROUTERS, Picking
 
 STEPS, LR, WIDTH = 80, 1e-2, 256
 TOKENS, ROUNDS = 64, 7
@@ -61,9 +61,9 @@ def by_token(study: Study) -> list[Measurement]:
     routers = el.width.Routers.load(
         study.folder / "router_by_token" / MODEL_FOLDER, study.config, study.table
     )
-    training = el.width.RouterTraining(shape=routers.shape, table=study.table, steps=STEPS)
+    picking = Picking(routers.shape, study.table)
     params = {**stack_layers(model[1]), ROUTERS: routers.params}
-    measured = jax.jit(lambda batch, share, tilt: _loss_and_cost(training, params, batch, share, tilt))
+    measured = jax.jit(lambda batch, share, tilt: _loss_and_cost(picking, params, batch, share, tilt))
     rows = []
     for share in study.settings.budgets:
         tilt = np.interp(share, routers.shape.anchors, routers.tilts)
@@ -75,11 +75,11 @@ def by_token(study: Study) -> list[Measurement]:
     return rows
 
 
-def _loss_and_cost(training: el.width.RouterTraining, params: Any, batch: Any, share: Any, tilt: Any) -> Any:
+def _loss_and_cost(picking: Picking, params: Any, batch: Any, share: Any, tilt: Any) -> Any:
     share_B = jnp.full(batch.tokens.shape[:1], share)
-    hidden, picked = training.forward(params, batch, share_B, tilt=tilt)
-    sums = training.token_sums(params, batch, hidden)
-    return jnp.stack([jnp.sum(sums.loss), jnp.sum(sums.weight), jnp.mean(training.costs(picked))])
+    hidden, picked = picking.forward(params, batch, share_B, tilt=tilt)
+    sums = picking.token_sums(params, batch, hidden)
+    return jnp.stack([jnp.sum(sums.loss), jnp.sum(sums.weight), jnp.mean(picking.costs(picked))])
 
 
 def _relative_time(study: Study, model: Any, routers: el.width.Routers, share: float) -> float:

@@ -18,9 +18,12 @@ from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, stack_layers
 from elastic_lm.testing import random_params, random_tokens, tiny_config
 from elastic_lm.width.gated import Picks, gated_hidden
+from elastic_lm.width.picking import ROUTERS
 from elastic_lm.width.router import budget_code, straight_through
-from elastic_lm.width.router_training import ROUTERS, SURROGATE, RouterEvaluation, RouterTraining, fit_tilts
+from elastic_lm.width.router_training import RouterTraining
 from elastic_lm.width.slicing import slice_params
+from elastic_lm.width.surrogate import SURROGATE
+from elastic_lm.width.tilts import fit_tilts
 from elastic_lm.width.trained_routers import DESCRIPTION, WEIGHTS, Routers, RouterShape
 
 MENU = Menu((0.25, 0.5, 0.75, 1.0), (0.25, 0.5, 1.0), dropped=(2,))
@@ -150,7 +153,8 @@ def test_same_seed_same_draws_and_curve(scheme: str, reads: str) -> None:
     assert jax.tree.all(jax.tree.map(jnp.array_equal, first[1], again[1]))
     params = {**stack_layers(model()[1]), ROUTERS: first[1][ROUTERS]}
     everyone = jnp.full((8,), 0.8)
-    drawn = [first[0].forward(params, batch(), everyone, key=jax.random.key(i))[1] for i in (0, 0, 1)]
+    picking = first[0].picking
+    drawn = [picking.forward(params, batch(), everyone, key=jax.random.key(i))[1] for i in (0, 0, 1)]
     assert jax.tree.all(jax.tree.map(jnp.array_equal, drawn[0], drawn[1]))
     assert not jax.tree.all(jax.tree.map(jnp.array_equal, drawn[0], drawn[2]))
 
@@ -179,10 +183,11 @@ def test_routers_of_states_spend_their_budget_on_average() -> None:
     params = {**stack_layers(model()[1]), **learned}
     data = batch()
     padded = jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x)]), data)
-    tilts = fit_tilts(training, params, [padded])  # rows of padding do not count
+    picking = training.picking
+    tilts = fit_tilts(picking, params, [padded])  # rows of padding do not count
     for anchor, tilt in zip(ANCHORS, tilts, strict=True):
-        picked = training.forward(params, batch(), jnp.full((8,), anchor), tilt=tilt)[1]
-        assert 0.95 <= float(jnp.mean(training.costs(picked))) / anchor <= 1.001
+        picked = picking.forward(params, batch(), jnp.full((8,), anchor), tilt=tilt)[1]
+        assert 0.95 <= float(jnp.mean(picking.costs(picked))) / anchor <= 1.001
 
 
 def test_the_likeliest_sub_network_is_served_where_it_fits() -> None:
@@ -209,15 +214,15 @@ def test_whole_budget_is_the_whole_model() -> None:
     assert routers().subnet(budget(1.0)) == Subnet.full(config)
     assert routers().subnet(budget(3.0)) == Subnet.full(config)
     training, learned, _ = trained("surrogate", "budget")
-    found = RouterEvaluation(training).loss(learned, stack_layers(params), batch(), jnp.int32(0))[1]
+    found = training.for_evaluation().loss(learned, stack_layers(params), batch(), jnp.int32(0))[1]
     taps = Decoder(config).bind({"params": params}).taps(batch().tokens, (4,))
-    sums = training.token_sums({**stack_layers(params)}, batch(), taps[4].hidden)
+    sums = training.picking.token_sums({**stack_layers(params)}, batch(), taps[4].hidden)
     np.testing.assert_allclose(found["loss/budget_1"], jnp.sum(sums.loss) / jnp.sum(sums.weight), rtol=1e-6)
 
 
 def test_the_cost_of_what_is_picked_is_the_tables() -> None:
     config, rng = model()[0], np.random.default_rng(1)
-    training = method("surrogate", "budget")
+    picking = method("surrogate", "budget").picking
     for _ in range(4):
         subnet = MENU.sample(config, rng)
         mlp, heads, _, keep = MENU.indices(config, subnet)
@@ -227,7 +232,7 @@ def test_the_cost_of_what_is_picked_is_the_tables() -> None:
         }
         picked["dropped"] = one_hot([keep.count(False)], 2)
         expected = table().total(config, MENU, subnet) / whole()
-        np.testing.assert_allclose(training.costs(picked), [expected], rtol=1e-5)
+        np.testing.assert_allclose(picking.costs(picked), [expected], rtol=1e-5)
 
 
 def test_the_surrogate_sends_no_gradient_to_the_model_and_waits_for_its_own_fit() -> None:
