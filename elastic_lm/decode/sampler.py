@@ -367,6 +367,10 @@ class Sampler:
             raise ValueError("missing='propagate': approximate keys and values verify nothing; use 'exact'")
         if verified_B.any() and self.options.window < 2:
             raise ValueError(f"window={self.options.window}: lossless decoding needs at least 2")
+        drafts = not self.options.lookup or bool(verified_B.any())
+        require(
+            drafts, "lookup", True, "drafts for lossless rows only; give lossless=True, for one row or more"
+        )
         return verified_B
 
     def _serve(self, budget: Budget | None, subnet: Subnet | None) -> Served:
@@ -390,6 +394,8 @@ class Sampler:
 
         if isinstance(chosen, Subnet):
             chosen.check(self.config)
+            whole = self.options.preview is None or chosen == Subnet.full(self.config)
+            require(whole, "subnet", chosen, "the preview is of the whole model; use a sampler without one")
         elif chosen is not None and self.options.missing == "propagate":
             raise ValueError(
                 "missing='propagate': layers whose widths routers choose cannot do that; use 'exact'"
@@ -430,14 +436,18 @@ class Sampler:
         arrays = (tokens, lengths, lengths + max_new_tokens, jnp.int32(draft))
         shapes = {"capacity": capacity, "window": options.window}
         if prompt_state is None:
-            looks_up = options.lookup and bool(call.lossless.any())
-            prefill = functools.partial(model.prefill, model.config, model.params, **shapes, lookup=looks_up)
-            state = prefill(*arrays)
-            if looks_up and options.draft is None:
+            prefill = functools.partial(
+                model.prefill, model.config, model.params, **shapes, lookup=options.lookup
+            )
+            if options.lookup and options.draft is None:
                 costs = tick_costs(model, prefill, controls, tokens.shape)
                 controls = dataclasses.replace(controls, tick_costs=costs)
+            state = prefill(*arrays)
         else:
             require(not model.config.exits, "exit", model.config.exits, "prompt states go on without exits")
+            require(
+                not options.lookup, "lookup", True, "prompt states go on without it; leave one of them out"
+            )
             state = jit_prefill_from_state(model.config, model.params, prompt_state, *arrays, **shapes)
         return dataclasses.replace(call, served=model), state, controls
 

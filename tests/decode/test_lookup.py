@@ -9,6 +9,8 @@ import pytest
 
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.decode import lookup
+from elastic_lm.decode.options import DecodeOptions
+from elastic_lm.decode.prefill import PromptState
 from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
 
@@ -176,8 +178,17 @@ def test_costs_of_wide_passes_stop_the_drafts(plain, many_prompts, monkeypatch):
     assert sampler.sample(many_prompts[0], NEW).stats.drafted > 0
 
 
-def test_options():
-    import elastic_lm as el
-
+def test_a_call_in_which_nothing_could_be_copied_is_refused(plain):
     with pytest.raises(ValueError, match=r"lookup=True: verifies nothing with missing='propagate'"):
-        el.DecodeOptions(lookup=True, missing="propagate")
+        DecodeOptions(lookup=True, missing="propagate")
+
+    sampler = plain.sampler(window=WINDOW, lookup=True)
+    for lossless in (None, False, [False]):
+        with pytest.raises(ValueError, match=r"^lookup=True: .*give lossless=True"):
+            sampler.sample([[1, 2]], NEW, lossless=lossless)
+    with pytest.raises(ValueError, match=r"^lookup=True: .*give lossless=True"):
+        list(sampler.stream([1, 2], NEW))
+
+    state = PromptState(hidden=None, kv=(), layers=0)
+    with pytest.raises(ValueError, match=r"^lookup=True: prompt states go on without it"):
+        sampler.sample([1, 2], NEW, lossless=True, prompt_state=state)

@@ -180,6 +180,19 @@ def test_lossless_rows_are_verified_by_the_whole_head(fitted):
     assert [out.tokens for out in sampler.sample(PROMPTS, NEW)] == full
 
 
+def test_a_sub_network_is_refused(fitted):
+    """A preview is of the whole model's features, as options say that name both."""
+    model, preview, _ = fitted
+    half = el.Subnet.uniform(model.config, mlp=0.5)
+    sampler = model.sampler(preview=preview)
+    with pytest.raises(ValueError, match=r"^subnet=Subnet.*: the preview is of the whole model"):
+        sampler.sample(PROMPTS, NEW, subnet=half)
+    whole = sampler.sample(PROMPTS, NEW, subnet=el.Subnet.full(model.config))
+    assert [out.tokens for out in whole] == [out.tokens for out in sampler.sample(PROMPTS, NEW)]
+    with pytest.raises(ValueError, match=r"^preview='given': is of the whole model's features"):
+        model.sampler(preview=preview, subnet=half)
+
+
 def test_another_margin_compiles_nothing(fitted):
     model, preview, _ = fitted
     model.sampler(preview=preview).sample(PROMPTS, NEW)
