@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.models.decoder import Decoder, Params, default_positions
@@ -33,7 +34,16 @@ class NestedConfig(ModelConfig):
 
     menu: Menu = dataclasses.field(default=Menu())  # what may be chosen: heads and neurons
     per_token: bool = True  # routers choose for every token; False = choices of every row are given
-    router_width: int = 32  # per_token: width of the routers' hidden layers
+    router_width: int = 0  # per_token: width of the routers' hidden layers; 0 = there are no routers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.per_token or self.router_width >= 1,
+            "router_width",
+            self.router_width,
+            "set the width of the routers, or per_token=False",
+        )
 
     @classmethod
     def of(cls, config: ModelConfig, menu: Menu, **fields: Any) -> "NestedConfig":

@@ -24,6 +24,7 @@ from elastic_lm.nn.linear import Linear
 
 SLOPE = 0.1  # of leaky_relu below 0
 DEVIATION = 0.1  # of new weights
+ROUTER_WIDTH = 256  # of hidden layers, where nothing else is asked for
 
 
 class Router(nn.Module):

@@ -27,7 +27,7 @@ from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable
 from elastic_lm.files.atomic import read_json, write_text_whole
 from elastic_lm.models.decoder import Params
-from elastic_lm.width.router import Router, budget_code, init_router, layer_router
+from elastic_lm.width.router import ROUTER_WIDTH, Router, budget_code, init_router, layer_router
 from elastic_lm.width.search import Damage, knapsack
 from elastic_lm.width.search_space import Move, Space
 
@@ -58,7 +58,7 @@ class RouterShape:
     menu: Menu  # what may be chosen; groups and channels stay whole; static
     anchors: tuple[float, ...]  # budgets that are trained for, as shares of the whole model's cost
     reads: RouterReads = "budget"  # "budget": one sub-network per budget; "hidden": a choice per token, too
-    width: int = 256  # of the routers' hidden layers
+    width: int = ROUTER_WIDTH  # of the routers' hidden layers
 
     def __post_init__(self) -> None:
         require_choice("reads", self.reads, get_args(RouterReads))

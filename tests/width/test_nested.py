@@ -44,6 +44,11 @@ def test_a_row_of_choices_is_a_slice(name: str) -> None:
         assert_close(found[row], expected[0])
 
 
+def test_a_decoder_that_asks_routers_needs_their_width() -> None:
+    with pytest.raises(ValueError, match=r"router_width=0: set the width .*, or per_token=False"):
+        NestedConfig.of(make("llama")[0], Menu())
+
+
 def by_token(tilt: float = 0.0) -> tuple[NestedConfig, Any]:
     """A model with random routers."""
     config, params = make("llama")
