@@ -54,6 +54,7 @@ from elastic_lm.train.losses import (
 )
 from elastic_lm.train.method import Finished, Method, MethodConfig, ParameterGroup, RunData, options
 from elastic_lm.width.picking import ROUTERS, Picking, row_mean
+from elastic_lm.width.router import ROUTER_WIDTH
 from elastic_lm.width.surrogate import SURROGATE, Surrogate, init_surrogate, rise, surrogate_loss
 from elastic_lm.width.tilts import TILT_BATCHES, fit_tilts
 from elastic_lm.width.trained_routers import RouterReads, Routers, RouterShape
@@ -72,6 +73,8 @@ READ_WITH = (
     (("latency_table",), "priced", ("latency_ms",)),
     (("context",), "priced", ("flops", "memory_bytes")),
 )
+# Options that say how routers are made -> fields of `RouterShape`.
+OF_SHAPE = {"budgets": "anchors", "reads": "reads", "router_width": "width"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ class RouterTrainingConfig(MethodConfig):
     context: int = 0  # flops or memory_bytes: positions before the token that is decoded
     scheme: Scheme = "end_to_end"  # through the model, or by a surrogate of its loss
     reads: RouterReads = "budget"  # what they choose by; hidden: by every token's state, too
-    router_width: int = 256  # width of their hidden layer
+    router_width: int = ROUTER_WIDTH  # width of their hidden layer
     router_lr: float = 1.0  # their learning rate as a multiple of the model's
     budget_weight: float = 10.0  # a
     train_model: bool = False  # end_to_end: the model trains too
@@ -148,7 +151,7 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
     Static under `jit`; parameters, batches and the step are traced.
 
     Raises:
-      ValueError: a budget is below the least that the menu can cost.
+      ValueError: a budget is below the least that the menu can cost, or an option contradicts `shape`.
 
     Example:
       ```python
@@ -182,13 +185,16 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
     remat: bool = False  # recompute layers in the backward pass
 
     def __post_init__(self) -> None:
-        # What the routers were made for decides; the options say the same.
-        for field, value in (
-            ("budgets", self.shape.anchors),
-            ("reads", self.shape.reads),
-            ("router_width", self.shape.width),
-        ):
-            object.__setattr__(self, field, value)
+        # What the routers were made for decides. Options left at their defaults become what it says.
+        for option, field in OF_SHAPE.items():
+            value, made = getattr(self, option), getattr(self.shape, field)
+            require(
+                value in (made, getattr(RouterTrainingConfig, option)),
+                option,
+                value,
+                f"shape has {field}={made!r}: leave {option} out, or make the shape with {value!r}",
+            )
+            object.__setattr__(self, option, made)
         super().__post_init__()
 
         whole = self.table.range(self.shape.menu)[1]
@@ -388,11 +394,11 @@ def initial_routers(section: RouterTrainingConfig, shape: RouterShape, folder: s
     except FileNotFoundError:
         return None
 
-    for name, field in (("budgets", "anchors"), ("reads", "reads"), ("router_width", "width")):
-        value, stored = getattr(section, name), getattr(found.shape, field)
+    for option, field in OF_SHAPE.items():
+        value, stored = getattr(section, option), getattr(found.shape, field)
         require(
             value == stored,
-            f"method.{name}",
+            f"method.{option}",
             value,
             f"the routers in {folder} have {stored!r}; set that, or take a model without routers",
         )

@@ -286,6 +286,10 @@ def test_errors_say_what_to_do(tmp_path: Any) -> None:
         routers().subnet(Budget(latency_ms=1.0))
     with pytest.raises(ValueError, match="raise the budget"):
         RouterTraining(RouterShape(config, MENU, (0.01, 1.0)), table(), STEPS)
+    with pytest.raises(ValueError, match=r"^budgets=\(0\.9, 1\.0\): shape has anchors=.*: leave budgets out"):
+        RouterTraining(RouterShape(config, MENU, ANCHORS), table(), STEPS, budgets=(0.9, 1.0))
+    with pytest.raises(ValueError, match="router_width=8: shape has width=16"):
+        RouterTraining(RouterShape(config, MENU, ANCHORS, width=16), table(), STEPS, router_width=8)
     with pytest.raises(ValueError, match=r"increasing, the last one 1\.0"):
         RouterShape(config, MENU, (0.5, 0.9))
     with pytest.raises(ValueError, match="end_to_end"):
