@@ -18,7 +18,7 @@ from elastic_lm.cascade.queue import BatchQueue, QueuedRecord
 from elastic_lm.cascade.results import CascadeResult, CascadeStatistics, Tally
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import PLAIN, score_of
-from elastic_lm.config.cascade import DEFAULT_SCORE
+from elastic_lm.config.cascade import BATCH_SIZE, DEFAULT_SCORE
 from elastic_lm.config.checks import AT_LEAST_1, require
 
 HELD_BATCHES = 64  # how many batches of records may be held at once
@@ -49,7 +49,7 @@ class Cascade:
         rule: CascadeRule | float,
         *,
         score: str = DEFAULT_SCORE,
-        batch_size: int = 32,
+        batch_size: int = BATCH_SIZE,
         super_batch_size: int | None = None,
         most_held: int | None = None,
         preview: bool = True,

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from elastic_lm.cascade.energy import POOLS, energy_score, pool
-from elastic_lm.config.cascade import KINDS, Centre
+from elastic_lm.config.cascade import KINDS, TEMPERATURE, Centre
 from elastic_lm.config.checks import POSITIVE, require, require_choice
 from elastic_lm.decode.token_scores import CENTRES
 from elastic_lm.depth import confidence
@@ -56,7 +56,7 @@ class Scoring:
       ```
     """
 
-    temperature: float = 1.0  # T of the energy
+    temperature: float = TEMPERATURE  # T of the energy
     centre: Centre = "none"  # "mean" = logits are measured from their own mean
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
 from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, logit_scores, pooled_scores
-from elastic_lm.config.cascade import BATCH_SIZE, KINDS, SOURCE_TOKENS
+from elastic_lm.config.cascade import ANSWER_TOKENS, BATCH_SIZE, KINDS, SOURCE_TOKENS
 from elastic_lm.config.checks import AT_LEAST_1, require
 from elastic_lm.cost.sequences import text_to_text_flops
 from elastic_lm.data.padding import filled
@@ -53,7 +53,7 @@ class TextAnswerer:
     def __init__(
         self,
         model: TextToText,
-        max_new_tokens: int = 32,
+        max_new_tokens: int = ANSWER_TOKENS,
         *,
         template: str = "{text}",
         max_len: int = SOURCE_TOKENS,

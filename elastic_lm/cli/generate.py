@@ -178,7 +178,7 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
     add("--metric", help=f"with --threshold: {metrics(gates=True)} (default: {DEFAULT_METRIC})")
     window = f"tokens that may wait for their deep layers (default: {Options.window})"
     add("--window", type=int, metavar="W", help=window)
-    add("--fire-share", type=float, metavar="S", help="0 = lowest latency, the default; 1 = throughput")
+    add("--fire-share", type=float, metavar="S", help="0 = lowest latency, 1 = throughput (default: 0)")
     add("--lossless", action="store_true", help="early tokens are drafts, verified by the full model")
     lookup = "with --lossless: drafts what followed the last tokens earlier in the text"
     add("--lookup", action="store_true", help=lookup)
@@ -200,12 +200,12 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--temperature", type=float, help="0 = always the likeliest token, the default")
-    add("--top-k", type=int, metavar="K", help="0 = all, the default")
-    add("--top-p", type=float, metavar="P", help="1 = all, the default")
-    add("--min-p", type=float, metavar="P", help="relative to the likeliest; 0 = none, the default")
-    add("--repetition-penalty", type=float, metavar="R", help="1 = none, the default")
-    add("--seed", type=int, help="of the draws; 0 is the default")
+    add("--temperature", type=float, help="0 = always the likeliest token (default: 0)")
+    add("--top-k", type=int, metavar="K", help="0 = all (default: 0)")
+    add("--top-p", type=float, metavar="P", help="1 = all (default: 1)")
+    add("--min-p", type=float, metavar="P", help="relative to the likeliest; 0 = none (default: 0)")
+    add("--repetition-penalty", type=float, metavar="R", help="1 = none (default: 1)")
+    add("--seed", type=int, help="of the draws (default: 0)")
     add("--stop", action="append", metavar="TEXT", help="ends a text; may be given several times")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from elastic_lm.cli.parser import CommandOptions, add_data, add_model, require_flag
 from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES, DataConfig, DataSource
+from elastic_lm.quickstart.options import HELD_OUT_TOKENS
 
 if TYPE_CHECKING:
     from elastic_lm.data.batch import Batch
@@ -24,7 +25,7 @@ class HeldOutOptions(CommandOptions):
 
     model: str | None = None  # folder; None = the embedded model
     data: tuple[str, ...] = ()  # text files and folders, or JSON lines; () = the Python standard library
-    tokens: int = 20_000  # most tokens to read
+    tokens: int = HELD_OUT_TOKENS  # most tokens to read
     seq_len: int = 256  # tokens per row
 
     def __post_init__(self) -> None:

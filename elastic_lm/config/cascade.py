@@ -9,9 +9,11 @@ from typing import Literal
 KINDS = ("energy", "max_prob", "entropy", "margin")  # of scores that read logits
 DEFAULT_SCORE = KINDS[0]
 
+TEMPERATURE = 1.0  # of an energy
 Centre = Literal["none", "mean"]  # what the logits of an energy are measured from
 Normalise = Literal["tokens", "bytes", "none"]  # what the log-likelihood of a choice is divided by
 SOURCE_TOKENS = 512  # that an encoder-decoder reads of a record
+ANSWER_TOKENS = 32  # that an encoder-decoder writes at most; on the command line, any model
 CostUnit = Literal["flops", "seconds"]  # what a cascade saves
 BATCH_SIZE = 16  # records that a model answers at once
 

@@ -7,6 +7,8 @@ from elastic_lm.config.decoding import WINDOW
 from elastic_lm.config.exit_policy import DEFAULT_METRIC, GATE_METRIC, METRICS
 from elastic_lm.config.model import ExitConfig, ExitKind
 
+HELD_OUT_TOKENS = 20_000  # that thresholds are fitted on, and as many others that they are tested on
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -27,8 +29,8 @@ class Options:
     seq_len: int = 256  # tokens per row
     metric: str = DEFAULT_METRIC  # confidence that thresholds are compared with
     targets: tuple[float, ...] = (0.9, 0.95, 0.98, 0.99, 0.995)  # agreement with the full model
-    calibration_tokens: int = 20_000  # held-out tokens that thresholds are fitted on
-    test_tokens: int = 20_000  # other held-out tokens that agreement is reported on
+    calibration_tokens: int = HELD_OUT_TOKENS  # held-out tokens that thresholds are fitted on
+    test_tokens: int = HELD_OUT_TOKENS  # other held-out tokens that agreement is reported on
     prompts: int = 8  # held-out prompts that are continued
     prompt_tokens: int = 48  # tokens of each prompt
     new_tokens: int = 256  # tokens generated per prompt

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from elastic_lm.bench import latency_build, latency_verify, report
+from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.endpoint import Endpoint
 from elastic_lm.cascade.guarantee import CascadeRisk
 from elastic_lm.cascade.measure import measure_cascade
@@ -85,6 +86,8 @@ def default(function: Any, name: str) -> Any:
         (calibrate, "target", default(calibration.calibrate, "target")),
         (calibrate, "target", default(calibration.fit_thresholds, "target")),
         (calibrate, "strategy", default(calibration.calibrate, "strategy")),
+        (calibrate, "tokens", QuickstartJob.calibration_tokens),
+        (evaluate, "tokens", QuickstartJob.test_tokens),
         (calibrate, "window", default(forecasting.forecast_outcome, "window")),
         (generate, "window", DecodeOptions.window),
         (generate, "missing", DecodeOptions.missing),
@@ -100,7 +103,9 @@ def default(function: Any, name: str) -> Any:
         (latency, "rounds", default(latency_verify.verify, "rounds")),
         (latency, "seed", default(latency_build.build, "seed")),
         (fit, "normalise", default(MultipleChoice, "normalise")),
+        (fit, "batch_size", default(Cascade, "batch_size")),
         (fit, "batch_size", default(MultipleChoice, "batch_size")),
+        (fit, "batch_size", default(measure_cascade, "batch_size")),
         (fit, "max_new_tokens", default(TextAnswerer, "max_new_tokens")),
         (fit, "timeout", default(Endpoint, "timeout")),
         (fit, "retries", default(Endpoint, "retries")),
@@ -116,17 +121,26 @@ def test_flags_and_the_library_have_the_same_defaults(module: ModuleType, field:
 
 def test_what_is_not_given_is_left_to_the_library() -> None:
     assert made(generate).given(generate.SETTINGS) == {"stop": Settings.stop}
-    neutral = "0 = always the likeliest token, the default"
-    assert (neutral, Settings.temperature) == (help_of(generate, "temperature"), 0.0)
-    assert help_of(generate, "top_k") == "0 = all, the default"
-    assert (Settings.top_k, Settings.top_p, Settings.min_p, Settings.repetition_penalty) == (0, 1.0, 0.0, 1.0)
-    assert help_of(generate, "fire_share").startswith("0 = lowest latency, the default")
-    assert DecodeOptions.fire_share == 0.0
-    assert (Settings.seed, Workload.context, Workload.batch) == (0, 0, 1)
-    assert Scoring() == Scoring(1.0, get_args(Centre)[0])
+    assert (Workload.context, Workload.batch) == (0, 1)
+    assert Scoring().centre == get_args(Centre)[0]
     assert CascadeRisk(0.1).epsilon == DEFAULT_EPSILON
     assert CascadeRule(0.0).score == DEFAULT_SCORE == KINDS[0]
     assert default(TextAnswerer, "max_len") == SOURCE_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("module", "library", "field"),
+    [
+        *((generate, Settings, field) for field in generate.SETTINGS if field != "stop"),
+        (generate, DecodeOptions, "fire_share"),
+        (fit, Scoring, "temperature"),
+    ],
+)
+def test_help_shows_the_defaults_that_are_left_to_the_library(
+    module: ModuleType, library: type, field: str
+) -> None:
+    assert getattr(made(module), field) is None
+    assert help_of(module, field).endswith(f"(default: {getattr(library, field):g})")
 
 
 def test_names_come_from_their_definitions() -> None:

@@ -6,11 +6,13 @@ from typing import Any, get_args
 
 from elastic_lm.cli.parser import CommandOptions
 from elastic_lm.config.cascade import (
+    ANSWER_TOKENS,
     BATCH_SIZE,
     DEFAULT_SCORE,
     KINDS,
     RETRIES,
     SOURCE_TOKENS,
+    TEMPERATURE,
     TIMEOUT,
     Centre,
     Normalise,
@@ -28,7 +30,7 @@ class PairOptions(CommandOptions):
     swift: str | None = None  # the small model: a folder, an address, or NAME:FILE
     swift_exit: int | None = None  # instead: the exit after this layer of the Super
     super_: str  # the large model: a folder, an address, or NAME:FILE
-    max_new_tokens: int = 32  # of generated answers
+    max_new_tokens: int = ANSWER_TOKENS  # of generated answers
     batch_size: int = BATCH_SIZE  # records per batch
     normalise: Normalise = get_args(Normalise)[0]
     timeout: float = TIMEOUT  # of a service, seconds
@@ -152,7 +154,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     kinds = ", ".join(f"{kind} (default)" if kind == DEFAULT_SCORE else kind for kind in KINDS)
     names = f"{kinds}; _min, prompt_: of sequences; random; encoder_: of the head on an encoder-decoder's "
     add("--score", help=f"{names}encoder, before it decodes")
-    add("--temperature", type=float, metavar="T", help="of the energy; 1 is the default")
+    add("--temperature", type=float, metavar="T", help=f"of the energy (default: {TEMPERATURE:g})")
     centre = f"measure logits from their mean (default: {get_args(Centre)[0]})"
     add("--centre", choices=get_args(Centre), help=centre)
     seed = f"of random scores and of the halves of --risk (default: {PairOptions.seed})"
