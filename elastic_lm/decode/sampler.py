@@ -56,6 +56,7 @@ class Call:
       lossless: [B] bool rows that are verified.
       mode: of the loop.
       detokenizer: turns the emitted tokens into text.
+      measuring: seconds in which the costs of ticks were measured, which no later call needs.
     """
 
     prompts: list[list[int]]
@@ -65,6 +66,7 @@ class Call:
     lossless: np.ndarray
     mode: Mode
     detokenizer: Detokenizer
+    measuring: float = 0.0
 
 
 class Sampler:
@@ -224,7 +226,12 @@ class Sampler:
             final = model.run(model.config, model.params, state, controls, ENDLESS, call.mode)
 
         samples = collect(
-            final, prompts, call.detokenizer, started, subnet=call.served.subnet, budget=call.served.budget
+            final,
+            prompts,
+            call.detokenizer,
+            started + call.measuring,
+            subnet=call.served.subnet,
+            budget=call.served.budget,
         )
         return samples[0] if single else samples
 
@@ -435,13 +442,17 @@ class Sampler:
         draft = min(options.draft or FIRST_DRAFT, max(options.window - 1, 1))
         arrays = (tokens, lengths, lengths + max_new_tokens, jnp.int32(draft))
         shapes = {"capacity": capacity, "window": options.window}
+        measuring = 0.0
         if prompt_state is None:
             prefill = functools.partial(
                 model.prefill, model.config, model.params, **shapes, lookup=options.lookup
             )
             if options.lookup and options.draft is None:
+                # Before the call has a state of its own, so that no more caches are alive than need be.
+                started = time.perf_counter()
                 costs = tick_costs(model, prefill, controls, tokens.shape)
                 controls = dataclasses.replace(controls, tick_costs=costs)
+                measuring = time.perf_counter() - started
             state = prefill(*arrays)
         else:
             require(not model.config.exits, "exit", model.config.exits, "prompt states go on without exits")
@@ -449,7 +460,7 @@ class Sampler:
                 not options.lookup, "lookup", True, "prompt states go on without it; leave one of them out"
             )
             state = jit_prefill_from_state(model.config, model.params, prompt_state, *arrays, **shapes)
-        return dataclasses.replace(call, served=model), state, controls
+        return dataclasses.replace(call, served=model, measuring=measuring), state, controls
 
     def _advance(self, call: Call, state: DecodeState, controls: Controls) -> Iterator[DecodeState]:
         """Runs `stream_every` iterations at a time; a row ends at its first stop string.
