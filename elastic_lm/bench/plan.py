@@ -28,6 +28,7 @@ from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.decode.results import SampleStatistics
 from elastic_lm.decode.sampler import Sampler
+from elastic_lm.decode.settings import bucket
 from elastic_lm.decode.tick_costs import measured_costs
 from elastic_lm.depth.fitting import fit_exits
 from elastic_lm.depth.forecasting import NO_GAIN, forecast, weight_bytes
@@ -195,7 +196,8 @@ def _lookup(
         ratios += [a / b for a, b in zip(timed["full"], timed["lookup"], strict=True)]
         stats.append(run("lookup", prompt))
 
-    seconds = measured_costs(config, batch=1, greedy=True, window=window)
+    capacity = bucket(max(map(len, prompts)) + new_tokens + window)
+    seconds = measured_costs(config, params, batch=1, capacity=capacity, greedy=True, window=window)
     accepted = sum(s.accepted for s in stats) / sum(s.verifications for s in stats)
     return seconds, statistics.median(ratios), accepted
 

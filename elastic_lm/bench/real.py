@@ -39,6 +39,7 @@ from elastic_lm.data.batch import Batch
 from elastic_lm.data.splitting import data_config
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
+from elastic_lm.decode.settings import bucket
 from elastic_lm.decode.tick_costs import measured_costs
 from elastic_lm.depth.calibration import calibrate
 from elastic_lm.depth.fitting import fit_exits
@@ -212,10 +213,11 @@ def _compare(
 
 def _lookup_forecast(sampler: Sampler, prompts: list[list[int]], config: ModelConfig) -> float:
     """Tokens per verification over what a verification costs, mean over prompts."""
-    costs = measured_costs(config, batch=1, greedy=True, window=WINDOW)
     found = []
     for prompt in prompts:
         stats = sampler.sample(prompt, NEW_TOKENS, ignore_eos=True).stats
+        capacity = bucket(len(prompt) + NEW_TOKENS + WINDOW)
+        costs = measured_costs(config, sampler.params, batch=1, capacity=capacity, greedy=True, window=WINDOW)
         cost = costs[min(round(stats.drafted / stats.verifications), WINDOW - 1)] / costs[0]
         found.append(stats.tokens / stats.verifications / cost)
     return statistics.mean(found)

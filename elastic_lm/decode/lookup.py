@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from elastic_lm.decode.state import COPIED, FREE, Controls, DecodeState, Lookup
 
-LONGEST = 8  # N, longest match that is told from longer ones
+LONGEST_MATCH = 8  # N, longest match that is told from longer ones
 FADE = 0.95  # of the counts of acceptance, per counted token
 # Acceptance that a row starts with, a_1 .. a_N, and how many tokens this belief weighs.
 PRIOR = (0.1, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
@@ -38,17 +38,17 @@ PRIOR_WEIGHT = 4.0
 
 def no_proposals(batch: int, window: int) -> Lookup:
     """The lookup of rows that have proposed nothing, for windows of W positions (static)."""
-    prior = jnp.broadcast_to(PRIOR_WEIGHT * jnp.asarray(PRIOR, jnp.float32), (batch, LONGEST))
+    prior = jnp.broadcast_to(PRIOR_WEIGHT * jnp.asarray(PRIOR, jnp.float32), (batch, LONGEST_MATCH))
     return Lookup(
         proposal=jnp.full((batch, window - 1), -1, jnp.int32),
         proposed_at=jnp.zeros((batch,), jnp.int32),
         match=jnp.zeros((batch,), jnp.int32),
         hits=prior,
-        trials=jnp.full((batch, LONGEST), PRIOR_WEIGHT, jnp.float32),
+        trials=jnp.full((batch, LONGEST_MATCH), PRIOR_WEIGHT, jnp.float32),
     )
 
 
-def widths(window: int) -> tuple[int, ...]:
+def tick_widths(window: int) -> tuple[int, ...]:
     """Widths for which the lowest segment is compiled: every one compiles all layers below the first exit."""
     return (*(width for width in (1, 4, 8) if width < window), window)
 
@@ -69,7 +69,7 @@ def propose(tokens_BS: jax.Array, length_B: jax.Array, count: int) -> tuple[jax.
     match_BS = jnp.zeros(tokens_BS.shape, jnp.int32)
     matches_BS = (position >= 1) & (position < length_B[:, None])
     before_BS = tokens_BS
-    for i in range(1, LONGEST + 1):
+    for i in range(1, LONGEST_MATCH + 1):
         before_BS = jnp.roll(before_BS, 1, axis=1)  # x_{p-i}; what rolls in from the end is ruled out next
         newest_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(length_B - i, 0)[:, None], axis=1)
         matches_BS &= (before_BS == newest_B1) & (position >= i)
@@ -108,7 +108,7 @@ def learn(lookup: Lookup, tokens_BS: jax.Array, length_B: jax.Array, rows_B: jax
     run = jnp.cumprod(right, axis=1).astype(bool)
     tried = known & jnp.pad(run, [(0, 0), (1, 0)], constant_values=True)[:, :-1]
 
-    after = jax.nn.one_hot(_matches(lookup.match, count) - 1, LONGEST)  # [B, count, N]
+    after = jax.nn.one_hot(_matches(lookup.match, count) - 1, LONGEST_MATCH)  # [B, count, N]
     trials = jnp.einsum("bk,bkn->bn", tried.astype(jnp.float32), after)
     hits = jnp.einsum("bk,bkn->bn", run.astype(jnp.float32), after)
     fade = FADE**trials
@@ -125,7 +125,7 @@ def expected_tokens(lookup: Lookup, match_B: jax.Array, count: int) -> jax.Array
 
 def _matches(match_B: jax.Array, count: int) -> jax.Array:
     """[B, count] int32 in 1 .. N: the match before each proposed token, if those before it are right."""
-    return jnp.clip(match_B[:, None] + jnp.arange(count), 1, LONGEST)
+    return jnp.clip(match_B[:, None] + jnp.arange(count), 1, LONGEST_MATCH)
 
 
 def draft(state: DecodeState, controls: Controls, asking_B: jax.Array) -> tuple[DecodeState, jax.Array]:

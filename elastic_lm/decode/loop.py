@@ -220,7 +220,7 @@ def _widths(segment: Segment, state: DecodeState, window: int) -> tuple[int, ...
     """Widths for which the tick of a segment is compiled."""
     if segment.index == 0:
         # One new token at a time, unless rows copy tokens from their own text.
-        return (1,) if state.lookup is None else lookup.widths(window)
+        return (1,) if state.lookup is None else lookup.tick_widths(window)
     return (1,) if segment.mode == "propagate" else tick_widths(window)
 
 

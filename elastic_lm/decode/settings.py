@@ -141,7 +141,7 @@ def make_controls(
       adapt: the length of drafts follows how many are accepted.
       fire_share: share of the living rows that must wait before a deep tick fires.
       together: rows leave early only all at once.
-      tick_costs: of `lookup.measure_ticks`; not read where no row looks up.
+      tick_costs: of `decode.tick_costs.tick_costs`; not read where no row looks up.
 
     Raises:
       ValueError: a setting is out of range, or does not have one entry per row.

@@ -19,6 +19,7 @@ from elastic_lm.decode import lookup
 from elastic_lm.decode.served import Served
 from elastic_lm.decode.state import Controls, DecodeState
 from elastic_lm.depth.confidence import NEVER_EXITS
+from elastic_lm.models.decoder import Params
 
 ROUNDS = 5  # timed iterations of every width, in turns
 TEXT = 8  # tokens of the text, all the same, that is copied while iterations are timed
@@ -31,8 +32,9 @@ def tick_costs(
 ) -> jax.Array:
     """Seconds of an iteration over 1 .. W positions per row.
 
-    It is measured at the first call for a model, a batch size and a way to draw, and remembered for the life
-    of the process. The programs are those that the call itself needs: nothing else is compiled.
+    It is measured at the first call for a model and the place of its parameters, a batch size, a capacity and
+    a way to draw, and remembered for the life of the process. The programs are those that the call itself
+    needs: nothing else is compiled.
 
     Args:
       model: what runs.
@@ -43,8 +45,14 @@ def tick_costs(
     Returns:
       [W] float32.
     """
-    greedy = not bool(jnp.any(controls.sampling.temperature > 0))
-    key = (model.config, shape[0], greedy, controls.tick_costs.shape[0], jax.devices()[0].device_kind)
+    key = _key(
+        model.config,
+        model.params,
+        batch=shape[0],
+        capacity=controls.thresholds.shape[2],
+        greedy=not bool(jnp.any(controls.sampling.temperature > 0)),
+        window=controls.tick_costs.shape[0],
+    )
     if key not in _measured:
         _measured[key] = _measure(model, prefill, controls, shape)
     return jnp.asarray(_measured[key], jnp.float32)
@@ -77,7 +85,7 @@ def _measure(
         jax.block_until_ready(model.run(model.config, model.params, state, forced, iterations, "verify"))
         return time.perf_counter() - started
 
-    widths = lookup.widths(window)
+    widths = lookup.tick_widths(window)
     seconds(1, 1)  # compiles
 
     # One iteration after the other, in turns, without what a call costs that runs none.
@@ -86,10 +94,20 @@ def _measure(
     return tuple(by_width[sum(width < t for width in widths)] for t in range(1, window + 1))
 
 
-def measured_costs(config: ModelConfig, *, batch: int, greedy: bool, window: int) -> tuple[float, ...]:
+def measured_costs(
+    config: ModelConfig, params: Params, *, batch: int, capacity: int, greedy: bool, window: int
+) -> tuple[float, ...]:
     """What `tick_costs` has measured for a model in this process: seconds of 1 .. W positions per row.
 
     Raises:
       KeyError: nothing of the kind has run.
     """
-    return _measured[(config, batch, greedy, window, jax.devices()[0].device_kind)]
+    return _measured[_key(config, params, batch=batch, capacity=capacity, greedy=greedy, window=window)]
+
+
+def _key(
+    config: ModelConfig, params: Params, *, batch: int, capacity: int, greedy: bool, window: int
+) -> tuple[Any, ...]:
+    """What an iteration's time depends on: the caches grow with the capacity, and a mesh divides the work."""
+    places = frozenset(getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    return config, places, batch, capacity, greedy, window, jax.devices()[0].device_kind

@@ -1,6 +1,7 @@
 """Prompt lookup: proposals are what the text says, and nothing but speed depends on them."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.decode import lookup
+from elastic_lm.decode import tick_costs as costs
 from elastic_lm.decode.options import DecodeOptions
 from elastic_lm.decode.prefill import PromptState
 from elastic_lm.models.registry import init_params
@@ -23,7 +25,7 @@ def proposed(tokens, count, capacity=32):
     best = (0, 0)
     for p in range(1, len(tokens)):
         match = 0
-        while match < min(p, lookup.LONGEST) and tokens[p - 1 - match] == tokens[-1 - match]:
+        while match < min(p, lookup.LONGEST_MATCH) and tokens[p - 1 - match] == tokens[-1 - match]:
             match += 1
         best = max(best, (match, p))
     match, start = best
@@ -176,6 +178,37 @@ def test_costs_of_wide_passes_stop_the_drafts(plain, many_prompts, monkeypatch):
 
     monkeypatch.setattr(sampler_module, "tick_costs", lambda *_: jnp.ones(WINDOW))
     assert sampler.sample(many_prompts[0], NEW).stats.drafted > 0
+
+
+def test_the_time_of_a_call_leaves_out_the_measurement_of_costs(plain, monkeypatch):
+    import elastic_lm.decode.sampler as sampler_module
+
+    def measure(*_):
+        time.sleep(0.5)
+        return jnp.ones(WINDOW)
+
+    sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True)
+    sampler.sample([1, 2], NEW)
+    monkeypatch.setattr(sampler_module, "tick_costs", measure)
+    started = time.perf_counter()
+    seconds = sampler.sample([1, 2], NEW).stats.seconds
+    assert time.perf_counter() - started > seconds + 0.4
+
+
+def test_costs_are_remembered_by_what_they_depend_on(plain, monkeypatch):
+    """Longer caches, another batch and another place of the parameters are measured anew."""
+    measured = []
+    monkeypatch.setattr(costs, "_measured", {})
+    monkeypatch.setattr(costs, "_measure", lambda *call: measured.append(call) or (1.0,) * WINDOW)
+
+    sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True)
+    for prompts, new in (([[1, 2]], 8), ([[1, 2, 3]], 8), ([[1, 2]], 32), ([[1, 2]] * 2, 8)):
+        sampler._prefill(sampler._call(prompts), new)
+    assert len(measured) == 3
+    how = {"batch": 1, "capacity": 64, "greedy": True, "window": WINDOW}
+    assert costs.measured_costs(plain.config, plain.params, **how) == (1.0,) * WINDOW
+    with pytest.raises(KeyError):
+        costs.measured_costs(plain.config, jax.device_get(plain.params), **how)
 
 
 def test_a_call_in_which_nothing_could_be_copied_is_refused(plain):
