@@ -54,8 +54,8 @@ class NestedConfig(ModelConfig):
           menu: what its layers choose from.
           **fields: the other fields above.
         """
-        own = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
-        return cls(**own, menu=menu, **fields)
+        whole = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelConfig)}
+        return cls(**whole, menu=menu, **fields)
 
 
 class NestedDecoder(Decoder):
@@ -83,12 +83,12 @@ class NestedDecoder(Decoder):
         new_kv = []
         tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
         for i in range(start, stop):
-            own = params[f"layers_{i}"]
-            heads_BT, mlp_BT = self._choices(i, own, tap.hidden)
+            layer = params[f"layers_{i}"]
+            heads_BT, mlp_BT = self._choices(i, layer, tap.hidden)
             context = AttentionContext(
                 positions_BT, window=c.window(i), past=past[i - start] if past else None
             )
-            tap, kv = nested_block(c.layer(i), own, tap.hidden, context, heads_BT, mlp_BT, mlp=sizes.mlp[i])
+            tap, kv = nested_block(c.layer(i), layer, tap.hidden, context, heads_BT, mlp_BT, mlp=sizes.mlp[i])
             new_kv.append(kv)
         return tap, new_kv
 
@@ -184,7 +184,7 @@ def nested_params(
     for i in range(config.n_layers):
         layer = nest(config.layer(i), sizes.heads[i], sizes.mlp[i], params[f"layers_{i}"])
         if config.per_token:
-            own = {"router": routers, "costs": costs}
-            layer |= {name: jax.tree.map(lambda leaf, i=i: leaf[i], tree) for name, tree in own.items()}
+            router = {"router": routers, "costs": costs}
+            layer |= {name: jax.tree.map(lambda leaf, i=i: leaf[i], tree) for name, tree in router.items()}
         nested[f"layers_{i}"] = layer
     return nested

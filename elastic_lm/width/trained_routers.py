@@ -250,7 +250,7 @@ class Routers:
             genes = min(growths, key=price).of(genes)
         return space.subnet(genes)
 
-    def own(self, budget: Budget) -> Subnet:
+    def likeliest(self, budget: Budget) -> Subnet:
         """What the routers pick by themselves, which may miss the budget.
 
         Args:
@@ -323,7 +323,7 @@ class Routers:
             described = read_json(folder / DESCRIPTION)
             form = described.pop("format", None)
             require(form == FORMAT, "format", form, f"is not {FORMAT!r}")
-            own = from_dict(CostTable, described.pop("table"))
+            stored = from_dict(CostTable, described.pop("table"))
             tilts = tuple(map(float, described.pop("tilts")))
             shape = from_dict(RouterShape, {"config": dataclasses.asdict(config.with_exits(())), **described})
             flat = load_file(folder / WEIGHTS)
@@ -339,4 +339,4 @@ class Routers:
             require(found == leaf.shape, f"{folder / WEIGHTS}: {name}", found, fix)
             return jnp.asarray(flat[name])
 
-        return cls(shape, jax.tree_util.tree_map_with_path(read, wanted), table or own, tilts)
+        return cls(shape, jax.tree_util.tree_map_with_path(read, wanted), table or stored, tilts)

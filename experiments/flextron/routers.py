@@ -48,9 +48,9 @@ def static(study: Study) -> list[Measurement]:
         routers = el.width.Routers.load(study.folder / name / MODEL_FOLDER, study.config, study.table)
         for share in study.settings.budgets:
             budget = study.budget(share)
-            subnet, own = routers.subnet(budget), routers.own(budget)
+            subnet, likeliest = routers.subnet(budget), routers.likeliest(budget)
             row = study.row("router", how, share, subnet, loss(subnet))
-            row["own"] = study.table.total(study.config, routers.shape.menu, own) / budget.amount
+            row["own"] = study.table.total(study.config, routers.shape.menu, likeliest) / budget.amount
             rows.append(row)
     return rows
 

@@ -81,7 +81,7 @@ def test_menu_and_routers_choose_the_same_subnets() -> None:
         budget = el.Budget(parameters=routed["share"] * whole)
         subnet = chooser.subnet(budget)
         assert subnet == as_subnet(routed["subnet"])
-        assert routers.own(budget) == as_subnet(own)
+        assert routers.likeliest(budget) == as_subnet(own)
         config, sliced = el.slice_params(model.config, params, subnet)
         logits = all_logits(config, sliced, prompt_tokens("models/elastic"))[config.n_layers][0, -1]
         name = f"elastic/share_{routed['share']}"

@@ -172,10 +172,11 @@ def test_routers_learn_to_meet_budgets_by_themselves(scheme: str) -> None:
     untrained = method(scheme, "budget").shape.init(jax.random.key(5))
     before = Routers(routers(scheme).shape, untrained, table())
     misses = [
-        np.mean([abs(spent(r.own(budget(b)), b) - 1) for b in ANCHORS]) for r in (before, routers(scheme))
+        np.mean([abs(spent(r.likeliest(budget(b)), b) - 1) for b in ANCHORS])
+        for r in (before, routers(scheme))
     ]
     assert misses[1] < 0.06 < misses[0]
-    assert routers(scheme).own(budget(1.0)) == MENU.largest(model()[0])
+    assert routers(scheme).likeliest(budget(1.0)) == MENU.largest(model()[0])
 
 
 def test_routers_of_states_spend_their_budget_on_average() -> None:
@@ -199,12 +200,12 @@ def test_the_likeliest_sub_network_is_served_where_it_fits() -> None:
         )
         found = Routers(shape, drawn, table())
         for share in (0.6, 0.8, 0.95):
-            own, served = found.own(budget(share)), found.subnet(budget(share))
-            costs = [table().total(config, MENU, s) / whole() for s in (own, served)]
+            likeliest, served = found.likeliest(budget(share)), found.subnet(budget(share))
+            costs = [table().total(config, MENU, s) / whole() for s in (likeliest, served)]
             if costs[0] <= share:
-                assert set(own.layers) <= set(served.layers)
+                assert set(likeliest.layers) <= set(served.layers)
                 assert costs[0] <= costs[1] <= share
-                grown = zip(own.layers, own.mlp, own.heads, strict=True)
+                grown = zip(likeliest.layers, likeliest.mlp, likeliest.heads, strict=True)
                 at = {i: (f, h) for i, f, h in zip(served.layers, served.mlp, served.heads, strict=True)}
                 assert all(f <= at[i][0] and h <= at[i][1] for i, f, h in grown)
 
