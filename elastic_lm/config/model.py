@@ -1,4 +1,4 @@
-"""Model, exit and training descriptions: frozen, hashable, validated dataclasses.
+"""What a decoder and its exits are: frozen, hashable, validated dataclasses.
 
 Every jitted function of the package treats these objects as *static*: they decide shapes and
 program structure. Whatever a user turns while a program runs (thresholds, temperatures, seeds,
