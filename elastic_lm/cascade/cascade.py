@@ -19,7 +19,7 @@ from elastic_lm.cascade.results import CascadeResult, CascadeStatistics, Tally
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import PLAIN, score_of
 from elastic_lm.config.cascade import BATCH_SIZE, DEFAULT_SCORE
-from elastic_lm.config.checks import AT_LEAST_1, require
+from elastic_lm.config.checks import require, require_at_least_1
 
 HELD_BATCHES = 64  # how many batches of records may be held at once
 
@@ -81,7 +81,7 @@ class Cascade:
         most_held = HELD_BATCHES * max(batch_size, super_size) if most_held is None else most_held
         sizes = {"batch_size": batch_size, "super_batch_size": super_size, "most_held": most_held}
         for name, value in sizes.items():
-            require(AT_LEAST_1[0](value), name, value, AT_LEAST_1[1])
+            require_at_least_1(name, value)
 
         self.swift, self.super_, self.rule = swift, super_, rule
         self.batch_size, self.super_batch_size, self.most_held = batch_size, super_size, most_held

@@ -19,7 +19,7 @@ from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import ProgramShape, answer_by_shape, shape_or_none
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
 from elastic_lm.config.cascade import BATCH_SIZE
-from elastic_lm.config.checks import AT_LEAST_1, require
+from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.cost.sequences import encoder_flops
 from elastic_lm.data.padding import filled, padded
@@ -100,7 +100,7 @@ class Classifier:
             longest,
             f"must be at least 1 and at most the model's {config.max_len}",
         )
-        require(AT_LEAST_1[0](batch_size), "batch_size", batch_size, AT_LEAST_1[1])
+        require_at_least_1("batch_size", batch_size)
 
         self.scoring, self.names = scoring, config.labels
         self.classes = config.n_labels if config.problem == "classification" else 0

@@ -19,7 +19,13 @@ from typing import Any, get_args
 
 from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.config.cascade import RETRIES, TIMEOUT, Style
-from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require, require_choice
+from elastic_lm.config.checks import (
+    require,
+    require_at_least_1,
+    require_choice,
+    require_not_negative,
+    require_positive,
+)
 
 BUSY = (408, 425, 429)  # statuses below 500 after which trying again may help
 
@@ -81,10 +87,10 @@ class Endpoint:
           ValueError: an argument is out of range.
         """
         require(url.startswith(("http://", "https://")), "url", url, "must begin with http:// or https://")
-        require(POSITIVE[0](timeout), "timeout", timeout, POSITIVE[1])
+        require_positive("timeout", timeout)
         for name, value in (("retries", retries), ("backoff", backoff), ("cost", cost)):
-            require(NOT_NEGATIVE[0](value), name, value, NOT_NEGATIVE[1])
-        require(AT_LEAST_1[0](workers), "workers", workers, AT_LEAST_1[1])
+            require_not_negative(name, value)
+        require_at_least_1("workers", workers)
         require_choice("style", style, get_args(Style))
 
         self.url = url
@@ -155,7 +161,7 @@ class Endpoint:
         require(isinstance(scores, dict | None), "scores", scores, "must map names to numbers")
         numbers = {name: _finite(f"scores.{name}", value) for name, value in (scores or {}).items()}
         cost = self._cost if cost is None else _finite("cost", cost)
-        require(NOT_NEGATIVE[0](cost), "cost", cost, NOT_NEGATIVE[1])
+        require_not_negative("cost", cost)
         return Answer(output, numbers, cost, seconds=seconds)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from elastic_lm.cascade.answerer import Answer, Record, failed
-from elastic_lm.config.checks import NOT_NEGATIVE, require
+from elastic_lm.config.checks import require, require_not_negative
 
 
 class Function:
@@ -40,7 +40,7 @@ class Function:
         Raises:
           ValueError: the cost is negative or not finite.
         """
-        require(NOT_NEGATIVE[0](cost), "cost", cost, NOT_NEGATIVE[1])
+        require_not_negative("cost", cost)
         self._function, self._cost, self._batches = function, cost, batches
 
     @classmethod

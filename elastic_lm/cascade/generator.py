@@ -25,7 +25,7 @@ from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
 from elastic_lm.cascade.known_tokens import ModelPart, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, pooled_scores
 from elastic_lm.config.cascade import BATCH_SIZE
-from elastic_lm.config.checks import AT_LEAST_1, require
+from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.cost.sequences import generation_flops, head_flops, layer_flops
@@ -98,8 +98,8 @@ class Generator:
           ValueError: an argument is out of range, the sampler has no tokenizer or has routers that choose
             widths token by token, or the scorer has another number of layers.
         """
-        require(AT_LEAST_1[0](max_new_tokens), "max_new_tokens", max_new_tokens, AT_LEAST_1[1])
-        require(AT_LEAST_1[0](batch_size), "batch_size", batch_size, AT_LEAST_1[1])
+        require_at_least_1("max_new_tokens", max_new_tokens)
+        require_at_least_1("batch_size", batch_size)
         require(sampler.tokenizer is not None, "sampler.tokenizer", None, "give the sampler a tokenizer")
         require(
             not isinstance(sampler.runs, Budget),

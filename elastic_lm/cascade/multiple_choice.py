@@ -26,7 +26,7 @@ from elastic_lm.cascade.batching import ProgramShape, answer_by_shape, shape_or_
 from elastic_lm.cascade.known_tokens import ModelPart, ScoredTokens, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
 from elastic_lm.config.cascade import BATCH_SIZE, Normalise
-from elastic_lm.config.checks import AT_LEAST_1, require, require_choice
+from elastic_lm.config.checks import require, require_at_least_1, require_choice
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import head_flops
 from elastic_lm.data.padding import filled, padded
@@ -113,7 +113,7 @@ class MultipleChoice:
           ValueError: an argument is out of range, or the model has no such exit or sub-network.
         """
         require_choice("normalise", normalise, get_args(Normalise))
-        require(AT_LEAST_1[0](batch_size), "batch_size", batch_size, AT_LEAST_1[1])
+        require_at_least_1("batch_size", batch_size)
         self.scoring = scoring
         self._part = ModelPart(model.config, exit, subnet)
         self._params, self._tokenizer, self._normalise = params, tokenizer, normalise

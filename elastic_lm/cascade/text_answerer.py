@@ -12,7 +12,7 @@ from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
 from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, logit_scores, pooled_scores
 from elastic_lm.config.cascade import ANSWER_TOKENS, BATCH_SIZE, KINDS, SOURCE_TOKENS
-from elastic_lm.config.checks import AT_LEAST_1, require
+from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.cost.sequences import text_to_text_flops
 from elastic_lm.data.padding import filled
 from elastic_lm.decode.seq2seq import Encoded, Text2TextResult, TextToText
@@ -80,7 +80,7 @@ class TextAnswerer:
         """
         require(model.tokenizer is not None, "model.tokenizer", None, "give it a tokenizer")
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            require(AT_LEAST_1[0](value), name, value, AT_LEAST_1[1])
+            require_at_least_1(name, value)
         self._ends = list(model.config.eos_ids[:1])
         require(
             len(self._ends) < max_len <= model.max_len,

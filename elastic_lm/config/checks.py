@@ -23,6 +23,21 @@ def require(ok: bool, field: str, value: object, fix: str) -> None:
         raise ValueError(f"{field}={value!r}: {fix}")
 
 
+def require_at_least_1(field: str, value: float) -> None:
+    """`require` for a count or a size."""
+    require(AT_LEAST_1[0](value), field, value, AT_LEAST_1[1])
+
+
+def require_not_negative(field: str, value: float) -> None:
+    """`require` for a finite number from 0."""
+    require(NOT_NEGATIVE[0](value), field, value, NOT_NEGATIVE[1])
+
+
+def require_positive(field: str, value: float) -> None:
+    """`require` for a finite number above 0."""
+    require(POSITIVE[0](value), field, value, POSITIVE[1])
+
+
 def require_each(
     config: Any, where: str, fields: tuple[str, ...], ok: Callable[[Any], bool], fix: str
 ) -> None:

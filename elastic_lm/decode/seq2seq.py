@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config.checks import POSITIVE, require
+from elastic_lm.config.checks import require, require_positive
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.data.padding import filled
 from elastic_lm.decode.prefill import split_rows, stack_rows
@@ -342,7 +342,7 @@ def _fill(rows: Any, more: int) -> Any:
 
 
 def _temperature(value: float) -> jax.Array:
-    require(POSITIVE[0](value), "energy_temperature", value, POSITIVE[1])
+    require_positive("energy_temperature", value)
     return jnp.float32(value)
 
 

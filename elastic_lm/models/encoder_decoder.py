@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config.checks import AT_LEAST_1, require
+from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.models.decoder import Embedding, Params
 from elastic_lm.models.encoder import default_mask, mean_state
@@ -253,7 +253,7 @@ def attach_encoder_head(
       ValueError: the model has a head, `n_labels` is below 1, or there are labels, but not as many.
     """
     require(not config.n_labels, "n_labels", config.n_labels, "the model has a head on its encoder already")
-    require(AT_LEAST_1[0](n_labels), "n_labels", n_labels, AT_LEAST_1[1])
+    require_at_least_1("n_labels", n_labels)
     new = dataclasses.replace(config, n_labels=n_labels, labels=tuple(labels))
     kernel = config.d_model**-0.5 * jax.random.normal(key, (n_labels, config.d_model))
     head = {

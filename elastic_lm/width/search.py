@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import scipy
 
-from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require
+from elastic_lm.config.checks import require, require_at_least_1, require_not_negative
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Ints, Menu, Subnet
 from elastic_lm.cost.counted import CostTable
@@ -423,8 +423,8 @@ def evolutionary(
 
     Paper: Once-for-All, arXiv 1908.09791.
     """
-    require(AT_LEAST_1[0](population), "population", population, AT_LEAST_1[1])
-    require(NOT_NEGATIVE[0](generations), "generations", generations, NOT_NEGATIVE[1])
+    require_at_least_1("population", population)
+    require_not_negative("generations", generations)
     ratios = {"parent_ratio": parent_ratio, "mutation_ratio": mutation_ratio}
     for field, share in {**ratios, "mutation_probability": mutation_probability}.items():
         require(0 <= share <= 1, field, share, "must be in [0, 1]")
@@ -494,7 +494,7 @@ def random_subnets(
       el.width.random_subnets(config, menu, table, el.Budget(parameters=30_000), count=3, seed=0)
       ```
     """
-    require(AT_LEAST_1[0](count), "count", count, AT_LEAST_1[1])
+    require_at_least_1("count", count)
     require(0 <= tolerance <= 1, "tolerance", tolerance, "must be in [0, 1]")
 
     space, rng = Space(config, menu, table, budget), np.random.default_rng(seed)

@@ -18,7 +18,7 @@ from elastic_lm.config.cascade import (
     Normalise,
     Style,
 )
-from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require, require_choice
+from elastic_lm.config.checks import require_at_least_1, require_choice, require_not_negative
 
 KEY = "ELASTIC_LM_API_KEY"  # environment variable with the key of a service
 
@@ -59,8 +59,8 @@ class PairOptions(CommandOptions):
                 raise ValueError("--swift: name the small model, or --swift-exit of the Super")
         elif self.swift or is_url(self.super_):
             raise ValueError(f"--swift-exit {self.swift_exit}: is an exit of the Super; leave --swift out")
-        require(AT_LEAST_1[0](self.batch_size), "--batch-size", self.batch_size, AT_LEAST_1[1])
-        require(NOT_NEGATIVE[0](self.super_cost), "--super-cost", self.super_cost, NOT_NEGATIVE[1])
+        require_at_least_1("--batch-size", self.batch_size)
+        require_not_negative("--super-cost", self.super_cost)
         require_choice("--normalise", self.normalise, get_args(Normalise))
         require_choice("--style", self.style, get_args(Style))
         if self.centre is not None:
