@@ -57,8 +57,12 @@ class EncoderConfig:
         require_each(self, "", sizes, *AT_LEAST_1)
         counts = ("type_vocab_size", "position_offset", "norm_eps", "n_labels", "pad_id")
         require_each(self, "", counts, *NOT_NEGATIVE)
-        fix = f"must be a multiple of n_heads={self.n_heads}"
-        require(self.d_model % self.n_heads == 0, "d_model", self.d_model, fix)
+        require(
+            self.d_model % self.n_heads == 0,
+            "d_model",
+            self.d_model,
+            f"must be a multiple of n_heads={self.n_heads}",
+        )
         for field, choices in (
             ("activation", get_args(Activation)),
             ("pooler", get_args(Pooler)),
@@ -68,19 +72,39 @@ class EncoderConfig:
             ("param_dtype", DTYPES),
         ):
             require_choice(field, getattr(self, field), choices)
-        fix = "a task head reads what the pooler gives: choose tanh or relu"
-        require(not self.n_labels or self.pooler != "none", "pooler", self.pooler, fix)
-        fix = f"needs one name for each of n_labels={self.n_labels}, or none at all"
-        require(len(self.labels) in (0, self.n_labels), "labels", self.labels, fix)
-        fix = "must be a tuple of distinct layers in increasing order"
+        require(
+            not self.n_labels or self.pooler != "none",
+            "pooler",
+            self.pooler,
+            "a task head reads what the pooler gives: choose tanh or relu",
+        )
+        require(
+            len(self.labels) in (0, self.n_labels),
+            "labels",
+            self.labels,
+            f"needs one name for each of n_labels={self.n_labels}, or none at all",
+        )
         layers = isinstance(self.exits, tuple) and all(type(layer) is int for layer in self.exits)
-        require(layers and list(self.exits) == sorted(set(self.exits)), "exits", self.exits, fix)
+        require(
+            layers and list(self.exits) == sorted(set(self.exits)),
+            "exits",
+            self.exits,
+            "must be a tuple of distinct layers in increasing order",
+        )
         inside = all(1 <= layer < self.n_layers for layer in self.exits)
-        fix = f"must lie between 1 and {self.n_layers - 1}: the last layer has the model's own head"
-        require(inside, "exits", self.exits, fix)
-        fix = "are heads of a task, and n_labels=0; give the model a task head (in a Hugging Face folder "
-        fix += "`architectures` must name a classifier)"
-        require(not self.exits or self.n_labels > 0, "exits", self.exits, fix)
+        require(
+            inside,
+            "exits",
+            self.exits,
+            f"must lie between 1 and {self.n_layers - 1}: the last layer has the model's own head",
+        )
+        require(
+            not self.exits or self.n_labels > 0,
+            "exits",
+            self.exits,
+            "are heads of a task, and n_labels=0; give the model a task head (in a Hugging Face folder "
+            "`architectures` must name a classifier)",
+        )
 
     @property
     def head_dim(self) -> int:

@@ -49,13 +49,21 @@ class EncoderDecoderConfig:
         sizes = ("vocab_size", "d_model", "n_layers", "n_decoder_layers", "n_heads", "d_mlp")
         require_each(self, "", sizes, *AT_LEAST_1)
         if not self.head_dim:
-            fix = f"is not a multiple of n_heads={self.n_heads}; set head_dim explicitly"
-            require(self.d_model % self.n_heads == 0, "d_model", self.d_model, fix)
+            require(
+                self.d_model % self.n_heads == 0,
+                "d_model",
+                self.d_model,
+                f"is not a multiple of n_heads={self.n_heads}; set head_dim explicitly",
+            )
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
         require_each(self, "", ("head_dim",), *AT_LEAST_1)
         require_each(self, "", ("norm_eps", "n_labels"), *NOT_NEGATIVE)
-        fix = f"needs one name for each of n_labels={self.n_labels}, or none at all"
-        require(len(self.labels) in (0, self.n_labels), "labels", self.labels, fix)
+        require(
+            len(self.labels) in (0, self.n_labels),
+            "labels",
+            self.labels,
+            f"needs one name for each of n_labels={self.n_labels}, or none at all",
+        )
         require_choice("activation", self.activation, get_args(Activation))
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("param_dtype", self.param_dtype, DTYPES)
@@ -64,17 +72,29 @@ class EncoderDecoderConfig:
 
     def _check_positions(self) -> None:
         buckets, longest = self.relative_buckets, self.relative_max_distance
-        fix = "must be even and at least 4: half of the buckets are for keys after the query"
-        require(buckets >= 4 and buckets % 2 == 0, "relative_buckets", buckets, fix)
-        fix = f"must exceed the {buckets // 2} distances that have a bucket of their own"
-        require(longest > buckets // 2, "relative_max_distance", longest, fix)
+        require(
+            buckets >= 4 and buckets % 2 == 0,
+            "relative_buckets",
+            buckets,
+            "must be even and at least 4: half of the buckets are for keys after the query",
+        )
+        require(
+            longest > buckets // 2,
+            "relative_max_distance",
+            longest,
+            f"must exceed the {buckets // 2} distances that have a bucket of their own",
+        )
 
     def _check_ids(self) -> None:
         for field in ("decoder_start_id", "pad_id", "eos_ids"):
             value = getattr(self, field)
             ids = value if isinstance(value, tuple) else (value,)
-            fix = f"must be in the vocabulary of {self.vocab_size}"
-            require(all(0 <= i < self.vocab_size for i in ids), field, value, fix)
+            require(
+                all(0 <= i < self.vocab_size for i in ids),
+                field,
+                value,
+                f"must be in the vocabulary of {self.vocab_size}",
+            )
 
     @property
     def n_kv_heads(self) -> int:

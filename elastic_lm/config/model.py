@@ -163,9 +163,13 @@ class ModelConfig:
             ("layer_kv_heads", "n_kv_heads"),
         ):
             sizes, largest = getattr(self, each), getattr(self, scalar)
-            fix = f"needs {self.n_layers} sizes of at least 1, one per layer, the largest {scalar}={largest}"
             fits = len(sizes) == self.n_layers and min(sizes) >= 1 and max(sizes) == largest
-            require(not sizes or fits, each, sizes, fix)
+            require(
+                not sizes or fits,
+                each,
+                sizes,
+                f"needs {self.n_layers} sizes of at least 1, one per layer, the largest {scalar}={largest}",
+            )
             if len(set(sizes)) == 1:
                 object.__setattr__(self, each, ())
         groups, width = self.elastic_groups, self.norm_width
@@ -174,8 +178,12 @@ class ModelConfig:
         for i, (mlp, heads, kv) in enumerate(map(self.sizes, range(self.n_layers))):
             where = f" of layer {i}" if self.heterogeneous else ""
             require(heads % kv == 0, "n_kv_heads", kv, f"must divide n_heads={heads}{where}")
-            fix = f"must divide d_mlp={mlp}{where}; choose {math.gcd(mlp, groups)}"
-            require(not groups or mlp % groups == 0, "elastic_groups", groups, fix)
+            require(
+                not groups or mlp % groups == 0,
+                "elastic_groups",
+                groups,
+                f"must divide d_mlp={mlp}{where}; choose {math.gcd(mlp, groups)}",
+            )
 
     @property
     def heterogeneous(self) -> bool:

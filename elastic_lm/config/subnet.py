@@ -40,9 +40,8 @@ def whole(field: str, fraction: float, size: int, unit: int, of: str) -> int:
     low, steps = int(max(exact, 0) // unit), size // unit
     near = sorted({min(max(n, 1), steps) * unit for n in (low, low + 1)} if steps else {size})
     number = f"a whole number of the {size}" if unit == 1 else f"a multiple of {unit} of {size}"
-    fix = f"must give {number} {of}; nearest: "
-    fix += ", ".join(f"{n / size:.6g} ({n})" for n in near)
-    raise ValueError(f"{field}={fraction!r}: {fix}")
+    nearest = ", ".join(f"{n / size:.6g} ({n})" for n in near)
+    raise ValueError(f"{field}={fraction!r}: must give {number} {of}; nearest: {nearest}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +71,12 @@ class Subnet:
         require(increasing, "subnet.layers", layers, "must be distinct layers from 0, in increasing order")
         for field in ("mlp", "heads", "groups"):
             sizes = getattr(self, field)
-            fix = f"needs one size of at least 1 for each of the {len(layers)} kept layers"
-            require(len(sizes) == len(layers) and min(sizes) >= 1, f"subnet.{field}", sizes, fix)
+            require(
+                len(sizes) == len(layers) and min(sizes) >= 1,
+                f"subnet.{field}",
+                sizes,
+                f"needs one size of at least 1 for each of the {len(layers)} kept layers",
+            )
         require(self.d_model >= 1, "subnet.d_model", self.d_model, "must be at least 1")
 
     @classmethod
@@ -134,8 +137,12 @@ class Subnet:
         _check_layers(config, self.layers)
         unit = config.elastic_groups
         dealt = self.d_model == config.d_model or not unit or config.d_model % unit == 0
-        fix = f"d_model={config.d_model} of the model is no multiple of elastic_groups={unit}; keep it whole"
-        require(dealt, "subnet.d_model", self.d_model, fix)
+        require(
+            dealt,
+            "subnet.d_model",
+            self.d_model,
+            f"d_model={config.d_model} of the model is no multiple of elastic_groups={unit}; keep it whole",
+        )
         for j, i in enumerate(self.layers):
             mlp, heads, groups = config.sizes(i)
             _check_size(f"subnet.mlp[{j}]", self.mlp[j], mlp, unit, f"MLP neurons of layer {i}")
@@ -171,8 +178,12 @@ class Subnet:
         Raises:
           ValueError: `inner` names layers that this subnet does not keep, or is wider than it.
         """
-        fix = f"the sliced model has {len(self.layers)} layers"
-        require(inner.layers[-1] < len(self.layers), "subnet.layers", inner.layers, fix)
+        require(
+            inner.layers[-1] < len(self.layers),
+            "subnet.layers",
+            inner.layers,
+            f"the sliced model has {len(self.layers)} layers",
+        )
         for field in ("mlp", "heads", "groups"):
             sizes, there = getattr(inner, field), [getattr(self, field)[i] for i in inner.layers]
             fits = all(size <= most for size, most in zip(sizes, there, strict=True))
@@ -183,8 +194,12 @@ class Subnet:
 
 def _check_layers(config: ModelConfig, layers: Ints) -> None:
     inside = all(0 <= i < config.n_layers for i in layers)
-    fix = f"the model has {config.n_layers} layers, counted from 0"
-    require(bool(layers) and inside, "subnet.layers", layers, fix)
+    require(
+        bool(layers) and inside,
+        "subnet.layers",
+        layers,
+        f"the model has {config.n_layers} layers, counted from 0",
+    )
 
 
 def _check_size(field: str, size: int, full: int, unit: int, of: str) -> None:
@@ -257,8 +272,12 @@ class Menu:
 
     def _check_dropped(self, config: ModelConfig) -> None:
         inside = all(0 <= i < config.n_layers for i in self.dropped)
-        fix = f"the model has {config.n_layers} layers, counted from 0, one of which must stay"
-        require(inside and len(self.dropped) < config.n_layers, "menu.dropped", self.dropped, fix)
+        require(
+            inside and len(self.dropped) < config.n_layers,
+            "menu.dropped",
+            self.dropped,
+            f"the model has {config.n_layers} layers, counted from 0, one of which must stay",
+        )
 
     def smallest(self, config: ModelConfig) -> Subnet:
         """The subnet of the smallest choice everywhere."""
@@ -311,8 +330,12 @@ class Menu:
           ValueError: a size is not on the menu, or channels are left out.
         """
         subnet.check(config)
-        fix = "channels are not switched; slice them out with slice_params"
-        require(subnet.d_model == config.d_model, "subnet.d_model", subnet.d_model, fix)
+        require(
+            subnet.d_model == config.d_model,
+            "subnet.d_model",
+            subnet.d_model,
+            "channels are not switched; slice them out with slice_params",
+        )
         chosen = dict(zip(subnet.layers, zip(*self.positions(config, subnet), strict=True), strict=True))
         each = [chosen.get(i, (0, 0, 0)) for i in range(config.n_layers)]
         mlp, heads, groups = zip(*each, strict=True)

@@ -59,13 +59,15 @@ class EETuningConfig(MethodConfig):
     dynamic_token_weights: bool = False  # omega_t is the exit's own confidence
 
     def __post_init__(self) -> None:
-        finite = all(0 <= w < math.inf for w in self.weights)
-        require(finite, "method.weights", self.weights, "must not be negative")
-        finite = 0 <= self.warmup_from < math.inf
-        require(finite, "method.warmup_from", self.warmup_from, "must not be negative")
+        require(
+            all(0 <= w < math.inf for w in self.weights),
+            "method.weights",
+            self.weights,
+            "must be at least 0 and finite",
+        )
         if self.weights and not any(self.weights):
             raise ValueError(f"method.weights={self.weights}: at least one exit needs a weight above 0")
-        require_each(self, "method.", ("warmup_steps",), *NOT_NEGATIVE)
+        require_each(self, "method.", ("warmup_from", "warmup_steps"), *NOT_NEGATIVE)
         require_choice("method.warmup", self.warmup, get_args(Warmup))
 
 

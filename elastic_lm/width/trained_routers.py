@@ -213,8 +213,12 @@ class Routers:
 
     def __post_init__(self) -> None:
         count = len(self.shape.anchors) if self.shape.reads == "hidden" else 0
-        fix = f"needs {count}: one per anchor where states are read, else none"
-        require(len(self.tilts) == count, "tilts", self.tilts, fix)
+        require(
+            len(self.tilts) == count,
+            "tilts",
+            self.tilts,
+            f"needs {count}: one per anchor where states are read, else none",
+        )
 
     def subnet(self, budget: Budget) -> Subnet:
         """The likeliest sub-network for a budget, never above it.
@@ -335,8 +339,12 @@ class Routers:
         def read(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
             name = "/".join(k.key for k in path)
             found = flat[name].shape if name in flat else None
-            fix = f"the model and menu need {leaf.shape}; these routers are of another model"
-            require(found == leaf.shape, f"{folder / WEIGHTS}: {name}", found, fix)
+            require(
+                found == leaf.shape,
+                f"{folder / WEIGHTS}: {name}",
+                found,
+                f"the model and menu need {leaf.shape}; these routers are of another model",
+            )
             return jnp.asarray(flat[name])
 
         return cls(shape, jax.tree_util.tree_map_with_path(read, wanted), table or stored, tilts)

@@ -34,8 +34,12 @@ def load_any(
     """An encoder or an encoder-decoder from its folder; raises like `load_of`."""
     model, params = load(folder, dtype=dtype, mesh=mesh)
     config: Any = model.config
-    fix = f"holds a {kind_of(config).name}, where an encoder or encoder-decoder is needed"
-    require(isinstance(config, EncoderConfig | EncoderDecoderConfig), field, folder, fix)
+    require(
+        isinstance(config, EncoderConfig | EncoderDecoderConfig),
+        field,
+        folder,
+        f"holds a {kind_of(config).name}, where an encoder or encoder-decoder is needed",
+    )
     return config, params
 
 
@@ -58,15 +62,23 @@ def load_of(
     model, params = load(folder, dtype=dtype, mesh=mesh)
     config: Any = model.config
     wanted = next(k.name for k in KINDS.values() if k.config is kind)
-    fix = f"holds a model of kind {kind_of(config).name}, where one of kind {wanted} is needed"
-    require(isinstance(config, kind), field, folder, fix)
+    require(
+        isinstance(config, kind),
+        field,
+        folder,
+        f"holds a model of kind {kind_of(config).name}, where one of kind {wanted} is needed",
+    )
     return config, params
 
 
 def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
     """Refuses a tokenizer with more ids than the model has embeddings."""
-    fix = f"the tokenizer has more ids ({tokenizer.vocab_size}): name the one that belongs to the model"
-    require(tokenizer.vocab_size <= size, "model.vocab_size", size, fix)
+    require(
+        tokenizer.vocab_size <= size,
+        "model.vocab_size",
+        size,
+        f"the tokenizer has more ids ({tokenizer.vocab_size}): name the one that belongs to the model",
+    )
 
 
 def check_same_answers(field: str, folder: str, theirs: Any, ours: Any) -> None:
