@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_lm.cascade.sweep import CascadePoint
-from elastic_lm.report.plots import COLOURS, new_figure
+from elastic_lm.report.plots import COLOURS, new_figure, save_figure
 
 
 def plot_cascade(
@@ -57,4 +57,4 @@ def plot_cascade(
     axes.set_xlabel(f"mean {unit} per record")
     axes.set_ylabel("accuracy (%)")
     axes.margins(0.15)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

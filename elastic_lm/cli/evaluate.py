@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from elastic_lm.cli.held_out import HeldOutOptions, add_held_out, held_out_batches
@@ -39,7 +38,7 @@ def run(options: Options) -> None:
     from elastic_lm.depth.observations import observe
     from elastic_lm.depth.policies import ConfidenceExit
     from elastic_lm.depth.threshold_search import exit_outcome
-    from elastic_lm.files.atomic import prepare_output
+    from elastic_lm.files.atomic import prepare_output, write_text_whole
 
     policy = ConfidenceExit.load(options.thresholds) if options.thresholds else None
     prepare_output(options.json)
@@ -66,7 +65,7 @@ def run(options: Options) -> None:
         result["policy"] = {"thresholds": policy.thresholds, "metric": metric, **dataclasses.asdict(found)}
 
     if options.json and options.json != "-":
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+        write_text_whole(options.json, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2) if options.json == "-" else quality_table(result))
 
 

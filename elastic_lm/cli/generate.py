@@ -1,14 +1,13 @@
 """`elastic-lm generate`: prompts in, continuations with the depth of every token out."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import (
@@ -468,15 +467,11 @@ def show(
 
 def write_json(path: str, prompts: Sequence[str], samples: "Sequence[Sample]") -> None:
     """Writes one JSON object per prompt: prompt, text, tokens, exit_layers, stats; - = stdout."""
-    with _open(path) as file:
-        for prompt, sample in zip(prompts, samples, strict=True):
-            file.write(json.dumps({"prompt": prompt, **dataclasses.asdict(sample)}) + "\n")
+    from elastic_lm.files.atomic import write_text_whole
 
-
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[TextIO]:
+    pairs = zip(prompts, samples, strict=True)
+    lines = [json.dumps({"prompt": prompt, **dataclasses.asdict(sample)}) + "\n" for prompt, sample in pairs]
     if path == "-":
-        yield sys.stdout
-        return
-    with Path(path).open("w", encoding="utf-8") as file:
-        yield file
+        sys.stdout.writelines(lines)
+    else:
+        write_text_whole(path, "".join(lines))

@@ -14,6 +14,7 @@ from rich.table import Table
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.results import Sample, sample_spans
 from elastic_lm.depth.forecasting import NO_GAIN
+from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.quickstart.options import Options
 from elastic_lm.report import colour as render
 from elastic_lm.report.machine import hardware, versions
@@ -90,7 +91,7 @@ def save(report: Report, options: Options, path: Path) -> None:
         "hardware": hardware(),
         "versions": versions(),
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_text_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def recommendation(report: Report) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def save_texts(
             parts = sample_spans(tokenizer, prompt, rows[i])
             blocks.append(f"<h3>target {100 * target:g} %</h3>" + render.to_html(parts, n_layers))
     page = '<!doctype html><meta charset="utf-8"><title>Text by exit depth</title>\n' + "\n".join(blocks)
-    path.write_text(page + "\n", encoding="utf-8")
+    write_text_whole(path, page + "\n")
 
 
 def save_curve(report: Report, path: Path) -> None:

@@ -1,11 +1,14 @@
 """Plots of a model with exits: quality against speed, and the depths at which tokens leave."""
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from elastic_lm.files.atomic import write_bytes_whole
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d6a9f")
 
@@ -70,7 +73,7 @@ def quality_speed(
     axes.margins(0.12)
     if len(series) > 1:
         axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def exit_depths(
@@ -112,7 +115,7 @@ def exit_depths(
     axes.set_xlabel(f"layers run before the token was chosen (of {n_layers})")
     axes.set_ylabel(f"share of {total} tokens (%)")
     axes.margins(y=0.12)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def new_figure(title: str) -> tuple[Figure, Axes]:
@@ -123,3 +126,16 @@ def new_figure(title: str) -> tuple[Figure, Axes]:
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure to a file that appears complete or not at all.
+
+    Args:
+      figure: what is drawn.
+      path: its suffix says the format; without one, `.png` is added, as Matplotlib does.
+    """
+    path = Path(path) if Path(path).suffix else Path(f"{path}.png")
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:], dpi=150)
+    write_bytes_whole(path, image.getvalue())

@@ -213,8 +213,26 @@ def test_generate_prints_prompt_and_continuation(
     assert capsys.readouterr().out.strip() == plain.out.strip()
 
 
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch) -> list[pathlib.Path]:
+    """Files that got their content in one step, from a partial file beside them."""
+    files: list[pathlib.Path] = []
+    replace = pathlib.Path.replace
+
+    def remember(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        assert self.name == f"{target.name}.partial"
+        files.append(target)
+        return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", remember)
+    return files
+
+
 def test_generate_from_files_to_json(
-    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    model: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    replaced: list[pathlib.Path],
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "import os"}\n\n{"prompt": "class A:"}\n')
@@ -222,6 +240,7 @@ def test_generate_from_files_to_json(
     policy.save(tmp_path / "t.json")
     common = ("generate", "--model", model, "--prompts-file", prompts, "--max-new-tokens", 4)
     assert run(*common, "--thresholds", tmp_path / "t.json", "--json", tmp_path / "out.jsonl") == 0
+    assert tmp_path / "out.jsonl" in replaced
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["import os", "class A:"]
     assert all(row["exit_layers"] == [2] * 4 for row in rows)
@@ -233,7 +252,11 @@ def test_generate_from_files_to_json(
 
 
 def test_calibrate_then_evaluate(
-    model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    model: pathlib.Path,
+    text: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    replaced: list[pathlib.Path],
 ) -> None:
     sizes = ("--data", text, "--tokens", 2000, "--seq-len", 64)
     thresholds = tmp_path / "thresholds.json"
@@ -242,6 +265,7 @@ def test_calibrate_then_evaluate(
     assert "never" in capsys.readouterr().out
     result = tmp_path / "result.json"
     assert run("evaluate", "--model", model, *sizes, "--thresholds", thresholds, "--json", result) == 0
+    assert replaced == [thresholds, result]
     numbers = json.loads(result.read_text())
     assert [row["layers"] for row in numbers["depths"]] == [1, 2, 3]
     assert numbers["depths"][-1]["agreement"] == 1.0

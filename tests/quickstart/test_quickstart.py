@@ -7,7 +7,8 @@ import pytest
 
 from elastic_lm.cli import main as cli
 from elastic_lm.data.splitting import split_text
-from elastic_lm.quickstart import train
+from elastic_lm.data.tokenizer import train_bpe
+from elastic_lm.quickstart import report, train
 from elastic_lm.quickstart.options import Options
 from elastic_lm.quickstart.report import Report, Target
 from elastic_lm.quickstart.run import _next_command, run
@@ -20,15 +21,15 @@ def test_tiny_quickstart_writes_everything(
 ) -> None:
     out = tmp_path / "out"
     assert cli.main(["quickstart", "--tiny", "--from-scratch", "--out", str(out), "--color", "always"]) == 0
-    report = json.loads((out / "report.json").read_text())
-    assert report["full_depth_layers"] == 4
-    assert report["seconds_total"] > 0
-    assert [row["target_agreement"] for row in report["targets"]] == [0.9, 0.99]
-    for row in report["targets"]:
+    numbers = json.loads((out / "report.json").read_text())
+    assert numbers["full_depth_layers"] == 4
+    assert numbers["seconds_total"] > 0
+    assert [row["target_agreement"] for row in numbers["targets"]] == [0.9, 0.99]
+    for row in numbers["targets"]:
         assert {"agreement", "mean_layers", "tokens_per_s", "speedup"} <= set(row)
         assert 0 <= row["agreement"] <= 1
         assert 1 <= row["mean_layers"] <= 4
-    assert {"config", "hardware", "versions"} <= set(report)
+    assert {"config", "hardware", "versions"} <= set(numbers)
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "4 layers" in (out / "text.html").read_text()
     printed = capsys.readouterr().out
@@ -64,6 +65,22 @@ def test_what_comes_next_is_what_is_recommended(speedups: tuple[float, ...], dia
     result = Report(1.0, 4, 1.0, rows, {}, {}, None)
     options = Options(out="out", hf_dir="own", data=("text.txt",))
     assert _next_command(options, result).startswith(f"elastic-lm generate {command}--prompt")
+
+
+def test_a_crash_leaves_the_old_report(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers, page = tmp_path / "report.json", tmp_path / "text.html"
+    for file in (numbers, page):
+        file.write_text("of the run before")
+
+    def killed(self: pathlib.Path, target: pathlib.Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        report.save(Report(1.0, 4, 1.0, [], {}, {}), Options(), numbers)
+    with pytest.raises(KeyboardInterrupt):
+        report.save_texts(train_bpe(["some text"], 260), [], {}, [4], 4, page)
+    assert {file.read_text() for file in (numbers, page)} == {"of the run before"}
 
 
 def test_text_is_cut_into_disjoint_parts(tmp_path: pathlib.Path) -> None:

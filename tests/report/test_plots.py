@@ -43,3 +43,21 @@ def test_exit_depths(tmp_path: Path, drawn: list[Figure]) -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["3", "6", "12"]
     with pytest.raises(ValueError, match="no tokens to draw"):
         plots.exit_depths({}, 12, tmp_path / "none.png")
+
+
+def test_a_crash_leaves_the_old_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / "depths.png"
+    plots.exit_depths({3: 30}, 12, image)
+    whole = image.read_bytes()
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            plots.exit_depths({6: 10}, 12, image)
+    assert image.read_bytes() == whole
+
+    plots.exit_depths({6: 10}, 12, tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"depths.png", "depths.png.partial", "other.png"}
