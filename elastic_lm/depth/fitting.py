@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from elastic_lm.config.checks import NOT_NEGATIVE, require
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
@@ -78,7 +79,8 @@ def fit_exits(
       The parameters with new arrays for these exits; all others are the same objects.
 
     Raises:
-      ValueError: there is no such exit, one has nothing to fit, or no token counts.
+      ValueError: there is no such exit, one is named twice or has nothing to fit, the ridge is negative, or
+        no token counts.
 
     Example:
       ```python
@@ -97,6 +99,8 @@ def fit_exits(
       params = el.depth.fit_exits(config, params, [batch])
       ```
     """
+    require(len(set(layers)) == len(layers), "layers", tuple(layers), "name each exit once")
+    require(ridge is None or NOT_NEGATIVE[0](ridge), "ridge", ridge, NOT_NEGATIVE[1])
     chosen = _chosen(config, layers)
     config = dataclasses.replace(config, exits=tuple(chosen))  # nothing of the others is computed
     plain = {**params, **{e.name: _without_fit(config, e, params[e.name]) for e in chosen}}

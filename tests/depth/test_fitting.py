@@ -128,6 +128,10 @@ def test_errors():
     config, params = attached("linear")
     with pytest.raises(ValueError, match=r"layers=\(2,\): the model has exits after layers \(1,\)"):
         el.depth.fit_exits(config, params, [batch_of(config, 0)], layers=(2,))
+    with pytest.raises(ValueError, match=r"layers=\(1, 1\): name each exit once"):
+        el.depth.fit_exits(config, params, [], layers=(1, 1))
+    with pytest.raises(ValueError, match=r"ridge=-1: must be at least 0 and finite"):
+        el.depth.fit_exits(config, params, [], ridge=-1)
     with pytest.raises(ValueError, match="no token counts"):
         el.depth.fit_exits(config, params, [batch_of(config, 0, padded=LENGTH)])
 
