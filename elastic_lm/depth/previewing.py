@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
@@ -108,7 +109,7 @@ def fit_preview(
       (the preview, what it does on tokens that neither directions nor margin were chosen on).
 
     Raises:
-      ValueError: the agreement is no share, or there is too little text.
+      ValueError: the agreement is no share, a size is below 1, or there is too little text.
 
     Example:
       ```python
@@ -142,8 +143,10 @@ def fit_previews(
 ) -> dict[float, tuple[HeadPreview, PreviewReport]]:
     """`fit_preview` for several agreements, in one pass; arguments as there."""
     for agreement in agreements:
-        if not 0 < agreement < 1:
-            raise ValueError(f"agreement={agreement}: must be a share between 0 and 1")
+        require(0 < agreement < 1, "agreement", agreement, "must be a share between 0 and 1")
+    for name, sizes in (("ranks", tuple(ranks)), ("blocks", tuple(blocks))):
+        require(min(sizes, default=0) >= 1, name, sizes, "give at least one candidate, each of at least 1")
+    require(block >= 1, "block", block, "must be at least 1")
 
     moment, kept = _features(config, params, batches, seed)
     if len(kept) < 64:
@@ -167,7 +170,8 @@ def fit_previews(
                 if agreement not in best or cost < best[agreement][0]:
                     best[agreement] = cost, preview
     return {
-        agreement: (preview, _report(preview, measuring, kernel)) for agreement, (_, preview) in best.items()
+        agreement: (preview, _report(preview, kernel, *outcomes(preview, measuring, kernel)))
+        for agreement, (_, preview) in best.items()
     }
 
 
@@ -185,13 +189,19 @@ def measure_preview(
       batches: packed batches, or dicts of their fields; targets are not read.
       preview: of this model.
     """
-    kept = [features for features, _, _ in _each_batch(config, params, batches)]
-    return _report(preview, np.concatenate(kept), _kernel(config, params))
+    kernel = _kernel(config, params)
+    parts = []
+    for batch in _as_batches(batches):
+        features, _ = _batch_features(config.with_exits(()), params, batch)
+        parts.append(outcomes(preview, _counted(features, batch), kernel))
+    gap, right, variation = map(np.concatenate, zip(*parts, strict=True))
+    return _report(preview, kernel, gap, right, variation)
 
 
-def _report(preview: HeadPreview, features: np.ndarray, kernel: jax.Array) -> PreviewReport:
-    """What a preview does on some tokens."""
-    gap, right, variation = outcomes(preview, features, kernel)
+def _report(
+    preview: HeadPreview, kernel: jax.Array, gap: np.ndarray, right: np.ndarray, variation: np.ndarray
+) -> PreviewReport:
+    """What a preview does on the tokens that these `outcomes` are of."""
     unsure = gap < float(preview.margin)
     return PreviewReport(
         rank=preview.rank,
@@ -201,7 +211,7 @@ def _report(preview: HeadPreview, features: np.ndarray, kernel: jax.Array) -> Pr
         whole=float(np.mean(unsure)),
         bytes=_bytes(preview, kernel, float(np.mean(unsure))),
         variation=float(np.mean(np.where(unsure, 0.0, variation))),
-        tokens=len(features),
+        tokens=len(gap),
     )
 
 
@@ -262,42 +272,50 @@ def least_margin(gap: np.ndarray, right: np.ndarray, agreement: float) -> float:
 def _features(
     config: ModelConfig, params: Params, batches: Iterable[Batch | Mapping[str, Any]], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """S over three batches of four, and at most KEPT features [N, D] of the others, mixed."""
-    moment, count, kept = np.zeros((config.d_model,) * 2), 0.0, []
-    for i, (features, own, n) in enumerate(_each_batch(config, params, batches)):
-        if i % 4 == 3:
-            kept.append(features)
-        else:
-            moment += own
-            count += n
-    if not count or not kept:
+    """S over three batches of four, and at most KEPT features [N, D] of the others, drawn at random."""
+    moment, count = np.zeros((config.d_model,) * 2), 0.0
+    kept, draws = np.zeros((0, config.d_model), jnp.dtype(config.dtype)), np.zeros(0)
+    rng = np.random.default_rng(seed)
+    for i, batch in enumerate(_as_batches(batches)):
+        features, own = _batch_features(config.with_exits(()), params, batch)
+        if i % 4 < 3:
+            moment += np.asarray(own, np.float64)
+            count += np.sum(np.asarray(batch.weights) > 0)
+            continue
+        # The tokens with the smallest draws stay, so that however much text there is, few are in memory.
+        new = _counted(features, batch)
+        kept, draws = np.concatenate([kept, new]), np.concatenate([draws, rng.random(len(new))])
+        first = np.argsort(draws)[:KEPT]
+        kept, draws = kept[first], draws[first]
+    if not count or not len(kept):
         raise ValueError("batches: at least 4 are needed, one in four measures what the others chose")
-    mixed = np.random.default_rng(seed).permutation(np.concatenate(kept))
-    return moment / count, mixed[:KEPT]
+    return moment / count, kept
 
 
-def _each_batch(
-    config: ModelConfig, params: Params, batches: Iterable[Batch | Mapping[str, Any]]
-) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """Of every batch: features [N, D] of its counted tokens, sum of f f^T in float64, and their number."""
-
-    @jax.jit
-    def run(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        decoder = Decoder(config.with_exits(())).bind({"params": params})
-        tap = decoder.taps(batch.tokens, [config.n_layers], batch.positions, batch.segments)
-        features = decoder.final_features(tap[config.n_layers].hidden).reshape(-1, config.d_model)
-        f = jnp.where(batch.weights.reshape(-1, 1) > 0, features, 0).astype(jnp.float32)
-        return features, jnp.einsum("nd,ne->de", f, f, precision=jax.lax.Precision.HIGHEST)
-
+def _as_batches(batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[Batch]:
+    """Batches, also of dicts of their fields."""
     for arrays in batches:
-        batch = Batch(**arrays) if isinstance(arrays, Mapping) else arrays
-        features, moment = jax.device_get(run(params, batch))
-        counted = np.asarray(batch.weights).reshape(-1) > 0
-        yield features[counted], np.asarray(moment, np.float64), float(counted.sum())
+        yield Batch(**arrays) if isinstance(arrays, Mapping) else arrays
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _batch_features(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Features [N, D] of a batch, and the sum of f f^T over its counted tokens. Static: the config."""
+    decoder = Decoder(config).bind({"params": params})
+    tap = decoder.taps(batch.tokens, [config.n_layers], batch.positions, batch.segments)
+    features = decoder.final_features(tap[config.n_layers].hidden).reshape(-1, config.d_model)
+    f = jnp.where(batch.weights.reshape(-1, 1) > 0, features, 0).astype(jnp.float32)
+    return features, jnp.einsum("nd,ne->de", f, f, precision=jax.lax.Precision.HIGHEST)
+
+
+def _counted(features: jax.Array, batch: Batch) -> np.ndarray:
+    """[n, D] features of the counted tokens, on the host."""
+    return np.asarray(features)[np.asarray(batch.weights).reshape(-1) > 0]
 
 
 def _kernel(config: ModelConfig, params: Params) -> jax.Array:
-    return params["embed"]["table"] if config.tied else params["head"]["kernel"]
+    """The whole head [V, D]."""
+    return Decoder(config).bind({"params": params}).final_kernel()
 
 
 def trial(

@@ -16,6 +16,7 @@ from elastic_lm.depth.previewing import (
     least_margin,
     load_preview,
     make_preview,
+    measure_preview,
     outcomes,
     save_preview,
     trial,
@@ -135,6 +136,32 @@ def test_the_report(fitted):
     assert report.agreement > 0.95
     assert 0 <= report.variation < 0.1
     assert report.tokens == 256
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"blocks": ()}, r"blocks=\(\): give at least one"),
+        ({"blocks": (4, 0)}, r"blocks=\(4, 0\): .* at least 1"),
+        ({"ranks": (0,)}, r"ranks=\(0,\): .* at least 1"),
+        ({"block": 0}, r"block=0: must be at least 1"),
+        ({"agreement": 1.0}, r"agreement=1.0: must be a share"),
+    ],
+)
+def test_sizes_that_give_no_preview_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        fit_preview(tiny_config(), {}, [], **sizes)
+
+
+def test_a_preview_is_measured_on_text(fitted):
+    model, preview, _ = fitted
+    tokens = random_tokens(model.config, batch=4, length=33, seed=7)
+    ones = jnp.ones((4, 32), jnp.int32)
+    weights = 1.0 * ones.at[0].set(0)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], weights, jnp.cumsum(ones, 1) - 1, ones)
+    report = measure_preview(model.config, model.params, [batch, vars(batch)], preview)
+    assert report.tokens == 2 * 3 * 32
+    assert report.agreement > 0.9
 
 
 def test_never_sure_is_the_whole_head_and_always_sure_is_not(fitted):
