@@ -199,10 +199,16 @@ class TaskRun:
 
         writes = self.task.problem == "text_to_text"
         require(
-            not new or writes == (self.encoder is None),
+            self.encoder is None or not writes,
             "task.problem",
             self.task.problem,
-            "an encoder writes no text, and an encoder-decoder is made to: change one of the two",
+            "an encoder cannot write text: use encoder_decoder, or another problem",
+        )
+        require(
+            self.encoder_decoder is None or writes,
+            "task.problem",
+            self.task.problem,
+            "a new encoder_decoder learns to write: use encoder, or problem 'text_to_text'",
         )
         require(
             not writes or not self.train.init_layers,
@@ -214,7 +220,7 @@ class TaskRun:
             not writes or not self.exits,
             "exits",
             self.exits,
-            "are heads that tell classes apart or give numbers, and texts are written; leave them out",
+            "exits are heads for classes or numbers, and a text_to_text task has none: leave them out",
         )
 
         rows, parts = self.task.batch_size, self.train.accumulate

@@ -33,6 +33,7 @@ from elastic_lm.train.tasks.tuning import TaskBatch, task_logits
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "plot", "very", "not"]
 WORDS += ["the", "a", "an", "it", "is", "was"]
 ENCODER = EncoderConfig(vocab_size=len(WORDS), d_model=32, n_layers=2, n_heads=2, d_mlp=64, max_len=32)
+WRITTEN = {"problem": "text_to_text", "pair_field": ""}
 
 
 def write_tokenizer(folder: Path) -> Path:
@@ -233,6 +234,18 @@ def test_numbers_are_classes_in_their_order_or_targets(run: TaskRun, tmp_path: P
         ({"task": {"labels": ("a", "a")}}, r"task\.labels=.*names a class twice"),
         ({"task": {"paths": ()}}, r"task\.paths=\(\): name the training files"),
         ({"train": {"accumulate": 3}}, r"train\.accumulate=3: must divide task\.batch_size=16"),
+        (
+            {"task": WRITTEN},
+            r"task\.problem='text_to_text': an encoder cannot write text: use encoder_decoder",
+        ),
+        (
+            {"encoder": None, "encoder_decoder": EncoderDecoderConfig(300, 32, 1, 4, 40)},
+            r"task\.problem='classification': a new encoder_decoder learns to write: use encoder, or problem",
+        ),
+        (
+            {"task": WRITTEN, "encoder": None, "train": {"init_from": "t5"}, "exits": (1,)},
+            r"exits=\(1,\): exits are heads for classes or numbers, and a text_to_text task has none: leave",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(run: TaskRun, fields: dict, message: str) -> None:
