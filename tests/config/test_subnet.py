@@ -31,7 +31,7 @@ def test_full_and_uniform() -> None:
         ({"mlp": 0.1}, r"nearest: 0.25 \(16\)$"),
         ({"mlp": 1.5}, r"mlp=1.5: .* nearest: 1 \(64\)"),
         ({"mlp": -0.5}, r"mlp=-0.5: .* nearest: 0.25"),
-        ({"heads": 0.3}, r"heads=0.3: .* of 4 heads per group; nearest: 0.25 \(1\), 0.5 \(2\)"),
+        ({"heads": 0.3}, r"heads=0.3: .* of the 4 heads per group; nearest: 0.25 \(1\), 0.5 \(2\)"),
         ({"groups": 0.25}, r"groups=0.25: .* nearest: 0.5 \(1\)"),
         (
             {"d_model": 0.7},
@@ -125,7 +125,7 @@ def test_menus_that_make_no_sense_are_refused(fields, message: str) -> None:
 def test_a_menu_names_the_choice_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"menu.mlp=0.3: .* nearest: 0.25 \(16\), 0.5 \(32\)"):
         Menu(mlp=(0.3, 1.0)).sizes(CONFIG)
-    with pytest.raises(ValueError, match=r"menu.heads=0.5: .* of 1 heads per group; nearest: 1 \(1\)"):
+    with pytest.raises(ValueError, match=r"menu.heads=0.5: .* of the 1 heads per group; nearest: 1 \(1\)"):
         Menu().sizes(tiny_config(n_kv_heads=4))
     with pytest.raises(ValueError, match=r"menu.dropped=\(0, 1, 2, 3\): .* one of which must stay"):
         Menu(dropped=(0, 1, 2, 3)).sizes(CONFIG)

@@ -125,7 +125,7 @@ def test_refused_overrides_name_the_key(file: Path, override: str, message: str)
     [
         ("ee_tuning", "weights=0.4", r"method\.weights=0\.4: must be a tuple: write \(0\.4,\)"),
         ("ee_tuning", "weights=(-1.0,)", r"method\.weights=\(-1\.0,\): must be at least 0 and finite"),
-        ("ee_tuning", "warmup_from=inf", r"method\.warmup_from=inf: must be at least 0 and finite"),
+        ("ee_tuning", "warmup_from=1e999", r"method\.warmup_from=inf: must be at least 0 and finite"),
         ("ee_tuning", "warmup_steps=-1", r"method\.warmup_steps=-1: must be at least 0"),
         ("sorted_finetuning", "depths=(2, 1)", r"method\.depths=\(2, 1\): must be distinct layers"),
         (
