@@ -274,7 +274,7 @@ def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
     """
     from elastic_lm.decode.options import DecodeOptions
     from elastic_lm.decode.sampler import Sampler
-    from elastic_lm.depth.previewing import load_preview
+    from elastic_lm.depth.preview_files import load_preview
 
     model, params, tokenizer, folder = load_with_tokenizer(options.model)
     how: dict[str, Any] = options.given(DECODING)

@@ -43,7 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Options) -> None:
     """Fits, calibrates, prints and writes a preview."""
-    from elastic_lm.depth.previewing import fit_preview, save_preview
+    from elastic_lm.depth.preview_files import save_preview
+    from elastic_lm.depth.previewing import fit_preview
     from elastic_lm.files.atomic import prepare_output
 
     prepare_output(options.out)

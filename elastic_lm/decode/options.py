@@ -8,7 +8,7 @@ from elastic_lm.config.decoding import WINDOW, Missing
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.depth.policies import ExitPolicy
-from elastic_lm.depth.previewing import check_preview
+from elastic_lm.depth.preview_files import check_preview
 from elastic_lm.nn.preview import HeadPreview
 from elastic_lm.width.chooser import SubnetChooser
 

@@ -17,7 +17,8 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.observations import Observations, observe
     from elastic_lm.depth.per_exit import exit_thresholds
     from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, ExitPolicy, StaticExit
-    from elastic_lm.depth.previewing import PreviewReport, fit_preview, load_preview, save_preview
+    from elastic_lm.depth.preview_files import load_preview, save_preview
+    from elastic_lm.depth.previewing import PreviewReport, fit_preview
     from elastic_lm.depth.self_supervised import SelfSupervisedConfig, SelfSupervisedExits
     from elastic_lm.depth.sorted_finetuning import SortedFineTuning, SortedFineTuningConfig
     from elastic_lm.models.exits import attach_exits, extract, without_exits

@@ -26,7 +26,8 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.calibration import calibrate
 from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.policies import ConfidenceExit
-from elastic_lm.depth.previewing import PreviewReport, measure_preview, save_preview
+from elastic_lm.depth.preview_files import save_preview
+from elastic_lm.depth.previewing import PreviewReport, measure_preview
 from elastic_lm.depth.threshold_search import exit_outcome
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits

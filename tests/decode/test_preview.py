@@ -10,15 +10,14 @@ import pytest
 import elastic_lm as el
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.batch import Batch
+from elastic_lm.depth.preview_files import load_preview, save_preview
 from elastic_lm.depth.previewing import (
     directions,
     fit_preview,
     least_margin,
-    load_preview,
     make_preview,
     measure_preview,
     outcomes,
-    save_preview,
     trial,
 )
 from elastic_lm.models.decoder import Decoder
