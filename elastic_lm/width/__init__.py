@@ -8,7 +8,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cost.latency_table import Device, LatencyTable
     from elastic_lm.width.chooser import SubnetChooser
     from elastic_lm.width.elastic_training import ElasticTraining, ElasticTrainingConfig, uniform_subnets
-    from elastic_lm.width.importance import Importance, permute, rank
+    from elastic_lm.width.importance import Importance, layer_scores, permute, rank
     from elastic_lm.width.router_training import RouterTraining, RouterTrainingConfig
     from elastic_lm.width.search import (
         Damage,
@@ -43,6 +43,7 @@ __all__ = [
     "evolutionary",
     "greedy",
     "knapsack",
+    "layer_scores",
     "mask_params",
     "measured_damage",
     "permute",

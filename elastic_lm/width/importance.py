@@ -187,7 +187,7 @@ def _layer_of(name: str) -> int:
 def layer_scores(
     config: ModelConfig, params: Params, batches: Iterable[Batch], removed: Sequence[int] = ()
 ) -> np.ndarray:
-    """F_layer: how much the logits change without each layer.
+    """Scores layers by how much the logits change without each of them, to choose `Menu.dropped`.
 
     Nemotron Elastic removes one layer at a time: call this again with the lowest scored layer in `removed`.
 
@@ -198,10 +198,28 @@ def layer_scores(
       removed: layers, counted from 0, that are gone already.
 
     Returns:
-      [L] float64; infinite for `removed`.
+      [L] float64, F_layer; infinite for `removed`.
 
     Raises:
       ValueError: there are no batches, or `removed` names a layer that the model lacks.
+
+    Example:
+      ```python
+      import jax.numpy as jnp
+      import elastic_lm as el
+      from elastic_lm.testing import random_params, random_tokens, tiny_config
+
+      config = tiny_config()
+      params = random_params(config)
+      tokens = random_tokens(config, batch=2, length=17)  # in earnest: text like that of the training
+      ones = jnp.ones((2, 16), jnp.int32)
+      batch = el.data.Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
+
+      scores = el.width.layer_scores(config, params, [batch])
+      menu = el.Menu(dropped=(int(scores.argmin()),))  # the least important layer may be left out
+      ```
+
+    Paper: Nemotron Elastic, arXiv 2511.16664, eq. 5.
     """
     require(
         all(0 <= i < config.n_layers for i in removed),
