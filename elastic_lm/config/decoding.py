@@ -7,6 +7,7 @@ from typing import Literal
 
 WINDOW = 16  # tokens of a row that may wait for their deeper layers
 MAX_NEW_TOKENS = 64  # tokens that are generated per prompt at most
+PREVIEW_AGREEMENT = 0.9995  # share of tokens that keep the choice of the whole vocabulary head
 
 # Keys and values of early tokens in the deeper layers: computed later, or CALM's approximation (propagate).
 Missing = Literal["exact", "propagate"]

@@ -30,6 +30,7 @@ from elastic_lm.decode.settings import Settings, bucket, make_controls, make_set
 from elastic_lm.decode.state import Controls, DecodeState, Mode
 from elastic_lm.decode.tick_costs import tick_costs
 from elastic_lm.depth.policies import ExitPolicy, on_subnet
+from elastic_lm.depth.preview_files import check_head
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Model
 from elastic_lm.width.chooser import SubnetChooser
@@ -141,7 +142,11 @@ class Sampler:
             choose = functools.partial(_choose, options.elastic)
             self._chosen = functools.lru_cache(REMEMBERED_BUDGETS)(choose)
         self.runs = self._what_runs(options.budget, options.subnet, otherwise=None)
-        served = params if options.preview is None else {**params, PREVIEW: options.preview}
+        served = params
+        if options.preview is not None:
+            check_head(options.preview, model.config, params)
+            # The fingerprint is static: without it, previews of one shape share their programs.
+            served = {**params, PREVIEW: options.preview.replace(head="")}
         self._models = ServedModels(model.config, served, options.keep_subnets, options.slice_inside)
 
     @overload

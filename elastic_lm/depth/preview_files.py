@@ -1,25 +1,31 @@
 """Files of previews of the vocabulary head, and the check that a preview is one of a model's own head."""
 
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.depth.previewing import PreviewReport
-from elastic_lm.nn.preview import HeadPreview
+from elastic_lm.depth.previewing import PreviewReport, head_kernel
+from elastic_lm.models.decoder import Params
+from elastic_lm.nn.preview import HeadPreview, head_fingerprint
 
+FORMAT = "elastic_lm preview 1"
 ARRAYS = ("down", "up", "spread", "margin")
+STATIC = ("blocks", "block", "head")  # fields that are no arrays
 
 
 def save_preview(preview: HeadPreview, report: PreviewReport, path: str | Path) -> None:
     """Writes a preview and its report to a .safetensors file.
 
     Args:
-      preview: arrays and sizes.
-      report: what it does; stored as metadata.
+      preview: arrays, sizes, and the fingerprint of its head.
+      report: what it does; stored as metadata, with date and versions.
       path: file to write; it appears whole or not at all.
 
     Example:
@@ -45,8 +51,16 @@ def save_preview(preview: HeadPreview, report: PreviewReport, path: str | Path) 
     from elastic_lm.files.atomic import write_bytes_whole
 
     arrays = {name: getattr(preview, name) for name in ARRAYS}
-    sizes = {"blocks": preview.blocks, "block": preview.block}
-    metadata = {"preview": json.dumps(sizes), "report": json.dumps(dataclasses.asdict(report))}
+    provenance = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+    }
+    metadata = {
+        "format": FORMAT,
+        "preview": json.dumps({name: getattr(preview, name) for name in STATIC}),
+        "report": json.dumps(dataclasses.asdict(report)),
+        "provenance": json.dumps(provenance),
+    }
     write_bytes_whole(Path(path), save({name: np.asarray(x) for name, x in arrays.items()}, metadata))
 
 
@@ -55,11 +69,11 @@ def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, Pr
 
     Args:
       path: the file.
-      config: the model that it must fit.
+      config: the model that it must fit; a sampler checks that it is of this model's own head.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no preview, or one of another model.
+      ValueError: it is no preview, or of another format, or its head is of another size.
 
     Example:
       ```python
@@ -88,12 +102,15 @@ def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, Pr
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}
-            sizes = json.loads(metadata["preview"])
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f'"format" is not "{FORMAT}"')
+            static = {name: json.loads(metadata["preview"])[name] for name in STATIC}
             report = PreviewReport(**json.loads(metadata["report"]))
             arrays = {name: file.get_tensor(name) for name in ARRAYS}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: is no preview of a vocabulary head ({error})") from error
-    preview = HeadPreview(**{name: jnp.asarray(x) for name, x in arrays.items()}, **sizes)
+        fix = "write one with `elastic-lm preview`"
+        raise ValueError(f"{path}: is no preview of a vocabulary head ({error}); {fix}") from error
+    preview = HeadPreview(**{name: jnp.asarray(x) for name, x in arrays.items()}, **static)
     check_preview(preview, config, str(path))
     return preview, report
 
@@ -110,3 +127,14 @@ def check_preview(preview: HeadPreview, config: ModelConfig, name: str = "previe
         raise ValueError(
             f"{name}: is of a head of {found} rows and columns, not {due}; fit one for this model"
         )
+
+
+def check_head(preview: HeadPreview, config: ModelConfig, params: Params) -> None:
+    """Refuses a preview of another head than a model's own, which would choose other tokens.
+
+    Raises:
+      ValueError: the fingerprints of the heads differ; a preview without one is let through.
+    """
+    due = head_fingerprint(head_kernel(config, params)) if preview.head else ""
+    fix = f"is of another model's vocabulary head, this one's is {due!r}; fit a preview for this model"
+    require(preview.head == due, "preview.head", preview.head, fix)

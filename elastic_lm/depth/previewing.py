@@ -24,11 +24,18 @@ import numpy as np
 import scipy.linalg
 
 from elastic_lm.config.checks import require
+from elastic_lm.config.decoding import PREVIEW_AGREEMENT
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.linear import linear
-from elastic_lm.nn.preview import HeadPreview, by_block, preview_logits, preview_scores
+from elastic_lm.nn.preview import (
+    HeadPreview,
+    by_block,
+    head_fingerprint,
+    preview_logits,
+    preview_scores,
+)
 
 RANKS = (64, 96, 128, 192)  # candidates, as far as they are below D
 BLOCKS = (256, 512, 1024)  # candidates for the number of blocks
@@ -84,7 +91,7 @@ def fit_preview(
     params: Params,
     batches: Iterable[Batch | Mapping[str, Any]],
     *,
-    agreement: float = 0.9995,
+    agreement: float = PREVIEW_AGREEMENT,
     ranks: Sequence[int] = RANKS,
     blocks: Sequence[int] = BLOCKS,
     block: int = HeadPreview.block,
@@ -149,9 +156,10 @@ def fit_previews(
     if len(kept) < 64:
         raise ValueError(f"batches: {len(kept)} held-out tokens are too few to calibrate on; give more text")
 
-    kernel = _kernel(config, params)
+    kernel = head_kernel(config, params)
     below = [rank for rank in ranks if rank < config.d_model] or [config.d_model - 1]
     down, up = directions(np.asarray(kernel, np.float64), moment)
+    head = head_fingerprint(kernel)
 
     half = len(kept) // 2
     choosing, measuring = kept[:half], kept[half:]
@@ -162,7 +170,7 @@ def fit_previews(
         for count, gap, right in zip(blocks, gaps, rights, strict=True):
             for agreement in agreements:
                 margin = least_margin(gap, right, agreement)
-                preview = dataclasses.replace(widest, blocks=count, margin=jnp.float32(margin))
+                preview = widest.replace(blocks=count, margin=jnp.float32(margin), head=head)
                 cost = _bytes(preview, kernel, float(np.mean(gap < margin)), SCATTERED)
                 if agreement not in best or cost < best[agreement][0]:
                     best[agreement] = cost, preview
@@ -186,7 +194,7 @@ def measure_preview(
       batches: packed batches, or dicts of their fields; targets are not read.
       preview: of this model.
     """
-    kernel = _kernel(config, params)
+    kernel = head_kernel(config, params)
     parts = []
     for batch in _as_batches(batches):
         features, _ = _batch_features(config.with_exits(()), params, batch)
@@ -310,8 +318,8 @@ def _counted(features: jax.Array, batch: Batch) -> np.ndarray:
     return np.asarray(features)[np.asarray(batch.weights).reshape(-1) > 0]
 
 
-def _kernel(config: ModelConfig, params: Params) -> jax.Array:
-    """The whole head [V, D]."""
+def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
+    """The vocabulary head [V, D] that a preview is of."""
     return Decoder(config).bind({"params": params}).final_kernel()
 
 

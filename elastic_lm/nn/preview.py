@@ -16,12 +16,16 @@ m is calibrated on text. A preview reads r / D + k b / V + D / V of the head's b
 Paper: SVD-softmax, NeurIPS 2017, chooses directions by W alone and has no second look.
 """
 
+import hashlib
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from elastic_lm.nn.linear import linear
 
+SAMPLED_ROWS = 16  # of a head, that its fingerprint reads
 TINY = 1e-12  # keeps a preview of all coordinates, which leaves nothing out, from dividing by 0
 
 
@@ -36,6 +40,7 @@ class HeadPreview:
       margin: [] float32, m; -infinity = always sure, infinity = never.
       blocks: k.
       block: b.
+      head: `head_fingerprint` of W; "" = of a head that was not recorded.
 
     Example:
       ```python
@@ -55,6 +60,7 @@ class HeadPreview:
     margin: jax.Array
     blocks: int = flax.struct.field(pytree_node=False, default=512)
     block: int = flax.struct.field(pytree_node=False, default=4)
+    head: str = flax.struct.field(pytree_node=False, default="")
 
     @property
     def rank(self) -> int:
@@ -122,3 +128,14 @@ def by_block(x_NV: jax.Array, block: int) -> jax.Array:
     n, vocab_size = x_NV.shape
     padded = jnp.pad(x_NV, [(0, 0), (0, -vocab_size % block)], constant_values=-jnp.inf)
     return padded.reshape(n, -1, block)
+
+
+def head_fingerprint(kernel_VD: jax.Array) -> str:
+    """16 hexadecimal digits that tell one vocabulary head from another, from its size and a few of its rows.
+
+    The rows are rounded to bfloat16, so that a model which is loaded in another dtype has the same head.
+    """
+    rows = np.linspace(0, kernel_VD.shape[0] - 1, SAMPLED_ROWS).astype(np.int32)
+    digest = hashlib.sha256(repr(kernel_VD.shape).encode())
+    digest.update(np.asarray(kernel_VD[rows].astype(jnp.bfloat16)).tobytes())
+    return digest.hexdigest()[:16]

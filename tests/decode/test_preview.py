@@ -1,11 +1,14 @@
 """Previews of the vocabulary head: the whole head's choice where they are sure, and rows for themselves."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import elastic_lm as el
 from elastic_lm.config.model import ExitConfig
@@ -227,6 +230,19 @@ def test_another_margin_compiles_nothing(fitted):
     assert el.Sampler.compilations() == before
 
 
+def test_a_preview_of_another_head_is_refused(fitted):
+    """Also one of the same size; the same head in another dtype is no other head."""
+    model, preview, _ = fitted
+    other = jax.tree.map(lambda x: 2 * x, model.params)
+    with pytest.raises(
+        ValueError, match=rf"^preview.head='{preview.head}': is of another model's vocabulary"
+    ):
+        el.Sampler(Decoder(model.config), other, preview=preview)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    assert el.Sampler(Decoder(model.config), rounded, preview=preview).options.preview is preview
+    el.Sampler(Decoder(model.config), other, preview=preview.replace(head=""))  # not recorded
+
+
 def test_files(fitted, tmp_path):
     model, preview, report = fitted
     save_preview(preview, report, tmp_path / "preview.safetensors")
@@ -239,6 +255,15 @@ def test_files(fitted, tmp_path):
         load_preview(tmp_path / "other", model.config)
     with pytest.raises(ValueError, match=r"is of a head of \(61, 32\) rows and columns, not \(64, 32\)"):
         load_preview(tmp_path / "preview.safetensors", tiny_config())
+    with safe_open(tmp_path / "preview.safetensors", framework="numpy") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "elastic_lm preview 1"
+    assert {"date", "versions"} == set(json.loads(metadata["provenance"]))
+    arrays = {"down": np.eye(D, dtype=np.float32)}
+    save_file(arrays, tmp_path / "old", {**metadata, "format": "another"})
+    with pytest.raises(ValueError, match=r'"format" is not "elastic_lm preview 1".*write one with'):
+        load_preview(tmp_path / "old", model.config)
+
     (tmp_path / "text").write_text("no")
     with pytest.raises(ValueError, match="is no preview of a vocabulary head"):
         load_preview(tmp_path / "text", model.config)
