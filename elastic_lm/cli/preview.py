@@ -7,6 +7,7 @@ import sys
 from elastic_lm.cli.held_out import HeldOutOptions, add_held_out, held_out_batches
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import require_share, share
+from elastic_lm.config.decoding import PREVIEW_AGREEMENT
 
 HELP = """\
 Fits a preview to text: a cheap part of the vocabulary head that decides most tokens.
@@ -24,7 +25,7 @@ one quarter calibrates and measures. Where the preview is not sure, the whole he
 class Options(HeldOutOptions):
     """What the preview has to keep, and where it goes."""
 
-    agreement: float = 0.9995  # share of tokens equal to the whole head's
+    agreement: float = PREVIEW_AGREEMENT  # share of tokens equal to the whole head's
     out: str = "preview.safetensors"  # file that is written
 
     def __post_init__(self) -> None:
