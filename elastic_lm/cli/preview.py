@@ -17,7 +17,8 @@ elastic-lm preview --model my-model --data text.txt --agreement 0.99
 elastic-lm generate --model my-model --preview preview.safetensors --prompt "Once upon a time"
 
 Pays where the vocabulary head is a large part of the model. The text is read once: three quarters choose, and
-one quarter calibrates and measures. Where the preview is not sure, the whole head is read.
+one quarter calibrates and measures. Where the preview is not sure, the whole head is read: in a batch, as
+soon as this holds for one row, so that previews pay at batch 1 above all.
 """
 
 
@@ -55,7 +56,7 @@ def run(options: Options) -> None:
     save_preview(preview, report, options.out)
     print(
         f"{report.agreement:.2%} of {report.tokens} other tokens of {text} keep the whole head's choice\n"
-        f"a token reads {report.bytes:.0%} of the head's bytes on average: rank {report.rank}, "
+        f"a token at batch 1 reads {report.bytes:.0%} of the head's bytes on average: rank {report.rank}, "
         f"{report.blocks} blocks of {preview.block} exact rows, the whole head for {report.whole:.1%}\n"
         f"mean total variation from its distribution {report.variation:.4f}\n"
         f"wrote {options.out}"

@@ -35,8 +35,10 @@ class DecodeOptions:
         acceptance and the time of a pass over them justify (prompt lookup, arXiv 2304.04487); alone, or
         before exits. Static.
       preview: of the model's vocabulary head, from `el.depth.fit_preview`: most tokens are chosen by a part
-        of the head's bytes, with the agreement that its report states. Exits that read the model's own head
-        are previewed, too; what lossless rows are verified by is the whole head. None = it is always read.
+        of the head's bytes, with the agreement that its report states. The report's bytes are those of a
+        token at batch 1: a batch reads the whole head as soon as one row's preview is not sure. Exits that
+        read the model's own head are previewed, too, and a token goes deeper where the preview is not sure.
+        What lossless rows are verified by is the whole head. None = it is always read.
       draft: tokens that a lossless row drafts before it is verified, from 1 to window - 1; None = as many as
         acceptance justifies. An exit that is not confident ends a draft earlier. Traced.
       missing: what the deeper layers see of early tokens. "exact" = what they compute for them, later, in

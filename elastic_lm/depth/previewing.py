@@ -54,7 +54,8 @@ class PreviewReport:
       margin: m.
       agreement: share of tokens whose largest logit is the whole head's.
       whole: share of tokens for which the whole head is read.
-      bytes: of the head's bytes, the share that a token reads on average.
+      bytes: of the head's bytes, the share that a token reads on average at batch 1. A batch reads the whole
+        head as soon as the preview of one of its rows is not sure.
       variation: mean total variation distance from the whole head's distribution.
       tokens: how many tokens these are of.
 
@@ -395,7 +396,7 @@ def _outcome(
 
 
 def _bytes(preview: HeadPreview, kernel: jax.Array, whole: float, scattered: float = 1.0) -> float:
-    """Share of the head's bytes that a token reads, or with `scattered` of the time of as many."""
+    """Share of the head's bytes that a token reads at batch 1, or with `scattered` of the time of as many."""
     vocab_size, width = kernel.shape
     exact = min(preview.blocks * preview.block, vocab_size)
     own = preview.up.size + preview.down.size + scattered * exact * width

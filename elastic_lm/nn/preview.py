@@ -11,7 +11,7 @@ uncorrelated, have variance 1, and are ordered by what they add to the logits. T
 
 with sigma_v the standard deviation of what U leaves out in row v. No row outside K can be the largest unless
 its error exceeds m + 1 standard deviations or so; where the gap is smaller than m the whole head is read, and
-m is calibrated on text. A preview reads r / D + k b / V + D / V of the head's bytes.
+m is calibrated on text. At batch 1, a sure preview reads r / D + k b / V + D / V of the head's bytes.
 
 Paper: SVD-softmax, NeurIPS 2017, chooses directions by W alone and has no second look.
 """
