@@ -128,7 +128,7 @@ def _matches(match_B: jax.Array, count: int) -> jax.Array:
     return jnp.clip(match_B[:, None] + jnp.arange(count), 1, LONGEST_MATCH)
 
 
-def draft(state: DecodeState, controls: Controls, asking_B: jax.Array) -> tuple[DecodeState, jax.Array]:
+def draft(state: DecodeState, controls: Controls, asking_B: jax.Array) -> DecodeState:
     """Appends drafts to the rows that ask for a token.
 
     Args:
@@ -137,7 +137,7 @@ def draft(state: DecodeState, controls: Controls, asking_B: jax.Array) -> tuple[
       asking_B: bool, rows whose newest token is about to enter the lowest segment.
 
     Returns:
-      (state in which drafts count as tokens, [B] bool rows that have drafted).
+      The state, in which drafts count as tokens.
     """
     lookup = state.lookup
     assert lookup is not None
@@ -172,7 +172,7 @@ def draft(state: DecodeState, controls: Controls, asking_B: jax.Array) -> tuple[
         proposed_at=jnp.where(rows_B, state.length, lookup.proposed_at),
         match=jnp.where(rows_B, match_B, lookup.match),
     )
-    state = dataclasses.replace(
+    return dataclasses.replace(
         state,
         tokens=state.tokens.at[row, position].set(proposal, mode="drop"),
         exit_layers=state.exit_layers.at[row, position].set(COPIED, mode="drop"),
@@ -180,4 +180,10 @@ def draft(state: DecodeState, controls: Controls, asking_B: jax.Array) -> tuple[
         wait=jnp.where(drafts_B > 0, FREE, state.wait),
         lookup=lookup,
     )
-    return state, drafts_B > 0
+
+
+def has_copied(state: DecodeState, controls: Controls) -> jax.Array:
+    """[B] bool: of the rows that wait for a token, the lossless ones whose newest tokens are copied."""
+    assert state.lookup is not None
+    # A row that waits has emitted nothing since it was looked up, so that only copies make it longer.
+    return controls.lossless & (state.length > state.lookup.proposed_at)

@@ -122,9 +122,7 @@ def _run_segment(segment: Segment, state: DecodeState, emissions: Emissions) -> 
     if j == 0:
         asking_B = can_advance(state, room_B)
         if state.lookup is not None:
-            state, copied_B = lookup.draft(state, controls, asking_B)
-            # A row that has copied tokens goes to the full model, and asks no exit for more of them.
-            room_B = jnp.where(copied_B, 0, room_B)
+            state = lookup.draft(state, controls, asking_B)
         target_B = jnp.where(asking_B, state.length, state.done[0])
         fires = jnp.any(asking_B)
     else:
@@ -152,6 +150,9 @@ def _run_segment(segment: Segment, state: DecodeState, emissions: Emissions) -> 
         asking_B &= ~rejected_B
         emissions = dataclasses.replace(emissions, rows=emissions.rows & ~rejected_B)
 
+    if state.lookup is not None:
+        # A row that has copied tokens goes to the full model, and asks no exit for more of them.
+        room_B = jnp.where(lookup.has_copied(state, controls), 0, room_B)
     emitted_before_B = emissions.rows
     emissions = check_exit(segment, state, emissions, output, asking_B=asking_B, room_B=room_B)
     wait = jnp.where(asking_B, jnp.where(emissions.rows, FREE, j), state.wait)

@@ -1,6 +1,7 @@
 """Prompt lookup: proposals are what the text says, and nothing but speed depends on them."""
 
 import dataclasses
+import itertools
 import time
 
 import jax
@@ -121,6 +122,14 @@ def test_before_exits(with_exits, many_prompts, thresholds, draft):
     sampler = with_exits.sampler(thresholds, window=WINDOW, lossless=True, lookup=True, draft=draft)
     outputs = sampler.sample(many_prompts, NEW)
     assert [out.tokens for out in outputs] == full
+
+
+def test_no_exit_adds_to_copied_tokens(with_exits, many_prompts):
+    """Neither the first exit nor the second: after a copied token comes another one, or the full model's."""
+    sampler = with_exits.sampler((2.0, 0.0), window=WINDOW, lossless=True, lookup=True, draft=5)
+    outputs = sampler.sample(many_prompts, NEW)
+    after = [b for out in outputs for a, b in itertools.pairwise(out.exit_layers) if a == lookup.COPIED]
+    assert set(after) == {lookup.COPIED, 3}
 
 
 def test_rows_that_are_not_lossless_copy_nothing(with_exits, many_prompts):
