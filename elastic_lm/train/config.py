@@ -190,6 +190,7 @@ class TaskRun:
             self.train.init_from,
             "name a model to start from, or describe one under encoder or encoder_decoder: one of them",
         )
+
         require(
             self.encoder is None or bool(self.task.tokenizer),
             "task.tokenizer",
@@ -210,6 +211,7 @@ class TaskRun:
             self.task.problem,
             "a new encoder_decoder learns to write: use encoder, or problem 'text_to_text'",
         )
+
         require(
             not writes or not self.train.init_layers,
             "train.init_layers",
@@ -238,6 +240,8 @@ def _check_method(method: MethodConfig, train: TrainConfig, data: str) -> None:
         f"reads {method.data}: give the config a section {sections[method.data]!r} instead of "
         f"{sections[data]!r}, or choose another method",
     )
+
+    # A method that can recompute layers has an option of that name, which `train.remat` fills.
     recomputes = any(field.name == "remat" for field in dataclasses.fields(method_class(method.name)))  # pyright: ignore[reportArgumentType]
     require(
         recomputes or not train.remat,

@@ -55,8 +55,11 @@ def token_sums(
     normaliser = jax.nn.logsumexp(logits_BTV, axis=-1)
     target = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     entropy = (normaliser - target) * weights_BT
+
+    # Held fixed: a weight that learned could lower the loss by being unsure of everything.
     top = jnp.max(logits_BTV, axis=-1)
     confidence = jnp.exp(jax.lax.stop_gradient(top - normaliser)) if confidence_weighted else 1.0
+
     return TokenSums(
         jnp.sum(entropy * confidence),
         jax.lax.stop_gradient(jnp.sum(entropy)),
@@ -136,7 +139,7 @@ def sum_over_chunks(function: Callable[[Any], Any], arrays: Any, chunk: int) -> 
 def imitation_loss(
     objective: Objective, teacher_V: jax.Array, student_V: jax.Array, top_k: int = 0, alpha: float = 0.9
 ) -> jax.Array:
-    """L of every token (see the top of this file).
+    """L of every token, as written at the top of `depth.self_supervised`.
 
     Args:
       objective: which; static.
@@ -154,11 +157,14 @@ def imitation_loss(
             student_V = jnp.take_along_axis(student_V, ids, axis=-1)
         p, q = jax.nn.log_softmax(teacher_V), jax.nn.log_softmax(student_V)
         return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
     log_q = jax.nn.log_softmax(student_V)
     y = jnp.argmax(teacher_V, axis=-1)
     imitation = -jnp.take_along_axis(log_q, y[..., None], axis=-1)[..., 0]
     if objective == "argmax":
         return imitation
+
+    # Where the exit errs, ln V - H(q): how sure it is of its error.
     wrong = jnp.argmax(student_V, axis=-1) != y
     confidence = jnp.log(student_V.shape[-1]) + jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
     return alpha * imitation + (1.0 - alpha) * wrong * confidence

@@ -25,15 +25,18 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     """
     rest = config.steps - config.warmup
     low = config.lr * config.min_lr
+
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(config.lr, rest, config.min_lr)
     elif config.schedule == "linear":
         after = optax.linear_schedule(config.lr, low, rest)
     elif config.schedule == "wsd":
         decay = max(1, min(rest, round(config.decay_share * config.steps)))
+        # `after` counts its steps from the end of the warm-up.
         after = optax.linear_schedule(config.lr, low, decay, transition_begin=rest - decay)
     else:
         after = optax.constant_schedule(config.lr)
+
     if not config.warmup:
         return after
     return optax.join_schedules(
@@ -56,10 +59,13 @@ def make_optimizer(
     names = {name for group in groups for name in group.names}
     make = _muon if config.optimizer == "muon" else _adamw
     optimizer = make(config, names)
+
+    # After AdamW, whose update does not change with the scale of a gradient.
     for group in groups:
         if group.lr != 1.0:
             scaled = optax.masked(optax.scale(group.lr), functools.partial(in_group, group.names))
             optimizer = optax.chain(optimizer, scaled)
+
     return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip else optimizer
 
 

@@ -57,9 +57,11 @@ def _run_file(path: str) -> dict[str, Any]:
     file = Path(name if name.endswith(".py") else f"{name}.py")
     if not file.is_file():
         raise FileNotFoundError(f"config file {file} does not exist")
+
     definitions = runpy.run_path(str(file))
     if "get_config" not in definitions:
         raise ValueError(f"config file {file} has no function get_config")
+
     config = definitions["get_config"](argument)
     if isinstance(config, RunConfig | TaskRun):
         return to_dict(config)

@@ -85,6 +85,7 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
     trainable, frozen = method.split(run.params)
     # What trains is donated step by step: nothing else may hold on to it.
     run = dataclasses.replace(run, params={})
+
     optimizer = make_optimizer(config.train, method.parameter_groups())
     shardings = state_shardings(optimizer, trainable)
     job = loop.Job(

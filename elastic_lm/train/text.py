@@ -48,6 +48,7 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
 
     shardings = stacked_shardings(param_shardings(model, mesh))
     params = jax.device_put(stack_layers(params), shardings)
+
     cls = method_class(config.method.name)
     method, params = cls.create(config.method, model, params, config.train, mesh)
 
@@ -109,6 +110,7 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
         model = decoder.config
         if train.init_layers:
             model, params = extract(model, params, train.init_layers)
+
         if model.exits and not config.method.trains_exits:
             raise ValueError(
                 f"method.name={config.method.name!r}: {train.init_from} has exits, which it does not train; "

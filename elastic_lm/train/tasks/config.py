@@ -34,9 +34,11 @@ class TaskTuningConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         require_choice("method.tuned", self.tuned, get_args(Tuned))
+
         require(0 <= self.distil <= 1, "method.distil", self.distil, "must be a share in [0, 1]")
         require_each(self, "method.", ("temperature",), *POSITIVE)
         require_each(self, "method.", ("z_loss",), *NOT_NEGATIVE)
+
         finite = all(0 <= weight < math.inf for weight in self.exit_weights)
         require(finite, "method.exit_weights", self.exit_weights, "must not be negative")
 
@@ -48,6 +50,7 @@ class TaskTuningConfig(MethodConfig):
             self.distil,
             f"goes with method.teacher_from={self.teacher_from!r}: give both, or neither",
         )
+
         problem, writes = run.task.problem, run.task.problem == "text_to_text"
         require(
             not writes or self.tuned == "all",
@@ -55,12 +58,14 @@ class TaskTuningConfig(MethodConfig):
             self.tuned,
             "text_to_text tunes every parameter; set 'all'",
         )
+
         require(
             problem != "regression" or not self.z_loss,
             "method.z_loss",
             self.z_loss,
             "is about classes and texts: a regression's output has no normaliser; set 0",
         )
+
         require(
             self.tuned != "head" or not run.exits,
             "exits",

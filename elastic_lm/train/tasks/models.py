@@ -72,12 +72,14 @@ def prepare_encoder_head(
     """
     train, task, tuned = run.train, run.task, tuned_of(run)
     holds = f"{train.init_from} holds an encoder-decoder"
+
     require(
         task.problem == "classification",
         "task.problem",
         task.problem,
         f"{holds}, whose head on the encoder tells classes apart; make classes of the numbers",
     )
+
     require(
         tuned == "head",
         "method.tuned",
@@ -85,6 +87,7 @@ def prepare_encoder_head(
         f"{holds}, which answers by writing: set task.problem='text_to_text', where labels are texts, or "
         "method.tuned='head', for a head on its encoder",
     )
+
     require(
         not task.pair_field,
         "task.pair_field",
@@ -147,6 +150,7 @@ def prepare_encoder(
             f"the model has {config.n_layers} layers",
         )
         config, params = lowest_layers(config, params, train.init_layers)
+
     require(
         task.max_len <= config.max_len,
         "task.max_len",
@@ -156,6 +160,8 @@ def prepare_encoder(
 
     due = (task.problem, len(labels) or 1, labels)
     known = same_answers(answers_of(config), due)
+
+    # Exits alone train over layers that stay as they are, which must have learned the task before.
     require(
         known or tuned != "exits",
         "method.tuned",
@@ -163,6 +169,7 @@ def prepare_encoder(
         f"{train.init_from or 'the new model'} answers {answers_of(config)}, not {due}: tune it on the task "
         "first, or set 'all'",
     )
+
     if known:
         config = dataclasses.replace(config, labels=labels)
     else:

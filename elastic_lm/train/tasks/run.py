@@ -60,6 +60,7 @@ def prepare_task(run: TaskRun, workdir: Path, mesh: Mesh) -> Prepared:
 
     cls = method_class(run.method.name)
     method, params = cls.create(run.method, config, params, run.train, mesh)
+
     data = RunData(
         train=train,
         held_out=held_out if task.eval_paths else lambda: (),

@@ -74,12 +74,14 @@ class SequenceToSequence(TaskTuningConfig, Method[PairBatch]):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.loss_chunk >= 1, "loss_chunk", self.loss_chunk, "must be at least 1")
+
         require(
             (self.teacher is None) == (self.distil == 0),
             "method.distil",
             self.distil,
             "give a teacher exactly where distil is above 0",
         )
+
         if self.teacher is not None:
             theirs, ours = self.teacher.vocab_size, self.config.vocab_size
             require(theirs == ours, "teacher.vocab_size", theirs, f"must be the student's, {ours}")
@@ -164,11 +166,13 @@ def pair_sums(
     """
     normaliser = jax.nn.logsumexp(logits_BTV, axis=-1)
     target = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+
     divergence = jnp.float32(0)
     if taught_BTV is not None:
         log_p = jax.nn.log_softmax(jax.lax.stop_gradient(taught_BTV) / temperature)
         log_q = jax.nn.log_softmax(logits_BTV / temperature)
         divergence = jnp.sum(weights_BT * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
     return PairSums(
         jnp.sum(weights_BT * (normaliser - target)),
         divergence,

@@ -87,18 +87,21 @@ class TaskTuning(TaskTuningConfig, Method[TaskBatch]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+
         require(
             isinstance(self.config, EncoderConfig) or self.tuned == "head",
             "method.tuned",
             self.tuned,
             "must be 'head' for an encoder-decoder, whose decoder has no part in the loss",
         )
+
         require(
             self.tuned != "exits" or bool(self.exits),
             "method.tuned",
             self.tuned,
             "the model has no exits; name their layers in exits",
         )
+
         require(
             len(self.exit_weights) in (0, len(self.exits)),
             "method.exit_weights",
@@ -124,8 +127,10 @@ class TaskTuning(TaskTuningConfig, Method[TaskBatch]):
         if section.teacher_from:
             field, folder = "method.teacher_from", section.teacher_from
             teacher, theirs = load_of(type(model), field, folder, None, mesh)
+            # A writer's divergence is over its vocabulary, whatever task its teacher answers.
             if not writes:
                 check_same_answers(field, folder, teacher, model)
+
             require(
                 teacher.vocab_size == model.vocab_size,
                 field,
@@ -133,6 +138,7 @@ class TaskTuning(TaskTuningConfig, Method[TaskBatch]):
                 f"reads {teacher.vocab_size} token ids, not {model.vocab_size}: both models need one "
                 "tokenizer",
             )
+
             params = {**params, TEACHER: theirs}
         return method(model, teacher, **options(method, section, train)), params
 
