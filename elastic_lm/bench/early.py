@@ -133,8 +133,8 @@ def embedded_rows(options: Options) -> Iterator[Measurement]:
         with tempfile.TemporaryDirectory() as folder:
             config, params = _tuned(Path(folder))
     prompts = _prompts(tokenizer, BATCH)
-    yield _lossless("decode/lossless_embedded", config, params, prompts, tokens, rounds)
-    yield from _batches(config, params, tokenizer, prompts, tokens, rounds)
+    yield _lossless("decode/lossless_embedded", config, params, prompts, tokens=tokens, rounds=rounds)
+    yield from _batches(config, params, tokenizer, prompts, tokens=tokens, rounds=rounds)
 
 
 def own_model(folder: str) -> OwnModel:
@@ -177,7 +177,7 @@ def model_row(own: OwnModel, options: Options) -> Measurement:
     Raises:
       ValueError: a token differs from full depth's.
     """
-    return _lossless("decode/lossless_english", *own, OWN_TOKENS, options.rounds)
+    return _lossless("decode/lossless_english", *own, tokens=OWN_TOKENS, rounds=options.rounds)
 
 
 def _tuned(folder: Path, steps: int = 60) -> tuple[ModelConfig, Params]:
@@ -220,7 +220,7 @@ def _each(sampler: Sampler, prompts: Sequence[list[int]], tokens: int) -> list[l
 
 
 def _lossless(
-    name: str, config: ModelConfig, params: Params, prompts: list[list[int]], tokens: int, rounds: int
+    name: str, config: ModelConfig, params: Params, prompts: list[list[int]], *, tokens: int, rounds: int
 ) -> Measurement:
     """Speed of drafting and verifying against full depth, one prompt after the other.
 
@@ -255,6 +255,7 @@ def _batches(
     params: Params,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
+    *,
     tokens: int,
     rounds: int,
 ) -> list[Measurement]:

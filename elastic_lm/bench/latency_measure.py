@@ -59,7 +59,8 @@ class Program:
         self.prompts = rng.integers(0, config.vocab_size, (load.batch, load.context)).tolist()
         self.capacity = bucket(load.context + NEW_TOKENS + WINDOW)
         self.controls = make_controls(
-            config, self.prompts, NEW_TOKENS, self.capacity, Settings(ignore_eos=True), [None] * load.batch,
+            config, self.prompts, NEW_TOKENS, self.capacity,
+            settings=Settings(ignore_eos=True), policies=[None] * load.batch,
             lossless=np.zeros(load.batch, bool), adapt=True, fire_share=0.0, together=False,
             tick_costs=(1.0,) * WINDOW,
         )  # fmt: skip

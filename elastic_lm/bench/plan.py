@@ -169,7 +169,9 @@ def make_plan(
         rows.append(Forecasts(target, by_preview, layer, coverage, speedup))
 
     reports = {target: report for target, (_, report) in fitted.items()}
-    plan = Plan(seconds, head, tuple(rows), lookup, accepted, reports)
+    plan = Plan(
+        seconds=seconds, head=head, targets=tuple(rows), lookup=lookup, accepted=accepted, previews=reports
+    )
     return plan, {target: preview for target, (preview, _) in fitted.items()}
 
 

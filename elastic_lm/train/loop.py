@@ -87,6 +87,7 @@ def run(
     start: int,
     state: TrainState,
     frozen: Params,
+    *,
     batches: grain.DatasetIterator,
     checkpoints: Checkpoints,
     writer: Writer,

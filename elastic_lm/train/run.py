@@ -108,7 +108,9 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
         if not start:
             state = method.begin(state, frozen, data)
         with closing(make_writer(workdir, config.train.steps, start)) as writer:
-            state, metrics = loop.run(job, start, state, frozen, batches, checkpoints, writer)
+            state, metrics = loop.run(
+                job, start, state, frozen, batches=batches, checkpoints=checkpoints, writer=writer
+            )
 
     finished = method.finish({**frozen, **state.params}, data)
     params = run.canonical(finished.params)

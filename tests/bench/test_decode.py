@@ -58,4 +58,6 @@ def test_a_lost_token_is_named(monkeypatch):
     texts = iter([[[1, 2], [3, 4]], [[1, 2], [3, 5]]])
     monkeypatch.setattr(early, "_each", lambda *_: next(texts))
     with pytest.raises(ValueError, match="new token 1 of prompt 1 is 5 when drafted, but 4 at full depth"):
-        early._lossless("decode/x", config, init_params(config, jax.random.key(0)), [[1], [2]], 2, 1)
+        early._lossless(
+            "decode/x", config, init_params(config, jax.random.key(0)), [[1], [2]], tokens=2, rounds=1
+        )

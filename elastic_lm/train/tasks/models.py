@@ -174,7 +174,7 @@ def prepare_encoder(
         config = dataclasses.replace(config, labels=labels)
     else:
         key = jax.random.fold_in(jax.random.key(train.seed), 1)
-        config, params = attach_task_head(config, params, due[1], task.problem, key, labels)
+        config, params = attach_task_head(config, params, due[1], task.problem, key, labels=labels)
 
     if run.exits:
         config, params = attach_task_exits(config, params, run.exits)
