@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
@@ -151,6 +152,13 @@ def test_names_come_from_their_definitions() -> None:
     assert "learned" not in help_of(quickstart, "metric")
     for name in report.names():
         assert name in help_of(bench, "name")
+
+
+def test_the_documents_name_every_benchmark() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    section = text.partition("\n## bench\n")[2].partition("\n## ")[0]
+    assert section.strip()
+    assert [name for name in report.names() if f"`{name}`" not in section] == []
 
 
 def help_of(module: ModuleType, field: str) -> str:
