@@ -146,7 +146,7 @@ class Sampler:
         if options.preview is not None:
             check_head(options.preview, model.config, params)
             # The fingerprint is static: without it, previews of one shape share their programs.
-            served = {**params, PREVIEW: options.preview.replace(head="")}
+            served = {**params, PREVIEW: dataclasses.replace(options.preview, head="")}
         self._models = ServedModels(model.config, served, options.keep_subnets, options.slice_inside)
 
     @overload

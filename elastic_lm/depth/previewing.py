@@ -171,7 +171,7 @@ def fit_previews(
         for count, gap, right in zip(blocks, gaps, rights, strict=True):
             for agreement in agreements:
                 margin = least_margin(gap, right, agreement)
-                preview = widest.replace(blocks=count, margin=jnp.float32(margin), head=head)
+                preview = dataclasses.replace(widest, blocks=count, margin=jnp.float32(margin), head=head)
                 cost = _bytes(preview, kernel, float(np.mean(gap < margin)), SCATTERED)
                 if agreement not in best or cost < best[agreement][0]:
                     best[agreement] = cost, preview
