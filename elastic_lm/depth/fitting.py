@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from elastic_lm.config.checks import NOT_NEGATIVE, require
+from elastic_lm.config.checks import require, require_not_negative
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
@@ -100,7 +100,8 @@ def fit_exits(
       ```
     """
     require(len(set(layers)) == len(layers), "layers", tuple(layers), "name each exit once")
-    require(ridge is None or NOT_NEGATIVE[0](ridge), "ridge", ridge, NOT_NEGATIVE[1])
+    if ridge is not None:
+        require_not_negative("ridge", ridge)
     chosen = _chosen(config, layers)
     config = dataclasses.replace(config, exits=tuple(chosen))  # nothing of the others is computed
     plain = {**params, **{e.name: _without_fit(config, e, params[e.name]) for e in chosen}}

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.config.decoding import PREVIEW_AGREEMENT
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
@@ -151,7 +151,7 @@ def fit_previews(
         require(0 < agreement < 1, "agreement", agreement, "must be a share between 0 and 1")
     for name, sizes in (("ranks", tuple(ranks)), ("blocks", tuple(blocks))):
         require(min(sizes, default=0) >= 1, name, sizes, "give at least one candidate, each of at least 1")
-    require(block >= 1, "block", block, "must be at least 1")
+    require_at_least_1("block", block)
 
     moment, kept = _features(config, params, batches, seed)
     if len(kept) < 64:
