@@ -43,3 +43,13 @@ def test_an_old_name_of_a_room_warns_and_leads_to_the_new_one(room: str, name: s
 def test_a_name_that_never_was_is_an_import_error() -> None:
     with pytest.raises(ImportError):
         importlib.import_module("elastic_lm.calibrate.no_such_module")
+
+
+def test_options_of_a_sampler_are_its_attributes_as_in_0_1() -> None:
+    config = el.testing.tiny_config()
+    sampler = el.Sampler(el.Decoder(config), el.testing.random_params(config), window=8)
+    with pytest.warns(DeprecationWarning, match=r"Sampler.window is now Sampler.options.window") as warned:
+        assert sampler.window == 8
+    assert warned[0].filename == __file__
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = sampler.no_such_name

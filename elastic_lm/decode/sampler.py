@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,10 @@ from elastic_lm.width.chooser import SubnetChooser
 ENDLESS = 2**30  # iterations of the loop, where nothing has to be looked at before all rows have ended
 FIRST_DRAFT = 2  # tokens drafted before the first verification, where the length of drafts adapts
 REMEMBERED_BUDGETS = 64  # budgets whose sub-networks are not searched for again
+
+# Fields of the options that were attributes of a sampler in 0.1.
+OLD_ATTRIBUTES = {"draft", "elastic", "exit", "fire_share", "lossless", "missing"}
+OLD_ATTRIBUTES |= {"stream_every", "together", "window"}
 
 GREEDY = Settings()
 SAME: Any = object()  # the default of `exit` in a call, where None means full depth
@@ -148,6 +153,16 @@ class Sampler:
             # The fingerprint is static: without it, previews of one shape share their programs.
             served = {**params, PREVIEW: dataclasses.replace(options.preview, head="")}
         self._models = ServedModels(model.config, served, options.keep_subnets, options.slice_inside)
+
+    if not TYPE_CHECKING:  # type checkers know today's names alone
+
+        def __getattr__(self, name: str) -> Any:
+            """Options were attributes of the sampler in 0.1."""
+            if name not in OLD_ATTRIBUTES:
+                raise AttributeError(f"'Sampler' object has no attribute {name!r}")
+            now = f"Sampler.options.{name}"
+            warnings.warn(f"Sampler.{name} is now {now}; the old name goes in 0.3", DeprecationWarning, 2)
+            return getattr(self.options, name)
 
     @overload
     def sample(self, prompt: Prompt, max_new_tokens: int = ..., **settings: Any) -> Sample: ...
