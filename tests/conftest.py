@@ -18,8 +18,7 @@ from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.train.config import RunConfig, TrainConfig
 
-MOST_GROWN = 2**30  # bytes that a test process may grow before it forgets its programs
-_forgotten_at = 0  # bytes of the process after it last forgot them
+MOST_RESIDENT = 2 * 2**30  # bytes of a test process between two files
 LINE = "def f{0}(x):\n    return x * {0} + {1}\n\n"
 
 if "XLA_FLAGS" not in os.environ:
@@ -75,18 +74,17 @@ def run_config(text_file: Path) -> RunConfig:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Forgets compiled programs between two files, where they have become many.
+    """Forgets compiled programs between the rooms, and between files where they are many.
 
     A process that keeps the programs of two thousand tests spends more and more of its time on them, and
     runs out of memory maps in the end. What is needed again is read from the folder.
     """
-    global _forgotten_at
-    if nextitem is None or item.path == nextitem.path:
+    here, there = item.path, nextitem.path if nextitem else None
+    if there is None or here == there:
         return
-    if resident_bytes() > _forgotten_at + MOST_GROWN:
+    if resident_bytes() > MOST_RESIDENT or here.parent != there.parent:
         jax.clear_caches()
         gc.collect()
-        _forgotten_at = resident_bytes()
 
 
 def resident_bytes() -> int:

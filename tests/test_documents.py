@@ -226,6 +226,7 @@ def own_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # Running it.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name_of)
 @pytest.mark.usefixtures("own_registries")
 def test_what_a_page_shows_runs(
@@ -309,6 +310,7 @@ NAMES = public_names()
 EXAMPLES = {place: code for name, found in NAMES.items() for place, code in examples(name, found).items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", EXAMPLES)
 @pytest.mark.usefixtures("own_registries")
 def test_an_example_runs(place: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

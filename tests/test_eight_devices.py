@@ -21,6 +21,7 @@ NAMES = (
 FILES = tuple(TESTS / name for name in NAMES)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(jax.device_count() >= 8, reason="this process has eight devices already")
 def test_on_eight_devices() -> None:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}

@@ -18,6 +18,7 @@ def read(path: pathlib.Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("ELASTIC_LM_TINY", "1")

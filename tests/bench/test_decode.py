@@ -29,6 +29,7 @@ if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
     NAMES.add("full_vs_transformers")
 
 
+@pytest.mark.long
 def test_rows_and_compilations():
     rows = {row.name: row for row in decode.rows(Options(tiny=True, rounds=1))}
     assert set(rows) == {f"decode/{name}" for name in NAMES}

@@ -270,6 +270,7 @@ def run(*arguments: object) -> int:
     return cli.main(["latency", *map(str, arguments)])
 
 
+@pytest.mark.long
 def test_verify_and_build_on_the_command_line(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -12,6 +12,7 @@ from elastic_lm.testing import tiny_config
 from elastic_lm.width.elastic_training import ElasticTraining
 
 
+@pytest.mark.long
 def test_rows():
     rows = {row.name: row for row in train.rows(Options(tiny=True, rounds=1))}
     names = ("ee_tuning", "self_supervised", "self_supervised_cached", "elastic", "soft8")

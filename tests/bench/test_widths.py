@@ -1,11 +1,13 @@
 """The benchmark of widths, on a model that only shows that it runs."""
 
 import numpy as np
+import pytest
 
 from elastic_lm.bench import widths
 from elastic_lm.bench.report import Options, names
 
 
+@pytest.mark.long
 def test_rows() -> None:
     assert "widths" in names()
     found = {row.name: row for row in widths.rows(Options(tiny=True, rounds=1))}

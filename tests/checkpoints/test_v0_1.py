@@ -338,6 +338,7 @@ RUNS: list[Callable[[], el.RunConfig | el.TaskRun]] = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("describe", RUNS, ids=lambda describe: describe.__name__)
 def test_half_finished_runs_end_as_they_would_have(describe: Callable[[], Any]) -> None:
     workdir = Path("workdirs") / describe.__name__

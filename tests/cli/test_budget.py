@@ -59,6 +59,7 @@ def test_bytes_are_counted_at_a_context(model: pathlib.Path, capsys: pytest.Capt
     assert "--context 64: is read for --budget flops=N or memory_bytes=N" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["parameters", "latency_ms"])
 def test_generate_serves_a_budget(
     model: pathlib.Path, table: pathlib.Path, capsys: pytest.CaptureFixture[str], kind: str

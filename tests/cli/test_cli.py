@@ -273,6 +273,7 @@ def test_calibrate_then_evaluate(
     assert "perplexity" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_calibrate_on_text_of_the_model_itself(
     model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

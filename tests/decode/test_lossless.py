@@ -46,6 +46,7 @@ def full(drafting, many_prompts):
     return [out.tokens for batch in batches for out in sampler.sample(batch, NEW)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("draft", [1, WINDOW - 1])
 @pytest.mark.parametrize("thresholds", [(0.0, 2.0), (2.0, 0.0), (0.055, 0.055)])
 def test_200_prompts_without_a_differing_token(drafting, many_prompts, full, thresholds, draft):

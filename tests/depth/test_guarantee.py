@@ -116,6 +116,7 @@ class Pool:
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "target", "most_layers"),
     [("embedded", 0.8, 9.5), pytest.param("stories", 0.8, 4.8, marks=needs_weights)],

@@ -64,6 +64,7 @@ def mean_loss(config: ModelConfig, params: Params, rows: list[list[int]]) -> flo
     return total / int(there[:, 1:].sum())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_perplexity_equals_that_of_transformers_to_four_digits(name: str) -> None:
     config, params = hf.load(DATA / "weights" / name)

@@ -16,6 +16,7 @@ from elastic_lm.quickstart.train import check_exits, exit_layers
 from elastic_lm.testing import tiny_config
 
 
+@pytest.mark.long
 def test_tiny_quickstart_writes_everything(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

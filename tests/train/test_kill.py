@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import chex
+import pytest
 
 from elastic_lm.checkpoints.native import load_model
 
@@ -68,6 +69,7 @@ def kill(process: subprocess.Popen) -> bool:
     return alive
 
 
+@pytest.mark.long
 def test_parameters_after_kills_are_bit_identical(text_file: Path, tmp_path: Path) -> None:
     chance = random.Random(0)
     cache = tmp_path / "cache"

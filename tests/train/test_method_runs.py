@@ -36,6 +36,7 @@ def base(run_config: RunConfig, tmp_path: Path) -> RunConfig:
     return dataclasses.replace(run, model=None)
 
 
+@pytest.mark.long
 def test_layerskip_resumes_bit_identically(base: RunConfig, tmp_path: Path, monkeypatch) -> None:
     options = {"depth_weights": "layerskip", "curriculum": "sampled", "layer_dropout": 0.3}
     config = changed(base, method="sorted_finetuning", **options)
@@ -95,6 +96,7 @@ ELASTIC = {
 }
 
 
+@pytest.mark.long
 def test_elastic_training_resumes_bit_identically(base: RunConfig, tmp_path: Path, monkeypatch) -> None:
     """With a frozen teacher, which is no part of what is saved; widths are ranked once."""
     config = changed(base, **ELASTIC, distil=0.5, teacher="frozen", steps=20, schedule="constant")

@@ -74,6 +74,7 @@ def run(tmp_path: Path) -> TaskRun:
     return TaskRun(task, train, encoder=ENCODER)
 
 
+@pytest.mark.long
 def test_a_task_is_learned_resumed_and_taught_on(
     run: TaskRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +261,7 @@ def test_what_does_not_fit_is_refused(run: TaskRun, fields: dict, message: str) 
         refused()
 
 
+@pytest.mark.long
 def test_pairs_are_learned_by_a_new_model_with_a_tokenizer_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -360,7 +360,7 @@ def test_a_section_becomes_the_method() -> None:
 
     wrong = ElasticTrainingConfig(menu=Menu(heads=(0.3, 1.0)))
     with pytest.raises(
-        ValueError, match=r"method\.menu\.heads=0\.3: .* of 4 heads per group; nearest: 0\.25"
+        ValueError, match=r"method\.menu\.heads=0\.3: .* of the 4 heads per group; nearest: 0\.25"
     ):
         created(CONFIG, wrong)
     halved = ElasticTrainingConfig(menu=Menu(heads=(0.5, 1.0)))

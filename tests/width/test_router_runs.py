@@ -36,6 +36,7 @@ def elastic(run_config: RunConfig, tmp_path: Path) -> RunConfig:
     return dataclasses.replace(changed(run_config, eval_every=0, **options), model=None)
 
 
+@pytest.mark.long
 def test_routers_resume_bit_identically_and_serve_budgets(
     elastic: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
