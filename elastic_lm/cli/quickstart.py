@@ -23,7 +23,7 @@ from elastic_lm.quickstart.options import Options as Job
 HELP = """\
 Plans what pays on a model, tunes and calibrates it, and measures it against full depth.
 
-elastic-lm quickstart                              one to two minutes on two CPU cores
+elastic-lm quickstart                              a few minutes on two CPU cores
 elastic-lm quickstart --hf-dir my-model --data book.txt
 elastic-lm quickstart --from-scratch               pretrains the small model first
 
