@@ -1,7 +1,7 @@
 """How the tests compile: fast and once, because compilation is most of what they cost.
 
-An XLA_FLAGS of the caller's own stays; `XLA_FLAGS= python -m pytest` compiles as users' programs do. So does
-a JAX_COMPILATION_CACHE_DIR.
+The caller's own XLA_FLAGS and JAX_COMPILATION_CACHE_DIR stay. `XLA_FLAGS= python -m pytest` compiles as
+users' programs do.
 """
 
 import atexit

@@ -6,14 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 AT_LEAST_1 = (lambda value: value >= 1, "must be at least 1")
-
-
 NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
-
-
 POSITIVE = (lambda value: 0 < value < math.inf, "must be positive and finite")
-
-
 SEED = (lambda value: 0 <= value < 2**32, "must be in [0, 2**32)")
 
 

@@ -1,7 +1,12 @@
 """The batch that next-token training reads."""
 
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 import flax.struct
 import jax
+
+Arrays = Mapping[str, Any]  # the fields of a `Batch`, as the data pipeline yields them
 
 
 @flax.struct.dataclass
@@ -32,3 +37,9 @@ class Batch:
     weights: jax.Array
     positions: jax.Array
     segments: jax.Array
+
+
+def as_batches(batches: Iterable[Batch | Arrays]) -> Iterator[Batch]:
+    """The same batches, where some or all are given as dicts of their fields."""
+    for arrays in batches:
+        yield Batch(**arrays) if isinstance(arrays, Mapping) else arrays

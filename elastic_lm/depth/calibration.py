@@ -23,10 +23,10 @@ import numpy as np
 from elastic_lm.config.exit_policy import DEFAULT_METRIC, DEFAULT_TARGET, LOGIT_METRICS, Strategy
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import to_dict
-from elastic_lm.data.batch import Batch
+from elastic_lm.data.batch import Arrays, Batch
 from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.guarantee import RiskControl, control
-from elastic_lm.depth.observations import Arrays, Observations, observe
+from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.per_exit import exit_thresholds
 from elastic_lm.depth.policies import MODEL_SHAPE, CalibrationPoint, ConfidenceExit
 from elastic_lm.depth.threshold_search import choose_thresholds, emitting_exit, exit_outcome

@@ -20,7 +20,7 @@ Papers: Tuned Lens, arXiv 2303.08112; Jump to Conclusions (linear shortcuts), ar
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -31,11 +31,9 @@ import scipy.linalg
 
 from elastic_lm.config.checks import require, require_not_negative
 from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.data.batch import Batch
+from elastic_lm.data.batch import Arrays, Batch, as_batches
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.exit_head import unit_norm
-
-Arrays = Mapping[str, Any]
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidates for lambda; u has a mean square of 1
 HELD_OUT = 10  # one batch of so many chooses lambda
@@ -213,8 +211,7 @@ def _add_up(
     """Float64 sums of nine batches in ten, those of every tenth, and the tokens of the former."""
     zero = [Sums(0.0, 0.0, 0.0) for _ in config.exits]
     totals, weights = [zero, zero], [0.0, 0.0]
-    for i, arrays in enumerate(batches):
-        batch = Batch(**arrays) if isinstance(arrays, Mapping) else arrays
+    for i, batch in enumerate(as_batches(batches)):
         sums, weight = jax.device_get(_batch_sums(config, params, batch))
         part = int(i % HELD_OUT == HELD_OUT - 1)
         totals[part] = jax.tree.map(

@@ -12,8 +12,7 @@ columns of one depth at a time.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import flax.struct
 import jax
@@ -22,12 +21,10 @@ import numpy as np
 
 from elastic_lm.config.exit_policy import DEFAULT_METRIC, GATE_METRIC
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.data.batch import Batch
+from elastic_lm.data.batch import Arrays, Batch, as_batches
 from elastic_lm.depth.confidence import Evidence, confidence_by_index, metric_index, state_confidence
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.block import Tap
-
-Arrays = Mapping[str, Any]  # the fields of a `Batch`, as the data pipeline yields them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +180,7 @@ def observe(
     parts: list[dict[str, np.ndarray]] = []
     shape: tuple[int, ...] = ()
     first_row = 0
-    for arrays in batches:
-        batch = Batch(**arrays) if isinstance(arrays, Mapping) else arrays
+    for batch in as_batches(batches):
         rows = batch.tokens.shape[0]
         shape = shape or batch.tokens.shape
         if shape[1] > config.max_len:

@@ -15,7 +15,7 @@ that are read and how.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ import scipy.linalg
 from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.config.decoding import PREVIEW_AGREEMENT
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.data.batch import Batch
+from elastic_lm.data.batch import Arrays, Batch, as_batches
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.preview import (
@@ -90,7 +90,7 @@ class PreviewReport:
 def fit_preview(
     config: ModelConfig,
     params: Params,
-    batches: Iterable[Batch | Mapping[str, Any]],
+    batches: Iterable[Batch | Arrays],
     *,
     agreement: float = PREVIEW_AGREEMENT,
     ranks: Sequence[int] = RANKS,
@@ -138,7 +138,7 @@ def fit_preview(
 def fit_previews(
     config: ModelConfig,
     params: Params,
-    batches: Iterable[Batch | Mapping[str, Any]],
+    batches: Iterable[Batch | Arrays],
     agreements: Sequence[float],
     *,
     ranks: Sequence[int] = RANKS,
@@ -184,7 +184,7 @@ def fit_previews(
 def measure_preview(
     config: ModelConfig,
     params: Params,
-    batches: Iterable[Batch | Mapping[str, Any]],
+    batches: Iterable[Batch | Arrays],
     preview: HeadPreview,
 ) -> PreviewReport:
     """What a preview does on other text.
@@ -197,7 +197,7 @@ def measure_preview(
     """
     kernel = head_kernel(config, params)
     parts = []
-    for batch in _as_batches(batches):
+    for batch in as_batches(batches):
         features, _ = _batch_features(config.with_exits(()), params, batch)
         parts.append(outcomes(preview, _counted(features, batch), kernel))
     gap, right, variation = map(np.concatenate, zip(*parts, strict=True))
@@ -276,13 +276,13 @@ def least_margin(gap: np.ndarray, right: np.ndarray, agreement: float) -> float:
 
 
 def _features(
-    config: ModelConfig, params: Params, batches: Iterable[Batch | Mapping[str, Any]], seed: int
+    config: ModelConfig, params: Params, batches: Iterable[Batch | Arrays], seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """S over three batches of four, and at most KEPT features [N, D] of the others, drawn at random."""
     moment, count = np.zeros((config.d_model,) * 2), 0.0
     kept, draws = np.zeros((0, config.d_model), jnp.dtype(config.dtype)), np.zeros(0)
     rng = np.random.default_rng(seed)
-    for i, batch in enumerate(_as_batches(batches)):
+    for i, batch in enumerate(as_batches(batches)):
         features, own = _batch_features(config.with_exits(()), params, batch)
         if i % 4 < 3:
             moment += np.asarray(own, np.float64)
@@ -296,12 +296,6 @@ def _features(
     if not count or not len(kept):
         raise ValueError("batches: at least 4 are needed, one in four measures what the others chose")
     return moment / count, kept
-
-
-def _as_batches(batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[Batch]:
-    """Batches, also of dicts of their fields."""
-    for arrays in batches:
-        yield Batch(**arrays) if isinstance(arrays, Mapping) else arrays
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.data.batch import Batch
-from elastic_lm.depth.observations import Arrays, Observations, observe
+from elastic_lm.data.batch import Arrays, Batch
+from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.threshold_search import exit_outcome
 from elastic_lm.models.decoder import Params
 
