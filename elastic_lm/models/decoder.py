@@ -28,6 +28,7 @@ from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.exit_head import Exit, VocabHead
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.partition import partitioned
+from elastic_lm.nn.rope import shared_rotation
 
 Params = dict[str, Any]
 
@@ -183,11 +184,16 @@ class Decoder(nn.Module):
             return self._scan_layers(hidden_BTD, positions_BT, start, stop, segments_BT, keep_LB), []
 
         block = nn.remat(Block.__call__) if self.remat else Block.__call__
+        rotation = shared_rotation(self.config, positions_BT)
         new_kv = []
         tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
         for i in range(start, stop):
             context = AttentionContext(
-                positions_BT, segments_BT, self.config.window(i), past[i - start] if past else None
+                positions_BT,
+                segments_BT,
+                self.config.window(i),
+                past[i - start] if past else None,
+                rotation=rotation,
             )
             tap, kv = block(self.layers[i], tap.hidden, context)
             tap = tap.skipped(None if keep_LB is None else keep_LB[i - start])

@@ -7,6 +7,7 @@ Every key carries its position, and a query sees the keys at positions up to its
 stale cache entries all follow from this rule, so that no masks are passed around.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -14,13 +15,16 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.norm import Norm
-from elastic_lm.nn.rope import apply_rope, rope_frequencies
+from elastic_lm.nn.rope import Rotation, apply_rope, rotation_at
 
 HIDDEN_POSITION = jnp.iinfo(jnp.int32).max  # position of a key that no query may see
+FEW_QUERIES = 8  # most queries per key/value head that are a matrix-vector product each on CPU
+_LOGITS, _VALUES = "bkmh,bksh->bkms", "bkms,bksh->bkmh"
 NewKeyValues = tuple[jax.Array, jax.Array]  # keys and values of new tokens, [B, K, T, H] each
 
 
@@ -52,6 +56,7 @@ class AttentionContext:
       past: the layer's cached keys and values, or None.
       biases: [N, T, S] float32 each, added to the logits of every row: one of `past`, where there is a past,
         and one of the new tokens. None = no biases.
+      rotation: of the new tokens, if layers share one (`rope.shared_rotation`); None = each computes it.
     """
 
     positions: jax.Array
@@ -59,6 +64,11 @@ class AttentionContext:
     window: int | jax.Array = 0
     past: KeyValues | None = None
     biases: Sequence[jax.Array] | None = None
+    rotation: Rotation | None = None
+
+    def rotation_of(self, config: ModelConfig) -> Rotation:
+        """How queries and keys of a model (static) with rotary positions are rotated."""
+        return rotation_at(config, self.positions) if self.rotation is None else self.rotation
 
 
 class Attention(nn.Module):
@@ -99,9 +109,8 @@ class Attention(nn.Module):
 
         # Keys are rotated before they are cached, so that a cache is never rotated again.
         if c.position == "rope":
-            frequency, factor = rope_frequencies(c.rope, c.rotary_dim, c.max_len)
-            q = apply_rope(q, context.positions, frequency, factor)
-            k = apply_rope(k, context.positions, frequency, factor)
+            rotation = context.rotation_of(c)
+            q, k = apply_rope(q, rotation), apply_rope(k, rotation)
 
         new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), context.positions, context.segments)
         out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap)
@@ -140,7 +149,7 @@ def attend(
 
     logits = []  # [B, K, G, T, S] of each part
     for i, part in enumerate(parts):
-        s = jnp.einsum("bkmh,bksh->bkms", q_BKMH, part.k, preferred_element_type=jnp.float32) * scale
+        s = _products(_LOGITS, q_BKMH, part.k, jnp.float32) * scale
         s = softcap * jnp.tanh(s / softcap) if softcap else s
         s = s.reshape(b, -1, group_size, t, part.k.shape[2])
         s = s if context.biases is None else s + context.biases[i].reshape(s.shape[1:])
@@ -155,8 +164,8 @@ def attend(
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
 
     out = sum(
-        jnp.einsum(
-            "bkms,bksh->bkmh",
+        _products(
+            _VALUES,
             (w / total).reshape(b, -1, group_size * t, w.shape[-1]).astype(part.v.dtype),
             part.v,
         )
@@ -164,6 +173,37 @@ def attend(
     )
     out = jnp.asarray(out).reshape(b, -1, group_size, t, h)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
+
+
+def _products(
+    names: str, x_BKMI: jax.Array, keys_BKSH: jax.Array, dtype: DTypeLike | None = None
+) -> jax.Array:
+    """The product of the queries of each key/value head with its keys, or of weights with its values.
+
+    A query of one row at a time is a matrix-vector product, for which XLA's CPU backend writes code. Products
+    of few queries go to a library there, whose calls take longer than the work (20 to 30 microseconds each,
+    of 760 that a layer of 3.5 million parameters takes).
+
+    Args:
+      names: `_LOGITS` or `_VALUES`; static.
+      x_BKMI: queries, or weights.
+      keys_BKSH: keys, or values.
+      dtype: dtype in which products are accumulated and returned; None = that of `x_BKMI`.
+
+    Returns:
+      [B, K, M, S or H].
+    """
+    b, _, m, _ = x_BKMI.shape
+    together = functools.partial(jnp.einsum, names, preferred_element_type=dtype)
+    if b > 1 or not 0 < m <= FEW_QUERIES:
+        return together(x_BKMI, keys_BKSH)
+
+    one = functools.partial(jnp.einsum, names.replace("m", ""), preferred_element_type=dtype)
+
+    def one_by_one(x_BKMI: jax.Array, keys_BKSH: jax.Array) -> jax.Array:
+        return jnp.stack([one(x_BKMI[:, :, i], keys_BKSH) for i in range(m)], axis=2)
+
+    return jax.lax.platform_dependent(x_BKMI, keys_BKSH, cpu=one_by_one, default=together)
 
 
 def visible(context: AttentionContext, keys: KeyValues) -> jax.Array:

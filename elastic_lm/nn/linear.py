@@ -5,7 +5,8 @@ How near it comes to that on CPU depends on how the product is written, because 
 kernel of `x @ kernel^T` first:
 
     tokens          on CPU                                       elsewhere
-    1               kernel @ x, at the memory's bandwidth        kernel @ x^T
+    1               kernel @ x, at the memory's bandwidth; in    kernel @ x^T
+                    two halves, if XLA would use a single core
     2 .. 3          kernel @ x for each, if a core's cache       kernel @ x^T
                     holds the kernel from one to the next
     up to 32        kernel @ x^T with x^T kept in memory: half   kernel @ x^T
@@ -29,6 +30,7 @@ from elastic_lm.nn.partition import partitioned
 
 ONE_BY_ONE = 3  # most tokens that are a matrix-vector product each
 CACHED_BYTES = 2**20  # of a kernel; a core of the machine that was measured has this much cache
+ONE_CORE = 2**19  # elements of the smallest kernel whose matrix-vector product XLA divides among cores
 LEAST, PADDED = 4, 32  # least width that tokens are padded to, and the most tokens that are padded
 FEW_TOKENS = 128  # most tokens for which the kernel comes first
 
@@ -109,8 +111,24 @@ def _together(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> ja
 
 def _one_by_one(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     """A matrix-vector product for every token; all but the first find the kernel in the cache."""
-    contract = (((kernel.ndim - 1,), (0,)), ((), ()))
-    return jnp.stack([jax.lax.dot_general(kernel, x, contract, preferred_element_type=dtype) for x in x_MI])
+    return jnp.stack([_matrix_vector(kernel, x, dtype) for x in x_MI])
+
+
+def _matrix_vector(kernel: jax.Array, x_I: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    """kernel @ x by more than one core, if the kernel is too large for the cache of one."""
+    rows, size = kernel.shape[0], kernel.size
+    whole = size >= ONE_CORE or size * kernel.dtype.itemsize <= CACHED_BYTES or rows % 2
+    # Halves of a kernel that is sharded over devices would have to be moved between them.
+    if whole or jax.device_count() > 1:
+        contract = (((kernel.ndim - 1,), (0,)), ((), ()))
+        return jax.lax.dot_general(kernel, x_I, contract, preferred_element_type=dtype)
+
+    # A batch of two products: XLA gives each of them to a core.
+    halves = kernel.reshape(2, rows // 2, *kernel.shape[1:])
+    contract = (((kernel.ndim,), (1,)), ((0,), (0,)))
+    x_2I = jnp.broadcast_to(x_I, (2, *x_I.shape))
+    y = jax.lax.dot_general(halves, x_2I, contract, preferred_element_type=dtype)
+    return y.reshape(kernel.shape[:-1])
 
 
 def _padded(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> jax.Array:

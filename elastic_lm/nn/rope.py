@@ -1,29 +1,66 @@
 """Rotary position embedding (Su et al. 2021) and its long-context scalings."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config.model import RopeConfig
+from elastic_lm.config.model import ModelConfig, RopeConfig
 
 
-def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, frequency: np.ndarray, factor: float) -> jax.Array:
-    """Rotates the leading 2 * len(frequency) dimensions of every head, first half against second.
+class Rotation(NamedTuple):
+    """How positions are rotated; the same for every layer and head.
+
+    Attributes:
+      cos: [B, T, 1, R] float32 cosines of the angles of R pairs, times the attention factor.
+      sin: their sines, likewise.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation_at(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
+    """The rotation at some positions, computed in float32.
+
+    Args:
+      config: of a model with rotary positions; static.
+      positions_BT: int32 positions in tokens.
+    """
+    frequency, factor = rope_frequencies(config.rope, config.rotary_dim, config.max_len)
+    angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
+    return Rotation(jnp.cos(angle) * factor, jnp.sin(angle) * factor)
+
+
+def shared_rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation | None:
+    """`rotation_at`, computed once for all layers; None without rotary positions.
+
+    Args:
+      config: static.
+      positions_BT: int32 positions in tokens.
+    """
+    if config.position != "rope":
+        return None
+
+    # Without the barrier, XLA's CPU backend computes a sine and a cosine for every dimension of every head,
+    # in every layer.
+    return jax.lax.optimization_barrier(rotation_at(config, positions_BT))
+
+
+def apply_rope(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates the leading 2 R dimensions of every head, first half against second.
 
     Args:
       x_BTNH: queries or keys.
-      positions_BT: int32 positions in tokens.
-      frequency: [R] radians per token; static.
-      factor: multiplies cos and sin; static.
+      rotation: at their positions.
 
     Returns:
-      Array like `x_BTNH`; angles are computed in float32.
+      Array like `x_BTNH`.
     """
-    half = len(frequency)
-    angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+    cos, sin = rotation
+    half = cos.shape[-1]
     x = x_BTNH.astype(jnp.float32)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)

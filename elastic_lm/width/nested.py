@@ -32,7 +32,7 @@ from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm
-from elastic_lm.nn.rope import apply_rope, rope_frequencies
+from elastic_lm.nn.rope import apply_rope
 from elastic_lm.width.axes import Edit, edit_params, grouped_kept
 
 
@@ -91,8 +91,7 @@ def _nested_attention(
             x_BTNH = jnp.asarray(norm.apply({"params": params[name]}, x_BTNH))
         if c.position != "rope":
             return x_BTNH
-        frequency, factor = rope_frequencies(c.rope, c.rotary_dim, c.max_len)
-        return apply_rope(x_BTNH, context.positions, frequency, factor)
+        return apply_rope(x_BTNH, context.rotation_of(c))
 
     kv = linear(x_BTD, params["kv"]["kernel"], params["kv"].get("bias"))
     k, v = rotated("k_norm", kv[:, :, :, 0]), kv[:, :, :, 1]

@@ -21,6 +21,7 @@ from elastic_lm.config.subnet import Menu
 from elastic_lm.models.decoder import Decoder, Params, default_positions
 from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues
 from elastic_lm.nn.block import Tap
+from elastic_lm.nn.rope import shared_rotation
 from elastic_lm.width.nested import nest, nested_block
 from elastic_lm.width.router import layer_router, router_input
 
@@ -80,14 +81,14 @@ class NestedDecoder(Decoder):
 
         c, params = self.config, self.variables["params"]
         sizes = c.menu.sizes(c)
+        rotation = shared_rotation(c, positions_BT)
         new_kv = []
         tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
         for i in range(start, stop):
             layer = params[f"layers_{i}"]
             heads_BT, mlp_BT = self._choices(i, layer, tap.hidden)
-            context = AttentionContext(
-                positions_BT, window=c.window(i), past=past[i - start] if past else None
-            )
+            own_past = past[i - start] if past else None
+            context = AttentionContext(positions_BT, window=c.window(i), past=own_past, rotation=rotation)
             tap, kv = nested_block(c.layer(i), layer, tap.hidden, context, heads_BT, mlp_BT, mlp=sizes.mlp[i])
             new_kv.append(kv)
         return tap, new_kv

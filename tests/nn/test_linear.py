@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic_lm.nn.linear import CACHED_BYTES, FEW_TOKENS, LEAST, ONE_BY_ONE, PADDED, linear
+from elastic_lm.nn.linear import CACHED_BYTES, FEW_TOKENS, LEAST, ONE_BY_ONE, ONE_CORE, PADDED, linear
 
 EDGES = [0, 1, 2, ONE_BY_ONE, LEAST, LEAST + 1, PADDED, PADDED + 1, FEW_TOKENS, FEW_TOKENS + 1]
 SHAPES = [*((tokens,) for tokens in EDGES), (1, 1), (3, 2, 5)]
@@ -51,3 +51,13 @@ def test_maps_over_a_further_dimension(tokens):
     )
     found = jax.vmap(linear)(x, kernel)
     np.testing.assert_allclose(found, jnp.einsum("nti,noi->nto", x, kernel), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [(576,), (575,), (2, 288)])
+def test_a_product_in_halves_is_that_of_the_whole_kernel(outputs):
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.normal(size=s).astype(np.float32) for s in ((1, 576), (*outputs, 576)))
+    assert CACHED_BYTES < kernel.nbytes < 4 * ONE_CORE
+    np.testing.assert_allclose(
+        jax.jit(linear)(x, kernel), np.tensordot(x, kernel, ((-1,), (-1,))), rtol=0, atol=1e-4
+    )
