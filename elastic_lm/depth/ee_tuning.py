@@ -8,15 +8,23 @@ With h_l the state after layer l, theta_l the parameters of the exit there and N
                                                   f(r) = r  or  (1 + cos(pi (r + 1))) / 2
 
 The backbone runs forward only, and only up to the deepest exit whose weight is not zero. EE-LLM's
-joint training of all parameters, L_final + sum_l w_l(step) L_l, is `JointTraining`.
+joint training of all parameters, L_final + sum_l w_l(step) L_l, is `JointTraining`. There, with `distil` = d,
+exits also learn what the same model says at full depth, p = softmax(logits_L) held fixed, with their own
+q_l = softmax(logits_l):
 
-Papers: EE-Tuning, arXiv 2402.00518; EE-LLM, arXiv 2312.04916.
+    L_l = (1/N) sum_t [ (1 - d) omega_t CE(logits_l[t], x_{t+1}) + d KL(p[t] || q_l[t]) ]
+
+With d = 1 exits become likelier to agree with full depth, which text alone does not ask for.
+
+Papers: EE-Tuning, arXiv 2402.00518; EE-LLM, arXiv 2312.04916; self-distillation, Zhang et al. 2019,
+arXiv 1905.08094.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +32,19 @@ import jax.numpy as jnp
 from elastic_lm.config.checks import NOT_NEGATIVE, require, require_choice, require_each
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.fitting import fit_state
-from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.depth.fitting import above_chance, fit_state
+from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.block import Tap
-from elastic_lm.train.losses import LOSS_CHUNK, Metrics, TokenSums, chunked_cross_entropy
+from elastic_lm.train.losses import (
+    LOSS_CHUNK,
+    Metrics,
+    TokenSums,
+    chunked_cross_entropy,
+    eagerly,
+    imitation_loss,
+    losses_over_chunks,
+    token_losses,
+)
 from elastic_lm.train.method import Method, MethodConfig, RunData
 from elastic_lm.train.state import TrainState
 
@@ -130,6 +147,10 @@ class EETuning(EETuningConfig, Method[Batch]):
         fitted = fit_state(self.config, state.params, frozen, data.placed(iter(data.train)))
         return dataclasses.replace(state, params=fitted)
 
+    def remark(self, metrics: Mapping[str, float]) -> str:
+        """What to do about exits that start above chance (`depth.fitting`)."""
+        return above_chance(self.config, metrics)
+
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
@@ -208,21 +229,29 @@ class EETuning(EETuningConfig, Method[Batch]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JointTrainingConfig(EETuningConfig):
-    """Options of `JointTraining`, which are those of `EETuning`.
+    """Options of `JointTraining`: those of `EETuning`, and how much exits learn from full depth.
+
+    Raises:
+      ValueError: an option is out of its range; names field, value and fix.
 
     Example:
       ```python
       import elastic_lm as el
 
-      method = el.depth.JointTrainingConfig(weights=(0.25, 0.5))
+      method = el.depth.JointTrainingConfig(weights=(0.25, 0.5), distil=1.0)
       ```
     """
 
     name: str = "joint"
+    distil: float = 0.0  # d, share of the divergence from full depth in an exit's loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.distil <= 1, "method.distil", self.distil, "must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
-class JointTraining(EETuning):
+class JointTraining(JointTrainingConfig, EETuning):
     """Trains all parameters, L_final + sum_l w_l(step) L_l (EE-LLM, arXiv 2312.04916).
 
     Static under `jit`; parameters, batches and the step are traced.
@@ -246,12 +275,13 @@ class JointTraining(EETuning):
 
     section = JointTrainingConfig
 
-    # The base class is `EETuning` with all its options, so that the name has to be said again.
-    name: str = dataclasses.field(default="joint", kw_only=True)
-
     def split(self, params: Params) -> tuple[Params, Params]:
         """Everything trains."""
         return params, {}
+
+    def remark(self, metrics: Mapping[str, float]) -> str:
+        """Nothing: where the model itself learns, its exits start at chance with it."""
+        return ""
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch, step: jax.Array
@@ -269,18 +299,60 @@ class JointTraining(EETuning):
         """
         params: Params = {**jax.lax.stop_gradient(frozen), **trainable}
         depth = self.config.n_layers
-        taps = self._taps(params, [*(self.config.exits[i].layer for i in self.active), depth], batch)
+        exits = {i: self.config.exits[i] for i in self.active}
+        taps = self._taps(params, [*(e.layer for e in exits.values()), depth], batch)
 
-        exits, metrics = self._exit_losses(params, taps, batch, step)
+        def features_of(i: int, params: Params, tap: Tap) -> jax.Array:
+            decoder = Decoder(self.config).bind({"params": params})
+            return decoder.exit_features(i, tap, batch.positions, batch.segments)
 
+        # What precedes the vocabulary, of all columns at once.
         decoder = Decoder(self.config).bind({"params": params})
-        features, kernel = decoder.final_features(taps[depth].hidden), decoder.final_kernel()
-        final = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
+        final = decoder.final_features(taps[depth].hidden)
+        features = {}
+        for i, e in exits.items():
+            of_exit = functools.partial(features_of, i)
+            features[i] = (jax.checkpoint(of_exit) if self.remat else of_exit)(params, taps[e.layer])
+        own = {i: decoder.exit_kernel(i) for i, e in exits.items() if not e.tied}
+        learned = (decoder.final_kernel(), own), (final, features)
+        given = self.exit_weights(step), (batch.targets, batch.weights)
 
-        count = jnp.maximum(final.weight, 1.0)
-        total = final.loss / count + exits
-        metrics |= {"loss/final": final.loss / count, "accuracy/final": final.correct / count}
-        return total, {"loss": total, **metrics}
+        total, tokens = losses_over_chunks(self._piece, learned, given, self.loss_chunk)
+
+        count = jnp.maximum(jnp.sum(batch.weights), 1.0)  # a batch of padding alone has no tokens
+        metrics = {}
+        for name, (entropy, correct) in tokens.items():
+            metrics[f"loss/{name}"] = jnp.sum(entropy * batch.weights) / count
+            metrics[f"accuracy/{name}"] = jnp.sum(correct * batch.weights) / count
+        return total / count, {"loss": total / count, **metrics}
+
+    def _piece(self, learned: Any, given: Any) -> tuple[jax.Array, dict[str, Any]]:
+        """Sum over a chunk's tokens of L_final + sum_l w_l L_l; cross-entropies and what is right."""
+        ((kernel_VD, own), (final_BTD, features)), (weights, (targets, counted)) = learned, given
+        full_BTV = vocab_logits(self.config, final_BTD, kernel_VD)
+        full = token_losses(full_BTV, targets)
+        total = jnp.sum(full.loss * counted)
+        tokens = {"final": (full.cross_entropy, full.correct)}
+
+        # The logits of an exit are gone before those of the next one are computed.
+        teacher_BTV = jax.lax.stop_gradient(full_BTV)
+        for i, features_BTD in features.items():
+            exit_loss = eagerly(functools.partial(self._exit_piece, i))
+            loss, tokens[self.config.exits[i].name] = exit_loss(
+                (own.get(i, kernel_VD), features_BTD), (teacher_BTV, targets, counted)
+            )
+            total += weights[i] * loss
+        return total, tokens
+
+    def _exit_piece(self, index: int, learned: Any, given: Any) -> tuple[jax.Array, Any]:
+        """Sum over a chunk's tokens of one exit's L_l; its cross-entropies and where it is right."""
+        (kernel_VD, features_BTD), (teacher_BTV, targets, counted) = learned, given
+        logits = vocab_logits(self.config, features_BTD, kernel_VD, self.config.exits[index].temperature)
+        found = token_losses(logits, targets, confidence_weighted=self.dynamic_token_weights)
+        loss = found.loss
+        if self.distil:
+            loss = (1 - self.distil) * loss + self.distil * imitation_loss("kl", teacher_BTV, logits)
+        return jnp.sum(loss * counted), (found.cross_entropy, found.correct)
 
 
 def check_exits(config: ModelConfig) -> None:

@@ -20,7 +20,8 @@ Papers: Tuned Lens, arXiv 2303.08112; Jump to Conclusions (linear shortcuts), ar
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -32,6 +33,7 @@ import scipy.linalg
 from elastic_lm.config.checks import require, require_not_negative
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Arrays, Batch, as_batches
+from elastic_lm.depth.cached_taps import Taps, read_taps
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.exit_head import unit_norm
 
@@ -58,7 +60,7 @@ class Sums:
 def fit_exits(
     config: ModelConfig,
     params: Params,
-    batches: Iterable[Batch | Arrays],
+    batches: Iterable[Batch | Arrays | Taps],
     *,
     layers: Sequence[int] = (),
     ridge: float | None = None,
@@ -68,8 +70,9 @@ def fit_exits(
     Args:
       config: the model with its exits; static under `jit`.
       params: its parameters, canonical or stacked; on a mesh, the sums are computed there.
-      batches: packed batches, or dicts of their fields; targets are not read. A thousand tokens per hundred
-        channels are a start, ten times as many are better.
+      batches: packed batches, or dicts of their fields, or what the layers gave for them (`cached_taps`);
+        targets are not read. A thousand tokens per hundred channels are a start, ten times as many are
+        better.
       layers: the exits to fit, by their layers; () = those with `init="fit"`, or all where none has it.
       ridge: lambda; None = chosen on every tenth batch (1e-2 where there are fewer).
 
@@ -101,10 +104,19 @@ def fit_exits(
     if ridge is not None:
         require_not_negative("ridge", ridge)
     chosen = _chosen(config, layers)
+    kept = [config.exits.index(e) for e in chosen]
     config = dataclasses.replace(config, exits=tuple(chosen))  # nothing of the others is computed
     plain = {**params, **{e.name: _without_fit(config, e, params[e.name]) for e in chosen}}
 
-    fitted, held_out, weight = _add_up(config, plain, batches)
+    def taps() -> Iterator[Taps]:
+        for batch in batches:
+            if isinstance(batch, Taps):
+                yield dataclasses.replace(batch, exits=tuple(batch.exits[i] for i in kept))
+            else:
+                (packed,) = as_batches([batch])
+                yield _read(config, plain, packed)
+
+    fitted, held_out, weight = _add_up(config, plain, taps())
     return {
         **params,
         **{
@@ -114,14 +126,17 @@ def fit_exits(
     }
 
 
-def fit_state(config: ModelConfig, trainable: Params, frozen: Params, batches: Iterator[Any]) -> Params:
+def fit_state(
+    config: ModelConfig, trainable: Params, frozen: Params, batches: Iterator[Any], tokens: int = FIT_TOKENS
+) -> Params:
     """The trainable parameters of a run at its first start, with the exits fitted that ask for it.
 
     Args:
       config: of the model.
       trainable: exits, and whatever else trains.
       frozen: the rest.
-      batches: of the training text, on the mesh, without an end.
+      batches: of the training text, on the mesh: without an end, or what the frozen layers gave for some.
+      tokens: that the exits are fitted on, about; at least two batches.
 
     Returns:
       Trainable parameters in the same places on the mesh.
@@ -130,7 +145,7 @@ def fit_state(config: ModelConfig, trainable: Params, frozen: Params, batches: I
     if not chosen:
         return trainable
     first = next(batches)
-    count = max(2, -(-FIT_TOKENS // first.tokens.size))
+    count = max(2, -(-tokens // first.weights.size))
     some = itertools.chain([first], itertools.islice(batches, count - 1))
     fitted = fit_exits(config, {**frozen, **trainable}, some, layers=[e.layer for e in chosen])
     placed = {
@@ -140,6 +155,29 @@ def fit_state(config: ModelConfig, trainable: Params, frozen: Params, batches: I
         for e in chosen
     }
     return {**trainable, **placed}
+
+
+def above_chance(config: ModelConfig, metrics: Mapping[str, float]) -> str:
+    """What to do about exits that start a training run with a higher loss than a uniform guess.
+
+    Args:
+      config: of the model.
+      metrics: of the first steps, with `loss/exit_<layer>` in nats per token.
+
+    Returns:
+      One sentence or two; "" where no exit that copies modules of the model does.
+    """
+    chance = math.log(config.vocab_size)
+    losses = {e: metrics.get(f"loss/{e.name}", 0.0) for e in config.exits if e.init == "copy"}
+    lost = [e for e, loss in losses.items() if loss > chance]
+    if not lost:
+        return ""
+    found = ", ".join(f"loss/{e.name} is {losses[e]:.2f}" for e in lost)
+    return (
+        f"exits start above chance: {found}, and a uniform guess costs at most ln V = {chance:.2f}. Their "
+        "heads read states that they were not made for; fit them in closed form first, with exits like "
+        f'ExitConfig({lost[0].layer}, kind="linear", tied=True, init="fit")'
+    )
 
 
 def _chosen(config: ModelConfig, layers: Sequence[int]) -> list[ExitConfig]:
@@ -171,33 +209,34 @@ def _without_fit(config: ModelConfig, e: ExitConfig, exit_params: Params) -> Par
     return {**exit_params, "norm": norm}
 
 
+# Static: the config. Traced: parameters and batch.
+_read = jax.jit(read_taps, static_argnames="config")
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def _batch_sums(config: ModelConfig, params: Params, batch: Batch) -> tuple[tuple[Sums, ...], jax.Array]:
+def _batch_sums(config: ModelConfig, params: Params, taps: Taps) -> tuple[tuple[Sums, ...], jax.Array]:
     """The sums over one batch, float32, and the weight of its tokens. Static: the config."""
     decoder = Decoder(config).bind({"params": params})
-    taps = decoder.taps(
-        batch.tokens, [*(e.layer for e in config.exits), config.n_layers], batch.positions, batch.segments
-    )
-    weight = batch.weights.reshape(-1, 1).astype(jnp.float32)
+    weight = taps.weights.reshape(-1, 1).astype(jnp.float32)
     weight = (weight > 0).astype(jnp.float32)
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
     def flat(x_BTD: jax.Array) -> jax.Array:
         return x_BTD.reshape(-1, x_BTD.shape[-1]).astype(jnp.float32)
 
-    f = flat(decoder.final_features(taps[config.n_layers].hidden))
+    f = flat(taps.features)
     all_sums = []
     for i, e in enumerate(config.exits):
-        tap, target = taps[e.layer], f
+        tap, target = taps.tap(i), f
         if e.kind == "linear":
             if e.hidden:
                 # The map gives what the MLP beside it leaves.
-                target = f - flat(decoder.exit_features(i, tap, batch.positions, batch.segments))
+                target = f - flat(decoder.exit_features(i, tap, taps.positions, taps.segments))
             u = flat(unit_norm(config, tap.hidden))
             u1 = jnp.concatenate([u, jnp.ones_like(weight)], axis=1)
             uu, uf = product("nd,ne->de", u1 * weight, u1), product("nd,ne->de", u1 * weight, target)
         else:
-            u = flat(decoder.exit_features(i, tap, batch.positions, batch.segments))
+            u = flat(decoder.exit_features(i, tap, taps.positions, taps.segments))
             ones = jnp.ones_like(u)
             uu = jnp.stack([jnp.sum(weight * x, axis=0) for x in (u * u, u, ones)], axis=1)
             uf = jnp.stack([jnp.sum(weight * x, axis=0) for x in (u * f, f)], axis=1)
@@ -206,13 +245,13 @@ def _batch_sums(config: ModelConfig, params: Params, batch: Batch) -> tuple[tupl
 
 
 def _add_up(
-    config: ModelConfig, params: Params, batches: Iterable[Batch | Arrays]
+    config: ModelConfig, params: Params, batches: Iterable[Taps]
 ) -> tuple[list[Sums], list[Sums], float]:
     """Float64 sums of nine batches in ten, those of every tenth, and the tokens of the former."""
     zero = [Sums(0.0, 0.0, 0.0) for _ in config.exits]
     totals, weights = [zero, zero], [0.0, 0.0]
-    for i, batch in enumerate(as_batches(batches)):
-        sums, weight = jax.device_get(_batch_sums(config, params, batch))
+    for i, taps in enumerate(batches):
+        sums, weight = jax.device_get(_batch_sums(config, params, taps))
         part = int(i % HELD_OUT == HELD_OUT - 1)
         totals[part] = jax.tree.map(
             lambda old, new: old + np.asarray(new, np.float64), totals[part], list(sums)

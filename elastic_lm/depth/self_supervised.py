@@ -19,6 +19,9 @@ A gate (`ExitConfig.gate`) learns whether its exit is right, from the exit's fea
     G = BCE(gate, [arg max z_i = y]);  balanced: the mean over right tokens and the mean over wrong tokens
                                        count half each, where a batch has both
 
+With `candidates`, p and q of kl are estimated from a part of the vocabulary (`depth.vocabulary_sample`); its
+products are most of what a step costs where vocabularies are large.
+
 What the frozen layers compute may be kept (`cached_batches`) and read again for many epochs, which then cost
 the exits alone. Balcony is a tied `block` exit with `kl`.
 
@@ -29,22 +32,35 @@ arXiv 2207.07061.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.config.checks import NOT_NEGATIVE, require, require_choice, require_defaults, require_each
-from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    require,
+    require_choice,
+    require_defaults,
+    require_each,
+)
+from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.depth.cached_taps import CachedBatches, Taps
+from elastic_lm.depth.cached_taps import CachedBatches, Taps, read_taps
 from elastic_lm.depth.ee_tuning import check_exits, split_exits
-from elastic_lm.depth.fitting import fit_state
+from elastic_lm.depth.fitting import FIT_TOKENS, above_chance, fit_state
+from elastic_lm.depth.vocabulary_sample import RANDOM_SHARE, columns, likeliest, nearness
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
-from elastic_lm.nn.block import Tap
-from elastic_lm.train.losses import LOSS_CHUNK, Metrics, Objective, imitation_loss, sum_over_chunks
+from elastic_lm.train.losses import (
+    LOSS_CHUNK,
+    Metrics,
+    Objective,
+    eagerly,
+    imitation_loss,
+    losses_over_chunks,
+)
 from elastic_lm.train.method import Method, MethodConfig, RunData
 from elastic_lm.train.state import TrainState
 
@@ -70,15 +86,24 @@ class SelfSupervisedConfig(MethodConfig):
     name: str = "self_supervised_exits"
     objective: Objective = "kl"  # L
     top_k: int = 0  # kl: K, over the likeliest tokens of the full model only; 0 = all
+    candidates: int = 0  # kl: columns of the vocabulary that a step reads, the rest is estimated; 0 = all
     alpha: float = 0.9  # penalised: share of imitation
     balance_gates: bool = True  # tokens where the exit is right, and wrong, weigh the same for its gate
     cached_batches: int = 0  # batches that pass the frozen layers once, and train for many epochs; 0 = none
+    fit_tokens: int = FIT_TOKENS  # of the text that exits with init="fit" are fitted on before
 
     def __post_init__(self) -> None:
         require_choice("method.objective", self.objective, get_args(Objective))
-        require_each(self, "method.", ("top_k", "cached_batches"), *NOT_NEGATIVE)
+        require_each(self, "method.", ("top_k", "candidates", "cached_batches"), *NOT_NEGATIVE)
+        require_each(self, "method.", ("fit_tokens",), *AT_LEAST_1)
         require(0 <= self.alpha <= 1, "method.alpha", self.alpha, "must be in [0, 1]")
-        for field, objective in (("top_k", "kl"), ("alpha", "penalised")):
+        require(
+            not (self.top_k and self.candidates),
+            "method.top_k",
+            self.top_k,
+            f"not read with method.candidates={self.candidates}; set one of them to 0",
+        )
+        for field, objective in (("top_k", "kl"), ("candidates", "kl"), ("alpha", "penalised")):
             if self.objective != objective:
                 unread = f"not read with method.objective={self.objective!r}, only with {objective}; set"
                 require_defaults(self, "method.", (field,), unread)
@@ -113,11 +138,18 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
     section = SelfSupervisedConfig
 
     config: ModelConfig  # the model with its exits; static
+    seed: int = 0  # of the columns that are drawn
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once, of the full model and of one exit
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_exits(self.config)
+        gated = tuple(e.layer for e in self.config.exits if e.gate)
+        if gated and self.candidates:
+            raise ValueError(
+                f"method.candidates={self.candidates}: the exits after layers {gated} have gates, which "
+                "learn whether the exit's choice among all tokens is right; set it to 0"
+            )
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """The exits and their gates train, everything else is frozen.
@@ -126,6 +158,10 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
           ValueError: the exits own no parameters.
         """
         return split_exits(params, self.config.exits)
+
+    def for_evaluation(self) -> "SelfSupervisedExits":
+        """The same method, which reads the whole vocabulary."""
+        return dataclasses.replace(self, candidates=0)
 
     def batches(self, batches: Iterator[Any], frozen: Params, data: RunData) -> Any:
         """The data as it comes, or `cached_batches` of it as taps that come again in every epoch.
@@ -141,9 +177,14 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
         return CachedBatches(cache_taps(self, frozen, data.placed(first)), data.seed)
 
     def begin(self, state: TrainState, frozen: Params, data: RunData) -> TrainState:
-        """Fits the exits that ask for it (`depth.fitting`)."""
-        fitted = fit_state(self.config, state.params, frozen, data.placed(iter(data.train)))
+        """Fits the exits that ask for it (`depth.fitting`), to cached batches where there are any."""
+        cached = data.read.taps if isinstance(data.read, CachedBatches) else iter(data.train)
+        fitted = fit_state(self.config, state.params, frozen, data.placed(cached), self.fit_tokens)
         return dataclasses.replace(state, params=fitted)
+
+    def remark(self, metrics: Mapping[str, float]) -> str:
+        """What to do about exits that start above chance (`depth.fitting`)."""
+        return above_chance(self.config, metrics)
 
     def loss(
         self, trainable: Params, frozen: Params, batch: Batch | Taps, step: jax.Array
@@ -154,15 +195,16 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
           trainable: first result of `split`; the only parameters with a gradient.
           frozen: second result of `split`.
           batch: packed tokens and weights, targets are not read; or what the frozen layers gave for them.
-          step: not used.
+          step: int32 scalar; decides which columns of the vocabulary are drawn.
 
         Returns:
           (scalar float32, metrics `loss`, for every exit `loss/exit_<layer>` and `agreement/exit_<layer>`
-          with the full model, for every gate `gate_loss/exit_<layer>` and `gate_accuracy/exit_<layer>`).
+          with the full model, for every gate `gate_loss/exit_<layer>` and `gate_accuracy/exit_<layer>`). With
+          `candidates`, the agreement is among the tokens that are read, and so an upper bound.
         """
         # Whether a batch holds taps is static: batches and taps compile to programs of their own.
         taps = batch if isinstance(batch, Taps) else self.taps(frozen, batch)
-        return self.loss_from_taps(trainable, frozen, taps)
+        return self.loss_from_taps(trainable, frozen, taps, step)
 
     def taps(self, frozen: Params, batch: Batch) -> Taps:
         """Runs the frozen layers, once, for all exits and the full model.
@@ -174,24 +216,45 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
         Returns:
           What the exits and the full model's head read, in the dtype of activations.
         """
-        decoder = Decoder(self.config).bind({"params": jax.lax.stop_gradient(frozen)})
-        depths = [*(e.layer for e in self.config.exits), self.config.n_layers]
-        by_depth = decoder.taps(batch.tokens, depths, batch.positions, batch.segments)
-        return Taps(
-            exits=tuple({f: getattr(by_depth[e.layer], f) for f in READS[e.kind]} for e in self.config.exits),
-            features=decoder.final_features(by_depth[self.config.n_layers].hidden),
-            weights=batch.weights,
-            positions=batch.positions,
-            segments=batch.segments,
-        )
+        return self.sampled(frozen, read_taps(self.config, jax.lax.stop_gradient(frozen), batch))
 
-    def loss_from_taps(self, trainable: Params, frozen: Params, taps: Taps) -> tuple[jax.Array, Metrics]:
+    def sampled(self, frozen: Params, taps: Taps) -> Taps:
+        """Adds the tokens whose columns of the vocabulary steps read, where `candidates` limits them.
+
+        Args:
+          frozen: second result of `split`.
+          taps: what the frozen layers gave for a batch.
+        """
+        rows, vocab = taps.features.shape[0], self.config.vocab_size
+        if not 0 < self.candidates < vocab:
+            return taps
+        count = min(max(1, (self.candidates - self._drawn()) // rows), vocab)
+        kernel_VD = Decoder(self.config).bind({"params": frozen}).final_kernel()
+
+        def of_row(features_TD: jax.Array) -> jax.Array:
+            # A row whose length is no multiple of a chunk is filled up with its last column, which adds none.
+            filled = jnp.pad(features_TD, [(0, -len(features_TD) % self.loss_chunk), (0, 0)], mode="edge")
+            chunks = filled.reshape(-1, self.loss_chunk, filled.shape[1])
+            near = jax.lax.map(lambda x: nearness(vocab_logits(self.config, x[None], kernel_VD)[0]), chunks)
+            return likeliest(jnp.max(near, axis=0)[None], count)[0]
+
+        # Logits of one row and one chunk of columns at a time.
+        return dataclasses.replace(taps, likeliest=jax.lax.map(of_row, taps.features))
+
+    def _drawn(self) -> int:
+        """R, columns that are drawn."""
+        return max(1, self.candidates // RANDOM_SHARE)
+
+    def loss_from_taps(
+        self, trainable: Params, frozen: Params, taps: Taps, step: jax.Array | int = 0
+    ) -> tuple[jax.Array, Metrics]:
         """`loss` without running the frozen layers.
 
         Args:
           trainable: first result of `split`; the only parameters with a gradient.
           frozen: second result of `split`.
           taps: what the frozen layers gave for a batch, from `taps`.
+          step: as in `loss`.
 
         Returns:
           As `loss`.
@@ -201,111 +264,80 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
         exits = self.config.exits
 
         # What precedes the vocabulary: features of all columns at once. A gate does not train the features.
-        features = [self._features(decoder, i, taps) for i in range(len(exits))]
+        taps = jax.lax.stop_gradient(taps)
+        features = [
+            decoder.exit_features(i, taps.tap(i), taps.positions, taps.segments) for i in range(len(exits))
+        ]
         gates = [
             decoder.exit_gate(i, jax.lax.stop_gradient(x)) if exits[i].gate else None
             for i, x in enumerate(features)
         ]
-        kernels = [decoder.exit_kernel(i) for i in range(len(exits))]
-        teacher_VD = decoder.final_kernel()
+        own = [None if e.tied else decoder.exit_kernel(i) for i, e in enumerate(exits)]
+        teacher_VD, offsets = decoder.final_kernel(), None
+        if taps.likeliest is not None:
+            key = jax.random.fold_in(jax.random.key(self.seed), step)
+            part = columns(taps.likeliest, self.config.vocab_size, self._drawn(), key)
+            teacher_VD, offsets = teacher_VD[part.ids], part.offsets
+            own = [None if kernel is None else kernel[part.ids] for kernel in own]
 
         # Logits exist for one chunk of columns only: the teacher's, once for all exits, and those of an exit.
-        # The backward pass computes the exits' logits again.
-        def sums(piece: tuple) -> list[_ExitSums]:
-            teacher_BTD, features, gates, weights = piece
-            teacher = jax.lax.stop_gradient(vocab_logits(self.config, teacher_BTD, teacher_VD))
-            each = zip(exits, features, kernels, gates, strict=True)
-            return [
-                jax.checkpoint(functools.partial(self._exit_sums, e))(x, kernel, gate, teacher, weights)
-                for e, x, kernel, gate in each
-            ]
+        def divergence(learned: tuple[Any, Any], given: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+            (own, features), ((teacher_VD, offsets), (teacher_BTD, weights)) = learned, given
+            teacher = vocab_logits(self.config, teacher_BTD, teacher_VD)
+            total, tokens = jnp.zeros((), jnp.float32), []
+            for e, x, kernel in zip(exits, features, own, strict=True):
+                imitate = eagerly(functools.partial(self._imitate, e))
+                loss, found = imitate((kernel, x), (teacher_VD, offsets, teacher, weights))
+                total, tokens = total + loss, [*tokens, found]
+            return total, tokens
 
-        per_exit = sum_over_chunks(sums, (taps.features, features, gates, taps.weights), self.loss_chunk)
-
-        total, metrics = jnp.zeros((), jnp.float32), {}
-        for e, exit_sums in zip(exits, per_exit, strict=True):
-            loss, named = self._exit_loss(e, exit_sums)
-            total, metrics = total + loss / len(exits), metrics | named
-        return total, {"loss": total, **metrics}
-
-    def _features(self, decoder: Decoder, index: int, taps: Taps) -> jax.Array:
-        """Features [B, T, D] of one exit."""
-        stored = jax.lax.stop_gradient(taps.exits[index])
-        # A `Tap` has all fields. Those that this kind of exit does not read are filled with any array.
-        anything = next(iter(stored.values()))
-        tap = Tap(**{f.name: stored.get(f.name, anything) for f in dataclasses.fields(Tap)})
-        return decoder.exit_features(index, tap, taps.positions, taps.segments)
-
-    def _exit_sums(
-        self,
-        e: ExitConfig,
-        features_BTD: jax.Array,
-        kernel_VD: jax.Array,
-        gate_BT: jax.Array | None,
-        teacher_BTV: jax.Array,
-        weights_BT: jax.Array,
-    ) -> "_ExitSums":
-        """Sums of one exit over a chunk of columns."""
-        student = vocab_logits(self.config, features_BTD, kernel_VD, e.temperature)
-        loss = imitation_loss(self.objective, teacher_BTV, student, self.top_k, self.alpha)
-        right = jnp.argmax(student, axis=-1) == jnp.argmax(teacher_BTV, axis=-1)
-
-        gate_right = gate_wrong = gate_correct = jnp.zeros((), jnp.float32)
-        if gate_BT is not None:
-            entropy = gate_cross_entropy(gate_BT, right) * weights_BT
-            gate_right, gate_wrong = jnp.sum(entropy * right), jnp.sum(entropy * ~right)
-            gate_correct = jnp.sum(weights_BT * ((gate_BT > 0.5) == right))
-
-        return _ExitSums(
-            loss=jnp.sum(loss * weights_BT),
-            right=jnp.sum(weights_BT * right),
-            weight=jnp.sum(weights_BT),
-            gate_right=gate_right,
-            gate_wrong=gate_wrong,
-            gate_correct=gate_correct,
+        given = (teacher_VD, offsets), (taps.features, taps.weights)
+        total, tokens = losses_over_chunks(
+            divergence, (own, features), jax.lax.stop_gradient(given), self.loss_chunk
         )
 
-    def _exit_loss(self, e: ExitConfig, sums: "_ExitSums") -> tuple[jax.Array, Metrics]:
-        """L + G of one exit, and its metrics."""
-        count = jnp.maximum(sums.weight, 1.0)  # a batch of padding alone has no tokens
-        loss = sums.loss / count
-        metrics = {f"loss/{e.name}": loss, f"agreement/{e.name}": sums.right / count}
-        if not e.gate:
-            return loss, metrics
+        count = jnp.maximum(jnp.sum(taps.weights), 1.0)  # a batch of padding alone has no tokens
+        total, metrics = total / count, {}
+        for e, gate, (loss, right) in zip(exits, gates, tokens, strict=True):
+            metrics[f"loss/{e.name}"] = jnp.sum(loss * taps.weights) / count
+            metrics[f"agreement/{e.name}"] = jnp.sum(right * taps.weights) / count
+            if gate is not None:
+                gate_loss, correct = self._gate_loss(gate, right, taps.weights)
+                total += gate_loss
+                metrics |= {f"gate_loss/{e.name}": gate_loss, f"gate_accuracy/{e.name}": correct}
+        total /= len(exits)
+        return total, {"loss": total, **metrics}
 
-        gate = (sums.gate_right + sums.gate_wrong) / count
-        if self.balance_gates:
-            wrong = sums.weight - sums.right
-            right_mean = sums.gate_right / jnp.maximum(sums.right, 1.0)
-            wrong_mean = sums.gate_wrong / jnp.maximum(wrong, 1.0)
-            # Half of each where a batch has right and wrong tokens, all of the one that it has otherwise.
-            kinds = jnp.maximum((sums.right > 0).astype(jnp.float32) + (wrong > 0), 1.0)
-            gate = (right_mean + wrong_mean) / kinds
+    def _imitate(self, e: ExitConfig, learned: Any, given: Any) -> tuple[jax.Array, Any]:
+        """sum_t weight_t L_t of one exit over a chunk of columns, L [B, T], and where it is right [B, T]."""
+        (kernel_VD, features_BTD), (teacher_VD, offsets_V, teacher_BTV, weights_BT) = learned, given
+        kernel_VD = teacher_VD if kernel_VD is None else kernel_VD
+        student = vocab_logits(self.config, features_BTD, kernel_VD, e.temperature)
+        # Every exit shares the arg max of the full model; one of its own would take as long as the softmax.
+        choice_BT = jnp.argmax(teacher_BTV, axis=-1)
+        chosen = jnp.take_along_axis(student, choice_BT[..., None], axis=-1)[..., 0]
+        right = chosen >= jnp.max(student, axis=-1)
+        if offsets_V is not None:
+            student, teacher_BTV = student + offsets_V, teacher_BTV + offsets_V
+        loss = imitation_loss(self.objective, teacher_BTV, student, self.top_k, self.alpha)
+        return jnp.sum(loss * weights_BT), (loss, right)
 
-        metrics |= {f"gate_loss/{e.name}": gate, f"gate_accuracy/{e.name}": sums.gate_correct / count}
-        return loss + gate, metrics
+    def _gate_loss(
+        self, gate_BT: jax.Array, right_BT: jax.Array, weights_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """G of one exit, and the share of the tokens where its gate, cut at 1/2, is correct."""
+        entropy = gate_cross_entropy(gate_BT, right_BT) * weights_BT
+        count = jnp.maximum(jnp.sum(weights_BT), 1.0)
+        correct = jnp.sum(weights_BT * ((gate_BT > 0.5) == right_BT)) / count
+        if not self.balance_gates:
+            return jnp.sum(entropy) / count, correct
 
-
-# Fields of a `Tap` that an exit reads; the others are not cached.
-READS: dict[ExitKind, tuple[str, ...]] = {
-    "embedding": ("hidden",),
-    "norm": ("hidden",),
-    "linear": ("hidden",),
-    "mlp": ("residual", "mlp_input"),
-    "block": ("hidden",),
-}
-
-
-@flax.struct.dataclass
-class _ExitSums:
-    """Weighted sums over tokens for one exit, float32 scalars."""
-
-    loss: jax.Array
-    right: jax.Array  # weight of the tokens where the exit agrees with the full model
-    weight: jax.Array
-    gate_right: jax.Array  # the gate's cross-entropy where the exit is right
-    gate_wrong: jax.Array  # the gate's cross-entropy where it is wrong
-    gate_correct: jax.Array  # weight of the tokens where the gate, cut at 1/2, is correct
+        right, wrong = jnp.sum(weights_BT * right_BT), jnp.sum(weights_BT * ~right_BT)
+        right_mean = jnp.sum(entropy * right_BT) / jnp.maximum(right, 1.0)
+        wrong_mean = jnp.sum(entropy * ~right_BT) / jnp.maximum(wrong, 1.0)
+        # Half of each where a batch has right and wrong tokens, all of the one that it has otherwise.
+        kinds = jnp.maximum((right > 0).astype(jnp.float32) + (wrong > 0), 1.0)
+        return (right_mean + wrong_mean) / kinds, correct
 
 
 def gate_cross_entropy(probability: jax.Array, right: jax.Array) -> jax.Array:

@@ -64,7 +64,7 @@ class TrainConfig:
     accumulate: int = 1  # parts a batch is computed in, one after the other
     remat: bool = False  # recompute layers in the backward pass: less memory, more time
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
-    seed: int = 0  # of the parameters that are drawn, sampled sub-models and layer dropout
+    seed: int = 0  # of whatever is drawn: parameters, sub-models, dropped layers, columns of the vocabulary
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
     eval_batches: int = 20  # batches per held-out evaluation; 0 = all there are

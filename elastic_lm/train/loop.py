@@ -2,9 +2,10 @@
 
 import dataclasses
 import itertools
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import grain
@@ -38,6 +39,7 @@ class Job:
       place: puts a host batch on the mesh.
       per_step: tokens of a step, or of whatever `rate` says.
       rate: name of what is counted per second.
+      remark: of the method: what the user should know about the first metrics; "" = nothing.
     """
 
     config: TrainConfig
@@ -47,6 +49,7 @@ class Job:
     place: Callable[[Any], Any]
     per_step: int
     rate: str = "tokens_per_s"
+    remark: Callable[[Mapping[str, float]], str] = lambda _: ""
 
 
 @dataclasses.dataclass
@@ -130,8 +133,11 @@ def run(
         window.steps.append(_finite(step, pending))
         pending = None
         if step % config.log_every == 0 or last:
-            writer.write(step, window.summary(job.per_step, job.rate))
+            summary = window.summary(job.per_step, job.rate)
+            writer.write(step, summary)
             window = _Window()
+            if start == 0 and step <= config.log_every and (remark := job.remark(summary)):
+                logging.warning("%s", remark)
 
         paused = time.monotonic()
         saves = last or step % config.save_every == 0

@@ -52,20 +52,51 @@ def token_sums(
     Returns:
       TokenSums of float32 scalars.
     """
+    found = token_losses(logits_BTV, targets_BT, confidence_weighted=confidence_weighted)
+    return TokenSums(
+        jnp.sum(found.loss * weights_BT),
+        jax.lax.stop_gradient(jnp.sum(found.cross_entropy * weights_BT)),
+        jnp.sum(weights_BT * found.correct),
+        jnp.sum(weights_BT),
+    )
+
+
+@flax.struct.dataclass
+class TokenLosses:
+    """What a token's logits are worth, [B, T] each.
+
+    Attributes:
+      loss: token_weight * cross-entropy, in nats.
+      cross_entropy: in nats.
+      correct: bool, the arg max is the target.
+    """
+
+    loss: jax.Array
+    cross_entropy: jax.Array
+    correct: jax.Array
+
+
+def token_losses(
+    logits_BTV: jax.Array, targets_BT: jax.Array, *, confidence_weighted: bool = False
+) -> TokenLosses:
+    """Next-token cross-entropy of every token.
+
+    Args:
+      logits_BTV: float32.
+      targets_BT: int32 token that follows each input.
+      confidence_weighted: see `chunked_cross_entropy`; static.
+
+    Returns:
+      TokenLosses.
+    """
     normaliser = jax.nn.logsumexp(logits_BTV, axis=-1)
     target = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    entropy = (normaliser - target) * weights_BT
+    entropy = normaliser - target
 
     # Held fixed: a weight that learned could lower the loss by being unsure of everything.
     top = jnp.max(logits_BTV, axis=-1)
     confidence = jnp.exp(jax.lax.stop_gradient(top - normaliser)) if confidence_weighted else 1.0
-
-    return TokenSums(
-        jnp.sum(entropy * confidence),
-        jax.lax.stop_gradient(jnp.sum(entropy)),
-        jnp.sum(weights_BT * (target >= top)),
-        jnp.sum(weights_BT),
-    )
+    return TokenLosses(entropy * confidence, entropy, target >= top)
 
 
 def chunked_cross_entropy(
@@ -119,21 +150,112 @@ def sum_over_chunks(function: Callable[[Any], Any], arrays: Any, chunk: int) -> 
     Returns:
       A tree like that of `function`, summed over the pieces.
     """
-    b, t = jax.tree.leaves(arrays)[0].shape[:2]
+    t = jax.tree.leaves(arrays)[0].shape[1]
     chunk = min(chunk, t)
     one = jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
     if chunk == t:
         return one(arrays)
 
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
-
-    pieces = jax.tree.map(split, arrays)
+    pieces = jax.tree.map(lambda x: _columns(x, chunk), arrays)
     sums = jax.eval_shape(function, jax.tree.map(lambda x: x[0], pieces))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     total, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, one(x)), None), zero, pieces)
     return total
+
+
+def eagerly(function: Callable[[Any, Any], tuple[jax.Array, Any]]) -> Callable[[Any, Any], Any]:
+    """The same function, whose gradient is computed along with its value: nothing large waits for it.
+
+    Args:
+      function: from (what has a gradient, what has none) to (scalar, a tree without a gradient).
+
+    Returns:
+      A function of the same arguments and results, differentiable once in its first argument. Where nobody
+      asks for a gradient, none is computed.
+    """
+    return _with_slopes(function, jax.value_and_grad(function, has_aux=True))
+
+
+def losses_over_chunks(
+    function: Callable[[Any, Any], tuple[jax.Array, Any]],
+    learned: tuple[Any, Any],
+    given: tuple[Any, Any],
+    chunk: int,
+) -> tuple[jax.Array, Any]:
+    """Sums a loss over pieces of columns, and differentiates every piece as soon as it is computed.
+
+    `sum_over_chunks` computes every piece again in its backward pass. Here each product with the vocabulary
+    is computed once, because the gradient of a sum of losses does not have to wait for the other pieces.
+
+    Args:
+      function: from the pairs `learned` and `given`, with `chunk` columns of their second parts, to a scalar
+        loss and a tree of [B, chunk, ...] numbers that have no gradient; static.
+      learned: (parameters, a tree of [B, T, ...] arrays), which have gradients.
+      given: (a tree, a tree of [B, T, ...] arrays), which have none. Columns that fill up the last piece are
+        all zeros, weights too.
+      chunk: columns of T per piece; static.
+
+    Returns:
+      (sum of the losses, a tree of [B, T, ...] numbers).
+    """
+    length = jax.tree.leaves(given[1])[0].shape[1]
+    chunk = min(chunk, length)
+    if chunk == length:
+        return eagerly(function)(learned, given)
+
+    def pieces(tree: Any) -> Any:
+        return jax.tree.map(lambda x: _columns(x, chunk), tree)
+
+    def whole(tree: Any) -> Any:
+        return jax.tree.map(lambda x: _rows(x)[:, :length], tree)
+
+    def value(learned: tuple[Any, Any], given: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+        def step(total: jax.Array, xs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+            loss, tokens = function((learned[0], xs[0]), (given[0], xs[1]))
+            return total + loss, tokens
+
+        zero = jnp.zeros((), jnp.float32)
+        total, tokens = jax.lax.scan(step, zero, (pieces(learned[1]), pieces(given[1])))
+        return total, whole(tokens)
+
+    slope_of = jax.value_and_grad(function, has_aux=True)
+
+    def slopes(learned: tuple[Any, Any], given: tuple[Any, Any]) -> tuple[tuple[jax.Array, Any], Any]:
+        def step(sums: tuple[jax.Array, Any], xs: tuple[Any, Any]) -> tuple[Any, Any]:
+            (loss, tokens), (shared, own) = slope_of((learned[0], xs[0]), (given[0], xs[1]))
+            return jax.tree.map(jnp.add, sums, (loss, shared)), (tokens, own)
+
+        zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, learned[0])
+        (total, shared), (tokens, own) = jax.lax.scan(step, zero, (pieces(learned[1]), pieces(given[1])))
+        return (total, whole(tokens)), (shared, whole(own))
+
+    return _with_slopes(value, slopes)(learned, given)
+
+
+def _with_slopes(
+    value: Callable[[Any, Any], tuple[jax.Array, Any]],
+    slopes: Callable[[Any, Any], tuple[tuple[jax.Array, Any], Any]],
+) -> Callable[[Any, Any], Any]:
+    """A function, and what gives its value and its gradient together, as one differentiable function."""
+    run = jax.custom_vjp(value)
+
+    def backward(slope: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, None]:
+        return jax.tree.map(lambda leaf: cotangents[0].astype(leaf.dtype) * leaf, slope), None
+
+    run.defvjp(slopes, backward)
+    return run
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[pieces, B, chunk, ...] -> [B, pieces * chunk, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _columns(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [pieces, B, chunk, ...], filled up with zeros."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
 def imitation_loss(

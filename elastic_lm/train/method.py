@@ -9,6 +9,7 @@ A method owns everything that only it needs. A run (`train.run.fit`) calls it in
     batches            gives what the steps read: the data as it comes, or what the method makes of it
     begin              changes the state, at the first start of a run alone (neurons sorted by importance)
     loss               of one batch; compiled with its gradient, and run in every step
+    remark             says what the first line of metrics should make the user do
     finish             separates the model from what only training needed, and names files to save beside it
 
 A new method is a file with two classes, a `MethodConfig` (the `method` section of a run's config) and a
@@ -106,6 +107,7 @@ class RunData:
       mesh: where batches go.
       place: puts a host batch on the mesh.
       seed: of the order of the data.
+      read: what the steps read, from `Method.batches`, once it is there.
     """
 
     train: grain.IterDataset
@@ -113,6 +115,7 @@ class RunData:
     mesh: Mesh
     place: Callable[[Any, Mesh], Any]
     seed: int
+    read: Any = None
 
     def placed(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Host batches on the mesh, one after the other."""
@@ -234,7 +237,7 @@ class Method(Generic[AnyBatch]):
         Args:
           state: at step 0, on the mesh.
           frozen: second result of `split`.
-          data: what the run reads.
+          data: what the run reads, with what `batches` made of it.
         """
         return state
 
@@ -253,6 +256,14 @@ class Method(Generic[AnyBatch]):
           (scalar float32, float32 scalars by name), each per counted token or row of the batch.
         """
         raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def remark(self, metrics: Mapping[str, float]) -> str:
+        """What a user should know who starts a run whose first metrics are these; "" = nothing.
+
+        Args:
+          metrics: means over the steps of the first line that is logged.
+        """
+        return ""
 
     def finish(self, params: Params, data: RunData) -> Finished:
         """Separates the model from what only training needed.

@@ -96,9 +96,11 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
         place=lambda batch: data.place(batch, data.mesh),
         per_step=run.per_step,
         rate=run.rate,
+        remark=method.remark,
     )
 
     batches = method.batches(iter(data.train), frozen, data)
+    data = dataclasses.replace(data, read=batches)
     state = create_state(optimizer, trainable)
     del trainable
     save_identity(config, workdir)  # only now: a run that was refused leaves no trace in its workdir

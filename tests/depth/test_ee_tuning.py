@@ -215,8 +215,36 @@ def test_joint_training_is_final_plus_weighted_exits() -> None:
     assert np.any(grads["exit_4"]["norm"]["scale"])
 
 
+def test_joint_exits_learn_from_full_depth() -> None:
+    config, params = tuned()
+    batch = packed(config)
+    joint = JointTraining(config, weights=(0.25, 0.0, 0.0, 0.5), distil=0.75, loss_chunk=4)
+    (total, metrics), grads = jax.jit(value_and_grad(joint))(params, {}, batch, jnp.int32(0))
+
+    def by_hand(params: Params) -> jax.Array:
+        output = Decoder(config).apply({"params": params}, batch.tokens, batch.positions, batch.segments)
+        teacher = jax.lax.stop_gradient(jax.nn.softmax(output.logits))
+
+        def mean(x: jax.Array) -> jax.Array:
+            return jnp.sum(x * batch.weights) / jnp.sum(batch.weights)
+
+        total = mean(optax.softmax_cross_entropy_with_integer_labels(output.logits, batch.targets))
+        for weight, logits in ((0.25, output.exit_logits[0]), (0.5, output.exit_logits[3])):
+            entropy = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+            divergence = optax.kl_divergence(jax.nn.log_softmax(logits), teacher)
+            total += weight * mean(0.25 * entropy + 0.75 * divergence)
+        return total
+
+    expected, slopes = jax.jit(jax.value_and_grad(by_hand))(params)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), grads, slopes)
+    assert set(metrics) >= {"loss/final", "accuracy/final", "loss/exit_1", "loss/exit_4"}
+
+
 def test_messages() -> None:
     config, _ = tuned()
+    with pytest.raises(ValueError, match=r"method.distil=1.5: must be in \[0, 1\]"):
+        JointTraining(config, distil=1.5)
     with pytest.raises(ValueError, match="attach exits first"):
         EETuning(tiny_config())
     with pytest.raises(ValueError, match=r"weights=\(1.0,\): needs one entry per exit.*\(1, 2, 3, 4\)"):

@@ -1,6 +1,8 @@
 """Exits in closed form: the regression's solution, whatever the batches, and exact where it can be."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 import elastic_lm as el
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.batch import Batch
+from elastic_lm.depth.cached_taps import read_taps
 from elastic_lm.depth.fitting import fit_exits
 from elastic_lm.models.decoder import Decoder, stack_layers
 from elastic_lm.models.exits import attach_exits
@@ -120,6 +123,15 @@ def test_sums_do_not_depend_on_how_text_is_cut_nor_on_stacking():
     np.testing.assert_allclose(stacked, one, atol=1e-4)
 
 
+def test_what_the_layers_gave_is_fitted_as_their_text_is():
+    config, params = attached("linear", hidden=8)
+    batches = [batch_of(config, seed) for seed in range(3)]
+    taps = [jax.device_get(read_taps(config, params, batch)) for batch in batches]
+    found, expected = fit_exits(config, params, taps), fit_exits(config, params, batches)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6)
+    jax.tree.map(close, found["exit_1"], expected["exit_1"])
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"exit\.init='fit'|exit\.init=.*nothing to fit"):
         ExitConfig(2, "embedding", init="fit")
@@ -134,6 +146,22 @@ def test_errors():
         el.depth.fit_exits(config, params, [], ridge=-1)
     with pytest.raises(ValueError, match="no token counts"):
         el.depth.fit_exits(config, params, [batch_of(config, 0, padded=LENGTH)])
+
+
+def test_a_run_says_what_to_do_about_exits_that_start_above_chance():
+    exits = (ExitConfig(1, "norm"), ExitConfig(2, "norm"), ExitConfig(3, "linear", tied=True, init="fit"))
+    config = tiny_config(vocab_size=300).with_exits(exits)
+    chance = math.log(300)
+    metrics = {"loss": 9.0, "loss/exit_1": chance + 0.1, "loss/exit_2": chance - 0.1, "loss/exit_3": 9.0}
+    for method in (el.depth.EETuning(config), el.depth.SelfSupervisedExits(config)):
+        found = method.remark(metrics)
+        assert f"loss/exit_1 is {chance + 0.1:.2f}" in found
+        assert f"ln V = {chance:.2f}" in found
+        assert 'ExitConfig(1, kind="linear", tied=True, init="fit")' in found
+        assert "exit_2" not in found
+        assert "exit_3" not in found  # fitted already
+        assert not method.remark({**metrics, "loss/exit_1": chance - 0.1})
+    assert not el.depth.JointTraining(config).remark(metrics)  # where the model learns too, chance is a start
 
 
 @pytest.mark.parametrize("hidden", [0, 8])

@@ -78,6 +78,7 @@ def test_positions_per_tick() -> None:
     assert positions / ticks == pytest.approx(positions_per_tick(0.2, 4), rel=0.02)
 
 
+@pytest.mark.long
 def test_deep_ticks_are_those_of_the_decode_loop() -> None:
     config = tiny_config(exits=(1, 3))
     random = np.random.default_rng(0)

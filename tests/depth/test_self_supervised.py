@@ -1,6 +1,8 @@
 """Exits that imitate their own model: objectives, gates, the cache, and a backbone that does not move."""
 
+import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -12,12 +14,15 @@ import pytest
 
 from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig
 from elastic_lm.data.batch import Batch
+from elastic_lm.depth.fitting import fit_exits
 from elastic_lm.depth.self_supervised import SelfSupervisedExits, cache_taps, gate_cross_entropy
 from elastic_lm.models.decoder import Decoder, Params, stack_layers
 from elastic_lm.models.exits import attach_exits
 from elastic_lm.models.registry import abstract_params, init_params
 from elastic_lm.testing import all_logits, assert_same_tree, random_tokens, tiny_config
 from elastic_lm.train.losses import Metrics, Objective, imitation_loss
+from elastic_lm.train.method import RunData
+from elastic_lm.train.state import TrainState
 
 # Programs of moments: compiling them well takes longer than running them.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -155,6 +160,26 @@ def test_cached_loss_is_the_online_loss(stacked: bool) -> None:
     for batch, taps in zip(batches, cache, strict=True):
         expected = online(trainable, frozen, batch, jnp.int32(0))
         jax.tree.map(CLOSE, offline(trainable, frozen, taps, jnp.int32(0)), expected)
+
+
+def test_cached_batches_are_what_exits_are_fitted_on() -> None:
+    """The frozen layers do not run over the text a second time."""
+    base, backbone = tiny_config(), model()[1]
+    config, params = attach_exits(base, backbone, [ExitConfig(2, "linear", True, "fit")], jax.random.key(0))
+    method = SelfSupervisedExits(config, cached_batches=2)
+    trainable, frozen = method.split(params)
+    batches = [packed(config, seed=seed) for seed in range(2)]
+
+    def nothing() -> Iterator[Any]:
+        raise AssertionError("the text is read again")
+        yield
+
+    data = RunData(nothing(), lambda: [], mesh=None, place=lambda batch, mesh: batch, seed=0)  # pyright: ignore[reportArgumentType]
+    data = dataclasses.replace(data, read=method.batches(iter(batches), frozen, data))
+    begun = method.begin(TrainState(jnp.int32(0), trainable, None), frozen, data)
+
+    expected = fit_exits(config, params, batches)["exit_2"]["map"]
+    jax.tree.map(CLOSE, begun.params["exit_2"]["map"], expected)
 
 
 @pytest.mark.parametrize("objective", ["kl", "argmax", "penalised"])

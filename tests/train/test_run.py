@@ -13,6 +13,7 @@ from training_runs import Stopped, changed, metric_lines, stop_at
 from elastic_lm.checkpoints.native import load_model
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.depth.ee_tuning import EETuning
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.run import fit
@@ -110,7 +111,10 @@ def test_exits_of_a_checkpoint_are_not_pretrained(run_config: RunConfig, tmp_pat
         fit(dataclasses.replace(again, model=None), tmp_path / "again")
 
 
-def test_exits_are_tuned_on_a_frozen_checkpoint(run_config: RunConfig, tmp_path: Path) -> None:
+def test_exits_are_tuned_on_a_frozen_checkpoint(
+    run_config: RunConfig, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(EETuning, "remark", lambda self, metrics: f"starts at {metrics['loss/exit_1']}")
     _, backbone, _ = fit(run_config, tmp_path / "base")
     tuning = changed(run_config, method="ee_tuning", init_from=str(tmp_path / "base" / "model"), steps=20)
     tuning = dataclasses.replace(tuning, model=None, exits=(ExitConfig(1),))
@@ -118,6 +122,9 @@ def test_exits_are_tuned_on_a_frozen_checkpoint(run_config: RunConfig, tmp_path:
     assert [e.layer for e in model.exits] == [1]
     chex.assert_trees_all_equal({name: params[name] for name in backbone}, backbone)
     assert any("exit_1" in name for name in metrics)
+    remarks = [message for message in caplog.messages if message.startswith("starts at")]
+    first = metric_lines(tmp_path / "exits")[0]["loss/exit_1"]
+    assert [float(remark.split()[-1]) for remark in remarks] == [pytest.approx(first, rel=1e-4)]
     saved = tmp_path / "exits" / "model"
     assert load_model(saved)[0] == model
     assert Tokenizer.load(saved).vocab_size == 300
