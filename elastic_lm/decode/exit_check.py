@@ -6,12 +6,13 @@ threshold can be reached, the exit's gate (a small classifier of the hidden stat
 high enough, and so is a confidence that needs no logits.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.decode.lossless import deep_logits
+from elastic_lm.decode.lossless import newest_token
 from elastic_lm.decode.segment import Segment, TickOutput
 from elastic_lm.decode.state import DecodeState, Emissions
 from elastic_lm.depth.confidence import (
@@ -55,13 +56,8 @@ def check_exit(
     assert features is not None
     assert state_confidence_B is not None
 
-    newest = (state.length - 1)[:, None]
-    threshold_B = jnp.take_along_axis(controls.thresholds[:, j], newest, axis=1)[:, 0]
-
-    # A lossless row that has drafted all it may waits for the full model, whose token needs no verification.
-    last_draft_B = controls.lossless & (state.done[0] - state.done[-1] >= room_B)
-    # No confidence is above 1, so a larger threshold is never reached.
-    eager_B = asking_B & (threshold_B <= 1.0) & ~last_draft_B
+    threshold_B = _threshold(segment, state)
+    eager_B = looks(segment, state, asking_B=asking_B, room_B=room_B)
 
     def look() -> Emissions:
         # What is known without the logits may already rule a row out.
@@ -89,15 +85,37 @@ def check_exit(
     return jax.lax.cond(jnp.any(eager_B), look, lambda: emissions)
 
 
+def looks(segment: Segment, state: DecodeState, *, asking_B: jax.Array, room_B: jax.Array) -> jax.Array:
+    """[B] bool: rows that look at the exit after a segment; arguments as in `check_exit`."""
+    # A lossless row that has drafted all it may waits for the full model, whose token needs no verification.
+    last_draft_B = segment.controls.lossless & (state.done[0] - state.done[-1] >= room_B)
+    # No confidence is above 1, so a larger threshold is never reached.
+    return asking_B & (_threshold(segment, state) <= 1.0) & ~last_draft_B
+
+
+def _threshold(segment: Segment, state: DecodeState) -> jax.Array:
+    """[B] float32 of the exit after a segment, at each row's newest position."""
+    newest = (state.length - 1)[:, None]
+    return jnp.take_along_axis(segment.controls.thresholds[:, segment.index], newest, axis=1)[:, 0]
+
+
 def _check_last(segment: Segment, emissions: Emissions, output: TickOutput, asking_B: jax.Array) -> Emissions:
     """After the last layer there is nothing to decide: every row that asks emits."""
 
+    if output.deep is not None:
+        # The full model has drawn a token at every position that it verified, the newest one included.
+        return dataclasses.replace(
+            emissions,
+            rows=emissions.rows | asking_B,
+            tokens=jnp.where(asking_B, newest_token(output.deep), emissions.tokens),
+            depth=jnp.where(asking_B, segment.stop, emissions.depth),
+        )
+
+    features = output.features
+    assert features is not None
+
     def head() -> Emissions:
-        if output.deep is not None:
-            logits = deep_logits(output.deep, segment.config.vocab_size)
-        else:
-            assert output.features is not None
-            logits = final_logits(segment, output.features, asking_B)
+        logits = final_logits(segment, features, asking_B)
         return _with_rows(emissions, asking_B, logits, segment.stop)
 
     return jax.lax.cond(jnp.any(asking_B), head, lambda: emissions)
@@ -159,7 +177,8 @@ def _previewed(
 
 def _with_rows(emissions: Emissions, rows_B: jax.Array, logits_BV: jax.Array, depth: int) -> Emissions:
     """The emissions with those of more rows, all at one depth."""
-    return Emissions(
+    return dataclasses.replace(
+        emissions,
         rows=emissions.rows | rows_B,
         logits=jnp.where(rows_B[:, None], logits_BV, emissions.logits),
         depth=jnp.where(rows_B, depth, emissions.depth),

@@ -14,8 +14,13 @@ over T positions, measured on the device (`tick_costs`), all rows of a batch dra
 
     sum_rows ( 1 + sum_{i=1..k} prod_{t<i} a_{min(n+t, N)} ) / c(1 + k)
 
-tokens per second, where k = 0 is full depth. Proposals that are not drafted are compared with the text as
-well, once it is known: a row whose text begins to repeat itself is noticed while it drafts nothing.
+tokens per second, where k = 0 is full depth, or the exits where these are faster (`exit_balance`). Proposals
+that are not drafted are compared with the text as well, once it is known: a row whose text begins to repeat
+itself is noticed while it drafts nothing.
+
+A search after which no row drafts is followed by a rest: iterations at full depth, or with exits, without
+one. Rests grow from one such search to the next, up to the length that `tick_costs` gives, which keeps most
+searches in vain to a hundredth of the time. The first draft ends them.
 
 The drafts are verified as those of exits are (`lossless`), so that nothing but speed depends on them.
 
@@ -27,13 +32,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.decode.exit_balance import even_balance, exits_rest
 from elastic_lm.decode.state import COPIED, FREE, Controls, DecodeState, Lookup
 
 LONGEST_MATCH = 8  # N, longest match that is told from longer ones
 FADE = 0.95  # of the counts of acceptance, per counted token
 # Acceptance that a row starts with, a_1 .. a_N, and how many tokens this belief weighs.
 PRIOR = (0.1, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85)
-PRIOR_WEIGHT = 4.0
+PRIOR_WEIGHT = 8.0
+TINY = 1e-6  # keeps exits whose cost is not measured, and so is 0, from a division by it
 
 
 def no_proposals(batch: int, window: int) -> Lookup:
@@ -45,6 +52,10 @@ def no_proposals(batch: int, window: int) -> Lookup:
         match=jnp.zeros((batch,), jnp.int32),
         hits=prior,
         trials=jnp.full((batch, LONGEST_MATCH), PRIOR_WEIGHT, jnp.float32),
+        asked_at=jnp.zeros((batch,), jnp.int32),
+        rest=jnp.int32(0),
+        next_rest=jnp.int32(0),
+        exits=even_balance(),
     )
 
 
@@ -62,27 +73,30 @@ def propose(tokens_BS: jax.Array, length_B: jax.Array, count: int) -> tuple[jax.
       count: tokens to propose, static.
 
     Returns:
-      (proposal [B, count] int32, -1 where there is no match; match [B] int32 tokens that match, 0 .. N).
+      (proposal [B, count] int32, of no meaning where nothing matches; match [B] int32 tokens that match,
+      0 .. N).
     """
     capacity = tokens_BS.shape[1]
     position = jnp.arange(capacity)
+    back = jnp.arange(1, LONGEST_MATCH + 1)
+    newest_BN = jnp.take_along_axis(tokens_BS, jnp.maximum(length_B[:, None] - back, 0), axis=1)
+
+    # What lies before the row's first token equals nothing. Slices of one padded array, and not one shifted
+    # array after the other, become one loop over the text together with the maximum below.
+    padded = jnp.pad(tokens_BS, [(0, 0), (LONGEST_MATCH, 0)], constant_values=-1)
     match_BS = jnp.zeros(tokens_BS.shape, jnp.int32)
-    matches_BS = (position >= 1) & (position < length_B[:, None])
-    before_BS = tokens_BS
-    for i in range(1, LONGEST_MATCH + 1):
-        before_BS = jnp.roll(before_BS, 1, axis=1)  # x_{p-i}; what rolls in from the end is ruled out next
-        newest_B1 = jnp.take_along_axis(tokens_BS, jnp.maximum(length_B - i, 0)[:, None], axis=1)
-        matches_BS &= (before_BS == newest_B1) & (position >= i)
-        match_BS += matches_BS
+    for i in range(LONGEST_MATCH, 0, -1):
+        before_BS = padded[:, LONGEST_MATCH - i : LONGEST_MATCH - i + capacity]  # x_{p-i}
+        match_BS = jnp.where(before_BS == newest_BN[:, i - 1 : i], match_BS + 1, 0)
 
     # The longest match, and among equally long ones the latest.
-    start_B1 = jnp.argmax(match_BS * capacity + position, axis=1)[:, None]
-    match_B = jnp.take_along_axis(match_BS, start_B1, axis=1)[:, 0]
+    match_BS = jnp.where(position < length_B[:, None], match_BS, 0)
+    best_B = jnp.max(match_BS * capacity + position, axis=1)
+    match_B, start_B1 = best_B // capacity, (best_B % capacity)[:, None]
 
     # Beyond the row's end the proposal goes on with itself.
     period_B1 = jnp.maximum(length_B[:, None] - start_B1, 1)
-    proposal = jnp.take_along_axis(tokens_BS, start_B1 + jnp.arange(count) % period_B1, axis=1)
-    return jnp.where(match_B[:, None] > 0, proposal, -1), match_B
+    return jnp.take_along_axis(tokens_BS, start_B1 + jnp.arange(count) % period_B1, axis=1), match_B
 
 
 def learn(lookup: Lookup, tokens_BS: jax.Array, length_B: jax.Array, rows_B: jax.Array) -> Lookup:
@@ -105,12 +119,12 @@ def learn(lookup: Lookup, tokens_BS: jax.Array, length_B: jax.Array, rows_B: jax
 
     # The tokens up to the first that differs, and that one, were tried; nothing can be said of the others.
     right = known & (came == lookup.proposal)
-    run = jnp.cumprod(right, axis=1).astype(bool)
-    tried = known & jnp.pad(run, [(0, 0), (1, 0)], constant_values=True)[:, :-1]
+    first = _first(~right)[:, None]
+    tried, run = known & (index <= first), index < first
 
-    after = jax.nn.one_hot(_matches(lookup.match, count) - 1, LONGEST_MATCH)  # [B, count, N]
-    trials = jnp.einsum("bk,bkn->bn", tried.astype(jnp.float32), after)
-    hits = jnp.einsum("bk,bkn->bn", run.astype(jnp.float32), after)
+    after = _matches(lookup.match, count)[..., None] == jnp.arange(1, LONGEST_MATCH + 1)  # [B, count, N]
+    trials = jnp.sum(tried[..., None] & after, axis=1).astype(jnp.float32)
+    hits = jnp.sum(run[..., None] & after, axis=1).astype(jnp.float32)
     fade = FADE**trials
     return dataclasses.replace(lookup, hits=lookup.hits * fade + hits, trials=lookup.trials * fade + trials)
 
@@ -119,8 +133,12 @@ def expected_tokens(lookup: Lookup, match_B: jax.Array, count: int) -> jax.Array
     """[B, count + 1] float32: tokens that an iteration is expected to give with 0 .. count drafts."""
     rate = lookup.hits / jnp.maximum(lookup.trials, 1e-6)
     each = jnp.take_along_axis(rate, _matches(match_B, count) - 1, axis=1)
-    more = jnp.cumsum(jnp.cumprod(jnp.where((match_B > 0)[:, None], each, 0.0), axis=1), axis=1)
-    return 1.0 + jnp.pad(more, [(0, 0), (1, 0)])
+    each = jnp.where((match_B > 0)[:, None], each, 0.0)
+
+    # Products and sums of prefixes by definition: `cumprod` becomes many small kernels.
+    index = jnp.arange(count + 1)
+    right = jnp.prod(jnp.where(index[:count] <= index[:count, None], each[:, None], 1.0), axis=2)
+    return 1.0 + jnp.sum(jnp.where(index[:count] < index[:, None], right[:, None], 0.0), axis=2)
 
 
 def _matches(match_B: jax.Array, count: int) -> jax.Array:
@@ -128,62 +146,106 @@ def _matches(match_B: jax.Array, count: int) -> jax.Array:
     return jnp.clip(match_B[:, None] + jnp.arange(count), 1, LONGEST_MATCH)
 
 
+def _first(flag_BT: jax.Array) -> jax.Array:
+    """[B] int32: index of the first column that is true, T where none is."""
+    count = flag_BT.shape[1]
+    return jnp.min(jnp.where(flag_BT, jnp.arange(count), count), axis=1)
+
+
 def draft(state: DecodeState, controls: Controls, asking_B: jax.Array) -> DecodeState:
-    """Appends drafts to the rows that ask for a token.
+    """Appends drafts to the rows that ask for a token, if a search is due.
 
     Args:
       state: between two iterations, with a `lookup`.
-      controls: traced; `lossless`, `draft` and `tick_costs` are read.
+      controls: traced; `lossless`, `adapt`, `stop_tokens`, `measuring`, `tick_costs` and `longest_rest` are
+        read.
       asking_B: bool, rows whose newest token is about to enter the lowest segment.
 
     Returns:
       The state, in which drafts count as tokens.
     """
-    lookup = state.lookup
-    assert lookup is not None
-    count = lookup.proposal.shape[1]
+    assert state.lookup is not None
     rows_B = asking_B & controls.lossless
+    asks = jnp.any(rows_B)
+    asked_at = jnp.where(rows_B, state.length, state.lookup.asked_at)
+    before = dataclasses.replace(state.lookup, asked_at=asked_at)
 
-    lookup = learn(lookup, state.tokens, state.length, rows_B)
-    proposal, match_B = propose(state.tokens, state.length, count)
+    def search() -> tuple[Lookup, jax.Array]:
+        return _search(state, before, controls, rows_B)
 
-    # A row drafts no token that would end it, and leaves the last one to the full model.
-    index = jnp.arange(count)
-    stops = jnp.any(proposal[..., None] == controls.stop_tokens, axis=-1)
-    usable = (proposal >= 0) & (state.length[:, None] + index < state.limit[:, None] - 1) & rows_B[:, None]
-    usable &= jnp.cumsum(stops, axis=1) == 0
-    # Positions that exits have left pending take room in the window.
-    usable &= index < count - (state.done[0] - state.done[-1])[:, None]
-    room_B = jnp.sum(usable, axis=1)
+    def rest() -> tuple[Lookup, jax.Array]:
+        rested = dataclasses.replace(before, rest=jnp.maximum(before.rest - asks, 0))
+        return rested, jnp.zeros_like(state.length)
 
-    # One tick processes all rows, so that all pay for the longest draft.
-    expected = expected_tokens(lookup, match_B, count)
-    within = jnp.minimum(jnp.arange(count + 1), room_B[:, None])
-    tokens_per_time = jnp.sum(jnp.take_along_axis(expected, within, axis=1) * rows_B[:, None], axis=0)
-    best = jnp.argmax(tokens_per_time / controls.tick_costs[: count + 1])
-    drafts_B = jnp.minimum(jnp.where(controls.adapt, best, state.draft), room_B)
+    due = asks & (before.rest == 0)
+    lookup, drafts_B = jax.lax.cond(due, search, rest)
 
-    row = jnp.arange(rows_B.shape[0])[:, None]
-    # What is not drafted is written out of bounds, which JAX drops.
-    position = jnp.where(index < drafts_B[:, None], state.length[:, None] + index, state.tokens.shape[1])
-    lookup = dataclasses.replace(
-        lookup,
-        proposal=jnp.where(rows_B[:, None], proposal, lookup.proposal),
-        proposed_at=jnp.where(rows_B, state.length, lookup.proposed_at),
-        match=jnp.where(rows_B, match_B, lookup.match),
-    )
+    def copy() -> tuple[jax.Array, jax.Array]:
+        row = jnp.arange(rows_B.shape[0])[:, None]
+        index = jnp.arange(lookup.proposal.shape[1])
+        # What is not drafted is written out of bounds, which JAX drops.
+        position = jnp.where(index < drafts_B[:, None], state.length[:, None] + index, state.tokens.shape[1])
+        return (
+            state.tokens.at[row, position].set(lookup.proposal, mode="drop"),
+            state.exit_layers.at[row, position].set(COPIED, mode="drop"),
+        )
+
+    kept = state.tokens, state.exit_layers
+    tokens, exit_layers = jax.lax.cond(jnp.any(drafts_B > 0), copy, lambda: kept)
     return dataclasses.replace(
         state,
-        tokens=state.tokens.at[row, position].set(proposal, mode="drop"),
-        exit_layers=state.exit_layers.at[row, position].set(COPIED, mode="drop"),
+        tokens=tokens,
+        exit_layers=exit_layers,
         length=state.length + drafts_B,
         wait=jnp.where(drafts_B > 0, FREE, state.wait),
         lookup=lookup,
     )
 
 
+def _search(
+    state: DecodeState, lookup: Lookup, controls: Controls, rows_B: jax.Array
+) -> tuple[Lookup, jax.Array]:
+    """New proposals for some rows, and how many tokens of them each row drafts, [B] int32."""
+    count = lookup.proposal.shape[1]
+    lookup = learn(lookup, state.tokens, state.length, rows_B)
+    proposal, match_B = propose(state.tokens, state.length, count)
+
+    # A row drafts no token that would end it, and leaves the last one to the full model. Positions that exits
+    # have left pending take room in the window.
+    index = jnp.arange(count)
+    stops = jnp.any(proposal[..., None] == controls.stop_tokens, axis=-1)
+    usable = ((match_B > 0) | controls.measuring)[:, None] & ~stops & rows_B[:, None]
+    usable &= state.length[:, None] + index < state.limit[:, None] - 1
+    usable &= index < count - (state.done[0] - state.done[-1])[:, None]
+    room_B = _first(~usable)
+
+    # One tick processes all rows, so that all pay for the longest draft.
+    expected = expected_tokens(lookup, match_B, count)
+    within = jnp.minimum(jnp.arange(count + 1), room_B[:, None])
+    tokens_per_time = jnp.sum(jnp.take_along_axis(expected, within, axis=1) * rows_B[:, None], axis=0)
+    tokens_per_time /= controls.tick_costs[: count + 1]
+    # What is compared with them is not full depth where exits are faster.
+    exits = jnp.where(exits_rest(state), 1.0, lookup.exits.gained / jnp.maximum(lookup.exits.spent, TINY))
+    tokens_per_time *= jnp.where(jnp.arange(count + 1) == 0, jnp.maximum(exits, 1.0), 1.0)
+    best = jnp.argmax(tokens_per_time)
+    drafts_B = jnp.minimum(jnp.where(controls.adapt, best, state.draft), room_B)
+
+    # Every search that brings nothing is followed by a longer rest than the one before.
+    nothing = jnp.all(drafts_B == 0)
+    longer = jnp.minimum(2 * lookup.next_rest + 1, controls.longest_rest)
+    lookup = dataclasses.replace(
+        lookup,
+        proposal=jnp.where(rows_B[:, None], proposal, lookup.proposal),
+        proposed_at=jnp.where(rows_B, state.length, lookup.proposed_at),
+        match=jnp.where(rows_B, match_B, lookup.match),
+        rest=jnp.where(nothing, lookup.next_rest, 0),
+        next_rest=jnp.where(nothing, longer, 0),
+    )
+    return lookup, drafts_B
+
+
 def has_copied(state: DecodeState, controls: Controls) -> jax.Array:
     """[B] bool: of the rows that wait for a token, the lossless ones whose newest tokens are copied."""
     assert state.lookup is not None
-    # A row that waits has emitted nothing since it was looked up, so that only copies make it longer.
-    return controls.lossless & (state.length > state.lookup.proposed_at)
+    # A row that waits has emitted nothing since it asked, so that only copies make it longer.
+    return controls.lossless & (state.length > state.lookup.asked_at)

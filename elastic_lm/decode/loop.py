@@ -14,21 +14,24 @@ row, and done[0] - done[J] <= W bounds the pending work.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.decode import cache, lookup
+from elastic_lm.decode import cache, exit_balance, lookup
 from elastic_lm.decode.cache import LayerCache
-from elastic_lm.decode.exit_check import check_exit
+from elastic_lm.decode.exit_check import check_exit, looks
 from elastic_lm.decode.lossless import deep_tokens, drafting_room, look_deep, verify
 from elastic_lm.decode.propagate import propagate
 from elastic_lm.decode.sampling import sample
-from elastic_lm.decode.segment import Segment, TickOutput
+from elastic_lm.decode.segment import PREVIEW, Segment, TickOutput
 from elastic_lm.decode.state import (
     FREE,
+    UNDRAWN,
     Controls,
     DecodeState,
     Emissions,
@@ -40,6 +43,8 @@ from elastic_lm.decode.state import (
 )
 from elastic_lm.depth.confidence import reads_states, state_confidence
 from elastic_lm.models.decoder import Params
+
+Carry = tuple[DecodeState, jax.Array]  # and the iterations that have run
 
 
 class SegmentState(NamedTuple):
@@ -81,38 +86,125 @@ def run(
       The advanced state.
     """
 
-    def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
+    def unfinished(carry: Carry) -> jax.Array:
         return jnp.any(carry[0].alive) & (carry[1] < iterations)
 
-    def iteration(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+    def iteration(carry: Carry) -> Carry:
         state, count = carry
-        emissions = no_emissions(config, state)
+        return _iteration(config, params, controls, mode, state, _asking(state, controls)), count + 1
 
-        # The segments are unrolled, not scanned: each has its own condition, exit and caches.
-        for j in range(len(segments(config))):
-            segment = Segment(config, params, controls, mode, j)
-            state, emissions = _run_segment(segment, state, emissions)
-
-        return _emit(state, emissions, controls), count + 1
-
-    state, _ = jax.lax.while_loop(unfinished, iteration, (state, jnp.int32(0)))
+    body = iteration
+    if state.lookup is not None and len(segments(config)) == 1:
+        # Only copies draft, and an iteration that has none in it needs no verification.
+        body = functools.partial(_copying, config, params, controls, unfinished)
+    elif state.lookup is not None:
+        body = functools.partial(_copying_before_exits, config, params, controls)
+    state, _ = jax.lax.while_loop(unfinished, body, (state, jnp.int32(0)))
     return state
 
 
-def _emit(state: DecodeState, emissions: Emissions, controls: Controls) -> DecodeState:
-    """Draws the tokens of the rows that emit, and ends the rows whose last token this was."""
+def _copying_before_exits(config: ModelConfig, params: Params, controls: Controls, carry: Carry) -> Carry:
+    """A search, if one is due, and an iteration in which exits draft for the rows that copy nothing."""
+    before, count = carry
+    asking_B = _asking(before, controls)
+    state = lookup.draft(before, controls, asking_B)
+    copied = jnp.any(lookup.has_copied(state, controls) & (asking_B | (state.wait != FREE)))
+    state = _iteration(config, params, controls, "verify", state, asking_B)
+    return exit_balance.settle(state, before, asking_B, copied), count + 1
 
-    def draw() -> jax.Array:
-        return sample(emissions.logits, state.tokens, state.length, controls.sampling)
 
-    # Tokens are drawn here for all rows, whichever segment they emit from, so that the code of sampling
-    # is compiled once and not once per segment.
-    tokens_B = jax.lax.cond(jnp.any(emissions.rows), draw, lambda: jnp.zeros_like(state.length))
+def _copying(
+    config: ModelConfig,
+    params: Params,
+    controls: Controls,
+    unfinished: Callable[[Carry], jax.Array],
+    carry: Carry,
+) -> Carry:
+    """One search, then an iteration that verifies what it found, or those of full depth until the next."""
+    state, count = carry
+    asking_B = _asking(state, controls)
+    before_B = state.length
+    state = lookup.draft(state, controls, asking_B)
+    drafted = jnp.any(state.length > before_B)
+
+    # A loop of one iteration or none, and not a conditional: XLA hands caches through a loop in place.
+    def verifies(carry: Carry) -> jax.Array:
+        return drafted & (carry[1] == count)
+
+    def verified(carry: Carry) -> Carry:
+        return _iteration(config, params, controls, "verify", carry[0], asking_B), carry[1] + 1
+
+    state, count = jax.lax.while_loop(verifies, verified, (state, count))
+
+    # Beside lossless rows, every row takes the whole head, here as where drafts are verified.
+    whole = {name: value for name, value in params.items() if name != PREVIEW}
+    assert state.lookup is not None
+    left = jnp.where(drafted, 0, 1 + state.lookup.rest)
+    last = count + left
+
+    def rests(carry: Carry) -> jax.Array:
+        return unfinished(carry) & (carry[1] < last)
+
+    def rested(carry: Carry) -> Carry:
+        asking_B = _asking(carry[0], controls)
+        return _iteration(config, whole, controls, "exact", carry[0], asking_B), carry[1] + 1
+
+    state, count = jax.lax.while_loop(rests, rested, (state, count))
+
+    # What is left of a rest when the iterations have run out is for the next run.
+    assert state.lookup is not None
+    searching = dataclasses.replace(state.lookup, rest=last - count)
+    return dataclasses.replace(state, lookup=searching), count
+
+
+def _asking(state: DecodeState, controls: Controls) -> jax.Array:
+    """[B] bool: rows whose newest token enters the lowest segment in the next iteration."""
+    return can_advance(state, drafting_room(state, controls, _window(state)))
+
+
+def _iteration(
+    config: ModelConfig,
+    params: Params,
+    controls: Controls,
+    mode: Mode,
+    state: DecodeState,
+    asking_B: jax.Array,
+) -> DecodeState:
+    """Visits every segment once; `asking_B` are the rows whose newest token enters the lowest."""
+    emissions = no_emissions(config, state)
+
+    # The segments are unrolled, not scanned: each has its own condition, exit and caches.
+    for j in range(len(segments(config))):
+        segment = Segment(config, params, controls, mode, j)
+        state, emissions = _run_segment(segment, state, emissions, asking_B)
+
+    return _emit(state, emissions, controls, drawn=mode == "verify" and len(segments(config)) == 1)
+
+
+def _emit(state: DecodeState, emissions: Emissions, controls: Controls, *, drawn: bool) -> DecodeState:
+    """Draws the tokens of the rows that emit, and ends the rows whose last token this was.
+
+    `drawn` (static) says that every emission has its token already.
+    """
+    tokens_B = emissions.tokens
+    if not drawn:
+        undrawn_B = emissions.rows & (tokens_B == UNDRAWN)
+
+        def draw() -> jax.Array:
+            return sample(emissions.logits, state.tokens, state.length, controls.sampling)
+
+        # Tokens are drawn here for all rows, whichever segment they emit from, so that the code of sampling
+        # is compiled once and not once per segment.
+        drawn_B = jax.lax.cond(jnp.any(undrawn_B), draw, lambda: jnp.zeros_like(state.length))
+        tokens_B = jnp.where(undrawn_B, drawn_B, tokens_B)
+
     state = emit(state, emissions.rows, tokens_B, emissions.depth, controls.stop_tokens)
     return retire(state, controls.lossless)
 
 
-def _run_segment(segment: Segment, state: DecodeState, emissions: Emissions) -> tuple[DecodeState, Emissions]:
+def _run_segment(
+    segment: Segment, state: DecodeState, emissions: Emissions, asking_B: jax.Array
+) -> tuple[DecodeState, Emissions]:
     """Runs a segment if it is due, then decides which of the rows that waited for it emit."""
     controls, j = segment.controls, segment.index
     window = _window(state)
@@ -120,9 +212,6 @@ def _run_segment(segment: Segment, state: DecodeState, emissions: Emissions) -> 
 
     # Which rows ask this segment for a token, up to which position it has to run, and whether it does now.
     if j == 0:
-        asking_B = can_advance(state, room_B)
-        if state.lookup is not None:
-            state = lookup.draft(state, controls, asking_B)
         target_B = jnp.where(asking_B, state.length, state.done[0])
         fires = jnp.any(asking_B)
     else:
@@ -136,13 +225,16 @@ def _run_segment(segment: Segment, state: DecodeState, emissions: Emissions) -> 
     written, output = _tick_if_due(segment, state, target_B, fires, widths)
     state = _with_segment_state(segment, state, written)
     target_B = jnp.where(fires, target_B, begin_B)
+    if state.lookup is not None and len(segments(segment.config)) > 1:
+        passes = exit_balance.tick_cost(controls, j, jnp.max(target_B - begin_B))
+        state = exit_balance.spend(state, passes * fires)
     state = dataclasses.replace(
         state, done=state.done.at[j].set(target_B), ticks=state.ticks.at[j].add(fires)
     )
 
     if output.deep is not None:
-        drawn_BW = deep_tokens(output.deep, segment.config.vocab_size)
-        state, rejected_B = verify(state, controls, drawn_BW, begin_B, target_B)
+        drawn_BW = deep_tokens(output.deep)
+        state, rejected_B = verify(state, controls, drawn_BW, begin_B, target_B, fires)
         # The deep tick may have reached the position at which an exit was confident in this very iteration.
         # That row then emits the full model's token instead of a draft.
         asking_B |= emissions.rows & controls.lossless & (target_B == state.length)
@@ -150,9 +242,17 @@ def _run_segment(segment: Segment, state: DecodeState, emissions: Emissions) -> 
         asking_B &= ~rejected_B
         emissions = dataclasses.replace(emissions, rows=emissions.rows & ~rejected_B)
 
-    if state.lookup is not None:
+    elif state.lookup is not None and segment.is_last:
+        # A pass of full depth between two searches; there is nothing to compare with what it draws.
+        ran_B = target_B > begin_B
+        state = dataclasses.replace(state, verifications=state.verifications + ran_B)
+
+    if state.lookup is not None and not segment.is_last:
         # A row that has copied tokens goes to the full model, and asks no exit for more of them.
-        room_B = jnp.where(lookup.has_copied(state, controls), 0, room_B)
+        direct_B = lookup.has_copied(state, controls) | exit_balance.exits_rest(state)
+        room_B = jnp.where(direct_B, 0, room_B)
+        looking = jnp.any(looks(segment, state, asking_B=asking_B, room_B=room_B))
+        state = exit_balance.spend(state, controls.look_cost * looking)
     emitted_before_B = emissions.rows
     emissions = check_exit(segment, state, emissions, output, asking_B=asking_B, room_B=room_B)
     wait = jnp.where(asking_B, jnp.where(emissions.rows, FREE, j), state.wait)
@@ -221,7 +321,11 @@ def _widths(segment: Segment, state: DecodeState, window: int) -> tuple[int, ...
     """Widths for which the tick of a segment is compiled."""
     if segment.index == 0:
         # One new token at a time, unless rows copy tokens from their own text.
-        return (1,) if state.lookup is None else lookup.tick_widths(window)
+        if state.lookup is None or segment.mode != "verify":
+            return (1,)
+
+        # Without exits, an iteration that verifies has drafts in it.
+        return lookup.tick_widths(window)[1 if segment.is_last else 0 :]
     return (1,) if segment.mode == "propagate" else tick_widths(window)
 
 
@@ -350,7 +454,7 @@ def _no_output(segment: Segment, state: DecodeState) -> TickOutput:
     if not segment.is_last:
         return TickOutput(jnp.zeros((b, 1, config.d_model), config.dtype), jnp.zeros((b,), jnp.float32))
     if segment.mode == "verify":
-        return TickOutput(deep=jnp.zeros((b, config.vocab_size + _window(state)), jnp.float32))
+        return TickOutput(deep=jnp.zeros((b, _window(state) + 1), jnp.int32))
     return TickOutput(jnp.zeros((b, 1, config.d_model), config.dtype))
 
 

@@ -37,7 +37,7 @@ def look_deep(
     sampling: Sampling,
     window: int,
 ) -> jax.Array:
-    """What the full model says at T <= W positions: its logits at the newest one, its draws at all of them.
+    """The tokens that the full model draws at T <= W positions.
 
     Args:
       decoder: bound to its parameters.
@@ -49,30 +49,29 @@ def look_deep(
       window: W, static.
 
     Returns:
-      [B, V + W] float32: the logits at each row's newest position (`deep_logits`), then the token drawn after
-      each position, padded to W (`deep_tokens`). Token ids are exact in float32 up to 2^24.
+      [B, W + 1] int32: the token drawn after each position, padded to W (`deep_tokens`), then the one drawn
+      after the newest position (`newest_token`).
     """
     b, t, _ = features_BTD.shape
     logits = decoder.final_logits(features_BTD)
 
     # Every position draws as a row of its own, with its row's tokens, settings and seed.
     tokens, settings = jax.tree.map(lambda x: jnp.repeat(x, t, axis=0), (tokens_BS, sampling))
-    drawn = sample(logits.reshape(b * t, -1), tokens, positions_BT.reshape(-1) + 1, settings)
-    drawn = jnp.pad(drawn.reshape(b, t).astype(jnp.float32), [(0, 0), (0, window - t)])
+    drawn = sample(logits.reshape(b * t, -1), tokens, positions_BT.reshape(-1) + 1, settings).reshape(b, t)
 
     # One array and not two: XLA copies the caches of a conditional that returns two arrays beside them.
-    newest = jnp.take_along_axis(logits, newest_B[:, None, None], axis=1)[:, 0]
-    return jnp.concatenate([newest, drawn], axis=1)
+    newest = jnp.take_along_axis(drawn, newest_B[:, None], axis=1)
+    return jnp.concatenate([jnp.pad(drawn, [(0, 0), (0, window - t)]), newest], axis=1)
 
 
-def deep_logits(deep: jax.Array, vocab_size: int) -> jax.Array:
-    """[B, V] float32: the full model's logits at each row's newest position, from `look_deep`."""
-    return deep[:, :vocab_size]
-
-
-def deep_tokens(deep: jax.Array, vocab_size: int) -> jax.Array:
+def deep_tokens(deep: jax.Array) -> jax.Array:
     """[B, W] int32: the tokens of the full model, from `look_deep`; 0 after the positions that ran."""
-    return deep[:, vocab_size:].astype(jnp.int32)
+    return deep[:, :-1]
+
+
+def newest_token(deep: jax.Array) -> jax.Array:
+    """[B] int32: the full model's token after each row's newest position, from `look_deep`."""
+    return deep[:, -1]
 
 
 def drafting_room(state: DecodeState, controls: Controls, window: int) -> jax.Array:
@@ -95,7 +94,12 @@ def final_length(state: DecodeState, controls: Controls) -> jax.Array:
 
 
 def verify(
-    state: DecodeState, controls: Controls, drawn_BW: jax.Array, begin_B: jax.Array, target_B: jax.Array
+    state: DecodeState,
+    controls: Controls,
+    drawn_BW: jax.Array,
+    begin_B: jax.Array,
+    target_B: jax.Array,
+    ran: jax.Array,
 ) -> tuple[DecodeState, jax.Array]:
     """Compares the drafts of lossless rows with what the full model draws, and undoes the wrong ones.
 
@@ -105,10 +109,33 @@ def verify(
       drawn_BW: int32 tokens that the full model draws after positions begin, begin + 1, ...
       begin_B: int32 first position of each row.
       target_B: int32 one past the last; equal to `begin_B` where nothing ran.
+      ran: [] bool, whether the segment ran at all.
 
     Returns:
       (state, [B] bool rows of which a draft was wrong; the full model's token has taken its place).
     """
+    depth = len(state.cache)
+
+    # Caches stay outside: XLA copies those that pass through a conditional beside other results.
+    checked, rejected_B = jax.lax.cond(
+        ran,
+        lambda light: _verify(light, controls, drawn_BW, begin_B, target_B, depth),
+        lambda light: (light, jnp.zeros_like(light.alive)),
+        dataclasses.replace(state, cache=(), exit_cache=(), hidden=()),
+    )
+    kept = {"cache": state.cache, "exit_cache": state.exit_cache, "hidden": state.hidden}
+    return dataclasses.replace(checked, **kept), rejected_B
+
+
+def _verify(
+    state: DecodeState,
+    controls: Controls,
+    drawn_BW: jax.Array,
+    begin_B: jax.Array,
+    target_B: jax.Array,
+    depth: int,
+) -> tuple[DecodeState, jax.Array]:
+    """`verify` of a state without caches, by a model of `depth` layers."""
     b, window = drawn_BW.shape
     row = jnp.arange(b)
     column = jnp.arange(window)
@@ -140,7 +167,7 @@ def verify(
     state = dataclasses.replace(
         state,
         tokens=state.tokens.at[row, position].set(token, mode="drop"),
-        exit_layers=state.exit_layers.at[row, position].set(_full_depth(state), mode="drop"),
+        exit_layers=state.exit_layers.at[row, position].set(depth, mode="drop"),
         length=length,
         done=jnp.where(rejected, jnp.minimum(state.done, position), state.done),
         wait=jnp.where(rejected, FREE, state.wait),
@@ -152,8 +179,3 @@ def verify(
         verifications=state.verifications + (target_B > begin_B),
     )
     return state, rejected
-
-
-def _full_depth(state: DecodeState) -> int:
-    """Layers of the model."""
-    return len(state.cache)

@@ -46,7 +46,7 @@ class SampleStatistics:
       accepted: drafted tokens that the full model accepted.
       wasted: drafted tokens that it rejected.
       copied: accepted tokens that were copied from the row's own text (`DecodeOptions.lookup`).
-      verifications: how often the full model verified positions of a lossless row.
+      verifications: how often the deepest segment ran over positions of a row while rows were verified.
 
     Example:
       ```python

@@ -470,8 +470,7 @@ class Sampler:
             if options.lookup and options.draft is None:
                 # Before the call has a state of its own, so that no more caches are alive than need be.
                 started = time.perf_counter()
-                costs = tick_costs(model, prefill, controls, tokens.shape)
-                controls = dataclasses.replace(controls, tick_costs=costs)
+                controls = tick_costs(model, prefill, controls, tokens.shape).put(controls)
                 measuring = time.perf_counter() - started
             state = prefill(*arrays)
         else:

@@ -69,13 +69,23 @@ def _penalise(
 def _draw(logits_BV: jax.Array, position_B: jax.Array, sampling: Sampling) -> jax.Array:
     """The largest of the kept logits plus Gumbel noise, which is a draw from their softmax."""
     warm_BV = logits_BV / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
-    kept_BV = jnp.where(keep(warm_BV, sampling), warm_BV, -jnp.inf)
+    # Which tokens are kept takes a sort of the vocabulary, which a batch that keeps all of them skips.
+    kept_BV = jax.lax.cond(
+        jnp.any(truncates(sampling)),
+        lambda: jnp.where(keep(warm_BV, sampling), warm_BV, -jnp.inf),
+        lambda: warm_BV,
+    )
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), position)
         return jax.random.gumbel(key, logits_BV.shape[-1:])
 
     return jnp.argmax(kept_BV + jax.vmap(noise)(sampling.seed, position_B), axis=-1).astype(jnp.int32)
+
+
+def truncates(sampling: Sampling) -> jax.Array:
+    """[B] bool: rows whose settings may drop tokens."""
+    return (sampling.top_k > 0) | (sampling.top_p < 1.0) | (sampling.min_p > 0)
 
 
 def keep(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:

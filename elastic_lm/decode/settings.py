@@ -165,6 +165,10 @@ def make_controls(
         adapt=jnp.asarray(adapt),
         stop_tokens=stop_array(config.eos_ids, settings),
         tick_costs=jnp.asarray(tick_costs, jnp.float32),
+        longest_rest=jnp.int32(0),
+        measuring=jnp.asarray(False),
+        segment_shares=jnp.zeros((n_exits + 1,), jnp.float32),
+        look_cost=jnp.float32(0),
         sampling=settings.arrays(batch),
     )
 

@@ -14,6 +14,7 @@ from elastic_lm.decode.sampling import Sampling
 Mode = Literal["exact", "verify", "propagate"]  # what becomes of the deeper layers of early tokens
 
 FREE = -1  # `wait` of a row that waits for no deeper segment
+UNDRAWN = -1  # token of a row that emits, but whose logits have not been drawn from
 COPIED = 0  # layers that ran before a token was chosen that was copied from the row's own text
 
 
@@ -34,6 +35,10 @@ class Controls:
       stop_tokens: [E] int32 tokens that end a row; -1 = unused.
       tick_costs: [W] float32, time of an iteration over 1 .. W positions per row, in any unit; decides how
         many tokens `lookup` drafts.
+      longest_rest: int32, most iterations that `lookup` lets pass after a search that brought nothing.
+      measuring: bool; `lookup` drafts something even where nothing matches, so that iterations can be timed.
+      segment_shares: [J + 1] float32, shares of the segments in the time of an iteration over one position.
+      look_cost: float32, time of a look at an exit, as a share of the same.
       sampling: how tokens are drawn.
     """
 
@@ -46,7 +51,28 @@ class Controls:
     adapt: jax.Array
     stop_tokens: jax.Array
     tick_costs: jax.Array
+    longest_rest: jax.Array
+    measuring: jax.Array
+    segment_shares: jax.Array
+    look_cost: jax.Array
     sampling: Sampling
+
+
+@flax.struct.dataclass
+class ExitBalance:
+    """What the exits of lossless rows cost and brought (`decode.exit_balance`), for all rows together.
+
+    Attributes:
+      spent: float32, faded time of iterations without copied tokens, in passes at full depth.
+      gained: float32, faded tokens per row that they gave.
+      rest: int32, iterations that are left in which no exit is looked at.
+      next_rest: int32, iterations of the rest that follows if exits fall short again.
+    """
+
+    spent: jax.Array
+    gained: jax.Array
+    rest: jax.Array
+    next_rest: jax.Array
 
 
 @flax.struct.dataclass
@@ -54,11 +80,15 @@ class Lookup:
     """What rows propose from their own text (`decode.lookup`), and how often they were right.
 
     Attributes:
-      proposal: [B, W - 1] int32, proposed tokens; -1 = none.
+      proposal: [B, W - 1] int32, proposed tokens; of no meaning where nothing matched.
       proposed_at: [B] int32, position of the first of them.
-      match: [B] int32, tokens that matched when they were proposed, 0 .. N.
+      match: [B] int32, tokens that matched when they were proposed, 0 .. N; 0 = nothing.
       hits: [B, N] float32, faded count of proposed tokens that came true, by the match before them.
       trials: [B, N] float32, faded count of proposed tokens that were compared with the text.
+      asked_at: [B] int32, length of the row when its newest token was about to enter the lowest segment.
+      rest: int32, iterations that are left before the next search.
+      next_rest: int32, iterations that follow the next search if it brings nothing.
+      exits: whether exits pay beside it.
     """
 
     proposal: jax.Array
@@ -66,6 +96,10 @@ class Lookup:
     match: jax.Array
     hits: jax.Array
     trials: jax.Array
+    asked_at: jax.Array
+    rest: jax.Array
+    next_rest: jax.Array
+    exits: ExitBalance
 
 
 @flax.struct.dataclass
@@ -119,12 +153,14 @@ class Emissions:
 
     Attributes:
       rows: [B] bool, rows that will emit a token.
-      logits: [B, V] float32 logits that the token is drawn from.
-      depth: [B] int32, layers that ran before these logits.
+      logits: [B, V] float32 logits that the token is drawn from, where it is not drawn yet.
+      tokens: [B] int32, the token where it is drawn already; UNDRAWN elsewhere.
+      depth: [B] int32, layers that ran before the token was chosen.
     """
 
     rows: jax.Array
     logits: jax.Array
+    tokens: jax.Array
     depth: jax.Array
 
 
@@ -132,7 +168,8 @@ def no_emissions(config: ModelConfig, state: DecodeState) -> Emissions:
     """Emissions in which no row emits, for the beginning of an iteration."""
     b = state.length.shape[0]
     logits = jnp.zeros((b, config.vocab_size), jnp.float32)
-    return Emissions(jnp.zeros((b,), bool), logits, jnp.zeros((b,), jnp.int32))
+    undrawn = jnp.full((b,), UNDRAWN, jnp.int32)
+    return Emissions(jnp.zeros((b,), bool), logits, undrawn, jnp.zeros((b,), jnp.int32))
 
 
 def segments(config: ModelConfig) -> tuple[tuple[int, int], ...]:

@@ -92,6 +92,16 @@ def test_no_cache_is_copied_beside_gates(model, prompts):
     no_copies(gated.sampler((0.5, 0.5), window=4), prompts[:3], "exact")
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")
+@pytest.mark.parametrize(
+    ("size", "exits"), [(1, False), (3, False), pytest.param(3, True, marks=pytest.mark.long)]
+)
+def test_no_cache_is_copied_by_lookup(model, prompts, size, exits):
+    config = model.config if exits else model.config.with_exits(())
+    looking = dataclasses.replace(model, config=config, params=init_params(config, jax.random.key(0)))
+    no_copies(looking.sampler(window=8, lossless=True, lookup=True, draft=3), prompts[:size], "verify")
+
+
 def no_copies(sampler, prompts, mode):
     """Compiles the loop and looks for copies of caches in its program."""
     _, state, controls = sampler._prefill(sampler._call(prompts), 8)

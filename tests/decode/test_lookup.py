@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 
 from elastic_lm.config.model import ExitConfig
-from elastic_lm.decode import lookup
+from elastic_lm.decode import exit_balance, lookup
 from elastic_lm.decode import tick_costs as costs
 from elastic_lm.decode.options import DecodeOptions
 from elastic_lm.decode.prefill import PromptState
+from elastic_lm.decode.sampler import Sampler
+from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
 
 NEW = 24
 WINDOW = 8
+CHEAP = costs.TickCosts(by_width=(1.0,) * WINDOW)  # further positions cost nothing
 
 
 def proposed(tokens, count, capacity=32):
@@ -46,7 +49,8 @@ def test_proposals_continue_the_latest_of_the_longest_matches(alphabet):
     lengths = jnp.asarray([len(tokens) for tokens in rows])
     proposal, match = jax.jit(lookup.propose, static_argnums=2)(jnp.asarray(array), lengths, 5)
     expected = [proposed(tokens, 5) for tokens in rows]
-    np.testing.assert_array_equal(proposal, [tokens for tokens, _ in expected])
+    found = np.asarray(match)[:, None] > 0
+    np.testing.assert_array_equal(np.where(found, proposal, -1), [tokens for tokens, _ in expected])
     np.testing.assert_array_equal(match, [length for _, length in expected])
 
 
@@ -116,7 +120,7 @@ def test_no_token_differs_from_full_depth(plain, many_prompts, settings, draft, 
 
 
 @pytest.mark.parametrize("thresholds", [(0.0, 2.0), (0.055, 0.055), (2.0, 2.0)])
-@pytest.mark.parametrize("draft", [None, 3])
+@pytest.mark.parametrize("draft", [pytest.param(None, marks=pytest.mark.long), 3])
 def test_before_exits(with_exits, many_prompts, thresholds, draft):
     full = [out.tokens for out in with_exits.sampler(window=WINDOW).sample(many_prompts, NEW)]
     sampler = with_exits.sampler(thresholds, window=WINDOW, lossless=True, lookup=True, draft=draft)
@@ -132,6 +136,7 @@ def test_no_exit_adds_to_copied_tokens(with_exits, many_prompts):
     assert set(after) == {lookup.COPIED, 3}
 
 
+@pytest.mark.long
 def test_rows_that_are_not_lossless_copy_nothing(with_exits, many_prompts):
     early = with_exits.sampler((0.0, 2.0), window=WINDOW).sample(many_prompts[:8], NEW)
     full = with_exits.sampler(window=WINDOW).sample(many_prompts[:8], NEW)
@@ -140,6 +145,19 @@ def test_rows_that_are_not_lossless_copy_nothing(with_exits, many_prompts):
     assert [out.tokens for out in mixed[::2]] == [out.tokens for out in full[::2]]
     assert [out.tokens for out in mixed[1::2]] == [out.tokens for out in early[1::2]]
     assert all(0 not in out.exit_layers for out in mixed[1::2])
+
+
+def test_rows_that_are_not_lossless_run_beside_those_that_copy(plain, many_prompts):
+    """Also after the lossless rows have ended."""
+    prompts = [*many_prompts[:2], *many_prompts[16:18]]
+    full = [out.tokens for out in plain.sampler(window=WINDOW).sample(prompts, NEW)]
+    sampler = plain.sampler(window=WINDOW, lookup=True, draft=WINDOW - 1)
+    for lossless in ([True, False, True, False], [True, False, False, False]):
+        outputs = sampler.sample(prompts, NEW, lossless=lossless)
+        assert [out.tokens for out in outputs] == full
+        copied = [lookup.COPIED in out.exit_layers for out in outputs]
+        assert copied[0]
+        assert not any(copied[i] for i, verified in enumerate(lossless) if not verified)
 
 
 def test_copies_save_passes(plain):
@@ -178,15 +196,71 @@ def test_costs_of_wide_passes_stop_the_drafts(plain, many_prompts, monkeypatch):
     """No token is copied where a second position costs as much as ten passes."""
     import elastic_lm.decode.sampler as sampler_module
 
-    dear = [1.0] + [10.0] * (WINDOW - 1)
-    monkeypatch.setattr(sampler_module, "tick_costs", lambda *_: jnp.asarray(dear))
+    dear = costs.TickCosts(by_width=(1.0,) + (10.0,) * (WINDOW - 1))
+    assert dear.longest_rest == costs.LONGEST_REST
+    monkeypatch.setattr(sampler_module, "tick_costs", lambda *_: dear)
     sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True)
     stats = sampler.sample(many_prompts[0], NEW).stats
     assert stats.drafted == 0
     assert stats.verifications == NEW
 
-    monkeypatch.setattr(sampler_module, "tick_costs", lambda *_: jnp.ones(WINDOW))
+    monkeypatch.setattr(sampler_module, "tick_costs", lambda *_: CHEAP)
     assert sampler.sample(many_prompts[0], NEW).stats.drafted > 0
+
+
+def test_searches_cost_a_bounded_share_of_the_time():
+    widths = (1.0, 1.4, 1.4, 1.4)
+    assert costs.TickCosts(widths, search=0.0).longest_rest == 0
+    assert costs.TickCosts(widths, search=costs.SEARCH_SHARE).longest_rest == 0
+    for search in (0.03, 0.2, 0.5):
+        rest = costs.TickCosts(widths, search=search).longest_rest
+        assert search / (1 + rest) <= costs.SEARCH_SHARE < search / rest
+    assert costs.TickCosts(widths, search=100.0).longest_rest == costs.LONGEST_REST
+    # Four positions in the time of four passes: even four right drafts of four would win nothing.
+    assert costs.TickCosts((1.0, 2.0, 3.0, 4.0)).longest_rest == costs.LONGEST_REST
+    assert costs.TickCosts((1.0, 2.0, 2.9, 4.0)).longest_rest == 0
+
+
+def test_rests_after_searches_that_bring_nothing_grow(plain):
+    """Until one brings something: then every iteration is preceded by a search again."""
+    sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True, draft=3)
+    _, state, controls = sampler._prefill(sampler._call([[1, 2, 3, 4]]), NEW)
+    controls = dataclasses.replace(controls, longest_rest=jnp.int32(5))
+    draft = jax.jit(lookup.draft)
+    rests = []
+    for _ in range(1 + 2 + 4 + 6 + 6):
+        state = draft(state, controls, state.alive)
+        rests.append(int(state.lookup.rest))
+    assert rests == [0, 1, 0, 3, 2, 1, 0, 5, 4, 3, 2, 1, 0, 5, 4, 3, 2, 1, 0]
+    assert np.all(state.length == 4)
+
+    repeated = dataclasses.replace(state, tokens=state.tokens.at[:, :4].set(7))
+    drafted = draft(repeated, controls, state.alive)
+    np.testing.assert_array_equal(drafted.tokens[:, :7], np.full((1, 7), 7))
+    assert drafted.length == 7
+    assert drafted.lookup.rest == drafted.lookup.next_rest == 0
+    np.testing.assert_array_equal(draft(repeated, controls, ~state.alive).length, [4])
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_no_token_differs_where_searches_rest(plain, many_prompts, monkeypatch, size):
+    import elastic_lm.decode.sampler as sampler_module
+
+    slow = dataclasses.replace(CHEAP, search=0.07)
+    monkeypatch.setattr(sampler_module, "tick_costs", lambda *_: slow)
+    full = plain.sampler(window=WINDOW)
+    sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True, stream_every=3)
+    for rows in (many_prompts[:size], many_prompts[16 : 16 + size]):
+        expected = [out.tokens for out in full.sample(rows, NEW)]
+        outputs = sampler.sample(rows, NEW)
+        assert [out.tokens for out in outputs] == expected
+
+        # Rests go on from one call of the loop to the next.
+        *_, final = sampler._advance(*sampler._prefill(sampler._call(rows), NEW))
+        for row, (prompt, tokens) in enumerate(zip(rows, expected, strict=True)):
+            assert final.tokens[row, len(prompt) : final.length[row]].tolist() == tokens
+        assert np.sum(final.drafted) == outputs[0].stats.drafted
+        assert np.sum(final.verifications) == outputs[0].stats.verifications
 
 
 def test_the_time_of_a_call_leaves_out_the_measurement_of_costs(plain, monkeypatch):
@@ -194,7 +268,7 @@ def test_the_time_of_a_call_leaves_out_the_measurement_of_costs(plain, monkeypat
 
     def measure(*_):
         time.sleep(0.5)
-        return jnp.ones(WINDOW)
+        return CHEAP
 
     sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True)
     sampler.sample([1, 2], NEW)
@@ -208,7 +282,7 @@ def test_costs_are_remembered_by_what_they_depend_on(plain, monkeypatch):
     """Longer caches, another batch and another place of the parameters are measured anew."""
     measured = []
     monkeypatch.setattr(costs, "_measured", {})
-    monkeypatch.setattr(costs, "_measure", lambda *call: measured.append(call) or (1.0,) * WINDOW)
+    monkeypatch.setattr(costs, "_measure", lambda *call: measured.append(call) or CHEAP)
 
     sampler = plain.sampler(window=WINDOW, lossless=True, lookup=True)
     for prompts, new in (([[1, 2]], 8), ([[1, 2, 3]], 8), ([[1, 2]], 32), ([[1, 2]] * 2, 8)):
@@ -218,6 +292,16 @@ def test_costs_are_remembered_by_what_they_depend_on(plain, monkeypatch):
     assert costs.measured_costs(plain.config, plain.params, **how) == (1.0,) * WINDOW
     with pytest.raises(KeyError):
         costs.measured_costs(plain.config, jax.device_get(plain.params), **how)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_measuring_compiles_nothing_that_the_call_does_not_need(plain, committed):
+    params = jax.device_put(plain.params, jax.devices()[0]) if committed else plain.params
+    window = 5 + committed  # of which no other test compiles anything
+    sampler = Sampler(Decoder(plain.config), params, window=window, lossless=True, lookup=True)
+    before = sampler.compilations()
+    sampler.sample([1, 2], NEW)
+    assert sampler.compilations() == before + 2  # prefill and the loop
 
 
 def test_a_call_in_which_nothing_could_be_copied_is_refused(plain):
@@ -234,3 +318,51 @@ def test_a_call_in_which_nothing_could_be_copied_is_refused(plain):
     state = PromptState(hidden=None, kv=(), layers=0)
     with pytest.raises(ValueError, match=r"^lookup=True: prompt states go on without it"):
         sampler.sample([1, 2], NEW, lossless=True, prompt_state=state)
+
+
+def test_exits_that_cost_more_than_they_bring_rest(with_exits, many_prompts, monkeypatch):
+    """And no token differs, whether they are looked at or not."""
+    import elastic_lm.decode.sampler as sampler_module
+
+    prompts = many_prompts[16:20]
+    full = [out.tokens for out in with_exits.sampler(window=WINDOW).sample(prompts, NEW)]
+    sampler = with_exits.sampler((0.0, 2.0), window=WINDOW, lossless=True, lookup=True)
+    by_exits = []
+    for look in (0.0, 5.0):
+        measured = dataclasses.replace(CHEAP, look=look, segment_shares=(0.0, 0.0, 0.1))
+        monkeypatch.setattr(sampler_module, "tick_costs", lambda *_, measured=measured: measured)
+        outputs = sampler.sample(prompts, NEW)
+        assert [out.tokens for out in outputs] == full
+        by_exits.append(sum(layers == 1 for out in outputs for layers in out.exit_layers))
+    assert by_exits[1] < by_exits[0]
+
+
+def test_the_balance_of_exits(with_exits):
+    """Two passes for a token are too much, one is not; the second rest is twice as long."""
+    sampler = with_exits.sampler((0.0, 2.0), window=WINDOW, lossless=True, lookup=True, draft=3)
+    _, begun, _ = sampler._prefill(sampler._call([[1, 2], [3]]), NEW)
+    asking_B = np.asarray([True, True])
+
+    def after(state, passes, copied=False):
+        """One iteration in which both rows gain a token."""
+        spent = exit_balance.spend(state, jnp.float32(passes))
+        new = dataclasses.replace(spent, length=state.length + 1, ticks=state.ticks + 1)
+        return exit_balance.settle(new, state, asking_B, jnp.asarray(copied))
+
+    state = begun
+    for _ in range(50):
+        state = after(state, 1.0)
+        assert not exit_balance.exits_rest(state)
+
+    state = after(begun, 100.0, copied=True)
+    assert not exit_balance.exits_rest(state)
+    for rest in (exit_balance.FIRST_REST, 2 * exit_balance.FIRST_REST):
+        iterations = 0
+        while not exit_balance.exits_rest(state):
+            state = after(state, 2.0)
+            iterations += 1
+        assert iterations <= 3
+        assert state.lookup.exits.rest == rest
+        for _ in range(rest):
+            assert exit_balance.exits_rest(state)
+            state = after(state, 1.0)

@@ -78,6 +78,7 @@ def test_drafts_save_deep_ticks(drafting, many_prompts):
     assert all(t[-1] < t[0] for t in ticks)
 
 
+@pytest.mark.long
 def test_blocks_with_their_own_caches(model, prompts):
     full = [out.tokens for out in model.sampler().sample(prompts, NEW)]
     for thresholds in ((0.0, 0.0), (0.06, 0.06)):
@@ -171,7 +172,7 @@ def test_sampled_pairs_follow_the_full_model(small):
 def test_a_broken_acceptance_rule_is_noticed(small, monkeypatch):
     """Keeping every draft gives another distribution, and the test above sees that."""
 
-    def accept_all(state, controls, drawn, begin, target):
+    def accept_all(state, controls, drawn, begin, target, ran):
         return state, jnp.zeros(state.length.shape, bool)
 
     monkeypatch.setattr(loop, "verify", accept_all)
