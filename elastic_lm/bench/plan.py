@@ -1,38 +1,46 @@
 """What pays on a model and a device, before anything is tuned: measured times, and forecasts of every dial.
 
 One pass over text fits previews of the vocabulary head; a second fits exits in closed form (`depth.fitting`)
-and a third, over other text, says how many tokens may leave by them. Times come from the device: an
-iteration of the decode loop over 1, 4, 8 and 16 positions (`decode.tick_costs`), with V_h the head's share of
-the bytes that a token reads:
+and a third, over other text, chooses their thresholds. The model then continues some prompts at full depth,
+the parts of an iteration of the decode loop are timed (`bench.parts`), and `bench.forecasts` puts both
+together.
 
-    preview(t)    1 / (1 - V_h + V_h beta)                                beta: share of the head that is read
-    exits(t)      `depth.forecasting`, with the measured cost of a further position
-    lookup        timed against full depth, on the model's own greedy text
-
-Exits are forecast as they are fitted in closed form; tuning adds to that.
+Thresholds and previews keep an agreement with the full model on the given text. Lossless configurations emit
+the full model's text itself, so that their forecasts are of that very text. Exits are forecast as they are
+fitted in closed form; tuning adds to that.
 """
 
 import dataclasses
-import functools
 import itertools
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import numpy as np
 import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from elastic_lm.bench.forecasts import (
+    Configuration,
+    Forecaster,
+    continued,
+    gather_evidence,
+    head_inputs,
+    one_exit,
+)
+from elastic_lm.bench.parts import PROMPT, ROUNDS, Shape, measure_parts
 from elastic_lm.bench.timing import interleave
+from elastic_lm.config.exit_policy import DEFAULT_METRIC
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Batch
-from elastic_lm.decode.results import SampleStatistics
+from elastic_lm.data.text_parts import whole_rows
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.settings import bucket
-from elastic_lm.decode.tick_costs import measured_costs
+from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.fitting import fit_exits
-from elastic_lm.depth.forecasting import NO_GAIN, forecast, weight_bytes
-from elastic_lm.depth.observations import observe
+from elastic_lm.depth.forecasting import CPU_FURTHER_POSITION, NO_GAIN, forecast, weight_bytes
+from elastic_lm.depth.observations import Observations, observe
+from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.depth.previewing import PreviewReport, fit_previews
 from elastic_lm.depth.threshold_search import choose_thresholds, exit_outcome
 from elastic_lm.models.decoder import Decoder, Params
@@ -40,6 +48,8 @@ from elastic_lm.models.exits import attach_exits, without_exits
 from elastic_lm.nn.preview import HeadPreview
 
 SHARES = (0.4, 0.55, 0.67, 0.75, 0.83)  # of the depth, where exits are tried
+RANKS, BLOCKS = (64, 128), (256, 1024)  # of previews, fewer than `fit_preview` tries
+AGAIN = 8  # tokens of the beginning of a prompt's third reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +60,9 @@ class Forecasts:
       target: agreement with the full model.
       preview: speed-up by a preview of the head alone.
       exit_layer: the layer whose exit is forecast best.
-      coverage: share of tokens that may leave there.
+      coverage: share of tokens of the model's own text that leave there.
       exits: speed-up by that exit.
+      both: speed-up by that exit and the preview.
     """
 
     target: float
@@ -59,6 +70,7 @@ class Forecasts:
     exit_layer: int
     coverage: float
     exits: float
+    both: float = 0.0
 
     @property
     def best(self) -> str:
@@ -73,12 +85,17 @@ class Plan:
     """What was measured and what it promises.
 
     Attributes:
-      seconds: of an iteration of the decode loop over 1 .. W positions, batch 1, greedy.
+      seconds: of a pass over 1 .. W positions per row, greedy.
       head: share of a token's bytes that the vocabulary head is.
       targets: forecasts, one per target agreement.
-      lookup: measured speed-up of lossless decoding with prompt lookup, on the prompts.
+      lookup: forecast speed-up of lossless decoding with prompt lookup, on the prompts.
       accepted: drafted tokens accepted per verification there.
       previews: reports of the previews, by target.
+      configurations: everything that was forecast, at each exit layer.
+      full: seconds of an iteration at full depth.
+      dtype: of the parameters.
+      batch_size: rows.
+      repeated: `lookup` where the text has just been read twice.
     """
 
     seconds: tuple[float, ...]
@@ -87,6 +104,11 @@ class Plan:
     lookup: float
     accepted: float
     previews: dict[float, PreviewReport]
+    configurations: tuple[Configuration, ...] = ()
+    full: float = 0.0
+    dtype: str = ""
+    batch_size: int = 1
+    repeated: float = 0.0
 
     @property
     def exits_pay(self) -> bool:
@@ -94,16 +116,56 @@ class Plan:
         return any(row.best == "exits" for row in self.targets)
 
     @property
+    def chosen(self) -> tuple[Configuration, ...]:
+        """The fastest configuration of each target, and of the lossless ones, where it pays."""
+        groups = [[c for c in self.configurations if c.lossless]]
+        groups += [
+            [c for c in self.configurations if not c.lossless and c.target == row.target]
+            for row in self.targets
+        ]
+        best = [max(group, key=lambda c: c.speedup) for group in groups if group]
+        return tuple(c for c in best if c.speedup > NO_GAIN)
+
+    @property
     def verdict(self) -> str:
         """In words, and why where nothing pays."""
-        gains = [row for row in self.targets if row.best != "full depth"]
-        if gains:
-            return ", ".join(f"{row.best} at {100 * row.target:g} %" for row in gains) + " should pay"
-        reach = max(row.coverage for row in self.targets)
+        if self.chosen:
+            return "; ".join(map(str, self.chosen))
+        best = max(self.configurations, key=lambda c: c.speedup, default=None)
+        nearest = f"; the best of all is {best}" if best else ""
+        reach = max((c.share for c in self.configurations if c.name == "exits"), default=0.0)
         return (
-            f"nothing pays on this model and device: the head, {self.head:.0%} of a token's bytes, is all "
-            f"that a preview can save of, and no exit is sure of more than {reach:.0%} of the tokens"
+            f"nothing pays on this model and device, because the head is {self.head:.0%} of a token's bytes "
+            f"and all that a preview can save of, no exit is sure of more than {reach:.0%} of the tokens, "
+            f"and a verification accepts {self.accepted:.1f} copied tokens{nearest}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Explored:
+    """A plan, and what it was made of.
+
+    Attributes:
+      plan: the forecasts.
+      previews: by target.
+      config: the model with exits at every candidate layer.
+      params: its parameters, with the exits in closed form.
+      thresholds: by layer and target.
+      ahead: forecasts further configurations.
+    """
+
+    plan: Plan
+    previews: dict[float, HeadPreview]
+    config: ModelConfig
+    params: Params
+    thresholds: dict[tuple[int, float], float]
+    ahead: Forecaster
+
+    def with_exit(self, layer: int, target: float) -> tuple[Decoder, Params, ConfidenceExit]:
+        """The model with the exit after one layer alone, and its policy for a target."""
+        config, params = one_exit(self.config, self.params, layer)
+        policy = ConfidenceExit(DEFAULT_METRIC, (self.thresholds[layer, target],), (layer,))
+        return Decoder(config), params, policy
 
 
 def make_plan(
@@ -116,63 +178,116 @@ def make_plan(
     prompts: Sequence[list[int]],
     new_tokens: int,
     window: int,
+    batch_size: int = 1,
+    rounds: int = ROUNDS,
     say: Callable[[str], None] = print,
 ) -> tuple[Plan, dict[float, HeadPreview]]:
+    """`explore`, of which the plan and the preview for every target are wanted; arguments as there."""
+    found = explore(
+        config,
+        params,
+        targets,
+        fitting=fitting,
+        testing=testing,
+        prompts=prompts,
+        new_tokens=new_tokens,
+        window=window,
+        batch_size=batch_size,
+        rounds=rounds,
+        say=say,
+    )
+    return found.plan, found.previews
+
+
+def explore(
+    config: ModelConfig,
+    params: Params,
+    targets: Sequence[float],
+    *,
+    fitting: Callable[[], Iterable[Batch]],
+    testing: Callable[[], Iterable[Batch]],
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    window: int,
+    batch_size: int = 1,
+    rounds: int = ROUNDS,
+    say: Callable[[str], None] = print,
+) -> Explored:
     """Measures a model and forecasts what each dial would give.
 
     Args:
-      config: the model; exits that it has are not looked at.
+      config: the model, in the dtype that it will run in; exits that it has are not looked at.
       params: its canonical parameters.
       targets: agreements with the full model.
       fitting: batches to fit on.
-      testing: batches of other text.
-      prompts: token ids, for the lookup.
+      testing: batches of other text; the first is the largest.
+      prompts: token ids, all equally long; continued greedily.
       new_tokens: per prompt.
-      window: W.
+      window: W; 1 is planned for as 2.
+      batch_size: rows that are decoded together.
+      rounds: in which the parts of an iteration are timed.
       say: told what is going on.
 
     Returns:
-      (the plan, the preview for every target).
+      The plan, with everything that was fitted for it.
     """
     config, params = without_exits(config, params)
-    say(f"timing passes, and copying {len(prompts)} texts from themselves")
-    seconds, lookup, accepted = _lookup(config, params, prompts, new_tokens, window)
-
+    window = max(window, 2)  # lossless decoding needs so much
     say("fitting previews of the vocabulary head")
-    fitted = fit_previews(config, params, fitting(), targets)
-    weights = weight_bytes(config)
-    head = weights.final_head / weights.full
+    fitted = fit_previews(config, params, fitting(), targets, ranks=RANKS, blocks=BLOCKS)
+    previews = {target: preview for target, (preview, _) in fitted.items()}
 
     layers = candidate_layers(config.n_layers)
     exits = [ExitConfig(layer, "linear", tied=True, init="fit") for layer in layers]
     say(f"fitting exits after layers {', '.join(map(str, layers))}")
     with_exits, grown = attach_exits(config, params, exits, jax.random.key(0))
     grown = fit_exits(with_exits, grown, fitting())
-    say("measuring the exits on other text")
-    seen = observe(with_exits, grown, testing())
+    say("choosing their thresholds on other text")
+    tested = iter(testing())
+    first = next(tested)
+    seen = observe(with_exits, grown, itertools.chain([first], tested))
+    thresholds = _thresholds(seen, targets)
 
-    # A further position of a pass, relative to the first: measured between one and four.
-    further = min(max((seconds[3] / seconds[0] - 1) / 3, 0.0), 1.0)
-    rows = []
-    for target in targets:
-        report = fitted[target][1]
-        forecasts = []
-        for i, e in enumerate(exits):
-            alone = seen.confidence[:, i : i + 1], seen.agrees[:, i : i + 1], (e.layer, config.n_layers)
-            thresholds = choose_thresholds(*alone, [target])[target]
-            outcome = exit_outcome(*alone, thresholds)
-            bytes_read = weight_bytes(config.with_exits((e,)))
-            found = forecast(bytes_read, outcome.shares, thresholds, window=window, further=further)
-            forecasts.append((found.speedup, e.layer, outcome.shares[0]))
-        speedup, layer, coverage = max(forecasts)
-        by_preview = 1 / (1 - head + head * report.bytes)
-        rows.append(Forecasts(target, by_preview, layer, coverage, speedup))
+    say(f"continuing {len(prompts)} texts, and {len(prompts)} that repeat themselves")
+    full = Sampler(Decoder(config), params, window=window)
+    rows = [prompts[i % len(prompts)] for i in range(-(-len(prompts) // batch_size) * batch_size)]
+    again = [repeated(prompt)[-(config.max_len - new_tokens) :] for prompt in rows]
+    own = [continued(full, some, new_tokens, batch_size) for some in (rows, again)]
+    evidence = gather_evidence(with_exits, grown, own[0], first.tokens.shape, previews)
 
-    reports = {target: report for target, (_, report) in fitted.items()}
-    plan = Plan(
-        seconds=seconds, head=head, targets=tuple(rows), lookup=lookup, accepted=accepted, previews=reports
+    layer = _promising(with_exits, seen, thresholds, targets, window)
+    say(f"timing the decode loop, with an exit after layer {layer}")
+    longest = max(len(again[0]) + new_tokens, PROMPT + max(2 * window, 4) + 1)
+    shape = Shape(batch_size, bucket(longest + window), window)
+    distinct = {str(target): preview for target, preview in previews.items()}
+    parts = measure_parts(
+        config, params, shape, with_exit=one_exit(with_exits, grown, layer), previews=distinct, rounds=rounds
     )
-    return plan, {target: preview for target, (preview, _) in fitted.items()}
+
+    say("forecasting")
+    ahead = Forecaster(config, parts, shape, own, evidence, thresholds)
+    plan = _plan(ahead, targets, layers, {target: report for target, (_, report) in fitted.items()})
+    return Explored(plan, previews, with_exits, grown, thresholds, ahead)
+
+
+def for_batch(found: Explored, prompts: Sequence[list[int]], new_tokens: int, layer: int) -> Forecaster:
+    """Forecasts of exits for one batch of prompts, measured for so many rows.
+
+    Args:
+      found: of the same model at another batch size.
+      prompts: token ids of the rows, all equally long.
+      new_tokens: per prompt.
+      layer: the exit's.
+    """
+    config, params = without_exits(found.config, found.params)
+    window = found.ahead.shape.window
+    full = Sampler(Decoder(config), params, window=window)
+    texts = continued(full, prompts, new_tokens, len(prompts))
+    evidence = gather_evidence(found.config, found.params, texts, (len(prompts), 0), {})
+    shape = Shape(len(prompts), bucket(len(prompts[0]) + new_tokens + window), window)
+    exit = one_exit(found.config, found.params, layer)
+    parts = measure_parts(config, params, shape, with_exit=exit, lookup=False)
+    return Forecaster(config, parts, shape, [texts], evidence, found.thresholds)
 
 
 def candidate_layers(n_layers: int) -> tuple[int, ...]:
@@ -180,28 +295,87 @@ def candidate_layers(n_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, min(round(share * n_layers), n_layers - 1)) for share in SHARES}))
 
 
-def _lookup(
-    config: ModelConfig, params: Params, prompts: Sequence[list[int]], new_tokens: int, window: int
-) -> tuple[tuple[float, ...], float, float]:
-    """Seconds of a pass by its positions, and what prompt lookup gives on the model's own greedy text."""
-    full = Sampler(Decoder(config), params)
-    copying = Sampler(Decoder(config), params, lossless=True, lookup=True, window=window)
-    sides = {"full": full, "lookup": copying}
+def repeated(prompt: list[int]) -> list[int]:
+    """A prompt that has just been read twice and begins a third time."""
+    return [*prompt, *prompt, *prompt[:AGAIN]]
 
-    def run(name: str, prompt: list[int]) -> SampleStatistics:
-        return sides[name].sample(prompt, new_tokens, ignore_eos=True).stats
 
-    ratios, stats = [], []
-    for prompt in prompts:
-        # Timed, not forecast: tick costs leave out the search of the text, which small models feel.
-        timed = interleave({name: functools.partial(run, name, prompt) for name in sides}, rounds=3)
-        ratios += [a / b for a, b in zip(timed["full"], timed["lookup"], strict=True)]
-        stats.append(run("lookup", prompt))
+def _plan(
+    ahead: Forecaster, targets: Sequence[float], layers: Sequence[int], reports: dict[float, PreviewReport]
+) -> Plan:
+    """Forecasts everything."""
+    found: list[Configuration] = []
+    rows = []
+    for target in targets:
+        by_preview = ahead.preview(target)
+        usable = [layer for layer in layers if ahead.thresholds[layer, target] < NEVER_EXITS]
+        alone = [ahead.exits(layer, target) for layer in usable]
+        both = [ahead.exits(layer, target, preview=True) for layer in usable]
+        found += [by_preview, *alone, *both]
+        # Without an exit that can be used, the deepest is as good as none.
+        best = max(alone, key=lambda c: c.speedup, default=Configuration("exits", target, 1.0, layers[-1]))
+        together = max((c.speedup for c in both), default=by_preview.speedup)
+        assert best.layer is not None
+        rows.append(Forecasts(target, by_preview.speedup, best.layer, best.share, best.speedup, together))
 
-    capacity = bucket(max(map(len, prompts)) + new_tokens + window)
-    seconds = measured_costs(config, params, batch=1, capacity=capacity, greedy=True, window=window)
-    accepted = sum(s.accepted for s in stats) / sum(s.verifications for s in stats)
-    return seconds, statistics.median(ratios), accepted
+    pairs = [key for key, threshold in ahead.thresholds.items() if threshold < NEVER_EXITS]
+    drafting = [ahead.drafts(*pair) for pair in pairs]
+    lookup = ahead.lookup()
+    found += [lookup, *drafting]
+    if drafting:
+        best = max(drafting, key=lambda c: c.speedup)
+        assert best.layer is not None
+        assert best.target is not None
+        found.append(ahead.drafts(best.layer, best.target, lookup=True))
+
+    weights = weight_bytes(ahead.config)
+    return Plan(
+        seconds=ahead.parts.passes,
+        head=weights.final_head / weights.full,
+        targets=tuple(rows),
+        lookup=lookup.speedup,
+        accepted=lookup.accepted,
+        previews=reports,
+        configurations=tuple(found),
+        full=ahead.parts.full,
+        dtype=ahead.config.param_dtype,
+        batch_size=ahead.shape.batch,
+        repeated=ahead.lookup(repeats=True).speedup,
+    )
+
+
+def _thresholds(seen: Observations, targets: Sequence[float]) -> dict[tuple[int, float], float]:
+    """The threshold of every exit alone, for every target."""
+    found = {}
+    for i, layer in enumerate(seen.layers):
+        alone = seen.confidence[:, i : i + 1], seen.agrees[:, i : i + 1], (layer, seen.n_layers)
+        for target, (threshold,) in choose_thresholds(*alone, targets).items():
+            found[layer, target] = threshold
+    return found
+
+
+def _promising(
+    config: ModelConfig,
+    seen: Observations,
+    thresholds: dict[tuple[int, float], float],
+    targets: Sequence[float],
+    window: int,
+) -> int:
+    """The layer whose exit the bytes say most for, over all targets: the loop is timed with it."""
+    further = CPU_FURTHER_POSITION if jax.default_backend() == "cpu" else 0.0
+
+    def promise(i: int) -> float:
+        layer = seen.layers[i]
+        weights = weight_bytes(config.with_exits((config.exits[i],)))
+        alone = seen.confidence[:, i : i + 1], seen.agrees[:, i : i + 1], (layer, seen.n_layers)
+        found = 0.0
+        for target in targets:
+            own = (thresholds[layer, target],)
+            shares = exit_outcome(*alone, own).shares
+            found += forecast(weights, shares, own, window=window, further=further).speedup
+        return found
+
+    return seen.layers[max(range(len(seen.layers)), key=promise)]
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -213,23 +387,46 @@ def show_plan(plan: Plan, console: Console) -> None:
     """
     widths = [t for t in (1, 2, 4, 8, 16) if t <= len(plan.seconds)]
     times = ", ".join(f"{t}: {1e3 * plan.seconds[t - 1]:.1f}" for t in widths)
-    console.print(f"    ms of a pass by its positions: {times}; the head is {plan.head:.0%} of the bytes")
+    console.print(
+        f"    a token at full depth takes {1e3 * plan.full:.1f} ms ({plan.dtype}, batch {plan.batch_size}); "
+        f"ms of a verified pass by its positions: {times}; the head is {plan.head:.0%} of the bytes",
+        soft_wrap=True,
+    )
     table = Table(box=rich.box.SIMPLE_HEAD, title="Forecast speed-up over full depth", title_justify="left")
-    for heading in ("target", "preview of the head", "exit (closed form)", "best"):
+    layers = sorted({c.layer for c in plan.configurations if c.layer is not None})
+    for heading in ("target", "preview of the head", *(f"exit {layer}" for layer in layers), "both", "best"):
         table.add_column(heading, justify="right")
     for row in plan.targets:
         report = plan.previews[row.target]
         table.add_row(
             f"{100 * row.target:g} %",
             f"{row.preview:.2f}x ({report.bytes:.0%} of its bytes)",
-            f"{row.exits:.2f}x (layer {row.exit_layer}, {row.coverage:.0%} leave)",
+            *(_cell(plan, "exits", layer, row.target) for layer in layers),
+            f"{row.both:.2f}x",
             row.best,
         )
     console.print(table)
-    console.print(
-        f"    lossless with prompt lookup: {plan.lookup:.2f}x on these prompts, {plan.accepted:.1f} drafted "
-        f"tokens accepted per verification\n    {plan.verdict}"
+    lossless = max((c for c in plan.configurations if c.name == "lossless exits"), key=_speed, default=None)
+    both = max(
+        (c for c in plan.configurations if c.name == "lossless lookup + exits"), key=_speed, default=None
     )
+    drafts = [
+        f"prompt lookup {plan.lookup:.2f}x ({plan.accepted:.1f} copied tokens accepted per verification)"
+    ]
+    drafts.append(f"{plan.repeated:.2f}x where a text repeats itself")
+    drafts += [f"exit {c.layer} {c.speedup:.2f}x" for c in (lossless,) if c]
+    drafts += [f"both {c.speedup:.2f}x" for c in (both,) if c]
+    console.print(f"    lossless: {', '.join(drafts)}\n    {plan.verdict}", soft_wrap=True)
+
+
+def _speed(configuration: Configuration) -> float:
+    return configuration.speedup
+
+
+def _cell(plan: Plan, name: str, layer: int, target: float) -> str:
+    """A forecast with the share of tokens that leave; "never" where the exit cannot keep the target."""
+    found = [c for c in plan.configurations if (c.name, c.layer, c.target) == (name, layer, target)]
+    return f"{found[0].speedup:.2f}x ({found[0].share:.0%})" if found else "never"
 
 
 def to_json(plan: Plan) -> dict[str, object]:
@@ -244,7 +441,34 @@ def to_json(plan: Plan) -> dict[str, object]:
         "accepted_per_verification": plan.accepted,
         "previews": previews,
         "verdict": plan.verdict,
+        "full": plan.full,
+        "dtype": plan.dtype,
+        "batch_size": plan.batch_size,
+        "lookup_repeated": plan.repeated,
+        "configurations": [dataclasses.asdict(c) for c in plan.configurations],
+        "chosen": [dataclasses.asdict(c) for c in plan.chosen],
     }
+
+
+def affordable_tokens(config: ModelConfig, params: Params, minutes: float, *, fewest: int, most: int) -> int:
+    """Tokens to fit on, so that the passes over text take about a third of the minutes.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      minutes: for the whole plan.
+      fewest: lower bound.
+      most: upper bound.
+    """
+    config, params = without_exits(config, params)
+    row = whole_rows(np.ones((1, min(256, config.max_len) + 1), np.int32))
+
+    def forward() -> None:
+        jax.block_until_ready(head_inputs(config, params, row))
+
+    per_token = min(interleave({"row": forward}, rounds=2)["row"]) / row.tokens.size
+    # Two passes fit, and another half tests; exits and previews read the head of every token, too.
+    return int(min(most, max(fewest, 60 * minutes / 3 / (3 * per_token))))
 
 
 def first_tokens(batches: Iterable[Batch], tokens: int) -> Iterable[Batch]:

@@ -3,16 +3,20 @@
 `elastic-lm bench real --model DIR --data FILES` fits on the first nine tenths of the text and measures on the
 rest. Batch 1; the time of a one-token call is taken off; sides take turns.
 
+- real/full_vs_llamacpp: tokens/s at full depth; ideal = llama.cpp's on the same weights in float32, with as
+  many threads. The note says how many generated tokens are the same. Skipped, with a line, where `xllamacpp`
+  or `gguf` is not installed or the model is no plain Llama.
 - real/cheap_head: speed relative to full depth with a preview of the vocabulary head for 99.95 % of the
-  tokens; ideal = what the bytes predict. The note says how many generated tokens are those of full depth.
+  tokens; ideal = the plan's forecast. The note says how many generated tokens are those of full depth.
 - real/exits_95, real/exits_99: speed relative to full depth with the exit that the plan finds best, fitted in
   closed form, at this agreement; ideal = the plan's forecast.
 - real/lookup_copy: lossless decoding with prompt lookup where a text has just been read twice and begins a
-  third time, greedy; ideal = tokens per verification / cost of a verification.
+  third time, greedy; ideal = the plan's forecast.
 - real/lookup_prose: the same where prose is continued at temperature 0.8; ideal = 1, no loss.
 - real/lookup_and_exits: lossless decoding with the exit and lookup together on both kinds of prompts;
   ideal = the faster of the two alone.
-- real/plan: the worst of measured / forecast over the rows above that have a forecast; ideal = 1.
+- real/plan: the worst of measured / forecast over all configurations that the plan forecasts and that are
+  measured here, good ones and bad ones; ideal = 1. The note lists each: measured, forecast.
 
 Lossless rows raise where a token differs from full depth.
 """
@@ -20,35 +24,35 @@ Lossless rows raise where a token differs from full depth.
 import dataclasses
 import functools
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
+from elastic_lm.bench import llama_cpp
 from elastic_lm.bench import plan as planning
+from elastic_lm.bench.forecasts import Configuration
 from elastic_lm.bench.report import Measurement, Options
 from elastic_lm.bench.timing import interleave
 from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.config.decoding import PREVIEW_AGREEMENT, WINDOW
-from elastic_lm.config.model import ExitConfig, ModelConfig
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.batch import Batch
 from elastic_lm.data.splitting import data_config
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.decode.settings import bucket
-from elastic_lm.decode.tick_costs import measured_costs
-from elastic_lm.depth.calibration import calibrate
-from elastic_lm.depth.fitting import fit_exits
-from elastic_lm.depth.policies import ConfidenceExit
+from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.models.exits import attach_exits, without_exits
+from elastic_lm.models.exits import without_exits
+from elastic_lm.report.machine import usable_cores
 
-NEW_TOKENS = 64
-PROMPTS = 4  # of each kind
+NEW_TOKENS = 48
+PROMPTS = 3  # of each kind
+BATCH = 4  # rows of the configuration that is forecast for more than one
 FIT_TOKENS = 16_384  # of a pass over text
 EXITS = (0.95, 0.99)  # agreements
 SAMPLED = {"temperature": 0.8, "seed": 0}
@@ -104,121 +108,242 @@ def _own(options: Options, folder: Path) -> Own:
         lambda: batches(pipeline.train_batches(data, tokenizer)),
         lambda: batches(pipeline.eval_batches(data, tokenizer, "test")),
         prose=[ids[:64] for ids in chosen],
-        copying=[[*ids[:64], *ids[:64], *ids[:8]] for ids in chosen],
+        copying=[planning.repeated(ids[:64]) for ids in chosen],
     )
 
 
 def _rows(own: Own, options: Options) -> Iterator[Measurement]:
-    config, params = own.config, own.params
-    plan, previews = planning.make_plan(
-        config,
-        params,
+    found = planning.explore(
+        own.config,
+        own.params,
         (*EXITS, PREVIEW_AGREEMENT),
         fitting=lambda: planning.first_tokens(own.training(), FIT_TOKENS),
         testing=lambda: planning.first_tokens(own.held_out(), FIT_TOKENS // 2),
-        prompts=own.prose[:1],
+        prompts=own.prose,
         new_tokens=NEW_TOKENS,
         window=WINDOW,
+        say=_say,
     )
-    forecasts = {row.target: row for row in plan.targets}
-    ratios = []
+    sides = _sides(own, found)
+    compared: list[Compared] = []
+    yield from _against_llama_cpp(own, sides.full, options.rounds)
+    yield from _prose(own, found.plan, sides, options.rounds, compared)
+    yield from _lossless(own, found.plan, sides, options.rounds, compared)
+    compared += _batch(own, found, sides, options.rounds)
 
-    def sampler(**how: Any) -> Sampler:
-        return Sampler(Decoder(config), params, **how)
+    note = "; ".join(f"{name} {measured:.3f}, {forecast:.3f}" for name, measured, forecast in compared)
+    ratios = [measured / forecast for _, measured, forecast in compared]
+    worst = max(ratios, key=lambda ratio: abs(np.log(ratio)))
+    yield Measurement("real/plan", worst, 1.0, worst, note)
 
-    full = sampler()
-    cheap = sampler(preview=previews[PREVIEW_AGREEMENT])
-    speed, tokens = _compare(full, {"cheap": cheap}, own.prose, options.rounds)
-    equal = np.mean(
-        [
-            a == b
-            for x, y in zip(tokens["full"], tokens["cheap"], strict=True)
-            for a, b in zip(x, y, strict=True)
-        ]
+
+class Compared(NamedTuple):
+    """A configuration, and its speed relative to full depth."""
+
+    name: str
+    measured: float
+    forecast: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Samplers that are compared with full depth.
+
+    Attributes:
+      full: full depth.
+      preview: a preview of the head.
+      exits: by their configuration in the plan: the best of each agreement, and the earliest of the first.
+      lossless: likewise; lookup comes first, and the others draft with the exit of the plan's best drafts.
+    """
+
+    full: Sampler
+    preview: Sampler
+    exits: dict[Configuration, Sampler]
+    lossless: dict[Configuration, Sampler]
+
+
+def _sides(own: Own, found: planning.Explored) -> Sides:
+    """The configurations of the plan that are measured."""
+    plan, decoder = found.plan, Decoder(own.config)
+
+    def with_exit(configuration: Configuration, **how: Any) -> Sampler:
+        assert configuration.layer is not None
+        assert configuration.target is not None
+        model, params, policy = found.with_exit(configuration.layer, configuration.target)
+        return Sampler(model, params, exit=policy, **how)
+
+    early = min(planning.candidate_layers(own.config.n_layers))
+    chosen = [*(best_exit(plan, target) for target in EXITS), exit_at(plan, early, EXITS[0])]
+    drafts = max((c for c in plan.configurations if c.name == "lossless exits"), key=_speed, default=None)
+    both = [c for c in plan.configurations if c.name == "lossless lookup + exits"]
+    lookup = next(c for c in plan.configurations if c.name == "lossless lookup")
+    lossless = {lookup: Sampler(decoder, own.params, lossless=True, lookup=True)}
+    for configuration in [*([drafts] if drafts else []), *both]:
+        with_lookup = configuration in both
+        lossless[configuration] = with_exit(configuration, lossless=True, lookup=with_lookup)
+    return Sides(
+        Sampler(decoder, own.params),
+        Sampler(decoder, own.params, preview=found.previews[PREVIEW_AGREEMENT]),
+        {configuration: with_exit(configuration) for configuration in chosen},
+        lossless,
     )
+
+
+def best_exit(plan: planning.Plan, target: float) -> Configuration:
+    """The exit that the plan finds best for a target."""
+    return exit_at(plan, next(row.exit_layer for row in plan.targets if row.target == target), target)
+
+
+def exit_at(plan: planning.Plan, layer: int, target: float) -> Configuration:
+    """The configuration with the exit after one layer; of speed 1 where it cannot keep the target."""
+    wanted = ("exits", layer, target)
+    found = (c for c in plan.configurations if (c.name, c.layer, c.target) == wanted)
+    return next(found, Configuration("exits", target, 1.0, layer))
+
+
+def _prose(
+    own: Own, plan: planning.Plan, sides: Sides, rounds: int, compared: list[Compared]
+) -> Iterator[Measurement]:
+    """Everything that continues prose greedily takes turns, lossless or not; `compared` grows."""
+    everyone = {"cheap_head": sides.preview, **_named(sides.exits), **_named(sides.lossless)}
+    _say(f"continuing prose: {', '.join(everyone)}")
+    speed, tokens = _compare(sides.full, everyone, own.prose, rounds)
+    _check(tokens, _named(sides.lossless), "prose")
+
+    equal = np.mean(np.asarray(tokens["full"]) == np.asarray(tokens["cheap_head"]))
     report = plan.previews[PREVIEW_AGREEMENT]
     note = f"{equal:.4f} of the generated tokens equal, {report.agreement:.4f} of given text"
-    ideal = forecasts[PREVIEW_AGREEMENT].preview
-    ratios.append(speed["cheap"] / ideal)
-    yield Measurement("real/cheap_head", speed["cheap"], ideal, speed["cheap"] / ideal, note)
+    ideal = next(row.preview for row in plan.targets if row.target == PREVIEW_AGREEMENT)
+    compared.append(Compared("preview", speed["cheap_head"], ideal))
+    yield Measurement("real/cheap_head", speed["cheap_head"], ideal, speed["cheap_head"] / ideal, note)
 
-    with_exit, grown, policy = _exit(own, forecasts[EXITS[0]].exit_layer)
+    for configuration, name in zip([*sides.exits, *sides.lossless], list(everyone)[1:], strict=True):
+        compared.append(Compared(name, speed[name], configuration.speedup))
     for target in EXITS:
-        layer = forecasts[target].exit_layer
-        if (layer,) != policy.layers:
-            with_exit, grown, policy = _exit(own, layer)
-        early = Sampler(with_exit, grown, exit=policy.at(target))
-        speed, _ = _compare(full, {"exits": early}, own.prose, options.rounds)
-        ideal = forecasts[target].exits
-        ratios.append(speed["exits"] / ideal)
-        name = f"real/exits_{100 * target:g}"
-        yield Measurement(name, speed["exits"], ideal, speed["exits"] / ideal, f"after layer {layer}")
+        best = best_exit(plan, target)
+        measured = speed[_name(best)]
+        row, note = f"real/exits_{100 * target:g}", f"after layer {best.layer}"
+        yield Measurement(row, measured, best.speedup, measured / best.speedup, note)
 
-    exits = {"exit": policy.at(EXITS[0]), "lossless": True}
-    sides = {
-        "lookup": sampler(lossless=True, lookup=True),
-        "exits": Sampler(with_exit, grown, **exits),
-        "both": Sampler(with_exit, grown, lookup=True, **exits),
-    }
+
+def _lossless(
+    own: Own, plan: planning.Plan, sides: Sides, rounds: int, compared: list[Compared]
+) -> Iterator[Measurement]:
+    """Drafts where a text repeats itself, and on sampled prose; `compared` grows."""
+    everyone = _named(sides.lossless)
+    lookup, *others = everyone
     together = []
-    for name, prompts, settings in (("copy", own.copying, {}), ("prose", own.prose, SAMPLED)):
-        speed, tokens = _compare(full, sides, prompts, options.rounds, **settings)
-        for side in sides:
-            if tokens[side] != tokens["full"]:
-                raise ValueError(f"real/lookup_{name}: {side} differs from full depth")
-        ideal = 1.0
-        if name == "copy":
-            ideal = _lookup_forecast(sides["lookup"], prompts, config)
-            ratios.append(speed["lookup"] / ideal)
-        yield Measurement.of(f"real/lookup_{name}", speed["lookup"], ideal)
-        together.append((speed["both"], max(speed["lookup"], speed["exits"])))
-    both, better = map(statistics.mean, zip(*together, strict=True))
-    yield Measurement.of("real/lookup_and_exits", both, better)
-
-    worst = max(ratios, key=lambda ratio: abs(np.log(ratio)))
-    yield Measurement.of("real/plan", worst, 1.0)
+    for kind, prompts, settings in (("copy", own.copying, {}), ("prose", own.prose[:2], SAMPLED)):
+        _say(f"lossless, {kind}: {', '.join(everyone)}")
+        speed, tokens = _compare(sides.full, everyone, prompts, rounds, **settings)
+        _check(tokens, everyone, kind)
+        if not settings:
+            compared.append(Compared(f"{lookup} of a repeated text", speed[lookup], plan.repeated))
+        ideal = 1.0 if settings else plan.repeated
+        yield Measurement.of(f"real/lookup_{kind}", speed[lookup], ideal)
+        if len(others) == 2:
+            exits, both = others
+            together.append((speed[both], max(speed[lookup], speed[exits])))
+    if together:
+        both, better = map(statistics.mean, zip(*together, strict=True))
+        yield Measurement.of("real/lookup_and_exits", both, better)
 
 
-def _exit(own: Own, layer: int) -> tuple[Decoder, Params, ConfidenceExit]:
-    """The model with one exit, fitted in closed form and calibrated."""
-    exit_config = ExitConfig(layer, "linear", tied=True, init="fit")
-    config, params = attach_exits(own.config, own.params, [exit_config], jax.random.key(0))
-    params = fit_exits(config, params, planning.first_tokens(own.training(), FIT_TOKENS))
-    held_out = planning.first_tokens(own.held_out(), FIT_TOKENS // 2)
-    policy = calibrate(config, params, held_out, target=EXITS[0], targets=EXITS)
-    return Decoder(config), params, policy
+def _against_llama_cpp(own: Own, full: Sampler, rounds: int) -> Iterator[Measurement]:
+    """Full depth against llama.cpp, medians over rounds, means over prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = llama_cpp.generator(own.config, own.params, Path(folder) / "model.gguf", usable_cores())
+        if theirs is None:
+            return
+
+        def ours(prompt: list[int], count: int) -> list[int]:
+            return full.sample(prompt, count, ignore_eos=True).tokens
+
+        speeds, equal = [], []
+        for prompt in own.prose:
+            first, whole = (
+                interleave(
+                    {
+                        "ours": functools.partial(ours, prompt, count),
+                        "theirs": functools.partial(theirs, prompt, count),
+                    },
+                    rounds,
+                )
+                for count in (1, NEW_TOKENS)
+            )
+            each = {name: np.asarray(whole[name]) - np.median(first[name]) for name in whole}
+            speeds.append(
+                (
+                    np.median((NEW_TOKENS - 1) / each["ours"]),
+                    np.median((NEW_TOKENS - 1) / each["theirs"]),
+                    np.median(each["theirs"] / each["ours"]),
+                )
+            )
+            pairs = zip(ours(prompt, NEW_TOKENS), theirs(prompt, NEW_TOKENS), strict=True)
+            equal += [a == b for a, b in pairs]
+
+    measured, ideal, ratio = np.mean(speeds, axis=0).tolist()
+    note = f"{np.mean(equal):.4f} of the generated tokens equal"
+    yield Measurement("real/full_vs_llamacpp", measured, ideal, ratio, note)
+
+
+def _batch(own: Own, found: planning.Explored, sides: Sides, rounds: int) -> list[Compared]:
+    """The best exit of the first agreement in a batch, forecast for so many rows."""
+    best = best_exit(found.plan, EXITS[0])
+    assert best.layer is not None
+    if found.thresholds[best.layer, EXITS[0]] >= NEVER_EXITS:
+        return []
+    _say(f"batches of {BATCH}: {_name(best)}")
+    rows = [own.prose[i % len(own.prose)] for i in range(BATCH)]
+    forecast = planning.for_batch(found, rows, NEW_TOKENS, best.layer).exits(best.layer, EXITS[0]).speedup
+    speed, _ = _compare(sides.full, {"exits": sides.exits[best]}, [rows], rounds)
+    return [Compared(f"{_name(best)}, batch {BATCH}", speed["exits"], forecast)]
+
+
+def _name(configuration: Configuration) -> str:
+    """A configuration without its forecast."""
+    return str(configuration).partition(":")[0]
+
+
+def _named(samplers: dict[Configuration, Sampler]) -> dict[str, Sampler]:
+    return {_name(configuration): sampler for configuration, sampler in samplers.items()}
+
+
+def _say(what: str) -> None:
+    """Progress, beside the rows."""
+    print(what, file=sys.stderr, flush=True)
+
+
+def _speed(configuration: Configuration) -> float:
+    return configuration.speedup
+
+
+def _check(tokens: dict[str, list[Any]], sides: Iterable[str], name: str) -> None:
+    for side in sides:
+        if tokens[side] != tokens["full"]:
+            raise ValueError(f"real/lookup_{name}: {side} differs from full depth")
 
 
 def _compare(
-    full: Sampler, sides: dict[str, Sampler], prompts: list[list[int]], rounds: int, **settings: Any
-) -> tuple[dict[str, float], dict[str, list[list[int]]]]:
-    """Speed of each side relative to full depth, the median over rounds and prompts, and all tokens."""
-    everyone = {"full": full, **sides}
-    tokens: dict[str, list[list[int]]] = {name: [] for name in everyone}
-    ratios: dict[str, list[float]] = {name: [] for name in sides}
-    for prompt in prompts:
-        found: dict[str, list[int]] = {}
+    full: Sampler, sides: dict[str, Sampler], prompts: list[Any], rounds: int, **settings: Any
+) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Speed of each side relative to full depth over all prompts, the median over rounds; and all tokens.
 
-        def run(name: str, count: int, prompt: list[int] = prompt, found: Any = found) -> None:
-            found[name] = everyone[name].sample(prompt, count, ignore_eos=True, **settings).tokens
+    A prompt may be a batch of them.
+    """
+    everyone = {"full": full, **sides}
+    tokens: dict[str, list[Any]] = {name: [] for name in everyone}
+    seconds = {name: np.zeros(rounds) for name in everyone}
+    for prompt in prompts:
+        found: dict[str, Any] = {}
+
+        def run(name: str, count: int, prompt: Any = prompt, found: Any = found) -> None:
+            samples = everyone[name].sample(prompt, count, ignore_eos=True, **settings)
+            found[name] = [s.tokens for s in samples] if isinstance(samples, list) else samples.tokens
 
         first = interleave({name: functools.partial(run, name, 1) for name in everyone}, rounds)
         whole = interleave({name: functools.partial(run, name, NEW_TOKENS) for name in everyone}, rounds)
-        own = {name: np.asarray(whole[name]) - np.median(first[name]) for name in everyone}
         for name in everyone:
             tokens[name].append(found[name])
-        for name in sides:
-            ratios[name].append(float(np.median(own["full"] / own[name])))
-    return {name: statistics.mean(values) for name, values in ratios.items()}, tokens
-
-
-def _lookup_forecast(sampler: Sampler, prompts: list[list[int]], config: ModelConfig) -> float:
-    """Tokens per verification over what a verification costs, mean over prompts."""
-    found = []
-    for prompt in prompts:
-        stats = sampler.sample(prompt, NEW_TOKENS, ignore_eos=True).stats
-        capacity = bucket(len(prompt) + NEW_TOKENS + WINDOW)
-        costs = measured_costs(config, sampler.params, batch=1, capacity=capacity, greedy=True, window=WINDOW)
-        cost = costs[min(round(stats.drafted / stats.verifications), WINDOW - 1)] / costs[0]
-        found.append(stats.tokens / stats.verifications / cost)
-    return statistics.mean(found)
+            seconds[name] += np.asarray(whole[name]) - np.median(first[name])
+    return {name: float(np.median(seconds["full"] / seconds[name])) for name in sides}, tokens

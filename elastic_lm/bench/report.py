@@ -14,10 +14,13 @@ from elastic_lm.report.machine import hardware, versions
 
 PLUMBING = (
     "early",
+    "forecasts",
     "latency_build",
     "latency_measure",
     "latency_verify",
+    "llama_cpp",
     "model",
+    "parts",
     "plan",
     "report",
     "timing",

@@ -15,6 +15,7 @@ from elastic_lm.cli.parser import Parser, add_command
 # Modules of this folder, in the order of the help.
 COMMANDS = (
     "quickstart",
+    "plan",
     "convert",
     "export",
     "train",

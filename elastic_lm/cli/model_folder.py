@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from elastic_lm.models.decoder import Decoder, Params
 
 
-def load_with_tokenizer(folder: str | None) -> "tuple[Decoder, Params, Tokenizer, str]":
-    """A model folder's decoder and tokenizer; None = the embedded model.
+def load_with_tokenizer(
+    folder: str | None, dtype: str | None = None
+) -> "tuple[Decoder, Params, Tokenizer, str]":
+    """A model folder's decoder and tokenizer; None = the embedded model. `dtype` None = as saved.
 
     Returns:
       (model, canonical parameters, tokenizer, the folder).
@@ -19,7 +21,7 @@ def load_with_tokenizer(folder: str | None) -> "tuple[Decoder, Params, Tokenizer
     from elastic_lm.data.tokenizer import Tokenizer
 
     path = folder or str(embedded_model())
-    model, params = load_decoder(path)
+    model, params = load_decoder(path, dtype=dtype)
     return model, params, Tokenizer.load(path), path
 
 

@@ -63,7 +63,7 @@ def split_text(paths: Sequence[str], folder: Path) -> dict[Split, Path]:
     Raises:
       ValueError: there are fewer than 20 pieces.
     """
-    pieces = _pieces(paths)
+    pieces = read_pieces(paths)
     if len(pieces) < EVERY:
         few = f"{len(pieces)} pieces of text are too few, at least {EVERY} are needed"
         raise ValueError(f"--data {' '.join(paths)}: {few}")
@@ -79,7 +79,16 @@ def split_text(paths: Sequence[str], folder: Path) -> dict[Split, Path]:
     return {part: folder / f"{part}.txt" for part in parts}
 
 
-def _pieces(paths: Sequence[str]) -> list[str]:
+def read_pieces(paths: Sequence[str]) -> list[str]:
+    """Text files cut at line ends, then JSON lines, each a piece.
+
+    Args:
+      paths: text files, folders, or JSON lines with a `text` field.
+
+    Raises:
+      FileNotFoundError: a path does not exist.
+      ValueError: a file is empty, or no text.
+    """
     files = find_files(paths, TEXT_SUFFIXES + JSONL_SUFFIXES)
     texts = [f for f in files if not f.name.endswith(JSONL_SUFFIXES)]
     span = min(MOST, max(LEAST, sum(len(read_bytes(f)) for f in texts) // (10 * EVERY)))

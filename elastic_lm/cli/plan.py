@@ -1,0 +1,127 @@
+"""`elastic-lm plan`: what each dial would give on a model and this device, before anything is tuned."""
+
+import argparse
+import dataclasses
+
+from elastic_lm.cli.model_folder import load_with_tokenizer
+from elastic_lm.cli.parser import (
+    CommandOptions,
+    add_data,
+    add_dtype,
+    add_model,
+    listed,
+    require_dtype,
+    require_flag,
+    require_share,
+    shares,
+)
+from elastic_lm.config.decoding import WINDOW
+
+HELP = """\
+Measures a model on this device and forecasts what exits, previews and prompt lookup would give.
+
+elastic-lm plan --model my-model --data text.txt
+elastic-lm plan --model my-model --data text.txt --dtype bfloat16 --batch-size 4 --json plan.json
+
+Fits exits and previews in closed form, lets the model continue parts of the text, times the parts of an
+iteration of the decode loop, and puts these together. Nothing is trained and the model is not changed. The
+last line says what to use, or why nothing pays.
+"""
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 48, 64  # texts that are continued
+SEQ_LEN = 256  # tokens per row that is fitted on
+FEWEST, MOST = 2048, 24_000  # tokens that are fitted on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """What is planned for."""
+
+    model: str | None = None  # folder; None = the embedded model
+    data: tuple[str, ...] = ()  # text files, folders or JSON lines; () = the Python standard library
+    targets: tuple[float, ...] = (0.9, 0.95, 0.99)  # shares of tokens equal to the full model's
+    minutes: float = 5.0  # about how long planning may take
+    dtype: str | None = None  # of parameters and activations; None = as saved
+    batch_size: int = 1  # rows that are decoded together
+    window: int = WINDOW  # of `generate`
+    json: str | None = None  # file for the plan
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            require_share("--targets", target)
+            require_flag(
+                target < 1, "--targets", target, "must be below 1: lossless decoding is planned anyway"
+            )
+        require_flag(self.minutes > 0, "--minutes", self.minutes, "must be above 0")
+        require_flag(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
+        require_flag(self.window >= 2, "--window", self.window, "must be at least 2")
+        require_dtype(self.dtype)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `Options`."""
+    add_model(parser)
+    add_data(parser, "text like what will be written")
+    add = parser.add_argument
+    targets = f"agreements with the full model (default: {listed(Options.targets, ',')})"
+    add("--targets", type=shares, metavar="A,..", help=targets)
+    minutes = f"about how long it may take; less text is read for fewer (default: {Options.minutes:g})"
+    add("--minutes", type=float, metavar="N", help=minutes)
+    add_dtype(parser, "of parameters and activations (default: as saved)")
+    rows = f"prompts that are decoded together (default: {Options.batch_size})"
+    add("--batch-size", type=int, metavar="B", help=rows)
+    add("--window", type=int, metavar="W", help=f"of `generate` (default: {Options.window})")
+    add("--json", metavar="FILE", help="write everything that was measured and forecast here")
+
+
+def run(options: Options) -> None:
+    """Plans, prints the forecasts, and writes them."""
+    import json
+    import sys
+
+    from rich.console import Console
+
+    from elastic_lm.bench import plan as planning
+    from elastic_lm.data.text_parts import LEAST_ROWS, batches, text_parts
+    from elastic_lm.files.atomic import prepare_output, write_text_whole
+
+    prepare_output(options.json)
+    model, params, tokenizer, _ = load_with_tokenizer(options.model, options.dtype)
+    config = model.config
+    prompt_tokens = min(PROMPT_TOKENS, config.max_len // 6)
+    new_tokens = min(NEW_TOKENS, config.max_len - 2 * prompt_tokens - planning.AGAIN)
+    require_flag(
+        prompt_tokens >= planning.AGAIN,
+        "--model",
+        options.model,
+        f"max_len={config.max_len} is too short to plan",
+    )
+
+    # The text is read first, because too little of it is refused.
+    parts = text_parts(
+        options.data,
+        tokenizer,
+        seq_len=min(SEQ_LEN, config.max_len),
+        fit_tokens=MOST,
+        test_tokens=MOST // 2,
+        prompts=max(PROMPTS, options.batch_size),
+        prompt_tokens=prompt_tokens,
+    )
+    tokens = planning.affordable_tokens(config, params, options.minutes, fewest=FEWEST, most=MOST)
+    rows = max(LEAST_ROWS, tokens // parts.fitting.shape[1])
+    plan, _ = planning.make_plan(
+        config,
+        params,
+        options.targets,
+        fitting=lambda: batches(parts.fitting[:rows]),
+        testing=lambda: batches(parts.testing[: rows // 2]),
+        prompts=parts.prompts,
+        new_tokens=new_tokens,
+        window=options.window,
+        batch_size=options.batch_size,
+        say=lambda what: print(what, file=sys.stderr, flush=True),
+    )
+    planning.show_plan(plan, Console(highlight=False))
+    if options.json:
+        write_text_whole(options.json, json.dumps(planning.to_json(plan), indent=2) + "\n")
+        print(f"written to {options.json}", file=sys.stderr)
