@@ -5,7 +5,14 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
-from elastic_lm.cli.held_out import HeldOutOptions, add_held_out, held_out_batches
+from elastic_lm.cli.held_out import (
+    ContinuedOptions,
+    add_continued,
+    generated_line,
+    generated_text,
+    held_out_batches,
+    with_prompts,
+)
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import metrics, require_flag, require_share, share
 from elastic_lm.config.checks import require_choice
@@ -36,11 +43,14 @@ The file records the model, the data, the metric, the target and the measured cu
 was not trained on. Without --epsilon the target is an average over the held-out text. With it, half of the
 held-out rows test that the target holds for new text, except with this probability; many short rows serve
 this best. --forecast also predicts speed-ups at batch size 1, before anything is timed.
+
+A few held-out prompts are continued with the thresholds (--continuations), because text that a model writes
+itself may agree less than given text. Thresholds under which it degenerates are not written.
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(HeldOutOptions):
+class Options(ContinuedOptions):
     """What thresholds are fitted for, and what is said about them."""
 
     target: float = DEFAULT_TARGET  # share of tokens that equal the full model's
@@ -69,7 +79,7 @@ class Options(HeldOutOptions):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
-    add_held_out(parser, "held-out text")
+    add_continued(parser, "held-out text")
     add = parser.add_argument
     target = f"share of tokens equal to the full model's (default: {Options.target})"
     add("--target", type=share, help=target)
@@ -90,6 +100,7 @@ def run(options: Options) -> None:
     from elastic_lm.depth.calibration import calibrate
     from elastic_lm.depth.guarantee import RiskControl
     from elastic_lm.files.atomic import prepare_output
+    from elastic_lm.models.decoder import Decoder
 
     risk = None
     if options.epsilon is not None:
@@ -97,18 +108,31 @@ def run(options: Options) -> None:
     prepare_output(options.out)
     model, params, tokenizer, folder = load_with_tokenizer(options.model)
     batches, text = held_out_batches(options, tokenizer, "calibration", independent=risk is not None)
+    prompts, batches = with_prompts(batches, options, model.config.max_len, tokenizer.bos_id)
     config, params, untuned = with_exits(model.config, params, options)
 
     goal: dict[str, Any] = {name: getattr(options, name) for name in ("target", "metric", "strategy")}
     policy = calibrate(config, params, batches, risk=risk, **goal, model=folder, data=text)
-    if not untuned:
-        policy.save(options.out)
+    found = None if untuned else generated_text(Decoder(config), params, policy, prompts, options)
 
     print(curve_table(policy, options.target))
+    if found:
+        print(generated_line(found))
+        policy = dataclasses.replace(
+            policy, provenance={**policy.provenance, "generated": dataclasses.asdict(found)}
+        )
     if policy.guarantee:
         print(guarantee_text(policy.guarantee))
     if options.forecast:
         print(forecast_table(config, policy, options.window))
+
+    if found and (reason := found.degenerate(options.target)):
+        raise ValueError(
+            f"--target {options.target:g}: {reason}; nothing is written. Raise --target, tune the exits "
+            "further, or leave this check out with --continuations 0"
+        )
+    if not untuned:
+        policy.save(options.out)
     done = "nothing written: the model has no exits yet" if untuned else f"written to {options.out}"
     print(done, file=sys.stderr)
 

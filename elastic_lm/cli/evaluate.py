@@ -5,7 +5,14 @@ import dataclasses
 import json
 from typing import Any
 
-from elastic_lm.cli.held_out import HeldOutOptions, add_held_out, held_out_batches
+from elastic_lm.cli.held_out import (
+    ContinuedOptions,
+    add_continued,
+    generated_line,
+    generated_text,
+    held_out_batches,
+    with_prompts,
+)
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.config.exit_policy import DEFAULT_METRIC
 
@@ -14,11 +21,14 @@ Perplexity of the full model and of every exit; with thresholds, agreement and m
 
 elastic-lm evaluate --model runs/exits/model --data test.txt
 elastic-lm evaluate --model runs/exits/model --thresholds thresholds.json --json result.json
+
+With thresholds, a few prompts of the text are continued too (--continuations): text that a model writes
+itself may agree less with the full model than given text.
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(HeldOutOptions):
+class Options(ContinuedOptions):
     """What is measured, and where the numbers go."""
 
     thresholds: str | None = None  # file of an exit policy that is measured too
@@ -27,7 +37,7 @@ class Options(HeldOutOptions):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
-    add_held_out(parser, "test text")
+    add_continued(parser, "test text")
     parser.add_argument("--thresholds", metavar="FILE", help="also measure this exit policy")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too; - = stdout only")
 
@@ -47,6 +57,9 @@ def run(options: Options) -> None:
         policy.check(model.config)
 
     batches, text = held_out_batches(options, tokenizer, "test")
+    prompts: list[list[int]] = []
+    if policy:
+        prompts, batches = with_prompts(batches, options, model.config.max_len, tokenizer.bos_id)
     # Without a policy the confidences are not read, and any metric does.
     metric = policy.metric if policy else DEFAULT_METRIC
     seen = observe(model.config, params, batches, metric=metric)
@@ -62,7 +75,14 @@ def run(options: Options) -> None:
         layers = (*seen.layers, seen.n_layers)
         seen = seen.gated(policy.gates) if policy.gates else seen
         found = exit_outcome(seen.confidence, seen.agrees, layers, policy.thresholds)
-        result["policy"] = {"thresholds": policy.thresholds, "metric": metric, **dataclasses.asdict(found)}
+        own = generated_text(model, params, policy, prompts, options)
+        result["policy"] = {
+            "thresholds": policy.thresholds,
+            "metric": metric,
+            **dataclasses.asdict(found),
+            "generated": dataclasses.asdict(own) if own else None,
+            "degenerate": own.degenerate(policy.target) if own and policy.target else "",
+        }
 
     if options.json and options.json != "-":
         write_text_whole(options.json, json.dumps(result, indent=2) + "\n")
@@ -70,7 +90,9 @@ def run(options: Options) -> None:
 
 
 def quality_table(result: dict[str, Any]) -> str:
-    """Perplexity, accuracy and agreement per depth; the policy's line where there is one."""
+    """Perplexity, accuracy and agreement per depth; the policy's lines where there is one."""
+    from elastic_lm.decode.generated import GeneratedText
+
     lines = ["layers   perplexity   nats/byte   accuracy   agreement"]
     lines += [
         f"{d['layers']:<6d} {d['perplexity']:>12.4f} {d['nats_per_byte']:>11.4f} "
@@ -82,4 +104,8 @@ def quality_table(result: dict[str, Any]) -> str:
         shares = ", ".join(f"{share:.3f}" for share in policy["shares"])
         depth = f"mean {policy['mean_layers']:.2f} layers, shares {shares}"
         lines.append(f"with exits: agreement {policy['agreement']:.4f}, {depth}")
+        if policy["generated"]:
+            lines.append(generated_line(GeneratedText(**policy["generated"])))
+        if policy["degenerate"]:
+            lines.append(f"not to be used: {policy['degenerate']}")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""Held-out text as `calibrate` and `evaluate` name it: flags, options, and the batches that they describe."""
+"""Held-out text as `calibrate` and `evaluate` name it: flags, options, and the batches that they describe.
+
+An exit policy is also tried on text that is generated with it: prompts are the beginnings of held-out rows.
+"""
 
 import argparse
 import dataclasses
@@ -15,8 +18,12 @@ if TYPE_CHECKING:
     from elastic_lm.data.batch import Batch
     from elastic_lm.data.stdlib import Split
     from elastic_lm.data.tokenizer import Tokenizer
+    from elastic_lm.decode.generated import GeneratedText
+    from elastic_lm.depth.policies import ConfidenceExit
+    from elastic_lm.models.decoder import Decoder, Params
 
 ROWS = 8  # rows per batch
+PROMPT_TOKENS = 32  # of a row that is continued
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,19 @@ class HeldOutOptions(CommandOptions):
         return "jsonl" if self.data[0].endswith(JSONL_SUFFIXES) else "text"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContinuedOptions(HeldOutOptions):
+    """Held-out text, and how much of it is continued with an exit policy."""
+
+    continuations: int = 4  # texts that are generated; 0 = none
+    new_tokens: int = 64  # tokens of each
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_flag(self.continuations >= 0, "--continuations", self.continuations, "must be at least 0")
+        require_flag(self.new_tokens >= 1, "--new-tokens", self.new_tokens, "must be at least 1")
+
+
 def add_held_out(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Adds the flags of `HeldOutOptions`.
 
@@ -54,6 +74,22 @@ def add_held_out(parser: argparse.ArgumentParser, purpose: str) -> None:
     add, defaults = parser.add_argument, HeldOutOptions
     add("--tokens", type=int, metavar="N", help=f"tokens to read of it (default: {defaults.tokens})")
     add("--seq-len", type=int, metavar="T", help=f"tokens per row (default: {defaults.seq_len})")
+
+
+def add_continued(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Adds the flags of `ContinuedOptions`.
+
+    Args:
+      parser: of the command.
+      purpose: what the command uses the text for.
+    """
+    add_held_out(parser, purpose)
+    add, defaults = parser.add_argument, ContinuedOptions
+    count = (
+        "texts generated with the thresholds, whose agreement is told beside that on given text; 0 = none "
+    )
+    add("--continuations", type=int, metavar="N", help=f"{count}(default: {defaults.continuations})")
+    add("--new-tokens", type=int, metavar="N", help=f"tokens of each (default: {defaults.new_tokens})")
 
 
 def held_out_batches(
@@ -108,3 +144,69 @@ def independent_rows(data: DataConfig, rows: int, split: "Split") -> DataConfig:
             file=sys.stderr,
         )
     return data
+
+
+def with_prompts(
+    batches: "Iterable[Batch]", options: ContinuedOptions, max_len: int, bos_id: int | None
+) -> "tuple[list[list[int]], Iterable[Batch]]":
+    """The beginnings of the first rows, and all batches, the first ones included.
+
+    Args:
+      batches: from `held_out_batches`; read as far as prompts are needed.
+      options: how many prompts.
+      max_len: longest text that the model takes.
+      bos_id: put first where the tokenizer has one and the row does not begin with it.
+
+    Returns:
+      (at most `options.continuations` prompts of equal length, batches).
+    """
+    length = min(PROMPT_TOKENS, options.seq_len, max(1, max_len // 3))
+    prompts: list[list[int]] = []
+    read, batches = [], iter(batches)
+    while len(prompts) < options.continuations and (batch := next(batches, None)) is not None:
+        read.append(batch)
+        for tokens, segments in zip(batch.tokens, batch.segments, strict=True):
+            # The whole prompt is of one document, and none of it is padding.
+            if segments[0] > 0 and (segments[:length] == segments[0]).all():
+                ids = [int(token) for token in tokens[:length]]
+                prompts.append(ids if bos_id in (None, ids[0]) else [bos_id, *ids[:-1]])
+    if options.continuations and not prompts:
+        print(
+            f"generated text is not looked at: no row begins with {length} tokens of one document; give "
+            "longer documents",
+            file=sys.stderr,
+        )
+    return prompts[: options.continuations], itertools.chain(read, batches)
+
+
+def generated_text(
+    model: "Decoder",
+    params: "Params",
+    policy: "ConfidenceExit",
+    prompts: list[list[int]],
+    options: ContinuedOptions,
+) -> "GeneratedText | None":
+    """What a policy's own text is like; None where no prompt is continued, or no exit is ever used.
+
+    Args:
+      model: with its exits.
+      params: its canonical parameters.
+      policy: for these exits.
+      prompts: from `with_prompts`.
+      options: how many tokens.
+    """
+    from elastic_lm.decode import generated
+    from elastic_lm.decode.sampler import Sampler
+
+    if not prompts or min(policy.thresholds) > 1:
+        return None
+    new_tokens = min(options.new_tokens, model.config.max_len - len(prompts[0]))
+    return generated.measure(Sampler(model, params, exit=policy), prompts, new_tokens)
+
+
+def generated_line(found: "GeneratedText") -> str:
+    """Agreement on generated text in one line."""
+    return (
+        f"on text generated with these thresholds: agreement {found.agreement:.4f} of {found.tokens} tokens, "
+        f"{found.repeats:.1%} repeats ({found.full_repeats:.1%} at full depth)"
+    )

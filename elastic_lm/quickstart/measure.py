@@ -1,19 +1,18 @@
-"""Speed and agreement of several exit policies against full depth, measured side by side."""
+"""Speed and text of several ways to decode, measured side by side."""
 
 import dataclasses
 import functools
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from elastic_lm.bench.timing import interleave
-from elastic_lm.config.model import ModelConfig
+from elastic_lm.bench.timing import time_once
 from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.models.decoder import Decoder, Params
+
+FEWEST_ROUNDS = 5  # that a median is taken of, where the time allows it
+Tell = Callable[[str, float, float | None], None]  # what, done, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +26,11 @@ class Generation:
 
     samples: list[Sample]
     seconds: list[float]
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Token ids of every continuation."""
+        return [sample.tokens for sample in self.samples]
 
     @property
     def depths(self) -> list[int]:
@@ -43,69 +47,82 @@ class Generation:
         """Generated tokens per second; median over rounds."""
         return len(self.depths) / statistics.median(self.seconds)
 
+    @property
+    def tokens_per_pass(self) -> float:
+        """Generated tokens per pass through the deepest layers."""
+        return len(self.depths) / sum(sample.stats.segment_ticks[-1] for sample in self.samples)
+
     def speedup(self, full: "Generation") -> float:
         """How much faster than `full` this was, which took turns with it; median over rounds of the ratio."""
         return statistics.median(a / b for a, b in zip(full.seconds, self.seconds, strict=True))
 
 
 def generate(
-    samplers: Mapping[str, Sampler], prompts: Sequence[list[int]], new_tokens: int, rounds: int
+    samplers: Mapping[str, Sampler],
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    rounds: int,
+    *,
+    seconds: float = math.inf,
+    tell: Tell = lambda *_: None,
 ) -> dict[str, Generation]:
-    """Greedy continuations at batch 1; samplers take turns at every prompt.
+    """Greedy continuations at batch 1; samplers take turns at every prompt, odd rounds in reverse order.
+
+    Each sampler continues the first prompt once before, untimed, to compile. The first turn then says how
+    many prompts and rounds fit into what is left of the time, and no round begins that would end after it.
 
     Args:
       samplers: name -> sampler.
-      prompts: token ids.
+      prompts: token ids, all of one bucket of lengths.
       new_tokens: tokens per prompt; end tokens do not stop a row.
-      rounds: timed rounds.
+      rounds: timed rounds at most.
+      seconds: how long all of this may take, at least one round aside.
+      tell: told what is done.
 
     Returns:
-      {name: Generation}.
+      {name: Generation}, of the first prompts.
     """
+    end = time.monotonic() + seconds
     results: dict[str, dict[int, Sample]] = {name: {} for name in samplers}
 
     def run(name: str, i: int) -> None:
         results[name][i] = samplers[name].sample(prompts[i], new_tokens, ignore_eos=True)
 
-    seconds = [
-        interleave({name: functools.partial(run, name, i) for name in samplers}, rounds)
-        for i in range(len(prompts))
-    ]
-    rows = {name: [sum(s[name][r] for s in seconds) for r in range(rounds)] for name in samplers}
-    return {name: Generation(list(results[name].values()), rows[name]) for name in samplers}
+    def turn(i: int, backwards: bool) -> dict[str, float]:
+        names = list(samplers)[:: -1 if backwards else 1]
+        return {name: time_once(functools.partial(run, name, i)) for name in names}
+
+    for i, name in enumerate(samplers):
+        tell(f"compiling {name}", i, len(samplers))
+        run(name, 0)
+
+    tell("timing in turns", 0, rounds * len(prompts))
+    first = turn(0, backwards=False)
+    count, rounds = _fitting(len(prompts), rounds, end - time.monotonic(), sum(first.values()))
+    rows: list[dict[str, float]] = []
+    for r in range(rounds):
+        turns = [first] if r == 0 else []
+        for i in range(len(turns), count):
+            tell("timing in turns", r * count + i, rounds * count)
+            turns.append(turn(i, backwards=r % 2 == 1))
+        rows.append({name: sum(seconds[name] for seconds in turns) for name in samplers})
+
+        if end - time.monotonic() < sum(rows[-1].values()):
+            break
+    return {
+        name: Generation([found[i] for i in range(count)], [row[name] for row in rows])
+        for name, found in results.items()
+    }
 
 
-def agreement(
-    config: ModelConfig, params: Params, prompts: Sequence[list[int]], samples: Sequence[Sample]
-) -> float:
-    """Share of generated tokens that the full model would have chosen after the same tokens.
+def _fitting(prompts: int, rounds: int, left: float, turn: float) -> tuple[int, int]:
+    """How many prompts and rounds fit into `left` seconds, where a turn of all samplers takes `turn`.
 
-    Args:
-      config: the model; exits are not used.
-      params: its canonical parameters.
-      prompts: token ids, all equally long.
-      samples: greedy continuations, all equally long.
-
-    Returns:
-      The share, in [0, 1], over all tokens of all samples.
+    Prompts are given up first, as far as one, then rounds; one turn is done already.
     """
-    rows = np.asarray([[*p, *s.tokens] for p, s in zip(prompts, samples, strict=True)], np.int32)
-    start = len(prompts[0])
-    best = full_choices(config.with_exits(()), params, jnp.asarray(rows))
-    return float(np.mean(np.asarray(best)[:, start - 1 : -1] == rows[:, start:]))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def full_choices(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """The full model's likeliest next token after every position.
-
-    Args:
-      config: the model without exits; static.
-      params: its canonical parameters; those of exits are not read.
-      tokens_BT: int32 token ids.
-
-    Returns:
-      [B, T] int32.
-    """
-    logits = Decoder(config).bind({"params": params})(tokens_BT).logits
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    turns = 1 + left / turn if math.isfinite(left) else math.inf
+    if turns >= prompts * rounds:
+        return prompts, rounds
+    fewest = min(rounds, FEWEST_ROUNDS)
+    count = min(prompts, max(1, int(turns / fewest)))
+    return count, max(1, min(rounds, int(turns / count)))

@@ -22,7 +22,7 @@ class Options:
     exits: tuple[int, ...] = ()  # layers with an exit; () = one, after three quarters of them
     kind: ExitKind | None = None  # of the exits; None = norm, or on a model of one's own a fitted linear map
     tied: bool = False  # exits share the model's own vocabulary head
-    minutes: float = 10.0  # about how long a run on a model of one's own may take
+    minutes: float = 10.0  # that a run on a model of one's own is sized for; sizes below are its most
     steps: int = 60  # EE-tuning steps
     lr: float = 1e-3  # EE-tuning learning rate
     batch_size: int = 8  # rows per training step

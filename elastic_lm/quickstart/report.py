@@ -20,20 +20,26 @@ from elastic_lm.report import colour as render
 from elastic_lm.report.machine import hardware, versions
 from elastic_lm.report.plots import SpeedPoint, quality_speed
 
+MISSED = 0.1  # of the disagreements that a target allows, so many more are within what text varies
+NEAR = 0.99  # agreement from which on a setting is preferred to faster ones
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
     """One row of the table: what a target agreement costs and gives.
 
     Attributes:
-      target_agreement: asked of calibration.
+      target_agreement: asked of calibration; 1 = lossless.
       agreement: share of held-out test tokens equal to the full model's choice.
       mean_layers: mean depth of the generated tokens.
       tokens_per_s: generated tokens per second, median.
       speedup: speed over that of full depth, median over rounds in which both took turns.
       generated_agreement: share of the generated tokens equal to the full model's choice.
       thresholds: one per exit; above 1 = the exit is not used.
-      dial: "exits", or "preview" of the vocabulary head.
+      dial: "exits", "preview" of the vocabulary head, or lossless "lookup" in the text itself.
+      predicted: speed-up by the bytes of weights that a token reads, beside the measured one.
+      repeats: share of runs of 4 generated tokens that occurred before in their text.
+      degenerate: why the generated text speaks against this setting; "" = it does not.
     """
 
     target_agreement: float
@@ -44,6 +50,25 @@ class Target:
     generated_agreement: float
     thresholds: tuple[float, ...]
     dial: str = "exits"
+    predicted: float = 1.0
+    repeats: float = 0.0
+    degenerate: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return (
+            "lossless lookup"
+            if self.dial == "lookup"
+            else f"{self.dial} at {100 * self.target_agreement:g} %"
+        )
+
+    @property
+    def refused(self) -> str:
+        """Why this setting is not recommended, however fast it is; "" = it may be."""
+        if self.agreement < self.target_agreement - MISSED * (1 - self.target_agreement):
+            return f"agreement is {self.agreement:.2%} on text that nothing was fitted on"
+        return self.degenerate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +79,11 @@ class Report:
       seconds_total: wall-clock time of the whole run.
       full_depth_layers: layers of the model.
       full_depth_tokens_per_s: plain decoding without exits, median.
-      targets: one row per target agreement.
+      targets: one row per setting that was measured.
       steps: seconds per step of the run.
       model: where the model came from, its size and exits.
       plan: what was forecast before anything was tuned; None for the model that comes with the package.
+      timed: prompts, new tokens per prompt, and rounds in which all settings took turns.
     """
 
     seconds_total: float
@@ -67,26 +93,39 @@ class Report:
     steps: dict[str, float]
     model: dict[str, Any]
     plan: dict[str, Any] | None = None
+    timed: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def fastest(self, target: float) -> Target | None:
+        """The fastest setting that keeps a target agreement; None = full depth, within what timing varies.
+
+        Args:
+          target: agreement with the full model; settings for a higher one count too.
+        """
+        kept = [row for row in self.targets if row.target_agreement >= target and not row.refused]
+        faster = [row for row in kept if row.speedup > NO_GAIN]
+        return max(faster, key=lambda row: row.speedup, default=None)
 
     @property
     def recommended(self) -> Target | None:
         """The fastest setting from 99 % on, else the fastest of the others; None = full depth."""
-        faster = [row for row in self.targets if row.speedup > NO_GAIN]
-        near = [row for row in faster if row.target_agreement >= 0.99]
-        return max(near or faster, key=lambda row: row.speedup, default=None)
+        return self.fastest(NEAR) or self.fastest(0.0)
 
 
-def save(report: Report, options: Options, path: Path) -> None:
+def save(report: Report, options: Options, path: Path, command: str = "") -> None:
     """Writes report.json: the report, the options, hardware and versions.
 
     Args:
       report: what was measured.
       options: what was asked for, under `config`.
       path: the file; replaced where it exists.
+      command: that generates with the recommended setting.
     """
+    by_target = {f"{target:g}": recommendation(report.fastest(target)) for target in options.targets}
     content = {
         **dataclasses.asdict(report),
-        "recommended": recommendation(report),
+        "refused": {row.name: row.refused for row in report.targets if row.refused},
+        "recommended": {**recommendation(report.recommended), "command": command},
+        "recommended_by_target": by_target,
         "config": dataclasses.asdict(options),
         "hardware": hardware(),
         "versions": versions(),
@@ -94,51 +133,63 @@ def save(report: Report, options: Options, path: Path) -> None:
     write_text_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def recommendation(report: Report) -> dict[str, Any]:
-    """The recommended setting as JSON values, which is never slower than full depth."""
-    row = report.recommended
+def recommendation(row: Target | None) -> dict[str, Any]:
+    """A setting as JSON values; None = full depth, so that it is never slower than full depth."""
     if row is None:
-        return {"dial": "full depth", "speedup": 1.0, "agreement": 1.0}
+        full = {"target_agreement": 1.0, "speedup": 1.0, "predicted": 1.0, "agreement": 1.0}
+        return {"dial": "full depth", **full, "generated_agreement": 1.0}
     return {
         "dial": row.dial,
         "target_agreement": row.target_agreement,
         "speedup": row.speedup,
+        "predicted": row.predicted,
         "agreement": row.agreement,
         "generated_agreement": row.generated_agreement,
     }
 
 
-def show_table(report: Report, console: Console) -> None:
-    """Prints target -> agreement, mean layers, tokens/s, speed-up.
+def show_table(report: Report, targets: Sequence[float], console: Console) -> None:
+    """Prints every setting with its agreement, mean layers, tokens/s and speed-up, and what is recommended.
 
     Args:
       report: what was measured.
+      targets: agreements with the full model that were asked for.
       console: where the table goes.
     """
-    table = Table(box=rich.box.SIMPLE_HEAD, title="Measured against full depth", title_justify="left")
-    for heading in ("target", "dial", "agreement", "generated", "mean layers", "tokens/s", "speed-up"):
+    title = "Agreement on given and on generated text, and speed by bytes and as measured"
+    table = Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("setting", no_wrap=True)
+    for heading in ("given", "generated", "layers", "tok/s", "bytes", "speed-up"):
         table.add_column(heading, justify="right")
     layers, rate = report.full_depth_layers, report.full_depth_tokens_per_s
-    table.add_row("full depth", "", "100 %", "100 %", f"{layers}", f"{rate:.0f}", "1.00x")
+    table.add_row("full depth", "100 %", "100 %", f"{layers}", f"{rate:.0f}", "1.00x", "1.00x")
     for row in report.targets:
         table.add_row(
-            f"{100 * row.target_agreement:g} %",
-            row.dial,
+            row.name,
             f"{100 * row.agreement:.2f} %",
             f"{100 * row.generated_agreement:.2f} %",
             f"{row.mean_layers:.2f}",
             f"{row.tokens_per_s:.0f}",
+            f"{row.predicted:.2f}x",
             f"{row.speedup:.2f}x",
         )
     console.print(table)
+    for row in report.targets:
+        if row.refused:
+            console.print(f"Not recommended: {row.name}: {row.refused}")
+
     best = report.recommended
     if best is None:
-        console.print("[bold]Recommended: full depth.[/] No setting was measured to be faster.")
-    else:
         console.print(
-            f"[bold]Recommended: {best.dial} at {100 * best.target_agreement:g} %[/], "
-            f"{best.speedup:.2f} times as fast as full depth"
+            "[bold]Recommended: full depth.[/] No setting that may be used was measured to be faster."
         )
+        return
+    console.print(f"[bold]Recommended: {best.name}[/], {best.speedup:.2f} times as fast as full depth")
+    each = [(target, report.fastest(target)) for target in targets]
+    chosen = [
+        f"{100 * t:g} %: {f'{row.name}, {row.speedup:.2f}x' if row else 'full depth'}" for t, row in each
+    ]
+    console.print(f"By target: {'; '.join(chosen)}")
 
 
 def show_text(
@@ -170,17 +221,17 @@ def show_text(
 def save_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
-    samples: Mapping[float, Sequence[Sample]],
+    samples: Mapping[str, Sequence[Sample]],
     depths: Sequence[int],
     n_layers: int,
     path: Path,
 ) -> None:
-    """Writes an HTML page with every prompt continued at every target, coloured by depth.
+    """Writes an HTML page with every prompt continued in every way, coloured by depth.
 
     Args:
       tokenizer: of the model.
       prompts: token ids of each.
-      samples: target agreement -> one continuation per prompt.
+      samples: name of a setting -> one continuation per prompt.
       depths: layers of every exit and of the full model, for the legend.
       n_layers: layers of the full model.
       path: the file; replaced where it exists.
@@ -188,9 +239,9 @@ def save_texts(
     blocks = [render.to_html(render.legend(depths, n_layers), n_layers)]
     for i, prompt in enumerate(prompts):
         blocks.append(f"<h2>Prompt {i + 1}</h2><pre>{html.escape(tokenizer.decode(prompt))}</pre>")
-        for target, rows in samples.items():
+        for name, rows in samples.items():
             parts = sample_spans(tokenizer, prompt, rows[i])
-            blocks.append(f"<h3>target {100 * target:g} %</h3>" + render.to_html(parts, n_layers))
+            blocks.append(f"<h3>{html.escape(name)}</h3>" + render.to_html(parts, n_layers))
     page = '<!doctype html><meta charset="utf-8"><title>Text by exit depth</title>\n' + "\n".join(blocks)
     write_text_whole(path, page + "\n")
 

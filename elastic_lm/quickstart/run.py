@@ -1,15 +1,15 @@
-"""The story, read top-down: load -> exits -> tune -> calibrate -> generate -> compare."""
+"""The story, read top-down: load -> plan -> tune -> calibrate -> test -> generate -> compare."""
 
 import contextlib
 import dataclasses
 import itertools
+import math
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from elastic_lm.bench import plan as planning
@@ -22,8 +22,12 @@ from elastic_lm.data import pipeline, splitting
 from elastic_lm.data.batch import Batch
 from elastic_lm.data.stdlib import Split
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.decode import generated
+from elastic_lm.decode.generated import GeneratedText
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.calibration import calibrate
+from elastic_lm.depth.fitting import FIT_TOKENS
+from elastic_lm.depth.forecasting import NO_GAIN
 from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.depth.preview_files import save_preview
@@ -32,34 +36,62 @@ from elastic_lm.depth.threshold_search import exit_outcome
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
 from elastic_lm.nn.preview import HeadPreview
-from elastic_lm.quickstart import folders, measure, report, train
+from elastic_lm.quickstart import folders, measure, next_step, pace, report, train
+from elastic_lm.quickstart.budget import Budget
 from elastic_lm.quickstart.options import Options
+from elastic_lm.quickstart.pace import Pace
+from elastic_lm.quickstart.settings import Setting, exits_speedup, lookup_pays, preview_speedup
 from elastic_lm.report import colour as render
+from elastic_lm.report.progress import Progress
 
-PLANNED_PROMPTS = 3  # that prompt lookup is tried on
-PLANNED_TOKENS = 24_000  # most tokens of a pass of the plan
 FULL = "full depth"
 
 
 class Steps:
-    """Says what is going on and remembers how long each step took."""
+    """Says what is going on and remembers how long each step took; every step shows how far it is."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.seconds = console, dict[str, float]()
-        self._began = time.monotonic()
+    def __init__(self, console: Console, budget: Budget) -> None:
+        self.console, self.budget = console, budget
+        self.seconds = dict[str, float]()
+        self.progress = Progress(console)
+        self._what = ""
 
     @contextlib.contextmanager
-    def step(self, name: str, what: str) -> Iterator[None]:
-        """Announces a step, runs the block, reports its time."""
+    def step(self, name: str, what: str, live: bool = True) -> Iterator[None]:
+        """Announces a step, runs the block, reports its time.
+
+        Args:
+          name: under which its seconds are remembered.
+          what: is printed.
+          live: a terminal shows a line that is redrawn; off where the block shows its own.
+        """
         self.console.print(f"[bold cyan]{len(self.seconds) + 1}[/] {what}")
         began = time.monotonic()
-        yield
+        with Progress(self.console, live) as self.progress:
+            yield
         self.seconds[name] = round(time.monotonic() - began, 2)
         self.console.print(f"    [dim]{self.seconds[name]:.1f} s[/]")
 
-    def total(self) -> float:
-        """Seconds since the first step was announced."""
-        return time.monotonic() - self._began
+    def say(self, what: str) -> None:
+        """Tells of a part of a step, whose batches are counted from now on."""
+        self._what = what
+        self.console.print(f"    [dim]{what}[/]")
+        self.progress.update(what)
+
+    def passing(
+        self, batches: Iterable[Batch], count: int, share: float, least: int, what: str = ""
+    ) -> Iterator[Batch]:
+        """Batches of one pass, counted, as far as the time goes.
+
+        Args:
+          batches: any number.
+          count: most of them.
+          share: of the time that is left now.
+          least: batches that come in any case.
+          what: is shown; "" = what was said last.
+        """
+        some = self.budget.within(itertools.islice(batches, count), share, least)
+        return self.progress.over(some, count, what or self._what)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +123,15 @@ def run(options: Options, colour: str = "auto") -> report.Report:
       FileNotFoundError: model or data do not exist.
       ValueError: an option does not fit the model or the data.
     """
+    budget = Budget(options.minutes if options.hf_dir else math.inf)
     console = Console(highlight=False)
-    steps = Steps(console)
+    steps = Steps(console, budget)
     out = Path(options.out)
     folders.check_files(out)
     out.mkdir(parents=True, exist_ok=True)
     for folder in (folders.MODEL, folders.TUNING, *(("pretraining",) if options.from_scratch else ())):
         folders.check_replaceable(out / folder, Path(options.hf_dir) if options.hf_dir else None)
-    with steps.step("load", f"Load {_source(options)}"):
+    with steps.step("load", f"Load {_source(options)}", live=not options.from_scratch):
         base = _base(options)
         train.check_exits(options, base)
         options = options.fitted(base.max_len)
@@ -108,33 +141,57 @@ def run(options: Options, colour: str = "auto") -> report.Report:
         )
     folders.begin(out, Path(options.hf_dir) if options.hf_dir else None)
 
-    plan = previews = None
+    plan = speed = policy = None
+    previews: dict[float, HeadPreview] = {}
+    fit_tokens = FIT_TOKENS
     if options.hf_dir:
         with steps.step("plan", "Plan: measure what each dial would give on this model and device"):
             model = _load_plain(source, name)
-            plan, previews, options = _plan(options, model, prompts, console)
+            plan, previews, speed, options = _plan(options, model, prompts, steps)
+        if not options.exits:
+            layers = {row.exit_layer for row in plan.targets if row.best == "exits"}
+            options = dataclasses.replace(options, exits=tuple(sorted(layers)))
 
-    policy = None
-    if plan is not None and not options.exits:
-        layers = {row.exit_layer for row in plan.targets if row.best == "exits"}
-        options = dataclasses.replace(options, exits=tuple(sorted(layers)))
-    if plan is None or plan.exits_pay:
-        with steps.step("tune", "Attach exits and tune them (the model itself stays frozen)"):
-            model = _tune(options, source, name, base.n_layers)
+    tunes = plan is None or plan.exits_pay
+    if plan and speed and tunes:
+        sized = pace.for_tuning(
+            options, speed, plan, exits=len(options.exits), vocab=base.vocab_size, left=budget.left()
+        )
+        options, fit_tokens = sized or (options, fit_tokens)
+        tunes = sized is not None
+        if not tunes:
+            console.print("Exits should pay, but there is no time to tune them: give more --minutes")
+    if tunes:
+        with steps.step("tune", "Attach exits and tune them (the model itself stays frozen)", live=False):
+            model = _tune(options, source, name, base, fit_tokens)
+        if speed:
+            options = pace.for_held_out(options, speed, budget.left())
         with steps.step("calibrate", "Calibrate thresholds on held-out text"):
-            policy = _calibrate(options, model)
+            policy = _calibrate(options, model, steps)
 
+    if speed:
+        options = pace.for_held_out(options, speed, budget.left())
     with steps.step("test", "Measure agreement on text that nothing was fitted on"):
-        settings = _settings(options, model, plan, previews or {}, policy)
+        settings = _settings(options, model, plan, previews, policy, steps)
+    seconds = math.inf
+    if speed:
+        settings = pace.compared(settings, speed, budget.left())
+        options, seconds = pace.for_timing(options, speed, 1 + len(settings), budget.left())
     with steps.step("generate", f"Generate: full depth and {len(settings)} settings take turns"):
-        generations = _generate(options, model, settings, prompts)
+        generations = _generate(options, model, settings, prompts, seconds, steps)
+    with steps.step("compare", "Compare what was generated with the full model"):
+        prompts = prompts[: len(generations[FULL].samples)]
+        texts = _compare(model, settings, generations, prompts, steps)
+
     with steps.step("write", f"Write results to {out}"):
-        rows = [_row(model, setting, generations, prompts) for setting in settings]
-        result = _report(steps, model, rows, generations[FULL], plan)
-        _write(options, model, result, settings, generations, prompts)
+        rows = [_row(setting, generations, texts[setting.name]) for setting in settings]
+        result = _report(options, steps, model, rows, generations[FULL], plan)
+        typed = next_step.short_prompt([model.tokenizer.decode(prompt) for prompt in prompts])
+        command = next_step.command(options, result.recommended, typed)
+        _write(options, model, result, settings, generations, prompts, command)
         if policy is not None:
             _recommended(policy, result).save(out / "thresholds.json")
-    _show(console, options, model, result, settings, generations, prompts, colour)
+    _show(console, options, model, result, generations, prompts, colour, command)
     return result
 
 
@@ -166,33 +223,41 @@ def _load(options: Options) -> tuple[Path, str]:
     return embedded_model(), "embedded"
 
 
-def _tune(options: Options, source: Path, name: str, n_layers: int) -> Model:
+def _tune(options: Options, source: Path, name: str, base: ModelConfig, fit_tokens: int) -> Model:
     target = Path(options.out) / folders.MODEL
-    decoder, params, saved = train.tune_exits(options, source, n_layers, _data(options, "test"))
+    data = _data(options, "test")
+    decoder, params, saved = train.tune_exits(options, source, base, data, fit_tokens)
     folders.renew(target, source)
     for part in saved.iterdir():
         shutil.move(part, target)
     return Model(decoder, params, Tokenizer.load(target), name)
 
 
-def _batches(options: Options, model: Model, split: Split, tokens: int) -> Iterable[Batch]:
-    data = _data(options, split)
-    count = max(1, tokens // (data.seq_len * data.batch_size))
-    batches = itertools.islice(pipeline.eval_batches(data, model.tokenizer, split), count)
+def _batches(options: Options, model: Model, split: Split) -> Iterable[Batch]:
+    batches = pipeline.eval_batches(_data(options, split), model.tokenizer, split)
     return (Batch(**arrays) for arrays in batches)
 
 
-def _observe(options: Options, model: Model, split: Split, tokens: int, metric: str) -> Observations:
-    batches = _batches(options, model, split, tokens)
-    return observe(model.decoder.config, model.params, batches, metric=metric)
+def _held_out(
+    options: Options, model: Model, split: Split, tokens: int, steps: Steps, share: float = pace.HELD_OUT
+) -> Iterable[Batch]:
+    """So many held-out tokens, or as many as the share of the time that is left allows."""
+    count = max(1, tokens // (options.seq_len * options.batch_size))
+    least = -(-pace.LEAST_TOKENS // (options.seq_len * options.batch_size))
+    return steps.passing(_batches(options, model, split), count, share, least, f"reading {split} text")
 
 
-def _calibrate(options: Options, model: Model) -> ConfidenceExit:
+def _observe(options: Options, model: Model, steps: Steps) -> Observations:
+    batches = _held_out(options, model, "test", options.test_tokens, steps)
+    return observe(model.decoder.config, model.params, batches, metric=options.metric)
+
+
+def _calibrate(options: Options, model: Model, steps: Steps) -> ConfidenceExit:
     target = min(options.targets, key=lambda t: abs(t - 0.99))
     return calibrate(
         model.decoder.config,
         model.params,
-        _batches(options, model, "calibration", options.calibration_tokens),
+        _held_out(options, model, "calibration", options.calibration_tokens, steps),
         target=target,
         metric=options.metric,
         targets=options.targets,
@@ -202,82 +267,39 @@ def _calibrate(options: Options, model: Model) -> ConfidenceExit:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """One way to decode: exits, or a preview of the vocabulary head, for a target agreement."""
-
-    target: float
-    agreement: float  # on text that nothing was fitted on
-    policy: ConfidenceExit | None = None
-    preview: HeadPreview | None = None
-
-    @property
-    def dial(self) -> str:
-        """What makes it faster."""
-        return "exits" if self.policy else "preview"
-
-
 def _load_plain(source: Path, name: str) -> Model:
     decoder, params = load_decoder(source)
     return Model(decoder, params, Tokenizer.load(source), name)
 
 
 def _plan(
-    options: Options, model: Model, prompts: list[list[int]], console: Console
-) -> tuple[Plan, dict[float, HeadPreview], Options]:
-    """The plan, shown; previews; and options by which the rest takes the minutes that are left."""
-    began = time.monotonic()
-    budget = 60 * options.minutes
-    tokens = _planned_tokens(options, model)
+    options: Options, model: Model, prompts: list[list[int]], steps: Steps
+) -> tuple[Plan, dict[float, HeadPreview], Pace, Options]:
+    """The plan, shown; previews; how fast the model is; and options with the batches that suit it."""
+    full, params = without_exits(model.decoder.config, model.params)
+    steps.say("timing a pass over text, and generated tokens")
+    speed = pace.measure_pace(Decoder(full), params, prompts[0], options.seq_len)
+    options, tokens, count, new_tokens = pace.for_plan(options, speed, steps.budget.left())
+
+    def some(batches: Iterable[Batch], tokens: int, least: int) -> Iterable[Batch]:
+        most = max(least, tokens // (options.batch_size * options.seq_len))
+        return steps.passing(batches, most, pace.PASS, least)
+
     plan, previews = planning.make_plan(
         model.decoder.config,
         model.params,
         options.targets,
-        fitting=lambda: planning.first_tokens(_training(options, model), tokens),
-        testing=lambda: planning.first_tokens(_batches(options, model, "calibration", tokens), tokens // 2),
-        prompts=prompts[:PLANNED_PROMPTS],
-        new_tokens=options.new_tokens // 4,
+        fitting=lambda: some(_training(options, model), tokens, pace.LEAST_BATCHES),
+        # The heads of all candidates are read here, so that a token takes twice as long.
+        testing=lambda: some(_batches(options, model, "calibration"), tokens // 2, pace.LEAST_BATCHES // 2),
+        prompts=prompts[:count],
+        new_tokens=new_tokens,
         window=options.window,
-        say=lambda what: console.print(f"    [dim]{what}[/]"),
+        rounds=pace.plan_rounds(speed, options.window, steps.budget.left()),
+        say=steps.say,
     )
-    planning.show_plan(plan, console)
-
-    # What is left is for timing, and for tuning where exits pay.
-    left = max(budget - (time.monotonic() - began), budget / 4)
-    timing = left * (0.45 if plan.exits_pay else 0.8)
-    per_round = timing / options.rounds / (1 + len(options.targets)) / plan.seconds[0]
-    new_tokens = int(min(options.new_tokens, max(16, per_round / min(options.prompts, 4))))
-    count = int(min(options.prompts, max(2, per_round / new_tokens)))
-    per_token = plan.seconds[-1] / len(plan.seconds)
-    step = 4 * per_token * options.batch_size * options.seq_len
-    held_out = int(max(2048, 0.1 * left / per_token))
-    return (
-        plan,
-        previews,
-        dataclasses.replace(
-            options,
-            new_tokens=new_tokens,
-            prompts=count,
-            steps=int(min(options.steps, max(2, 0.3 * left / step))),
-            calibration_tokens=min(options.calibration_tokens, held_out),
-            test_tokens=min(options.test_tokens, held_out),
-        ),
-    )
-
-
-def _planned_tokens(options: Options, model: Model) -> int:
-    """Tokens of a pass of the plan, so that its passes take a third of the minutes."""
-    batch = next(iter(_batches(options, model, "calibration", 1)))
-    decoder, params = model.decoder, model.params
-
-    def forward() -> None:
-        jax.block_until_ready(measure.full_choices(decoder.config.with_exits(()), params, batch.tokens[:1]))
-
-    forward()
-    began = time.monotonic()
-    forward()
-    per_token = (time.monotonic() - began) / batch.tokens.shape[1]
-    return int(min(PLANNED_TOKENS, max(2048, 60 * options.minutes / 3 / per_token / 3)))
+    planning.show_plan(plan, steps.console)
+    return plan, previews, speed, options
 
 
 def _training(options: Options, model: Model) -> Iterable[Batch]:
@@ -291,68 +313,103 @@ def _settings(
     plan: Plan | None,
     previews: Mapping[float, HeadPreview],
     policy: ConfidenceExit | None,
+    steps: Steps,
 ) -> list[Setting]:
-    """One setting per target that something pays for, with its agreement on the test text."""
-    best = {row.target: row.best for row in plan.targets} if plan else {}
-    tested = None
-    if policy is not None:
-        tested = _observe(options, model, "test", options.test_tokens, options.metric)
+    """Lossless lookup, and one setting per target that something pays for, with its agreement on test text.
 
-    settings = []
+    Lookup gives full depth's tokens by construction; what it saves is known once text is generated.
+    """
+    settings = [Setting("lookup", target=1.0, agreement=1.0)] if lookup_pays(plan) else []
+    planned = {row.target: row for row in plan.targets} if plan else {}
+    config = model.decoder.config
+    tested = _observe(options, model, steps) if policy is not None else None
+
     for target in options.targets:
-        if policy is not None and tested is not None and best.get(target, "exits") == "exits":
+        row = planned.get(target)
+        if policy is not None and tested is not None and (row is None or row.best == "exits"):
             found = policy.at(target)
-            held_out = exit_outcome(tested.confidence, tested.agrees, model.depths, found.thresholds)
-            settings.append(Setting(target, held_out.agreement, policy=found))
-        elif best.get(target) == "preview":
-            text = _batches(options, model, "test", options.test_tokens)
-            report = measure_preview(model.decoder.config, model.params, text, previews[target])
-            settings.append(Setting(target, report.agreement, preview=previews[target]))
+            outcome = exit_outcome(tested.confidence, tested.agrees, model.depths, found.thresholds)
+            predicted = exits_speedup(config, found.thresholds, outcome, options.window, plan)
+            settings.append(Setting("exits", target, outcome.agreement, predicted, policy=found))
+        # Also where exits should pay, but there was no time to tune them.
+        elif plan is not None and row is not None and (row.best == "preview" or row.preview > NO_GAIN):
+            share = pace.HELD_OUT / len(options.targets)
+            text = _held_out(options, model, "test", options.test_tokens, steps, share)
+            kept = measure_preview(config, model.params, text, previews[target])
+            predicted = preview_speedup(plan, kept.bytes)
+            settings.append(Setting("preview", target, kept.agreement, predicted, preview=previews[target]))
     return settings
 
 
 def _generate(
-    options: Options, model: Model, settings: list[Setting], prompts: list[list[int]]
+    options: Options,
+    model: Model,
+    settings: list[Setting],
+    prompts: list[list[int]],
+    seconds: float,
+    steps: Steps,
 ) -> dict[str, measure.Generation]:
     """Continuations and speed of full depth, without any exit in the program, and of every setting."""
     full, backbone = without_exits(model.decoder.config, model.params)
     samplers = {FULL: Sampler(Decoder(full), backbone, model.tokenizer)}
     for setting in settings:
         decoder, params = (model.decoder, model.params) if setting.policy else (Decoder(full), backbone)
-        samplers[str(setting.target)] = Sampler(
-            decoder,
-            params,
-            model.tokenizer,
-            exit=setting.policy,
-            preview=setting.preview,
-            window=options.window,
-        )
-    return measure.generate(samplers, prompts[: options.prompts], options.new_tokens, options.rounds)
+        how = setting.options(options.window)
+        samplers[setting.name] = Sampler(decoder, params, model.tokenizer, options=how)
+    return measure.generate(
+        samplers,
+        prompts[: options.prompts],
+        options.new_tokens,
+        options.rounds,
+        seconds=seconds,
+        tell=steps.progress.update,
+    )
+
+
+def _compare(
+    model: Model,
+    settings: list[Setting],
+    generations: Mapping[str, measure.Generation],
+    prompts: list[list[int]],
+    steps: Steps,
+) -> dict[str, GeneratedText]:
+    """How the text of every setting compares with the full model."""
+    config, full = model.decoder.config, generations[FULL].texts
+    names = steps.progress.over([s.name for s in settings], len(settings), "reading what was generated")
+    return {
+        name: generated.compare(config, model.params, prompts, generations[name].texts, full)
+        for name in names
+    }
 
 
 def _row(
-    model: Model,
-    setting: Setting,
-    generations: Mapping[str, measure.Generation],
-    prompts: list[list[int]],
+    setting: Setting, generations: Mapping[str, measure.Generation], text: GeneratedText
 ) -> report.Target:
     """One line of the table."""
-    found = generations[str(setting.target)]
-    some = prompts[: len(found.samples)]
+    found = generations[setting.name]
     return report.Target(
         target_agreement=setting.target,
         agreement=setting.agreement,
         mean_layers=found.mean_layers,
         tokens_per_s=found.tokens_per_s,
         speedup=found.speedup(generations[FULL]),
-        generated_agreement=measure.agreement(model.decoder.config, model.params, some, found.samples),
+        generated_agreement=text.agreement,
         thresholds=setting.policy.thresholds if setting.policy else (),
         dial=setting.dial,
+        # Every verification reads the weights once, however many tokens it gives.
+        predicted=found.tokens_per_pass if setting.predicted is None else setting.predicted,
+        repeats=text.repeats,
+        degenerate="" if setting.dial == "lookup" else text.degenerate(setting.target),
     )
 
 
 def _report(
-    steps: Steps, model: Model, rows: list[report.Target], full: measure.Generation, plan: Plan | None
+    options: Options,
+    steps: Steps,
+    model: Model,
+    rows: list[report.Target],
+    full: measure.Generation,
+    plan: Plan | None,
 ) -> report.Report:
     config = model.decoder.config
     description = {
@@ -362,9 +419,20 @@ def _report(
         "vocab_size": config.vocab_size,
         "exits": [dataclasses.asdict(e) for e in config.exits],
     }
-    total = round(steps.total(), 2)
-    planned = planning.to_json(plan) if plan else None
-    return report.Report(total, config.n_layers, full.tokens_per_s, rows, steps.seconds, description, planned)
+    return report.Report(
+        seconds_total=round(steps.budget.spent(), 2),
+        full_depth_layers=config.n_layers,
+        full_depth_tokens_per_s=full.tokens_per_s,
+        targets=rows,
+        steps=steps.seconds,
+        model=description,
+        plan=planning.to_json(plan) if plan else None,
+        timed={
+            "prompts": len(full.samples),
+            "new_tokens": options.new_tokens,
+            "rounds": len(full.seconds),
+        },
+    )
 
 
 def _write(
@@ -374,19 +442,19 @@ def _write(
     settings: list[Setting],
     generations: Mapping[str, measure.Generation],
     prompts: list[list[int]],
+    command: str,
 ) -> None:
     out = Path(options.out)
-    report.save(result, options, out / "report.json")
+    report.save(result, options, out / "report.json", command)
     if result.targets:
         report.save_curve(result, out / "curve.png")
     for setting in settings:
         if setting.preview is not None and result.plan is not None:
             found = PreviewReport(**result.plan["previews"][str(setting.target)])
-            save_preview(setting.preview, found, out / _preview_file(setting.target))
-    texts = {s.target: generations[str(s.target)].samples for s in settings}
+            save_preview(setting.preview, found, next_step.preview_file(options.out, setting.target))
+    texts = {s.name: generations[s.name].samples for s in settings}
     n_layers = model.decoder.config.n_layers
-    some = prompts[: options.prompts]
-    report.save_texts(model.tokenizer, some, texts, model.depths, n_layers, out / "text.html")
+    report.save_texts(model.tokenizer, prompts, texts, model.depths, n_layers, out / "text.html")
 
 
 def _show(
@@ -394,16 +462,17 @@ def _show(
     options: Options,
     model: Model,
     result: report.Report,
-    settings: list[Setting],
     generations: Mapping[str, measure.Generation],
     prompts: list[list[int]],
     colour: str,
+    command: str,
 ) -> None:
     """Text coloured by depth, the table, and what to do next."""
-    chosen = min(settings, key=lambda s: abs(s.target - 0.99), default=None)
-    sample = generations[FULL if chosen is None else str(chosen.target)].samples[0]
-    what = "full depth" if chosen is None else f"{100 * chosen.target:g} % agreement"
-    console.print(f"\n[bold]A continuation at {what}[/]\n")
+    near = min(result.targets, key=lambda row: abs(row.target_agreement - 0.99), default=None)
+    chosen = result.recommended or near
+    name = FULL if chosen is None else chosen.name
+    sample = generations[name].samples[0]
+    console.print(f"\n[bold]A continuation with {name}[/]\n")
     if colours := render.terminal_colours(sys.stdout, colour):
         shown = report.show_text(
             model.tokenizer, prompts[0], sample, model.depths, model.depths[-1], colours=colours
@@ -412,33 +481,19 @@ def _show(
     else:
         print(model.tokenizer.decode(prompts[0]) + sample.text)
     console.print()
-    report.show_table(result, console)
+    report.show_table(result, options.targets, console)
     out = options.out
     curve = f", {out}/curve.png" if result.targets else ""
     console.print(f"{out}/report.json{curve}, {out}/text.html")
+    if options.hf_dir and not options.data:
+        console.print(
+            "Measured on Python's standard library: name text like what the model is to write by --data."
+        )
     console.print(f"[bold]{result.seconds_total:.0f} s in total.[/] Next:")
-    console.print(f"  {_next_command(options, result)}", soft_wrap=True)
+    console.print(f"  {command}", soft_wrap=True, markup=False)
 
 
 def _recommended(policy: ConfidenceExit, result: report.Report) -> ConfidenceExit:
     """The policy at the recommended target; as it was calibrated where exits are not recommended."""
     row = result.recommended
     return policy.at(row.target_agreement) if row is not None and row.dial == "exits" else policy
-
-
-def _next_command(options: Options, result: report.Report) -> str:
-    """The command that generates with the recommended setting."""
-    out, row = options.out, result.recommended
-    prompt = '--prompt "Once upon a time"' if options.hf_dir else '--prompt "def main():"'
-    model = f"{out}/{folders.MODEL}"
-    if row is None:
-        how = f"--model {options.hf_dir or model}"
-    elif row.dial == "preview":
-        how = f"--model {options.hf_dir} --preview {out}/{_preview_file(row.target_agreement)}"
-    else:
-        how = f"--model {model} --thresholds {out}/thresholds.json"
-    return f"elastic-lm generate {how} {prompt}"
-
-
-def _preview_file(target: float) -> str:
-    return f"{folders.PREVIEW}{100 * target:g}.safetensors"

@@ -1,10 +1,14 @@
 """The two training runs of a quickstart: the exits, and with --from-scratch the model before them."""
 
+import dataclasses
 from pathlib import Path
+
+import jax
 
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.depth.ee_tuning import EETuningConfig
+from elastic_lm.depth.fitting import FIT_TOKENS
 from elastic_lm.depth.self_supervised import SelfSupervisedConfig
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.quickstart import folders
@@ -12,47 +16,58 @@ from elastic_lm.quickstart.options import Options
 from elastic_lm.train.config import RunConfig, TrainConfig
 from elastic_lm.train.run import MODEL_FOLDER, fit
 
+# How fitted exits are tuned: many small steps on new text (one setting of experiments/real_model, no search).
 HIDDEN = 1024  # width of the MLP beside a fitted map
-EPOCHS = 4  # passes over what the frozen layers have computed
+CANDIDATES = 4096  # columns of the vocabulary that a step reads
+EPOCHS = 1  # passes over what the frozen layers have computed, as far as memory goes
+CACHE_BYTES = 2 * 2**30  # of what they have computed, at most; the steps beyond read it again
 
 
 def tune_exits(
-    options: Options, source: Path, n_layers: int, data: DataConfig
+    options: Options, source: Path, base: ModelConfig, data: DataConfig, fit_tokens: int = FIT_TOKENS
 ) -> tuple[Decoder, Params, Path]:
     """Attaches exits to the model in `source` and tunes them; the model itself does not change.
 
     Args:
       options: exits, steps, learning rate, seed.
       source: Hugging Face folder or elastic checkpoint.
-      n_layers: depth of the model there.
+      base: the model there.
       data: text to tune on.
+      fit_tokens: of it, that a closed form is fitted on.
 
     Returns:
       (model with exits, its parameters, the folder of the elastic checkpoint).
     """
     fitted = bool(options.hf_dir) and options.kind is None
+    steps = options.steps
     if fitted:
         # A closed form, and beside it an MLP that starts at zero: both learn the model's own distribution.
         exits = tuple(
             ExitConfig(layer, "linear", tied=True, init="fit", hidden=HIDDEN)
-            for layer in exit_layers(options, n_layers)
+            for layer in exit_layers(options, base.n_layers)
         )
-        method = SelfSupervisedConfig(objective="kl", cached_batches=max(2, options.steps // EPOCHS))
+        # As many tokens as asked for, in steps of one row per device.
+        rows = jax.device_count()
+        steps = max(2, options.steps * options.batch_size // rows)
+        data = dataclasses.replace(data, batch_size=rows)
+        room = CACHE_BYTES // (4 * base.d_model * (1 + len(exits)) * rows * data.seq_len)
+        cached = max(2, min(steps // EPOCHS, room))
+        method = SelfSupervisedConfig(cached_batches=cached, candidates=CANDIDATES, fit_tokens=fit_tokens)
     else:
         kind = options.kind or "norm"
-        exits = tuple(ExitConfig(layer, kind, options.tied) for layer in exit_layers(options, n_layers))
+        exits = tuple(ExitConfig(layer, kind, options.tied) for layer in exit_layers(options, base.n_layers))
         method = EETuningConfig()
     train = TrainConfig(
         init_from=str(source),
-        steps=options.steps,
+        steps=steps,
         lr=options.lr,
-        warmup=min(10, options.steps - 1),
+        warmup=min(10, steps - 1),
         weight_decay=0.0,
         seed=options.seed,
-        log_every=max(1, options.steps // 6),
+        log_every=max(1, steps // 6),
         eval_every=0,
         eval_batches=4,
-        save_every=options.steps,
+        save_every=steps,
     )
     folder = Path(options.out) / folders.TUNING
     config, params = _fit(RunConfig(exits=exits, data=data, method=method, train=train), folder)

@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("elastic-lm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+PACKAGES = ("elastic-lm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "xllamacpp")
 
 
 def hardware() -> dict[str, Any]:

@@ -17,12 +17,14 @@ from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import main as cli
 from elastic_lm.data.stdlib import stdlib_files
 from elastic_lm.data.tokenizer import train_bpe
+from elastic_lm.decode import generated
 from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.files.atomic import prepare_output
 from elastic_lm.models.registry import init_params
 
 COMMANDS = (
     "quickstart",
+    "plan",
     "convert",
     "export",
     "train",
@@ -258,7 +260,7 @@ def test_calibrate_then_evaluate(
     capsys: pytest.CaptureFixture[str],
     replaced: list[pathlib.Path],
 ) -> None:
-    sizes = ("--data", text, "--tokens", 2000, "--seq-len", 64)
+    sizes = ("--data", text, "--tokens", 2000, "--seq-len", 64, "--continuations", 0)
     thresholds = tmp_path / "thresholds.json"
     assert run("calibrate", "--model", model, *sizes, "--target", 0.9, "--out", thresholds) == 0
     assert ConfidenceExit.load(thresholds).target == 0.9
@@ -270,7 +272,45 @@ def test_calibrate_then_evaluate(
     assert [row["layers"] for row in numbers["depths"]] == [1, 2, 3]
     assert numbers["depths"][-1]["agreement"] == 1.0
     assert 0 <= numbers["policy"]["agreement"] <= 1
+    assert numbers["policy"]["generated"] is None
     assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_agreement_on_generated_text_stands_beside_that_on_given_text(
+    model: pathlib.Path,
+    text: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = ("--data", text, "--tokens", 2000, "--seq-len", 32, "--new-tokens", 4)
+    thresholds, result = tmp_path / "thresholds.json", tmp_path / "result.json"
+    write = ("calibrate", "--model", model, *sizes, "--target", 0.01, "--out", thresholds)
+    assert run(*write, "--continuations", 2) == 0
+    assert "on text generated with these thresholds: agreement" in capsys.readouterr().out
+    policy = ConfidenceExit.load(thresholds)
+    assert policy.provenance["generated"]["tokens"] == 8
+
+    measure = ("evaluate", "--model", model, *sizes, "--thresholds", thresholds, "--json", result)
+    assert run(*measure, "--continuations", 2) == 0
+    found = json.loads(result.read_text())["policy"]
+    assert found["generated"]["tokens"] == 8
+    assert not found["degenerate"]
+    assert "on text generated with these thresholds" in capsys.readouterr().out
+
+    assert run(*write, "--continuations", 0) == 0
+    assert "generated" not in ConfidenceExit.load(thresholds).provenance
+
+    # A way to decode that loops is refused, and the file of before stays.
+    before = thresholds.read_text()
+    looping = generated.GeneratedText(16, 0.9, 0.95, 0.8, 0.1)
+    monkeypatch.setattr(generated, "measure", lambda *_: looping)
+    assert run(*write) == 2
+    error = capsys.readouterr().err
+    assert "--target 0.01: its text loops: 80%" in error
+    assert "--continuations 0" in error
+    assert thresholds.read_text() == before
 
 
 @pytest.mark.long
@@ -284,7 +324,7 @@ def test_calibrate_on_text_of_the_model_itself(
     texts = [json.loads(line)["text"] for line in own.read_text().splitlines()]
     assert len(texts) == 34
     assert len(set(texts)) > 30
-    sizes = ("--data", own, "--tokens", 500, "--seq-len", 16, "--out", thresholds)
+    sizes = ("--data", own, "--tokens", 500, "--seq-len", 16, "--out", thresholds, "--continuations", 0)
     assert run("calibrate", "--model", model, *sizes, "--strategy", "platt") == 0
     assert str(own) in ConfidenceExit.load(thresholds).provenance["data"]["description"]
     capsys.readouterr()
@@ -312,7 +352,7 @@ def test_calibrate_with_a_guarantee_and_a_forecast(
     model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     thresholds = tmp_path / "thresholds.json"
-    common = ("calibrate", "--model", model, "--data", text, "--out", thresholds)
+    common = ("calibrate", "--model", model, "--data", text, "--out", thresholds, "--continuations", 0)
     sizes = ("--tokens", 4000, "--seq-len", 32)
     assert run(*common, *sizes, "--target", 0.05, "--epsilon", 0.1, "--delta", 0.9, "--forecast") == 0
     printed = capsys.readouterr().out

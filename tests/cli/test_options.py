@@ -20,7 +20,18 @@ from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import KINDS, Scoring
 from elastic_lm.cascade.text_answerer import TextAnswerer
-from elastic_lm.cli import bench, calibrate, convert, evaluate, export, generate, latency, quickstart, train
+from elastic_lm.cli import (
+    bench,
+    calibrate,
+    convert,
+    evaluate,
+    export,
+    generate,
+    latency,
+    plan,
+    quickstart,
+    train,
+)
 from elastic_lm.cli.cascade import fit, run
 from elastic_lm.cli.main import COMMANDS, build_parsers
 from elastic_lm.cli.parser import CommandOptions, Parser
@@ -38,6 +49,7 @@ from elastic_lm.quickstart.options import Options as QuickstartJob
 
 LEAVES: tuple[ModuleType, ...] = (
     quickstart,
+    plan,
     convert,
     export,
     train,
@@ -224,6 +236,11 @@ def test_only_from_flags_sees_a_namespace() -> None:
         (calibrate, {"tokens": 0}, "--tokens 0: must be at least 1"),
         (evaluate, {"seq_len": 0}, "--seq-len 0: must be at least 1"),
         (evaluate, {"data": ("a.txt", "b.jsonl")}, "--data a.txt b.jsonl: give text files or JSON lines"),
+        (plan, {"minutes": 0.0}, "--minutes 0.0: must be above 0"),
+        (plan, {"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        (plan, {"window": 1}, "--window 1: must be at least 2"),
+        (plan, {"targets": (1.0,)}, "--targets 1.0: must be below 1"),
+        (plan, {"dtype": "int8"}, "--dtype='int8': must be one of float32, bfloat16, float16"),
         (generate, {"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         (generate, {"window": 0}, "--window 0: must be at least 1"),
         (generate, {"missing": "guess"}, "--missing='guess': must be one of exact, propagate"),

@@ -112,7 +112,9 @@ def test_the_calibration_counts_as_right_what_decoding_gets_right(decaying, rank
         np.testing.assert_allclose(gap, decoded_gap, rtol=1e-3, atol=1e-3)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(False, marks=pytest.mark.long), True], ids=["untied", "tied"]
+)
 def fitted(request, make_model):
     exits = (ExitConfig(1, "norm", tied=True), ExitConfig(2, "norm", tied=False))
     config = dataclasses.replace(tiny_config(n_layers=3, vocab_size=V), exits=exits, tied=request.param)
