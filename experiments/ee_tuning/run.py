@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import elastic_lm as el
+from elastic_lm.decode import generated
 from elastic_lm.depth.threshold_search import exit_outcome
 from elastic_lm.models.decoder import Params
 from elastic_lm.quickstart import measure
@@ -197,7 +198,9 @@ def generation(
             "full_tokens_per_s": full.tokens_per_s,
             "speedup": found[str(target)].speedup(full),
             "mean_layers": found[str(target)].mean_layers,
-            "agreement": measure.agreement(config, params, prompts, found[str(target)].samples),
+            "agreement": float(
+                np.mean(generated.agreeing(config, params, prompts, found[str(target)].texts))
+            ),
             "same_as_full_run": same_tokens(found[str(target)].samples, full.samples),
         }
         for target in TARGETS

@@ -39,6 +39,7 @@ from report import plot, tables
 import elastic_lm as el
 from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.data import Batch
+from elastic_lm.decode import generated
 from elastic_lm.decode.results import Sample
 from elastic_lm.depth.calibration import fit_thresholds
 from elastic_lm.depth.threshold_search import exit_outcome
@@ -365,15 +366,10 @@ def agreement(
     config: el.ModelConfig, params: Params, prompts: Sequence[list[int]], samples: Sequence[Sample]
 ) -> float:
     """Share of emitted tokens that full depth chooses after the same tokens."""
-    texts = [[*prompt, *sample.tokens] for prompt, sample in zip(prompts, samples, strict=True)]
-    rows = np.zeros((len(texts), max(map(len, texts))), np.int32)
-    for row, text in zip(rows, texts, strict=True):
-        row[: len(text)] = text
-    chunks = np.split(rows, range(ROWS, len(rows), ROWS))
-    best = np.concatenate([measure.full_choices(config, params, jnp.asarray(chunk)) for chunk in chunks])
+    texts = [sample.tokens for sample in samples]
     agrees = [
-        best[i, len(prompt) - 1 : len(text) - 1] == rows[i, len(prompt) : len(text)]
-        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        generated.agreeing(config, params, prompts[i : i + ROWS], texts[i : i + ROWS])
+        for i in range(0, len(texts), ROWS)
     ]
     return float(np.concatenate(agrees).mean())
 
