@@ -158,6 +158,7 @@ def test_folders_for_results_are_made(tmp_path: pathlib.Path) -> None:
     assert list((tmp_path / "new").iterdir()) == []
 
 
+@pytest.mark.long
 def test_coloured_text_is_the_plain_text(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_ = ("generate", "--model", model, "--prompt", "def f(", "--max-new-tokens", 8)
     assert run(*run_) == 0

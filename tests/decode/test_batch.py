@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 NEW = 20
+LONG_2, LONG_8 = (pytest.param(window, marks=pytest.mark.long) for window in (2, 8))
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def test_policies_use_every_depth(expected, mixed):
     assert depths == {1, 2, 3}
 
 
-@pytest.mark.parametrize("window", [1, pytest.param(2, marks=pytest.mark.long), 4, 8])
+@pytest.mark.parametrize("window", [1, LONG_2, 4, LONG_8])
 def test_one_row_equals_full_recomputation(model, prompts, expected, window):
     for thresholds, rows in expected.items():
         sampler = model.sampler(thresholds, window=window)
@@ -27,7 +28,7 @@ def test_one_row_equals_full_recomputation(model, prompts, expected, window):
             assert (out.tokens, out.exit_layers) == (tokens, depths)
 
 
-@pytest.mark.parametrize("window", [pytest.param(2, marks=pytest.mark.long), 4, 8])
+@pytest.mark.parametrize("window", [LONG_2, 4, LONG_8])
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_batch_equals_single_rows(model, prompts, expected, size, window):
     for (thresholds, rows), share in itertools.product(expected.items(), [0.0, 1.0]):

@@ -29,7 +29,7 @@ def full_pass(model, tokens):
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-@pytest.mark.parametrize("window", [2, 8])
+@pytest.mark.parametrize("window", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_deep_rows_equal_full_pass(model, prompts, mixed, window, share):
     for thresholds in [*mixed, (0.0, 0.0), (2.0, 2.0)]:
         sampler = model.sampler(thresholds, window=window, fire_share=share)
@@ -76,7 +76,7 @@ def test_no_cache_is_copied(model, prompts, size, mode):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")
-@pytest.mark.parametrize(("size", "mode"), [(1, "exact"), (3, "verify")])
+@pytest.mark.parametrize(("size", "mode"), [(1, "exact"), pytest.param(3, "verify", marks=pytest.mark.long)])
 def test_no_cache_is_copied_where_segments_have_several_layers(model, prompts, size, mode):
     exits = (ExitConfig(2, "norm"),)
     config = dataclasses.replace(model.config, n_layers=5, exits=exits)
@@ -85,6 +85,7 @@ def test_no_cache_is_copied_where_segments_have_several_layers(model, prompts, s
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")
+@pytest.mark.long
 def test_no_cache_is_copied_beside_gates(model, prompts):
     exits = tuple(dataclasses.replace(e, gate=4) for e in model.config.exits)
     config = model.config.with_exits(exits)

@@ -162,6 +162,7 @@ def draw_pairs(model, prompt, rows=2000, calls=5):
     return counts, outputs[0].stats
 
 
+@pytest.mark.long
 def test_sampled_pairs_follow_the_full_model(small):
     prompt = [3, 1, 4]
     counts, statistics = draw_pairs(small, prompt)
@@ -169,6 +170,7 @@ def test_sampled_pairs_follow_the_full_model(small):
     assert p_value(counts, joint(small, prompt) * counts.sum()) > 0.01
 
 
+@pytest.mark.long
 def test_a_broken_acceptance_rule_is_noticed(small, monkeypatch):
     """Keeping every draft gives another distribution, and the test above sees that."""
 

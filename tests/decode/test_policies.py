@@ -242,6 +242,7 @@ def test_deeper_layers_get_keys_and_values_of_the_state_that_left(four, prompts)
     assert seen == {1, 2, 3, 4}
 
 
+@pytest.mark.long
 def test_block_of_a_deeper_exit_gets_keys_and_values_of_the_state_that_left(make_model, prompts):
     config = dataclasses.replace(
         tiny_config(n_layers=3), exits=(ExitConfig(1, "norm"), ExitConfig(2, "block"))

@@ -153,7 +153,9 @@ def test_remat_changes_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize(("curriculum", "tied"), [("sampled", True), ("rotational", False)])
+@pytest.mark.parametrize(
+    ("curriculum", "tied"), [pytest.param("sampled", True, marks=pytest.mark.long), ("rotational", False)]
+)
 def test_sparse_steps_equal_the_loss_of_their_sub_models(curriculum: Any, tied: bool) -> None:
     config, params = model(tied)
     period = 3 if curriculum in ("rotational", "gradual") else 0

@@ -127,6 +127,7 @@ def test_parameters_begin_as_those_of_t5() -> None:
     np.testing.assert_array_equal(params["encoder"]["final_norm"]["scale"], 1.0)
 
 
+@pytest.mark.long
 def test_a_copy_task_is_learned_by_heart(tmp_path: Path) -> None:
     words = ["one two", "three", "four five six", "seven", "eight nine"]
     file = tmp_path / "copy.jsonl"

@@ -208,6 +208,7 @@ def test_ranking_on_a_mesh_is_that_of_one_device() -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(placed), jax.device_get(here))
 
 
+@pytest.mark.long
 def test_processes_that_see_parts_of_a_model_rank_it_alike(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -77,6 +77,7 @@ def test_tokens_choose_for_themselves() -> None:
         assert_close(whole[row, :5], alone[0])
 
 
+@pytest.mark.long
 def test_a_tilt_leads_to_the_smallest_or_the_whole_model() -> None:
     for tilt, subnet in ((1e6, Subnet.full), (-1e6, lambda c: Subnet.uniform(c, mlp=0.25, heads=0.5))):
         config, params = by_token(tilt)
@@ -86,6 +87,7 @@ def test_a_tilt_leads_to_the_smallest_or_the_whole_model() -> None:
         assert_close(found, Decoder(small).apply({"params": sliced}, tokens).logits)
 
 
+@pytest.mark.long
 def test_prompts_choose_whatever_stands_beside_and_behind_them() -> None:
     config, params = by_token()
     tokens, lengths = random_tokens(config, 3, 7), jnp.asarray([7, 3, 5])

@@ -146,7 +146,7 @@ def test_choices_are_one_hot_with_the_gradient_of_a_softmax() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "reads"), [*SCHEMES[:2], pytest.param(*SCHEMES[2], marks=pytest.mark.long)]
+    ("scheme", "reads"), [SCHEMES[1], *(pytest.param(*SCHEMES[i], marks=pytest.mark.long) for i in (0, 2))]
 )
 def test_same_seed_same_draws_and_curve(scheme: str, reads: str) -> None:
     first = trained(scheme, reads)
