@@ -33,14 +33,13 @@ from elastic_lm.decode.segment import PREVIEW
 from elastic_lm.decode.served import Served, jit_prefill, jit_run
 from elastic_lm.decode.settings import SMALLEST_BUCKET, Settings, make_controls
 from elastic_lm.decode.state import Controls, DecodeState, Mode
-from elastic_lm.decode.tick_costs import TickCosts, tick_costs
+from elastic_lm.decode.tick_costs import METRIC, TickCosts, tick_costs
 from elastic_lm.depth.confidence import NEVER_EXITS, metric_index
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.preview import HeadPreview
 
 ROUNDS = 5
 PROMPT = 8  # tokens of the text that iterations go on from
-METRIC = "logit_margin"  # the metric of logits that never reaches 1
 HEAD_CALLS = 4  # heads of one timed call
 
 

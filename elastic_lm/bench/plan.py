@@ -168,37 +168,6 @@ class Explored:
         return Decoder(config), params, policy
 
 
-def make_plan(
-    config: ModelConfig,
-    params: Params,
-    targets: Sequence[float],
-    *,
-    fitting: Callable[[], Iterable[Batch]],
-    testing: Callable[[], Iterable[Batch]],
-    prompts: Sequence[list[int]],
-    new_tokens: int,
-    window: int,
-    batch_size: int = 1,
-    rounds: int = ROUNDS,
-    say: Callable[[str], None] = print,
-) -> tuple[Plan, dict[float, HeadPreview]]:
-    """`explore`, of which the plan and the preview for every target are wanted; arguments as there."""
-    found = explore(
-        config,
-        params,
-        targets,
-        fitting=fitting,
-        testing=testing,
-        prompts=prompts,
-        new_tokens=new_tokens,
-        window=window,
-        batch_size=batch_size,
-        rounds=rounds,
-        say=say,
-    )
-    return found.plan, found.previews
-
-
 def explore(
     config: ModelConfig,
     params: Params,
@@ -382,7 +351,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     """Prints times, forecasts and the verdict.
 
     Args:
-      plan: from `make_plan`.
+      plan: from `explore`.
       console: where it goes.
     """
     widths = [t for t in (1, 2, 4, 8, 16) if t <= len(plan.seconds)]
@@ -469,11 +438,3 @@ def affordable_tokens(config: ModelConfig, params: Params, minutes: float, *, fe
     per_token = min(interleave({"row": forward}, rounds=2)["row"]) / row.tokens.size
     # Two passes fit, and another half tests; exits and previews read the head of every token, too.
     return int(min(most, max(fewest, 60 * minutes / 3 / (3 * per_token))))
-
-
-def first_tokens(batches: Iterable[Batch], tokens: int) -> Iterable[Batch]:
-    """The first batches, of about so many tokens, but at least 8: previews need some to calibrate on."""
-    batches = iter(batches)
-    first = next(batches)
-    count = max(8, tokens // first.tokens.size)
-    return itertools.chain([first], itertools.islice(batches, count - 1))

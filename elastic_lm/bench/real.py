@@ -23,6 +23,7 @@ Lossless rows raise where a token differs from full depth.
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import sys
 import tempfile
@@ -112,13 +113,21 @@ def _own(options: Options, folder: Path) -> Own:
     )
 
 
+def _first_tokens(batches: Iterable[Batch], tokens: int) -> Iterable[Batch]:
+    """The first batches, of about so many tokens, but at least 8: previews need some to calibrate on."""
+    batches = iter(batches)
+    first = next(batches)
+    count = max(8, tokens // first.tokens.size)
+    return itertools.chain([first], itertools.islice(batches, count - 1))
+
+
 def _rows(own: Own, options: Options) -> Iterator[Measurement]:
     found = planning.explore(
         own.config,
         own.params,
         (*EXITS, PREVIEW_AGREEMENT),
-        fitting=lambda: planning.first_tokens(own.training(), FIT_TOKENS),
-        testing=lambda: planning.first_tokens(own.held_out(), FIT_TOKENS // 2),
+        fitting=lambda: _first_tokens(own.training(), FIT_TOKENS),
+        testing=lambda: _first_tokens(own.held_out(), FIT_TOKENS // 2),
         prompts=own.prose,
         new_tokens=NEW_TOKENS,
         window=WINDOW,

@@ -109,7 +109,7 @@ def run(options: Options) -> None:
     )
     tokens = planning.affordable_tokens(config, params, options.minutes, fewest=FEWEST, most=MOST)
     rows = max(LEAST_ROWS, tokens // parts.fitting.shape[1])
-    plan, _ = planning.make_plan(
+    plan = planning.explore(
         config,
         params,
         options.targets,
@@ -120,7 +120,7 @@ def run(options: Options) -> None:
         window=options.window,
         batch_size=options.batch_size,
         say=lambda what: print(what, file=sys.stderr, flush=True),
-    )
+    ).plan
     planning.show_plan(plan, Console(highlight=False))
     if options.json:
         write_text_whole(options.json, json.dumps(planning.to_json(plan), indent=2) + "\n")

@@ -16,6 +16,7 @@ from elastic_lm.decode.results import Sample, sample_spans
 from elastic_lm.depth.forecasting import NO_GAIN
 from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.quickstart.options import Options
+from elastic_lm.quickstart.settings import name_of
 from elastic_lm.report import colour as render
 from elastic_lm.report.machine import hardware, versions
 from elastic_lm.report.plots import SpeedPoint, quality_speed
@@ -57,11 +58,7 @@ class Target:
     @property
     def name(self) -> str:
         """For people."""
-        return (
-            "lossless lookup"
-            if self.dial == "lookup"
-            else f"{self.dial} at {100 * self.target_agreement:g} %"
-        )
+        return name_of(self.dial, self.target_agreement)
 
     @property
     def refused(self) -> str:

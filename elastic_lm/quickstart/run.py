@@ -285,7 +285,7 @@ def _plan(
         most = max(least, tokens // (options.batch_size * options.seq_len))
         return steps.passing(batches, most, pace.PASS, least)
 
-    plan, previews = planning.make_plan(
+    found = planning.explore(
         model.decoder.config,
         model.params,
         options.targets,
@@ -298,8 +298,8 @@ def _plan(
         rounds=pace.plan_rounds(speed, options.window, steps.budget.left()),
         say=steps.say,
     )
-    planning.show_plan(plan, steps.console)
-    return plan, previews, speed, options
+    planning.show_plan(found.plan, steps.console)
+    return found.plan, found.previews, speed, options
 
 
 def _training(options: Options, model: Model) -> Iterable[Batch]:

@@ -39,7 +39,7 @@ class Setting:
     @property
     def name(self) -> str:
         """For people, and different for every setting of a run."""
-        return "lossless lookup" if self.dial == "lookup" else f"{self.dial} at {100 * self.target:g} %"
+        return name_of(self.dial, self.target)
 
     def options(self, window: int) -> DecodeOptions:
         """Those of a sampler that decodes in this way.
@@ -51,6 +51,11 @@ class Setting:
         return DecodeOptions(
             exit=self.policy, preview=self.preview, lossless=lossless, lookup=lossless, window=window
         )
+
+
+def name_of(dial: str, target: float) -> str:
+    """What people call a dial at a target agreement."""
+    return "lossless lookup" if dial == "lookup" else f"{dial} at {100 * target:g} %"
 
 
 def lookup_pays(plan: Plan | None) -> bool:
