@@ -24,10 +24,11 @@ Lossless rows raise where a token differs from full depth.
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +52,8 @@ from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
 from elastic_lm.report.machine import usable_cores
 
-NEW_TOKENS = 48
+NEW_TOKENS, MOST_TOKENS = 48, 512  # per call
+LEAST_SECONDS = 0.5  # of a call at full depth, as far as the context goes
 PROMPTS = 3  # of each kind
 BATCH = 4  # rows of the configuration that is forecast for more than one
 FIT_TOKENS = 16_384  # of a pass over text
@@ -65,6 +67,7 @@ class Own:
 
     config: ModelConfig
     params: Params
+    new_tokens: int
     training: Callable[[], Iterable[Batch]]
     held_out: Callable[[], Iterable[Batch]]
     prose: list[list[int]]
@@ -103,14 +106,27 @@ def _own(options: Options, folder: Path) -> Own:
     chosen = [encoded[i * len(encoded) // PROMPTS] for i in range(min(PROMPTS, len(encoded)))]
     if not chosen:
         raise ValueError("--data: no held-out piece of text has 64 tokens; give more text")
+    prose = [ids[:64] for ids in chosen]
+    copying = [planning.repeated(ids) for ids in prose]
     return Own(
         config,
         params,
+        _new_tokens(Sampler(Decoder(config), params), prose[0], config.max_len - len(copying[0])),
         lambda: batches(pipeline.train_batches(data, tokenizer)),
         lambda: batches(pipeline.eval_batches(data, tokenizer, "test")),
-        prose=[ids[:64] for ids in chosen],
-        copying=[planning.repeated(ids[:64]) for ids in chosen],
+        prose=prose,
+        copying=copying,
     )
+
+
+def _new_tokens(full: Sampler, prompt: list[int], room: int) -> int:
+    """Tokens per call: more of a fast model, whose calls would otherwise be shorter than their jitter."""
+
+    def run() -> None:
+        full.sample(prompt, NEW_TOKENS, ignore_eos=True)
+
+    seconds = min(interleave({"full": run}, rounds=2)["full"])
+    return max(1, min(room, MOST_TOKENS, math.ceil(NEW_TOKENS * max(1.0, LEAST_SECONDS / seconds))))
 
 
 def _first_tokens(batches: Iterable[Batch], tokens: int) -> Iterable[Batch]:
@@ -129,7 +145,7 @@ def _rows(own: Own, options: Options) -> Iterator[Measurement]:
         fitting=lambda: _first_tokens(own.training(), FIT_TOKENS),
         testing=lambda: _first_tokens(own.held_out(), FIT_TOKENS // 2),
         prompts=own.prose,
-        new_tokens=NEW_TOKENS,
+        new_tokens=own.new_tokens,
         window=WINDOW,
         say=_say,
     )
@@ -216,7 +232,7 @@ def _prose(
     """Everything that continues prose greedily takes turns, lossless or not; `compared` grows."""
     everyone = {"cheap_head": sides.preview, **_named(sides.exits), **_named(sides.lossless)}
     _say(f"continuing prose: {', '.join(everyone)}")
-    speed, tokens = _compare(sides.full, everyone, own.prose, rounds)
+    speed, tokens = _compare(sides.full, everyone, own.prose, new_tokens=own.new_tokens, rounds=rounds)
     _check(tokens, _named(sides.lossless), "prose")
 
     equal = np.mean(np.asarray(tokens["full"]) == np.asarray(tokens["cheap_head"]))
@@ -244,7 +260,9 @@ def _lossless(
     together = []
     for kind, prompts, settings in (("copy", own.copying, {}), ("prose", own.prose[:2], SAMPLED)):
         _say(f"lossless, {kind}: {', '.join(everyone)}")
-        speed, tokens = _compare(sides.full, everyone, prompts, rounds, **settings)
+        speed, tokens = _compare(
+            sides.full, everyone, prompts, new_tokens=own.new_tokens, rounds=rounds, **settings
+        )
         _check(tokens, everyone, kind)
         if not settings:
             compared.append(Compared(f"{lookup} of a repeated text", speed[lookup], plan.repeated))
@@ -278,17 +296,17 @@ def _against_llama_cpp(own: Own, full: Sampler, rounds: int) -> Iterator[Measure
                     },
                     rounds,
                 )
-                for count in (1, NEW_TOKENS)
+                for count in (1, own.new_tokens)
             )
-            each = {name: np.asarray(whole[name]) - np.median(first[name]) for name in whole}
+            each = {name: without_first(whole[name], first[name]) for name in whole}
             speeds.append(
                 (
-                    np.median((NEW_TOKENS - 1) / each["ours"]),
-                    np.median((NEW_TOKENS - 1) / each["theirs"]),
+                    np.median((own.new_tokens - 1) / each["ours"]),
+                    np.median((own.new_tokens - 1) / each["theirs"]),
                     np.median(each["theirs"] / each["ours"]),
                 )
             )
-            pairs = zip(ours(prompt, NEW_TOKENS), theirs(prompt, NEW_TOKENS), strict=True)
+            pairs = zip(ours(prompt, own.new_tokens), theirs(prompt, own.new_tokens), strict=True)
             equal += [a == b for a, b in pairs]
 
     measured, ideal, ratio = np.mean(speeds, axis=0).tolist()
@@ -304,8 +322,10 @@ def _batch(own: Own, found: planning.Explored, sides: Sides, rounds: int) -> lis
         return []
     _say(f"batches of {BATCH}: {_name(best)}")
     rows = [own.prose[i % len(own.prose)] for i in range(BATCH)]
-    forecast = planning.for_batch(found, rows, NEW_TOKENS, best.layer).exits(best.layer, EXITS[0]).speedup
-    speed, _ = _compare(sides.full, {"exits": sides.exits[best]}, [rows], rounds)
+    forecast = planning.for_batch(found, rows, own.new_tokens, best.layer).exits(best.layer, EXITS[0]).speedup
+    speed, _ = _compare(
+        sides.full, {"exits": sides.exits[best]}, [rows], new_tokens=own.new_tokens, rounds=rounds
+    )
     return [Compared(f"{_name(best)}, batch {BATCH}", speed["exits"], forecast)]
 
 
@@ -333,8 +353,33 @@ def _check(tokens: dict[str, list[Any]], sides: Iterable[str], name: str) -> Non
             raise ValueError(f"real/lookup_{name}: {side} differs from full depth")
 
 
+def without_first(whole: Sequence[float], first: Sequence[float]) -> np.ndarray:
+    """Seconds of calls without those of a call for one token, which are mostly prefill.
+
+    Args:
+      whole: of each round.
+      first: of calls for one token.
+
+    Raises:
+      ValueError: that leaves nothing in some round.
+    """
+    seconds = np.asarray(whole) - np.median(first)
+    if np.any(seconds <= 0):
+        raise ValueError(
+            f"a call of {min(whole):.4f} s took no longer than one for a single token, {np.median(first):.4f} "
+            "s: the model is too fast for this machine as busy as it is; wait, or give more --rounds"
+        )
+    return seconds
+
+
 def _compare(
-    full: Sampler, sides: dict[str, Sampler], prompts: list[Any], rounds: int, **settings: Any
+    full: Sampler,
+    sides: dict[str, Sampler],
+    prompts: list[Any],
+    *,
+    new_tokens: int,
+    rounds: int,
+    **settings: Any,
 ) -> tuple[dict[str, float], dict[str, list[Any]]]:
     """Speed of each side relative to full depth over all prompts, the median over rounds; and all tokens.
 
@@ -351,8 +396,8 @@ def _compare(
             found[name] = [s.tokens for s in samples] if isinstance(samples, list) else samples.tokens
 
         first = interleave({name: functools.partial(run, name, 1) for name in everyone}, rounds)
-        whole = interleave({name: functools.partial(run, name, NEW_TOKENS) for name in everyone}, rounds)
+        whole = interleave({name: functools.partial(run, name, new_tokens) for name in everyone}, rounds)
         for name in everyone:
             tokens[name].append(found[name])
-            seconds[name] += np.asarray(whole[name]) - np.median(first[name])
+            seconds[name] += without_first(whole[name], first[name])
     return {name: float(np.median(seconds["full"] / seconds[name])) for name in sides}, tokens
