@@ -11,6 +11,7 @@ import pytest
 from elastic_lm.bench import llama_cpp
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.rope import RopeConfig
+from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.registry import init_params
 
@@ -74,3 +75,16 @@ def test_missing_packages_are_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
     assert llama_cpp.generator(CONFIG, {}, tmp_path / "model.gguf", 1) is None
     assert "gguf not installed" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_llama_cpp_continues_as_full_depth_does(tmp_path):
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    params = jax.tree.map(lambda p: p * 6 if p.ndim > 1 else p, init_params(CONFIG, jax.random.key(0)))
+    prompt = np.random.default_rng(1).integers(0, CONFIG.vocab_size, 9).tolist()
+
+    theirs = llama_cpp.generator(CONFIG, params, tmp_path / "model.gguf", threads=1)
+    assert theirs is not None
+    ours = Sampler(Decoder(CONFIG), params).sample(prompt, 12, ignore_eos=True)
+    assert theirs(prompt, 12) == list(ours.tokens)
