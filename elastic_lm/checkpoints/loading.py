@@ -8,6 +8,7 @@ import jax
 from elastic_lm import hf
 from elastic_lm.config.model import DTYPES
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.finite import NotFiniteError, first_not_finite
 from elastic_lm.models.registry import Config, Model, kind_of, make_model
 
 CHECKPOINT = "elastic_config.json"
@@ -93,4 +94,9 @@ def _load_checkpoint(
             raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        if (found := first_not_finite(params)) is not None:
+            raise NotFiniteError(
+                f"{folder}: parameter {found[0]} holds values that are too large for {dtype}: load it with "
+                "dtype 'bfloat16' or 'float32'"
+            )
     return config, params

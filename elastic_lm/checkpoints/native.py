@@ -21,6 +21,7 @@ from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.atomic import read_json
 from elastic_lm.hf.files import replace_folder
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.finite import check_params
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 
@@ -244,7 +245,8 @@ def load_model(
 
     Raises:
       FileNotFoundError: the folder is not an elastic checkpoint.
-      ValueError: its parameters do not fit its config, or are damaged.
+      ValueError: its parameters do not fit its config, are damaged, or hold NaN or infinity; names the first
+        such parameter.
     """
     folder, config = epath.Path(path).absolute(), load_config(path)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
@@ -255,10 +257,12 @@ def load_model(
         shardings,
     )
     try:
-        return config, ocp.load(folder / PARAMS_FOLDER, abstract)
+        params = ocp.load(folder / PARAMS_FOLDER, abstract)
     except Exception as error:
         reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
+    check_params(str(folder / PARAMS_FOLDER), params)
+    return config, params
 
 
 def load_config(path: str | Path) -> Config:

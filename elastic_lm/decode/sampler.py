@@ -21,6 +21,7 @@ from elastic_lm.decode.results import (
     Detokenizer,
     Sample,
     TextTokenizer,
+    check_drawn,
     collect,
     held_back,
     make_detokenizer,
@@ -205,8 +206,9 @@ class Sampler:
           One `Sample`, or a list of them in the order of the prompts.
 
         Raises:
-          ValueError: an empty or too long prompt, an unknown setting, a value out of range, or a budget or
-            sub-network that is not one of the model's.
+          ValueError: an empty or too long prompt, an unknown setting, a value out of range, a budget or
+            sub-network that is not one of the model's, or logits that are not finite; the message then names
+            the first weight that is not, or the dtype that was exceeded.
 
         Example:
           ```python
@@ -245,14 +247,7 @@ class Sampler:
             model = call.served
             final = model.run(model.config, model.params, state, controls, ENDLESS, call.mode)
 
-        samples = collect(
-            final,
-            prompts,
-            call.detokenizer,
-            started + call.measuring,
-            subnet=call.served.subnet,
-            budget=call.served.budget,
-        )
+        samples = collect(final, prompts, call.detokenizer, started + call.measuring, call.served)
         return samples[0] if single else samples
 
     def stream(
@@ -311,7 +306,7 @@ class Sampler:
 
         shown = ""
         for reached in self._advance(call, state, controls):
-            text = collect(reached, prompts, call.detokenizer, 0.0)[0].text
+            text = collect(reached, prompts, call.detokenizer, 0.0, call.served)[0].text
             final = text if not np.any(reached.alive) else held_back(text, call.detokenizer.stops)
             if len(final) > len(shown):
                 yield final[len(shown) :]
@@ -504,6 +499,7 @@ class Sampler:
 def _stopped(call: Call, state: DecodeState, controls: Controls) -> list[bool]:
     """Per row, whether its text contains a stop string."""
     tokens, lengths = jax.device_get((state.tokens, final_length(state, controls)))
+    check_drawn(call.prompts, tokens, lengths, call.served)
     stopped = []
     for prompt, row, length in zip(call.prompts, tokens, lengths, strict=True):
         emitted = row[len(prompt) : length].tolist()
