@@ -1,5 +1,6 @@
 """Checkpoints: training state with the data iterator, and finished models. Wraps orbax v1."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -231,7 +232,7 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
 
 
 def load_model(
-    path: str | Path, mesh: Mesh | None = None, rules: Rules | None = None
+    path: str | Path, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str | None = None
 ) -> tuple[Config, Params]:
     """Reads an elastic checkpoint onto any mesh, whatever it was saved from.
 
@@ -239,6 +240,8 @@ def load_model(
       path: folder written by `save_model`.
       mesh: where the parameters go; None = the first device.
       rules: logical to mesh axes.
+      dtype: of all parameters and of the activations; None = each as it was saved. What was trained over
+        frozen weights in half precision was saved in float32.
 
     Returns:
       (config, canonical parameters).
@@ -249,6 +252,8 @@ def load_model(
         such parameter.
     """
     folder, config = epath.Path(path).absolute(), load_config(path)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     shardings = param_shardings(config, mesh, rules)
     abstract = jax.tree.map(
@@ -257,12 +262,24 @@ def load_model(
         shardings,
     )
     try:
+        if dtype is None:
+            abstract = _as_saved(abstract, ocp.metadata(folder / PARAMS_FOLDER).metadata)
         params = ocp.load(folder / PARAMS_FOLDER, abstract)
     except Exception as error:
         reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
-    check_params(str(folder / PARAMS_FOLDER), params)
+    check_params(str(folder / PARAMS_FOLDER) + (f" as {dtype}" if dtype else ""), params)
     return config, params
+
+
+def _as_saved(abstract: Params, saved: Any) -> Params:
+    """The abstract parameters, of the dtypes that the checkpoint's metadata name."""
+    found = {path: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, found.get(path, leaf.dtype), sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, abstract)
 
 
 def load_config(path: str | Path) -> Config:

@@ -112,9 +112,11 @@ def check_params(where: str, params: Any) -> None:
     if found is not None:
         name, leaf = found
         what = _found(np.asarray(leaf)) if _on_host(leaf) else "NaN or infinity"
+        half = ", or too large for it: load it with dtype 'bfloat16' or 'float32'"
         raise NotFiniteError(
-            f"{where}: parameter {name} holds {what}: the weights are damaged, or of a run that diverged; "
-            "copy or convert them again, or use an earlier checkpoint"
+            f"{where}: parameter {name} holds {what}: the weights are damaged, or of a run that diverged"
+            f"{half if leaf.dtype == jnp.float16 else ''}; copy or convert them again, or use an earlier "
+            "checkpoint"
         )
 
 
