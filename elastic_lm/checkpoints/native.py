@@ -16,7 +16,8 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from elastic_lm.config.parse import from_dict, to_dict
+from elastic_lm.config.checks import require
+from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.atomic import read_json
@@ -132,7 +133,7 @@ class _Position:
         ((await directory.await_creation()) / self._name).write_text(text)
 
     async def _read(self, directory: Any) -> None:
-        self._batches.set_state(_tuples(json.loads((directory / self._name).read_text())))
+        self._batches.set_state(_tuples(parse_json((directory / self._name).read_text())))
 
     @property
     def _name(self) -> str:
@@ -255,15 +256,15 @@ def load_model(
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    saved = _saved(folder, config)
     shardings = param_shardings(config, mesh, rules)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.unbox(abstract_params(config)),
         shardings,
     )
+    abstract = _as_saved(abstract, saved, dtype)
     try:
-        if dtype is None:
-            abstract = _as_saved(abstract, ocp.metadata(folder / PARAMS_FOLDER).metadata)
         params = ocp.load(folder / PARAMS_FOLDER, abstract)
     except Exception as error:
         reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
@@ -272,12 +273,42 @@ def load_model(
     return config, params
 
 
-def _as_saved(abstract: Params, saved: Any) -> Params:
-    """The abstract parameters, of the dtypes that the checkpoint's metadata name."""
-    found = {path: leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+def _saved(folder: Any, config: Config) -> dict[Any, Any]:
+    """Path -> shape and dtype of the parameters that a checkpoint holds, none of which is read.
+
+    Raises:
+      ValueError: its config has more layers than there are parameters.
+    """
+    try:
+        saved = ocp.metadata(folder / PARAMS_FOLDER).metadata
+        found = dict(jax.tree_util.tree_leaves_with_path(saved))
+    except Exception as error:
+        reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
+        raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
+    require(
+        config.n_layers <= len(found),
+        f"{folder / CONFIG_FILE}: model.n_layers",
+        config.n_layers,
+        f"{PARAMS_FOLDER} holds {len(found)} parameters, and every layer has some; correct it",
+    )
+    return found
+
+
+def _as_saved(abstract: Params, saved: dict[Any, Any], dtype: str | None) -> Params:
+    """The abstract parameters, in `dtype`, or each in that which it was saved in.
+
+    Raises:
+      ValueError: a shape is another one than that in the checkpoint.
+    """
 
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, found.get(path, leaf.dtype), sharding=leaf.sharding)
+        there = saved.get(path)
+        name = "/".join(key.key for key in path)
+        shape = leaf.shape if there is None else tuple(there.shape)
+        fix = f"{CONFIG_FILE} asks for {leaf.shape}"
+        require(shape == leaf.shape, f"{PARAMS_FOLDER}: {name}", shape, fix)
+        own = dtype or (leaf.dtype if there is None else there.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, own, sharding=leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(one, abstract)
 
@@ -297,7 +328,7 @@ def load_config(path: str | Path) -> Config:
         raise FileNotFoundError(f"{file.parent} is not an elastic checkpoint: it has no {CONFIG_FILE}")
     values = read_json(file)
     name = values.pop("kind", "decoder")  # older checkpoints hold decoders and do not say so
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"{file}: kind={name!r}: must be one of {', '.join(KINDS)}; update elastic_lm")
     return _described(KINDS[name].config, values, file, "model.")
 

@@ -14,6 +14,7 @@ import numpy as np
 from elastic_lm.config.checks import require
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet
+from elastic_lm.decode.cache import cache_bytes
 from elastic_lm.decode.lossless import final_length
 from elastic_lm.decode.options import DecodeKeywords, DecodeOptions, check_choice, make_options
 from elastic_lm.decode.prefill import PromptState
@@ -35,6 +36,7 @@ from elastic_lm.depth.policies import ExitPolicy, on_subnet
 from elastic_lm.depth.preview_files import check_head
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Model
+from elastic_lm.report.machine import require_memory
 from elastic_lm.width.chooser import SubnetChooser
 
 ENDLESS = 2**30  # iterations of the loop, where nothing has to be looked at before all rows have ended
@@ -440,6 +442,8 @@ class Sampler:
         # Ticks write whole windows, so the caches have room for one behind the last token.
         longest = max(map(len, prompts)) + max_new_tokens
         capacity = bucket(max(longest + options.window, tokens.shape[1]))
+        needed = cache_bytes(model.config, len(prompts), capacity)
+        require_memory("max_new_tokens", max_new_tokens, needed, "the caches")
         controls = make_controls(
             model.config,
             prompts,

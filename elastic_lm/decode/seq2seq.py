@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config.checks import require, require_positive
+from elastic_lm.config.checks import require, require_at_least_1, require_positive
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.data.padding import filled
+from elastic_lm.decode.cache import cache_bytes
 from elastic_lm.decode.prefill import split_rows, stack_rows
 from elastic_lm.decode.results import Detokenizer, TextTokenizer, make_detokenizer
 from elastic_lm.decode.sampling import BROKEN
@@ -20,6 +21,7 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
 from elastic_lm.models.finite import overflow_error
 from elastic_lm.models.registry import Model
+from elastic_lm.report.machine import require_memory
 
 LONGEST = 4096  # tokens of a source, unless `max_len` says otherwise
 
@@ -156,7 +158,7 @@ class TextToText:
         if not isinstance(model, EncoderDecoder):
             kind = type(model).__name__
             raise ValueError(f"model={kind}: must be an EncoderDecoder, such as T5; decoders run in Sampler")
-        require(max_len >= 1, "max_len", max_len, "must be at least 1")
+        require_at_least_1("max_len", max_len)
         self.config = model.config
         self.params = params
         self.tokenizer = tokenizer
@@ -190,7 +192,7 @@ class TextToText:
         """
         call_settings = make_settings(settings)
         rows = self._encode(sources)
-        require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
+        require_at_least_1("max_new_tokens", max_new_tokens)
         detokenizer = make_detokenizer(self.tokenizer, self.config.eos_ids, call_settings)
 
         tokens, lengths = _pad(rows)
@@ -202,6 +204,8 @@ class TextToText:
             energy_temperature=_temperature(energy_temperature),
         )
         capacity = bucket(max_new_tokens)
+        needed = self.config.n_decoder_layers * cache_bytes(self.config.layer, len(lengths), capacity)
+        require_memory("max_new_tokens", max_new_tokens, needed, "the caches")
         targets = jit_generate(self.config, self.params, tokens, lengths, request, hidden, capacity=capacity)
         return self._collect(targets, len(rows), detokenizer)
 

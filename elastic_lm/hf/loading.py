@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.model import DTYPES
 from elastic_lm.hf.config_json import config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
@@ -74,6 +75,7 @@ def load(
     config = _read_config(folder, dtype)
     exits = [folder / EXITS_FILE] if getattr(config, "exits", ()) else []
     tensors = TensorFiles.of_folder(folder, exits)
+    _check_layers(folder, config, tensors)
     config = _complete(config, tensors)
     config = _resolve_tying(config, tensors)
     table = _match(folder, config, tensors)
@@ -129,6 +131,16 @@ def _generation_ids(path: Path) -> dict[str, Any]:
         "decoder_start_token_id": "decoder_start_id",
     }
     return {ours: ids[theirs] for theirs, ours in fields.items() if hf.get(theirs) is not None}
+
+
+def _check_layers(folder: Path, config: Config, tensors: TensorFiles) -> None:
+    """Refuses more layers than there are tensors, before the names of all their tensors are made."""
+    require(
+        config.n_layers <= len(tensors.files),
+        f"{folder / 'config.json'}: the number of layers",
+        config.n_layers,
+        f"the weights are {len(tensors.files)} tensors, and every layer has some; correct it",
+    )
 
 
 def _stored(name: str | None, family: Family, tensors: TensorFiles) -> str | None:

@@ -99,6 +99,7 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
         per_step=run.per_step,
         rate=run.rate,
         remark=method.remark,
+        dtype=method.config.dtype,
     )
 
     batches = method.batches(iter(data.train), frozen, data)
