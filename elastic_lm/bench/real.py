@@ -95,6 +95,7 @@ def _own(options: Options, folder: Path) -> Own:
     decoder, params = load_decoder(options.model)
     config, params = without_exits(decoder.config, params)
     tokenizer = Tokenizer.load(options.model)
+    tokenizer.check_vocabulary(config.vocab_size)
     seq_len = min(256, config.max_len // 2)
     data = data_config("test", options.data, folder, seq_len=seq_len, batch_size=4, seed=options.seed)
 

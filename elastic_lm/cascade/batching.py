@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 import jax
 
 from elastic_lm.cascade.answerer import Answer, failed
+from elastic_lm.models.finite import NotFiniteError
 
 Input = TypeVar("Input")
 Encoded = TypeVar("Encoded")
@@ -34,7 +35,8 @@ def answer_by_shape(
       encode: from an input to its shape and to what is batched. What it raises is the error of this input
         alone.
       run: from a shape and at most `batch_size` encoded inputs to their answers. Where its program fails,
-        for lack of memory for example, that is the error of this batch alone.
+        for lack of memory for example, that is the error of this batch alone; results that are not finite
+        are errors of single records.
       batch_size: inputs per batch.
 
     Returns:
@@ -68,6 +70,11 @@ def _run_or_fail(
         return run(shape, batch)
     except jax.errors.JaxRuntimeError as error:
         return [failed(error)] * len(batch)
+    except NotFiniteError as error:
+        if len(batch) == 1:
+            return [failed(error)]
+        # The message is about one record; alone, the others are answered.
+        return [answer for one in batch for answer in _run_or_fail(run, shape, [one])]
 
 
 def shape_or_none(one: Input, encode: Callable[[Input], tuple[Shape, Encoded]]) -> Shape | None:

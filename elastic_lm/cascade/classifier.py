@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Record
+from elastic_lm.cascade.answerer import Answer, Record, failed
 from elastic_lm.cascade.batching import ProgramShape, answer_by_shape, shape_or_none
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
 from elastic_lm.config.cascade import BATCH_SIZE
@@ -28,6 +28,7 @@ from elastic_lm.decode.prefill import PromptState, split_rows, stack_rows
 from elastic_lm.decode.settings import bucket
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder import Encoder
+from elastic_lm.models.finite import overflow_error
 
 TokensAndTypes = tuple[list[int], list[int]]  # token ids, token types
 
@@ -162,6 +163,10 @@ class Classifier:
 
         answers = []
         for i, ((ids, _), _) in enumerate(batch):
+            if not np.isfinite(logits[i]).all():
+                error = overflow_error("the logits", self._params, self._config.dtype)
+                answers.append(failed(error, seconds))
+                continue
             output, own_scores = self._read(logits[i], {name: values[i] for name, values in scores.items()})
             flops = encoder_flops(self._config, len(ids), self._config.n_layers - shape.layers_done)
             answers.append(Answer(output, own_scores, float(flops), seconds=seconds, handover=handovers[i]))

@@ -5,6 +5,7 @@ forever. Here a reply has to be complete by a deadline: the time that is left be
 before every read.
 """
 
+import base64
 import functools
 import http.client
 import io
@@ -16,9 +17,10 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from elastic_lm.cascade.answerer import Answer, Record
-from elastic_lm.config.cascade import RETRIES, TIMEOUT, Style
+from elastic_lm.config.cascade import RETRIES, TIMEOUT, Style, without_secrets
 from elastic_lm.config.checks import (
     require,
     require_at_least_1,
@@ -26,7 +28,9 @@ from elastic_lm.config.checks import (
     require_not_negative,
     require_positive,
 )
+from elastic_lm.config.parse import parse_json
 
+MOST_BYTES = 2**24  # of a reply, unless `max_bytes` says otherwise
 BUSY = (408, 425, 429)  # statuses below 500 after which trying again may help
 
 
@@ -68,11 +72,13 @@ class Endpoint:
         options: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         cost: float = 0.0,
+        max_bytes: int = MOST_BYTES,
     ) -> None:
         """Describes a service; nothing is sent yet.
 
         Args:
-          url: where records are posted to, http or https.
+          url: where records are posted to, http or https. A user and a password in it are sent as a header,
+            and stand in no message.
           timeout: seconds that a try may take, until the last byte of its reply.
           retries: further tries per record.
           backoff: seconds to wait before the first of them.
@@ -82,21 +88,25 @@ class Endpoint:
           options: openai: further fields of the body, such as model and max_tokens.
           headers: of every request, such as Authorization.
           cost: FLOPs of a record, where the reply has none.
+          max_bytes: of a reply; a longer one is the error of its record, and is not read to its end.
 
         Raises:
           ValueError: an argument is out of range.
         """
-        require(url.startswith(("http://", "https://")), "url", url, "must begin with http:// or https://")
+        shown = without_secrets(url)
+        require(url.startswith(("http://", "https://")), "url", shown, "must begin with http:// or https://")
+        address, login = _split_login(url, shown)
         require_positive("timeout", timeout)
         for name, value in (("retries", retries), ("backoff", backoff), ("cost", cost)):
             require_not_negative(name, value)
         require_at_least_1("workers", workers)
+        require_at_least_1("max_bytes", max_bytes)
         require_choice("style", style, get_args(Style))
 
-        self.url = url
+        self.url, self._address, self._max_bytes = shown, address, max_bytes
         self._timeout, self._retries, self._backoff, self._workers = timeout, retries, backoff, workers
         self._style, self._text_field, self._cost = style, text_field, cost
-        self._options, self._headers = dict(options or {}), dict(headers or {})
+        self._options, self._headers = dict(options or {}), {**login, **(headers or {})}
         self._down = False
         self._opener = opener_with_deadline()
 
@@ -110,7 +120,7 @@ class Endpoint:
         try:
             body = json.dumps(self._body(record)).encode()
             return self._parse(self._post(body), time.perf_counter() - began)
-        except (OSError, ValueError, TypeError, LookupError) as error:
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             return Answer(error=f"{self.url}: {_reason(error)}", seconds=time.perf_counter() - began)
 
     def _body(self, record: Record) -> dict[str, Any]:
@@ -141,17 +151,22 @@ class Endpoint:
 
     def _try(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", **self._headers}
-        request = urllib.request.Request(self.url, body, headers)
+        request = urllib.request.Request(self._address, body, headers)
         try:
             with self._opener.open(request, timeout=self._timeout) as reply:
-                return reply.read()
+                content = reply.read(self._max_bytes + 1)
+                fix = f"is more than max_bytes={self._max_bytes}: ask for less, or give a larger max_bytes"
+                require(len(content) <= self._max_bytes, "the reply's bytes", f"over {self._max_bytes}", fix)
+                if reply.length:  # bytes that were announced and did not come
+                    raise ConnectionError(f"the reply broke off: {reply.length} bytes are missing")
+                return content
         except http.client.HTTPException as error:  # is no OSError, but is worth another try as well
             raise ConnectionError(f"the reply broke off: {type(error).__name__} {error}") from error
 
     def _parse(self, reply: bytes, seconds: float) -> Answer:
         own_style = self._style == "rows"
         try:
-            content = json.loads(reply)
+            content = parse_json(reply)
             output = content["output"] if own_style else content["choices"][0]["text"]
         except (ValueError, TypeError, LookupError) as error:
             wanted = '"output"' if own_style else "choices[0].text"
@@ -163,6 +178,28 @@ class Endpoint:
         cost = self._cost if cost is None else _finite("cost", cost)
         require_not_negative("cost", cost)
         return Answer(output, numbers, cost, seconds=seconds)
+
+
+def _split_login(url: str, shown: str) -> tuple[str, dict[str, str]]:
+    """(an address without user and password, the header that they become).
+
+    Raises:
+      ValueError: the address has no host, or no number as its port.
+    """
+    fix = "must be like http://host:8000/path; write a / or @ in a password as %2F or %40"
+    try:
+        parts = urlsplit(url)
+        right = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # its message may hold the password
+        right = False
+    if not right:
+        raise ValueError(f"url={shown.partition('://')[0]}://...: {fix}")
+
+    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    if parts.username is None:
+        return bare, {}
+    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+    return bare, {"Authorization": f"Basic {base64.b64encode(login).decode()}"}
 
 
 def _finite(name: str, value: Any) -> float:

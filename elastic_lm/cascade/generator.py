@@ -35,6 +35,7 @@ from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.settings import bucket, make_settings
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.finite import overflow_error
 
 
 class GenerationShape(NamedTuple):
@@ -217,7 +218,7 @@ class Generator:
             keep_state=self._hands_over or self._continues,
         )
 
-        scores = self._by_row(_prompt_scores(scored.scores, self._column(map(len, prompts))))
+        scores = self._by_row(_prompt_scores(scored.scores, self._column(map(len, prompts))), len(prompts))
         after: list[PromptState | None] = [None] * len(prompts)
         if scored.hidden is not None:
             kv = (*(before.kv if before else ()), *scored.kv)
@@ -280,7 +281,8 @@ class Generator:
             at_BN = jnp.minimum(first_B1 + jnp.arange(self._max_new_tokens), width - 1)
             scored = score_tokens(self._scorer, self._params, tokens, at_BN=at_BN, scoring=self.scoring)
             emitted = self._column(len(samples[i].tokens) for i in group)
-            for i, own in zip(group, self._by_row(_generated_scores(scored.scores, emitted)), strict=False):
+            pooled = self._by_row(_generated_scores(scored.scores, emitted), len(group))
+            for i, own in zip(group, pooled, strict=False):
                 scores[i] = own
         return scores
 
@@ -304,8 +306,11 @@ class Generator:
         given = list(values)
         return jnp.asarray([*given, *[0] * (self._batch_size - len(given))], jnp.int32)[:, None]
 
-    def _by_row(self, scores: dict[str, jax.Array]) -> list[dict[str, float]]:
+    def _by_row(self, scores: dict[str, jax.Array], rows: int) -> list[dict[str, float]]:
+        """Scores of every row; only the first `rows` of them are not there to fill the batch up."""
         values = jax.device_get(scores)
+        if not all(np.isfinite(column[:rows]).all() for column in values.values()):
+            raise overflow_error("the logits", self._params, self._scorer.config.dtype)
         return [{name: float(column[i]) for name, column in values.items()} for i in range(self._batch_size)]
 
 

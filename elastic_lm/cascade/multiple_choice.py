@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Record
+from elastic_lm.cascade.answerer import Answer, Record, failed
 from elastic_lm.cascade.batching import ProgramShape, answer_by_shape, shape_or_none
 from elastic_lm.cascade.known_tokens import ModelPart, ScoredTokens, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
@@ -33,6 +33,7 @@ from elastic_lm.data.padding import filled, padded
 from elastic_lm.decode.prefill import PromptState, split_rows, stack_rows
 from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.finite import overflow_error
 
 States = Sequence[PromptState]  # one per choice of a record; () = no layer has run yet
 
@@ -209,6 +210,8 @@ class MultipleChoice:
             float(np.sum(nats[start - 1 : len(ids) - 1], dtype=np.float64)) / size
             for ids, start, nats, size in rows
         ]
+        if not np.isfinite(logits).all():
+            return failed(overflow_error("the logits", self._params, part.config.dtype))
         scores = jax.device_get(_scores(jnp.asarray(logits, jnp.float32), scoring=self.scoring))
         flops = sum(part.flops(len(ids) - 1) for ids in question.sequences)  # nothing reads the last token
         flops += head_flops(part.model, question.choice_tokens)

@@ -1,6 +1,5 @@
 """One way in for every kind of model folder."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -21,7 +20,8 @@ def load(
     Args:
       path: folder with config.json and safetensors, or with elastic_config.json.
       dtype: "float32", "bfloat16" or "float16" of parameters and activations; None = as saved for a
-        checkpoint, and see `hf.load` for a Hugging Face folder.
+        checkpoint, in which what was trained over frozen half-precision weights is float32, and see
+        `hf.load` for a Hugging Face folder.
       mesh: devices to spread the parameters over; None = the default device.
 
     Returns:
@@ -87,10 +87,6 @@ def _load_checkpoint(
 ) -> tuple[Config, Params]:
     from elastic_lm.checkpoints.native import load_model
 
-    config, params = load_model(folder, mesh=mesh)
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
-        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return config, params
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(DTYPES)}")
+    return load_model(folder, mesh=mesh, dtype=dtype)

@@ -1,5 +1,6 @@
 """Checkpoints: training state with the data iterator, and finished models. Wraps orbax v1."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -15,12 +16,14 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from elastic_lm.config.parse import from_dict, to_dict
+from elastic_lm.config.checks import require
+from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.atomic import read_json
 from elastic_lm.hf.files import replace_folder
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.finite import check_params
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 
@@ -130,7 +133,7 @@ class _Position:
         ((await directory.await_creation()) / self._name).write_text(text)
 
     async def _read(self, directory: Any) -> None:
-        self._batches.set_state(_tuples(json.loads((directory / self._name).read_text())))
+        self._batches.set_state(_tuples(parse_json((directory / self._name).read_text())))
 
     @property
     def _name(self) -> str:
@@ -230,7 +233,7 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
 
 
 def load_model(
-    path: str | Path, mesh: Mesh | None = None, rules: Rules | None = None
+    path: str | Path, mesh: Mesh | None = None, rules: Rules | None = None, dtype: str | None = None
 ) -> tuple[Config, Params]:
     """Reads an elastic checkpoint onto any mesh, whatever it was saved from.
 
@@ -238,27 +241,76 @@ def load_model(
       path: folder written by `save_model`.
       mesh: where the parameters go; None = the first device.
       rules: logical to mesh axes.
+      dtype: of all parameters and of the activations; None = each as it was saved. What was trained over
+        frozen weights in half precision was saved in float32.
 
     Returns:
       (config, canonical parameters).
 
     Raises:
       FileNotFoundError: the folder is not an elastic checkpoint.
-      ValueError: its parameters do not fit its config, or are damaged.
+      ValueError: its parameters do not fit its config, are damaged, or hold NaN or infinity; names the first
+        such parameter.
     """
     folder, config = epath.Path(path).absolute(), load_config(path)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    saved = _saved(folder, config)
     shardings = param_shardings(config, mesh, rules)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.unbox(abstract_params(config)),
         shardings,
     )
+    abstract = _as_saved(abstract, saved, dtype)
     try:
-        return config, ocp.load(folder / PARAMS_FOLDER, abstract)
+        params = ocp.load(folder / PARAMS_FOLDER, abstract)
     except Exception as error:
         reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
+    check_params(str(folder / PARAMS_FOLDER) + (f" as {dtype}" if dtype else ""), params)
+    return config, params
+
+
+def _saved(folder: Any, config: Config) -> dict[Any, Any]:
+    """Path -> shape and dtype of the parameters that a checkpoint holds, none of which is read.
+
+    Raises:
+      ValueError: its config has more layers than there are parameters.
+    """
+    try:
+        saved = ocp.metadata(folder / PARAMS_FOLDER).metadata
+        found = dict(jax.tree_util.tree_leaves_with_path(saved))
+    except Exception as error:
+        reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
+        raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
+    require(
+        config.n_layers <= len(found),
+        f"{folder / CONFIG_FILE}: model.n_layers",
+        config.n_layers,
+        f"{PARAMS_FOLDER} holds {len(found)} parameters, and every layer has some; correct it",
+    )
+    return found
+
+
+def _as_saved(abstract: Params, saved: dict[Any, Any], dtype: str | None) -> Params:
+    """The abstract parameters, in `dtype`, or each in that which it was saved in.
+
+    Raises:
+      ValueError: a shape is another one than that in the checkpoint.
+    """
+
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        there = saved.get(path)
+        name = "/".join(key.key for key in path)
+        shape = leaf.shape if there is None else tuple(there.shape)
+        fix = f"{CONFIG_FILE} asks for {leaf.shape}"
+        require(shape == leaf.shape, f"{PARAMS_FOLDER}: {name}", shape, fix)
+        own = dtype or (leaf.dtype if there is None else there.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, own, sharding=leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, abstract)
 
 
 def load_config(path: str | Path) -> Config:
@@ -276,7 +328,7 @@ def load_config(path: str | Path) -> Config:
         raise FileNotFoundError(f"{file.parent} is not an elastic checkpoint: it has no {CONFIG_FILE}")
     values = read_json(file)
     name = values.pop("kind", "decoder")  # older checkpoints hold decoders and do not say so
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"{file}: kind={name!r}: must be one of {', '.join(KINDS)}; update elastic_lm")
     return _described(KINDS[name].config, values, file, "model.")
 

@@ -56,7 +56,7 @@ def run(options: Options) -> None:
     elif options.without_exits and isinstance(config, EncoderConfig) and config.exits:
         config, params = attach_task_exits(config, params, ())
 
-    tokenizer = load_tokenizer(options.source)
+    tokenizer = load_tokenizer(options.source, config.vocab_size)
     hf.export(config, params, options.target, tokenizer, overwrite=options.overwrite)
 
     count = len(getattr(config, "exits", ()))

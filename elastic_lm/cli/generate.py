@@ -24,6 +24,7 @@ from elastic_lm.cli.parser import (
 from elastic_lm.config.checks import AT_LEAST_1, require, require_choice, require_each
 from elastic_lm.config.decoding import MAX_NEW_TOKENS, WINDOW, Missing
 from elastic_lm.config.exit_policy import DEFAULT_METRIC
+from elastic_lm.config.parse import parse_json
 from elastic_lm.config.subnet import BUDGET_KINDS, Budget, Subnet
 from elastic_lm.cost.counted import Workload
 
@@ -369,7 +370,7 @@ def unprompted(
     while len(samples) < count:
         done = len(samples)
         # Every batch is whole, so that one program is compiled; texts beyond the count are dropped.
-        seeds = [settings.get("seed", 0) + done + i for i in range(ROWS)]
+        seeds = [(settings.get("seed", 0) + done + i) % 2**32 for i in range(ROWS)]
         batch = sampler.sample([[first]] * ROWS, max_new_tokens, **{**settings, "seed": seeds})
         samples += batch[: count - done]
         left = (time.perf_counter() - began) / len(samples) * (count - len(samples))
@@ -415,7 +416,7 @@ def _prompt(file: str, number: int, line: str) -> str:
     if not file.endswith(".jsonl"):
         return line
     try:
-        prompt = json.loads(line)["prompt"]
+        prompt = parse_json(line)["prompt"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{file} line {number}: expected a JSON object with a "prompt"') from None
     if not isinstance(prompt, str):

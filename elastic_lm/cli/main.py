@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments after the program's name; None = those of the process.
 
     Returns:
-      0 on success, 2 when the input was refused, 130 when interrupted.
+      0 on success, 1 when all that was asked for failed, 2 when the input was refused, 130 when interrupted.
     """
     parser, commands = build_parsers()
     flags, rest = parser.parse_known_args(with_new_name(sys.argv[1:] if argv is None else argv))
@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif rest:
         commands[flags.command].refuse(rest)
 
-    def run() -> None:
-        flags.module.run(flags.module.Options.from_flags(flags))
+    def run() -> int | None:
+        return flags.module.run(flags.module.Options.from_flags(flags))
 
     return guard(f"elastic-lm {flags.command}", flags.debug, run)
 
@@ -89,10 +89,10 @@ def with_new_name(argv: Sequence[str]) -> list[str]:
     return [new, *argv[1:]]
 
 
-def guard(program: str, debug: bool, run: Callable[[], None]) -> int:
+def guard(program: str, debug: bool, run: Callable[[], int | None]) -> int:
     """Runs `run`; input that it refuses becomes one line on stderr and exit status 2."""
     try:
-        run()
+        return run() or 0
     except (ValueError, OSError, FloatingPointError) as error:
         if debug or os.environ.get("ELASTIC_LM_DEBUG"):
             traceback.print_exc()
@@ -101,7 +101,6 @@ def guard(program: str, debug: bool, run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def one_line(error: Exception) -> str:

@@ -22,18 +22,30 @@ def load_with_tokenizer(
 
     path = folder or str(embedded_model())
     model, params = load_decoder(path, dtype=dtype)
-    return model, params, Tokenizer.load(path), path
+    tokenizer = Tokenizer.load(path)
+    tokenizer.check_vocabulary(model.config.vocab_size)
+    return model, params, tokenizer, path
 
 
-def load_tokenizer(folder: str) -> "Tokenizer | None":
-    """The tokenizer of a model folder; None, with a note on stderr, where it has no tokenizer.json."""
+def load_tokenizer(folder: str, vocab_size: int) -> "Tokenizer | None":
+    """The tokenizer of a model folder; None, with a note on stderr, where it has no tokenizer.json.
+
+    Raises:
+      ValueError: it belongs to another model than one of `vocab_size` rows.
+    """
     from elastic_lm.data.tokenizer import Tokenizer
 
     try:
-        return Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder)
     except FileNotFoundError:
         print(f"{folder} has no tokenizer.json: only the model is written", file=sys.stderr)
         return None
+    tokenizer.check_vocabulary(vocab_size)
+    if tokenizer.vocab_size > vocab_size:
+        count = tokenizer.vocab_size - vocab_size
+        note = f"{count} added tokens have no row in the model's vocabulary of {vocab_size}"
+        print(f"{folder}: {note}; text that holds them is refused", file=sys.stderr)
+    return tokenizer
 
 
 def parameter_count(params: Any) -> str:

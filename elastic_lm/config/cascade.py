@@ -4,7 +4,9 @@ The classes that read the names import JAX or NumPy. The names stand here so tha
 them without either.
 """
 
+import re
 from typing import Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 KINDS = ("energy", "max_prob", "entropy", "margin")  # of scores that read logits
 DEFAULT_SCORE = KINDS[0]
@@ -20,3 +22,31 @@ BATCH_SIZE = 16  # records that a model answers at once
 Style = Literal["rows", "openai"]  # what a service is sent, and what it answers
 TIMEOUT = 30.0  # seconds that a service may take for a record
 RETRIES = 2  # further tries per record
+
+SECRET = re.compile(r"(?i)key|token|secret|password|passwd|signature|^sig$|^auth$|credential")
+
+
+def without_secrets(place: str) -> str:
+    """An address as it may stand in files and messages: without user, password, and keys in its query.
+
+    Args:
+      place: an address, or anything else, which is returned as it is.
+
+    Example:
+      ```python
+      from elastic_lm.config.cascade import without_secrets
+
+      assert without_secrets("http://me:secret@host/x?key=1&n=2") == "http://host/x?key=***&n=2"
+      ```
+    """
+    if not place.startswith(("http://", "https://")):
+        return place
+    try:
+        parts = urlsplit(place)
+    except ValueError:  # such as half an IPv6 address
+        return f"{place.partition('://')[0]}://***"
+    query = parts.query
+    if any(SECRET.search(name) for name, _ in parse_qsl(query, keep_blank_values=True)):
+        pairs = parse_qsl(query, keep_blank_values=True)
+        query = urlencode([(k, "***" if SECRET.search(k) else v) for k, v in pairs], safe="*")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))

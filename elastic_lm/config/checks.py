@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any
 
-AT_LEAST_1 = (lambda value: value >= 1, "must be at least 1")
+LARGEST_INT = 2**31 - 1  # what an int32 holds; larger numbers would wrap around on the device
+MOST_LAYERS = 4096
+
+AT_LEAST_1 = (lambda value: 1 <= value <= LARGEST_INT, "must be at least 1, and below 2**31")
 NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
 POSITIVE = (lambda value: 0 < value < math.inf, "must be positive and finite")
 SEED = (lambda value: 0 <= value < 2**32, "must be in [0, 2**32)")
@@ -30,6 +34,24 @@ def require_not_negative(field: str, value: float) -> None:
 def require_positive(field: str, value: float) -> None:
     """`require` for a finite number above 0."""
     require(POSITIVE[0](value), field, value, POSITIVE[1])
+
+
+def is_whole(value: Any, low: int = 0, high: int = LARGEST_INT) -> bool:
+    """Whether a value is an integer within bounds; a truth value is none, and 1.0 neither."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+
+
+def require_layers(field: str, value: int) -> None:
+    """`require` for a number of layers: everything that describes a model grows with it."""
+    fix = f"must be at least 1, and at most {MOST_LAYERS:,}, which no model has"
+    require(is_whole(value, 1, MOST_LAYERS), field, value, fix)
+
+
+def require_ids(field: str, ids: Iterable[Any], low: int = 0) -> None:
+    """`require` for token ids."""
+    ids = tuple(ids)
+    whole = all(is_whole(i, low) for i in ids)
+    require(whole, field, ids, f"must be token ids: integers of at least {low}, below 2**31")
 
 
 def require_each(

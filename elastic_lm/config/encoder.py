@@ -3,7 +3,14 @@
 import dataclasses
 from typing import ClassVar, Literal, get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require, require_choice, require_each
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    require,
+    require_choice,
+    require_each,
+    require_layers,
+)
 from elastic_lm.config.model import DTYPES, Activation
 
 Pooler = Literal["none", "tanh", "relu"]
@@ -55,6 +62,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len")
         require_each(self, "", sizes, *AT_LEAST_1)
+        require_layers("n_layers", self.n_layers)
         counts = ("type_vocab_size", "position_offset", "norm_eps", "n_labels", "pad_id")
         require_each(self, "", counts, *NOT_NEGATIVE)
         require(

@@ -3,7 +3,14 @@
 import dataclasses
 from typing import get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require, require_choice, require_each
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    require,
+    require_choice,
+    require_each,
+    require_layers,
+)
 from elastic_lm.config.model import DTYPES, Activation, ModelConfig
 
 
@@ -48,6 +55,8 @@ class EncoderDecoderConfig:
         object.__setattr__(self, "n_decoder_layers", self.n_decoder_layers or self.n_layers)
         sizes = ("vocab_size", "d_model", "n_layers", "n_decoder_layers", "n_heads", "d_mlp")
         require_each(self, "", sizes, *AT_LEAST_1)
+        require_layers("n_layers", self.n_layers)
+        require_layers("n_decoder_layers", self.n_decoder_layers)
         if not self.head_dim:
             require(
                 self.d_model % self.n_heads == 0,

@@ -10,7 +10,16 @@ import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require, require_choice, require_each
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    is_whole,
+    require,
+    require_choice,
+    require_each,
+    require_ids,
+    require_layers,
+)
 from elastic_lm.config.rope import RopeConfig
 
 NormKind = Literal["rmsnorm", "layernorm"]
@@ -45,8 +54,8 @@ class ExitConfig:
         require(self.layer >= 1, "exit.layer", self.layer, "layers are counted from 1")
         require_choice("exit.kind", self.kind, get_args(ExitKind))
         require_choice("exit.init", self.init, get_args(ExitInit))
-        require(self.gate >= 0, "exit.gate", self.gate, "must be a width, or 0 for none")
-        require(self.hidden >= 0, "exit.hidden", self.hidden, "must be a width, or 0 for none")
+        require(is_whole(self.gate), "exit.gate", self.gate, "must be a width, or 0 for none")
+        require(is_whole(self.hidden), "exit.hidden", self.hidden, "must be a width, or 0 for none")
         require(
             self.kind == "linear" or not self.hidden,
             "exit.hidden",
@@ -122,6 +131,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len")
         require_each(self, "", sizes, *AT_LEAST_1)
+        require_layers("n_layers", self.n_layers)
         object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)
         if not self.head_dim:
             require(
@@ -145,7 +155,10 @@ class ModelConfig:
             f"needs one entry per layer ({self.n_layers}) or none",
         )
         require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
-        require(all(w >= 0 for w in self.windows), "windows", self.windows, "must be tokens, or 0 for full")
+        tokens = all(is_whole(w) for w in self.windows)
+        require(tokens, "windows", self.windows, "must be tokens, or 0 for full")
+        require_ids("eos_ids", self.eos_ids, low=-1)  # old configs write -1 for none
+        require(self.bos_id is None or is_whole(self.bos_id), "bos_id", self.bos_id, "must be a token id")
         layers = [e.layer for e in self.exits]
         distinct = layers == sorted(set(layers))
         require(distinct, "exits", tuple(layers), "must be distinct layers in increasing order")

@@ -10,6 +10,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from elastic_lm.config.checks import require
 
+DEEPEST = 100  # lists and objects within each other; no file of ours has ten
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Turns any config dataclass into plain JSON-compatible dicts and lists."""
@@ -52,6 +54,36 @@ def from_dict(cls: Any, values: Any, where: str = "", default: Any = None) -> An
     return cls(**kwargs)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that may be anybody's.
+
+    Args:
+      text: UTF-8.
+
+    Returns:
+      The value, of at most `DEEPEST` lists and objects within each other.
+
+    Raises:
+      ValueError: it is not JSON, or is nested more deeply, which would end in an error of Python's stack here
+        or where it is written again.
+    """
+    deep = f"lists and objects are nested more than {DEEPEST} deep"
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(deep) from None
+
+    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    opened = sum(text.count(bracket) for bracket in brackets)  # pyright: ignore[reportArgumentType]
+    level = [value] if opened > DEEPEST and isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        inner = [part.values() if isinstance(part, dict) else part for part in level]
+        level = [one for part in inner for one in part if isinstance(one, dict | list)]
+        if not level:
+            return value
+    raise ValueError(deep)
+
+
 def load_dataclass(cls: Any, path: str | Path, form: str, name: str, fix: str) -> Any:
     """Builds a dataclass from a JSON file that says what it is.
 
@@ -73,7 +105,7 @@ def load_dataclass(cls: Any, path: str | Path, form: str, name: str, fix: str) -
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {name}; {fix}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("format", None) != form:
             raise ValueError(f'"format" is not "{form}"')
         return from_dict(cls, content)
@@ -110,6 +142,8 @@ def _coerce(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}={value!r}: must be a tuple: write {instead!r}")
         return tuple(_coerce(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if get_origin(hint) in (Mapping, dict):
+        require(isinstance(value, Mapping), where, value, "must be a mapping like {'key': ...}")
     if hint in (int, float, str, bool):
         right = type(value) is hint or (hint is float and type(value) is int)
         require(right, where, value, f"must be of type {hint.__name__}")

@@ -145,6 +145,7 @@ def encode(config: DataConfig, tokenizer: Tokenizer, document: Document) -> dict
     ids = ids + tokenizer.encode(document.text)
     if document.ends:
         ids = ids + list(tokenizer.eos_ids[:1])
+        tokenizer.check_ids(ids[-1:])
     if config.packing == "first_fit":
         ids = ids[: config.seq_len + 1]
     weights = np.ones(max(len(ids) - 1, 0), np.float32)

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from elastic_lm.config.parse import parse_json
 from elastic_lm.data.sources import find_files, json_lines, read_bytes
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
@@ -46,7 +46,7 @@ class Records:
         file, number, start, stop = row
         where = f"{file} line {number}"
         try:
-            value = json.loads(bytes(read_bytes(file)[start:stop]))
+            value = parse_json(bytes(read_bytes(file)[start:stop]))
         except ValueError as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(value, dict):

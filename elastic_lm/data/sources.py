@@ -2,13 +2,14 @@
 
 import functools
 import gzip
-import json
 import mmap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from elastic_lm.config.parse import parse_json
 
 
 class Document(NamedTuple):
@@ -134,7 +135,7 @@ class JsonLines:
 
     def _value(self, where: str, file: Path, start: int, stop: int, field: str) -> str:
         try:
-            value = json.loads(bytes(read_bytes(file)[start:stop]))
+            value = parse_json(bytes(read_bytes(file)[start:stop]))
         except ValueError as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(value, dict) or not isinstance(value.get(field), str):

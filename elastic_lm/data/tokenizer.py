@@ -21,6 +21,7 @@ class Tokenizer:
       bos_id: id put before every text, or None.
       eos_ids: ids that end a text; possibly empty.
       pad_id: id that fills rows up, or None.
+      limit: rows of the model's vocabulary, above which no id is given; None = no model is known.
 
     Example:
       ```python
@@ -43,6 +44,7 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
+        self.limit: int | None = None
         self._truncating: dict[int, tokenizers.Tokenizer] = {}  # copies that cut, by length
 
     @classmethod
@@ -75,15 +77,55 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    def check_vocabulary(self, size: int) -> None:
+        """Refuses a tokenizer of another model, and from now on ids that the model has no row for.
+
+        Tokens that were added to a tokenizer, often for padding, may lie above the model's rows as long as no
+        text holds them.
+
+        Args:
+          size: rows of the model's vocabulary.
+
+        Raises:
+          ValueError: the tokenizer has more ids than the model has rows, added tokens aside.
+        """
+        own = self.backend.get_vocab_size(with_added_tokens=False)
+        require(
+            own <= size,
+            "vocabulary of the model",
+            size,
+            f"the tokenizer has {own} ids, so that it belongs to another model: name the model's own",
+        )
+        self.limit = size
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Refuses ids that the model has no row for; without one, none are refused.
+
+        Raises:
+          ValueError: names the token.
+        """
+        if self.limit is None or not ids or max(ids) < self.limit:
+            return
+        token = max(ids)
+        raise ValueError(
+            f"token {self.backend.id_to_token(token)!r} has id {token}, and the model's vocabulary only "
+            f"{self.limit} rows: leave it out of the text, or use the tokenizer that belongs to the model"
+        )
+
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of `text`.
 
         Args:
           text: any string.
           bos: put `bos_id` first, where the tokenizer has one.
+
+        Raises:
+          ValueError: the text holds a token above the model's vocabulary; see `check_vocabulary`.
         """
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        ids = [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        self.check_ids(ids)
+        return ids
 
     def encode_pair(
         self, first: str, second: str | None = None, max_len: int | None = None
@@ -99,7 +141,7 @@ class Tokenizer:
           (ids, token types), of the same length.
 
         Raises:
-          ValueError: max_len leaves no room for text.
+          ValueError: max_len leaves no room for text, or see `encode`.
         """
         backend = self.backend
         if max_len is not None:
@@ -107,6 +149,7 @@ class Tokenizer:
             require(max_len > special, "max_len", max_len, f"must be above the {special} special tokens")
             backend = self._cut_to(max_len)
         encoding = backend.encode(first, second)
+        self.check_ids(encoding.ids)
         return encoding.ids, encoding.type_ids
 
     def _cut_to(self, max_len: int) -> tokenizers.Tokenizer:

@@ -11,9 +11,22 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.nn.attention import HIDDEN_POSITION, KeyValues
 
 LayerCache = tuple[jax.Array, jax.Array]  # keys and values of one layer, [B, K, S, H] each
+
+
+def cache_bytes(config: ModelConfig, rows: int, capacity: int) -> int:
+    """Bytes that the caches of a model's layers take.
+
+    Args:
+      config: the model.
+      rows: of the batch.
+      capacity: positions per row.
+    """
+    groups = sum(config.sizes(layer)[2] for layer in range(config.n_layers))
+    return 2 * groups * config.head_dim * rows * capacity * jnp.dtype(config.dtype).itemsize
 
 
 def past(cache: LayerCache, done_B: jax.Array) -> KeyValues:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.decode.lossless import newest_token
+from elastic_lm.decode.sampling import BROKEN
 from elastic_lm.decode.segment import Segment, TickOutput
 from elastic_lm.decode.state import DecodeState, Emissions
 from elastic_lm.depth.confidence import (
@@ -63,9 +64,11 @@ def check_exit(
         # What is known without the logits may already rule a row out.
         evidence = Evidence(state=state_confidence_B, gate=_gate(segment, eager_B, features))
         known_B = confidence_without_logits(controls.metric, evidence)
-        passing_B = eager_B & (reads_logits(controls.metric) | (known_B >= threshold_B))
+        # NaN reaches no threshold: unless it passes here, an exit that is damaged would only seem unsure.
+        unknown_B = jnp.isnan(evidence.gate) | (~reads_logits(controls.metric) & jnp.isnan(known_B))
+        passing_B = eager_B & (reads_logits(controls.metric) | (known_B >= threshold_B) | unknown_B)
         if segment.config.exits[j].gate:
-            passing_B &= evidence.gate >= controls.gates[:, j]
+            passing_B &= (evidence.gate >= controls.gates[:, j]) | unknown_B
 
         def head() -> Emissions:
             # A row that leaves whatever its confidence takes its token from the whole head where need be.
@@ -78,7 +81,10 @@ def check_exit(
 
             # CALM's rule for batches: either all rows leave here, or none.
             confident_B &= ~controls.together | jnp.all(confident_B == asking_B)
-            return _with_rows(emissions, confident_B, logits, segment.stop)
+
+            broken_B = passing_B & (unknown_B | (sure_B & jnp.isnan(confidence_B)))
+            found = _with_rows(emissions, confident_B | broken_B, logits, segment.stop)
+            return dataclasses.replace(found, tokens=jnp.where(broken_B, BROKEN, found.tokens))
 
         return jax.lax.cond(jnp.any(passing_B), head, lambda: emissions)
 
@@ -107,7 +113,9 @@ def _check_last(segment: Segment, emissions: Emissions, output: TickOutput, aski
         return dataclasses.replace(
             emissions,
             rows=emissions.rows | asking_B,
-            tokens=jnp.where(asking_B, newest_token(output.deep), emissions.tokens),
+            tokens=jnp.where(
+                asking_B & (emissions.tokens != BROKEN), newest_token(output.deep), emissions.tokens
+            ),
             depth=jnp.where(asking_B, segment.stop, emissions.depth),
         )
 

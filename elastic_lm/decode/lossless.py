@@ -22,7 +22,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.decode.sampling import Sampling, sample
+from elastic_lm.decode.sampling import BROKEN, Sampling, sample
 from elastic_lm.decode.state import COPIED, FREE, Controls, DecodeState, ends
 from elastic_lm.models.decoder import Decoder
 
@@ -146,7 +146,8 @@ def _verify(
     drafts = jnp.take_along_axis(state.tokens, jnp.minimum(drawn_for, capacity - 1), axis=1)
     checked = (drawn_for <= target_B[:, None]) & (drawn_for < state.length[:, None])
     checked &= controls.lossless[:, None]
-    wrong = checked & (drafts != drawn_BW)
+    # An exit that gave NaN is an error, not a draft that the full model may put right.
+    wrong = checked & (drafts != drawn_BW) & (drafts != BROKEN)
 
     # Drafts are kept up to the first wrong one.
     rejected, first = jnp.any(wrong, axis=1), jnp.argmax(wrong, axis=1)

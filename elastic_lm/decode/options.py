@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TypedDict, get_args
 
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.config.decoding import WINDOW, Missing
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
@@ -90,11 +90,10 @@ class DecodeOptions:
     slice_inside: bool = False
 
     def __post_init__(self) -> None:
-        require(self.window >= 1, "window", self.window, "must be at least 1")
+        for field in ("window", "stream_every", "keep_subnets"):
+            require_at_least_1(field, getattr(self, field))
         require(0 <= self.fire_share <= 1, "fire_share", self.fire_share, "must be a share between 0 and 1")
-        require(self.stream_every >= 1, "stream_every", self.stream_every, "must be at least 1")
         require(self.missing in get_args(Missing), "missing", self.missing, "must be exact or propagate")
-        require(self.keep_subnets >= 1, "keep_subnets", self.keep_subnets, "must be at least 1")
 
         # At window=1, draft=1 is let through: calls that ask for lossless rows refuse the window itself.
         in_window = self.draft is None or 1 <= self.draft < max(self.window, 2)

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import jax
+import numpy as np
 
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.decode.sampling import BROKEN
+from elastic_lm.decode.served import Served
 from elastic_lm.decode.settings import Settings
 from elastic_lm.decode.state import DecodeState
+from elastic_lm.models.finite import overflow_error
 from elastic_lm.report import colour
 
 
@@ -175,8 +179,7 @@ def collect(
     prompts: list[list[int]],
     detokenizer: Detokenizer,
     started: float,
-    subnet: Subnet | None = None,
-    budget: Budget | None = None,
+    model: Served,
 ) -> list[Sample]:
     """Brings tokens and depths to the host, once.
 
@@ -185,16 +188,19 @@ def collect(
       prompts: token ids per row.
       detokenizer: of the call.
       started: `time.perf_counter()` at the start of the call.
-      subnet: for the statistics.
-      budget: for the statistics.
+      model: that ran.
 
     Returns:
       One sample per row.
+
+    Raises:
+      NotFiniteError: a token could not be drawn, because its logits were not finite.
     """
     rows = jax.device_get((state.tokens, state.exit_layers, state.length))
     counters = (state.ticks, state.drafted, state.accepted, state.copied, state.verifications)
     ticks, drafted, accepted, copied, verifications = jax.device_get(counters)
     tokens, depths, lengths = rows
+    check_drawn(prompts, tokens, lengths, model)
     seconds = time.perf_counter() - started
 
     emitted, exit_layers = [], []
@@ -215,8 +221,8 @@ def collect(
         mean_layers=sum(depth * n for depth, n in counts.items()) / max(total, 1),
         exit_counts=dict(sorted(counts.items())),
         segment_ticks=tuple(ticks.tolist()),
-        subnet=subnet,
-        budget=budget,
+        subnet=model.subnet,
+        budget=model.budget,
         drafted=int(drafted.sum()),
         accepted=int(accepted.sum()),
         wasted=int((drafted - accepted).sum()),
@@ -227,6 +233,27 @@ def collect(
         Sample(detokenizer.text(prompt, ids), ids, layers, stats)
         for prompt, ids, layers in zip(prompts, emitted, exit_layers, strict=True)
     ]
+
+
+def check_drawn(
+    prompts: Sequence[Sequence[int]], tokens: np.ndarray, lengths: Sequence[int], model: Served
+) -> None:
+    """Refuses rows with a token that could not be drawn.
+
+    Args:
+      prompts: token ids per row.
+      tokens: [B, S] int32 tokens of the rows, on the host.
+      lengths: of the rows.
+      model: that drew them.
+
+    Raises:
+      NotFiniteError: names the row, and the first weight that is not finite or else the dtype.
+    """
+    for row, prompt in enumerate(prompts):
+        broken = np.flatnonzero(tokens[row, len(prompt) : int(lengths[row])] == BROKEN)
+        if len(broken):
+            what = f"prompt {row}: the logits after {len(prompt) + int(broken[0])} tokens"
+            raise overflow_error(what, model.params, model.config.dtype)
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from elastic_lm.config.checks import require
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet
+from elastic_lm.decode.cache import cache_bytes
 from elastic_lm.decode.lossless import final_length
 from elastic_lm.decode.options import DecodeKeywords, DecodeOptions, check_choice, make_options
 from elastic_lm.decode.prefill import PromptState
@@ -21,6 +22,7 @@ from elastic_lm.decode.results import (
     Detokenizer,
     Sample,
     TextTokenizer,
+    check_drawn,
     collect,
     held_back,
     make_detokenizer,
@@ -34,6 +36,7 @@ from elastic_lm.depth.policies import ExitPolicy, on_subnet
 from elastic_lm.depth.preview_files import check_head
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Model
+from elastic_lm.report.machine import require_memory
 from elastic_lm.width.chooser import SubnetChooser
 
 ENDLESS = 2**30  # iterations of the loop, where nothing has to be looked at before all rows have ended
@@ -205,8 +208,9 @@ class Sampler:
           One `Sample`, or a list of them in the order of the prompts.
 
         Raises:
-          ValueError: an empty or too long prompt, an unknown setting, a value out of range, or a budget or
-            sub-network that is not one of the model's.
+          ValueError: an empty or too long prompt, an unknown setting, a value out of range, a budget or
+            sub-network that is not one of the model's, or logits that are not finite; the message then names
+            the first weight that is not, or the dtype that was exceeded.
 
         Example:
           ```python
@@ -245,14 +249,7 @@ class Sampler:
             model = call.served
             final = model.run(model.config, model.params, state, controls, ENDLESS, call.mode)
 
-        samples = collect(
-            final,
-            prompts,
-            call.detokenizer,
-            started + call.measuring,
-            subnet=call.served.subnet,
-            budget=call.served.budget,
-        )
+        samples = collect(final, prompts, call.detokenizer, started + call.measuring, call.served)
         return samples[0] if single else samples
 
     def stream(
@@ -311,7 +308,7 @@ class Sampler:
 
         shown = ""
         for reached in self._advance(call, state, controls):
-            text = collect(reached, prompts, call.detokenizer, 0.0)[0].text
+            text = collect(reached, prompts, call.detokenizer, 0.0, call.served)[0].text
             final = text if not np.any(reached.alive) else held_back(text, call.detokenizer.stops)
             if len(final) > len(shown):
                 yield final[len(shown) :]
@@ -445,6 +442,8 @@ class Sampler:
         # Ticks write whole windows, so the caches have room for one behind the last token.
         longest = max(map(len, prompts)) + max_new_tokens
         capacity = bucket(max(longest + options.window, tokens.shape[1]))
+        needed = cache_bytes(model.config, len(prompts), capacity)
+        require_memory("max_new_tokens", max_new_tokens, needed, "the caches")
         controls = make_controls(
             model.config,
             prompts,
@@ -504,6 +503,7 @@ class Sampler:
 def _stopped(call: Call, state: DecodeState, controls: Controls) -> list[bool]:
     """Per row, whether its text contains a stop string."""
     tokens, lengths = jax.device_get((state.tokens, final_length(state, controls)))
+    check_drawn(call.prompts, tokens, lengths, call.served)
     stopped = []
     for prompt, row, length in zip(call.prompts, tokens, lengths, strict=True):
         emitted = row[len(prompt) : length].tolist()

@@ -4,6 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+BROKEN = -2  # in place of a token that would have been drawn from NaN or infinity; it ends its row
+
 
 @flax.struct.dataclass
 class Sampling:
@@ -39,8 +41,9 @@ def sample(
       sampling: how the rows draw.
 
     Returns:
-      [B] int32 tokens.
+      [B] int32 tokens; `BROKEN` where a logit is NaN or infinite.
     """
+    finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
     # Penalties and draws cost several passes over the vocabulary, so a batch that needs neither skips them.
     logits_BV = jax.lax.cond(
         jnp.any(sampling.repetition_penalty != 1.0),
@@ -48,11 +51,13 @@ def sample(
         lambda: logits_BV,
     )
     greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.lax.cond(
+    drawn = jax.lax.cond(
         jnp.any(sampling.temperature > 0),
         lambda: jnp.where(sampling.temperature > 0, _draw(logits_BV, position_B, sampling), greedy),
         lambda: greedy,
     )
+    # The host learns of it when it reads the tokens, so that no step waits for an answer.
+    return jnp.where(finite_B, drawn, BROKEN)
 
 
 def _penalise(

@@ -8,16 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config.checks import require, require_positive
+from elastic_lm.config.checks import require, require_at_least_1, require_positive
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.data.padding import filled
+from elastic_lm.decode.cache import cache_bytes
 from elastic_lm.decode.prefill import split_rows, stack_rows
 from elastic_lm.decode.results import Detokenizer, TextTokenizer, make_detokenizer
+from elastic_lm.decode.sampling import BROKEN
 from elastic_lm.decode.seq2seq_loop import Request, Targets, encode, generate, label_scores
 from elastic_lm.decode.settings import bucket, check_ids, make_settings, pad_rows, stop_array
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
+from elastic_lm.models.finite import overflow_error
 from elastic_lm.models.registry import Model
+from elastic_lm.report.machine import require_memory
 
 LONGEST = 4096  # tokens of a source, unless `max_len` says otherwise
 
@@ -154,7 +158,7 @@ class TextToText:
         if not isinstance(model, EncoderDecoder):
             kind = type(model).__name__
             raise ValueError(f"model={kind}: must be an EncoderDecoder, such as T5; decoders run in Sampler")
-        require(max_len >= 1, "max_len", max_len, "must be at least 1")
+        require_at_least_1("max_len", max_len)
         self.config = model.config
         self.params = params
         self.tokenizer = tokenizer
@@ -188,7 +192,7 @@ class TextToText:
         """
         call_settings = make_settings(settings)
         rows = self._encode(sources)
-        require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
+        require_at_least_1("max_new_tokens", max_new_tokens)
         detokenizer = make_detokenizer(self.tokenizer, self.config.eos_ids, call_settings)
 
         tokens, lengths = _pad(rows)
@@ -200,8 +204,10 @@ class TextToText:
             energy_temperature=_temperature(energy_temperature),
         )
         capacity = bucket(max_new_tokens)
+        needed = self.config.n_decoder_layers * cache_bytes(self.config.layer, len(lengths), capacity)
+        require_memory("max_new_tokens", max_new_tokens, needed, "the caches")
         targets = jit_generate(self.config, self.params, tokens, lengths, request, hidden, capacity=capacity)
-        return _collect(targets, len(rows), detokenizer)
+        return self._collect(targets, len(rows), detokenizer)
 
     def classify(
         self,
@@ -239,6 +245,7 @@ class TextToText:
         )  # fmt: skip
 
         log_probs = log_probs[: len(rows)]
+        self._check_finite(log_probs, energy[: len(rows)])
         return Classification(np.argmax(log_probs, axis=-1).tolist(), log_probs, energy[: len(rows)])
 
     def encode(self, sources: Source | Sequence[Source]) -> list[Encoded]:
@@ -255,8 +262,10 @@ class TextToText:
         """
         rows = self._encode(sources)
         hidden, logits = jit_encode(self.config, self.params, *_pad(rows))
+        logits = jax.device_get(logits)
+        self._check_finite(logits[: len(rows)])
         # Not strict: the arrays are padded with rows that are no sources.
-        encoded = zip(rows, split_rows(hidden), jax.device_get(logits), strict=False)
+        encoded = zip(rows, split_rows(hidden), logits, strict=False)
         return [Encoded(*one) for one in encoded]
 
     def encoder_logits(self, sources: Source | Sequence[Source]) -> np.ndarray:
@@ -305,6 +314,37 @@ class TextToText:
         require(bool(rows), f"{what}s", rows, "give at least one")
         return rows
 
+    def _check_finite(self, *results: np.ndarray) -> None:
+        """Refuses results [N, ...] that hold NaN or infinity."""
+        for values in results:
+            bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            if bad.any():
+                what = f"source {int(np.argmax(bad))}: its scores"
+                raise overflow_error(what, self.params, self.config.dtype)
+
+    def _collect(self, targets: Targets, n_sources: int, detokenizer: Detokenizer) -> list[Text2TextResult]:
+        """Brings tokens and scores to the host, once; the rows after the sources are padding."""
+        tokens, lengths, scores = jax.device_get((targets.tokens, targets.length, targets.scores))
+        results = []
+        for i in range(n_sources):
+            emitted = tokens[i, 1 : lengths[i] + 1].tolist()
+            if BROKEN in emitted:
+                what = f"source {i}: the logits after {emitted.index(BROKEN)} target tokens"
+                raise overflow_error(what, self.params, self.config.dtype)
+
+            emitted = emitted[: detokenizer.stops_after([], emitted)]
+            n = len(emitted)
+            result = Text2TextResult(
+                text=detokenizer.text([], emitted),
+                tokens=emitted,
+                energy=scores.energy[i, :n],
+                max_prob=scores.max_prob[i, :n],
+                entropy=scores.entropy[i, :n],
+                margin=scores.margin[i, :n],
+            )
+            results.append(result)
+        return results
+
     def _tokens(self, what: str, text: str) -> list[int]:
         if self.tokenizer is None:
             raise ValueError("tokenizer=None: text needs one; give token ids or a tokenizer")
@@ -344,23 +384,3 @@ def _fill(rows: Any, more: int) -> Any:
 def _temperature(value: float) -> jax.Array:
     require_positive("energy_temperature", value)
     return jnp.float32(value)
-
-
-def _collect(targets: Targets, n_sources: int, detokenizer: Detokenizer) -> list[Text2TextResult]:
-    """Brings tokens and scores to the host, once; the rows after the sources are padding."""
-    tokens, lengths, scores = jax.device_get((targets.tokens, targets.length, targets.scores))
-    results = []
-    for i in range(n_sources):
-        emitted = tokens[i, 1 : lengths[i] + 1].tolist()
-        emitted = emitted[: detokenizer.stops_after([], emitted)]
-        n = len(emitted)
-        result = Text2TextResult(
-            text=detokenizer.text([], emitted),
-            tokens=emitted,
-            energy=scores.energy[i, :n],
-            max_prob=scores.max_prob[i, :n],
-            entropy=scores.entropy[i, :n],
-            margin=scores.margin[i, :n],
-        )
-        results.append(result)
-    return results

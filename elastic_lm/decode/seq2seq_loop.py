@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.decode import cache
-from elastic_lm.decode.sampling import Sampling, sample
+from elastic_lm.decode.sampling import BROKEN, Sampling, sample
 from elastic_lm.decode.token_scores import TokenScores, free_energy, token_scores
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
@@ -42,7 +42,8 @@ class Targets:
     """Targets being decoded.
 
     Attributes:
-      tokens: [B, C + 1] int32, the start token and the emitted ones; `pad_id` after the end of a row.
+      tokens: [B, C + 1] int32, the start token and the emitted ones (`sampling.BROKEN` where logits were
+        not finite); `pad_id` after the end of a row.
       length: [B] int32, number of emitted tokens.
       scores: [B, C] each, of the emitted tokens; entries after the end of a row mean nothing.
       alive: [B] bool, the row still runs.
@@ -203,7 +204,8 @@ def _emit(config: EncoderDecoderConfig, state: Targets, logits_BV: jax.Array, re
     token_B = jnp.where(state.alive, token_B, config.pad_id)
 
     scores = token_scores(logits_BV, request.energy_temperature)
-    ends_B = jnp.any(token_B[:, None] == request.stop_tokens, axis=-1) | (position >= request.limit)
+    ends_B = jnp.any(token_B[:, None] == request.stop_tokens, axis=-1) | (token_B == BROKEN)
+    ends_B |= position >= request.limit
 
     def append(all_BC: jax.Array, new_B: jax.Array) -> jax.Array:
         return all_BC.at[:, state.position].set(new_B)

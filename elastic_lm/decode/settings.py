@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_lm.config.checks import LARGEST_INT, is_whole, require, require_at_least_1, require_ids
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.padding import padded
 from elastic_lm.decode.sampling import Sampling
@@ -66,10 +67,11 @@ class Settings:
         Raises:
           ValueError: a value is out of range, or a sequence does not have one entry per row.
         """
-        seeds = np.asarray(self.seed)
-        if not np.issubdtype(seeds.dtype, np.integer):
-            raise ValueError(f"seed={self.seed!r}: must be an integer, or one integer per prompt")
-        seeds = seeds + np.arange(batch) if seeds.ndim == 0 else seeds
+        require_whole("seed", self.seed, 2**32 - 1)
+        require_whole("top_k", self.top_k, LARGEST_INT)
+        require_ids("stop_tokens", self.stop_tokens)
+        seeds = np.asarray(self.seed, np.int64)
+        seeds = (seeds + np.arange(batch)) % 2**32 if seeds.ndim == 0 else seeds
 
         return Sampling(
             temperature=self._row("temperature", batch, np.float32, 0.0, None),
@@ -87,6 +89,19 @@ class Settings:
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ValueError(f"{name}={values[bad][0]}: must be {limits}")
         return jnp.asarray(values, dtype)
+
+
+def require_whole(name: str, value: Any, high: int) -> None:
+    """Refuses numbers that are no integers from 0 to `high`, beyond which they would wrap around.
+
+    Args:
+      name: of the setting.
+      value: one for all rows, or one per row.
+      high: the largest that is let through.
+    """
+    for one in np.ravel(np.asarray(value, object)).tolist():
+        fix = f"must be an integer from 0 to {high}, or one per prompt"
+        require(is_whole(one, 0, high), name, one, fix)
 
 
 def make_settings(settings: dict[str, Any]) -> Settings:
@@ -206,8 +221,7 @@ def pad_prompts(
     """
     if not prompts:
         raise ValueError("prompt=[]: give at least one prompt")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    require_at_least_1("max_new_tokens", max_new_tokens)
     for i, ids in enumerate(prompts):
         _check_prompt(config, i, ids, max_new_tokens)
     tokens, lengths = pad_rows(prompts, len(prompts), bucket(max(map(len, prompts))))

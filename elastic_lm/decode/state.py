@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode.cache import LayerCache
-from elastic_lm.decode.sampling import Sampling
+from elastic_lm.decode.sampling import BROKEN, Sampling
 
 Mode = Literal["exact", "verify", "propagate"]  # what becomes of the deeper layers of early tokens
 
@@ -107,7 +107,7 @@ class DecodeState:
     """Rows being decoded; J exits cut the model into J + 1 segments, W is the pending window.
 
     Attributes:
-      tokens: [B, S] int32, prompt and emitted tokens.
+      tokens: [B, S] int32, prompt and emitted tokens; `sampling.BROKEN` where logits were not finite.
       exit_layers: [B, S] int32, layers that ran before each emitted token was chosen; COPIED where none did.
       length: [B] int32, tokens known.
       limit: [B] int32, length at which the row ends.
@@ -215,7 +215,7 @@ def emit(
 
 
 def ends(state: DecodeState, tokens_B: jax.Array, length_B: jax.Array, stop_tokens: jax.Array) -> jax.Array:
-    """Whether a newest token ends its row, because it is a stop token or the last one asked for.
+    """Whether a newest token ends its row: a stop token, the last one asked for, or none (`BROKEN`).
 
     Args:
       state: its `limit` is read.
@@ -226,7 +226,8 @@ def ends(state: DecodeState, tokens_B: jax.Array, length_B: jax.Array, stop_toke
     Returns:
       [B] bool.
     """
-    return jnp.any(tokens_B[:, None] == stop_tokens, axis=-1) | (length_B >= state.limit)
+    ended_B = jnp.any(tokens_B[:, None] == stop_tokens, axis=-1) | (tokens_B == BROKEN)
+    return ended_B | (length_B >= state.limit)
 
 
 def retire(state: DecodeState, lossless_B: jax.Array) -> DecodeState:

@@ -35,6 +35,7 @@ from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.data.batch import Arrays, Batch, as_batches
 from elastic_lm.depth.cached_taps import Taps, read_taps
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.finite import overflow_error
 from elastic_lm.nn.exit_head import unit_norm
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidates for lambda; u has a mean square of 1
@@ -259,6 +260,8 @@ def _add_up(
         weights[part] += float(weight)
     if not weights[0]:
         raise ValueError("batches: no token counts; give text with weights above 0")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(totals)):
+        raise overflow_error("batches: states or features of the exits", params, config.dtype)
     return totals[0], totals[1], weights[0]
 
 

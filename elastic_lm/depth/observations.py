@@ -24,6 +24,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Arrays, Batch, as_batches
 from elastic_lm.depth.confidence import Evidence, confidence_by_index, metric_index, state_confidence
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.models.finite import overflow_error
 from elastic_lm.nn.block import Tap
 
 
@@ -155,8 +156,9 @@ def observe(
       Observations of all tokens with a positive weight.
 
     Raises:
-      ValueError: a batch is larger than the first one or longer than the model, no token counts, or the
-        metric needs gates that the exits do not have.
+      ValueError: a batch is larger than the first one or longer than the model, no token counts, the
+        metric needs gates that the exits do not have, or logits or confidences are not finite; the message
+        then names the first weight that is not, or the dtype that was exceeded.
 
     Example:
       ```python
@@ -192,6 +194,11 @@ def observe(
         scalars = jax.device_get(observe_batch(config, params, batch, index, chunk))
 
         counted = np.asarray(batch.weights) > 0
+        for values in (scalars.nats, scalars.confidence, scalars.gate):
+            bad = ~np.isfinite(values).all(axis=-1) & counted
+            if bad.any():
+                what = f"held-out row {first_row + int(np.argmax(bad.any(axis=1)))}: the logits"
+                raise overflow_error(what, params, config.dtype)
         row = np.broadcast_to(first_row + np.arange(shape[0])[:, None], shape)
         columns = {
             **{field.name: getattr(scalars, field.name) for field in dataclasses.fields(scalars)},

@@ -24,8 +24,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.config.parse import from_dict
+from elastic_lm.config.parse import from_dict, parse_json
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.depth.confidence import NEVER_EXITS, metric_index
 from elastic_lm.depth.guarantee import Guarantee
@@ -135,6 +136,9 @@ class ConfidenceExit:
 
     def __post_init__(self) -> None:
         metric_index(self.metric)
+        shape = self.provenance.get("model", {})
+        fix = "must be a mapping like {'n_layers': 12}"
+        require(isinstance(shape, Mapping), "provenance.model", shape, fix)
         if len(self.thresholds) != len(self.layers):
             raise ValueError(f"thresholds={self.thresholds}: needs one per exit, after layers {self.layers}")
         if not all(math.isfinite(t) and t >= 0 for t in self.thresholds):
@@ -228,9 +232,11 @@ class ConfidenceExit:
             raise FileNotFoundError(f"{path}: no such thresholds file; `elastic-lm calibrate` writes one")
 
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
                 raise ValueError(f'"format" is not "{FORMAT}"')
+            curve = content.get("curve", [])
+            require(isinstance(curve, list), "curve", curve, "must be a list of calibrated targets")
             points = tuple(from_dict(CalibrationPoint, p, "curve.") for p in content.pop("curve", []))
             return from_dict(cls, {**content, "curve": points})
         except (ValueError, TypeError, AttributeError) as error:

@@ -11,8 +11,10 @@ import numpy as np
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.parse import parse_json
 from elastic_lm.depth.previewing import PreviewReport, head_kernel
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.finite import check_tensor
 from elastic_lm.nn.preview import HeadPreview, head_fingerprint
 
 FORMAT = "elastic_lm preview 1"
@@ -104,9 +106,11 @@ def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, Pr
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f'"format" is not "{FORMAT}"')
-            static = {name: json.loads(metadata["preview"])[name] for name in STATIC}
-            report = PreviewReport(**json.loads(metadata["report"]))
+            static = {name: parse_json(metadata["preview"])[name] for name in STATIC}
+            report = PreviewReport(**parse_json(metadata["report"]))
             arrays = {name: file.get_tensor(name) for name in ARRAYS}
+            for name, values in arrays.items():
+                check_tensor(f"tensor {name!r}", values)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         fix = "write one with `elastic-lm preview`"
         raise ValueError(f"{path}: is no preview of a vocabulary head ({error}); {fix}") from error

@@ -28,6 +28,7 @@ from elastic_lm.config.decoding import PREVIEW_AGREEMENT
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Arrays, Batch, as_batches
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.finite import is_finite, overflow_error
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.preview import (
     HeadPreview,
@@ -295,6 +296,8 @@ def _features(
         kept, draws = kept[first], draws[first]
     if not count or not len(kept):
         raise ValueError("batches: at least 4 are needed, one in four measures what the others chose")
+    if not (is_finite(moment) and is_finite(kept)):
+        raise overflow_error("batches: the features of the vocabulary head", params, config.dtype)
     return moment / count, kept
 
 

@@ -1,9 +1,10 @@
 """Files that appear complete or not at all, and JSON objects that are read from files."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from elastic_lm.config.parse import parse_json
 
 
 def read_json(path: Any) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def read_json(path: Any) -> dict[str, Any]:
     """
     again = "download or copy the file again"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); {again}") from error
     if not isinstance(value, dict):

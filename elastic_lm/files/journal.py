@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from elastic_lm.config.checks import require
+from elastic_lm.config.parse import parse_json
 from elastic_lm.files.atomic import read_json, write_text_whole
 
 CHUNK = 1 << 16  # bytes that are read at once
@@ -29,7 +30,7 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     for where, line in _lines(Path(path)):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error}); write one object per line") from error
         if not isinstance(record, dict):
@@ -243,7 +244,7 @@ def _plain(value: Any) -> Any:
 def _index(line: bytes) -> Any:
     """Which record a line holds; None where it holds none."""
     try:
-        return json.loads(line)["index"]
+        return parse_json(line)["index"]
     except (ValueError, LookupError, TypeError):
         return None
 

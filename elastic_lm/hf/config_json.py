@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import LARGEST_INT, is_whole, require, require_layers
 from elastic_lm.config.model import DTYPES, Activation, ExitConfig, ModelConfig
 from elastic_lm.config.parse import from_dict, to_dict
 from elastic_lm.hf.family import ACTIVATIONS, REQUIRED, Family, Field, typed
@@ -15,6 +15,7 @@ from elastic_lm.hf.tensors import tensor_names
 from elastic_lm.models.registry import Config
 
 ELASTIC_VERSION = 1
+LAYERS = ("n_layers", "n_decoder_layers")
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
@@ -140,6 +141,9 @@ def _read_field(family: Family, field: Field, hf: Mapping[str, Any]) -> Any:
     hint = next(f for f in dataclasses.fields(family.config_class) if f.name == field.ours).type
     value = typed({field.theirs: value}, field.theirs, {bool: bool, float: float}.get(hint, int), None)
     require(field.default is not REQUIRED or value >= 1, field.theirs, value, "must be at least 1")
+    require(type(value) is not int or value <= LARGEST_INT, field.theirs, value, "must be below 2**31")
+    if field.ours in LAYERS and value is not None:
+        require_layers(field.theirs, value)  # before lists with an entry per layer are made
     return float(value) if hint is float and value is not None else value
 
 
@@ -179,8 +183,8 @@ def read_eos(hf: Mapping[str, Any], default: int | None) -> tuple[int, ...]:
     """
     ids = hf.get("eos_token_id", default)
     ids = () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
-    if not all(type(i) is int for i in ids):
-        raise ValueError(f"eos_token_id={ids!r}: must be a token id, or a list of them")
+    if not all(is_whole(i, -1) for i in ids):
+        raise ValueError(f"eos_token_id={ids!r}: must be a token id below 2**31, or a list of them")
     return ids
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from elastic_lm.files import atomic as plain
 from elastic_lm.hf.layouts import Shape
+from elastic_lm.models.finite import check_tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -82,7 +83,7 @@ class TensorFiles:
         """Reads one tensor.
 
         Raises:
-          ValueError: its values are no floats.
+          ValueError: its values are no floats, or one of them is NaN or infinity; names file and tensor.
         """
         dtype = self._slice(name).get_dtype()
         if dtype not in FLOATS:
@@ -90,7 +91,9 @@ class TensorFiles:
                 f"{self.files[name]}: tensor {name!r} has dtype {dtype}; only {', '.join(FLOATS)} are "
                 "supported. Dequantise the checkpoint and save it again"
             )
-        return self._handle(self.files[name], name).get_tensor(name)
+        values = self._handle(self.files[name], name).get_tensor(name)
+        check_tensor(f"{self.files[name]}: tensor {name!r}", values)
+        return values
 
     def _slice(self, name: str) -> Any:
         path = self.files[name]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.model import DTYPES
 from elastic_lm.hf.config_json import config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
@@ -17,6 +18,7 @@ from elastic_lm.hf.files import TensorFiles, read_json
 from elastic_lm.hf.registry import find_family
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.finite import cast_tensor
 from elastic_lm.models.registry import Config
 
 # What old checkpoints carry and nothing reads: buffers that are computed here, mostly.
@@ -55,7 +57,8 @@ def load(
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
       ValueError: a file is damaged, the family or one of its features is not supported, a tensor is
-        missing, not expected or of the wrong shape. Messages name file, tensor and fix.
+        missing, not expected, of the wrong shape, or holds NaN, infinity, or values that are too large for
+        `dtype`. Messages name file, tensor and fix.
 
     Example:
       ```python
@@ -72,6 +75,7 @@ def load(
     config = _read_config(folder, dtype)
     exits = [folder / EXITS_FILE] if getattr(config, "exits", ()) else []
     tensors = TensorFiles.of_folder(folder, exits)
+    _check_layers(folder, config, tensors)
     config = _complete(config, tensors)
     config = _resolve_tying(config, tensors)
     table = _match(folder, config, tensors)
@@ -80,6 +84,8 @@ def load(
     for binding in table:
         sources = [tensors.read(name) for name in binding.names]
         leaf = binding.layout.join(sources, binding.shape)
+        where = f"{tensors.files[binding.names[0]]}: tensor {_listed(list(binding.names))}"
+        leaf = cast_tensor(where, leaf, jnp.dtype(config.param_dtype))
         _insert(params, binding.path, place(binding.path, leaf))
     return config, params
 
@@ -125,6 +131,16 @@ def _generation_ids(path: Path) -> dict[str, Any]:
         "decoder_start_token_id": "decoder_start_id",
     }
     return {ours: ids[theirs] for theirs, ours in fields.items() if hf.get(theirs) is not None}
+
+
+def _check_layers(folder: Path, config: Config, tensors: TensorFiles) -> None:
+    """Refuses more layers than there are tensors, before the names of all their tensors are made."""
+    require(
+        config.n_layers <= len(tensors.files),
+        f"{folder / 'config.json'}: the number of layers",
+        config.n_layers,
+        f"the weights are {len(tensors.files)} tensors, and every layer has some; correct it",
+    )
 
 
 def _stored(name: str | None, family: Family, tensors: TensorFiles) -> str | None:
@@ -264,10 +280,9 @@ def _report_extra(family: Family, tensors: TensorFiles, extra: list[str]) -> Non
 def _placement(
     config: Config, mesh: jax.sharding.Mesh | None
 ) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
-    """Returns what casts an assembled parameter and puts it where it belongs."""
-    dtype = jnp.dtype(config.param_dtype)
+    """Returns what puts an assembled parameter where it belongs."""
     if mesh is None:
-        return lambda path, leaf: jnp.array(np.ascontiguousarray(leaf.astype(dtype, copy=False)))
+        return lambda path, leaf: jnp.array(np.ascontiguousarray(leaf))
     from elastic_lm.models.sharding import param_shardings
 
     shardings = param_shardings(config, mesh)
@@ -276,7 +291,6 @@ def _placement(
         sharding: Any = shardings
         for key in path:
             sharding = sharding[key]
-        leaf = leaf.astype(dtype, copy=False)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return place

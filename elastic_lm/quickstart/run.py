@@ -230,7 +230,7 @@ def _tune(options: Options, source: Path, name: str, base: ModelConfig, fit_toke
     folders.renew(target, source)
     for part in saved.iterdir():
         shutil.move(part, target)
-    return Model(decoder, params, Tokenizer.load(target), name)
+    return Model(decoder, params, _tokenizer(target, decoder), name)
 
 
 def _batches(options: Options, model: Model, split: Split) -> Iterable[Batch]:
@@ -269,7 +269,13 @@ def _calibrate(options: Options, model: Model, steps: Steps) -> ConfidenceExit:
 
 def _load_plain(source: Path, name: str) -> Model:
     decoder, params = load_decoder(source)
-    return Model(decoder, params, Tokenizer.load(source), name)
+    return Model(decoder, params, _tokenizer(source, decoder), name)
+
+
+def _tokenizer(folder: Path | str, decoder: Decoder) -> Tokenizer:
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.check_vocabulary(decoder.config.vocab_size)
+    return tokenizer
 
 
 def _plan(

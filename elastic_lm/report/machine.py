@@ -1,10 +1,13 @@
 """What a measurement ran on: the hardware, and the versions of the packages."""
 
 import importlib.metadata
+import math
 import os
 import platform
 from pathlib import Path
 from typing import Any
+
+from elastic_lm.config.checks import require
 
 PACKAGES = ("elastic-lm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "xllamacpp")
 
@@ -33,6 +36,37 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def memory_bytes() -> int | None:
+    """Bytes of memory of this machine, those of its other devices included; None where nothing tells."""
+    import jax  # late: see above
+
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stats = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
+    return host + sum(int(own.get("bytes_limit", 0)) for own in stats)
+
+
+def require_memory(field: str, value: object, needed: float, what: str) -> None:
+    """Refuses what cannot fit into the memory of all machines of a run, before any of it is taken.
+
+    Args:
+      field: that decides about the size.
+      value: of the field.
+      needed: bytes.
+      what: takes them, such as "its parameters".
+
+    Raises:
+      ValueError: names field, value, what is needed and what there is.
+    """
+    import jax  # late: see above
+
+    memory = memory_bytes()
+    there = math.inf if memory is None else memory * jax.process_count()
+    fix = f"{what} would take {needed / 2**30:,.0f} GiB, and there are {there / 2**30:,.0f}; make it smaller"
+    require(needed <= there, field, value, fix)
 
 
 def usable_cores() -> int:

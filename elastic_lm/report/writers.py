@@ -10,6 +10,7 @@ from typing import Protocol
 
 import rich.progress
 
+from elastic_lm.config.parse import parse_json
 from elastic_lm.files.atomic import write_text_whole
 
 
@@ -117,7 +118,7 @@ def _lines(path: Path) -> list[str]:
 def _step_of(line: str) -> float:
     """Step of a metrics line; infinity for one that a killed process left half written."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+        return parse_json(line)["step"] if line.endswith("\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

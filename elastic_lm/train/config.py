@@ -47,7 +47,8 @@ class TrainConfig:
 
     init_from: str = ""  # Hugging Face folder or elastic checkpoint to start from; "" = random
     init_layers: int = 0  # layers kept of init_from, the lowest, without its exits; 0 = everything
-    param_dtype: str = ""  # dtype of parameters read from init_from; "" = as `load` gives them
+    param_dtype: str = ""  # of all parameters; "" = float32 for those that train, the others as loaded
+    mu_dtype: str = ""  # dtype of the optimizer's mean gradient; "" = float32, as everything else of it
     dtype: str = ""  # dtype of activations; "" = that of the model
     steps: int = 1000  # optimizer steps
     optimizer: Optimizer = "adamw"  # muon: orthogonalised updates of the layers' kernels, AdamW for the rest
@@ -72,7 +73,7 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept
 
     def __post_init__(self) -> None:
-        for field in ("param_dtype", "dtype"):
+        for field in ("param_dtype", "mu_dtype", "dtype"):
             require_choice(f"train.{field}", getattr(self, field), ("", *DTYPES))
         require_choice("train.schedule", self.schedule, get_args(Schedule))
         require_choice("train.optimizer", self.optimizer, get_args(Optimizer))

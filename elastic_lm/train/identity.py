@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config.parse import from_dict, to_dict
+from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.old_configs import upgraded
@@ -48,7 +48,7 @@ def check_identity(config: AnyRun, workdir: Path) -> None:
 def _stored(file: Path, config: AnyRun) -> dict[str, Any]:
     """The identity in `file`; fields that it does not know yet have their defaults."""
     try:
-        values = upgraded(json.loads(file.read_text()), stored=True)
+        values = upgraded(parse_json(file.read_text()), stored=True)
         now = to_dict(config)["train"]
         values["train"] |= {key: now[key] for key in MAY_CHANGE}
         return identity(from_dict(type(config), values))

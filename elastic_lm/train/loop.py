@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from elastic_lm.checkpoints.native import Checkpoints
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.finite import check_params
 from elastic_lm.report.writers import Writer
 from elastic_lm.train.config import TrainConfig
 from elastic_lm.train.losses import Metrics
@@ -24,6 +25,11 @@ from elastic_lm.train.step import EvalStep, TrainStep
 REMEDY = (
     "lower train.lr, lengthen train.warmup or set train.clip, in a new workdir; checkpoints before that step "
     "are kept"
+)
+AT_ONCE = (
+    "no update came before, and all weights are finite, so that the learning rate is not the cause: "
+    "activations exceed what {dtype} holds (set train.dtype='bfloat16' or 'float32'), or labels or the "
+    "method's options are out of range"
 )
 
 
@@ -40,6 +46,7 @@ class Job:
       per_step: tokens of a step, or of whatever `rate` says.
       rate: name of what is counted per second.
       remark: of the method: what the user should know about the first metrics; "" = nothing.
+      dtype: of the activations, for messages.
     """
 
     config: TrainConfig
@@ -50,6 +57,7 @@ class Job:
     per_step: int
     rate: str = "tokens_per_s"
     remark: Callable[[Mapping[str, float]], str] = lambda _: ""
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass
@@ -115,22 +123,29 @@ def run(
     Raises:
       FloatingPointError: loss, gradient or the state after a step is not finite; names the step.
         Checkpoints stay as they are.
+      NotFiniteError: the parameters are not finite before the first step; names the first that is not.
     """
+    check_params("before the first step", {**frozen, **state.params})
     config, window, pending = job.config, _Window(), None
     evaluation: dict[str, float] = {}
+
+    def remedy(step: int) -> str:
+        # The first step has seen no update, so that no learning rate can have spoilt its loss.
+        return REMEDY if step > 1 else AT_ONCE.format(dtype=job.dtype)
+
     for step in range(start + 1, config.steps + 1):
         state, metrics = job.train_step(state, frozen, job.place(next(batches)))
 
         # The step just sent off runs while the metrics of the one before are read.
         if pending is not None:
-            window.steps.append(_finite(step - 1, pending))
+            window.steps.append(_finite(step - 1, pending, remedy(step - 1)))
         pending = metrics
 
         last = step == config.steps
         if not (last or any(step % every == 0 for every in _events(config))):
             continue
 
-        window.steps.append(_finite(step, pending))
+        window.steps.append(_finite(step, pending, remedy(step)))
         pending = None
         if step % config.log_every == 0 or last:
             summary = window.summary(job.per_step, job.rate)
@@ -179,11 +194,11 @@ def _events(config: TrainConfig) -> list[int]:
     return [n for n in (config.log_every, config.eval_every, config.save_every) if n]
 
 
-def _finite(step: int, metrics: Metrics) -> dict[str, float]:
+def _finite(step: int, metrics: Metrics, remedy: str) -> dict[str, float]:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
-            raise FloatingPointError(f"{name} is {values[name]} at step {step}: {REMEDY}")
+            raise FloatingPointError(f"{name} is {values[name]} at step {step}: {remedy}")
     return values
 
 

@@ -11,6 +11,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from elastic_lm.models.decoder import Params
 from elastic_lm.train.config import TrainConfig
 from elastic_lm.train.method import ParameterGroup
+from elastic_lm.train.state import cast_params
 
 DECAYED = ("kernel", "table")
 ADAMW_RMS = 0.2  # root mean square of an AdamW update, in units of the learning rate (arXiv 2502.16982)
@@ -66,7 +67,26 @@ def make_optimizer(
             scaled = optax.masked(optax.scale(group.lr), functools.partial(in_group, group.names))
             optimizer = optax.chain(optimizer, scaled)
 
-    return optax.chain(optax.clip_by_global_norm(config.clip), optimizer) if config.clip else optimizer
+    if config.clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+    return in_float32(optimizer)
+
+
+def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer that computes and remembers in float32, whatever dtype the parameters train in.
+
+    Args:
+      optimizer: makes its state in the dtype of the parameters that it is given.
+    """
+
+    def init(params: Params) -> Any:
+        return optimizer.init(cast_params(params, "float32"))
+
+    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+        params = None if params is None else cast_params(params, "float32")
+        return optimizer.update(cast_params(updates, "float32"), state, params)
+
+    return optax.GradientTransformation(init, update)
 
 
 def in_group(names: Collection[str], params: Params) -> Params:
@@ -113,6 +133,7 @@ def _adamw(config: TrainConfig, without: Collection[str]) -> optax.GradientTrans
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        mu_dtype=config.mu_dtype or None,
         mask=functools.partial(decayed, without=without),
     )
 
@@ -122,6 +143,7 @@ def _muon(config: TrainConfig, without: Collection[str]) -> optax.GradientTransf
         learning_rate(config),
         eps=config.eps,
         weight_decay=config.weight_decay,
+        mu_dtype=config.mu_dtype or None,
         adam_b1=config.b1,
         adam_b2=config.b2,
         muon_weight_dimension_numbers=functools.partial(matrices, without=without),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import overload
@@ -13,15 +14,16 @@ from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.finite import check_params
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh
 from elastic_lm.report.writers import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
 from elastic_lm.train import loop
-from elastic_lm.train.config import RunConfig, TaskRun
+from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.prepared import Prepared
-from elastic_lm.train.state import create_state, state_shardings
+from elastic_lm.train.state import TrainState, cast_params, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 from elastic_lm.train.tasks.run import prepare_task
 from elastic_lm.train.text import prepare_text
@@ -97,11 +99,12 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
         per_step=run.per_step,
         rate=run.rate,
         remark=method.remark,
+        dtype=method.config.dtype,
     )
 
     batches = method.batches(iter(data.train), frozen, data)
     data = dataclasses.replace(data, read=batches)
-    state = create_state(optimizer, trainable)
+    state = create_state(optimizer, trainable, config.train.param_dtype or "float32")
     del trainable
     save_identity(config, workdir)  # only now: a run that was refused leaves no trace in its workdir
 
@@ -109,23 +112,71 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
         start, state = loop.resume(checkpoints, state, batches)
         if not start:
             state = method.begin(state, frozen, data)
+        if not jax.process_index():
+            print(numbers(state, frozen, config.train), flush=True)
         with closing(make_writer(workdir, config.train.steps, start)) as writer:
             state, metrics = loop.run(
                 job, start, state, frozen, batches=batches, checkpoints=checkpoints, writer=writer
             )
 
     finished = method.finish({**frozen, **state.params}, data)
-    params = run.canonical(finished.params)
+    model, params = as_stored(config, method.config, run.canonical(finished.params))
     save_model(
         workdir / MODEL_FOLDER,
-        method.config,
+        model,
         params,
         run.tokenizer,
         menu=finished.menu or run.menu,
         beside=finished.beside,
         overwrite=True,
     )
-    return method.config, params, metrics
+    return model, params, metrics
+
+
+def numbers(state: TrainState, frozen: Params, train: TrainConfig) -> str:
+    """The first line of a run: how many parameters train and in which dtypes, and those of the frozen ones.
+
+    Args:
+      state: what trains.
+      frozen: what does not.
+      train: names the dtype of the optimizer's mean gradient.
+    """
+    moments = f"mean gradient in {train.mu_dtype}, " if train.mu_dtype else ""
+    line = f"{_count(state.params)} train; {moments}optimizer in float32"
+    return f"{line}; {_count(frozen)} stay as they are" if frozen else line
+
+
+def _count(params: Params) -> str:
+    """Parameters by dtype, like "1,024 parameters in float32"."""
+    sizes = Counter[str]()
+    for leaf in jax.tree.leaves(params):
+        sizes[leaf.dtype.name] += leaf.size
+    return " and ".join(f"{size:,} parameters in {dtype}" for dtype, size in sizes.most_common())
+
+
+def as_stored(config: RunConfig | TaskRun, model: Config, params: Params) -> tuple[Config, Params]:
+    """A trained model as it is saved.
+
+    A new model has the dtype that its config names. Of another, what trained keeps its float32: rounded to
+    the file's dtype, a short run would lose most of what it has learned. Frozen weights are the file's.
+
+    Args:
+      config: the run.
+      model: the trained model.
+      params: its canonical parameters.
+
+    Returns:
+      (the model with the dtype of its parameters, where all have the same; parameters).
+    """
+    new = [config.model] if isinstance(config, RunConfig) else [config.encoder, config.encoder_decoder]
+    if not config.train.init_from:
+        params = cast_params(params, next(m.param_dtype for m in new if m is not None))
+        check_params("the trained model in train.param_dtype", params)
+
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+    if len(dtypes) == 1:
+        model = dataclasses.replace(model, param_dtype=dtypes.pop())
+    return model, params
 
 
 def make_writer(workdir: Path, steps: int, start: int) -> Writer:

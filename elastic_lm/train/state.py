@@ -19,7 +19,8 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, optimizer steps done.
-      params: trainable parameters (layers stacked).
+      params: trainable parameters (layers stacked), in float32 whatever the model's file holds, unless
+        `train.param_dtype` names another dtype.
       opt_state: optimizer state of these parameters.
     """
 
@@ -28,20 +29,35 @@ class TrainState:
     opt_state: Any
 
 
-def create_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+def create_state(
+    optimizer: optax.GradientTransformation, params: Params, dtype: str = "float32"
+) -> TrainState:
     """A state at step 0; optimizer moments are sharded like the parameters they belong to.
 
     Args:
       optimizer: updates the trainable parameters.
-      params: trainable parameters, stacked and on the mesh; not copied.
+      params: trainable parameters, stacked and on the mesh; not copied where they have the dtype.
+      dtype: in which they train. A step changes a weight by less than half precision can tell apart, so that
+        in bfloat16 most of them would not move at all.
 
     Returns:
       The state, on the mesh of `params`.
     """
+    params = cast_params(params, dtype)
     shardings = state_shardings(optimizer, params)
     init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
     step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
     return TrainState(step, params, init(params))
+
+
+def cast_params(params: Params, dtype: str) -> Params:
+    """The parameters in a dtype; those that have it, and integers, are the same arrays."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        same = leaf.dtype == dtype or not jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf if same else leaf.astype(dtype)
+
+    return jax.tree.map(one, params)
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Params) -> Any:

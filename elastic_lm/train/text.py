@@ -13,17 +13,22 @@ from elastic_lm.checkpoints.native import MENU_FILE, load_menu
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
+from elastic_lm.cost.counted import model_cost
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models.decoder import Params, stack_layers, unstack_layers
 from elastic_lm.models.exits import attach_exits, extract
 from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import check_rows, param_shardings, stacked_shardings
+from elastic_lm.report.machine import require_memory
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.method import Arrays, RunData
 from elastic_lm.train.prepared import Prepared, learned_tokenizer
 from elastic_lm.train.registry import method_class, names_with
 from elastic_lm.train.step import place_batch
+
+BATCH_BYTES = 20  # of one token of a batch: five numbers of four bytes
+TRAINED_BYTES = 12  # of one parameter: itself and two moments in float32
 
 
 def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
@@ -42,6 +47,7 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
       ValueError: something does not fit; names field, value and fix.
     """
     rows = config.data.batch_size
+    check_sizes(config)
     check_rows("data.batch_size", rows, mesh, config.train.accumulate)
     tokenizer = prepare_tokenizer(config, workdir)
     model, params = prepare_model(config, tokenizer, mesh)
@@ -69,6 +75,20 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
         menu=initial_menu(config),
         canonical=unstack_layers,
     )
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Refuses a new model, or a batch, that the machine cannot hold, before anything is made.
+
+    Raises:
+      ValueError: names the field.
+    """
+    data = config.data
+    tokens = data.batch_size * data.seq_len
+    require_memory("data.batch_size", data.batch_size, tokens * BATCH_BYTES, f"rows of {data.seq_len} tokens")
+    if config.model is not None and not config.train.init_from:
+        parameters = model_cost(config.model).parameters
+        require_memory("model", f"{parameters:,} parameters", parameters * TRAINED_BYTES, "training it")
 
 
 def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
@@ -121,12 +141,14 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
         model = dataclasses.replace(config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
         params = init_params(model, key)
 
+    # A model that is loaded may have fewer rows than its tokenizer ids, where tokens were added for padding.
     require(
-        tokenizer.vocab_size <= model.vocab_size,
+        bool(train.init_from) or tokenizer.vocab_size <= model.vocab_size,
         "model.vocab_size",
         model.vocab_size,
         f"the tokenizer has {tokenizer.vocab_size} ids; raise it",
     )
+    tokenizer.check_vocabulary(model.vocab_size)
     require(
         config.data.seq_len <= model.max_len,
         "data.seq_len",

@@ -27,6 +27,7 @@ from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable
 from elastic_lm.files.atomic import read_json, write_text_whole
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.finite import check_tensor
 from elastic_lm.width.router import ROUTER_WIDTH, Router, budget_code, init_router, layer_router
 from elastic_lm.width.search import Damage, knapsack
 from elastic_lm.width.search_space import Move, Space
@@ -345,6 +346,7 @@ class Routers:
                 found,
                 f"the model and menu need {leaf.shape}; these routers are of another model",
             )
+            check_tensor(f"{folder / WEIGHTS}: tensor {name!r}", flat[name])
             return jnp.asarray(flat[name])
 
         return cls(shape, jax.tree_util.tree_map_with_path(read, wanted), table or stored, tilts)

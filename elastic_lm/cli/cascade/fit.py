@@ -129,7 +129,7 @@ def run(options: Options) -> None:
             seed=options.seed,
             unit=options.cost,
             data=options.data,
-            models={"swift": options.swift_name, "super": options.super_},
+            models={"swift": options.swift_name, "super": options.super_name},
             fingerprints=found,
         )
     except ValueError as error:

@@ -55,7 +55,7 @@ def identity(options: PairOptions, found: Mapping[str, str | None], scoring: Sco
     return {
         "swift": options.swift_name,
         "swift_checkpoint": found["swift"],
-        "super": options.super_,
+        "super": options.super_name,
         "super_checkpoint": found["super"],
         "data": options.data,
         "data_bytes": Path(options.data).stat().st_size,
@@ -96,7 +96,7 @@ def run_identity(options: PairOptions, found: Mapping[str, str | None], rule: Ca
 
 def warn_other_models(rule: CascadeRule, options: PairOptions, found: Mapping[str, str | None]) -> None:
     """Warns on stderr where a rule was fitted on other models: an energy is about one checkpoint."""
-    places = {"swift": options.swift_name, "super": options.super_}
+    places = {"swift": options.swift_name, "super": options.super_name}
     fitted = {key: _mapping(rule.provenance.get(key)) for key in ("models", "fingerprints")}
     for name, now in places.items():
         place, old, new = fitted["models"].get(name), fitted["fingerprints"].get(name), found[name]

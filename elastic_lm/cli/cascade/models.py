@@ -71,6 +71,7 @@ def make_answerer(
         return _named(options, name, rest)
     model, params = load(place)
     tokenizer = Tokenizer.load(place)
+    tokenizer.check_vocabulary(model.config.vocab_size)
     shared: dict[str, Any] = {"scoring": scoring, "batch_size": options.batch_size}
 
     if isinstance(model, Encoder):
@@ -124,6 +125,7 @@ def _shared_pair(options: PairOptions, record: Record, scoring: Scoring) -> tupl
     """The Super, and one of its exits as the Swift."""
     model, params = load(options.super_)
     tokenizer = Tokenizer.load(options.super_)
+    tokenizer.check_vocabulary(model.config.vocab_size)
     how: dict[str, Any] = {
         "exit": options.swift_exit,
         "scoring": scoring,

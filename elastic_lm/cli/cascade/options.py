@@ -17,6 +17,7 @@ from elastic_lm.config.cascade import (
     Centre,
     Normalise,
     Style,
+    without_secrets,
 )
 from elastic_lm.config.checks import require_at_least_1, require_choice, require_not_negative
 
@@ -69,7 +70,12 @@ class PairOptions(CommandOptions):
     @property
     def swift_name(self) -> str:
         """What the Swift is called in files and messages."""
-        return self.swift or f"{self.super_} exit {self.swift_exit}"
+        return without_secrets(self.swift) if self.swift else f"{self.super_name} exit {self.swift_exit}"
+
+    @property
+    def super_name(self) -> str:
+        """What the Super is called in files and messages."""
+        return without_secrets(self.super_)
 
     @property
     def scored_by(self) -> str:

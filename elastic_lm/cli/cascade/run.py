@@ -52,8 +52,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="FILE", help="JSON lines, or .gz of them")
 
 
-def run(options: Options) -> None:
-    """Answers the records that the output does not hold yet."""
+def run(options: Options) -> int:
+    """Answers the records that the output does not hold yet.
+
+    Returns:
+      The exit status: 1 where every record of the output has failed.
+    """
     from elastic_lm.cascade.cascade import Cascade
     from elastic_lm.cli.cascade.answering import answer_failed, answer_missing
     from elastic_lm.cli.cascade.checks import check_pair
@@ -79,9 +83,13 @@ def run(options: Options) -> None:
             answer_failed(cascade, read_records(options.data), journal, line)
         records, count = read_records(options.data), count_records(options.data)
         statistics = answer_missing(cascade, records, journal, count, line)
+        nothing = statistics.failed == statistics.records and all("error" in one for one in journal.lines())
 
     print(statistics.text())
     print(f"written to {options.out}", file=sys.stderr)
+    if nothing:
+        print(f"every one of {count} records failed; their errors are in {options.out}", file=sys.stderr)
+    return int(nothing)
 
 
 def chosen_rule(options: Options) -> "CascadeRule":

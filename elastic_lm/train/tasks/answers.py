@@ -8,7 +8,6 @@ from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig, TaskProblem
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
-from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models.registry import KINDS, kind_of
 
 Params = dict[str, Any]
@@ -69,16 +68,6 @@ def load_of(
         f"holds a model of kind {kind_of(config).name}, where one of kind {wanted} is needed",
     )
     return config, params
-
-
-def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
-    """Refuses a tokenizer with more ids than the model has embeddings."""
-    require(
-        tokenizer.vocab_size <= size,
-        "model.vocab_size",
-        size,
-        f"the tokenizer has more ids ({tokenizer.vocab_size}): name the one that belongs to the model",
-    )
 
 
 def check_same_answers(field: str, folder: str, theirs: Any, ours: Any) -> None:

@@ -15,7 +15,7 @@ from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import param_shardings
 from elastic_lm.models.task_heads import attach_task_exits, attach_task_head, lowest_layers
 from elastic_lm.train.config import TaskRun
-from elastic_lm.train.tasks.answers import answers_of, check_vocabulary, load_any, same_answers
+from elastic_lm.train.tasks.answers import answers_of, load_any, same_answers
 from elastic_lm.train.tasks.config import TaskTuningConfig, Tuned
 
 Params = dict[str, Any]
@@ -51,7 +51,7 @@ def prepare_model(
     else:
         config, params = prepare_encoder(run, config, params, labels)
 
-    check_vocabulary(tokenizer, config.vocab_size)
+    tokenizer.check_vocabulary(config.vocab_size)
     config = dataclasses.replace(config, dtype=train.dtype or config.dtype)
     return config, jax.device_put(params, param_shardings(config, mesh))
 

@@ -19,7 +19,7 @@ from elastic_lm.train.method import RunData
 from elastic_lm.train.prepared import Prepared, learned_tokenizer
 from elastic_lm.train.registry import method_class
 from elastic_lm.train.step import place_batch
-from elastic_lm.train.tasks.answers import check_vocabulary, load_of
+from elastic_lm.train.tasks.answers import load_of
 from elastic_lm.train.tasks.models import prepare_model
 
 Params = dict[str, Any]
@@ -104,6 +104,6 @@ def prepare_writer(run: TaskRun, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Enco
         kind, dtype = EncoderDecoderConfig, train.param_dtype or None
         config, params = load_of(kind, "train.init_from", train.init_from, dtype, mesh)
 
-    check_vocabulary(tokenizer, config.vocab_size)
+    tokenizer.check_vocabulary(config.vocab_size)
     config = dataclasses.replace(config, dtype=train.dtype or config.dtype)
     return config, jax.device_put(params, param_shardings(config, mesh))
