@@ -26,7 +26,7 @@ import numpy as np
 
 from elastic_lm.cascade.energy import POOLS, energy_score, pool
 from elastic_lm.config.cascade import KINDS, TEMPERATURE, Centre
-from elastic_lm.config.checks import require_choice, require_positive
+from elastic_lm.config.checks import require_choice, require_positive, require_types
 from elastic_lm.decode.token_scores import CENTRES
 from elastic_lm.depth import confidence
 
@@ -60,6 +60,7 @@ class Scoring:
     centre: Centre = "none"  # "mean" = logits are measured from their own mean
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive("temperature", self.temperature)
         require_choice("centre", self.centre, CENTRES)
 

@@ -3,7 +3,14 @@
 import dataclasses
 from typing import ClassVar, Literal, get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require, require_choice, require_each
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    require,
+    require_choice,
+    require_each,
+    require_types,
+)
 from elastic_lm.config.model import DTYPES, Activation
 
 Pooler = Literal["none", "tanh", "relu"]
@@ -53,6 +60,7 @@ class EncoderConfig:
     mlp_bias: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_types(self)
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len")
         require_each(self, "", sizes, *AT_LEAST_1)
         counts = ("type_vocab_size", "position_offset", "norm_eps", "n_labels", "pad_id")

@@ -10,7 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, require, require_choice, require_each
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    require,
+    require_choice,
+    require_each,
+    require_types,
+)
 from elastic_lm.config.rope import RopeConfig
 
 NormKind = Literal["rmsnorm", "layernorm"]
@@ -42,6 +49,7 @@ class ExitConfig:
     hidden: int = 0  # linear: hidden width of a gated MLP beside the affine map; 0 = none
 
     def __post_init__(self) -> None:
+        require_types(self, "exit.")
         require(self.layer >= 1, "exit.layer", self.layer, "layers are counted from 1")
         require_choice("exit.kind", self.kind, get_args(ExitKind))
         require_choice("exit.init", self.init, get_args(ExitInit))
@@ -120,6 +128,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()  # tokens that end a text
 
     def __post_init__(self) -> None:
+        require_types(self)
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len")
         require_each(self, "", sizes, *AT_LEAST_1)
         object.__setattr__(self, "n_kv_heads", self.n_kv_heads or self.n_heads)

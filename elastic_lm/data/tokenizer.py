@@ -81,8 +81,19 @@ class Tokenizer:
         Args:
           text: any string.
           bos: put `bos_id` first, where the tokenizer has one.
+
+        Raises:
+          ValueError: it is no string, or one that holds half of a character.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # no string, or one with a lone surrogate, which JSON can spell
+            fix = (
+                "holds half of a character; give complete Unicode text"
+                if isinstance(text, str)
+                else "must be text"
+            )
+            raise ValueError(f"text={text!r}: {fix}") from error
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def encode_pair(

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import TypedDict, get_args
 
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import require, require_type, require_types
 from elastic_lm.config.decoding import WINDOW, Missing
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
-from elastic_lm.depth.policies import ExitPolicy
+from elastic_lm.depth.policies import ExitPolicy, require_policy
 from elastic_lm.depth.preview_files import check_preview
 from elastic_lm.nn.preview import HeadPreview
 from elastic_lm.width.chooser import SubnetChooser
@@ -90,6 +90,8 @@ class DecodeOptions:
     slice_inside: bool = False
 
     def __post_init__(self) -> None:
+        require_types(self)
+        require_policy("exit", self.exit)
         require(self.window >= 1, "window", self.window, "must be at least 1")
         require(0 <= self.fire_share <= 1, "fire_share", self.fire_share, "must be a share between 0 and 1")
         require(self.stream_every >= 1, "stream_every", self.stream_every, "must be at least 1")
@@ -157,6 +159,7 @@ def make_options(options: DecodeOptions | None, fields: DecodeKeywords) -> Decod
       ValueError: both are given, or a field is out of range.
     """
     from_fields = DecodeOptions(**fields)
+    require_type("options", options, DecodeOptions | None)
     if options is None:
         return from_fields
     for name, value in fields.items():
@@ -169,8 +172,10 @@ def check_choice(budget: Budget | None, subnet: Subnet | None, elastic: SubnetCh
     """Checks what a sampler or a call says about the model that is to run.
 
     Raises:
-      ValueError: both a budget and a sub-network are given, or a budget without a chooser.
+      ValueError: both a budget and a sub-network are given, a budget without a chooser, or something else.
     """
+    require_type("budget", budget, Budget | None)
+    require_type("subnet", subnet, Subnet | None)
     if budget is not None and subnet is not None:
         raise ValueError(f"budget={budget}, subnet={subnet}: each says what runs; give one of them")
     if budget is not None and elastic is None:

@@ -2,7 +2,8 @@
 
 import ast
 import runpy
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file has no get_config, or a key or value is refused; names it.
+      ValueError: the file cannot be run or has no get_config, which names file and line, or a key or value
+        is refused, which names that.
 
     Example:
       ```python
@@ -53,19 +55,66 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
 
 
 def _run_file(path: str) -> dict[str, Any]:
-    name, _, argument = path.partition(".py:")
-    file = Path(name if name.endswith(".py") else f"{name}.py")
-    if not file.is_file():
-        raise FileNotFoundError(f"config file {file} does not exist")
+    name, colon, argument = path.partition(".py:")
+    file = _config_file(f"{name}.py" if colon else path)
 
-    definitions = runpy.run_path(str(file))
-    if "get_config" not in definitions:
-        raise ValueError(f"config file {file} has no function get_config")
+    definitions = _attempt(file, lambda: runpy.run_path(str(file)))
+    if not callable(definitions.get("get_config")):
+        raise ValueError(f"config file {file} has no function get_config: define get_config(arg='')")
 
-    config = definitions["get_config"](argument)
+    config = _attempt(file, lambda: definitions["get_config"](argument))
     if isinstance(config, RunConfig | TaskRun):
         return to_dict(config)
-    return config.to_dict() if hasattr(config, "to_dict") else config
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"config file {file}: get_config returned {values!r}: it must return a RunConfig, a TaskRun, "
+            "or a dict of their sections"
+        )
+    return dict(values)
+
+
+def _config_file(path: str) -> Path:
+    """The file of a config; its name may leave out ".py"."""
+    file = Path(path)
+    if file.suffix != ".py" and Path(f"{path}.py").is_file():
+        return Path(f"{path}.py")
+    if not file.is_file():
+        raise FileNotFoundError(f"config file {file} does not exist")
+    if file.suffix != ".py":
+        raise ValueError(f"config file {file}: a config is a Python file, whose name ends in .py")
+    return file
+
+
+def _attempt(file: Path, run: Callable[[], Any]) -> Any:
+    """What `run` gives; whatever the code of a config raises names the file and the line.
+
+    Raises:
+      ValueError: the code raised an error, or ended the program.
+    """
+    try:
+        return run()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"config file {_place(file, error)}: {_complaint(error)}") from error
+
+
+def _place(file: Path, error: BaseException) -> str:
+    """The file and line of a config's error: its last line, as what it calls may fail far away."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or file} line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
+    return f"{file} line {lines[-1]}" if lines else str(file)
+
+
+def _complaint(error: BaseException) -> str:
+    """What a config's error says, and the fix."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg}; fix this line"
+    if type(error) is ValueError:
+        return str(error)  # a refusal, by the config or by what it calls, which has a fix of its own
+    fix = "install it, or fix the file" if isinstance(error, ImportError) else "fix the file"
+    return f"{type(error).__name__}: {error}; {fix}"
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

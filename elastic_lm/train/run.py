@@ -8,10 +8,11 @@ from typing import overload
 
 import jax
 
-from elastic_lm.checkpoints.native import Checkpoints, check_target, local_folder, save_model
+from elastic_lm.checkpoints.native import Checkpoints, check_target, save_model
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.files.atomic import local_folder
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any, get_args
 
-from elastic_lm.cli.parser import CommandOptions
+from elastic_lm.cli.parser import CommandOptions, require_seed
 from elastic_lm.config.cascade import (
     ANSWER_TOKENS,
     BATCH_SIZE,
@@ -60,6 +60,7 @@ class PairOptions(CommandOptions):
         elif self.swift or is_url(self.super_):
             raise ValueError(f"--swift-exit {self.swift_exit}: is an exit of the Super; leave --swift out")
         require_at_least_1("--batch-size", self.batch_size)
+        require_seed(self.seed)
         require_not_negative("--super-cost", self.super_cost)
         require_choice("--normalise", self.normalise, get_args(Normalise))
         require_choice("--style", self.style, get_args(Style))
