@@ -30,10 +30,6 @@ from elastic_lm.config.checks import require_choice, require_positive, require_t
 from elastic_lm.decode.token_scores import CENTRES
 from elastic_lm.depth import confidence
 
-PLACES = ("", "prompt_", "encoder_")
-POOLED = tuple(f"{place}{kind}{end}" for place in PLACES[:2] for end in ("", "_min") for kind in KINDS)
-SCORES = (*POOLED, *(f"{PLACES[2]}{kind}" for kind in KINDS), "random")
-
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:

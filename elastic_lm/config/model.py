@@ -153,6 +153,14 @@ class ModelConfig:
             self.windows,
             f"needs one entry per layer ({self.n_layers}) or none",
         )
+        beyond = self.rope.scaling == "dynamic" and 0 < self.rope.original_max_len < self.max_len
+        require(
+            not beyond,
+            "max_len",
+            self.max_len,
+            f"must be at most rope.original_max_len={self.rope.original_max_len}, up to which "
+            "rope.scaling='dynamic' is computed",
+        )
         require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
         require(all(w >= 0 for w in self.windows), "windows", self.windows, "must be tokens, or 0 for full")
         layers = [e.layer for e in self.exits]

@@ -30,7 +30,8 @@ class DecodeOptions:
         least 1. Traced.
       lossless: early tokens are drafts that the full model verifies (LayerSkip, arXiv 2404.16710). What is
         emitted is what full depth emits with the same seed, except for near-ties that bfloat16 rounds
-        differently. Each call may choose otherwise.
+        differently. In a batch, which tokens were drafts (`Sample.exit_layers`) depends on the other rows,
+        for which the full model runs, too; the tokens do not. Each call may choose otherwise.
       lookup: lossless rows draft the tokens that followed the last ones earlier in their text, as many as
         acceptance and the time of a pass over them justify (prompt lookup, arXiv 2304.04487); alone, or
         before exits. Static.

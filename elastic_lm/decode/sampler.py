@@ -92,7 +92,8 @@ class Sampler:
     lengths. The lengths of prompts and of whole sequences are rounded up to powers of two. Thresholds, the
     metric, the firing rule, the length of drafts and the settings of a call are traced: changing them
     compiles nothing. Every row gets the tokens that it would get alone, unless the option `together` couples
-    the rows.
+    the rows. The depths of lossless rows are not those that they would have alone: a row's tokens are
+    verified whenever the deep layers run, which they also do for other rows, and its drafts end elsewhere.
 
     Attributes:
       config: of the whole model; static.

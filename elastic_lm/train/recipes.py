@@ -1,13 +1,12 @@
 """Config files: `configs/x.py:argument` and `train.lr=3e-4` to one validated `RunConfig` or `TaskRun`."""
 
 import ast
-import runpy
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from elastic_lm.config.parse import from_dict, to_dict
+from elastic_lm.files.python_files import attempt, run_file
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.old_configs import upgraded
 
@@ -58,11 +57,11 @@ def _run_file(path: str) -> dict[str, Any]:
     name, colon, argument = path.partition(".py:")
     file = _config_file(f"{name}.py" if colon else path)
 
-    definitions = _attempt(file, lambda: runpy.run_path(str(file)))
+    definitions = run_file("config file", file)
     if not callable(definitions.get("get_config")):
         raise ValueError(f"config file {file} has no function get_config: define get_config(arg='')")
 
-    config = _attempt(file, lambda: definitions["get_config"](argument))
+    config = attempt("config file", file, lambda: definitions["get_config"](argument))
     if isinstance(config, RunConfig | TaskRun):
         return to_dict(config)
     values = config.to_dict() if hasattr(config, "to_dict") else config
@@ -84,37 +83,6 @@ def _config_file(path: str) -> Path:
     if file.suffix != ".py":
         raise ValueError(f"config file {file}: a config is a Python file, whose name ends in .py")
     return file
-
-
-def _attempt(file: Path, run: Callable[[], Any]) -> Any:
-    """What `run` gives; whatever the code of a config raises names the file and the line.
-
-    Raises:
-      ValueError: the code raised an error, or ended the program.
-    """
-    try:
-        return run()
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"config file {_place(file, error)}: {_complaint(error)}") from error
-
-
-def _place(file: Path, error: BaseException) -> str:
-    """The file and line of a config's error: its last line, as what it calls may fail far away."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename or file} line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(file)]
-    return f"{file} line {lines[-1]}" if lines else str(file)
-
-
-def _complaint(error: BaseException) -> str:
-    """What a config's error says, and the fix."""
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg}; fix this line"
-    if type(error) is ValueError:
-        return str(error)  # a refusal, by the config or by what it calls, which has a fix of its own
-    fix = "install it, or fix the file" if isinstance(error, ImportError) else "fix the file"
-    return f"{type(error).__name__}: {error}; {fix}"
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from elastic_lm.config.cascade import (
     DEFAULT_SCORE,
     KINDS,
     RETRIES,
+    SCORES,
     SOURCE_TOKENS,
     TEMPERATURE,
     TIMEOUT,
@@ -18,7 +19,7 @@ from elastic_lm.config.cascade import (
     Normalise,
     Style,
 )
-from elastic_lm.config.checks import require_at_least_1, require_choice, require_not_negative
+from elastic_lm.config.checks import require, require_at_least_1, require_choice, require_not_negative
 
 KEY = "ELASTIC_LM_API_KEY"  # environment variable with the key of a service
 
@@ -62,6 +63,14 @@ class PairOptions(CommandOptions):
         require_at_least_1("--batch-size", self.batch_size)
         require_seed(self.seed)
         require_not_negative("--super-cost", self.super_cost)
+        # Services and answerers by name may give scores of their own.
+        ours = self.swift is None or not (is_url(self.swift) or answerer_name(self.swift)[0])
+        require(
+            self.score is None or not ours or self.score in SCORES,
+            "--score",
+            self.score,
+            f"must be one of {', '.join(SCORES)}",
+        )
         require_choice("--normalise", self.normalise, get_args(Normalise))
         require_choice("--style", self.style, get_args(Style))
         if self.centre is not None:
