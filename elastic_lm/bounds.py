@@ -96,6 +96,35 @@ def clopper_pearson(wrong: int, n: int, epsilon: float) -> float:
     return float(test.proportion_ci(1 - epsilon, method="exact").high)
 
 
+def effective_trials(events: np.ndarray, group: np.ndarray) -> float:
+    """How many independent trials say as much about a rate as trials that come in groups.
+
+    Tokens of one text share their context, so that their rate varies more from text to text than that of
+    independent tokens would. With r the rate, n trials and G groups g,
+
+        n / max(1, v / (r (1 - r) / n)),    v = G / (G - 1) sum_g (sum_{i in g} x_i - r)^2 / n^2
+
+    Args:
+      events: [n] bool, whether the event happened.
+      group: [n] which group a trial belongs to.
+
+    Returns:
+      A number from 1 to n; n where there is one group, or nothing varies.
+
+    Paper: Korn and Graubard 1998, Confidence intervals for proportions with small expected number of
+    positive counts estimated from survey data.
+    """
+    n, rate = len(events), float(np.mean(events))
+    _, index, sizes = np.unique(group, return_inverse=True, return_counts=True)
+    groups = len(sizes)
+    if groups < 2 or rate in (0.0, 1.0):
+        return float(n)
+
+    excess = np.bincount(index, events) - rate * sizes
+    variance = groups / (groups - 1) * float(excess @ excess) / n**2
+    return max(1.0, n / max(1.0, variance / (rate * (1 - rate) / n)))
+
+
 def risk_bound(risk: float, n: int, epsilon: float) -> float:
     """Upper bound on the expected loss that holds with probability at least 1 - epsilon.
 

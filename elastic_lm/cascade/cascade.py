@@ -19,7 +19,7 @@ from elastic_lm.cascade.results import CascadeResult, CascadeStatistics, Tally
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import PLAIN, score_of
 from elastic_lm.config.cascade import BATCH_SIZE, DEFAULT_SCORE
-from elastic_lm.config.checks import require, require_at_least_1
+from elastic_lm.config.checks import require, require_at_least_1, require_type
 
 HELD_BATCHES = 64  # how many batches of records may be held at once
 
@@ -71,7 +71,13 @@ class Cascade:
         Raises:
           ValueError: a number is out of range, or the rule was fitted on other energies than the Swift's.
         """
+        for name, model in (("swift", swift), ("super_", super_)):
+            answers = callable(getattr(model, "answer", None)) and not isinstance(model, type)
+            require(answers, name, model, "must be an answerer, such as el.cascade.Generator")
         scoring = getattr(swift, "scoring", None)
+        require_type("score", score, str)
+        if not isinstance(rule, CascadeRule):
+            require_type("rule", rule, float)
         if not isinstance(rule, CascadeRule):
             own = scoring or PLAIN
             rule = CascadeRule(float(rule), score, temperature=own.temperature, centre=own.centre)

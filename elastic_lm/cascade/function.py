@@ -1,12 +1,13 @@
 """A Python function as a model of a cascade."""
 
-import runpy
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from elastic_lm.cascade.answerer import Answer, Record, failed
 from elastic_lm.config.checks import require, require_not_negative
+from elastic_lm.files.python_files import run_file
 
 
 class Function:
@@ -52,9 +53,9 @@ class Function:
 
         Raises:
           OSError: there is no such file.
-          ValueError: it defines no such function.
+          ValueError: it cannot be run, or defines no such function.
         """
-        function = runpy.run_path(place).get("answer")
+        function = run_file("answerer", Path(place)).get("answer")
         if not callable(function):
             raise ValueError(f"{place} has no function answer: define answer(record)")
         return cls(function)

@@ -23,8 +23,8 @@ import numpy as np
 from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
 from elastic_lm.cascade.known_tokens import ModelPart, padded_width, score_tokens
-from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, pooled_scores
-from elastic_lm.config.cascade import BATCH_SIZE
+from elastic_lm.cascade.scores import PLAIN, Scoring, pooled_scores
+from elastic_lm.config.cascade import BATCH_SIZE, PLACES
 from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet

@@ -18,7 +18,7 @@ import numpy as np
 from elastic_lm.bounds import RUNGS, fixed_sequence_test, risk_bound
 from elastic_lm.cascade.energy import keeps
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, TOLERANCE, Measurements, sweep
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import require, require_types
 from elastic_lm.config.guarantee import DEFAULT_EPSILON
 
 
@@ -43,6 +43,7 @@ class CascadeRisk:
     epsilon: float = DEFAULT_EPSILON  # probability, over the testing records, that the guarantee fails
 
     def __post_init__(self) -> None:
+        require_types(self, "risk.")
         require(0 < self.loss < 1, "risk.loss", self.loss, "must be an accuracy that may be lost, like 0.01")
         require(0 < self.epsilon < 1, "risk.epsilon", self.epsilon, "must be a probability like 0.05")
 

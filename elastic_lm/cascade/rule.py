@@ -21,7 +21,7 @@ from elastic_lm.cascade.sweep import (
     sweep,
 )
 from elastic_lm.config.cascade import DEFAULT_SCORE, Centre
-from elastic_lm.config.checks import SEED, require
+from elastic_lm.config.checks import SEED, require, require_types
 from elastic_lm.config.parse import load_dataclass
 from elastic_lm.files.atomic import write_text_whole
 
@@ -64,6 +64,7 @@ class CascadeRule:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # models, data, date, versions
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(math.isfinite(self.threshold), "threshold", self.threshold, "must be a finite number")
         require(bool(self.score), "score", self.score, "must name a score, like energy")
         require(SEED[0](self.seed), "seed", self.seed, SEED[1])

@@ -26,13 +26,9 @@ import numpy as np
 
 from elastic_lm.cascade.energy import POOLS, energy_score, pool
 from elastic_lm.config.cascade import KINDS, TEMPERATURE, Centre
-from elastic_lm.config.checks import require_choice, require_positive
+from elastic_lm.config.checks import require_choice, require_positive, require_types
 from elastic_lm.decode.token_scores import CENTRES
 from elastic_lm.depth import confidence
-
-PLACES = ("", "prompt_", "encoder_")
-POOLED = tuple(f"{place}{kind}{end}" for place in PLACES[:2] for end in ("", "_min") for kind in KINDS)
-SCORES = (*POOLED, *(f"{PLACES[2]}{kind}" for kind in KINDS), "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +56,7 @@ class Scoring:
     centre: Centre = "none"  # "mean" = logits are measured from their own mean
 
     def __post_init__(self) -> None:
+        require_types(self)
         require_positive("temperature", self.temperature)
         require_choice("centre", self.centre, CENTRES)
 

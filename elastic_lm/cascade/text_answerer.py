@@ -10,8 +10,8 @@ import numpy as np
 
 from elastic_lm.cascade.answerer import Answer, Record
 from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
-from elastic_lm.cascade.scores import PLACES, PLAIN, Scoring, logit_scores, pooled_scores
-from elastic_lm.config.cascade import ANSWER_TOKENS, BATCH_SIZE, KINDS, SOURCE_TOKENS
+from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores, pooled_scores
+from elastic_lm.config.cascade import ANSWER_TOKENS, BATCH_SIZE, KINDS, PLACES, SOURCE_TOKENS
 from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.cost.sequences import text_to_text_flops
 from elastic_lm.data.padding import filled

@@ -6,6 +6,7 @@ import jax
 
 from elastic_lm import hf
 from elastic_lm.config.model import DTYPES
+from elastic_lm.files.atomic import local_folder
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Config, Model, kind_of, make_model
 
@@ -29,7 +30,7 @@ def load(
 
     Raises:
       FileNotFoundError: there is nothing at `path`, or it is neither kind of folder.
-      ValueError: see `hf.load`.
+      ValueError: `path` is remote; or see `hf.load`.
 
     Example:
       ```python
@@ -39,7 +40,7 @@ def load(
       assert params["embed"]["table"].shape == (model.config.vocab_size, model.config.d_model)
       ```
     """
-    config, params = _load(Path(path), dtype, mesh)
+    config, params = _load(local_folder(path), dtype, mesh)
     return make_model(config), params
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import re
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,10 +19,10 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.files.atomic import read_json
+from elastic_lm.files.atomic import local_folder, read_json, require_folder_above
 from elastic_lm.hf.files import replace_folder
 from elastic_lm.models.decoder import Params
-from elastic_lm.models.finite import check_params
+from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 
@@ -208,9 +207,11 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
 
     Raises:
       FileExistsError: `path` holds something that may not be replaced; names it.
+      NotADirectoryError: something above it is a file.
       ValueError: `path` is remote.
     """
     target = local_folder(path).absolute()
+    require_folder_above(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target
     if (target / QUICKSTART_MARK).exists() or any(target.glob(f"*/{QUICKSTART_MARK}")):
@@ -221,7 +222,9 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
     if not target.is_dir() or not (target / CONFIG_FILE).is_file():
         raise FileExistsError(f"{target}: is no elastic checkpoint and is not replaced; choose another path")
     if not overwrite:
-        raise FileExistsError(f"{target}: exists already; choose another path, or overwrite it")
+        raise FileExistsError(
+            f"{target}: exists already; choose another path, or overwrite it (--overwrite, overwrite=True)"
+        )
     params = target / PARAMS_FOLDER
     for file in [*target.iterdir(), *(params.iterdir() if params.is_dir() else ())]:
         if file.name not in WRITTEN:
@@ -269,7 +272,7 @@ def load_model(
     except Exception as error:
         reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
-    check_params(str(folder / PARAMS_FOLDER) + (f" as {dtype}" if dtype else ""), params)
+    check_finite(str(folder / PARAMS_FOLDER) + (f" as {dtype}" if dtype else ""), params)
     return config, params
 
 
@@ -362,17 +365,6 @@ def _described(cls: Any, values: dict[str, Any], file: epath.Path, where: str) -
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
-
-
-def local_folder(path: str | Path) -> Path:
-    """`path` as a local folder.
-
-    Raises:
-      ValueError: it names another machine, like gs://bucket/run.
-    """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # `Path` makes one slash of two
-        raise ValueError(f"{path}: remote paths are not supported yet, name a local folder")
-    return Path(path)
 
 
 def _first_line(error: Exception) -> str:

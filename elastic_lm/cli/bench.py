@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from elastic_lm.bench import report
-from elastic_lm.cli.parser import CommandOptions, add_data, require_flag
+from elastic_lm.cli.parser import CommandOptions, add_data, require_flag, require_seed
 
 HELP = """\
 Measures speed against what the hardware or a competitor allows.
@@ -33,6 +33,7 @@ class Options(CommandOptions):
 
     def __post_init__(self) -> None:
         require_flag(self.rounds >= 1, "--rounds", self.rounds, "must be at least 1")
+        require_seed(self.seed)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -40,9 +40,10 @@ elastic-lm calibrate --model runs/exits/model --forecast
 elastic-lm calibrate --model runs/exits/model --data own.jsonl   (from `generate --unprompted`)
 
 The file records the model, the data, the metric, the target and the measured curve. Use text that the model
-was not trained on. Without --epsilon the target is an average over the held-out text. With it, half of the
-held-out rows test that the target holds for new text, except with this probability; many short rows serve
-this best. --forecast also predicts speed-ups at batch size 1, before anything is timed.
+was not trained on. Without --epsilon the target is met on average: about half of new text agrees a little
+less, which --margin makes up for. With --epsilon, half of the held-out rows test that the target holds for
+new text, except with this probability; many short rows serve this best. --forecast also predicts speed-ups at
+batch size 1, before anything is timed.
 
 A few held-out prompts are continued with the thresholds (--continuations), because text that a model writes
 itself may agree less than given text. Thresholds under which it degenerates are not written.
@@ -56,6 +57,7 @@ class Options(ContinuedOptions):
     target: float = DEFAULT_TARGET  # share of tokens that equal the full model's
     metric: str = DEFAULT_METRIC  # confidence that thresholds are compared with
     strategy: str = STRATEGIES[0]  # how thresholds are chosen
+    margin: float = 0.0  # agreement beyond the target that the text that chooses thresholds must have
     epsilon: float | None = None  # the target is guaranteed except with this probability
     delta: float | None = None  # with epsilon: at most this share of rows is below the target
     forecast: bool = False  # speed-ups are predicted
@@ -66,6 +68,7 @@ class Options(ContinuedOptions):
         super().__post_init__()
         for flag, value in (("--target", self.target), ("--epsilon", self.epsilon), ("--delta", self.delta)):
             require_share(flag, value)
+        require_flag(0 <= self.margin < 1, "--margin", self.margin, "must be a share from 0 to below 1")
         require_choice("metric", self.metric, METRICS)
         require_choice("strategy", self.strategy, STRATEGIES)
         require_flag(self.window >= 1, "--window", self.window, "must be at least 1")
@@ -73,6 +76,8 @@ class Options(ContinuedOptions):
         guaranteed = self.epsilon is not None
         if self.delta is not None and not guaranteed:
             raise ValueError(f"--delta {self.delta}: is part of a guarantee; give --epsilon too")
+        if guaranteed and self.margin:
+            raise ValueError(f"--margin {self.margin}: with --epsilon text tests the target; leave it out")
         if guaranteed and self.strategy != "joint":
             raise ValueError(f"--strategy {self.strategy}: with --epsilon thresholds are joint; leave it out")
 
@@ -83,6 +88,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     target = f"share of tokens equal to the full model's (default: {Options.target})"
     add("--target", type=share, help=target)
+    margin = f"agreement beyond the target that thresholds are chosen for (default: {Options.margin:g})"
+    add("--margin", type=float, metavar="M", help=margin)
     add("--metric", help=f"confidence: {metrics(gates=True)} (default: {Options.metric})")
     strategy = "how thresholds are chosen: all exits jointly, or each by its own most confident tokens "
     add("--strategy", choices=STRATEGIES, help=f"{strategy}(default: {Options.strategy})")
@@ -111,7 +118,9 @@ def run(options: Options) -> None:
     prompts, batches = with_prompts(batches, options, model.config.max_len, tokenizer.bos_id)
     config, params, untuned = with_exits(model.config, params, options)
 
-    goal: dict[str, Any] = {name: getattr(options, name) for name in ("target", "metric", "strategy")}
+    goal: dict[str, Any] = {
+        name: getattr(options, name) for name in ("target", "margin", "metric", "strategy")
+    }
     policy = calibrate(config, params, batches, risk=risk, **goal, model=folder, data=text)
     found = None if untuned else generated_text(Decoder(config), params, policy, prompts, options)
 

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from elastic_lm.bench import report
-from elastic_lm.cli.parser import CommandOptions, listed, require_flag, shares
+from elastic_lm.cli.parser import CommandOptions, listed, require_flag, require_seed, shares
 from elastic_lm.config.checks import require_choice
 from elastic_lm.config.subnet import Menu
 from elastic_lm.cost.counted import Workload
@@ -71,6 +71,7 @@ class Options(CommandOptions):
         for name in ("subnets", "rounds"):
             number = getattr(self, name)
             require_flag(number is None or number >= 1, f"--{name}", number, "must be at least 1")
+        require_seed(self.seed)
         if self.tiny and self.model:
             raise ValueError(f"--tiny: stands for a model of its own; leave it or --model {self.model} out")
 

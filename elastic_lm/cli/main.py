@@ -41,7 +41,13 @@ A typical session on a model of your own:
   elastic-lm calibrate --model runs/exits/model --data held_out.txt --target 0.99 --out thresholds.json
   elastic-lm generate --model runs/exits/model --thresholds thresholds.json --prompt "Once upon"
 """
-EPILOG = "ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from."
+EPILOG = """\
+Exit status: 0 done, 2 the input was refused, 70 an unexpected error (please report it), 130 interrupted.
+ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from.
+"""
+
+REFUSED, UNEXPECTED, INTERRUPTED = 2, 70, 130  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
+ISSUES = "https://github.com/elastic-lm/elastic_lm/issues"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments after the program's name; None = those of the process.
 
     Returns:
-      0 on success, 1 when all that was asked for failed, 2 when the input was refused, 130 when interrupted.
+      0 on success, 1 when all that was asked for failed, 2 when the input was refused, 70 after an error that
+      nobody foresaw, 130 when interrupted.
     """
     parser, commands = build_parsers()
     flags, rest = parser.parse_known_args(with_new_name(sys.argv[1:] if argv is None else argv))
@@ -90,17 +97,39 @@ def with_new_name(argv: Sequence[str]) -> list[str]:
 
 
 def guard(program: str, debug: bool, run: Callable[[], int | None]) -> int:
-    """Runs `run`; input that it refuses becomes one line on stderr and exit status 2."""
+    """Runs `run`; whatever it raises becomes one line on stderr and an exit status.
+
+    Args:
+      program: the command as it is typed, which the line begins with.
+      debug: the traceback is shown above the line.
+      run: the command; what it returns is the status, None is 0.
+
+    Returns:
+      `REFUSED` for input that was refused, `UNEXPECTED` for an error that nobody foresaw.
+    """
     try:
         return run() or 0
     except (ValueError, OSError, FloatingPointError) as error:
-        if debug or os.environ.get("ELASTIC_LM_DEBUG"):
-            traceback.print_exc()
+        show_traceback(debug)
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return REFUSED
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except Exception as error:
+        shown = show_traceback(debug)
+        fix = "with what is above" if shown else "with what the same command prints with --debug"
+        what = f"unexpected {type(error).__name__}: {one_line(error)}"
+        print(f"{program}: error: {what} (please report it {fix}: {ISSUES})", file=sys.stderr)
+        return UNEXPECTED
+
+
+def show_traceback(debug: bool) -> bool:
+    """Prints the traceback of the error that is being handled, where somebody asked for it."""
+    wanted = debug or bool(os.environ.get("ELASTIC_LM_DEBUG"))
+    if wanted:
+        traceback.print_exc()
+    return wanted
 
 
 def one_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self, get_args
 
-from elastic_lm.config.checks import require, require_choice
+from elastic_lm.config.checks import SEED, require, require_choice
 from elastic_lm.config.exit_policy import GATE_METRIC, METRICS
 from elastic_lm.config.model import DTYPES
 
@@ -75,6 +75,11 @@ def require_flag(ok: bool, flag: str, value: object, fix: str) -> None:
 def require_share(flag: str, value: float | None) -> None:
     """`require_flag` for a number in (0, 1]; None = the flag was not given."""
     require_flag(value is None or 0 < value <= 1, flag, value, "must be a share above 0 and at most 1")
+
+
+def require_seed(value: int) -> None:
+    """`require` for the value of --seed."""
+    require_flag(SEED[0](value), "--seed", value, SEED[1])
 
 
 def require_colour(value: str) -> None:

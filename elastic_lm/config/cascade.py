@@ -9,6 +9,9 @@ from typing import Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 KINDS = ("energy", "max_prob", "entropy", "margin")  # of scores that read logits
+PLACES = ("", "prompt_", "encoder_")  # where the logits are from; see `cascade.scores`
+POOLED = tuple(f"{place}{kind}{end}" for place in PLACES[:2] for end in ("", "_min") for kind in KINDS)
+SCORES = (*POOLED, *(f"{PLACES[2]}{kind}" for kind in KINDS), "random")  # all that models of ours give
 DEFAULT_SCORE = KINDS[0]
 
 TEMPERATURE = 1.0  # of an energy

@@ -1,10 +1,13 @@
 """Checks of fields: each refusal names the field, its value and the fix."""
 
 import dataclasses
+import functools
 import math
+import numbers
+import types
 from collections.abc import Callable, Iterable
 from numbers import Integral
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 LARGEST_INT = 2**31 - 1  # what an int32 holds; larger numbers would wrap around on the device
 MOST_LAYERS = 4096
@@ -13,6 +16,14 @@ AT_LEAST_1 = (lambda value: 1 <= value <= LARGEST_INT, "must be at least 1, and 
 NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
 POSITIVE = (lambda value: 0 < value < math.inf, "must be positive and finite")
 SEED = (lambda value: 0 <= value < 2**32, "must be in [0, 2**32)")
+
+# Types of fields, what their values may be besides (NumPy's numbers are registered as such), and in words.
+KINDS: dict[Any, tuple[Any, str]] = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    str: (str, "a text"),
+    bool: (bool, "True or False"),
+}
 
 
 def require(ok: bool, field: str, value: object, fix: str) -> None:
@@ -60,6 +71,46 @@ def require_each(
     """`require` for several fields of `config`, whose names get the prefix `where`."""
     for field in fields:
         require(ok(getattr(config, field)), where + field, getattr(config, field), fix)
+
+
+def require_types(config: Any, where: str = "") -> None:
+    """`require` that the fields of a dataclass are of their types.
+
+    Python does not look, and a field of another type is understood in some other way, or fails far away.
+    Numbers, texts, booleans, dataclasses, and tuples of these are looked at; other types are not.
+
+    Args:
+      config: an instance of the dataclass.
+      where: prefix of the names of its fields.
+    """
+    for name, hint in _field_types(type(config)).items():
+        require_type(where + name, getattr(config, name), hint)
+
+
+@functools.cache
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def require_type(field: str, value: Any, hint: Any) -> None:
+    """`require` that a value is of the type `hint`, as `require_types` reads types."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hints = [one for one in get_args(hint) if one is not types.NoneType]
+        optional = len(hints) < len(get_args(hint))
+        if len(hints) == 1 and not (optional and value is None):
+            require_type(field, value, hints[0])
+    elif get_origin(hint) is tuple:
+        instead = tuple(value) if isinstance(value, list) else (value,)
+        require(isinstance(value, tuple), field, value, f"must be a tuple: write {instead!r}")
+        for i, one in enumerate(value):
+            require_type(f"{field}[{i}]", one, get_args(hint)[0])
+    elif hint in KINDS:
+        kind, words = KINDS[hint]
+        right = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+        require(right, field, value, f"must be {words}")
+    elif dataclasses.is_dataclass(hint):
+        require(isinstance(value, hint), field, value, f"must be of type {hint.__name__}")  # pyright: ignore[reportArgumentType]
 
 
 def require_defaults(config: Any, where: str, fields: tuple[str, ...], fix: str) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, SEED, require, require_choice, require_each
+from elastic_lm.config.checks import AT_LEAST_1, SEED, require, require_choice, require_each, require_types
 
 DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
 
@@ -40,6 +40,7 @@ class DataConfig:
     seed: int = 0  # of the shuffle
 
     def __post_init__(self) -> None:
+        require_types(self, "data.")
         require_choice("data.source", self.source, get_args(DataSource))
         require_choice("data.packing", self.packing, get_args(Packing))
         require_each(self, "data.", ("seq_len", "batch_size", "span"), *AT_LEAST_1)

@@ -10,6 +10,7 @@ from elastic_lm.config.checks import (
     require_choice,
     require_each,
     require_layers,
+    require_types,
 )
 from elastic_lm.config.model import DTYPES, Activation
 
@@ -60,6 +61,7 @@ class EncoderConfig:
     mlp_bias: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        require_types(self)
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len")
         require_each(self, "", sizes, *AT_LEAST_1)
         require_layers("n_layers", self.n_layers)

@@ -10,6 +10,7 @@ from elastic_lm.config.checks import (
     require_choice,
     require_each,
     require_layers,
+    require_types,
 )
 from elastic_lm.config.model import DTYPES, Activation, ModelConfig
 
@@ -52,6 +53,7 @@ class EncoderDecoderConfig:
     family: str = "t5"  # Hugging Face model_type this model is exported as
 
     def __post_init__(self) -> None:
+        require_types(self)
         object.__setattr__(self, "n_decoder_layers", self.n_decoder_layers or self.n_layers)
         sizes = ("vocab_size", "d_model", "n_layers", "n_decoder_layers", "n_heads", "d_mlp")
         require_each(self, "", sizes, *AT_LEAST_1)

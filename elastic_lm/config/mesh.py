@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from elastic_lm.config.checks import require_types
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -19,3 +21,6 @@ class MeshConfig:
     data: int = -1  # rows of a batch
     fsdp: int = 1  # rows of a batch and slices of every parameter
     tensor: int = 1  # heads, MLP width and vocabulary
+
+    def __post_init__(self) -> None:
+        require_types(self, "mesh.")

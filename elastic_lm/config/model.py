@@ -19,6 +19,7 @@ from elastic_lm.config.checks import (
     require_each,
     require_ids,
     require_layers,
+    require_types,
 )
 from elastic_lm.config.rope import RopeConfig
 
@@ -51,6 +52,7 @@ class ExitConfig:
     hidden: int = 0  # linear: hidden width of a gated MLP beside the affine map; 0 = none
 
     def __post_init__(self) -> None:
+        require_types(self, "exit.")
         require(self.layer >= 1, "exit.layer", self.layer, "layers are counted from 1")
         require_choice("exit.kind", self.kind, get_args(ExitKind))
         require_choice("exit.init", self.init, get_args(ExitInit))
@@ -129,6 +131,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()  # tokens that end a text
 
     def __post_init__(self) -> None:
+        require_types(self)
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "d_mlp", "max_len")
         require_each(self, "", sizes, *AT_LEAST_1)
         require_layers("n_layers", self.n_layers)
@@ -153,6 +156,14 @@ class ModelConfig:
             "windows",
             self.windows,
             f"needs one entry per layer ({self.n_layers}) or none",
+        )
+        beyond = self.rope.scaling == "dynamic" and 0 < self.rope.original_max_len < self.max_len
+        require(
+            not beyond,
+            "max_len",
+            self.max_len,
+            f"must be at most rope.original_max_len={self.rope.original_max_len}, up to which "
+            "rope.scaling='dynamic' is computed",
         )
         require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
         tokens = all(is_whole(w) for w in self.windows)

@@ -3,7 +3,15 @@
 import dataclasses
 from typing import Literal, get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, require, require_choice, require_each
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    require,
+    require_choice,
+    require_each,
+    require_types,
+)
 
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn"]
 
@@ -35,6 +43,7 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the ramp's borders to whole dimensions
 
     def __post_init__(self) -> None:
+        require_types(self, "rope.")
         require_each(self, "rope.", ("theta", "low_freq_factor", "beta_fast", "beta_slow"), *POSITIVE)
         require(0 < self.fraction <= 1, "rope.fraction", self.fraction, "must be in (0, 1]")
         require_choice("rope.scaling", self.scaling, get_args(RopeScaling))

@@ -16,10 +16,11 @@ Everything here is plain Python: subnets are static arguments of jitted function
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from elastic_lm.config.checks import require, require_shares
+from elastic_lm.config.checks import require, require_shares, require_type, require_types
 from elastic_lm.config.model import ExitConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def whole(field: str, fraction: float, size: int, unit: int, of: str) -> int:
     Raises:
       ValueError: the fraction does not give such a number; names `field` and the nearest fractions that do.
     """
+    right = isinstance(fraction, numbers.Real) and math.isfinite(fraction)
+    require(right, field, fraction, "must be a share in (0, 1]")
     exact = fraction * size
     if 0 < fraction <= 1 and math.isclose(exact, round(exact), rel_tol=1e-5) and round(exact) % unit == 0:
         return round(exact)
@@ -66,6 +69,13 @@ class Subnet:
     d_model: int  # width of the residual stream
 
     def __post_init__(self) -> None:
+        # Searches make many sub-networks, so that the sizes themselves are not looked at one by one.
+        for field in ("layers", "mlp", "heads", "groups"):
+            value = getattr(self, field)
+            right = isinstance(value, tuple) and isinstance(value[0] if value else 0, numbers.Integral)
+            require(right, f"subnet.{field}", value, "must be a tuple of whole numbers, one per kept layer")
+        require_type("subnet.d_model", self.d_model, int)
+
         layers = self.layers
         increasing = list(layers) == sorted(set(layers)) and bool(layers) and layers[0] >= 0
         require(increasing, "subnet.layers", layers, "must be distinct layers from 0, in increasing order")
@@ -239,6 +249,7 @@ class Menu:
     dropped: Ints = ()  # layers, counted from 0, that may be left out: the first n of them for n = 0, 1, ...
 
     def __post_init__(self) -> None:
+        require_types(self, "menu.")
         for field in ("mlp", "heads", "groups", "d_model"):
             require_shares(f"menu.{field}", getattr(self, field))
         distinct = len(set(self.dropped)) == len(self.dropped)
@@ -388,6 +399,7 @@ class Budget:
     memory_bytes: float | None = None  # bytes of parameters and caches
 
     def __post_init__(self) -> None:
+        require_types(self, "budget.")
         given = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
         names = ", ".join(f.name for f in dataclasses.fields(self))
         require(len(given) == 1, "budget", given, f"set exactly one of {names}")

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, SEED, require, require_choice, require_each
+from elastic_lm.config.checks import AT_LEAST_1, SEED, require, require_choice, require_each, require_types
 
 TaskProblem = Literal["classification", "regression", "text_to_text"]
 
@@ -36,6 +36,7 @@ class TaskConfig:
     seed: int = 0  # of the shuffle
 
     def __post_init__(self) -> None:
+        require_types(self, "task.")
         require_choice("task.problem", self.problem, get_args(TaskProblem))
         require_each(self, "task.", ("max_len", "max_target", "batch_size"), *AT_LEAST_1)
         require_each(self, "task.", ("seed",), *SEED)

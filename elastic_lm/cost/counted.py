@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import itertools
 
-from elastic_lm.config.checks import NOT_NEGATIVE, require, require_each
+from elastic_lm.config.checks import NOT_NEGATIVE, require, require_each, require_types
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 
@@ -45,6 +45,7 @@ class Workload:
     context: int = 0  # positions before the token that is decoded
 
     def __post_init__(self) -> None:
+        require_types(self, "workload.")
         require(self.batch >= 1, "workload.batch", self.batch, "must be at least 1")
         require_each(self, "workload.", ("context",), *NOT_NEGATIVE)
 

@@ -120,9 +120,18 @@ class Tokenizer:
           bos: put `bos_id` first, where the tokenizer has one.
 
         Raises:
-          ValueError: the text holds a token above the model's vocabulary; see `check_vocabulary`.
+          ValueError: it is no string, one that holds half of a character, or one with a token above the
+            model's vocabulary; see `check_vocabulary`.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # no string, or one with a lone surrogate, which JSON can spell
+            fix = (
+                "holds half of a character; give complete Unicode text"
+                if isinstance(text, str)
+                else "must be text"
+            )
+            raise ValueError(f"text={text!r}: {fix}") from error
         ids = [self.bos_id, *ids] if bos and self.bos_id is not None else ids
         self.check_ids(ids)
         return ids

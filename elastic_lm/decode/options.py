@@ -3,11 +3,11 @@
 import dataclasses
 from typing import TypedDict, get_args
 
-from elastic_lm.config.checks import require, require_at_least_1
+from elastic_lm.config.checks import require, require_at_least_1, require_type, require_types
 from elastic_lm.config.decoding import WINDOW, Missing
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
-from elastic_lm.depth.policies import ExitPolicy
+from elastic_lm.depth.policies import ExitPolicy, require_policy
 from elastic_lm.depth.preview_files import check_preview
 from elastic_lm.nn.preview import HeadPreview
 from elastic_lm.width.chooser import SubnetChooser
@@ -30,7 +30,8 @@ class DecodeOptions:
         least 1. Traced.
       lossless: early tokens are drafts that the full model verifies (LayerSkip, arXiv 2404.16710). What is
         emitted is what full depth emits with the same seed, except for near-ties that bfloat16 rounds
-        differently. Each call may choose otherwise.
+        differently. In a batch, which tokens were drafts (`Sample.exit_layers`) depends on the other rows,
+        for which the full model runs, too; the tokens do not. Each call may choose otherwise.
       lookup: lossless rows draft the tokens that followed the last ones earlier in their text, as many as
         acceptance and the time of a pass over them justify (prompt lookup, arXiv 2304.04487); alone, or
         before exits. Static.
@@ -90,6 +91,8 @@ class DecodeOptions:
     slice_inside: bool = False
 
     def __post_init__(self) -> None:
+        require_types(self)
+        require_policy("exit", self.exit)
         for field in ("window", "stream_every", "keep_subnets"):
             require_at_least_1(field, getattr(self, field))
         require(0 <= self.fire_share <= 1, "fire_share", self.fire_share, "must be a share between 0 and 1")
@@ -156,6 +159,7 @@ def make_options(options: DecodeOptions | None, fields: DecodeKeywords) -> Decod
       ValueError: both are given, or a field is out of range.
     """
     from_fields = DecodeOptions(**fields)
+    require_type("options", options, DecodeOptions | None)
     if options is None:
         return from_fields
     for name, value in fields.items():
@@ -168,8 +172,10 @@ def check_choice(budget: Budget | None, subnet: Subnet | None, elastic: SubnetCh
     """Checks what a sampler or a call says about the model that is to run.
 
     Raises:
-      ValueError: both a budget and a sub-network are given, or a budget without a chooser.
+      ValueError: both a budget and a sub-network are given, a budget without a chooser, or something else.
     """
+    require_type("budget", budget, Budget | None)
+    require_type("subnet", subnet, Subnet | None)
     if budget is not None and subnet is not None:
         raise ValueError(f"budget={budget}, subnet={subnet}: each says what runs; give one of them")
     if budget is not None and elastic is None:

@@ -101,7 +101,8 @@ class Sample:
       text: decoded continuation, without the prompt, without the stop token, cut before a stop string.
       tokens: emitted token ids, up to and including a stop token or the end of a stop string.
       exit_layers: layers that ran before each emitted token was chosen; layers that a sub-network leaves out
-        do not count, and a token that was copied from the text has 0.
+        do not count, and a token that was copied from the text has 0. Those of a lossless row depend on the
+        other rows of its batch, unlike its tokens.
       stats: what the call cost; the rows of a batch share it.
 
     Example:

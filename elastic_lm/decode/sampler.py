@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,13 +30,22 @@ from elastic_lm.decode.results import (
 )
 from elastic_lm.decode.segment import PREVIEW
 from elastic_lm.decode.served import Served, ServedModels, compilations, jit_prefill_from_state
-from elastic_lm.decode.settings import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
+from elastic_lm.decode.settings import (
+    Settings,
+    bucket,
+    is_several,
+    make_controls,
+    make_settings,
+    pad_prompts,
+    per_row,
+    token_ids,
+)
 from elastic_lm.decode.state import Controls, DecodeState, Mode
 from elastic_lm.decode.tick_costs import tick_costs
-from elastic_lm.depth.policies import ExitPolicy, on_subnet
+from elastic_lm.depth.policies import ExitPolicy, on_subnet, require_policy
 from elastic_lm.depth.preview_files import check_head
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.models.registry import Model
+from elastic_lm.models.registry import Model, check_params
 from elastic_lm.report.machine import require_memory
 from elastic_lm.width.chooser import SubnetChooser
 
@@ -85,7 +95,8 @@ class Sampler:
     lengths. The lengths of prompts and of whole sequences are rounded up to powers of two. Thresholds, the
     metric, the firing rule, the length of drafts and the settings of a call are traced: changing them
     compiles nothing. Every row gets the tokens that it would get alone, unless the option `together` couples
-    the rows.
+    the rows. The depths of lossless rows are not those that they would have alone: a row's tokens are
+    verified whenever the deep layers run, which they also do for other rows, and its drafts end elsewhere.
 
     Attributes:
       config: of the whole model; static.
@@ -139,6 +150,7 @@ class Sampler:
             )
         options = make_options(options, fields)
         options.check(model.config)
+        check_params(model.config, params)
 
         self.config = model.config
         self.params = params
@@ -323,7 +335,9 @@ class Sampler:
         """Token ids per row, and whether there was one prompt and no list of them."""
         if isinstance(prompt, np.ndarray | jax.Array):
             prompt = np.asarray(prompt).tolist()
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int | np.integer))
+        right = isinstance(prompt, str) or is_several(prompt)
+        require(right, "prompt", prompt, "must be text, token ids, or a list of either")
+        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], numbers.Integral))
 
         encoded = []
         for i, item in enumerate([prompt] if single else prompt):
@@ -333,7 +347,7 @@ class Sampler:
                 if not item:
                     raise ValueError(f"prompt {i} is empty: give at least one character of text")
                 item = self.tokenizer.encode(item, bos=True)
-            encoded.append([int(token) for token in item])
+            encoded.append(token_ids(f"prompt {i}", item))
         return encoded, single
 
     def _call(
@@ -369,7 +383,9 @@ class Sampler:
     def _policies(self, exit: Any, batch: int) -> list[ExitPolicy | None]:
         """One checked policy per row."""
         asked = self.options.exit if exit is SAME else exit
-        policies = list(asked) if isinstance(asked, Sequence) else [asked] * batch
+        policies = list(asked) if is_several(asked) else [asked] * batch
+        for policy in policies if exit is not SAME else ():
+            require_policy("exit", policy)
         if len(policies) != batch:
             raise ValueError(f"exit has {len(policies)} policies: give one, or one per prompt ({batch})")
 
@@ -386,7 +402,10 @@ class Sampler:
     def _verified(self, lossless: bool | Sequence[bool] | None, batch: int) -> np.ndarray:
         """[B] bool: the rows that are verified."""
         asked = self.options.lossless if lossless is None else lossless
-        verified_B = per_row("lossless", asked, batch).astype(bool)
+        verified_B = per_row("lossless", asked, batch)
+        require(
+            verified_B.dtype == bool, "lossless", asked, "must be True or False, or one of them per prompt"
+        )
         if verified_B.any() and self.options.missing == "propagate":
             raise ValueError("missing='propagate': approximate keys and values verify nothing; use 'exact'")
         if verified_B.any() and self.options.window < 2:

@@ -1,6 +1,7 @@
 """`TextToText`: source texts in, target texts out, with the scores of every token."""
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config.checks import require, require_at_least_1, require_positive
+from elastic_lm.config.checks import require, require_at_least_1, require_positive, require_type
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.data.padding import filled
 from elastic_lm.decode.cache import cache_bytes
@@ -16,11 +17,19 @@ from elastic_lm.decode.prefill import split_rows, stack_rows
 from elastic_lm.decode.results import Detokenizer, TextTokenizer, make_detokenizer
 from elastic_lm.decode.sampling import BROKEN
 from elastic_lm.decode.seq2seq_loop import Request, Targets, encode, generate, label_scores
-from elastic_lm.decode.settings import bucket, check_ids, make_settings, pad_rows, stop_array
+from elastic_lm.decode.settings import (
+    bucket,
+    check_ids,
+    is_several,
+    make_settings,
+    pad_rows,
+    stop_array,
+    token_ids,
+)
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder_decoder import EncoderDecoder
 from elastic_lm.models.finite import overflow_error
-from elastic_lm.models.registry import Model
+from elastic_lm.models.registry import Model, check_params
 from elastic_lm.report.machine import require_memory
 
 LONGEST = 4096  # tokens of a source, unless `max_len` says otherwise
@@ -158,7 +167,9 @@ class TextToText:
         if not isinstance(model, EncoderDecoder):
             kind = type(model).__name__
             raise ValueError(f"model={kind}: must be an EncoderDecoder, such as T5; decoders run in Sampler")
+        require_type("max_len", max_len, int)
         require_at_least_1("max_len", max_len)
+        check_params(model.config, params)
         self.config = model.config
         self.params = params
         self.tokenizer = tokenizer
@@ -192,7 +203,10 @@ class TextToText:
         """
         call_settings = make_settings(settings)
         rows = self._encode(sources)
+        require_type("max_new_tokens", max_new_tokens, int)
         require_at_least_1("max_new_tokens", max_new_tokens)
+        if call_settings.stop_tokens:
+            check_ids("stop_tokens", call_settings.stop_tokens, self.config.vocab_size)
         detokenizer = make_detokenizer(self.tokenizer, self.config.eos_ids, call_settings)
 
         tokens, lengths = _pad(rows)
@@ -293,7 +307,9 @@ class TextToText:
         if isinstance(sources, np.ndarray | jax.Array):
             sources = np.asarray(sources).tolist()
         single = isinstance(sources, str | Encoded)
-        single = single or (len(sources) > 0 and isinstance(sources[0], int | np.integer))
+        right = single or is_several(sources)
+        require(right, f"{what}s", sources, "must be text, token ids, or a list of either")
+        single = single or (len(sources) > 0 and isinstance(sources[0], numbers.Integral))
 
         rows = []
         for i, item in enumerate([sources] if single else sources):
@@ -301,7 +317,7 @@ class TextToText:
                 item = self._tokens(f"{what} {i}", item)
             elif isinstance(item, Encoded):
                 item = item.tokens
-            ids = [int(token) for token in item]
+            ids = token_ids(f"{what} {i}", item)
             require(bool(ids), f"{what} {i}", ids, "is empty: give at least one token")
             require(
                 len(ids) <= self.max_len,

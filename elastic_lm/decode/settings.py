@@ -4,6 +4,7 @@ What stays the same over the calls of a sampler are its options (`options.Decode
 """
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config.checks import LARGEST_INT, is_whole, require, require_at_least_1, require_ids
+from elastic_lm.config.checks import (
+    LARGEST_INT,
+    is_whole,
+    require,
+    require_at_least_1,
+    require_ids,
+    require_type,
+)
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.padding import padded
 from elastic_lm.decode.sampling import Sampling
@@ -19,6 +27,11 @@ from elastic_lm.decode.state import Controls, segments
 from elastic_lm.depth.confidence import NEVER_EXITS, metric_index
 from elastic_lm.depth.policies import ExitPolicy, gate_row, threshold_table
 
+# Settings that are numbers, and the kinds of NumPy's types that they may be of.
+NUMBERS = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), "iuf"),
+    **dict.fromkeys(("top_k", "seed"), "iu"),
+}
 STOP_SLOTS = 8  # more stop tokens take twice as many slots, which compiles the programs again
 SMALLEST_BUCKET = 32
 
@@ -49,6 +62,25 @@ class Settings:
     stop: tuple[str, ...] | str = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kinds in NUMBERS.items():
+            value = getattr(self, name)
+            words = "whole numbers" if "f" not in kinds else "numbers"
+            fix = f"must be finite {words}: one value, or one per prompt"
+            try:
+                values = np.asarray(value)
+            except ValueError as error:  # rows of different lengths
+                raise ValueError(f"{name}={value!r}: {fix}") from error
+            require(values.dtype.kind in kinds and bool(np.isfinite(values).all()), name, value, fix)
+
+        texts = (self.stop,) if isinstance(self.stop, str) else self.stop
+        right = is_several(texts) and all(isinstance(one, str) for one in texts)
+        require(right, "stop", self.stop, "must be a text, or several")
+        ids = self.stop_tokens
+        right = is_several(ids) and all(isinstance(one, numbers.Integral) for one in ids)
+        require(right, "stop_tokens", ids, "must be token ids, in a tuple")
+        require_type("ignore_eos", self.ignore_eos, bool)
 
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple.
@@ -161,6 +193,8 @@ def make_controls(
     Raises:
       ValueError: a setting is out of range, or does not have one entry per row.
     """
+    if settings.stop_tokens:
+        check_ids("stop_tokens", settings.stop_tokens, config.vocab_size)
     batch, n_exits = len(prompts), len(segments(config)) - 1
     thresholds = np.full((batch, n_exits, capacity), NEVER_EXITS, np.float32)
     for row, (policy, prompt) in enumerate(zip(policies, prompts, strict=True)):
@@ -217,10 +251,11 @@ def pad_prompts(
       (tokens [B, P] int32, lengths [B] int32).
 
     Raises:
-      ValueError: no prompt, an empty or too long prompt, an unknown token id, or nothing to emit.
+      ValueError: no prompt, an empty or too long prompt, an unknown token id, or no number of tokens to emit.
     """
     if not prompts:
         raise ValueError("prompt=[]: give at least one prompt")
+    require_type("max_new_tokens", max_new_tokens, int)
     require_at_least_1("max_new_tokens", max_new_tokens)
     for i, ids in enumerate(prompts):
         _check_prompt(config, i, ids, max_new_tokens)
@@ -241,6 +276,28 @@ def pad_rows(rows: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.
     """
     lengths = [len(ids) for ids in rows] + [0] * (count - len(rows))
     return padded(rows, count, width), np.asarray(lengths, np.int32)
+
+
+def is_several(value: object) -> bool:
+    """Whether a value is a sequence, and not a text or bytes, which are sequences of other things."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+
+
+def token_ids(what: str, ids: Any) -> list[int]:
+    """Token ids as a list.
+
+    Args:
+      what: names the sequence in the message.
+      ids: a sequence or an array of whole numbers.
+
+    Raises:
+      ValueError: it is something else, such as bytes, whose items are numbers, too.
+    """
+    if isinstance(ids, np.ndarray | jax.Array):
+        ids = np.asarray(ids).tolist()
+    right = is_several(ids) and all(isinstance(one, numbers.Integral) for one in ids)
+    require(right, what, ids, "must be text, or whole numbers that are token ids")
+    return [int(one) for one in ids]
 
 
 def check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:

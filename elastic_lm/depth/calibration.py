@@ -6,8 +6,12 @@ chosen on one half of the held-out sequences,
     minimise mean layers    subject to    share of tokens equal to the full model's >= target
 
 and measured on the other half, so that the reported numbers are not in-sample. They are averages over those
-tokens. With a `RiskControl`, the other half tests what is stated about new text instead, and the thresholds
-file says what was stated (`depth.guarantee`).
+tokens, and a target is met on average over texts: about every second text measures a little less. A `margin`
+asks for more of the half that chooses. What is measured is called too low only where chance does not explain
+it: where a one-sided Clopper-Pearson bound is below the target. Its trials are as many independent tokens as
+would say the same (`bounds.effective_trials`), and half of these, since the half that chooses errs as much as
+the half that measures. With a `RiskControl`, the other half tests what is stated about new text instead, and
+the thresholds file says what was stated (`depth.guarantee`).
 """
 
 import dataclasses
@@ -20,12 +24,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from elastic_lm.bounds import clopper_pearson, effective_trials
+from elastic_lm.config.checks import require
 from elastic_lm.config.exit_policy import DEFAULT_METRIC, DEFAULT_TARGET, LOGIT_METRICS, Strategy
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import to_dict
 from elastic_lm.data.batch import Arrays, Batch
 from elastic_lm.depth.confidence import NEVER_EXITS
-from elastic_lm.depth.guarantee import RiskControl, control
+from elastic_lm.depth.guarantee import RiskControl, control, token_losses
 from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.per_exit import exit_thresholds
 from elastic_lm.depth.policies import MODEL_SHAPE, CalibrationPoint, ConfidenceExit
@@ -33,7 +39,11 @@ from elastic_lm.depth.threshold_search import choose_thresholds, emitting_exit, 
 from elastic_lm.models.decoder import Params
 
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-NO_GUARANTEE = "none: averages over the measured tokens, without a finite-sample guarantee for new text"
+NO_GUARANTEE = (
+    "none: averages over the measured tokens, without a finite-sample guarantee for new text, about half of "
+    "which agrees a little less"
+)
+EPSILON = 0.01  # probability that chance alone calls a measured agreement too low
 
 
 def calibrate(
@@ -42,6 +52,7 @@ def calibrate(
     batches: Iterable[Batch | Arrays],
     *,
     target: float = DEFAULT_TARGET,
+    margin: float = 0.0,
     risk: RiskControl | None = None,
     metric: str = DEFAULT_METRIC,
     strategy: Strategy | Literal["joint"] = "joint",
@@ -60,7 +71,9 @@ def calibrate(
       batches: packed held-out batches that the exits were not trained on, or dicts of their fields; the first
         batch is the largest.
       target: wanted share of emitted tokens that equal the full model's greedy choice, on average over
-        the held-out tokens; not read where `risk` states a target.
+        texts like these, of which about half agree a little less; not read where `risk` states a target.
+      margin: agreement beyond the target that the half that chooses thresholds must have, so that text which
+        agrees a little less still meets the target; in [0, 1).
       risk: what is to be guaranteed for new text; None = averages only.
       metric: confidence metric; traced.
       strategy: "joint" chooses the thresholds of all exits together, as above; the others choose each exit's
@@ -79,7 +92,7 @@ def calibrate(
 
     Raises:
       ValueError: the model has no exits, or none with the gate that the metric reads, a target is not in
-        (0, 1], or the text is too short.
+        (0, 1], a margin is out of range or given beside `risk`, or the text is too short.
 
     Example:
       ```python
@@ -103,6 +116,7 @@ def calibrate(
     policy = fit_thresholds(
         observations,
         target=target,
+        margin=margin,
         risk=risk,
         metric=metric,
         strategy=strategy,
@@ -117,6 +131,7 @@ def fit_thresholds(
     observations: Observations,
     *,
     target: float = DEFAULT_TARGET,
+    margin: float = 0.0,
     risk: RiskControl | None = None,
     metric: str,
     strategy: Strategy | Literal["joint"] = "joint",
@@ -125,6 +140,8 @@ def fit_thresholds(
     seed: int = 0,
 ) -> ConfidenceExit:
     """`calibrate` from observations that exist already; the arguments mean the same there."""
+    require(0 <= margin < 1, "margin", margin, "must be a share of tokens, from 0 to below 1")
+    require(not (margin and risk), "margin", margin, "is not part of a guarantee; leave one of them out")
     target = risk.target if risk else target
     targets = sorted({target, *targets})
     for value in targets:
@@ -141,10 +158,12 @@ def fit_thresholds(
     selection, scoring = observations.gated(gates).halves(seed)
 
     confidence, agrees = selection.confidence[:, used], selection.agrees[:, used]
+    asked = {value: min(1.0, value + margin) for value in targets}
     if strategy == "joint":
-        chosen = choose_thresholds(confidence, agrees, depths, targets)
+        found = choose_thresholds(confidence, agrees, depths, sorted(set(asked.values())))
     else:
-        chosen = {value: exit_thresholds(confidence, agrees, value, strategy) for value in targets}
+        found = {value: exit_thresholds(confidence, agrees, value, strategy) for value in asked.values()}
+    chosen = {value: found[more] for value, more in asked.items()}
     points = {
         value: _measure(scoring, value, _of_all_exits(chosen[value], used, len(layers)), metric)
         for value in targets
@@ -169,6 +188,7 @@ def fit_thresholds(
             "scoring_tokens": scoring.tokens,
             "sequences": len(set(observations.sequence.tolist())),
             "seed": seed,
+            "margin": margin,
         },
     )
 
@@ -222,8 +242,11 @@ def _measure(
     note = ""
     if min(thresholds) >= NEVER_EXITS:
         note = "no exit can be used at this target: every token takes the full depth"
-    elif outcome.agreement < target:
-        note = "measured agreement is below the target: use more held-out text or a higher target"
+    elif _is_surely_below(scoring, thresholds, target):
+        note = (
+            "measured agreement is below the target by more than chance explains: use more held-out text, a "
+            "margin, or a higher target"
+        )
 
     return CalibrationPoint(
         target=target,
@@ -234,6 +257,15 @@ def _measure(
         note=note,
         looked=_shares_of_heads_read(scoring, thresholds, metric),
     )
+
+
+def _is_surely_below(scoring: Observations, thresholds: tuple[float, ...], target: float) -> bool:
+    """Whether chance does not explain that these tokens agree less than the target asks for."""
+    right = ~token_losses(scoring, thresholds)
+    # The half that chose the thresholds errs as much as this one.
+    trials = max(1, int(effective_trials(right, scoring.sequence) / 2))
+    agreement = float(right.mean())
+    return agreement < target and clopper_pearson(round(agreement * trials), trials, EPSILON) < target
 
 
 def _shares_of_heads_read(

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from elastic_lm.bounds import RUNGS, Verdict, clopper_pearson, count_above, fixed_sequence_test, risk_bound
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import require, require_types
 from elastic_lm.config.guarantee import DEFAULT_EPSILON
 from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.observations import Observations
@@ -65,6 +65,7 @@ class RiskControl:
     delta: float | None = None  # share of sequences whose agreement may be below target; None = not stated
 
     def __post_init__(self) -> None:
+        require_types(self)
         require(0 < self.target < 1, "target", self.target, "a guarantee needs a share between 0 and 1")
         require(0 < self.epsilon < 1, "epsilon", self.epsilon, "must be a probability like 0.05")
         is_share = self.delta is None or 0 < self.delta < 1

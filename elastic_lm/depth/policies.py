@@ -24,7 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import require, require_types
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import from_dict, parse_json
 from elastic_lm.config.subnet import Subnet
@@ -74,6 +74,13 @@ class ExitPolicy(Protocol):
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError if the policy does not fit the model's exits."""
         ...
+
+
+def require_policy(field: str, value: object) -> None:
+    """`require` that a value is an exit policy, or None for full depth."""
+    asked = ("metric", "thresholds", "check")
+    right = value is None or (not isinstance(value, type) and all(hasattr(value, name) for name in asked))
+    require(right, field, value, "must be a policy such as el.ConfidenceExit, or None for full depth")
 
 
 @runtime_checkable
@@ -135,6 +142,7 @@ class ConfidenceExit:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model, data, date, versions
 
     def __post_init__(self) -> None:
+        require_types(self)
         metric_index(self.metric)
         shape = self.provenance.get("model", {})
         fix = "must be a mapping like {'n_layers': 12}"
@@ -259,6 +267,9 @@ class StaticExit:
     layer: int  # an exit of the model, or its last layer
     layers: tuple[int, ...]  # the model's exits
 
+    def __post_init__(self) -> None:
+        require_types(self)
+
     @property
     def metric(self) -> None:
         """None: no confidence is needed."""
@@ -303,6 +314,9 @@ class DecayedExit:
     tau: float = 4.0  # how fast they fall towards 0.9 of that
 
     def __post_init__(self) -> None:
+        require_types(self)
+        require_policy("base", self.base)
+        require(self.base is not None, "base", None, "name the policy whose thresholds fall")
         if not 0 <= self.tau < np.inf:
             raise ValueError(f"tau={self.tau}: must be at least 0 and finite")
 
@@ -355,7 +369,8 @@ class DepthSchedule:
     layers: tuple[int, ...]  # the model's exits
 
     def __post_init__(self) -> None:
-        if not 1 <= self.last <= self.first:
+        require_types(self)
+        if not 1 <= self.last <= self.first < math.inf:
             raise ValueError(f"first={self.first}, last={self.last}: depths fall, and are at least 1")
 
     @property

@@ -1,9 +1,11 @@
 """Files that appear complete or not at all, and JSON objects that are read from files."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.parse import parse_json
 
 
@@ -27,6 +29,32 @@ def read_json(path: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}; {again}")
     return value
+
+
+def local_folder(path: str | Path) -> Path:
+    """`path` as a local folder, or file.
+
+    Raises:
+      ValueError: it names another machine, like gs://bucket/run, or is no path.
+    """
+    require(isinstance(path, str | os.PathLike), "path", path, "must be a path")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # `Path` makes one slash of two
+        raise ValueError(f"{path}: remote paths are not supported yet, name a local folder")
+    return Path(path)
+
+
+def require_folder_above(path: Path) -> None:
+    """Refuses a path that cannot be made, because something above it is no folder.
+
+    Args:
+      path: a file or folder; it need not exist.
+
+    Raises:
+      NotADirectoryError: names what is in the way.
+    """
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise NotADirectoryError(f"{path}: {above} is a file and no folder; choose another path")
 
 
 def partial_path(path: str | Path) -> Path | None:
@@ -76,11 +104,13 @@ def prepare_output(path: str | None) -> None:
 
     Raises:
       OSError: it cannot be written there.
+      ValueError: it is remote.
     """
     if path in (None, "-"):
         return
 
-    target = Path(str(path))
+    target = local_folder(str(path))
+    require_folder_above(target)
     target.parent.mkdir(parents=True, exist_ok=True)
 
     is_new = not target.exists()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import save_file
 
+from elastic_lm.files.atomic import local_folder, require_folder_above
 from elastic_lm.hf.config_json import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS, replace_folder
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
@@ -61,6 +62,7 @@ def export(
     Raises:
       ValueError: the family cannot express the model, or parameters and config disagree.
       FileExistsError: `path` holds something that may not be replaced.
+      NotADirectoryError: something above it is a file.
 
     Example:
       ```python
@@ -74,8 +76,7 @@ def export(
           assert el.hf.load(f"{folder}/model")[0].exits == config.exits
       ```
     """
-    target = Path(path)
-    _check_target(target, overwrite)
+    target = check_target(path, overwrite)
     leaves = [(binding, _leaf(params, binding)) for binding in bindings(config)]
     dtype = str(leaves[0][1].dtype)
     entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
@@ -98,21 +99,40 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(path: str | Path, overwrite: bool) -> Path:
+    """Where an export may be written.
+
+    Args:
+      path: the folder that `export` is asked for.
+      overwrite: whether an earlier export there may be replaced.
+
+    Returns:
+      The path.
+
+    Raises:
+      FileExistsError: `path` holds something that may not be replaced; names it.
+      NotADirectoryError: something above it is a file.
+      ValueError: `path` is remote.
+    """
+    target = local_folder(path)
+    require_folder_above(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
+        return target
     if not overwrite:
-        raise FileExistsError(f"{target}: exists already; choose another path, or pass overwrite=True")
+        raise FileExistsError(
+            f"{target}: exists already; choose another path, or overwrite it (--overwrite, overwrite=True)"
+        )
     if not (target / "config.json").is_file():
         raise FileExistsError(
             f"{target}: is no Hugging Face folder and is not overwritten; choose another path"
         )
-    for path in sorted(target.iterdir()):
-        if not path.is_file() or not any(path.match(pattern) for pattern in WRITTEN):
+    for file in sorted(target.iterdir()):
+        if not file.is_file() or not any(file.match(pattern) for pattern in WRITTEN):
             raise FileExistsError(
-                f"{path}: not written by an export, so the folder is not overwritten; move it away, or "
+                f"{file}: not written by an export, so the folder is not overwritten; move it away, or "
                 "choose another path"
             )
+    return target
 
 
 def _leaf(params: Params, binding: Binding) -> Any:

@@ -91,14 +91,14 @@ class TensorFiles:
                 f"{self.files[name]}: tensor {name!r} has dtype {dtype}; only {', '.join(FLOATS)} are "
                 "supported. Dequantise the checkpoint and save it again"
             )
-        values = self._handle(self.files[name], name).get_tensor(name)
+        values = self._handle(self.files[name], f"tensor {name!r}").get_tensor(name)
         check_tensor(f"{self.files[name]}: tensor {name!r}", values)
         return values
 
     def _slice(self, name: str) -> Any:
         path = self.files[name]
         try:
-            return self._handle(path, name).get_slice(name)
+            return self._handle(path, f"tensor {name!r}").get_slice(name)
         except SafetensorError as error:
             raise ValueError(
                 f"{path}: tensor {name!r} is missing, though {INDEX} says that it is in this file; {AGAIN}"
@@ -110,11 +110,11 @@ class TensorFiles:
                 self._open[path] = safe_open(str(path), framework="numpy")
             except FileNotFoundError as error:
                 raise FileNotFoundError(
-                    f"{path}: no such file, but tensor {wanted!r} should be in it; {AGAIN}"
+                    f"{path}: no such file, but {wanted} should be in it; {AGAIN}"
                 ) from error
             except (SafetensorError, OSError) as error:
                 raise ValueError(
-                    f"{path}: damaged safetensors file, cannot read tensor {_first_lost(path) or wanted!r} "
+                    f"{path}: damaged safetensors file, cannot read {_first_lost(path) or wanted} "
                     f"({error}); {AGAIN}"
                 ) from error
         return self._open[path]
@@ -152,14 +152,15 @@ def _read_index(path: Path) -> dict[str, Path]:
 
 
 def _first_lost(path: Path) -> str | None:
-    """Quoted name of the first tensor that a truncated file cuts off, if its header is intact."""
+    """The first tensor that a truncated file cuts off, in words, if its header is intact."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, path.stat().st_size)))
         left = path.stat().st_size - 8 - length
         ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        return repr(min((name for name in ends if ends[name] > left), key=lambda name: ends[name]))
+        lost = min((name for name in ends if ends[name] > left), key=lambda name: ends[name])
+        return f"tensor {lost!r}"
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return None
 

@@ -92,6 +92,9 @@ class Decoder(nn.Module):
           tokens_BT: int32 token ids.
           positions_BT: int32 positions; None = 0 .. T-1.
           segments_BT: int32 document ids of a packed batch; None = one document per row.
+
+        Raises:
+          ValueError: the rows are longer than `max_len`, where positions do not go on beyond it.
         """
         depths = (*(e.layer for e in self.config.exits), self.config.n_layers)
         taps = self.taps(tokens_BT, depths, positions_BT, segments_BT)
@@ -130,7 +133,11 @@ class Decoder(nn.Module):
 
         Returns:
           {depth: Tap}.
+
+        Raises:
+          ValueError: the rows are longer than the model's positions reach.
         """
+        _check_length(self.config, tokens_BT.shape[-1])
         positions_BT = default_positions(tokens_BT, positions_BT)
         hidden = self.embed(tokens_BT, positions_BT)
 
@@ -324,6 +331,22 @@ class Decoder(nn.Module):
     ) -> NewKeyValues | None:
         """The same for the own block of exit `index` (static); None if it has no block."""
         return self.exits[index].key_values(hidden_BTD, positions_BT)
+
+
+def _check_length(config: ModelConfig, length: int) -> None:
+    """Refuses rows beyond the context where other positions would be taken for those that are missing.
+
+    A table of learned positions ends there. Rope "dynamic" is plain rope up to there, and beyond it depends
+    on how long the text will be, which nothing here computes.
+    """
+    ends = config.position == "learned" or config.rope.scaling == "dynamic"
+    kind = "rope.scaling='dynamic'" if config.position == "rope" else "position='learned'"
+    require(
+        not ends or length <= config.max_len,
+        "tokens: length of a row",
+        length,
+        f"is more than max_len={config.max_len}, beyond which {kind} gives no positions; shorten the rows",
+    )
 
 
 class Embedding(nn.Module):

@@ -98,7 +98,7 @@ def cast_tensor(where: str, values: np.ndarray, dtype: Any) -> np.ndarray:
     return cast
 
 
-def check_params(where: str, params: Any) -> None:
+def check_finite(where: str, params: Any) -> None:
     """Refuses parameters that hold NaN or infinity.
 
     Args:

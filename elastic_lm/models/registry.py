@@ -1,13 +1,15 @@
 """The kinds of model, told apart by the class of their config, and the parameters of new models."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
@@ -65,6 +67,7 @@ def make_model(config: Config) -> Model:
     return kind_of(config).model(config)
 
 
+@functools.lru_cache(maxsize=32)
 def abstract_params(config: Config) -> Params:
     """Shapes, dtypes and logical axis names of the canonical parameters of any model, without memory.
 
@@ -77,6 +80,26 @@ def abstract_params(config: Config) -> Params:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     inputs = [tokens] * kind_of(config).inputs
     return jax.eval_shape(make_model(config).init, jax.random.key(0), *inputs)["params"]
+
+
+def check_params(config: Config, params: Params) -> None:
+    """Checks that parameters are those of a model, canonical; further ones, as of exits, may be there.
+
+    Args:
+      config: the model.
+      params: its parameters.
+
+    Raises:
+      ValueError: one is missing or has another shape; names it.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract_params(config)))
+    for path, leaf in leaves:
+        found: Any = params
+        for entry in path:
+            found = found.get(entry.key) if isinstance(found, Mapping) else None
+        name, shape = "/".join(entry.key for entry in path), getattr(found, "shape", None)
+        fix = f"the model has {leaf.shape} there; give the canonical parameters of this model"
+        require(shape == leaf.shape, f"shape of params {name}", shape, fix)
 
 
 def init_params(config: Config, key: jax.Array) -> Params:

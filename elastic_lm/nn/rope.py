@@ -90,7 +90,8 @@ def rope_frequencies(rope: RopeConfig, rotary_dim: int, max_len: int) -> tuple[n
     if rope.scaling == "yarn":
         attention = rope.attention_factor or (0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0)
         return _yarn(rope, frequency, rotary_dim, original).astype(np.float32), attention
-    # "dynamic" equals plain RoPE up to the pretrained context, which is where we stop.
+    # "dynamic" equals plain RoPE up to the pretrained context, which is where we stop: `ModelConfig` has no
+    # longer `max_len` then, and `Decoder` refuses longer rows.
     return frequency.astype(np.float32), 1.0
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from elastic_lm.config.checks import require_choice
+from elastic_lm.config.checks import SEED, require_choice, require_each, require_types
 from elastic_lm.config.decoding import WINDOW
 from elastic_lm.config.exit_policy import DEFAULT_METRIC, GATE_METRIC, METRICS
 from elastic_lm.config.model import ExitConfig, ExitKind
@@ -40,9 +40,11 @@ class Options:
     tiny: bool = False  # the numbers of `tiny()` are in use
 
     def __post_init__(self) -> None:
+        require_types(self)
         for field in ("steps", "pretrain_steps"):
             if getattr(self, field) < 2:
                 raise ValueError(f"{field}={getattr(self, field)}: at least 2 steps are needed")
+        require_each(self, "", ("seed",), *SEED)
         if not self.minutes > 0:
             raise ValueError(f"minutes={self.minutes}: must be above 0")
         if not self.targets:

@@ -33,6 +33,7 @@ from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.depth.preview_files import save_preview
 from elastic_lm.depth.previewing import PreviewReport, measure_preview
 from elastic_lm.depth.threshold_search import exit_outcome
+from elastic_lm.files.atomic import local_folder, require_folder_above
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
 from elastic_lm.nn.preview import HeadPreview
@@ -126,7 +127,8 @@ def run(options: Options, colour: str = "auto") -> report.Report:
     budget = Budget(options.minutes if options.hf_dir else math.inf)
     console = Console(highlight=False)
     steps = Steps(console, budget)
-    out = Path(options.out)
+    out = local_folder(options.out)
+    require_folder_above(out / folders.MODEL)
     folders.check_files(out)
     out.mkdir(parents=True, exist_ok=True)
     for folder in (folders.MODEL, folders.TUNING, *(("pretraining",) if options.from_scratch else ())):

@@ -31,6 +31,9 @@ class JsonlWriter:
 
     Lines after `resume_step` are dropped when the file is opened, because the steps that they describe are
     about to be run again.
+
+    Raises:
+      ValueError: the file is damaged; names it.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -112,7 +115,14 @@ class Writers:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: is not UTF-8 text ({error}): move it away, and the run begins a new file"
+        ) from error
 
 
 def _step_of(line: str) -> float:

@@ -15,6 +15,7 @@ from elastic_lm.config.checks import (
     require,
     require_choice,
     require_each,
+    require_types,
 )
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.encoder import EncoderConfig
@@ -73,6 +74,7 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept
 
     def __post_init__(self) -> None:
+        require_types(self, "train.")
         for field in ("param_dtype", "mu_dtype", "dtype"):
             require_choice(f"train.{field}", getattr(self, field), ("", *DTYPES))
         require_choice("train.schedule", self.schedule, get_args(Schedule))
@@ -124,6 +126,7 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default=MeshConfig())
 
     def __post_init__(self) -> None:
+        require_types(self)
         _check_method(self.method, self.train, "text")
         self.method.check(self)
         require(
@@ -182,6 +185,7 @@ class TaskRun:
     mesh: MeshConfig = dataclasses.field(default=MeshConfig())
 
     def __post_init__(self) -> None:
+        require_types(self)
         _check_method(self.method, self.train, "records")
 
         new = [model for model in (self.encoder, self.encoder_decoder) if model is not None]
@@ -233,6 +237,7 @@ class TaskRun:
 
 def _check_method(method: MethodConfig, train: TrainConfig, data: str) -> None:
     """Refuses a method that reads other data, and options of `train` that it does not read."""
+    require_types(method, "method.")
     sections = {"text": "data", "records": "task"}
     require(
         method.data == data,

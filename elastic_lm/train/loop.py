@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from elastic_lm.checkpoints.native import Checkpoints
 from elastic_lm.models.decoder import Params
-from elastic_lm.models.finite import check_params
+from elastic_lm.models.finite import check_finite
 from elastic_lm.report.writers import Writer
 from elastic_lm.train.config import TrainConfig
 from elastic_lm.train.losses import Metrics
@@ -125,7 +125,7 @@ def run(
         Checkpoints stay as they are.
       NotFiniteError: the parameters are not finite before the first step; names the first that is not.
     """
-    check_params("before the first step", {**frozen, **state.params})
+    check_finite("before the first step", {**frozen, **state.params})
     config, window, pending = job.config, _Window(), None
     evaluation: dict[str, float] = {}
 

@@ -1,12 +1,12 @@
 """Config files: `configs/x.py:argument` and `train.lr=3e-4` to one validated `RunConfig` or `TaskRun`."""
 
 import ast
-import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from elastic_lm.config.parse import from_dict, to_dict
+from elastic_lm.files.python_files import attempt, run_file
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.old_configs import upgraded
 
@@ -27,7 +27,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file has no get_config, or a key or value is refused; names it.
+      ValueError: the file cannot be run or has no get_config, which names file and line, or a key or value
+        is refused, which names that.
 
     Example:
       ```python
@@ -53,19 +54,35 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
 
 
 def _run_file(path: str) -> dict[str, Any]:
-    name, _, argument = path.partition(".py:")
-    file = Path(name if name.endswith(".py") else f"{name}.py")
-    if not file.is_file():
-        raise FileNotFoundError(f"config file {file} does not exist")
+    name, colon, argument = path.partition(".py:")
+    file = _config_file(f"{name}.py" if colon else path)
 
-    definitions = runpy.run_path(str(file))
-    if "get_config" not in definitions:
-        raise ValueError(f"config file {file} has no function get_config")
+    definitions = run_file("config file", file)
+    if not callable(definitions.get("get_config")):
+        raise ValueError(f"config file {file} has no function get_config: define get_config(arg='')")
 
-    config = definitions["get_config"](argument)
+    config = attempt("config file", file, lambda: definitions["get_config"](argument))
     if isinstance(config, RunConfig | TaskRun):
         return to_dict(config)
-    return config.to_dict() if hasattr(config, "to_dict") else config
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"config file {file}: get_config returned {values!r}: it must return a RunConfig, a TaskRun, "
+            "or a dict of their sections"
+        )
+    return dict(values)
+
+
+def _config_file(path: str) -> Path:
+    """The file of a config; its name may leave out ".py"."""
+    file = Path(path)
+    if file.suffix != ".py" and Path(f"{path}.py").is_file():
+        return Path(f"{path}.py")
+    if not file.is_file():
+        raise FileNotFoundError(f"config file {file} does not exist")
+    if file.suffix != ".py":
+        raise ValueError(f"config file {file}: a config is a Python file, whose name ends in .py")
+    return file
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

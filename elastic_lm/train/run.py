@@ -9,12 +9,13 @@ from typing import overload
 
 import jax
 
-from elastic_lm.checkpoints.native import Checkpoints, check_target, local_folder, save_model
+from elastic_lm.checkpoints.native import Checkpoints, check_target, save_model
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.files.atomic import local_folder
 from elastic_lm.models.decoder import Params
-from elastic_lm.models.finite import check_params
+from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh
 from elastic_lm.report.writers import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
@@ -171,7 +172,7 @@ def as_stored(config: RunConfig | TaskRun, model: Config, params: Params) -> tup
     new = [config.model] if isinstance(config, RunConfig) else [config.encoder, config.encoder_decoder]
     if not config.train.init_from:
         params = cast_params(params, next(m.param_dtype for m in new if m is not None))
-        check_params("the trained model in train.param_dtype", params)
+        check_finite("the trained model in train.param_dtype", params)
 
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
     if len(dtypes) == 1:

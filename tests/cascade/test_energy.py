@@ -8,14 +8,13 @@ import pytest
 
 from elastic_lm.cascade.energy import energy_score, keeps, pool
 from elastic_lm.cascade.scores import (
-    KINDS,
-    SCORES,
     Scoring,
     logit_scores,
     pooled_scores,
     random_score,
     score_of,
 )
+from elastic_lm.config.cascade import KINDS, SCORES
 from elastic_lm.decode.token_scores import free_energy
 
 

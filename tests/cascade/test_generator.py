@@ -9,8 +9,9 @@ from small_models import Letters
 from elastic_lm import testing
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.generator import Generator
-from elastic_lm.cascade.scores import POOLED, Scoring
+from elastic_lm.cascade.scores import Scoring
 from elastic_lm.cascade.shared_model import exit_model, shared_generator
+from elastic_lm.config.cascade import POOLED
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import generation_flops, head_flops, layer_flops
 from elastic_lm.decode.sampler import ENDLESS, Sampler

@@ -85,7 +85,7 @@ def test_statistics_add_up(model, prompts, mixed):
         ([1, 64], 5, {}, "token id 64, outside the vocabulary of 64"),
         ([1], 0, {}, "max_new_tokens=0"),
         ([1], 5, {"topk": 3}, "unknown setting topk=3"),
-        ([1], 5, {"seed": 1.5}, "seed=1.5: must be an integer"),
+        ([1], 5, {"seed": 1.5}, "seed=1.5: must be finite whole numbers"),
         ([1], 5, {"stop": ""}, "stop='': a stop string needs at least one character"),
     ],
 )

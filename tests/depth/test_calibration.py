@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from elastic_lm.bounds import effective_trials
 from elastic_lm.depth.calibration import fit_thresholds
 from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.guarantee import RiskControl
@@ -62,6 +63,41 @@ def test_scoring_tokens_do_not_choose_thresholds() -> None:
     assert "below the target" in after.curve[0].note
     assert not set(selection.sequence) & set(scoring.sequence)
     assert selection.tokens + scoring.tokens == clean.tokens
+
+
+def test_only_more_than_chance_is_called_too_low() -> None:
+    seen = observations(n=2000)
+    points = [point for seed in range(12) for point in fit_thresholds(seen, metric="margin", seed=seed).curve]
+    low = [point for point in points if point.agreement < point.target]
+    assert len(low) > len(points) / 4
+    warned = [point for point in points if "below" in point.note]
+    assert len(warned) <= len(low) / 8
+    assert all(point.agreement < point.target - 0.003 for point in warned)
+    assert len({point.target for point in points}) == 7
+
+
+def test_a_margin_asks_more_of_the_half_that_chooses() -> None:
+    seen = observations()
+    plain, careful = (fit_thresholds(seen, target=0.9, margin=m, metric="margin") for m in (0.0, 0.05))
+    assert careful.target == 0.9
+    assert careful.thresholds == plain.at(0.95).thresholds
+    assert careful.provenance["margin"] == 0.05
+    assert [p.target for p in careful.curve] == [p.target for p in plain.curve]
+    for margin in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"margin=.*: must be a share of tokens"):
+            fit_thresholds(seen, margin=margin, metric="margin")
+    with pytest.raises(ValueError, match=r"margin=0\.1: is not part of a guarantee"):
+        fit_thresholds(seen, margin=0.1, risk=RiskControl(0.9), metric="margin")
+
+
+def test_trials_that_come_in_groups_count_for_less() -> None:
+    groups = np.repeat(np.arange(100), 10)
+    alike = np.repeat(np.random.default_rng(0).uniform(size=100) < 0.7, 10)
+    assert effective_trials(alike, groups) == pytest.approx(100, rel=0.02)
+    mixed = np.random.default_rng(0).uniform(size=1000) < 0.7
+    assert effective_trials(mixed, groups) > 700
+    assert effective_trials(np.ones(1000, bool), groups) == 1000
+    assert effective_trials(mixed, np.zeros(1000)) == 1000
 
 
 def test_strategies_choose_every_exit_on_its_own() -> None:

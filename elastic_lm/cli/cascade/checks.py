@@ -31,6 +31,32 @@ READERS = {
 }
 
 
+def check_record(options: PairOptions, record: Record) -> None:
+    """Checks the fields that options name by themselves, before any model is loaded.
+
+    A record without its choices is otherwise taken for a prompt, and other models answer those.
+
+    Args:
+      options: of the command.
+      record: the first of the data.
+
+    Raises:
+      ValueError: a field is missing, or a template or the labels cannot be used.
+    """
+    fix = f"is no field of the first record of {options.data}, which has {', '.join(record)}"
+    for field in ("text_field", "pair_field", "choices_field"):
+        name = options.chosen(field)
+        require(name is None or name in record, flag_name(field), name, fix)
+
+    if options.template:
+        for field in _fields(options.template):
+            require(field in record, "--template", options.template, f"its {{{field}}} {fix}")
+        _fill(options.template, record)
+    labels = options.labels.split(",") if options.labels else []
+    right = all(labels) and len({*labels}) == len(labels)
+    require(right, "--labels", options.labels, "must be different texts with a comma between them")
+
+
 def check_pair(options: PairOptions, record: Record, swift: Answerer, super_: Answerer, score: str) -> None:
     """Checks options against the models that they named.
 
@@ -102,22 +128,11 @@ def _check_readers(options: PairOptions, kinds: list[str], named: set[str]) -> N
 
 
 def _check_fields(options: PairOptions, record: Record, kinds: list[str], named: set[str]) -> None:
-    """The fields that the models read have to be in the first record."""
+    """The text that the models read has to be in the first record, also where no option names its field."""
     reads_text = {ENCODER, CHOOSER, GENERATOR, COMPLETION} | (set() if options.template else {WRITER})
-    reads = bool(reads_text & {*kinds}) or "text_field" in named or options.chosen("text_field") is not None
+    reads = bool(reads_text & {*kinds}) or "text_field" in named
     fix = f"is no field of the first record of {options.data}, which has {', '.join(record)}"
     require(not reads or options.text_field in record, "--text-field", options.text_field, fix)
-    require(not options.pair_field or options.pair_field in record, "--pair-field", options.pair_field, fix)
-    choices = options.chosen("choices_field")
-    require(choices is None or choices in record, "--choices-field", choices, fix)
-
-    if options.template:
-        for field in _fields(options.template):
-            require(field in record, "--template", options.template, f"its {{{field}}} {fix}")
-        _fill(options.template, record)
-    labels = options.labels.split(",") if options.labels else []
-    right = all(labels) and len({*labels}) == len(labels)
-    require(right, "--labels", options.labels, "must be different texts with a comma between them")
 
 
 def _fields(template: str) -> list[str]:

@@ -100,6 +100,7 @@ def run(options: Options) -> None:
     from elastic_lm.cascade.guarantee import CascadeRisk
     from elastic_lm.cascade.rule import fit_rule
     from elastic_lm.cascade.scores import Scoring
+    from elastic_lm.cli.cascade.checks import check_record
     from elastic_lm.cli.cascade.identity import answers_path, fingerprints, fit_identity
     from elastic_lm.files.atomic import prepare_output
     from elastic_lm.files.journal import Journal, read_records
@@ -112,6 +113,7 @@ def run(options: Options) -> None:
         prepare_output(path)
     records = list(read_records(options.data))
     require(bool(records), "--data", options.data, "holds no record")
+    check_record(options, records[0])
 
     found = fingerprints(options)
     settings = fit_identity(options, found, scoring)

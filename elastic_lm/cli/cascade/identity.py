@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lm.cascade.rule import CascadeRule
-from elastic_lm.cascade.scores import PLACES, Scoring
+from elastic_lm.cascade.scores import Scoring
 from elastic_lm.cli.cascade.options import PairOptions, answerer_name, is_url
+from elastic_lm.config.cascade import PLACES
 from elastic_lm.files.fingerprints import checkpoint_fingerprint, file_sha256
 
 # The options that change answers. The others change how long answers take, or no model reads them.

@@ -9,12 +9,12 @@ from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.endpoint import Endpoint
 from elastic_lm.cascade.generator import Generator
 from elastic_lm.cascade.multiple_choice import MultipleChoice
-from elastic_lm.cascade.scores import PLACES, Scoring
+from elastic_lm.cascade.scores import Scoring
 from elastic_lm.cascade.shared_model import shared_classifier, shared_generator, shared_multiple_choice
 from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.checkpoints.loading import load
 from elastic_lm.cli.cascade.options import KEY, PairOptions, answerer_name, is_url
-from elastic_lm.config.cascade import DEFAULT_SCORE
+from elastic_lm.config.cascade import DEFAULT_SCORE, PLACES
 from elastic_lm.config.checks import require
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler

@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 from typing import Any, get_args
 
-from elastic_lm.cli.parser import CommandOptions
+from elastic_lm.cli.parser import CommandOptions, require_seed
 from elastic_lm.config.cascade import (
     ANSWER_TOKENS,
     BATCH_SIZE,
     DEFAULT_SCORE,
     KINDS,
     RETRIES,
+    SCORES,
     SOURCE_TOKENS,
     TEMPERATURE,
     TIMEOUT,
@@ -19,7 +20,7 @@ from elastic_lm.config.cascade import (
     Style,
     without_secrets,
 )
-from elastic_lm.config.checks import require_at_least_1, require_choice, require_not_negative
+from elastic_lm.config.checks import require, require_at_least_1, require_choice, require_not_negative
 
 KEY = "ELASTIC_LM_API_KEY"  # environment variable with the key of a service
 
@@ -61,7 +62,16 @@ class PairOptions(CommandOptions):
         elif self.swift or is_url(self.super_):
             raise ValueError(f"--swift-exit {self.swift_exit}: is an exit of the Super; leave --swift out")
         require_at_least_1("--batch-size", self.batch_size)
+        require_seed(self.seed)
         require_not_negative("--super-cost", self.super_cost)
+        # Services and answerers by name may give scores of their own.
+        ours = self.swift is None or not (is_url(self.swift) or answerer_name(self.swift)[0])
+        require(
+            self.score is None or not ours or self.score in SCORES,
+            "--score",
+            self.score,
+            f"must be one of {', '.join(SCORES)}",
+        )
         require_choice("--normalise", self.normalise, get_args(Normalise))
         require_choice("--style", self.style, get_args(Style))
         if self.centre is not None:

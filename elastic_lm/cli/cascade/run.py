@@ -60,7 +60,7 @@ def run(options: Options) -> int:
     """
     from elastic_lm.cascade.cascade import Cascade
     from elastic_lm.cli.cascade.answering import answer_failed, answer_missing
-    from elastic_lm.cli.cascade.checks import check_pair
+    from elastic_lm.cli.cascade.checks import check_pair, check_record
     from elastic_lm.cli.cascade.identity import fingerprints, run_identity, warn_other_models
     from elastic_lm.cli.cascade.lines import result_line
     from elastic_lm.cli.cascade.models import make_pair
@@ -71,6 +71,7 @@ def run(options: Options) -> int:
     first = next(read_records(options.data), None)
     require(first is not None, "--data", options.data, "holds no record")
     assert first is not None
+    check_record(options, first)
 
     found = fingerprints(options)
     warn_other_models(rule, options, found)
