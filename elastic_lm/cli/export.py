@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from elastic_lm.cli.model_folder import load_tokenizer, parameter_count
+from elastic_lm.cli.model_folder import load_tokenizer, parameter_count, writing_target
 from elastic_lm.cli.parser import CommandOptions, add_dtype, require_dtype
 
 HELP = """\
@@ -46,18 +46,21 @@ def run(options: Options) -> None:
     from elastic_lm.checkpoints.loading import load
     from elastic_lm.config.encoder import EncoderConfig
     from elastic_lm.config.model import ModelConfig
+    from elastic_lm.hf.exporting import check_target
     from elastic_lm.models.exits import without_exits
     from elastic_lm.models.task_heads import attach_task_exits
 
-    model, params = load(options.source, dtype=options.dtype)
-    config = model.config
-    if options.without_exits and isinstance(config, ModelConfig):
-        config, params = without_exits(config, params)
-    elif options.without_exits and isinstance(config, EncoderConfig) and config.exits:
-        config, params = attach_task_exits(config, params, ())
+    with writing_target(options.target):
+        check_target(options.target, options.overwrite)
+        model, params = load(options.source, dtype=options.dtype)
+        config = model.config
+        if options.without_exits and isinstance(config, ModelConfig):
+            config, params = without_exits(config, params)
+        elif options.without_exits and isinstance(config, EncoderConfig) and config.exits:
+            config, params = attach_task_exits(config, params, ())
 
-    tokenizer = load_tokenizer(options.source)
-    hf.export(config, params, options.target, tokenizer, overwrite=options.overwrite)
+        tokenizer = load_tokenizer(options.source)
+        hf.export(config, params, options.target, tokenizer, overwrite=options.overwrite)
 
     count = len(getattr(config, "exits", ()))
     exits = f" and {count} exits" if count else ""

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from elastic_lm.cli import signals
 from elastic_lm.cli.parser import Parser, add_command
 
 # Modules of this folder, in the order of the help.
@@ -48,13 +49,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-      argv: arguments after the program's name; None = those of the process.
+      argv: arguments after the program's name; None = those of the process, which is the command's own then:
+        signals end it, and after an error it ends here.
 
     Returns:
-      0 on success, 2 when the input was refused, 130 when interrupted.
+      0 on success, 2 when the input was refused, 130 when interrupted, 141 when nobody reads the output; 143
+      when terminated.
     """
+    if argv is not None:
+        return _main(argv)
+    signals.listen()
+    try:
+        status = _main(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = signals.ended(interrupted=True)
+    return signals.finish(status)
+
+
+def _main(argv: Sequence[str]) -> int:
+    signals.accept_any_text()
     parser, commands = build_parsers()
-    flags, rest = parser.parse_known_args(with_new_name(sys.argv[1:] if argv is None else argv))
+    flags, rest = parser.parse_known_args(with_new_name(argv))
 
     # Only `train` takes arguments that its parser does not know: overrides of the config.
     if "overrides" in flags:
@@ -91,21 +106,37 @@ def with_new_name(argv: Sequence[str]) -> list[str]:
 
 def guard(program: str, debug: bool, run: Callable[[], None]) -> int:
     """Runs `run`; input that it refuses becomes one line on stderr and exit status 2."""
+    signals.name_program(program)
     try:
         run()
+        sys.stdout.flush()  # what cannot be written is noticed here, not when the interpreter ends
+    except KeyboardInterrupt:
+        return signals.ended(interrupted=True)
     except (ValueError, OSError, FloatingPointError) as error:
+        if status := signals.ended():
+            return status  # what is broken off may raise anything
+        if signals.is_closed_pipe(error):
+            return signals.CLOSED_PIPE
         if debug or os.environ.get("ELASTIC_LM_DEBUG"):
             traceback.print_exc()
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return signals.ended()
 
 
 def one_line(error: Exception) -> str:
     """The message of an error on one line, with the file first where the system reports one."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        name = "stdout" if error.filename is None and _stdout_fails() else error.filename
+        if name is not None:
+            return f"{name}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _stdout_fails() -> bool:
+    """Whether it was stdout that could not be written: then what it still holds cannot be written either."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False

@@ -1,6 +1,8 @@
 """Model folders that commands read: the model with its tokenizer, or the tokenizer where there is one."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +36,26 @@ def load_tokenizer(folder: str) -> "Tokenizer | None":
     except FileNotFoundError:
         print(f"{folder} has no tokenizer.json: only the model is written", file=sys.stderr)
         return None
+
+
+@contextlib.contextmanager
+def writing_target(path: str) -> Iterator[None]:
+    """Keeps other processes from a folder while it is written, and removes what a killed one left there.
+
+    Args:
+      path: the folder, which need not exist.
+
+    Raises:
+      OSError: its parent takes no new files.
+      ValueError: another process is writing it; names it.
+    """
+    from elastic_lm.files.atomic import real_place, remove_leftovers
+    from elastic_lm.files.locks import LOCK_FILE, only_process
+
+    target = real_place(path)
+    with only_process(target.with_name(f".{target.name}{LOCK_FILE}"), path, "choose another path"):
+        remove_leftovers(target)
+        yield
 
 
 def parameter_count(params: Any) -> str:

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import save_file
 
+from elastic_lm.files.atomic import whole_folder
 from elastic_lm.hf.config_json import config_to_hf
-from elastic_lm.hf.files import INDEX, WEIGHTS, replace_folder
+from elastic_lm.hf.files import INDEX, WEIGHTS
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import Config
@@ -74,16 +75,11 @@ def export(
           assert el.hf.load(f"{folder}/model")[0].exits == config.exits
       ```
     """
-    target = Path(path)
-    _check_target(target, overwrite)
+    target = check_target(path, overwrite)
     leaves = [(binding, _leaf(params, binding)) for binding in bindings(config)]
     dtype = str(leaves[0][1].dtype)
     entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with whole_folder(target) as partial:
         _write_weights(config, leaves, partial, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -93,26 +89,38 @@ def export(
         _write_json(partial / "config.json", entries)
         for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
             shutil.copymode(partial / "config.json", shard)
-        replace_folder(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        check_target(path, overwrite)  # another process may have been there meanwhile
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(path: str | Path, overwrite: bool) -> Path:
+    """Where a folder may be exported to.
+
+    Args:
+      path: the folder that `export` is asked for.
+      overwrite: whether an earlier export there may be replaced.
+
+    Returns:
+      The path.
+
+    Raises:
+      FileExistsError: `path` holds something that may not be replaced; names it.
+    """
+    target = Path(path)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
+        return target
     if not overwrite:
         raise FileExistsError(f"{target}: exists already; choose another path, or pass overwrite=True")
     if not (target / "config.json").is_file():
         raise FileExistsError(
             f"{target}: is no Hugging Face folder and is not overwritten; choose another path"
         )
-    for path in sorted(target.iterdir()):
-        if not path.is_file() or not any(path.match(pattern) for pattern in WRITTEN):
+    for file in sorted(target.iterdir()):
+        if not file.is_file() or not any(file.match(pattern) for pattern in WRITTEN):
             raise FileExistsError(
-                f"{path}: not written by an export, so the folder is not overwritten; move it away, or "
+                f"{file}: not written by an export, so the folder is not overwritten; move it away, or "
                 "choose another path"
             )
+    return target
 
 
 def _leaf(params: Params, binding: Binding) -> Any:

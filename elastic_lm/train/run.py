@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import overload
 
@@ -12,6 +13,7 @@ from elastic_lm.checkpoints.native import Checkpoints, check_target, local_folde
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh
@@ -30,25 +32,32 @@ MODEL_FOLDER = "model"
 
 
 @overload
-def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, dict[str, float]]: ...
+def fit(
+    config: RunConfig, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+) -> tuple[ModelConfig, Params, dict[str, float]]: ...
 
 
 @overload
 def fit(
-    config: TaskRun, workdir: str | Path
+    config: TaskRun, workdir: str | Path, *, stop: Callable[[], bool] | None = None
 ) -> tuple[EncoderConfig | EncoderDecoderConfig, Params, dict[str, float]]: ...
 
 
 @overload
-def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Params, dict[str, float]]: ...
+def fit(
+    config: RunConfig | TaskRun, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+) -> tuple[Config, Params, dict[str, float]]: ...
 
 
-def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Params, dict[str, float]]:
+def fit(
+    config: RunConfig | TaskRun, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+) -> tuple[Config, Params, dict[str, float]]:
     """Trains what `config` describes; run again after a stop, it continues where it was.
 
     Args:
       config: the whole run, of a decoder on text or of a task on labelled records.
       workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/.
+      stop: asked after every step but the last: whether to save and stop there; None = never.
 
     Returns:
       (model config, canonical parameters, metrics of the last held-out evaluation).
@@ -56,7 +65,10 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
     Raises:
       FileNotFoundError: data, tokenizer, initial checkpoint or teacher do not exist.
       FloatingPointError: training diverged; names the step.
-      ValueError: a file or field is unusable, or `workdir` is remote or holds another run; names it.
+      OSError: the disk takes no more; names the file.
+      Stopped: `stop` asked for it; the state is saved.
+      ValueError: a file or field is unusable, or `workdir` is remote, holds another run, or is in use by
+        another process; names it.
 
     Example:
       ```python
@@ -74,6 +86,16 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
       ```
     """
     workdir = local_folder(workdir)
+    first = jax.process_index() == 0
+    fix = "choose another workdir"
+    with only_process(workdir / LOCK_FILE, workdir, fix) if first else nullcontext():
+        return _fit(config, workdir, stop or (lambda: False))
+
+
+def _fit(
+    config: RunConfig | TaskRun, workdir: Path, stop: Callable[[], bool]
+) -> tuple[Config, Params, dict[str, float]]:
+    """`fit` in a workdir that no other process uses."""
     check_identity(config, workdir)
     check_target(workdir / MODEL_FOLDER, overwrite=True)
 
@@ -97,6 +119,7 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
         per_step=run.per_step,
         rate=run.rate,
         remark=method.remark,
+        stop=stop,
     )
 
     batches = method.batches(iter(data.train), frozen, data)
