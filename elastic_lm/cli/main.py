@@ -59,11 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _main(argv)
     signals.listen()
-    try:
-        status = _main(sys.argv[1:])
-    except KeyboardInterrupt:
-        status = signals.ended(interrupted=True)
-    return signals.finish(status)
+    return signals.finish(_main(sys.argv[1:]))
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -111,32 +107,25 @@ def guard(program: str, debug: bool, run: Callable[[], None]) -> int:
         run()
         sys.stdout.flush()  # what cannot be written is noticed here, not when the interpreter ends
     except KeyboardInterrupt:
-        return signals.ended(interrupted=True)
+        return signals.interrupted()
     except (ValueError, OSError, FloatingPointError) as error:
-        if status := signals.ended():
-            return status  # what is broken off may raise anything
+        signals.wait_for_end()  # what is broken off may raise anything
         if signals.is_closed_pipe(error):
             return signals.CLOSED_PIPE
         if debug or os.environ.get("ELASTIC_LM_DEBUG"):
             traceback.print_exc()
         print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         return 2
-    return signals.ended()
+    return 0
 
 
 def one_line(error: Exception) -> str:
     """The message of an error on one line, with the file first where the system reports one."""
     if isinstance(error, OSError) and error.strerror:
-        name = "stdout" if error.filename is None and _stdout_fails() else error.filename
+        from elastic_lm.files.atomic import DISK_ERRORS
+
+        # Whatever writes a file gives its errors a name.
+        name = "stdout" if error.filename is None and error.errno in DISK_ERRORS else error.filename
         if name is not None:
             return f"{name}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _stdout_fails() -> bool:
-    """Whether it was stdout that could not be written: then what it still holds cannot be written either."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False

@@ -8,13 +8,13 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from elastic_lm.files.locks import try_lock
+from elastic_lm.files.unfinished import remove_anything, unfinished
 
 PARTIAL, OLD = "partial", "old"
 # Beside the name of a file or folder: ours, and those of earlier versions, which had the process in them.
@@ -22,9 +22,6 @@ LEFTOVER = r"\.{}\.(partial|old)(?:-x[0-9a-f]{{16}}|-[0-9]+)?"
 # What libraries say in their own errors, in the words of the system.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 LONGEST = 200  # bytes of a name that tags are put behind
-REMOVALS = 20  # tries to remove a folder that is still being filled
-
-UNFINISHED: set[Path] = set()
 
 
 def read_json(path: Any) -> dict[str, Any]:
@@ -89,17 +86,6 @@ def new_beside(path: Path, tag: str = PARTIAL) -> Path:
       tag: PARTIAL for what is not finished or not needed any more, OLD for what may have to go back.
     """
     return path.with_name(f".{_short_name(path)}.{tag}-x{secrets.token_hex(8)}")
-
-
-@contextlib.contextmanager
-def unfinished(path: Path) -> Iterator[None]:
-    """Removes a file or folder of `new_beside` when the block ends, unless it has another name by then."""
-    UNFINISHED.add(path)
-    try:
-        yield
-    finally:
-        _remove(path)
-        UNFINISHED.discard(path)
 
 
 def real_place(path: str | Path) -> Path:
@@ -229,7 +215,7 @@ def remove_leftovers(path: Path) -> None:
             continue
         with _claimed(leftover) as ours:
             if ours:
-                _remove(leftover)
+                remove_anything(leftover)
 
 
 def moved_away(path: str | Path) -> str:
@@ -239,12 +225,6 @@ def moved_away(path: str | Path) -> str:
     if not found:
         return ""
     return f"; a process that was killed left an earlier one in {found[0]}: rename it to {target}"
-
-
-def discard_unfinished() -> None:
-    """Removes what this process has not finished, where it ends without unwinding."""
-    for path in list(UNFINISHED):
-        _remove(path)
 
 
 def write_text_whole(path: str | Path, text: str, links: bool = True) -> None:
@@ -313,18 +293,6 @@ def _claimed(path: Path) -> Iterator[bool]:
         yield try_lock(descriptor) is True
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file, a link or a folder, also one in which a thread of a library still makes files."""
-    for _ in range(REMOVALS):
-        with contextlib.suppress(OSError):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-            return
-        time.sleep(0.02)
 
 
 def prepare_output(path: str | None) -> None:

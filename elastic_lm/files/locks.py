@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from elastic_lm.files.unfinished import unfinished
+
 LOCK_FILE = ".lock"  # in a folder that one process works in
 
 
@@ -55,13 +57,13 @@ def only_process(lock: str | Path, held: str | Path, fix: str) -> Iterator[None]
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(lock, held, fix)
         try:
-            with contextlib.suppress(OSError):  # on a full disk the lock is held all the same
-                os.truncate(descriptor, 0)
-                os.write(descriptor, _holder().encode())
-            yield
+            # Removed before it is closed: a process that opens it now sees that it is not at this path.
+            with unfinished(lock):
+                with contextlib.suppress(OSError):  # on a full disk the lock is held all the same
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, _holder().encode())
+                yield
         finally:
-            # Removed first: a process that opens the file now sees that it is not the one at this path.
-            lock.unlink(missing_ok=True)
             os.close(descriptor)
     finally:
         for folder in made:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from elastic_lm.files import atomic
+from elastic_lm.files import atomic, unfinished
 from elastic_lm.files.atomic import (
     append_whole,
     moved_away,
@@ -163,7 +163,7 @@ def test_a_kill_at_any_move_loses_nothing(
         (partial / "a").write_text("old")
     # Killed for good: nothing is tidied up, and nothing is put back.
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "_remove", lambda _: None)
+        patch.setattr(unfinished, "remove_anything", lambda _: None)
         stop_renaming(patch, renames)
         if renames == 1:
             patch.setattr(atomic, "replace_folder", lambda *_: _half(*_))
@@ -229,7 +229,7 @@ def test_folders_go_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder.mkdir()
     (folder / "a").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "_remove", lambda _: None)
+        patch.setattr(unfinished, "remove_anything", lambda _: None)
         remove_folder(folder)
     assert not folder.exists()
     remove_leftovers(folder)
