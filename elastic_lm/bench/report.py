@@ -114,6 +114,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*cells, *notes])
 
 
-def save(result: dict[str, Any], path: str | Path) -> None:
-    """Writes the result of `run` as JSON; a crash never leaves half a file."""
-    write_text_whole(path, json.dumps(result, indent=2) + "\n")
+def save(result: dict[str, Any], path: str | Path, links: bool = True) -> None:
+    """Writes the result of `run` as JSON; a crash never leaves half a file. `links` as in `whole_file`."""
+    write_text_whole(path, json.dumps(result, indent=2) + "\n", links)

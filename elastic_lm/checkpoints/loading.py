@@ -6,7 +6,7 @@ import jax
 
 from elastic_lm import hf
 from elastic_lm.config.model import DTYPES
-from elastic_lm.files.atomic import local_folder
+from elastic_lm.files.atomic import local_folder, moved_away
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Config, Model, kind_of, make_model
 
@@ -78,7 +78,7 @@ def _load(folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None) -> tu
         raise FileNotFoundError(
             f"{folder}: expected a Hugging Face folder (with config.json) or a checkpoint of this package "
             f"(with {CHECKPOINT}); found {found}. Models are not downloaded: fetch one first, for example "
-            "with `hf download NAME --local-dir DIR`"
+            f"with `hf download NAME --local-dir DIR`{moved_away(folder)}"
         )
     return hf.load(folder, dtype=dtype, mesh=mesh)
 

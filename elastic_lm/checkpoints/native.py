@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import grain
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
@@ -19,16 +19,33 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
-from elastic_lm.files.atomic import local_folder, read_json, require_folder_above
-from elastic_lm.hf.files import replace_folder
+from elastic_lm.files.atomic import (
+    local_folder,
+    naming,
+    new_beside,
+    read_json,
+    real_place,
+    remove_folder,
+    require_folder_above,
+    whole_folder,
+)
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for tracebacks that orbax logs in each of its threads: what it raises then says the same once."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_is_news)
+
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
 PARAMS_FOLDER = "params"
+ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 WRITTEN = {
     *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json"),
@@ -69,9 +86,18 @@ class Checkpoints:
           step: optimizer steps done.
           state: a pytree of arrays.
           batches: the data iterator.
+
+        Raises:
+          OSError: the disk takes no more; names the checkpoint, of which nothing stays.
         """
         parts = {"state": state, "data": _Position(batches)}
-        self._checkpointer.save_checkpointables(step, parts, overwrite=True)
+        try:
+            with naming(self._folder / str(step)):
+                self._checkpointer.save_checkpointables(step, parts, overwrite=True)
+        except Exception:
+            for unfinished in self._folder.glob(f"{step}.{ORBAX_PARTIAL}*"):
+                remove_folder(unfinished)
+            raise
 
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is intact and moves `batches` to its position.
@@ -174,12 +200,9 @@ def save_model(
       ValueError: `path` is remote.
     """
     target = check_target(path, overwrite)
-    partial = target.with_name(f".{target.name}.partial")  # the same in every process: all write into it
+    partial = _shared_name(target)
     first = jax.process_index() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    try:
+    with whole_folder(target, partial) if first else naming(target, partial):
         ocp.save(epath.Path(partial / PARAMS_FOLDER), params)
         if first:
             if tokenizer is not None:
@@ -189,10 +212,18 @@ def save_model(
                 (partial / MENU_FILE).write_text(_json(to_dict(menu)))
             if beside is not None:
                 beside(partial)
-            replace_folder(partial, target)
-    finally:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
+            check_target(path, overwrite)  # another process may have been there meanwhile
+
+
+def _shared_name(target: Path) -> Path:
+    """A new name beside a folder, the same in every process: all write into it."""
+    name = new_beside(real_place(target))
+    if jax.process_count() == 1:
+        return name
+    from jax.experimental import multihost_utils
+
+    digits = np.frombuffer(name.name.encode(), np.uint8)
+    return name.with_name(bytes(multihost_utils.broadcast_one_to_all(digits)).decode())
 
 
 def check_target(path: str | Path, overwrite: bool) -> Path:

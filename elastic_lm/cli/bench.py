@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 from elastic_lm.bench import report
@@ -54,22 +55,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Options) -> None:
     """Runs the benchmark; its rows are shown as they come, and kept where a later one fails."""
-    from elastic_lm.files.atomic import partial_path, prepare_output
+    from elastic_lm.files.atomic import can_be_replaced, prepare_output
 
     prepare_output(options.json)
-    partial = partial_path(options.json) if options.json else None
+    # Not of pipes and devices, which have no place beside them.
+    partial = Path(f"{options.json}.partial") if options.json and can_be_replaced(options.json) else None
 
     def keep(result: dict[str, Any]) -> None:
         row = result["rows"][-1]
         print(f"{row['name']} {row['ratio']:.3f}", file=sys.stderr, flush=True)
         if partial:
             with contextlib.suppress(OSError):
-                report.save(result, partial)
+                report.save(result, partial, links=False)  # it was not the user who chose its name
 
     how = report.Options(options.tiny, options.rounds, options.seed, options.model, options.data)
     result = report.run(options.name, how, keep)
 
     print(report.table(result))
     if options.json:
-        report.save(result, options.json)  # which replaces the partial file
+        report.save(result, options.json)
+        if partial:
+            partial.unlink(missing_ok=True)
         print(f"written to {options.json}", file=sys.stderr)

@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 
-from elastic_lm.cli.model_folder import load_tokenizer, parameter_count
+from elastic_lm.cli.model_folder import load_tokenizer, parameter_count, writing_target
 from elastic_lm.cli.parser import CommandOptions, add_dtype, require_dtype
+from elastic_lm.files.atomic import local_folder
 
 HELP = """\
 Hugging Face folder -> elastic checkpoint, tensor by tensor.
@@ -41,10 +42,12 @@ def run(options: Options) -> None:
     from elastic_lm import hf
     from elastic_lm.checkpoints import native
 
-    native.check_target(options.target, options.overwrite)
-    config, params = hf.load(options.source, dtype=options.dtype)
-    tokenizer = load_tokenizer(options.source, config.vocab_size)
-    native.save_model(options.target, config, params, tokenizer, overwrite=options.overwrite)
+    local_folder(options.target)
+    with writing_target(options.target):
+        native.check_target(options.target, options.overwrite)
+        config, params = hf.load(options.source, dtype=options.dtype)
+        tokenizer = load_tokenizer(options.source, config.vocab_size)
+        native.save_model(options.target, config, params, tokenizer, overwrite=options.overwrite)
 
     size = f"{config.n_layers} layers, {parameter_count(params)} parameters"
     print(f"{options.source} -> {options.target}: {config.family}, {size}")

@@ -3,8 +3,9 @@
 import argparse
 import dataclasses
 
-from elastic_lm.cli.model_folder import load_tokenizer, parameter_count
+from elastic_lm.cli.model_folder import load_tokenizer, parameter_count, writing_target
 from elastic_lm.cli.parser import CommandOptions, add_dtype, require_dtype
+from elastic_lm.files.atomic import local_folder
 
 HELP = """\
 Elastic checkpoint -> Hugging Face folder that `transformers` and vLLM load.
@@ -50,16 +51,18 @@ def run(options: Options) -> None:
     from elastic_lm.models.exits import without_exits
     from elastic_lm.models.task_heads import attach_task_exits
 
-    check_target(options.target, options.overwrite)
-    model, params = load(options.source, dtype=options.dtype)
-    config = model.config
-    if options.without_exits and isinstance(config, ModelConfig):
-        config, params = without_exits(config, params)
-    elif options.without_exits and isinstance(config, EncoderConfig) and config.exits:
-        config, params = attach_task_exits(config, params, ())
+    local_folder(options.target)
+    with writing_target(options.target):
+        check_target(options.target, options.overwrite)
+        model, params = load(options.source, dtype=options.dtype)
+        config = model.config
+        if options.without_exits and isinstance(config, ModelConfig):
+            config, params = without_exits(config, params)
+        elif options.without_exits and isinstance(config, EncoderConfig) and config.exits:
+            config, params = attach_task_exits(config, params, ())
 
-    tokenizer = load_tokenizer(options.source, config.vocab_size)
-    hf.export(config, params, options.target, tokenizer, overwrite=options.overwrite)
+        tokenizer = load_tokenizer(options.source, config.vocab_size)
+        hf.export(config, params, options.target, tokenizer, overwrite=options.overwrite)
 
     count = len(getattr(config, "exits", ()))
     exits = f" and {count} exits" if count else ""

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from elastic_lm.cli import signals
 from elastic_lm.cli.parser import Parser, add_command
 
 # Modules of this folder, in the order of the help.
@@ -54,14 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-      argv: arguments after the program's name; None = those of the process.
+      argv: arguments after the program's name; None = those of the process, which is the command's own then:
+        signals end it, and after an error it ends here.
 
     Returns:
       0 on success, 1 when all that was asked for failed, 2 when the input was refused, 70 after an error that
-      nobody foresaw, 130 when interrupted.
+      nobody foresaw, 130 when interrupted, 141 when nobody reads the output, 143 when terminated.
     """
+    if argv is not None:
+        return _main(argv)
+    signals.listen()
+    return signals.finish(_main(sys.argv[1:]))
+
+
+def _main(argv: Sequence[str]) -> int:
+    signals.accept_any_text()
     parser, commands = build_parsers()
-    flags, rest = parser.parse_known_args(with_new_name(sys.argv[1:] if argv is None else argv))
+    flags, rest = parser.parse_known_args(with_new_name(argv))
 
     # Only `train` takes arguments that its parser does not know: overrides of the config.
     if "overrides" in flags:
@@ -107,21 +117,26 @@ def guard(program: str, debug: bool, run: Callable[[], int | None]) -> int:
     Returns:
       `REFUSED` for input that was refused, `UNEXPECTED` for an error that nobody foresaw.
     """
+    signals.name_program(program)
     try:
-        return run() or 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        show_traceback(debug)
-        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
-        return REFUSED
+        status = run() or 0
+        sys.stdout.flush()  # what cannot be written is noticed here, not when the interpreter ends
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return signals.interrupted()
     except Exception as error:
+        signals.wait_for_end()  # what is broken off may raise anything
+        if signals.is_closed_pipe(error):
+            return signals.CLOSED_PIPE
         shown = show_traceback(debug)
+        if isinstance(error, ValueError | OSError | FloatingPointError):
+            print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+            return REFUSED
+
         fix = "with what is above" if shown else "with what the same command prints with --debug"
         what = f"unexpected {type(error).__name__}: {one_line(error)}"
         print(f"{program}: error: {what} (please report it {fix}: {ISSUES})", file=sys.stderr)
         return UNEXPECTED
+    return status
 
 
 def show_traceback(debug: bool) -> bool:
@@ -134,6 +149,11 @@ def show_traceback(debug: bool) -> bool:
 
 def one_line(error: Exception) -> str:
     """The message of an error on one line, with the file first where the system reports one."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        from elastic_lm.files.atomic import DISK_ERRORS
+
+        # Whatever writes a file gives its errors a name.
+        name = "stdout" if error.filename is None and error.errno in DISK_ERRORS else error.filename
+        if name is not None:
+            return f"{name}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,8 @@
 """Model folders that commands read: the model with its tokenizer, or the tokenizer where there is one."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +48,26 @@ def load_tokenizer(folder: str, vocab_size: int) -> "Tokenizer | None":
         note = f"{count} added tokens have no row in the model's vocabulary of {vocab_size}"
         print(f"{folder}: {note}; text that holds them is refused", file=sys.stderr)
     return tokenizer
+
+
+@contextlib.contextmanager
+def writing_target(path: str) -> Iterator[None]:
+    """Keeps other processes from a folder while it is written, and removes what a killed one left there.
+
+    Args:
+      path: the folder, which need not exist.
+
+    Raises:
+      OSError: its parent takes no new files.
+      ValueError: another process is writing it; names it.
+    """
+    from elastic_lm.files.atomic import real_place, remove_leftovers
+    from elastic_lm.files.locks import LOCK_FILE, only_process
+
+    target = real_place(path)
+    with only_process(target.with_name(f".{target.name}{LOCK_FILE}"), path, "choose another path"):
+        remove_leftovers(target)
+        yield
 
 
 def parameter_count(params: Any) -> str:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from elastic_lm.cli import signals
 from elastic_lm.cli.parser import CommandOptions
 
 HELP = """\
@@ -14,7 +15,7 @@ elastic-lm train --config configs/embedded.py:tiny --workdir runs/tiny --config.
 
 `--config path:argument` hands the argument to the file's get_config; every key of the config can be
 overridden with --config.section.key=value. Unknown keys are refused with a suggestion. The workdir
-holds checkpoints, metrics.jsonl and, at the end, model/.
+holds checkpoints, metrics.jsonl and, at the end, model/. SIGTERM saves a checkpoint and ends with status 0.
 """
 
 
@@ -37,14 +38,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: Options) -> None:
     """Trains, or goes on with what the workdir holds."""
     from elastic_lm.checkpoints.native import QUICKSTART_MARK
-    from elastic_lm.train import fit, load_config
+    from elastic_lm.train import Stopped, fit, load_config
 
     workdir = options.workdir
     if (Path(workdir) / QUICKSTART_MARK).exists():
         raise ValueError(f"--workdir {workdir}: the next `elastic-lm quickstart` replaces it; choose another")
 
     config = load_config(options.config, list(options.overrides))
-    model, _, metrics = fit(config, workdir)
+    try:
+        model, _, metrics = fit(config, workdir, stop=signals.stop_on_sigterm())
+    except Stopped as stopped:
+        print(f"{workdir}: {stopped}")
+        return
 
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     count = len(getattr(model, "exits", ()))

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from elastic_lm.config.checks import require
-from elastic_lm.files.atomic import read_json
+from elastic_lm.files.atomic import read_json, write_text_whole
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -188,10 +188,8 @@ class Tokenizer:
             config["eos_token"] = self.backend.id_to_token(self.eos_ids[0])
         if self.pad_id is not None:
             config["pad_token"] = self.backend.id_to_token(self.pad_id)
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        unfinished = folder / "tokenizer.json.unfinished"  # a process may die while it writes
-        self.backend.save(str(unfinished))
-        unfinished.replace(folder / "tokenizer.json")
+        write_text_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_text_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

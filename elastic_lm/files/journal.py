@@ -12,7 +12,17 @@ from typing import Any, BinaryIO
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.parse import parse_json
-from elastic_lm.files.atomic import read_json, write_text_whole
+from elastic_lm.files.atomic import (
+    append_whole,
+    naming,
+    new_beside,
+    read_json,
+    real_place,
+    remove_leftovers,
+    unfinished,
+    write_text_whole,
+)
+from elastic_lm.files.locks import try_lock
 
 CHUNK = 1 << 16  # bytes that are read at once
 REWRITTEN = 1024  # lines that are written at once where a file is written anew
@@ -86,6 +96,7 @@ class Journal:
 
         self._file = _locked(self._path)
         try:
+            remove_leftovers(real_place(self._path))
             # Settings that have been through JSON compare with those of a file: tuples have become lists.
             self.records = self._begin(json.loads(json.dumps(dict(settings))))
         except BaseException:
@@ -113,7 +124,8 @@ class Journal:
 
         # The file counts as broken until all of it is on the disk: an interrupt may come at any point.
         self._broken = True
-        _write(self._file, self._bytes(records))
+        with naming(self._path):
+            _write(self._file, self._bytes(records))
         self.records += len(records)
         self._broken = False
 
@@ -127,23 +139,23 @@ class Journal:
         Args:
           records: the new lines, by `index`.
         """
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.unlink(missing_ok=True)
+        path = real_place(self._path)
+        partial = new_beside(path)
 
         # The new file is locked before it takes the old one's name, so that no process can come between.
-        file, batch = _locked(partial), []
-        try:
-            for line in self.lines():
-                batch.append(records.get(line["index"], line))
-                if len(batch) == REWRITTEN:
-                    _write(file, self._bytes(batch))
-                    batch = []
-            _write(file, self._bytes(batch))
-            partial.replace(self._path)
-        except BaseException:
-            file.close()
-            partial.unlink(missing_ok=True)
-            raise
+        with naming(self._path, partial), unfinished(partial):
+            file, batch = _locked(partial, new=True), []
+            try:
+                for line in self.lines():
+                    batch.append(records.get(line["index"], line))
+                    if len(batch) == REWRITTEN:
+                        _write(file, self._bytes(batch))
+                        batch = []
+                _write(file, self._bytes(batch))
+                partial.replace(path)
+            except BaseException:
+                file.close()
+                raise
 
         self._file.close()
         self._file = file
@@ -206,33 +218,29 @@ class Journal:
         return gzip.compress(text) if self._packed and records else text
 
 
-def _locked(path: Path) -> FileIO:
+def _locked(path: Path, new: bool = False) -> FileIO:
     """Opens a file to append to, without a buffer, and locks it against other processes.
+
+    Args:
+      path: the file.
+      new: nothing may lie there yet, not even a link.
 
     Raises:
       ValueError: another process writes it.
     """
-    file = FileIO(path, "ab")
-    if sys.platform == "win32":
-        return file
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        same = os.path.samestat(os.fstat(file.fileno()), path.stat())  # not replaced in between
-    except BlockingIOError:
-        same = False
-    if not same:
+    only_new = os.O_EXCL if new else 0
+    file = FileIO(path, "ab", opener=lambda path, flags: os.open(path, flags | only_new, 0o666))
+    locked = try_lock(file.fileno())
+    same = os.path.samestat(os.fstat(file.fileno()), path.stat())  # not replaced in between
+    if locked is False or not same:
         file.close()
         raise ValueError(f"{path}: another process is writing it; wait for its end, or choose another path")
     return file
 
 
 def _write(file: FileIO, data: bytes) -> None:
-    """Writes all of the data and waits until it is on the disk."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) or 0 :]
+    """Writes all of the data, or nothing, and waits until it is on the disk."""
+    append_whole(file, data)
     os.fsync(file.fileno())
 
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import save_file
 
-from elastic_lm.files.atomic import local_folder, require_folder_above
+from elastic_lm.files.atomic import local_folder, require_folder_above, whole_folder
 from elastic_lm.hf.config_json import config_to_hf
-from elastic_lm.hf.files import INDEX, WEIGHTS, replace_folder
+from elastic_lm.hf.files import INDEX, WEIGHTS
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import Config
@@ -80,11 +80,7 @@ def export(
     leaves = [(binding, _leaf(params, binding)) for binding in bindings(config)]
     dtype = str(leaves[0][1].dtype)
     entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with whole_folder(target) as partial:
         _write_weights(config, leaves, partial, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -94,13 +90,11 @@ def export(
         _write_json(partial / "config.json", entries)
         for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
             shutil.copymode(partial / "config.json", shard)
-        replace_folder(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        check_target(path, overwrite)  # another process may have been there meanwhile
 
 
 def check_target(path: str | Path, overwrite: bool) -> Path:
-    """Where an export may be written.
+    """Where a folder may be exported to.
 
     Args:
       path: the folder that `export` is asked for.

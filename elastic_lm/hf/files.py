@@ -1,8 +1,6 @@
 """The files of a Hugging Face folder: JSON and lazily read safetensors shards, with exact complaints."""
 
 import json
-import os
-import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -163,17 +161,3 @@ def _first_lost(path: Path) -> str | None:
         return f"tensor {lost!r}"
     except (OSError, ValueError, KeyError, TypeError, struct.error):
         return None
-
-
-def replace_folder(partial: Path, target: Path) -> None:
-    """Moves a finished folder to its place, over an empty folder or an earlier one.
-
-    Args:
-      partial: the finished folder, on the same file system.
-      target: its place; what lies there is removed.
-    """
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists() and any(target.iterdir()):
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

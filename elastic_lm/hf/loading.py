@@ -12,6 +12,7 @@ import numpy as np
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import DTYPES
+from elastic_lm.files.atomic import moved_away
 from elastic_lm.hf.config_json import config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
@@ -94,7 +95,7 @@ def _check_folder(folder: Path) -> None:
     if not folder.exists():
         raise FileNotFoundError(
             f"{folder}: no such folder. Expected a local Hugging Face folder; models are not downloaded: "
-            "fetch one first, for example with `hf download NAME --local-dir DIR`"
+            f"fetch one first, for example with `hf download NAME --local-dir DIR`{moved_away(folder)}"
         )
     if not folder.is_dir():
         raise ValueError(f"{folder}: not a folder; pass the folder that holds config.json")

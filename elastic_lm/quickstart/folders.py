@@ -1,9 +1,9 @@
 """What a quickstart writes anew every time: folders of its own, and files beside them."""
 
-import shutil
 from pathlib import Path
 
 from elastic_lm.checkpoints.native import QUICKSTART_MARK as MARK
+from elastic_lm.files.atomic import real_place, remove_folder, remove_leftovers, replace_folder
 
 MODEL = "model"  # with tuned exits
 PREVIEW = "preview_"  # then the target in percent
@@ -35,10 +35,12 @@ def begin(out: Path, source: Path | None) -> None:
     Raises:
       ValueError: a folder may not be replaced; see `check_replaceable`.
     """
+    for name in (TUNING, MODEL, *FILES):
+        remove_leftovers(real_place(out / name))
     renew(out / TUNING, source)
     check_replaceable(out / MODEL, source)
     if (out / MODEL).exists():
-        shutil.rmtree(out / MODEL)
+        remove_folder(out / MODEL)
     for file in (*(out / name for name in FILES), *out.glob(f"{PREVIEW}*.safetensors")):
         file.unlink(missing_ok=True)
 
@@ -78,6 +80,22 @@ def renew(folder: Path, source: Path | None) -> None:
     """
     check_replaceable(folder, source)
     if folder.exists():
-        shutil.rmtree(folder)
+        remove_folder(folder)  # at once, or what is left of it by a kill would not look like ours any more
     folder.mkdir(parents=True)
     (folder / MARK).touch()
+
+
+def move(folder: Path, target: Path, source: Path | None) -> None:
+    """Moves a folder of ours to where an earlier one may be.
+
+    Args:
+      folder: becomes `target`.
+      target: what is replaced; it need not exist.
+      source: folder of the model that is read; None = there is none.
+
+    Raises:
+      ValueError: it may not be replaced; see `check_replaceable`.
+    """
+    check_replaceable(target, source)
+    (folder / MARK).touch()
+    replace_folder(folder, real_place(target))

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +33,7 @@ from elastic_lm.depth.preview_files import save_preview
 from elastic_lm.depth.previewing import PreviewReport, measure_preview
 from elastic_lm.depth.threshold_search import exit_outcome
 from elastic_lm.files.atomic import local_folder, require_folder_above
+from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
 from elastic_lm.nn.preview import HeadPreview
@@ -126,9 +126,15 @@ def run(options: Options, colour: str = "auto") -> report.Report:
     """
     budget = Budget(options.minutes if options.hf_dir else math.inf)
     console = Console(highlight=False)
-    steps = Steps(console, budget)
     out = local_folder(options.out)
     require_folder_above(out / folders.MODEL)
+    with only_process(out / LOCK_FILE, options.out, "choose another --out"):
+        return _run(options, colour, Steps(console, budget), out)
+
+
+def _run(options: Options, colour: str, steps: Steps, out: Path) -> report.Report:
+    """`run` in a folder that no other process uses."""
+    console, budget = steps.console, steps.budget
     folders.check_files(out)
     out.mkdir(parents=True, exist_ok=True)
     for folder in (folders.MODEL, folders.TUNING, *(("pretraining",) if options.from_scratch else ())):
@@ -229,9 +235,7 @@ def _tune(options: Options, source: Path, name: str, base: ModelConfig, fit_toke
     target = Path(options.out) / folders.MODEL
     data = _data(options, "test")
     decoder, params, saved = train.tune_exits(options, source, base, data, fit_tokens)
-    folders.renew(target, source)
-    for part in saved.iterdir():
-        shutil.move(part, target)
+    folders.move(saved, target, source)
     return Model(decoder, params, _tokenizer(target, decoder), name)
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import rich.progress
 
 from elastic_lm.config.parse import parse_json
-from elastic_lm.files.atomic import write_text_whole
+from elastic_lm.files.atomic import append_whole, naming, write_text_whole
 
 
 class Writer(Protocol):
@@ -39,13 +39,14 @@ class JsonlWriter:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = [line for line in _lines(path) if _step_of(line) <= resume_step]
         write_text_whole(path, "".join(kept))
-        self._file = path.open("a")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line and flushes it."""
+        """Appends one line, all of it or nothing."""
         rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **rounded}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            append_whole(self._file, (json.dumps({"step": step, **rounded}) + "\n").encode())
 
     def close(self) -> None:
         """Closes the file."""

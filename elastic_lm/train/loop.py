@@ -47,6 +47,7 @@ class Job:
       rate: name of what is counted per second.
       remark: of the method: what the user should know about the first metrics; "" = nothing.
       dtype: of the activations, for messages.
+      stop: asked after every step: whether the state is to be saved and the run to end.
     """
 
     config: TrainConfig
@@ -58,6 +59,35 @@ class Job:
     rate: str = "tokens_per_s"
     remark: Callable[[Mapping[str, float]], str] = lambda _: ""
     dtype: str = "float32"
+    stop: Callable[[], bool] = lambda: False
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved its state; running it again goes on from there.
+
+    Example:
+      ```python
+      import tempfile
+
+      import elastic_lm as el
+
+      run = el.RunConfig(
+          model=el.testing.tiny_config(vocab_size=300),
+          data=el.DataConfig(source="stdlib", seq_len=32, batch_size=2),
+          train=el.TrainConfig(steps=2, warmup=1, eval_batches=1),
+      )
+      with tempfile.TemporaryDirectory() as workdir:
+          try:
+              el.train.fit(run, workdir, stop=lambda: True)
+          except el.train.Stopped as stopped:
+              assert stopped.step == 1
+          el.train.fit(run, workdir)
+      ```
+    """
+
+    def __init__(self, step: int, steps: int) -> None:
+        super().__init__(f"stopped after step {step} of {steps}, which is saved; run it again to go on")
+        self.step = step
 
 
 @dataclasses.dataclass
@@ -123,6 +153,7 @@ def run(
     Raises:
       FloatingPointError: loss, gradient or the state after a step is not finite; names the step.
         Checkpoints stay as they are.
+      Stopped: `job.stop` asked for it, before the last step; the state is saved.
       NotFiniteError: the parameters are not finite before the first step; names the first that is not.
     """
     check_finite("before the first step", {**frozen, **state.params})
@@ -142,7 +173,8 @@ def run(
         pending = metrics
 
         last = step == config.steps
-        if not (last or any(step % every == 0 for every in _events(config))):
+        stops = not last and job.stop()
+        if not (last or stops or any(step % every == 0 for every in _events(config))):
             continue
 
         window.steps.append(_finite(step, pending, remedy(step)))
@@ -155,7 +187,7 @@ def run(
                 logging.warning("%s", remark)
 
         paused = time.monotonic()
-        saves = last or step % config.save_every == 0
+        saves = last or stops or step % config.save_every == 0
         if saves:
             _check_state(step, state)  # before the evaluation: a broken state is reported as such
         if last or (config.eval_every and step % config.eval_every == 0):
@@ -163,6 +195,8 @@ def run(
             writer.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
         if saves:
             checkpoints.save(step, state, batches)
+        if stops:
+            raise Stopped(step, config.steps)
         window.began += time.monotonic() - paused  # the rate that is logged is that of training alone
 
     return state, evaluation or evaluate(job, state.params, frozen)

@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 from collections import Counter
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import overload
 
@@ -14,6 +15,7 @@ from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.files.atomic import local_folder
+from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
@@ -33,25 +35,32 @@ MODEL_FOLDER = "model"
 
 
 @overload
-def fit(config: RunConfig, workdir: str | Path) -> tuple[ModelConfig, Params, dict[str, float]]: ...
+def fit(
+    config: RunConfig, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+) -> tuple[ModelConfig, Params, dict[str, float]]: ...
 
 
 @overload
 def fit(
-    config: TaskRun, workdir: str | Path
+    config: TaskRun, workdir: str | Path, *, stop: Callable[[], bool] | None = None
 ) -> tuple[EncoderConfig | EncoderDecoderConfig, Params, dict[str, float]]: ...
 
 
 @overload
-def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Params, dict[str, float]]: ...
+def fit(
+    config: RunConfig | TaskRun, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+) -> tuple[Config, Params, dict[str, float]]: ...
 
 
-def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Params, dict[str, float]]:
+def fit(
+    config: RunConfig | TaskRun, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+) -> tuple[Config, Params, dict[str, float]]:
     """Trains what `config` describes; run again after a stop, it continues where it was.
 
     Args:
       config: the whole run, of a decoder on text or of a task on labelled records.
       workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/.
+      stop: asked after every step but the last: whether to save and stop there; None = never.
 
     Returns:
       (model config, canonical parameters, metrics of the last held-out evaluation).
@@ -59,7 +68,10 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
     Raises:
       FileNotFoundError: data, tokenizer, initial checkpoint or teacher do not exist.
       FloatingPointError: training diverged; names the step.
-      ValueError: a file or field is unusable, or `workdir` is remote or holds another run; names it.
+      OSError: the disk takes no more; names the file.
+      Stopped: `stop` asked for it; the state is saved.
+      ValueError: a file or field is unusable, or `workdir` is remote, holds another run, or is in use by
+        another process; names it.
 
     Example:
       ```python
@@ -77,6 +89,16 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
       ```
     """
     workdir = local_folder(workdir)
+    first = jax.process_index() == 0
+    fix = "choose another workdir"
+    with only_process(workdir / LOCK_FILE, workdir, fix) if first else nullcontext():
+        return _fit(config, workdir, stop or (lambda: False))
+
+
+def _fit(
+    config: RunConfig | TaskRun, workdir: Path, stop: Callable[[], bool]
+) -> tuple[Config, Params, dict[str, float]]:
+    """`fit` in a workdir that no other process uses."""
     check_identity(config, workdir)
     check_target(workdir / MODEL_FOLDER, overwrite=True)
 
@@ -101,6 +123,7 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
         rate=run.rate,
         remark=method.remark,
         dtype=method.config.dtype,
+        stop=stop,
     )
 
     batches = method.batches(iter(data.train), frozen, data)

@@ -25,7 +25,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import from_dict
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable
-from elastic_lm.files.atomic import read_json, write_text_whole
+from elastic_lm.files.atomic import naming, read_json, write_text_whole
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_tensor
 from elastic_lm.width.router import ROUTER_WIDTH, Router, budget_code, init_router, layer_router
@@ -300,7 +300,8 @@ class Routers:
             "table": dataclasses.asdict(self.table),
             "tilts": self.tilts,
         }
-        save_file(arrays, folder / WEIGHTS, {"format": FORMAT})
+        with naming(folder / WEIGHTS):
+            save_file(arrays, folder / WEIGHTS, {"format": FORMAT})
         text = json.dumps({"format": FORMAT, **described}, indent=2) + "\n"
         write_text_whole(folder / DESCRIPTION, text)
 

@@ -223,7 +223,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> list[pathlib.Path]:
     replace = pathlib.Path.replace
 
     def remember(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
-        assert self.name == f"{target.name}.partial"
+        assert self.name.startswith(f".{target.name}.partial-")
         files.append(target)
         return replace(self, target)
 

@@ -201,14 +201,12 @@ def test_text_is_cut_into_disjoint_parts(tmp_path: pathlib.Path) -> None:
 
 def test_half_written_text_is_not_used(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "book.txt").write_text("".join(f"line {i} of the text\n" for i in range(4000)))
-    whole = pathlib.Path.write_bytes
 
-    def die(path: pathlib.Path, content: bytes) -> None:
-        whole(path, content[:100])
+    def die(path: pathlib.Path, target: pathlib.Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "write_bytes", die)
+        patch.setattr(pathlib.Path, "replace", die)
         with pytest.raises(KeyboardInterrupt):
             split_text([str(tmp_path / "book.txt")], tmp_path / "parts")
     files = split_text([str(tmp_path / "book.txt")], tmp_path / "parts")

@@ -60,4 +60,4 @@ def test_a_crash_leaves_the_old_image(tmp_path: Path, monkeypatch: pytest.Monkey
     assert image.read_bytes() == whole
 
     plots.exit_depths({6: 10}, 12, tmp_path / "other")
-    assert {path.name for path in tmp_path.iterdir()} == {"depths.png", "depths.png.partial", "other.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"depths.png", "other.png"}

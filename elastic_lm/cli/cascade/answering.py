@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from elastic_lm.cascade.answerer import Record
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.results import CascadeResult, CascadeStatistics
+from elastic_lm.cli import signals
 from elastic_lm.cli.cascade.lines import result_line
 from elastic_lm.files.journal import Journal
 from elastic_lm.report.writers import ProgressWriter
@@ -40,19 +42,28 @@ def answer_missing(
     results = cascade.run(itertools.islice(records, done, None), start=done)
     progress, shown = ProgressWriter(total, done), time.monotonic()
     waiting: list[dict[str, Any]] = []
-    try:
-        for result in results:
-            waiting.append(line(result))
-            if len(waiting) < cascade.batch_size:
-                continue
+    writing = threading.Lock()
+
+    def write() -> None:
+        nonlocal waiting
+        with writing:
             # The list is emptied first: a batch whose write is interrupted is not written again below.
             batch, waiting = waiting, []
             journal.append(batch)
-            if time.monotonic() - shown > PROGRESS_SECONDS:
-                shown = time.monotonic()
-                show_progress(progress, journal.records, results.statistics())
+
+    try:
+        with signals.saving(write):
+            for result in results:
+                with writing:
+                    waiting.append(line(result))
+                if len(waiting) < cascade.batch_size:
+                    continue
+                write()
+                if time.monotonic() - shown > PROGRESS_SECONDS:
+                    shown = time.monotonic()
+                    show_progress(progress, journal.records, results.statistics())
     finally:
-        journal.append(waiting)
+        write()
         progress.close()
     return results.statistics()
 
@@ -82,13 +93,20 @@ def answer_failed(
     # A random score depends on its record's number, so these records run one by one, each with its own.
     apart = cascade.rule.score == "random"
     groups: Iterable[list[tuple[int, Record]]] = ([pair] for pair in given) if apart else [list(given)]
+    writing = threading.Lock()
+
+    def write() -> None:
+        with writing:
+            journal.replace(again)
+
     try:
-        for group in groups:
-            results = cascade.run((record for _, record in group), start=group[0][0])
-            for (index, _), result in zip(group, results, strict=True):
-                again[index] = line(dataclasses.replace(result, index=index))
+        with signals.saving(write):
+            for group in groups:
+                results = cascade.run((record for _, record in group), start=group[0][0])
+                for (index, _), result in zip(group, results, strict=True):
+                    again[index] = line(dataclasses.replace(result, index=index))
     finally:
-        journal.replace(again)
+        write()
         left = len(failed) - sum("error" not in one for one in again.values())
         message = f"{len(failed)} records had failed, {left} of them are without an answer still"
         print(message, file=sys.stderr)

@@ -1,0 +1,183 @@
+"""How a command ends before its time: by Ctrl-C or another signal, or because nobody reads its output.
+
+Python runs a signal's handler in the main thread, between two steps of its own: long after, where XLA
+computes there, and what it raises crashes libraries that are just being imported, or is lost in a callback.
+So nothing is raised. A thread of its own hears of every signal at once, saves what a command has to save,
+removes what is half-written, and ends the process without the interpreter's own end, in which threads of XLA
+and orbax that still work would crash or never return.
+"""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+# What ends a process, and the word for it. The exit status is 128 and the signal's number.
+WORDS = {
+    number: word
+    for name, word in (("SIGINT", "interrupted"), ("SIGTERM", "terminated"), ("SIGHUP", "hung up"))
+    if (number := getattr(signal, name, None)) is not None
+}
+CLOSED_PIPE = 128 + 13  # as of programs that SIGPIPE ends
+SAVING = 2.0  # seconds for what a command has to save
+REMOVING = 1.0  # seconds for what is half-written
+FLUSHING = 0.5  # seconds for output that is still to be written, which nobody may read
+UNFINISHED = "elastic_lm.files.unfinished"
+AS_BEFORE = "\x1b[0m\x1b[?25h\n"  # no colour, and the cursor that progress bars hide
+
+
+class _Process:
+    """What signals mean to this process; there is one of it."""
+
+    program = "elastic-lm"  # for messages
+    listens = False  # signals come here
+    ending = False  # one that ends the process has come
+    stop: threading.Event | None = None  # what the first SIGTERM sets instead
+    saves: list[Callable[[], None]] = []  # noqa: RUF012 - there is one of it
+
+
+def listen() -> None:
+    """Lets signals end this process, which must be the command's own; called by the main thread."""
+    _Process.listens = True
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    for number in WORDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _note)
+
+
+def name_program(program: str) -> None:
+    """Says what stands before messages from now on."""
+    _Process.program = program
+
+
+def stop_on_sigterm() -> Callable[[], bool]:
+    """Lets the first SIGTERM ask for a stop where it would end the process; later ones do.
+
+    Returns:
+      Whether it has come. It ends the process until this is called first: there is nothing to save before.
+    """
+    stop = threading.Event()
+
+    def asked() -> bool:
+        if _Process.listens:
+            _Process.stop = stop
+        return stop.is_set()
+
+    return asked
+
+
+@contextlib.contextmanager
+def saving(save: Callable[[], None]) -> Iterator[None]:
+    """Saves something where a signal ends the process during the block.
+
+    Args:
+      save: called by another thread, while the block goes on.
+    """
+    _Process.saves.append(save)
+    try:
+        yield
+    finally:
+        _Process.saves.remove(save)
+
+
+def interrupted() -> int:
+    """The exit status of a Ctrl-C that was raised, where signals do not come here; says it."""
+    print(f"{_Process.program}: {WORDS[signal.SIGINT]}", file=sys.stderr)
+    return 128 + signal.SIGINT
+
+
+def wait_for_end() -> None:
+    """Returns at once, unless a signal ends this process: then nothing else is said or done here."""
+    while _Process.ending:
+        time.sleep(1)
+
+
+def is_closed_pipe(error: BaseException) -> bool:
+    """Whether an error says that nobody reads stdout or stderr any more; pipes that are files have names."""
+    return isinstance(error, BrokenPipeError) and error.filename is None
+
+
+def accept_any_text() -> None:
+    """Lets stdout and stderr replace what their encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            with contextlib.suppress(OSError, ValueError):  # closed
+                stream.reconfigure(errors="backslashreplace" if utf8 or stream is sys.stderr else "replace")
+
+
+def finish(status: int) -> int:
+    """Takes the exit status that the command came to; returns it where the interpreter can end as usual."""
+    wait_for_end()
+    if status:
+        _leave(status)
+    return status
+
+
+def _note(number: int, _: object) -> None:
+    """Runs in the main thread, sooner or later: a command that has come to its end meanwhile waits for it."""
+    _Process.ending = _Process.ending or number != signal.SIGTERM or _Process.stop is None
+
+
+def _watch(reader: int) -> None:
+    """Runs in a thread of its own: hears of signals when they come."""
+    while True:
+        number = os.read(reader, 1)[0]
+        if number not in WORDS:
+            continue
+        stop = _Process.stop
+        if number == signal.SIGTERM and stop is not None and not stop.is_set():
+            stop.set()
+            continue
+        _end(number)
+
+
+def _end(number: int) -> NoReturn:
+    """Ends the process as a signal asks for; nothing that it does can hold it up."""
+    _Process.ending = True
+    # Nothing is imported here: the main thread may be importing it.
+    if "logging" in sys.modules:
+        sys.modules["logging"].disable()  # what is broken off is not worth a word
+    for save in list(_Process.saves):
+        _within(SAVING, save)
+    if UNFINISHED in sys.modules:
+        _within(REMOVING, sys.modules[UNFINISHED].discard_unfinished)
+    line = f"{_Process.program}: {WORDS[number]}\n"
+    with contextlib.suppress(OSError):
+        if os.isatty(1):
+            os.write(1, AS_BEFORE.encode())
+    _leave(128 + number, line)
+
+
+def _leave(status: int, line: str = "") -> NoReturn:
+    """Ends the process here and now; other threads and what the interpreter would do at its end are left."""
+
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+
+    _within(FLUSHING, flush)
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode())
+    os._exit(status)
+
+
+def _within(seconds: float, act: Callable[[], None]) -> None:
+    """Acts, and goes on after so many seconds where that is not over."""
+
+    def quietly() -> None:
+        with contextlib.suppress(Exception):
+            act()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(seconds)
