@@ -367,8 +367,9 @@ def without_first(whole: Sequence[float], first: Sequence[float]) -> np.ndarray:
     seconds = np.asarray(whole) - np.median(first)
     if np.any(seconds <= 0):
         raise ValueError(
-            f"a call of {min(whole):.4f} s took no longer than one for a single token, {np.median(first):.4f} s"
-            ": the model is too fast for this machine as busy as it is; wait, or give more --rounds"
+            f"a call of {min(whole):.4f} s took no longer than one for a single token, "
+            f"{np.median(first):.4f} s: the model is too fast for this machine as busy as it is; wait, or give "
+            "more --rounds"
         )
     return seconds
 

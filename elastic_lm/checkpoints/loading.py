@@ -6,7 +6,8 @@ import jax
 
 from elastic_lm import hf
 from elastic_lm.config.model import DTYPES
-from elastic_lm.files.atomic import local_folder, moved_away
+from elastic_lm.files.atomic import moved_away
+from elastic_lm.files.local import local_path
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Config, Model, kind_of, make_model
 
@@ -40,7 +41,7 @@ def load(
       assert params["embed"]["table"].shape == (model.config.vocab_size, model.config.d_model)
       ```
     """
-    config, params = _load(local_folder(path), dtype, mesh)
+    config, params = _load(local_path(path), dtype, mesh)
     return make_model(config), params
 
 

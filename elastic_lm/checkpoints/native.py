@@ -20,7 +20,6 @@ from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.atomic import (
-    local_folder,
     naming,
     new_beside,
     read_json,
@@ -29,6 +28,7 @@ from elastic_lm.files.atomic import (
     require_folder_above,
     whole_folder,
 )
+from elastic_lm.files.local import local_path
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
@@ -71,7 +71,7 @@ class Checkpoints:
           ValueError: `folder` is remote.
         """
         training: Any = ocp.training
-        self._folder = folder = local_folder(folder)
+        self._folder = folder = local_path(folder)
         self._checkpointer = training.Checkpointer(
             epath.Path(folder.absolute()),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
@@ -241,7 +241,7 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
       NotADirectoryError: something above it is a file.
       ValueError: `path` is remote.
     """
-    target = local_folder(path).absolute()
+    target = local_path(path).absolute()
     require_folder_above(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target

@@ -12,8 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from elastic_lm.config.checks import require
 from elastic_lm.config.parse import parse_json
+from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import try_lock
 from elastic_lm.files.unfinished import remove_anything, unfinished
 
@@ -45,18 +45,6 @@ def read_json(path: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}; {again}")
     return value
-
-
-def local_folder(path: str | Path) -> Path:
-    """`path` as a local folder, or file.
-
-    Raises:
-      ValueError: it names another machine, like gs://bucket/run, or is no path.
-    """
-    require(isinstance(path, str | os.PathLike), "path", path, "must be a path")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # `Path` makes one slash of two
-        raise ValueError(f"{path}: remote paths are not supported yet, name a local folder")
-    return Path(path)
 
 
 def require_folder_above(path: Path) -> None:
@@ -336,7 +324,7 @@ def prepare_output(path: str | None) -> None:
         return
 
     with naming(str(path)):
-        target = real_place(local_folder(str(path)))
+        target = real_place(local_path(path))
         require_folder_above(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file() or target.is_dir():  # opening and closing a pipe would cost it its reader

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import save_file
 
-from elastic_lm.files.atomic import local_folder, require_folder_above, whole_folder
+from elastic_lm.files.atomic import require_folder_above, whole_folder
+from elastic_lm.files.local import local_path
 from elastic_lm.hf.config_json import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
@@ -108,7 +109,7 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
       NotADirectoryError: something above it is a file.
       ValueError: `path` is remote.
     """
-    target = local_folder(path)
+    target = local_path(path)
     require_folder_above(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target

@@ -32,7 +32,8 @@ from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.depth.preview_files import save_preview
 from elastic_lm.depth.previewing import PreviewReport, measure_preview
 from elastic_lm.depth.threshold_search import exit_outcome
-from elastic_lm.files.atomic import local_folder, require_folder_above
+from elastic_lm.files.atomic import require_folder_above
+from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits
@@ -126,7 +127,7 @@ def run(options: Options, colour: str = "auto") -> report.Report:
     """
     budget = Budget(options.minutes if options.hf_dir else math.inf)
     console = Console(highlight=False)
-    out = local_folder(options.out)
+    out = local_path(options.out)
     require_folder_above(out / folders.MODEL)
     with only_process(out / LOCK_FILE, options.out, "choose another --out"):
         return _run(options, colour, Steps(console, budget), out)

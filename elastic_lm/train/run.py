@@ -14,7 +14,7 @@ from elastic_lm.checkpoints.native import Checkpoints, check_target, save_model
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.files.atomic import local_folder
+from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
@@ -88,7 +88,7 @@ def fit(
           model, params, metrics = el.train.fit(run, workdir)
       ```
     """
-    workdir = local_folder(workdir)
+    workdir = local_path(workdir)
     first = jax.process_index() == 0
     fix = "choose another workdir"
     with only_process(workdir / LOCK_FILE, workdir, fix) if first else nullcontext():
