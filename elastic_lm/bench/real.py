@@ -368,7 +368,7 @@ def without_first(whole: Sequence[float], first: Sequence[float]) -> np.ndarray:
     if np.any(seconds <= 0):
         raise ValueError(
             f"a call of {min(whole):.4f} s took no longer than one for a single token, "
-            f"{np.median(first):.4f} s: the model is too fast for this machine as busy as it is; wait, or give "
+            f"{np.median(first):.4f} s: the model is too fast for so busy a machine; wait, or give "
             "more --rounds"
         )
     return seconds
