@@ -7,6 +7,7 @@ import jax
 
 from elastic_lm import hf
 from elastic_lm.config.model import DTYPES
+from elastic_lm.files.local import local_path
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Config, Model, kind_of, make_model
 
@@ -39,7 +40,7 @@ def load(
       assert params["embed"]["table"].shape == (model.config.vocab_size, model.config.d_model)
       ```
     """
-    config, params = _load(Path(path), dtype, mesh)
+    config, params = _load(local_path(path), dtype, mesh)
     return make_model(config), params
 
 

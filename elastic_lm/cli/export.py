@@ -41,14 +41,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: Options) -> None:
-    """Exports the checkpoint."""
+    """Exports the checkpoint; the target is checked before anything is read."""
     from elastic_lm import hf
     from elastic_lm.checkpoints.loading import load
     from elastic_lm.config.encoder import EncoderConfig
     from elastic_lm.config.model import ModelConfig
+    from elastic_lm.hf.exporting import check_target
     from elastic_lm.models.exits import without_exits
     from elastic_lm.models.task_heads import attach_task_exits
 
+    check_target(options.target, options.overwrite)
     model, params = load(options.source, dtype=options.dtype)
     config = model.config
     if options.without_exits and isinstance(config, ModelConfig):

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import save_file
 
+from elastic_lm.files import checksums
+from elastic_lm.files.local import local_path
 from elastic_lm.hf.config_json import config_to_hf
-from elastic_lm.hf.files import INDEX, WEIGHTS, replace_folder
+from elastic_lm.hf.files import INDEX, WEIGHTS, TensorFiles, replace_folder
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import Config
@@ -24,6 +26,7 @@ WRITTEN = (
     "special_tokens_map.json",
     "*.safetensors",
     "*.safetensors.index.json",
+    checksums.FILE,
 )
 GENERATION_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "pad_token_id")
 
@@ -47,7 +50,8 @@ def export(
 ) -> None:
     """Writes a model as a Hugging Face folder of `config.family`; `load` reads it back bit by bit.
 
-    The folder appears complete or not at all. Exits go to `elastic_exits.safetensors`, described in
+    The folder appears complete or not at all, with checksums of its files, after its weights were read back
+    and compared. Exits go to `elastic_exits.safetensors`, described in
     an `elastic` block of config.json; transformers ignores both and loads the full-depth model.
 
     Args:
@@ -59,8 +63,9 @@ def export(
       overwrite: replace an earlier export at `path`.
 
     Raises:
-      ValueError: the family cannot express the model, or parameters and config disagree.
+      ValueError: the family cannot express the model, parameters and config disagree, or `path` is remote.
       FileExistsError: `path` holds something that may not be replaced.
+      OSError: weights cannot be written, or do not read back as they were; an earlier export stays.
 
     Example:
       ```python
@@ -74,8 +79,7 @@ def export(
           assert el.hf.load(f"{folder}/model")[0].exits == config.exits
       ```
     """
-    target = Path(path)
-    _check_target(target, overwrite)
+    target = check_target(path, overwrite)
     leaves = [(binding, _leaf(params, binding)) for binding in bindings(config)]
     dtype = str(leaves[0][1].dtype)
     entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
@@ -93,14 +97,29 @@ def export(
         _write_json(partial / "config.json", entries)
         for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
             shutil.copymode(partial / "config.json", shard)
+        checksums.write_checksums(partial)
         replace_folder(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(path: str | Path, overwrite: bool) -> Path:
+    """Where a folder may be exported to.
+
+    Args:
+      path: the folder that `export` is asked for.
+      overwrite: whether an earlier export there may be replaced.
+
+    Returns:
+      The path.
+
+    Raises:
+      FileExistsError: `path` holds something that may not be replaced; names it.
+      ValueError: `path` is remote.
+    """
+    target = local_path(path)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
+        return target
     if not overwrite:
         raise FileExistsError(f"{target}: exists already; choose another path, or pass overwrite=True")
     if not (target / "config.json").is_file():
@@ -113,6 +132,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
                 f"{path}: not written by an export, so the folder is not overwritten; move it away, or "
                 "choose another path"
             )
+    return target
 
 
 def _leaf(params: Params, binding: Binding) -> Any:
@@ -171,7 +191,29 @@ def _save(config: Config, leaves: list[tuple[Binding, Any]], path: Path) -> list
     save_file(tensors, path, metadata={"format": "pt"})
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+    _check_saved(tensors, path)
     return list(tensors)
+
+
+def _check_saved(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Reads a file of weights back that was just written.
+
+    Raises:
+      OSError: it cannot be read, or a tensor differs.
+    """
+    stored = TensorFiles({})
+    try:
+        stored.add(path)
+        for name, due in tensors.items():
+            found = stored.read(name)
+            same = found.shape == due.shape and found.dtype == due.dtype
+            if not same or found.tobytes() != due.tobytes():
+                raise ValueError(f"tensor {name!r} differs")
+    except ValueError as error:
+        raise OSError(
+            f"{path}: does not read back as it was written ({error}) and is not kept; check the disk and its "
+            "free space"
+        ) from error
 
 
 def _write_json(path: Path, value: Any) -> None:
