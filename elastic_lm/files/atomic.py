@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from elastic_lm.files.local import local_path
+
 
 def read_json(path: Any) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
@@ -52,13 +54,17 @@ def write_text_whole(path: str | Path, text: str) -> None:
     Args:
       path: the file; its folder is made where it is missing. Links, pipes and devices are written through.
       text: what it will hold.
+
+    Raises:
+      OSError: it cannot be written.
+      ValueError: the path names another machine.
     """
     write_bytes_whole(path, text.encode())
 
 
 def write_bytes_whole(path: str | Path, content: bytes) -> None:
     """`write_text_whole` for bytes."""
-    path = Path(path)
+    path = local_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
     partial = partial_path(path)
@@ -75,11 +81,12 @@ def prepare_output(path: str | None) -> None:
 
     Raises:
       OSError: it cannot be written there.
+      ValueError: the path names another machine.
     """
     if path in (None, "-"):
         return
 
-    target = Path(str(path))
+    target = local_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
 
     is_new = not target.exists()

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from elastic_lm.config.checks import require
 from elastic_lm.files.atomic import read_json, write_text_whole
+from elastic_lm.files.local import local_path
 
 CHUNK = 1 << 16  # bytes that are read at once
 REWRITTEN = 1024  # lines that are written at once where a file is written anew
@@ -78,7 +79,7 @@ class Journal:
           OSError: the file cannot be written.
           ValueError: it holds something else, or another run's lines, or another process has it open.
         """
-        self._path = Path(path)
+        self._path = local_path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._packed = self._path.suffix == ".gz"
         self._broken = False
