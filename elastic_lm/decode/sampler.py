@@ -30,7 +30,7 @@ from elastic_lm.decode.served import Served, ServedModels, compilations, jit_pre
 from elastic_lm.decode.settings import Settings, bucket, make_controls, make_settings, pad_prompts, per_row
 from elastic_lm.decode.state import Controls, DecodeState, Mode
 from elastic_lm.decode.tick_costs import tick_costs
-from elastic_lm.depth.policies import ExitPolicy, on_subnet
+from elastic_lm.depth.policies import ConfidenceExit, ExitPolicy, on_subnet
 from elastic_lm.depth.preview_files import check_head
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Model
@@ -136,6 +136,8 @@ class Sampler:
             )
         options = make_options(options, fields)
         options.check(model.config)
+        if isinstance(options.exit, ConfidenceExit):
+            options.exit.warn_other_model(params, getattr(tokenizer, "fingerprint", ""))
 
         self.config = model.config
         self.params = params

@@ -8,10 +8,11 @@ from typing import overload
 
 import jax
 
-from elastic_lm.checkpoints.native import Checkpoints, check_target, local_folder, save_model
+from elastic_lm.checkpoints.native import Checkpoints, check_target, save_model
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.files.local import local_path
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh
@@ -19,6 +20,7 @@ from elastic_lm.report.writers import JsonlWriter, ProgressWriter, TensorBoardWr
 from elastic_lm.train import loop
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.identity import check_identity, save_identity
+from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.prepared import Prepared
 from elastic_lm.train.state import create_state, state_shardings
@@ -56,7 +58,8 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
     Raises:
       FileNotFoundError: data, tokenizer, initial checkpoint or teacher do not exist.
       FloatingPointError: training diverged; names the step.
-      ValueError: a file or field is unusable, or `workdir` is remote or holds another run; names it.
+      ValueError: a file or field is unusable, `workdir` is remote or holds another run, or the initial
+        checkpoint or the data changed since the run there began; names it.
 
     Example:
       ```python
@@ -73,7 +76,7 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
           model, params, metrics = el.train.fit(run, workdir)
       ```
     """
-    workdir = local_folder(workdir)
+    workdir = local_path(workdir)
     check_identity(config, workdir)
     check_target(workdir / MODEL_FOLDER, overwrite=True)
 
@@ -81,6 +84,8 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
     run: Prepared = prepare(config, workdir, mesh)  # pyright: ignore[reportArgumentType]
     method, data = run.method, run.data
+    inputs = run_inputs(config, run)
+    check_inputs(config, inputs, workdir)
 
     trainable, frozen = method.split(run.params)
     # What trains is donated step by step: nothing else may hold on to it.
@@ -103,7 +108,9 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
     data = dataclasses.replace(data, read=batches)
     state = create_state(optimizer, trainable)
     del trainable
-    save_identity(config, workdir)  # only now: a run that was refused leaves no trace in its workdir
+    # Only now: a run that was refused leaves no trace in its workdir.
+    save_identity(config, workdir)
+    save_inputs(inputs, workdir)
 
     with closing(Checkpoints(workdir / "checkpoints", config.train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
