@@ -45,8 +45,8 @@ WRITTEN = {
 class Checkpoints:
     """The newest training checkpoints of one run, each a state and the data iterator's position.
 
-    A step becomes visible only when all of it is on disk, so a process may die at any time. Every step is read
-    back once it is written, and has checksums, so that damage is noticed when a run goes on.
+    A step becomes visible only when all of it is on disk, so a process may die at any time. Every step is
+    read back once it is written, and has checksums, so that damage is noticed when a run goes on.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -96,8 +96,8 @@ class Checkpoints:
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
-                f"{folder}: does not read back as it was written ({_first_line(error)}) and is removed; check "
-                "the disk and its free space, then run again, which goes on from the checkpoint before"
+                f"{folder}: does not read back as it was written ({_first_line(error)}) and is removed; "
+                "check the disk and its free space, then run again, which goes on from the checkpoint before"
             ) from error
 
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
@@ -256,8 +256,8 @@ def _check_saved(partial: Path, target: Path, config: Config, params: Params) ->
             check_same(params, lambda like: ocp.load(folder / PARAMS_FOLDER, like))
     except Exception as error:
         raise OSError(
-            f"{target}: does not read back as it was written ({_first_line(error)}) and is not kept; check the "
-            "disk and its free space, or choose another path"
+            f"{target}: does not read back as it was written ({_first_line(error)}) and is not kept; check "
+            "the disk and its free space, or choose another path"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Files that were fitted on one model and are used with another of the same shape: what commands say about it."""
+"""What commands say about files that were fitted on one model and are used with another of its shape."""
 
 import argparse
 import sys
@@ -65,8 +65,8 @@ def check_belongs(
         return
     source: Any = recorded
     line = (
-        f"{file}: was {fitted} on {source.get('path') or 'another model'}, whose {other} differ from those of "
-        f"{model}"
+        f"{file}: was {fitted} on {source.get('path') or 'another model'}, whose {other} differ from those "
+        f"of {model}"
     )
     if promise:
         raise ValueError(f"{line}, and {promise}; {fix}, or pass --force")

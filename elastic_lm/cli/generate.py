@@ -30,7 +30,6 @@ from elastic_lm.cost.counted import Workload
 
 if TYPE_CHECKING:
     from elastic_lm.config.model import ModelConfig
-    from elastic_lm.cost.latency_table import LatencyTable
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.decode.results import Sample
     from elastic_lm.decode.sampler import Sampler

@@ -199,8 +199,8 @@ class ConfidenceExit:
         other = differing_parts(recorded, {"weights": weights_fingerprint(params), "tokenizer": tokenizer})
         if other:
             warnings.warn(
-                f"exit: the thresholds were fitted on {recorded.get('path') or 'another model'}, whose {other} "
-                "differ from this model's: calibrate on this model, or use policy.for_any_weights()",
+                f"exit: the thresholds were fitted on {recorded.get('path') or 'another model'}, whose "
+                f"{other} differ from this model's: calibrate on this model, or use policy.for_any_weights()",
                 stacklevel=3,
             )
 

@@ -1,8 +1,9 @@
 """Checksums of the files of a folder, kept in it, so that one flipped bit of any of them is noticed on load.
 
-They are CRC-32, which notices every change of up to 32 neighbouring bits and all but one in 2^32 of the others.
-`zlib` comes with Python and computes it several times faster than SHA-256. It guards against disks, memory and
-broken copies, not against people. A folder without such a file, like one that was downloaded, is not checked.
+They are CRC-32, which notices every change of up to 32 neighbouring bits and all but one in 2^32 of the
+others. `zlib` comes with Python and computes it at several GB/s, about twice as fast as SHA-256 where the
+processor helps with that, and ten times elsewhere. It guards against disks, memory and broken copies, not
+against people. A folder without such a file, like one that was downloaded, is not checked.
 """
 
 import fnmatch
@@ -78,8 +79,8 @@ def check_files(folder: str | Path, patterns: Iterable[str] = ("*",)) -> None:
         found = _entry(path)
         if found != due:
             raise ValueError(
-                f"{path}: is damaged or was changed: its CRC-32 is {found['crc32']} and was {due['crc32']} when "
-                f"it was written; {fix}"
+                f"{path}: is damaged or was changed: its CRC-32 is {found['crc32']} and was {due['crc32']} "
+                f"when it was written; {fix}"
             )
 
 

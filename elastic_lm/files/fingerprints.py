@@ -88,9 +88,9 @@ def _pieces(path: Path, size: int) -> Iterator[bytes]:
 def weights_fingerprint(params: Mapping[str, Any]) -> str:
     """A digest of sampled numbers of all parameters of a model, wherever they were loaded from.
 
-    Small parameters are read whole, and of large ones rows at even distances. They are rounded to bfloat16, so
-    that it does not matter in which dtype a model is loaded: a Hugging Face folder and the checkpoint that was
-    converted from it have one fingerprint.
+    Small parameters are read whole, and of large ones rows at even distances. They are rounded to bfloat16,
+    so that it does not matter in which dtype a model is loaded: a Hugging Face folder and the checkpoint that
+    was converted from it have one fingerprint.
 
     Args:
       params: canonical parameters or stacked ones, which give the same.

@@ -144,8 +144,8 @@ def _warn_of_other_weights(folder: Path) -> None:
     others = sorted({*_weight_map(folder / INDEX).values()} - {WEIGHTS})
     if others:
         warnings.warn(
-            f"{folder / WEIGHTS} is read, as transformers does; {INDEX} beside it names {', '.join(others[:4])} "
-            "and is ignored: remove the weights that are out of date",
+            f"{folder / WEIGHTS} is read, as transformers does; {INDEX} beside it names "
+            f"{', '.join(others[:4])} and is ignored: remove the weights that are out of date",
             stacklevel=5,
         )
 

@@ -106,7 +106,8 @@ def check_models(
       rule: says what it was fitted on.
       options: of the command.
       found: from `fingerprints`.
-      contents: fingerprints of what was loaded, see `models.make_pair`; they stay when a model is saved again.
+      contents: fingerprints of what was loaded, see `models.make_pair`; they stay the same when a model is
+        saved again.
 
     Raises:
       ValueError: the models are others, and the rule's guarantee is about those that it was fitted on.
@@ -132,8 +133,8 @@ def check_models(
         if not other:
             continue
         line = (
-            f"{name} {now} is not the checkpoint that the rule was fitted on ({place}), their {other} differ: an "
-            "energy is about one checkpoint, fit it again or pass --force"
+            f"{name} {now} is not the checkpoint that the rule was fitted on ({place}), as their {other} "
+            "differ: an energy is about one checkpoint, fit it again or pass --force"
         )
         if rule.guarantee is not None and rule.guarantee.achieved:
             raise ValueError(f"{line}; the rule's guarantee is about those models alone")
