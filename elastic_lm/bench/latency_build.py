@@ -27,6 +27,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Ints, Menu, Subnet
 from elastic_lm.cost.counted import CostTable, Workload, attention_cost, base_cost, mlp_cost
 from elastic_lm.cost.latency_table import PHASES, Device, LatencyTable, Phase
+from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models.decoder import Params
 from elastic_lm.report.machine import versions
 
@@ -43,6 +44,7 @@ def build(
     rounds: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
+    path: str = "",
 ) -> LatencyTable:
     """Measures the latency table of a model on the device of this process.
 
@@ -54,6 +56,7 @@ def build(
       rounds: timed runs of every program.
       seed: of prompts, random parameters and random sub-networks.
       progress: makes what shows how far it is; None = nothing does.
+      path: of the model's folder, recorded.
 
     Raises:
       ValueError: the menu does not fit the model or offers widths of the whole model, the context is longer
@@ -81,6 +84,8 @@ def build(
         rounds=rounds,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=versions(),
+        path=path,
+        weights=weights_fingerprint(params) if params is not None else "",
     )
 
 

@@ -119,6 +119,7 @@ def fit_rule(
     unit: str = "flops",
     models: Mapping[str, Any] | None = None,
     fingerprints: Mapping[str, str | None] | None = None,
+    contents: Mapping[str, Mapping[str, str]] | None = None,
     data: str = "",
 ) -> CascadeRule:
     """Chooses the threshold for one goal.
@@ -135,6 +136,8 @@ def fit_rule(
       unit: of the costs; recorded.
       models: descriptions of "swift" and "super"; recorded.
       fingerprints: of the checkpoints of "swift" and "super", None for a service; recorded.
+      contents: of "swift" and "super", the fingerprints of their "weights" and "tokenizer", which stay when a
+        model is saved again; recorded.
       data: description of the records; recorded.
 
     Returns:
@@ -166,6 +169,7 @@ def fit_rule(
     provenance = {
         "models": dict(models or {}),
         "fingerprints": dict(fingerprints or {}),
+        "contents": {name: dict(parts) for name, parts in (contents or {}).items()},
         "data": {"description": data, **counts},
         "cost": unit,
         "guarantee": guarantee.statement if guarantee else AVERAGES,

@@ -1,9 +1,12 @@
 """Checkpoints: training state with the data iterator, and finished models. Wraps orbax v1."""
 
+import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Awaitable, Callable
+import re
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.files import checksums
 from elastic_lm.files.atomic import (
     naming,
     new_beside,
@@ -47,8 +51,9 @@ MENU_FILE = "menu.json"  # of models that are elastic in width
 PARAMS_FOLDER = "params"
 ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
+PATTERN_CHARACTERS = re.compile(r"[\[\]\\]")  # of a path, that orbax or TensorStore take for something else
 WRITTEN = {
-    *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json"),
+    *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json", checksums.FILE),
     *("routers.json", "routers.safetensors"),  # of `width.trained_routers`
     *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
 }
@@ -57,7 +62,8 @@ WRITTEN = {
 class Checkpoints:
     """The newest training checkpoints of one run, each a state and the data iterator's position.
 
-    A step becomes visible only when all of it is on disk, so a process may die at any time.
+    A step becomes visible only when all of it is on disk, so a process may die at any time. Every step is
+    read back once it is written, and has checksums, so that damage is noticed when a run goes on.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -72,8 +78,10 @@ class Checkpoints:
         """
         training: Any = ocp.training
         self._folder = folder = local_path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._open = contextlib.ExitStack()
         self._checkpointer = training.Checkpointer(
-            epath.Path(folder.absolute()),
+            self._open.enter_context(readable_name(folder)),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
@@ -88,9 +96,11 @@ class Checkpoints:
           batches: the data iterator.
 
         Raises:
-          OSError: the disk takes no more; names the checkpoint, of which nothing stays.
+          OSError: the disk takes no more, or what was written does not read back as it was; names the
+            checkpoint, of which nothing stays.
         """
-        parts = {"state": state, "data": _Position(batches)}
+        position = _Position(batches)
+        parts = {"state": state, "data": position}
         try:
             with naming(self._folder / str(step)):
                 self._checkpointer.save_checkpointables(step, parts, overwrite=True)
@@ -98,6 +108,21 @@ class Checkpoints:
             for unfinished in self._folder.glob(f"{step}.{ORBAX_PARTIAL}*"):
                 remove_folder(unfinished)
             raise
+
+        folder = self._folder / str(step)
+        try:
+            if jax.process_index() == 0:
+                checksums.write_checksums(folder)
+            position.check(folder / "data")
+            check_same(
+                state, lambda like: self._checkpointer.load_checkpointables(step, {"state": like})["state"]
+            )
+        except Exception as error:
+            remove_folder(folder)
+            raise OSError(
+                f"{folder}: does not read back as it was written ({_first_line(error)}) and is removed; "
+                "check the disk and its free space, then run again, which goes on from the checkpoint before"
+            ) from error
 
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is intact and moves `batches` to its position.
@@ -116,13 +141,19 @@ class Checkpoints:
         reasons = []
         for step in sorted((c.step for c in self._checkpointer.checkpoints), reverse=True):
             try:
+                checksums.check_files(self._folder / str(step))
                 wanted = {"state": abstract, "data": _Position(batches)}
                 return step, self._checkpointer.load_checkpointables(step, wanted)["state"]
             except (MemoryError, PermissionError):
                 raise  # says nothing about the checkpoint
             except Exception as error:
                 reasons.append(f"step {step}: {_first_line(error)}")
-                logging.warning("checkpoint %s/%d cannot be read and is skipped", self._folder, step)
+                logging.warning(
+                    "checkpoint %s/%d cannot be read and is skipped: %s",
+                    self._folder,
+                    step,
+                    _first_line(error),
+                )
                 batches.set_state(start)
         if not reasons:
             return None
@@ -134,6 +165,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for pending work."""
         self._checkpointer.close()
+        self._open.close()
 
 
 class _Position:
@@ -153,6 +185,16 @@ class _Position:
     async def load(self, directory: Any) -> Awaitable[None]:
         """Moves the iterator."""
         return self._read(directory)
+
+    def check(self, directory: Path) -> None:
+        """Checks that the position was written to `directory` as it is now.
+
+        Raises:
+          ValueError: it was not.
+        """
+        due = json.dumps(self._batches.get_state())
+        if (directory / self._name).read_text() != due:
+            raise ValueError(f"{directory / self._name} differs from the position of the data")
 
     async def _write(self, directory: Any, text: str) -> None:
         ((await directory.await_creation()) / self._name).write_text(text)
@@ -184,7 +226,7 @@ def save_model(
 ) -> None:
     """Writes an elastic checkpoint: elastic_config.json, params/, menu.json and the tokenizer's files.
 
-    The folder appears complete or not at all.
+    The folder appears complete or not at all, with checksums of its files, after it was read back.
 
     Args:
       path: folder to create.
@@ -197,13 +239,15 @@ def save_model(
 
     Raises:
       FileExistsError: `path` holds something that may not be replaced.
+      OSError: what was written does not read back as it was; an earlier checkpoint stays.
       ValueError: `path` is remote.
     """
     target = check_target(path, overwrite)
     partial = _shared_name(target)
     first = jax.process_index() == 0
     with whole_folder(target, partial) if first else naming(target, partial):
-        ocp.save(epath.Path(partial / PARAMS_FOLDER), params)
+        with readable_name(partial) as folder:
+            ocp.save(folder / PARAMS_FOLDER, params)
         if first:
             if tokenizer is not None:
                 tokenizer.save(partial)
@@ -212,6 +256,8 @@ def save_model(
                 (partial / MENU_FILE).write_text(_json(to_dict(menu)))
             if beside is not None:
                 beside(partial)
+            checksums.write_checksums(partial)
+            _check_saved(partial, target, config, params)
             check_target(path, overwrite)  # another process may have been there meanwhile
 
 
@@ -224,6 +270,75 @@ def _shared_name(target: Path) -> Path:
 
     digits = np.frombuffer(name.name.encode(), np.uint8)
     return name.with_name(bytes(multihost_utils.broadcast_one_to_all(digits)).decode())
+
+
+def _check_saved(partial: Path, target: Path, config: Config, params: Params) -> None:
+    """Reads a model back that was just written.
+
+    Raises:
+      OSError: it cannot be read, or differs.
+    """
+    try:
+        if load_config(partial) != config:
+            raise ValueError(f"{CONFIG_FILE} describes another model")
+        with readable_name(partial) as folder:
+            check_same(params, lambda like: ocp.load(folder / PARAMS_FOLDER, like))
+    except Exception as error:
+        raise OSError(
+            f"{target}: does not read back as it was written ({_first_line(error)}) and is not kept; check "
+            "the disk and its free space, or choose another path"
+        ) from error
+
+
+def check_same(tree: Any, read: Callable[[Any], Any]) -> None:
+    """Checks that arrays read back from a checkpoint bit by bit. Several processes cannot, and do not.
+
+    Args:
+      tree: what was written.
+      read: from NumPy arrays of the same shapes and dtypes, whose values do not matter, to the stored ones.
+
+    Raises:
+      ValueError: an array differs; names it.
+    """
+    if jax.process_count() > 1:
+        return
+    stored = read(jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, leaf), found in zip(leaves, jax.tree.leaves(stored), strict=True):
+        if not np.array_equal(_bits(leaf), _bits(found)):
+            raise ValueError(f"{jax.tree_util.keystr(path)} differs")
+
+
+def _bits(leaf: Any) -> np.ndarray:
+    """The bytes of an array, in which NaN equals itself."""
+    return np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+
+
+@contextlib.contextmanager
+def readable_name(folder: str | Path) -> Iterator[epath.Path]:
+    """A folder under a name that orbax can write to and read from.
+
+    orbax takes brackets for a pattern, and TensorStore a backslash for a slash: what they write under such a
+    path cannot be read. They get a link without these characters, as long as the context lasts.
+
+    Args:
+      folder: exists, where its path has such characters.
+
+    Raises:
+      ValueError: its path has them and no link can stand in for it.
+    """
+    path = Path(folder).absolute()
+    if not PATTERN_CHARACTERS.search(str(path)):
+        yield epath.Path(path)
+        return
+
+    place = tempfile.gettempdir()
+    alone = jax.process_count() == 1 and not PATTERN_CHARACTERS.search(place)
+    require(alone, "path", str(path), "holds a bracket or a backslash; choose one without")
+    with tempfile.TemporaryDirectory(prefix="elastic_lm_") as place:
+        link = Path(place) / "link"
+        link.symlink_to(path, target_is_directory=True)
+        yield epath.Path(link)
 
 
 def check_target(path: str | Path, overwrite: bool) -> Path:
@@ -283,10 +398,12 @@ def load_model(
 
     Raises:
       FileNotFoundError: the folder is not an elastic checkpoint.
-      ValueError: its parameters do not fit its config, are damaged, or hold NaN or infinity; names the first
-        such parameter.
+      ValueError: its parameters do not fit its config, a file is damaged, or they hold NaN or infinity; names
+        the first such parameter.
     """
-    folder, config = epath.Path(path).absolute(), load_config(path)
+    folder = local_path(path).absolute()
+    config = load_config(folder)
+    checksums.check_files(folder)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
@@ -299,7 +416,8 @@ def load_model(
     )
     abstract = _as_saved(abstract, saved, dtype)
     try:
-        params = ocp.load(folder / PARAMS_FOLDER, abstract)
+        with readable_name(folder) as name:
+            params = ocp.load(name / PARAMS_FOLDER, abstract)
     except Exception as error:
         reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
@@ -314,7 +432,8 @@ def _saved(folder: Any, config: Config) -> dict[Any, Any]:
       ValueError: its config has more layers than there are parameters.
     """
     try:
-        saved = ocp.metadata(folder / PARAMS_FOLDER).metadata
+        with readable_name(folder) as name:
+            saved = ocp.metadata(name / PARAMS_FOLDER).metadata
         found = dict(jax.tree_util.tree_leaves_with_path(saved))
     except Exception as error:
         reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
@@ -357,7 +476,7 @@ def load_config(path: str | Path) -> Config:
       FileNotFoundError: the folder is not an elastic checkpoint.
       ValueError: its config is damaged.
     """
-    file = epath.Path(path).absolute() / CONFIG_FILE
+    file = local_path(path).absolute() / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} is not an elastic checkpoint: it has no {CONFIG_FILE}")
     values = read_json(file)
@@ -377,7 +496,7 @@ def load_menu(path: str | Path) -> Menu:
       FileNotFoundError: the checkpoint has no menu.
       ValueError: its menu is damaged.
     """
-    file = epath.Path(path).absolute() / MENU_FILE
+    file = local_path(path).absolute() / MENU_FILE
     if not file.is_file():
         fix = (
             "train an elastic model with configs/flextron.py, or give a Menu: el.SubnetChooser(config, menu)"
@@ -386,12 +505,14 @@ def load_menu(path: str | Path) -> Menu:
     return _described(Menu, read_json(file), file, "menu.")
 
 
-def _described(cls: Any, values: dict[str, Any], file: epath.Path, where: str) -> Any:
-    """The dataclass `cls` that a file's values describe."""
+def _described(cls: Any, values: dict[str, Any], file: Path, where: str) -> Any:
+    """The dataclass `cls` that a file's values describe, once the file is known to be as it was written."""
     try:
-        return from_dict(cls, values, where)
+        described = from_dict(cls, values, where)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    checksums.check_files(file.parent, (file.name,))
+    return described
 
 
 def _json(values: dict[str, Any]) -> str:

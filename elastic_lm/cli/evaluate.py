@@ -5,6 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
+from elastic_lm.cli.belonging import add_force, check_belongs, parts_of
 from elastic_lm.cli.held_out import (
     ContinuedOptions,
     add_continued,
@@ -32,6 +33,7 @@ class Options(ContinuedOptions):
     """What is measured, and where the numbers go."""
 
     thresholds: str | None = None  # file of an exit policy that is measured too
+    force: bool = False  # thresholds of other weights are taken without a word
     json: str | None = None  # file for the numbers; - = stdout only
 
 
@@ -39,6 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add_continued(parser, "test text")
     parser.add_argument("--thresholds", metavar="FILE", help="also measure this exit policy")
+    add_force(parser, "thresholds")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too; - = stdout only")
 
 
@@ -55,6 +58,16 @@ def run(options: Options) -> None:
     model, params, tokenizer, folder = load_with_tokenizer(options.model)
     if policy:
         policy.check(model.config)
+        check_belongs(
+            options.thresholds or "",
+            policy.calibrated_on,
+            fitted="calibrated",
+            model=folder,
+            parts=parts_of(params, tokenizer),
+            fix=f"calibrate again: elastic-lm calibrate --model {folder} --out {options.thresholds}",
+            force=options.force,
+        )
+        policy = policy.for_any_weights()
 
     batches, text = held_out_batches(options, tokenizer, "test")
     prompts: list[list[int]] = []

@@ -5,10 +5,11 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from elastic_lm.cli.belonging import add_force, check_belongs, check_table, parts_of
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import (
     DEFAULT_COLOUR,
@@ -87,6 +88,7 @@ class Options(CommandOptions):
     lookup: bool = False  # with lossless
     preview: str | None = None  # file of a preview of the vocabulary head
     draft: int | None = None  # with lossless
+    force: bool = False  # thresholds or a latency table of other weights are taken without a word
     missing: Missing = get_args(Missing)[0]
     stream: bool = False
     json: str | None = None  # file for JSON lines; - = stdout
@@ -184,6 +186,7 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
     add("--lookup", action="store_true", help=lookup)
     add("--preview", metavar="FILE", help="of the vocabulary head, from `elastic-lm preview`")
     add("--draft", type=int, metavar="K", help="with --lossless: drafts per verification (default: adapts)")
+    add_force(parser, "thresholds or a latency table")
     missing = "keys and values of early tokens in deeper layers: computed later, or CALM's approximation "
     missing += f"(default: {Options.missing})"
     add("--missing", choices=get_args(Missing), help=missing)
@@ -275,15 +278,22 @@ def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
     """
     from elastic_lm.decode.options import DecodeOptions
     from elastic_lm.decode.sampler import Sampler
-    from elastic_lm.depth.preview_files import load_preview
+    from elastic_lm.depth.preview_files import check_head, load_preview
 
     model, params, tokenizer, folder = load_with_tokenizer(options.model)
     how: dict[str, Any] = options.given(DECODING)
-    how["exit"] = exit_policy(model.config, options)
+    parts = parts_of(params, tokenizer) if options.thresholds or options.latency_table else {}
+    policy = exit_policy(model.config, options)
+    if policy and options.thresholds:
+        policy.check(model.config)
+        policy = for_this_model(policy, options, folder, parts)
+    how["exit"] = policy
     if options.preview:
         how["preview"] = load_preview(options.preview, model.config)[0]
+        check_head(how["preview"], model.config, params, options.preview)
     if options.budget:
-        how |= {"budget": options.budget, "elastic": chooser(folder, model.config, options.budget, options)}
+        elastic = chooser(folder, model.config, options.budget, options, parts)
+        how |= {"budget": options.budget, "elastic": elastic}
     return Sampler(model, params, tokenizer, options=DecodeOptions(**how)), tokenizer
 
 
@@ -307,8 +317,40 @@ def exit_policy(config: "ModelConfig", options: Options) -> "ConfidenceExit | No
     return ConfidenceExit(metric=options.metric or DEFAULT_METRIC, thresholds=thresholds, layers=layers)
 
 
-def chooser(folder: str, config: "ModelConfig", budget: Budget, options: Options) -> "SubnetChooser":
+def for_this_model(
+    policy: "ConfidenceExit", options: Options, folder: str, parts: dict[str, str]
+) -> "ConfidenceExit":
+    """The policy of a thresholds file, after a warning where it was calibrated on another model.
+
+    Raises:
+      ValueError: it was, and it promises something that full-depth verification does not keep anyway.
+    """
+    guaranteed = policy.guarantee is not None and policy.guarantee.achieved and not options.lossless
+    file = options.thresholds or ""
+    check_belongs(
+        file,
+        policy.calibrated_on,
+        fitted="calibrated",
+        model=folder,
+        parts=parts,
+        fix=f"calibrate again: elastic-lm calibrate --model {folder} --out {file}",
+        force=options.force,
+        promise="its guarantee is about that model alone" if guaranteed else "",
+    )
+    return policy.for_any_weights()
+
+
+def chooser(
+    folder: str, config: "ModelConfig", budget: Budget, options: Options, parts: Mapping[str, str]
+) -> "SubnetChooser":
     """The choices of a checkpoint, with the latency table or the context that the options name.
+
+    Args:
+      folder: of the model.
+      config: the model.
+      budget: what it may cost.
+      options: of the command.
+      parts: fingerprints of the model, which a latency table is compared with.
 
     Raises:
       ValueError: a context is named, and the checkpoint's routers were trained for another one.
@@ -318,7 +360,10 @@ def chooser(folder: str, config: "ModelConfig", budget: Budget, options: Options
 
     found = SubnetChooser.load(folder, config)
     if options.latency_table:
-        return found.with_latency(LatencyTable.load(options.latency_table), options.latency_table)
+        table = LatencyTable.load(options.latency_table)
+        with_table = found.with_latency(table, options.latency_table)
+        check_table(table, options.latency_table, folder, parts, options.force)
+        return with_table
     if options.context is None:
         return found
     by_routers = found.routers is not None and found.routers.table.kind == budget.kind

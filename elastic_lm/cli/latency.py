@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from elastic_lm.bench import report
+from elastic_lm.cli.belonging import add_force, check_table, parts_of
 from elastic_lm.cli.parser import CommandOptions, listed, require_flag, require_seed, shares
 from elastic_lm.config.checks import require_choice
 from elastic_lm.config.subnet import Menu
@@ -56,6 +57,7 @@ class Options(CommandOptions):
     rounds: int = report.Options.rounds  # timed rounds per program
     seed: int = report.Options.seed  # of prompts, random weights and sub-networks
     json: str | None = None  # verify: file for the result
+    force: bool = False  # verify: a table of other weights is taken without a word
     tiny: bool = False  # a model that only checks that everything works
 
     def __post_init__(self) -> None:
@@ -96,6 +98,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     seed = f"of prompts, random weights and sub-networks (default: {Options.seed})"
     add("--seed", type=int, help=seed)
     add("--json", metavar="FILE", help="verify: write rows, sub-networks, hardware and versions here")
+    add_force(parser, "verify: a table")
     add("--tiny", action="store_true", help="a model that only checks that everything works")
 
 
@@ -113,6 +116,8 @@ def run(options: Options) -> None:
     config, params = timed_model(options)
     if table is not None and options.table:
         table.check(config, source=options.table)
+        if options.model and params is not None:
+            check_table(table, options.table, options.model, parts_of(params, None), options.force)
     else:
         table = built_table(options, config, params)
     if out:
@@ -150,7 +155,7 @@ def built_table(options: Options, config: "ModelConfig", params: "Params | None"
 
     workload = Workload(**{"context": CONTEXT, **options.given(("batch", "context"))})
     how: dict[str, Any] = {"rounds": options.rounds, "seed": options.seed, "progress": ProgressWriter}
-    return build(config, menu, workload, params=params, **how)
+    return build(config, menu, workload, params=params, path=options.model or "", **how)
 
 
 def verify(options: Options, table: "LatencyTable", config: "ModelConfig", params: "Params | None") -> None:

@@ -11,9 +11,11 @@ from typing import Any, Literal, NoReturn, Self, get_args
 from elastic_lm.config.checks import SEED, require, require_choice
 from elastic_lm.config.exit_policy import GATE_METRIC, METRICS
 from elastic_lm.config.model import DTYPES
+from elastic_lm.files.local import local_path
 
 Colour = Literal["auto", "always", "never"]
 DEFAULT_COLOUR: Colour = "auto"  # where stdout is a terminal
+PLACES = ("FILE", "DIR", "HF_DIR", "FILE[:ARG]", "DIR|URL|NAME:FILE")  # metavars of files and folders
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +27,12 @@ class Parser(argparse.ArgumentParser):
         # `Options` are the only ones.
         missing = argparse.SUPPRESS
         super().__init__(formatter_class=layout, allow_abbrev=False, argument_default=missing, **kwargs)
+
+    def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
+        """Adds an argument; one for a file or folder takes paths on this machine alone."""
+        if kwargs.get("metavar") in PLACES:
+            kwargs.setdefault("type", service_or_place if "URL" in kwargs["metavar"] else place)
+        return super().add_argument(*names, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -90,6 +98,20 @@ def require_colour(value: str) -> None:
 def require_dtype(value: str | None) -> None:
     """`require` for the value of --dtype; None = the flag was not given."""
     require(value is None or value in DTYPES, "--dtype", value, f"must be one of {listed(DTYPES)}")
+
+
+def place(text: str) -> str:
+    """A file or folder on this machine, as a flag's type."""
+    try:
+        local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def service_or_place(text: str) -> str:
+    """`place`, the address of a service behind HTTP, or a file after the name of what reads it."""
+    return text if text.startswith(("http://", "https://")) or "://" not in text else place(text)
 
 
 def share(text: str) -> float:

@@ -132,6 +132,8 @@ class LatencyTable:
     rounds: int  # timed runs of every program
     date: str  # in UTC, ISO 8601
     versions: Mapping[str, str]  # of the packages that matter to speed
+    path: str = ""  # of the model that was timed; "" = one with random weights, or not recorded
+    weights: str = ""  # fingerprint of its weights; "" likewise
 
     def __post_init__(self) -> None:
         # Numbers of choices of every layer: neurons, heads, and groups once for each choice of heads.

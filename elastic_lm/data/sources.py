@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elastic_lm.config.parse import parse_json
+from elastic_lm.files.local import local_path
 
 
 class Document(NamedTuple):
@@ -42,9 +43,10 @@ def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Pat
 
     Raises:
       FileNotFoundError: a path does not exist, or a folder has no such file.
+      ValueError: a path names another machine.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(local_path, paths):
         if path.is_file():
             files.append(path)
             continue

@@ -1,5 +1,6 @@
 """Text to token ids and back: a thin wrapper of `tokenizers`, and training of byte-level BPE."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,8 +11,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from elastic_lm.config.checks import require
 from elastic_lm.files.atomic import read_json, write_text_whole
+from elastic_lm.files.checksums import check_files
+from elastic_lm.files.local import local_path
 
+SAMPLED_TOKENS = 256  # of a vocabulary, that its fingerprint reads
+SAMPLE_TEXT = (
+    "The 3 quick brown foxes don't jump over 1,024 lazy dogs.\n\tdef größe(x): return {x: '日本語 🙂'}\n"
+)
 END_OF_TEXT = "<|endoftext|>"
+# Files of a folder that say what its tokenizer does; checked where the folder has checksums.
+CHECKED = ("*token*", "config.json", "generation_config.json", "chat_template*", "vocab*", "merges.txt")
 
 
 class Tokenizer:
@@ -59,7 +68,7 @@ class Tokenizer:
           FileNotFoundError: there is no tokenizer.json.
           ValueError: the file is not a tokenizer, or one beside it is damaged; names the file.
         """
-        file = Path(path)
+        file = local_path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: expected a tokenizer.json or a folder with one")
@@ -67,6 +76,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:
             raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
+        check_files(file.parent, CHECKED)
         pad_id = _pad_id(backend, file.parent)
         backend.no_truncation()
         backend.no_padding()
@@ -111,6 +121,19 @@ class Tokenizer:
             f"token {self.backend.id_to_token(token)!r} has id {token}, and the model's vocabulary only "
             f"{self.limit} rows: leave it out of the text, or use the tokenizer that belongs to the model"
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell one tokenizer from another, by tokens and by the ids of a text.
+
+        It does not depend on how the files spell the tokenizer, nor on the ids that end a text.
+        """
+        size = self.vocab_size
+        step = max(1, size // SAMPLED_TOKENS)
+        tokens = [self.backend.id_to_token(i) for i in range(0, size, step)]
+        ids = self.backend.encode(SAMPLE_TEXT, add_special_tokens=False).ids
+        known = json.dumps([size, tokens, ids])
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of `text`.

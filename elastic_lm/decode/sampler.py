@@ -42,7 +42,7 @@ from elastic_lm.decode.settings import (
 )
 from elastic_lm.decode.state import Controls, DecodeState, Mode
 from elastic_lm.decode.tick_costs import tick_costs
-from elastic_lm.depth.policies import ExitPolicy, on_subnet, require_policy
+from elastic_lm.depth.policies import ConfidenceExit, ExitPolicy, on_subnet, require_policy
 from elastic_lm.depth.preview_files import check_head
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Model, check_params
@@ -151,6 +151,8 @@ class Sampler:
         options = make_options(options, fields)
         options.check(model.config)
         check_params(model.config, params)
+        if isinstance(options.exit, ConfidenceExit):
+            options.exit.warn_other_model(params, getattr(tokenizer, "fingerprint", ""))
 
         self.config = model.config
         self.params = params

@@ -36,6 +36,7 @@ from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.per_exit import exit_thresholds
 from elastic_lm.depth.policies import MODEL_SHAPE, CalibrationPoint, ConfidenceExit
 from elastic_lm.depth.threshold_search import choose_thresholds, emitting_exit, exit_outcome
+from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models.decoder import Params
 
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -60,6 +61,7 @@ def calibrate(
     active: Sequence[int] | None = None,
     model: str = "",
     data: str = "",
+    tokenizer: str = "",
     seed: int = 0,
     chunk: int = 128,
 ) -> ConfidenceExit:
@@ -82,6 +84,8 @@ def calibrate(
       active: layers of the exits that may be used; the others get a threshold above 1. None = all.
       model: path or name, recorded.
       data: description of the held-out text, recorded.
+      tokenizer: fingerprint of the model's tokenizer (`Tokenizer.fingerprint`), recorded beside that of its
+        weights; "" = unknown.
       seed: decides which sequences choose thresholds and which measure them.
       chunk: columns of logits alive at once; static.
 
@@ -124,7 +128,7 @@ def calibrate(
         active=active,
         seed=seed,
     )
-    return dataclasses.replace(policy, provenance=_provenance(config, policy, model, data))
+    return dataclasses.replace(policy, provenance=_provenance(config, params, policy, model, data, tokenizer))
 
 
 def fit_thresholds(
@@ -283,12 +287,15 @@ def _shares_of_heads_read(
     return tuple(shares)
 
 
-def _provenance(config: ModelConfig, policy: ConfidenceExit, model: str, data: str) -> dict[str, Any]:
+def _provenance(
+    config: ModelConfig, params: Params, policy: ConfidenceExit, model: str, data: str, tokenizer: str
+) -> dict[str, Any]:
     """Where a policy comes from; `policy.provenance` holds its counts of tokens."""
     digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
     shape = {field: getattr(config, field) for field in MODEL_SHAPE}
+    parts = {"weights": weights_fingerprint(params), "tokenizer": tokenizer}
     return {
-        "model": {"path": model, "config_sha256": digest, **shape},
+        "model": {"path": model, "config_sha256": digest, **shape, **parts},
         "data": {"description": data, **policy.provenance},
         "guarantee": policy.guarantee.statement if policy.guarantee else NO_GUARANTEE,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -18,6 +18,7 @@ have gates, those of `PositionPolicy` or `GatedPolicy`. A policy of your own nee
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,6 +33,8 @@ from elastic_lm.depth.confidence import NEVER_EXITS, metric_index
 from elastic_lm.depth.guarantee import Guarantee
 from elastic_lm.depth.observations import check_gates
 from elastic_lm.files.atomic import write_text_whole
+from elastic_lm.files.fingerprints import differing_parts, weights_fingerprint
+from elastic_lm.models.decoder import Params
 
 FORMAT = "elastic_lm thresholds 1"
 MODEL_SHAPE = ("n_layers", "d_model", "vocab_size")  # what has to match between a file and a model
@@ -181,13 +184,44 @@ class ConfidenceExit:
                 f"gates={self.gates}: the exits after layers {gateless} have none; calibrate on this model"
             )
 
-        recorded = self.provenance.get("model", {})
+        recorded = self.calibrated_on
         for field in MODEL_SHAPE:
             if field in recorded and recorded[field] != getattr(config, field):
                 raise ValueError(
                     f"thresholds were fitted on a model with {field}={recorded[field]}, this one has "
                     f"{field}={getattr(config, field)}: calibrate on this model"
                 )
+
+    @property
+    def calibrated_on(self) -> Mapping[str, Any]:
+        """What is recorded of the model that the thresholds were fitted on: its path and fingerprints."""
+        model = self.provenance.get("model") if isinstance(self.provenance, Mapping) else None
+        return model if isinstance(model, Mapping) else {}
+
+    def warn_other_model(self, params: Params, tokenizer: str = "") -> None:
+        """Warns where the thresholds were fitted on other weights or another tokenizer of the same shape.
+
+        Args:
+          params: of the model that the policy is used with.
+          tokenizer: fingerprint of its tokenizer; "" = is not compared.
+        """
+        recorded = self.calibrated_on
+        if not recorded.get("weights"):
+            return
+        other = differing_parts(recorded, {"weights": weights_fingerprint(params), "tokenizer": tokenizer})
+        if other:
+            warnings.warn(
+                f"exit: the thresholds were fitted on {recorded.get('path') or 'another model'}, whose "
+                f"{other} differ from this model's: calibrate on this model, or use policy.for_any_weights()",
+                stacklevel=3,
+            )
+
+    def for_any_weights(self) -> "ConfidenceExit":
+        """The same policy, which no longer says on which weights and tokenizer it was fitted."""
+        if not self.calibrated_on:
+            return self
+        model = {k: v for k, v in self.calibrated_on.items() if k not in ("weights", "tokenizer")}
+        return dataclasses.replace(self, provenance={**self.provenance, "model": model})
 
     def at(self, target: float) -> "ConfidenceExit":
         """The same policy for another target of its curve; a guarantee stays with its own thresholds.

@@ -133,12 +133,21 @@ def check_preview(preview: HeadPreview, config: ModelConfig, name: str = "previe
         )
 
 
-def check_head(preview: HeadPreview, config: ModelConfig, params: Params) -> None:
+def check_head(preview: HeadPreview, config: ModelConfig, params: Params, name: str = "preview") -> None:
     """Refuses a preview of another head than a model's own, which would choose other tokens.
+
+    Args:
+      preview: fits the sizes of the head.
+      config: the model.
+      params: its canonical parameters.
+      name: of the preview in messages, e.g. its file.
 
     Raises:
       ValueError: the fingerprints of the heads differ; a preview without one is let through.
     """
     due = head_fingerprint(head_kernel(config, params)) if preview.head else ""
-    fix = f"is of another model's vocabulary head, this one's is {due!r}; fit a preview for this model"
-    require(preview.head == due, "preview.head", preview.head, fix)
+    fix = (
+        f"is of another model's vocabulary head, this one's is {due!r}; fit a preview for this model: "
+        "elastic-lm preview"
+    )
+    require(preview.head == due, f"{name}.head" if name == "preview" else f"{name}: head", preview.head, fix)

@@ -122,8 +122,9 @@ def whole_file(path: str | Path, links: bool = True) -> Iterator[BinaryIO]:
 
     Raises:
       OSError: it cannot be written; names it.
+      ValueError: the path names another machine.
     """
-    named = Path(path)
+    named = local_path(path)
     path = real_place(named) if links else named.absolute()
     partial = new_beside(path)
     with naming(named, partial):

@@ -1,11 +1,16 @@
-"""Digests of files and checkpoints, which say whether they are still the same."""
+"""Digests of files, checkpoints and weights in memory, which say whether they are still the same."""
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 SAMPLES = 16  # pieces that are read of a large file
 SAMPLE = 1 << 16  # bytes of each
+SAMPLED_NUMBERS = 1 << 14  # of each parameter in memory, at least: whole rows are read
 PARTS = ("*.safetensors", "params/**/*", "*config.json", "tokenizer*.json", "vocab*", "merges.txt", "*.model")
 
 
@@ -17,6 +22,25 @@ def file_sha256(path: str | Path) -> str:
     """
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digest(path: str | Path) -> tuple[str, bool]:
+    """A digest of a file: of all of a small one, of 16 samples of a large one.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      (16 hexadecimal digits, whether all of it was read).
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    size = Path(path).stat().st_size
+    digest = hashlib.sha256()
+    for piece in _pieces(Path(path), size):
+        digest.update(piece)
+    return digest.hexdigest()[:16], size <= SAMPLES * SAMPLE
 
 
 def checkpoint_fingerprint(folder: str | Path) -> str:
@@ -59,3 +83,75 @@ def _pieces(path: Path, size: int) -> Iterator[bytes]:
         for i in range(SAMPLES):
             file.seek(i * (size - SAMPLE) // (SAMPLES - 1))
             yield file.read(SAMPLE)
+
+
+def weights_fingerprint(params: Mapping[str, Any]) -> str:
+    """A digest of sampled numbers of all parameters of a model, wherever they were loaded from.
+
+    Small parameters are read whole, and of large ones rows at even distances. They are rounded to bfloat16,
+    so that it does not matter in which dtype a model is loaded: a Hugging Face folder and the checkpoint that
+    was converted from it have one fingerprint.
+
+    Args:
+      params: canonical parameters or stacked ones, which give the same.
+
+    Returns:
+      16 hexadecimal digits; "" where the parameters are spread over several processes.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    if jax.process_count() > 1:
+        return ""
+    digest = hashlib.sha256()
+    for name, shape, rows in sorted(_sampled_parameters(params), key=lambda entry: entry[0]):
+        digest.update(f"{name}\0{shape}\0".encode())
+        digest.update(np.ascontiguousarray(rows.astype(jnp.bfloat16)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sampled_parameters(params: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+    """(name, shape, some of its numbers) of every parameter, under its canonical name."""
+    import jax
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        first, *keys = (entry.key for entry in path)
+        if first != "layers":
+            yield "/".join((first, *keys)), leaf.shape, _sampled_rows(leaf)
+            continue
+        for i in range(leaf.shape[0]):
+            yield "/".join((f"layers_{i}", *keys)), leaf.shape[1:], _sampled_rows(leaf, (i,))
+
+
+def _sampled_rows(leaf: Any, at: tuple[int, ...] = ()) -> np.ndarray:
+    """Rows at even distances of `leaf[at]`, on the host; all of it where it has one dimension.
+
+    Arrays of a CPU are read in place. Of an accelerator's only the rows are copied.
+    """
+    shape = leaf.shape[len(at) :]
+    if not isinstance(leaf, np.ndarray) and all(device.platform == "cpu" for device in leaf.devices()):
+        leaf = np.asarray(leaf)
+    if len(shape) < 2:
+        return np.asarray(leaf[at])
+
+    total = math.prod(shape[:-1])
+    count = min(total, -(-SAMPLED_NUMBERS // max(shape[-1], 1)))
+    rows = np.linspace(0, total - 1, count).astype(np.int64)
+    return np.asarray(leaf[(*at, *np.unravel_index(rows, shape[:-1]))])
+
+
+def differing_parts(recorded: object, found: Mapping[str, str]) -> str:
+    """What of a model is not what it was, in words.
+
+    Args:
+      recorded: fingerprints by part, such as "weights", of the model that something was fitted on; anything
+        else, and "" as a fingerprint, count as not recorded.
+      found: of the model that it is to be used with.
+
+    Returns:
+      "weights", "tokenizer", "weights and tokenizer", or "" where nothing is known to differ.
+    """
+    if not isinstance(recorded, Mapping):
+        return ""
+    pairs = ((part, recorded.get(part), value) for part, value in found.items())
+    return " and ".join(part for part, old, new in pairs if old and new and old != new)

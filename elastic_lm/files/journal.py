@@ -22,6 +22,7 @@ from elastic_lm.files.atomic import (
     unfinished,
     write_text_whole,
 )
+from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import try_lock
 
 CHUNK = 1 << 16  # bytes that are read at once
@@ -89,7 +90,7 @@ class Journal:
           OSError: the file cannot be written.
           ValueError: it holds something else, or another run's lines, or another process has it open.
         """
-        self._path = Path(path)
+        self._path = local_path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._packed = self._path.suffix == ".gz"
         self._broken = False

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import save_file
 
+from elastic_lm.files import checksums
 from elastic_lm.files.atomic import require_folder_above, whole_folder
 from elastic_lm.files.local import local_path
 from elastic_lm.hf.config_json import config_to_hf
-from elastic_lm.hf.files import INDEX, WEIGHTS
+from elastic_lm.hf.files import INDEX, WEIGHTS, TensorFiles
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import Config
@@ -26,6 +27,7 @@ WRITTEN = (
     "special_tokens_map.json",
     "*.safetensors",
     "*.safetensors.index.json",
+    checksums.FILE,
 )
 GENERATION_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "pad_token_id")
 
@@ -49,7 +51,8 @@ def export(
 ) -> None:
     """Writes a model as a Hugging Face folder of `config.family`; `load` reads it back bit by bit.
 
-    The folder appears complete or not at all. Exits go to `elastic_exits.safetensors`, described in
+    The folder appears complete or not at all, with checksums of its files, after its weights were read back
+    and compared. Exits go to `elastic_exits.safetensors`, described in
     an `elastic` block of config.json; transformers ignores both and loads the full-depth model.
 
     Args:
@@ -61,9 +64,10 @@ def export(
       overwrite: replace an earlier export at `path`.
 
     Raises:
-      ValueError: the family cannot express the model, or parameters and config disagree.
+      ValueError: the family cannot express the model, parameters and config disagree, or `path` is remote.
       FileExistsError: `path` holds something that may not be replaced.
       NotADirectoryError: something above it is a file.
+      OSError: weights cannot be written, or do not read back as they were; an earlier export stays.
 
     Example:
       ```python
@@ -91,6 +95,7 @@ def export(
         _write_json(partial / "config.json", entries)
         for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
             shutil.copymode(partial / "config.json", shard)
+        checksums.write_checksums(partial)
         check_target(path, overwrite)  # another process may have been there meanwhile
 
 
@@ -186,7 +191,29 @@ def _save(config: Config, leaves: list[tuple[Binding, Any]], path: Path) -> list
     save_file(tensors, path, metadata={"format": "pt"})
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+    _check_saved(tensors, path)
     return list(tensors)
+
+
+def _check_saved(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Reads a file of weights back that was just written.
+
+    Raises:
+      OSError: it cannot be read, or a tensor differs.
+    """
+    stored = TensorFiles({})
+    try:
+        stored.add(path)
+        for name, due in tensors.items():
+            found = stored.read(name)
+            same = found.shape == due.shape and found.dtype == due.dtype
+            if not same or found.tobytes() != due.tobytes():
+                raise ValueError(f"tensor {name!r} differs")
+    except ValueError as error:
+        raise OSError(
+            f"{path}: does not read back as it was written ({error}) and is not kept; check the disk and its "
+            "free space"
+        ) from error
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,10 @@ class TensorFiles:
 
     @classmethod
     def of_folder(cls, folder: Path, more: Iterable[Path] = ()) -> "TensorFiles":
-        """Finds the shards of a folder: those of its index, or its one file of weights.
+        """Finds the weights of a folder: its one file, or the shards of its index.
+
+        Where there are both, the one file is read, as `transformers` does. An index that names other files,
+        left over from an earlier save, is not read, and a warning says so.
 
         Args:
           folder: Hugging Face folder.
@@ -61,10 +65,11 @@ class TensorFiles:
           ValueError: the index is malformed, or a file is not readable.
         """
         tensors = cls({})
-        if (folder / INDEX).is_file():
+        if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
             tensors.files |= _read_index(folder / INDEX)
         else:
             tensors.add(_single_file(folder))
+            _warn_of_other_weights(folder)
         for path in more:
             tensors.add(path)
         return tensors
@@ -133,10 +138,28 @@ def _single_file(folder: Path) -> Path:
     raise FileNotFoundError(f"{path}: no such file, and no {INDEX} either (found: {found or 'none'}). {fix}")
 
 
-def _read_index(path: Path) -> dict[str, Path]:
+def _warn_of_other_weights(folder: Path) -> None:
+    """Warns where an index beside the one file of weights names other files."""
+    if not (folder / INDEX).is_file():
+        return
+    others = sorted({*_weight_map(folder / INDEX).values()} - {WEIGHTS})
+    if others:
+        warnings.warn(
+            f"{folder / WEIGHTS} is read, as transformers does; {INDEX} beside it names "
+            f"{', '.join(others[:4])} and is ignored: remove the weights that are out of date",
+            stacklevel=5,
+        )
+
+
+def _weight_map(path: Path) -> dict[str, str]:
     names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
         raise ValueError(f"{path}: weight_map must map tensor names to files; {AGAIN}")
+    return names
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    names = _weight_map(path)
     files = {name: path.parent / file for name, file in names.items()}
     for name, file in files.items():
         if file.parent != path.parent:

@@ -13,6 +13,8 @@ import numpy as np
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import DTYPES
 from elastic_lm.files.atomic import moved_away
+from elastic_lm.files.checksums import check_files
+from elastic_lm.files.local import local_path
 from elastic_lm.hf.config_json import config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
@@ -46,7 +48,8 @@ def load(
     the host never holds a second copy of the model.
 
     Args:
-      path: local folder with config.json and model.safetensors, or shards with an index.
+      path: local folder with config.json and model.safetensors, or shards with an index. Where it has
+        checksums, as every folder that `export` writes, all of its files are checked.
       dtype: "float32", "bfloat16" or "float16" of parameters and activations; None = that of the
         file, except on a CPU, where it is float32 (half precision is slow there).
       mesh: devices to spread the parameters over (`elastic_lm.models.sharding`); None = the default device.
@@ -71,7 +74,7 @@ def load(
       logits = el.Decoder(config).apply({"params": params}, jnp.array([[1, 2, 3]])).logits
       ```
     """
-    folder = Path(path)
+    folder = local_path(path)
     _check_folder(folder)
     config = _read_config(folder, dtype)
     exits = [folder / EXITS_FILE] if getattr(config, "exits", ()) else []
@@ -80,6 +83,7 @@ def load(
     config = _complete(config, tensors)
     config = _resolve_tying(config, tensors)
     table = _match(folder, config, tensors)
+    check_files(folder)  # after what can say more exactly what is wrong
     place = _placement(config, mesh)
     params: Params = {}
     for binding in table:

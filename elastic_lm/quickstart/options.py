@@ -6,6 +6,7 @@ from elastic_lm.config.checks import SEED, require_choice, require_each, require
 from elastic_lm.config.decoding import WINDOW
 from elastic_lm.config.exit_policy import DEFAULT_METRIC, GATE_METRIC, METRICS
 from elastic_lm.config.model import ExitConfig, ExitKind
+from elastic_lm.files.local import local_path
 
 HELD_OUT_TOKENS = 20_000  # that thresholds are fitted on, and as many others that they are tested on
 
@@ -41,6 +42,8 @@ class Options:
 
     def __post_init__(self) -> None:
         require_types(self)
+        for path in (self.out, self.hf_dir or "", *self.data):
+            local_path(path)
         for field in ("steps", "pretrain_steps"):
             if getattr(self, field) < 2:
                 raise ValueError(f"{field}={getattr(self, field)}: at least 2 steps are needed")

@@ -270,6 +270,7 @@ def _calibrate(options: Options, model: Model, steps: Steps) -> ConfidenceExit:
         targets=options.targets,
         model=model.name,
         data=f"calibration split of {' '.join(options.data) or 'the Python standard library'}",
+        tokenizer=model.tokenizer.fingerprint,
         seed=options.seed,
     )
 

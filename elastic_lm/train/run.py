@@ -24,6 +24,7 @@ from elastic_lm.report.writers import JsonlWriter, ProgressWriter, TensorBoardWr
 from elastic_lm.train import loop
 from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
 from elastic_lm.train.identity import check_identity, save_identity
+from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
 from elastic_lm.train.optim import make_optimizer
 from elastic_lm.train.prepared import Prepared
 from elastic_lm.train.state import TrainState, cast_params, create_state, state_shardings
@@ -70,8 +71,8 @@ def fit(
       FloatingPointError: training diverged; names the step.
       OSError: the disk takes no more; names the file.
       Stopped: `stop` asked for it; the state is saved.
-      ValueError: a file or field is unusable, or `workdir` is remote, holds another run, or is in use by
-        another process; names it.
+      ValueError: a file or field is unusable, `workdir` is remote, holds another run, or is in use by another
+        process, or the initial checkpoint or the data changed since the run there began; names it.
 
     Example:
       ```python
@@ -106,6 +107,8 @@ def _fit(
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
     run: Prepared = prepare(config, workdir, mesh)  # pyright: ignore[reportArgumentType]
     method, data = run.method, run.data
+    inputs = run_inputs(config, run)
+    check_inputs(config, inputs, workdir)
 
     trainable, frozen = method.split(run.params)
     # What trains is donated step by step: nothing else may hold on to it.
@@ -130,7 +133,9 @@ def _fit(
     data = dataclasses.replace(data, read=batches)
     state = create_state(optimizer, trainable, config.train.param_dtype or "float32")
     del trainable
-    save_identity(config, workdir)  # only now: a run that was refused leaves no trace in its workdir
+    # Only now: a run that was refused leaves no trace in its workdir.
+    save_identity(config, workdir)
+    save_inputs(inputs, workdir)
 
     with closing(Checkpoints(workdir / "checkpoints", config.train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)

@@ -26,6 +26,7 @@ from elastic_lm.config.parse import from_dict
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable
 from elastic_lm.files.atomic import naming, read_json, write_text_whole
+from elastic_lm.files.checksums import check_files, update_checksums
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_tensor
 from elastic_lm.width.router import ROUTER_WIDTH, Router, budget_code, init_router, layer_router
@@ -304,6 +305,7 @@ class Routers:
             save_file(arrays, folder / WEIGHTS, {"format": FORMAT})
         text = json.dumps({"format": FORMAT, **described}, indent=2) + "\n"
         write_text_whole(folder / DESCRIPTION, text)
+        update_checksums(folder, (WEIGHTS, DESCRIPTION))
 
     @classmethod
     def load(cls, folder: str | Path, config: ModelConfig, table: CostTable | None = None) -> "Routers":
@@ -325,6 +327,7 @@ class Routers:
         folder = Path(folder)
         if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{folder}: no routers here; train some: configs/routers.py")
+        check_files(folder, (WEIGHTS, DESCRIPTION))
         try:
             described = read_json(folder / DESCRIPTION)
             form = described.pop("format", None)

@@ -17,6 +17,7 @@ from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.function import Function
+from elastic_lm.cascade.guarantee import CascadeGuarantee
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.checkpoints import native as checkpoint
@@ -24,7 +25,7 @@ from elastic_lm.cli import main as cli
 from elastic_lm.cli.cascade import run as run_command
 from elastic_lm.cli.cascade.answering import answer_failed, answer_missing
 from elastic_lm.cli.cascade.checks import check_pair
-from elastic_lm.cli.cascade.identity import warn_other_models
+from elastic_lm.cli.cascade.identity import check_models
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.cost.sequences import text_to_text_flops
@@ -204,13 +205,41 @@ def test_a_rule_is_about_its_checkpoints(
     assert f"swift {folder / 'turned'} is not the checkpoint that the rule was fitted on" in error
 
 
+def test_models_are_told_apart_by_what_they_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that was saved again is the same one; a guarantee is about the models it was tested on."""
+    parser, _ = cli.build_parsers()
+    given = ("cascade", "run", "--swift", "a", "--super", "b", "--data", "d", "--rule", "r", "--out", "o")
+    options = run_command.Options.from_flags(parser.parse_args(given))
+    parts = {"swift": {"weights": "1", "tokenizer": "t"}, "super": {"weights": "2", "tokenizer": "t"}}
+    provenance = {
+        "models": {"swift": "old/a", "super": "old/b"},
+        "fingerprints": {"swift": "f", "super": "g"},
+        "contents": parts,
+    }
+    rule = CascadeRule(1.0, provenance=provenance)
+    files = {"swift": "saved again", "super": "saved again"}
+    check_models(rule, options, files, parts)
+    assert capsys.readouterr().err == ""
+
+    other = {**parts, "super": {"weights": "3", "tokenizer": "u"}}
+    check_models(rule, options, files, other)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "super b is not the checkpoint" in line
+    assert "(old/b), as their weights and tokenizer differ" in line
+
+    tested = CascadeGuarantee(0.1, 0.05, True, "kept", 9, 1, 1, 0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"super b is not the checkpoint .* --force; the rule's guarantee"):
+        check_models(dataclasses.replace(rule, guarantee=tested), options, files, other)
+
+
 @pytest.mark.parametrize("models", [{"swift": {"a": 1}}, {"small": "x"}, "two models", None])
 def test_other_descriptions_of_models(models: object, capsys) -> None:
     parser, _ = cli.build_parsers()
     given = ("cascade", "run", "--swift", "a", "--super", "b", "--data", "d", "--rule", "r", "--out", "o")
     options = run_command.Options.from_flags(parser.parse_args(given))
     rule = CascadeRule(1.0, provenance={"models": models})
-    warn_other_models(rule, options, {"swift": "1", "super": "2"})
+    check_models(rule, options, {"swift": "1", "super": "2"}, {})
     assert capsys.readouterr().err == ""
 
 

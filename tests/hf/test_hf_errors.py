@@ -91,6 +91,28 @@ def test_shards_of_the_index(folder: Path) -> None:
     refuses(out, INDEX, "weight_map")
 
 
+def test_one_file_of_weights_goes_before_an_index_that_was_left_behind(
+    folder: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """As in `transformers`, which reads the index only where there is no model.safetensors."""
+    config, params = hf.load(folder)
+    weights = load_file(folder / "model.safetensors")
+    shard = "model-00001-of-00001.safetensors"
+    save_file({name: tensor * 0 for name, tensor in weights.items()}, folder / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}
+    (folder / INDEX).write_text(json.dumps(index))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=rf"model\.safetensors is read.*{INDEX}.*{shard} and is ignored"):
+        assert_same_model((config, params), hf.load(folder))
+
+    (folder / shard).unlink()
+    with pytest.warns(UserWarning, match=r"is ignored"):
+        assert_same_model((config, params), hf.load(folder))
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weights, "model.safetensors")}))
+    assert_same_model((config, params), hf.load(folder))
+    assert len(recwarn.list) == 0
+
+
 def test_missing_tensors(folder: Path) -> None:
     edit_weights(folder, lambda weights: weights.pop("lm_head.weight"))
     refuses(folder, "'lm_head.weight'", "model.safetensors", "tie_word_embeddings")

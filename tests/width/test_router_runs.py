@@ -96,7 +96,8 @@ def test_impossible_settings_are_named(elastic: RunConfig, tmp_path: Path) -> No
         changed(elastic, init_from="")
     with pytest.raises(ValueError, match=r"train_model=True: not read with method\.scheme='surrogate'"):
         changed(elastic, scheme="surrogate", train_model=True)
-    (Path(elastic.train.init_from) / "menu.json").unlink()
+    for name in ("menu.json", "checksums.json"):
+        (Path(elastic.train.init_from) / name).unlink()
     with pytest.raises(FileNotFoundError, match=r"configs/flextron\.py"):
         fit(elastic, tmp_path / "refused")
 

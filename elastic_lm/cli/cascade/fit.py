@@ -118,8 +118,9 @@ def run(options: Options) -> None:
     found = fingerprints(options)
     settings = fit_identity(options, found, scoring)
     kept = answers_path(options.out, settings)
+    contents: dict[str, dict[str, str]] = {}
     with closing(Journal(kept, settings)) as journal:
-        measured = measure(options, records, scoring, journal)
+        measured = measure(options, records, scoring, journal, contents)
 
     try:
         rule = fit_rule(
@@ -133,6 +134,7 @@ def run(options: Options) -> None:
             data=options.data,
             models={"swift": options.swift_name, "super": options.super_name},
             fingerprints=found,
+            contents=contents,
         )
     except ValueError as error:
         raise ValueError(f"{error}; the answers are kept in {kept}: another goal asks no model") from error
@@ -147,7 +149,11 @@ def run(options: Options) -> None:
 
 
 def measure(
-    options: Options, records: "Sequence[Record]", scoring: "Scoring", journal: "Journal"
+    options: Options,
+    records: "Sequence[Record]",
+    scoring: "Scoring",
+    journal: "Journal",
+    contents: dict[str, dict[str, str]],
 ) -> "Measurements":
     """What both models give for labelled records.
 
@@ -156,6 +162,7 @@ def measure(
       records: with labels.
       scoring: of the Swift's energy.
       journal: where the answers are, and where those that are missing go.
+      contents: gets the fingerprints of both models, see `make_pair`.
 
     Raises:
       ValueError: flags, models and records do not fit together, or every record failed.
@@ -173,7 +180,7 @@ def measure(
 
     # The answers are kept without --super-cost, so that another price needs no new answers.
     score = options.scored_by
-    swift, super_ = make_pair(options, records[0], scoring, score, super_cost=0.0)
+    swift, super_ = make_pair(options, records[0], scoring, score, super_cost=0.0, contents=contents)
     check_pair(options, records[0], swift, super_, score)
     names = class_names(swift, super_)
     right = right_answers(

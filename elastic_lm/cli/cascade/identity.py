@@ -11,7 +11,7 @@ from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import Scoring
 from elastic_lm.cli.cascade.options import PairOptions, answerer_name, is_url
 from elastic_lm.config.cascade import PLACES
-from elastic_lm.files.fingerprints import checkpoint_fingerprint, file_sha256
+from elastic_lm.files.fingerprints import checkpoint_fingerprint, differing_parts, file_sha256
 
 # The options that change answers. The others change how long answers take, or no model reads them.
 ANSWERING = (
@@ -95,22 +95,51 @@ def run_identity(options: PairOptions, found: Mapping[str, str | None], rule: Ca
     }
 
 
-def warn_other_models(rule: CascadeRule, options: PairOptions, found: Mapping[str, str | None]) -> None:
-    """Warns on stderr where a rule was fitted on other models: an energy is about one checkpoint."""
+def check_models(
+    rule: CascadeRule,
+    options: PairOptions,
+    found: Mapping[str, str | None],
+    contents: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Warns on stderr where a rule was fitted on other models: an energy is about one checkpoint.
+
+    Args:
+      rule: says what it was fitted on.
+      options: of the command.
+      found: from `fingerprints`.
+      contents: fingerprints of what was loaded, see `models.make_pair`; they stay the same when a model is
+        saved again.
+
+    Raises:
+      ValueError: the models are others, and the rule's guarantee is about those that it was fitted on.
+    """
     places = {"swift": options.swift_name, "super": options.super_name}
-    fitted = {key: _mapping(rule.provenance.get(key)) for key in ("models", "fingerprints")}
+    keys = ("models", "fingerprints", "contents")
+    models, files, parts = (_mapping(_mapping(rule.provenance).get(key)) for key in keys)
     for name, now in places.items():
-        place, old, new = fitted["models"].get(name), fitted["fingerprints"].get(name), found[name]
-        if old and new:
-            if old != new:
+        place = models.get(name)
+        if not (files.get(name) and found[name]):
+            # Without fingerprints of both, the folders' names are all that can be compared.
+            if isinstance(place, str) and not is_url(now) and Path(now).absolute() != Path(place).absolute():
                 print(
-                    f"{name} {now} is not the checkpoint that the rule was fitted on ({place}): an energy "
-                    "is about one checkpoint, fit it again",
-                    file=sys.stderr,
+                    f"the rule was fitted with {name} {place}, this is {now}: fit it again", file=sys.stderr
                 )
-        # Without fingerprints of both, the folders' names are all that can be compared.
-        elif isinstance(place, str) and not is_url(now) and Path(now).absolute() != Path(place).absolute():
-            print(f"the rule was fitted with {name} {place}, this is {now}: fit it again", file=sys.stderr)
+            continue
+
+        recorded, loaded = _mapping(parts.get(name)), contents.get(name, {})
+        if recorded.get("weights") and loaded.get("weights"):
+            other = differing_parts(recorded, loaded)
+        else:
+            other = "" if files[name] == found[name] else "files"
+        if not other:
+            continue
+        line = (
+            f"{name} {now} is not the checkpoint that the rule was fitted on ({place}), as their {other} "
+            "differ: an energy is about one checkpoint, fit it again or pass --force"
+        )
+        if rule.guarantee is not None and rule.guarantee.achieved:
+            raise ValueError(f"{line}; the rule's guarantee is about those models alone")
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from elastic_lm.cascade.scores import Scoring
 from elastic_lm.cascade.shared_model import shared_classifier, shared_generator, shared_multiple_choice
 from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.checkpoints.loading import load
+from elastic_lm.cli.belonging import parts_of
 from elastic_lm.cli.cascade.options import KEY, PairOptions, answerer_name, is_url
 from elastic_lm.config.cascade import DEFAULT_SCORE, PLACES
 from elastic_lm.config.checks import require
@@ -32,6 +33,7 @@ def make_pair(
     score: str = DEFAULT_SCORE,
     *,
     super_cost: float = 0.0,
+    contents: dict[str, dict[str, str]] | None = None,
 ) -> tuple[Answerer, Answerer]:
     """The Swift and the Super that the options name.
 
@@ -41,18 +43,32 @@ def make_pair(
       scoring: of the Swift's energy.
       score: that is read of the Swift.
       super_cost: FLOPs of a record, where the Super is a service that does not say them.
+      contents: gets the fingerprints by part of "swift" and "super", as far as they are loaded here.
 
     Raises:
       ValueError: an option does not fit the models; names it.
     """
+    contents = {} if contents is None else contents
     if not options.swift:
-        return _shared_pair(options, record, scoring)
-    swift = make_answerer(options, options.swift, record, scoring, cost=0.0, score=score)
-    return swift, make_answerer(options, options.super_, record, Scoring(), cost=super_cost)
+        contents["swift"] = contents["super"] = parts = {}
+        return _shared_pair(options, record, scoring, parts)
+
+    contents |= {"swift": {}, "super": {}}
+    how: dict[str, Any] = {"cost": 0.0, "score": score, "parts": contents["swift"]}
+    swift = make_answerer(options, options.swift, record, scoring, **how)
+    how = {"cost": super_cost, "parts": contents["super"]}
+    return swift, make_answerer(options, options.super_, record, Scoring(), **how)
 
 
 def make_answerer(
-    options: PairOptions, place: str, record: Record, scoring: Scoring, *, cost: float, score: str = ""
+    options: PairOptions,
+    place: str,
+    record: Record,
+    scoring: Scoring,
+    *,
+    cost: float,
+    score: str = "",
+    parts: dict[str, str] | None = None,
 ) -> Answerer:
     """One model, of the kind that is named, or that its folder holds.
 
@@ -63,6 +79,7 @@ def make_answerer(
       scoring: of its energy.
       cost: FLOPs of a record, where the model is a service.
       score: that is read of it; "" = none.
+      parts: gets the fingerprints of its weights and tokenizer, where they are loaded here.
     """
     if is_url(place):
         return _service(options, place, cost)
@@ -72,6 +89,8 @@ def make_answerer(
     model, params = load(place)
     tokenizer = Tokenizer.load(place)
     tokenizer.check_vocabulary(model.config.vocab_size)
+    if parts is not None:
+        parts |= parts_of(params, tokenizer)
     shared: dict[str, Any] = {"scoring": scoring, "batch_size": options.batch_size}
 
     if isinstance(model, Encoder):
@@ -121,11 +140,14 @@ def _service(options: PairOptions, url: str, cost: float) -> Endpoint:
     )
 
 
-def _shared_pair(options: PairOptions, record: Record, scoring: Scoring) -> tuple[Answerer, Answerer]:
+def _shared_pair(
+    options: PairOptions, record: Record, scoring: Scoring, parts: dict[str, str]
+) -> tuple[Answerer, Answerer]:
     """The Super, and one of its exits as the Swift."""
     model, params = load(options.super_)
     tokenizer = Tokenizer.load(options.super_)
     tokenizer.check_vocabulary(model.config.vocab_size)
+    parts |= parts_of(params, tokenizer)
     how: dict[str, Any] = {
         "exit": options.swift_exit,
         "scoring": scoring,

@@ -7,6 +7,7 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from elastic_lm.cli.belonging import add_force
 from elastic_lm.cli.cascade.options import PairOptions, add_pair_flags
 from elastic_lm.config.checks import require
 
@@ -33,6 +34,7 @@ class Options(PairOptions):
     rule: str | None = None  # file from `cascade fit`
     threshold: float | None = None  # instead: the least score that the Swift keeps
     out: str  # JSON lines
+    force: bool = False  # a rule of other models is taken without a word
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--rule", metavar="FILE", help="from `cascade fit`")
     add("--threshold", type=float, metavar="T", help="instead: the least score that the Swift keeps")
     add("--out", required=True, metavar="FILE", help="JSON lines, or .gz of them")
+    add_force(parser, "a rule")
 
 
 def run(options: Options) -> int:
@@ -61,7 +64,7 @@ def run(options: Options) -> int:
     from elastic_lm.cascade.cascade import Cascade
     from elastic_lm.cli.cascade.answering import answer_failed, answer_missing
     from elastic_lm.cli.cascade.checks import check_pair, check_record
-    from elastic_lm.cli.cascade.identity import fingerprints, run_identity, warn_other_models
+    from elastic_lm.cli.cascade.identity import check_models, fingerprints, run_identity
     from elastic_lm.cli.cascade.lines import result_line
     from elastic_lm.cli.cascade.models import make_pair
     from elastic_lm.cli.cascade.quality import written_names
@@ -74,9 +77,12 @@ def run(options: Options) -> int:
     check_record(options, first)
 
     found = fingerprints(options)
-    warn_other_models(rule, options, found)
+    contents: dict[str, dict[str, str]] = {}
     with closing(Journal(options.out, run_identity(options, found, rule))) as journal:
-        pair = make_pair(options, first, rule.scoring, rule.score, super_cost=options.super_cost)
+        how = {"super_cost": options.super_cost, "contents": contents}
+        pair = make_pair(options, first, rule.scoring, rule.score, **how)
+        if not options.force:
+            check_models(rule, options, found, contents)
         check_pair(options, first, *pair, rule.score)
         cascade = Cascade(*pair, rule, batch_size=options.batch_size)
         line = functools.partial(result_line, names=written_names(*pair))

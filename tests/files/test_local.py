@@ -1,0 +1,85 @@
+"""Remote paths are refused by every flag for a file or folder, before any work."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import elastic_lm as el
+from elastic_lm.cli import main as cli
+from elastic_lm.cli.parser import PLACES, Parser
+from elastic_lm.files.local import local_path
+from elastic_lm.testing import random_params, tiny_config
+
+
+@pytest.mark.parametrize(
+    "path", ["gs://bucket/run", "s3://b/x", Path("gs://b/x"), "hdfs://h/x", "http://h/x"]
+)
+def test_remote_paths(path: str | Path) -> None:
+    with pytest.raises(ValueError, match="remote paths are not supported yet"):
+        local_path(path)
+
+
+@pytest.mark.parametrize("path", ["a/b", "/a:b/c", "./gs:/x", "C:/models", "a:b", "größe [1]"])
+def test_local_paths(path: str) -> None:
+    assert local_path(path) == Path(path)
+
+
+def parsers(parser: Parser, name: str = "") -> Iterator[tuple[str, Parser]]:
+    """Every parser with flags of its own, by the words that are typed."""
+    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not below:
+        yield name, parser
+    for action in below:
+        for word, deeper in action.choices.items():
+            yield from parsers(deeper, f"{name} {word}".strip())
+
+
+FLAGS = [
+    (name, action.option_strings[0])
+    for name, parser in parsers(cli.build_parsers()[0])
+    for action in parser._actions
+    if action.option_strings and action.metavar in PLACES
+]
+
+
+def test_the_commands_have_such_flags() -> None:
+    commands = {name.split()[0] for name, _ in FLAGS}
+    assert commands == {*cli.COMMANDS}
+    assert len(FLAGS) > 30
+
+
+@pytest.mark.parametrize(("command", "flag"), FLAGS)
+def test_no_flag_takes_a_remote_path(
+    command: str,
+    flag: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command.split(), flag, "s3://bucket/x"])
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "s3://bucket/x: remote paths are not supported yet" in lines[0]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_functions_refuse_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, policy = tiny_config(exits=(2,)), el.ConfidenceExit("margin", (0.5,), (2,))
+    calls = [
+        lambda: el.load("gs://b/m"),
+        lambda: el.hf.load("gs://b/m"),
+        lambda: el.hf.export(config, random_params(config), "s3://b/m"),
+        lambda: el.Tokenizer.load("gs://b/m"),
+        lambda: policy.save("gs://b/t.json"),
+        lambda: el.data.train_batches(el.DataConfig("text", paths=("gs://b/t.txt",)), None),  # pyright: ignore
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="remote paths are not supported yet"):
+            call()
+    assert not [*tmp_path.iterdir()]
