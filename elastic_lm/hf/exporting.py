@@ -207,7 +207,9 @@ def _check_saved(tensors: dict[str, np.ndarray], path: Path) -> None:
         for name, due in tensors.items():
             found = stored.read(name)
             same = found.shape == due.shape and found.dtype == due.dtype
-            if not same or found.tobytes() != due.tobytes():
+            if not same or not np.array_equal(
+                found.reshape(-1).view(np.uint8), due.reshape(-1).view(np.uint8)
+            ):
                 raise ValueError(f"tensor {name!r} differs")
     except ValueError as error:
         raise OSError(

@@ -196,6 +196,8 @@ def test_a_rule_is_about_its_checkpoints(
 ) -> None:
     rule = tmp_path / "rule.json"
     assert run(capsys, "fit", *pair, "--super-accuracy", "--out", rule)[0] == 0
+    contents = CascadeRule.load(rule).provenance["contents"]
+    assert [len(contents[name][part]) for name in contents for part in contents[name]] == [16] * 4
     shutil.copytree(folder / "ordered", tmp_path / "copy")
     given = ("run", "--super", folder / "turned", "--data", folder / "d.jsonl", "--rule", rule)
     code, error = run(capsys, *given, "--swift", tmp_path / "copy", "--out", tmp_path / "a")

@@ -264,7 +264,9 @@ def test_calibrate_then_evaluate(
     sizes = ("--data", text, "--tokens", 2000, "--seq-len", 64, "--continuations", 0)
     thresholds = tmp_path / "thresholds.json"
     assert run("calibrate", "--model", model, *sizes, "--target", 0.9, "--out", thresholds) == 0
-    assert ConfidenceExit.load(thresholds).target == 0.9
+    policy = ConfidenceExit.load(thresholds)
+    assert policy.target == 0.9
+    assert [len(policy.calibrated_on[part]) for part in ("weights", "tokenizer")] == [16, 16]
     assert "never" in capsys.readouterr().out
     result = tmp_path / "result.json"
     assert run("evaluate", "--model", model, *sizes, "--thresholds", thresholds, "--json", result) == 0

@@ -6,17 +6,22 @@ import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import elastic_lm as el
 from elastic_lm import testing
 from elastic_lm.checkpoints import native
 from elastic_lm.cli import belonging, generate
+from elastic_lm.config.subnet import Menu
+from elastic_lm.cost.counted import Workload, counted_table
+from elastic_lm.cost.latency_table import Device, LatencyTable
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.depth.guarantee import Guarantee
 from elastic_lm.files.fingerprints import differing_parts, file_digest, weights_fingerprint
 from elastic_lm.models.decoder import stack_layers
 
+MENU = Menu(mlp=(0.5, 1.0), heads=(1.0,))
 CONFIG = testing.tiny_config(exits=(2,), n_layers=3, vocab_size=260)
 
 
@@ -46,13 +51,11 @@ def test_one_model_has_one_fingerprint(folders: tuple[Path, Path], tmp_path: Pat
 
 
 def test_other_models_have_others(folders: tuple[Path, Path]) -> None:
-    params = native.load_model(folders[0])[1]
+    params = jax.tree.map(np.array, native.load_model(folders[0])[1])
     found = {weights_fingerprint(params), weights_fingerprint(native.load_model(folders[1])[1])}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        changed = jax.tree_util.tree_map_with_path(
-            lambda at, x, path=path, leaf=leaf: leaf.at[(-1,) * leaf.ndim].add(1) if at == path else x, params
-        )
-        found.add(weights_fingerprint(changed))
+    for leaf in jax.tree.leaves(params):
+        leaf[(-1,) * leaf.ndim] += 1  # in the tree, and the next ones on top
+        found.add(weights_fingerprint(params))
     assert len(found) == 2 + len(jax.tree.leaves(params))
 
     tokenizers = [
@@ -64,12 +67,11 @@ def test_other_models_have_others(folders: tuple[Path, Path]) -> None:
 
 
 def test_a_large_parameter_is_sampled() -> None:
-    params = {"table": jax.numpy.zeros((40_000, 8))}
-    found = weights_fingerprint(params)
-    assert (
-        weights_fingerprint({"table": params["table"].at[-1, 3].set(1.0)}) != found
-    )  # the ends always count
-    assert weights_fingerprint({"table": params["table"] + 1.0}) != found
+    table = np.zeros((40_000, 8), np.float32)
+    found = weights_fingerprint({"table": table})
+    assert weights_fingerprint({"table": table + 1}) != found
+    table[-1, 3] = 1  # the ends always count
+    assert weights_fingerprint({"table": table}) != found
 
 
 def test_digests_of_files(tmp_path: Path) -> None:
@@ -133,6 +135,20 @@ def test_thresholds_of_other_weights(
     content["provenance"] = {"model": {"path": "x", "n_layers": 3}}  # of an earlier release
     Path(file).write_text(json.dumps(content))
     assert said(dataclasses.replace(options, model=str(second))) == ""
+
+
+def test_a_latency_table_of_other_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    costs = dataclasses.replace(counted_table(CONFIG, MENU, "parameters"), kind="latency_ms")
+    here, work = Device("cpu", "cpu", "a", 1), Workload(1, 8)
+    fields = (CONFIG, MENU, work, here, costs, costs, {"decode": 0.0, "prefill": 0.0}, 1, "", {})
+    table = LatencyTable(*fields, path="first", weights="1")
+    belonging.check_table(table, "t.json", "second", {"weights": "1"}, force=False)
+    belonging.check_table(LatencyTable(*fields), "t.json", "second", {"weights": "2"}, force=False)
+    belonging.check_table(table, "t.json", "second", {"weights": "2"}, force=True)
+    assert capsys.readouterr().err == ""
+    belonging.check_table(table, "t.json", "second", {"weights": "2"}, force=False)
+    line = capsys.readouterr().err
+    assert "t.json: was measured on first, whose weights differ from those of second; measure again" in line
 
 
 def test_a_guarantee_is_about_one_model(folders: tuple[Path, Path], tmp_path: Path) -> None:

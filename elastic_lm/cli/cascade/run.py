@@ -79,8 +79,9 @@ def run(options: Options) -> int:
     found = fingerprints(options)
     contents: dict[str, dict[str, str]] = {}
     with closing(Journal(options.out, run_identity(options, found, rule))) as journal:
-        how = {"super_cost": options.super_cost, "contents": contents}
-        pair = make_pair(options, first, rule.scoring, rule.score, **how)
+        pair = make_pair(
+            options, first, rule.scoring, rule.score, super_cost=options.super_cost, contents=contents
+        )
         if not options.force:
             check_models(rule, options, found, contents)
         check_pair(options, first, *pair, rule.score)
