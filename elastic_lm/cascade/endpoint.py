@@ -25,6 +25,7 @@ from elastic_lm.config.checks import (
     require_choice,
     require_not_negative,
     require_positive,
+    require_type,
 )
 
 BUSY = (408, 425, 429)  # statuses below 500 after which trying again may help
@@ -86,6 +87,7 @@ class Endpoint:
         Raises:
           ValueError: an argument is out of range.
         """
+        require_type("url", url, str)
         require(url.startswith(("http://", "https://")), "url", url, "must begin with http:// or https://")
         require_positive("timeout", timeout)
         for name, value in (("retries", retries), ("backoff", backoff), ("cost", cost)):

@@ -279,7 +279,7 @@ def load_config(path: str | Path) -> Config:
         raise FileNotFoundError(f"{file.parent} is not an elastic checkpoint: it has no {CONFIG_FILE}")
     values = read_json(file)
     name = values.pop("kind", "decoder")  # older checkpoints hold decoders and do not say so
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"{file}: kind={name!r}: must be one of {', '.join(KINDS)}; update elastic_lm")
     return _described(KINDS[name].config, values, file, "model.")
 

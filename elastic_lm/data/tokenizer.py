@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from elastic_lm.config.checks import require
-from elastic_lm.files.atomic import read_json
+from elastic_lm.files.atomic import local_folder, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -57,7 +57,7 @@ class Tokenizer:
           FileNotFoundError: there is no tokenizer.json.
           ValueError: the file is not a tokenizer, or one beside it is damaged; names the file.
         """
-        file = Path(path)
+        file = local_folder(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}: expected a tokenizer.json or a folder with one")

@@ -16,8 +16,8 @@ when one is not.
 
 Which tokens are drafts depends on the other rows of a batch: a deep tick verifies what is pending in every
 row, whichever of them it runs for, and a row that it reaches at its newest position takes the full model's
-token in place of a draft. The tokens are the same either way; their depths, and the counts of drafts, are not.
-Were a row verified only when it asks for it, deep ticks would run more often than they do.
+token in place of a draft. The tokens are the same either way; their depths, and the counts of drafts, are
+not. Were a row verified only when it asks for it, deep ticks would run more often than they do.
 
 Papers: LayerSkip, arXiv 2404.16710; dynamic self-speculative decoding, arXiv 2407.21082.
 """

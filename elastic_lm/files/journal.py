@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from elastic_lm.config.checks import require
-from elastic_lm.files.atomic import read_json, write_text_whole
+from elastic_lm.files.atomic import local_folder, read_json, require_folder_above, write_text_whole
 
 CHUNK = 1 << 16  # bytes that are read at once
 REWRITTEN = 1024  # lines that are written at once where a file is written anew
@@ -78,7 +78,8 @@ class Journal:
           OSError: the file cannot be written.
           ValueError: it holds something else, or another run's lines, or another process has it open.
         """
-        self._path = Path(path)
+        self._path = local_folder(path)
+        require_folder_above(self._path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._packed = self._path.suffix == ".gz"
         self._broken = False

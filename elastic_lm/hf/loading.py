@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config.model import DTYPES
+from elastic_lm.files.atomic import local_folder
 from elastic_lm.hf.config_json import config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
@@ -54,8 +55,8 @@ def load(
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
-      ValueError: a file is damaged, the family or one of its features is not supported, a tensor is
-        missing, not expected or of the wrong shape. Messages name file, tensor and fix.
+      ValueError: `path` is remote, a file is damaged, the family or one of its features is not supported, a
+        tensor is missing, not expected or of the wrong shape. Messages name file, tensor and fix.
 
     Example:
       ```python
@@ -67,7 +68,7 @@ def load(
       logits = el.Decoder(config).apply({"params": params}, jnp.array([[1, 2, 3]])).logits
       ```
     """
-    folder = Path(path)
+    folder = local_folder(path)
     _check_folder(folder)
     config = _read_config(folder, dtype)
     exits = [folder / EXITS_FILE] if getattr(config, "exits", ()) else []

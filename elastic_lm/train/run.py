@@ -104,7 +104,11 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
     data = dataclasses.replace(data, read=batches)
     state = create_state(optimizer, trainable)
     del trainable
-    save_identity(config, workdir)  # only now: a run that was refused leaves no trace in its workdir
+
+    # Only now: a run that was refused leaves no trace in its workdir.
+    if run.learned:
+        run.tokenizer.save(workdir)
+    save_identity(config, workdir)
 
     with closing(Checkpoints(workdir / "checkpoints", config.train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)

@@ -31,7 +31,7 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
 
     Args:
       config: the whole run.
-      workdir: a learned tokenizer is written here, or read where one lies there already.
+      workdir: the learned tokenizer of a run that has begun is read here.
       mesh: from `sharding.make_mesh`.
 
     Returns:
@@ -68,6 +68,7 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
         per_step=rows * config.data.seq_len,
         menu=initial_menu(config),
         canonical=unstack_layers,
+        learned=not (config.data.tokenizer or config.train.init_from),
     )
 
 
@@ -76,7 +77,7 @@ def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
 
     Args:
       config: the whole run.
-      workdir: a learned tokenizer.json is written here, or read where it lies there already.
+      workdir: the learned tokenizer of a run that has begun is read here.
 
     Raises:
       FileNotFoundError: the configured tokenizer, or the text to learn one from, does not exist.
