@@ -115,7 +115,9 @@ def guard(program: str, debug: bool, run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         shown = show_traceback(debug)
         fix = "with what is above" if shown else "with what the same command prints with --debug"
         what = f"unexpected {type(error).__name__}: {one_line(error)}"
@@ -132,7 +134,7 @@ def show_traceback(debug: bool) -> bool:
     return wanted
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error on one line, with the file first where the system reports one."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"

@@ -51,7 +51,7 @@ class Call:
       call: takes an empty folder.
       says: texts that the message has, in this order, with " … " between them.
       error: what it raises.
-      part: what is refused in another way, or not yet, and who mends it; "" = as it should be.
+      part: what is not refused yet, takes long until then, and who mends it; "" = as it should be.
     """
 
     name: str
