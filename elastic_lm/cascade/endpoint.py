@@ -27,6 +27,7 @@ from elastic_lm.config.checks import (
     require_choice,
     require_not_negative,
     require_positive,
+    require_type,
 )
 from elastic_lm.config.parse import parse_json
 
@@ -93,6 +94,7 @@ class Endpoint:
         Raises:
           ValueError: an argument is out of range.
         """
+        require_type("url", url, str)
         shown = without_secrets(url)
         require(url.startswith(("http://", "https://")), "url", shown, "must begin with http:// or https://")
         address, login = _split_login(url, shown)

@@ -39,8 +39,9 @@ class Function:
             every record in it.
 
         Raises:
-          ValueError: the cost is negative or not finite.
+          ValueError: there is no function, or the cost is negative or not finite.
         """
+        require(callable(function), "function", function, "must be a function of a record")
         require_not_negative("cost", cost)
         self._function, self._cost, self._batches = function, cost, batches
 

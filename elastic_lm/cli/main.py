@@ -123,7 +123,9 @@ def guard(program: str, debug: bool, run: Callable[[], int | None]) -> int:
         sys.stdout.flush()  # what cannot be written is noticed here, not when the interpreter ends
     except KeyboardInterrupt:
         return signals.interrupted()
-    except Exception as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         signals.wait_for_end()  # what is broken off may raise anything
         if signals.is_closed_pipe(error):
             return signals.CLOSED_PIPE
@@ -147,7 +149,7 @@ def show_traceback(debug: bool) -> bool:
     return wanted
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of an error on one line, with the file first where the system reports one."""
     if isinstance(error, OSError) and error.strerror:
         from elastic_lm.files.atomic import DISK_ERRORS

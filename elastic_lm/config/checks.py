@@ -12,10 +12,17 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 LARGEST_INT = 2**31 - 1  # what an int32 holds; larger numbers would wrap around on the device
 MOST_LAYERS = 4096
 
-AT_LEAST_1 = (lambda value: 1 <= value <= LARGEST_INT, "must be at least 1, and below 2**31")
-NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
-POSITIVE = (lambda value: 0 < value < math.inf, "must be positive and finite")
-SEED = (lambda value: 0 <= value < 2**32, "must be in [0, 2**32)")
+Real = numbers.Real  # texts and None do not compare with numbers
+AT_LEAST_1 = (
+    lambda value: isinstance(value, Real) and 1 <= value <= LARGEST_INT,
+    "must be at least 1, and below 2**31",
+)
+NOT_NEGATIVE = (
+    lambda value: isinstance(value, Real) and 0 <= value < math.inf,
+    "must be at least 0 and finite",
+)
+POSITIVE = (lambda value: isinstance(value, Real) and 0 < value < math.inf, "must be positive and finite")
+SEED = (lambda value: isinstance(value, Real) and 0 <= value < 2**32, "must be in [0, 2**32)")
 
 # Types of fields, what their values may be besides (NumPy's numbers are registered as such), and in words.
 KINDS: dict[Any, tuple[Any, str]] = {

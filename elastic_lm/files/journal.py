@@ -19,6 +19,7 @@ from elastic_lm.files.atomic import (
     read_json,
     real_place,
     remove_leftovers,
+    require_folder_above,
     unfinished,
     write_text_whole,
 )
@@ -91,6 +92,7 @@ class Journal:
           ValueError: it holds something else, or another run's lines, or another process has it open.
         """
         self._path = local_path(path)
+        require_folder_above(self._path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._packed = self._path.suffix == ".gz"
         self._broken = False

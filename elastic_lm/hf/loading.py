@@ -60,9 +60,9 @@ def load(
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
-      ValueError: a file is damaged, the family or one of its features is not supported, a tensor is
-        missing, not expected, of the wrong shape, or holds NaN, infinity, or values that are too large for
-        `dtype`. Messages name file, tensor and fix.
+      ValueError: `path` is remote, a file is damaged, the family or one of its features is not supported, a
+        tensor is missing, not expected, of the wrong shape, or holds NaN, infinity, or values that are too
+        large for `dtype`. Messages name file, tensor and fix.
 
     Example:
       ```python

@@ -8,6 +8,7 @@ from typing import Any
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.models.decoder import Params
+from elastic_lm.train.identity import FILE as RUN_FILE
 from elastic_lm.train.method import Method, RunData
 
 
@@ -24,6 +25,7 @@ class Prepared:
       rate: name of what is counted per second.
       menu: widths that the initial checkpoint is elastic for; None = it is not.
       canonical: from the form that parameters train in to the form that they are saved in.
+      learned: the tokenizer was learned for this run, and is kept in its workdir.
     """
 
     method: Method[Any]
@@ -34,16 +36,20 @@ class Prepared:
     rate: str = "tokens_per_s"
     menu: Menu | None = None
     canonical: Callable[[Params], Params] = lambda params: params
+    learned: bool = False
 
 
 def learned_tokenizer(workdir: Path, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
-    """A BPE tokenizer of a run that has none; it is kept, so that a resumed run reads the same ids.
+    """A BPE tokenizer of a run that has none.
+
+    A run keeps it from its first step on, so that a resumed run reads the same ids. Where no run has begun,
+    a tokenizer.json that lies there is not this run's.
 
     Args:
-      workdir: the tokenizer.json is written here, or read where it lies there already.
+      workdir: the tokenizer.json of the run is read here, where the run has begun.
       texts: gives what the tokenizer is learned from; called only where none is kept.
       vocab_size: number of ids.
     """
-    if not (workdir / "tokenizer.json").is_file():
-        train_bpe(texts(), vocab_size).save(workdir)
-    return Tokenizer.load(workdir)
+    if (workdir / RUN_FILE).is_file() and (workdir / "tokenizer.json").is_file():
+        return Tokenizer.load(workdir)
+    return train_bpe(texts(), vocab_size)

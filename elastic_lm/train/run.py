@@ -134,6 +134,8 @@ def _fit(
     state = create_state(optimizer, trainable, config.train.param_dtype or "float32")
     del trainable
     # Only now: a run that was refused leaves no trace in its workdir.
+    if run.learned:
+        run.tokenizer.save(workdir)
     save_identity(config, workdir)
     save_inputs(inputs, workdir)
 

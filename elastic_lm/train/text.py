@@ -36,7 +36,7 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
 
     Args:
       config: the whole run.
-      workdir: a learned tokenizer is written here, or read where one lies there already.
+      workdir: the learned tokenizer of a run that has begun is read here.
       mesh: from `sharding.make_mesh`.
 
     Returns:
@@ -74,6 +74,7 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
         per_step=rows * config.data.seq_len,
         menu=initial_menu(config),
         canonical=unstack_layers,
+        learned=not (config.data.tokenizer or config.train.init_from),
     )
 
 
@@ -96,7 +97,7 @@ def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
 
     Args:
       config: the whole run.
-      workdir: a learned tokenizer.json is written here, or read where it lies there already.
+      workdir: the learned tokenizer of a run that has begun is read here.
 
     Raises:
       FileNotFoundError: the configured tokenizer, or the text to learn one from, does not exist.

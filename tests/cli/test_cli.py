@@ -460,3 +460,32 @@ def test_debug_shows_where(
     monkeypatch.setenv("ELASTIC_LM_DEBUG", "1")
     assert run("generate", "--model", tmp_path / "nowhere", "--prompt", "a") == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a\nb"), RecursionError(), KeyError("k"), Panic("a b")])
+def test_an_error_that_nobody_foresaw_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    def fail(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("elastic_lm.cli.generate.run", fail)
+    assert run("generate", "--prompt", "a") == 70
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"elastic-lm generate: error: unexpected {type(error).__name__}: ")
+    assert "with --debug: https://github.com/" in line
+
+    assert run("generate", "--prompt", "a", "--debug") == 70
+    *above, line = capsys.readouterr().err.splitlines()
+    assert above[0] == "Traceback (most recent call last):"
+    assert "with what is above: https://github.com/" in line
+
+
+def test_exit_statuses_are_in_the_help() -> None:
+    text = cli.build_parsers()[0].format_help()
+    for status in (cli.REFUSED, cli.UNEXPECTED, cli.INTERRUPTED):
+        assert f" {status} " in text

@@ -75,6 +75,7 @@ def prepare_task(run: TaskRun, workdir: Path, mesh: Mesh) -> Prepared:
         data=data,
         per_step=task.batch_size,
         rate="records_per_s",
+        learned=not (task.tokenizer or run.train.init_from),
     )
 
 
