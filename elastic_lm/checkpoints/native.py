@@ -18,7 +18,9 @@ from orbax.checkpoint import v1 as ocp
 from elastic_lm.config.parse import from_dict, to_dict
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.data.tokenizer_files import BESIDE, TEMPLATES, TOKENIZER_FILE
 from elastic_lm.files.atomic import read_json
+from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
 from elastic_lm.hf.files import replace_folder
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
@@ -29,7 +31,8 @@ MENU_FILE = "menu.json"  # of models that are elastic in width
 PARAMS_FOLDER = "params"
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 WRITTEN = {
-    *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json"),
+    *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, TOKENIZER_FILE, TEMPLATES, *BESIDE),  # and the tokenizer's files
+    *(KEPT_FILE, GENERATION_FILE),  # of `hf.carried`
     *("routers.json", "routers.safetensors"),  # of `width.trained_routers`
     *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
 }
@@ -151,6 +154,7 @@ def save_model(
     tokenizer: Tokenizer | None,
     *,
     menu: Menu | None = None,
+    source: str | Path | None = None,
     beside: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -164,6 +168,8 @@ def save_model(
       params: canonical parameters.
       tokenizer: saved beside them; None = no tokenizer.
       menu: the choices that the model was made elastic for, saved beside them; None = no menu.
+      source: the folder that the model comes from: what its config.json and generation_config.json say beyond
+        the model is kept for an export; None = there is none.
       beside: writes further files into the folder before it appears; None = there are none.
       overwrite: replace an earlier checkpoint at `path`.
 
@@ -180,6 +186,8 @@ def save_model(
     try:
         ocp.save(epath.Path(partial / PARAMS_FOLDER), params)
         if first:
+            if source:
+                Carried.of_folder(source).save(partial)
             if tokenizer is not None:
                 tokenizer.save(partial)
             (partial / CONFIG_FILE).write_text(_json({"kind": kind_of(config).name, **to_dict(config)}))

@@ -106,6 +106,8 @@ def guard(program: str, debug: bool, run: Callable[[], None]) -> int:
 
 def one_line(error: Exception) -> str:
     """The message of an error on one line, with the file first where the system reports one."""
+    from elastic_lm.report.terminal import shown
+
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return shown(f"{error.filename}: {error.strerror}")
+    return shown(" ".join(str(error).split())) or type(error).__name__

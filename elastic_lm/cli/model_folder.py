@@ -17,12 +17,14 @@ def load_with_tokenizer(
       (model, canonical parameters, tokenizer, the folder).
     """
     from elastic_lm.checkpoints.embedded import embedded_model
-    from elastic_lm.checkpoints.loading import load_decoder
+    from elastic_lm.checkpoints.loading import check_model_folder, load_decoder
     from elastic_lm.data.tokenizer import Tokenizer
 
     path = folder or str(embedded_model())
+    check_model_folder(path)
+    tokenizer = Tokenizer.load(path)  # first, because the weights may take minutes
     model, params = load_decoder(path, dtype=dtype)
-    return model, params, Tokenizer.load(path), path
+    return model, params, tokenizer, path
 
 
 def load_tokenizer(folder: str) -> "Tokenizer | None":
@@ -31,8 +33,8 @@ def load_tokenizer(folder: str) -> "Tokenizer | None":
 
     try:
         return Tokenizer.load(folder)
-    except FileNotFoundError:
-        print(f"{folder} has no tokenizer.json: only the model is written", file=sys.stderr)
+    except FileNotFoundError as error:
+        print(f"{folder} has no tokenizer.json: only the model is written ({error})", file=sys.stderr)
         return None
 
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self, get_args
@@ -13,6 +14,7 @@ from elastic_lm.config.exit_policy import GATE_METRIC, METRICS
 from elastic_lm.config.model import DTYPES
 
 Colour = Literal["auto", "always", "never"]
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
 DEFAULT_COLOUR: Colour = "auto"  # where stdout is a terminal
 
 
@@ -25,6 +27,8 @@ class Parser(argparse.ArgumentParser):
         # `Options` are the only ones.
         missing = argparse.SUPPRESS
         super().__init__(formatter_class=layout, allow_abbrev=False, argument_default=missing, **kwargs)
+        # Without it, -1e-3 counts as a flag.
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

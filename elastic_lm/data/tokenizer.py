@@ -1,17 +1,21 @@
 """Text to token ids and back: a thin wrapper of `tokenizers`, and training of byte-level BPE."""
 
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from elastic_lm.config.checks import require
+from elastic_lm.data.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE, build, carried_files, find_tokenizer
 from elastic_lm.files.atomic import read_json
+from elastic_lm.files.text_files import check_whole
 
 END_OF_TEXT = "<|endoftext|>"
+OURS = "elastic"  # key of tokenizer_config.json under which ids stand that no file of the folder tells
 
 
 class Tokenizer:
@@ -38,37 +42,85 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         pad_id: int | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
+        """Wraps a tokenizer.
+
+        Args:
+          backend: of the `tokenizers` library.
+          bos_id: see the attributes.
+          eos_ids: see the attributes.
+          pad_id: see the attributes.
+          files: contents of the folder that it comes from, which `save` writes again (`carried_files`).
+        """
         self.backend = backend
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
+        self._files = dict(files or {})
+        self._rows: int | None = None  # of the model, where the tokenizer has more ids
+        self._byte_of = _byte_tokens(backend)
         self._truncating: dict[int, tokenizers.Tokenizer] = {}  # copies that cut, by length
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a folder that holds tokenizer.json (a Hugging Face or elastic checkpoint), or that file.
 
-        The beginning id is what the tokenizer's own template prepends; ending ids come from
-        generation_config.json, config.json or tokenizer_config.json beside it, in this order. The padding
-        id is that of tokenizer_config.json, config.json or tokenizer.json.
+        Special tokens that only tokenizer_config.json, added_tokens.json or special_tokens_map.json beside it
+        name are added, as `transformers` does. The beginning id is what the tokenizer's own template
+        prepends; ending ids come from generation_config.json, config.json or tokenizer_config.json beside it,
+        in this order. The padding id is that of tokenizer_config.json, config.json or tokenizer.json.
 
         Raises:
-          FileNotFoundError: there is no tokenizer.json.
+          FileNotFoundError: there is no tokenizer.json; says how to make one of another format.
           ValueError: the file is not a tokenizer, or one beside it is damaged; names the file.
         """
-        file = Path(path)
-        file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer at {file}: expected a tokenizer.json or a folder with one")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:
-            raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
-        pad_id = _pad_id(backend, file.parent)
+        file = find_tokenizer(path)
+        folder, files = file.parent, carried_files(file)
+        backend = build(folder, files)
+        pad_id = _pad_id(backend, folder)
         backend.no_truncation()
         backend.no_padding()
-        return cls(backend, _bos_id(backend, file.parent), _eos_ids(backend, file.parent), pad_id)
+        return cls(backend, _bos_id(backend, folder), _eos_ids(backend, folder), pad_id, files)
+
+    def within(self, rows: int) -> Self:
+        """This tokenizer for a model that has fewer embeddings than it has ids.
+
+        Such a model is right as long as its text has none of the ids beyond, like that of a padding token
+        that was added: from now on `encode` refuses those.
+
+        Args:
+          rows: of the model's embedding.
+
+        Raises:
+          ValueError: a token that begins or ends every text is beyond.
+        """
+        for kind, ids in (("begins", (self.bos_id,)), ("ends", self.eos_ids[:1])):
+            for i in ids:
+                if i is not None and i >= rows:
+                    raise ValueError(
+                        f"tokenizer.json: the token {self.backend.id_to_token(i)!r} that {kind} a text has "
+                        f"the id {i}, and the model has {rows} embeddings; use the one that belongs to it"
+                    )
+        if self.vocab_size > rows:
+            self._rows = rows
+        return self
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """The ids, where the model has an embedding for each."""
+        if self._rows is not None and ids and max(ids) >= self._rows:
+            raise ValueError(
+                f"tokenizer.json: the token {self.backend.id_to_token(max(ids))!r} of the text has the id "
+                f"{max(ids)}, and the model has {self._rows} embeddings; take it out of the text, or use the "
+                "tokenizer that belongs to the model"
+            )
+        return ids
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts of tokens that `decode` leaves out."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
 
     @property
     def vocab_size(self) -> int:
@@ -81,8 +133,15 @@ class Tokenizer:
         Args:
           text: any string.
           bos: put `bos_id` first, where the tokenizer has one.
+
+        Raises:
+          ValueError: the text holds half of a character, or a token that the model does not know.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._checked(self.backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            check_whole("text", _text(text))
+            raise
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def encode_pair(
@@ -99,15 +158,20 @@ class Tokenizer:
           (ids, token types), of the same length.
 
         Raises:
-          ValueError: max_len leaves no room for text.
+          ValueError: max_len leaves no room for text, or a text is refused as by `encode`.
         """
         backend = self.backend
         if max_len is not None:
             special = backend.num_special_tokens_to_add(second is not None)
             require(max_len > special, "max_len", max_len, f"must be above the {special} special tokens")
             backend = self._cut_to(max_len)
-        encoding = backend.encode(first, second)
-        return encoding.ids, encoding.type_ids
+        try:
+            encoding = backend.encode(first, second)
+        except TypeError:
+            for text in (first, second or ""):
+                check_whole("text", _text(text))
+            raise
+        return self._checked(encoding.ids), encoding.type_ids
 
     def _cut_to(self, max_len: int) -> tokenizers.Tokenizer:
         """A copy that truncates: truncation is a setting of the whole tokenizer, which threads share."""
@@ -117,29 +181,93 @@ class Tokenizer:
             self._truncating[max_len] = copy
         return self._truncating[max_len]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, without special tokens."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Text of `ids`; bytes that are no character become one U+FFFD, and leave their neighbours alone.
+
+        Args:
+          ids: token ids.
+          special: special tokens are written out, not left out.
+        """
+        ids = [int(i) for i in ids]
+        if self._byte_of and any(i in self._byte_of for i in ids):
+            tokens = self._with_whole_bytes(ids, special)
+            if tokens is not None:
+                return self.backend.decoder.decode(tokens)
+        return self.backend.decode(ids, skip_special_tokens=not special)
+
+    def _with_whole_bytes(self, ids: list[int], special: bool) -> list[str] | None:
+        """The tokens of ids, with the text of bytes in place of them; None where no byte is left over.
+
+        `tokenizers` takes all bytes in a row for broken as soon as one of them is.
+        """
+        runs = (group for are_bytes, group in itertools.groupby(ids, self._byte_of.__contains__) if are_bytes)
+        if all(_is_text(bytes(self._byte_of[i] for i in run)) for run in runs):
+            return None
+        hidden = set() if special else set(self.special_tokens)
+        named = ((i, self.backend.id_to_token(i)) for i in ids)
+        kept = [
+            (self._byte_of.get(i), token) for i, token in named if token is not None and token not in hidden
+        ]
+
+        tokens: list[str] = []
+        for are_bytes, group in itertools.groupby(kept, lambda one: one[0] is not None):
+            if not are_bytes:
+                tokens += [token for _, token in group]
+                continue
+            run = bytes(byte for byte, _ in group if byte is not None)
+            tokens.append(run.decode(errors="replace"))
+        return tokens
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and a tokenizer_config.json that `transformers` understands."""
+        """Writes tokenizer.json and what `transformers` wants beside it.
+
+        A tokenizer that was loaded is written as it was found: with all keys of tokenizer_config.json, the
+        chat template, and the files that name added tokens.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        files = self._files if self._is_as_found(folder) else {}
+        config = json.loads(files.get(CONFIG_FILE, b"{}")) if files else self._described()
+        for name, content in files.items():
+            if name not in (TOKENIZER_FILE, CONFIG_FILE):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
+        _write(folder / CONFIG_FILE, config)
+
+        unfinished = folder / "tokenizer.json.unfinished"  # a process may die while it writes
+        if TOKENIZER_FILE in files:
+            unfinished.write_bytes(files[TOKENIZER_FILE])
+        else:
+            self.backend.save(str(unfinished))
+        unfinished.replace(folder / TOKENIZER_FILE)
+
+        # What was found in a config.json that is not beside the new files is written down.
+        again = _eos_ids(self.backend, folder), _pad_id(self.backend, folder)
+        if again != (self.eos_ids, self.pad_id):
+            _write(folder / CONFIG_FILE, config | {OURS: {"eos_ids": self.eos_ids, "pad_id": self.pad_id}})
+
+    def _is_as_found(self, folder: Path) -> bool:
+        """Whether the files that this tokenizer was loaded from still describe it."""
+        if not self._files:
+            return False
+        found = build(folder, self._files)
+        found.no_truncation()
+        found.no_padding()
+        return found.to_str() == self.backend.to_str()
+
+    def _described(self) -> dict[str, Any]:
+        """A tokenizer_config.json for a tokenizer that was found in no folder."""
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.bos_id is not None,
             "clean_up_tokenization_spaces": False,
         }
-        if self.bos_id is not None:
-            config["bos_token"] = self.backend.id_to_token(self.bos_id)
-        if self.eos_ids:
-            config["eos_token"] = self.backend.id_to_token(self.eos_ids[0])
-        if self.pad_id is not None:
-            config["pad_token"] = self.backend.id_to_token(self.pad_id)
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        unfinished = folder / "tokenizer.json.unfinished"  # a process may die while it writes
-        self.backend.save(str(unfinished))
-        unfinished.replace(folder / "tokenizer.json")
+        ids = {
+            "bos_token": self.bos_id,
+            "eos_token": next(iter(self.eos_ids), None),
+            "pad_token": self.pad_id,
+        }
+        return config | {key: self.backend.id_to_token(i) for key, i in ids.items() if i is not None}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -175,8 +303,40 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, None, (0,))
 
 
+def _text(value: object) -> str:
+    """The value as text; "" where it is none, which `tokenizers` says better."""
+    return value if isinstance(value, str) else ""
+
+
+def _is_text(run: bytes) -> bool:
+    try:
+        run.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _byte_tokens(backend: tokenizers.Tokenizer) -> dict[int, int]:
+    """Ids of tokens that are one byte each -> that byte; {} where no such tokens are decoded to bytes."""
+    if backend.decoder is None or "ByteFallback" not in str(backend.decoder):
+        return {}
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    ids = {backend.token_to_id(name): byte for name, byte in names.items()}
+    return {i: byte for i, byte in ids.items() if i is not None}
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
+
+
+def _ours(folder: Path) -> dict[str, Any]:
+    """Ids that `Tokenizer.save` has written down."""
+    found = _json(folder / CONFIG_FILE).get(OURS)
+    return found if isinstance(found, dict) else {}
 
 
 def _bos_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
@@ -184,7 +344,7 @@ def _bos_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
     template = backend.encode("a", add_special_tokens=True)
     if template.ids and template.special_tokens_mask[0]:
         return template.ids[0]
-    file = folder / "tokenizer_config.json"
+    file = folder / CONFIG_FILE
     return _token_id(backend, file, "bos_token") if _json(file).get("add_bos_token") else None
 
 
@@ -196,15 +356,19 @@ def _eos_ids(backend: tokenizers.Tokenizer, folder: Path) -> tuple[int, ...]:
             right = all(type(i) is int for i in ids)
             require(right, f"{folder / name}: eos_token_id", ids, "must be a token id, or a list of them")
             return ids
-    token = _token_id(backend, folder / "tokenizer_config.json", "eos_token")
+    if "eos_ids" in _ours(folder):
+        return tuple(_ours(folder)["eos_ids"])
+    token = _token_id(backend, folder / CONFIG_FILE, "eos_token")
     token = backend.token_to_id(END_OF_TEXT) if token is None else token
     return () if token is None else (token,)
 
 
 def _pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
-    named = _token_id(backend, folder / "tokenizer_config.json", "pad_token")
+    named = _token_id(backend, folder / CONFIG_FILE, "pad_token")
     if named is not None:
         return named
+    if "pad_id" in _ours(folder):
+        return _ours(folder)["pad_id"]
     stated = _json(folder / "config.json").get("pad_token_id")
     if stated is None:
         return backend.padding["pad_id"] if backend.padding else None

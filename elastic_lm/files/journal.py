@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from elastic_lm.config.checks import require
 from elastic_lm.files.atomic import read_json, write_text_whole
+from elastic_lm.files.text_files import BYTE_ORDER_MARK, open_bytes, parse_object
 
 CHUNK = 1 << 16  # bytes that are read at once
 REWRITTEN = 1024  # lines that are written at once where a file is written anew
@@ -28,14 +29,7 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
       ValueError: a line holds no JSON object; names it.
     """
     for where, line in _lines(Path(path)):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error}); write one object per line") from error
-        if not isinstance(record, dict):
-            shown = line[:80].decode(errors="replace")
-            raise ValueError(f"{where}={shown!r}: must be a JSON object")
-        yield record
+        yield parse_object(where, line)
 
 
 def count_records(path: str | Path) -> int:
@@ -45,13 +39,11 @@ def count_records(path: str | Path) -> int:
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Lines that are not blank, each with its place for a message."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path} line {number}", line
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            line = line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)
+            if line.strip():
+                yield f"{path} line {number}", line
 
 
 class Journal:

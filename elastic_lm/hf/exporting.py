@@ -1,7 +1,6 @@
 """Writing a Hugging Face folder that transformers loads."""
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors.numpy import save_file
 
+from elastic_lm.hf.carried import GENERATION_FILE, Carried, write_json
 from elastic_lm.hf.config_json import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS, replace_folder
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
@@ -22,10 +22,12 @@ WRITTEN = (
     "generation_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
     "*.safetensors",
     "*.safetensors.index.json",
 )
-GENERATION_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "pad_token_id")
+WRITTEN_FOLDERS = {"additional_chat_templates": "*.jinja"}
 
 
 class Tokenizer(Protocol):
@@ -42,6 +44,7 @@ def export(
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
+    source: str | Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
@@ -54,7 +57,9 @@ def export(
       config: the model.
       params: its canonical parameters, in the dtype that is to be stored.
       path: folder to create.
-      tokenizer: saved beside the weights, if given.
+      tokenizer: saved beside the weights, if given, with its chat template and all that names its tokens.
+      source: the folder that the model comes from, a Hugging Face folder or a checkpoint of this package:
+        keys of its config.json and generation_config.json that are no part of the model are written again.
       max_shard_bytes: weights above this size are split over several files with an index.
       overwrite: replace an earlier export at `path`.
 
@@ -79,18 +84,19 @@ def export(
     leaves = [(binding, _leaf(params, binding)) for binding in bindings(config)]
     dtype = str(leaves[0][1].dtype)
     entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
+    carried = Carried({}, None) if source is None else Carried.of_folder(source)
+    entries = carried.with_entries(config, entries)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         _write_weights(config, leaves, partial, max_shard_bytes)
-        if tokenizer is not None:
+        if generation := carried.with_ids(entries):
+            write_json(partial / GENERATION_FILE, generation)
+        write_json(partial / "config.json", entries)
+        if tokenizer is not None:  # after the configs: it writes down what those do not say
             tokenizer.save(partial)
-        ids = {key: entries[key] for key in GENERATION_IDS if key in entries}
-        if ids:
-            _write_json(partial / "generation_config.json", ids)
-        _write_json(partial / "config.json", entries)
         for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
             shutil.copymode(partial / "config.json", shard)
         replace_folder(partial, target)
@@ -107,12 +113,17 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise FileExistsError(
             f"{target}: is no Hugging Face folder and is not overwritten; choose another path"
         )
-    for path in sorted(target.iterdir()):
-        if not path.is_file() or not any(path.match(pattern) for pattern in WRITTEN):
-            raise FileExistsError(
-                f"{path}: not written by an export, so the folder is not overwritten; move it away, or "
-                "choose another path"
-            )
+    inside = [target / name for name in WRITTEN_FOLDERS if (target / name).is_dir()]
+    files = [path for path in target.iterdir() if path not in inside]
+    strange = [path for path in files if not path.is_file() or not any(map(path.match, WRITTEN))]
+    for folder in inside:
+        pattern = WRITTEN_FOLDERS[folder.name]
+        strange += [path for path in folder.iterdir() if not path.is_file() or not path.match(pattern)]
+    if strange:
+        raise FileExistsError(
+            f"{min(strange)}: not written by an export, so the folder is not overwritten; move it away, or "
+            "choose another path"
+        )
 
 
 def _leaf(params: Params, binding: Binding) -> Any:
@@ -146,7 +157,7 @@ def _write_weights(
     if exits or len(shards) > 1:
         # With exits the index tells readers that take every *.safetensors which ones are the model.
         total = sum(leaf.nbytes for _, leaf in backbone)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _shards(leaves: list[tuple[Binding, Any]], limit: int) -> Iterator[list[tuple[Binding, Any]]]:
@@ -172,7 +183,3 @@ def _save(config: Config, leaves: list[tuple[Binding, Any]], path: Path) -> list
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return list(tensors)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -122,6 +122,7 @@ def fit(config: RunConfig | TaskRun, workdir: str | Path) -> tuple[Config, Param
         params,
         run.tokenizer,
         menu=finished.menu or run.menu,
+        source=config.train.init_from or None,
         beside=finished.beside,
         overwrite=True,
     )
