@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self, TypeGuard, runtime_checkable
 
+from elastic_lm.data.records import text_of
+
 Record = Mapping[str, Any]  # fields by name, like a line of JSON; each answerer documents those that it reads
 
 
@@ -161,3 +163,12 @@ def can_preview(answerer: Answerer, score: str) -> TypeGuard[PreviewingAnswerer]
 def failed(error: BaseException, seconds: float = 0.0) -> Answer:
     """The answer to a record that raised `error` after so many seconds."""
     return Answer(error=f"{type(error).__name__}: {error}", seconds=seconds)
+
+
+def text_in(record: Record, field: str) -> str:
+    """The text of a record that a model reads; numbers are written out, as in training.
+
+    Raises:
+      ValueError: the record has no such field, or no text in it; says what it has.
+    """
+    return text_of("the record", record, field)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Record, failed
+from elastic_lm.cascade.answerer import Answer, Record, failed, text_in
 from elastic_lm.cascade.batching import ProgramShape, answer_by_shape, shape_or_none
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
 from elastic_lm.config.cascade import BATCH_SIZE
@@ -128,9 +128,9 @@ class Classifier:
         self, given: tuple[Record, PromptState | None]
     ) -> tuple[ProgramShape, tuple[TokensAndTypes, PromptState | None]]:
         record, state = given
-        text = record[self._text_field]
-        pair = None if self._pair_field is None else record[self._pair_field]
-        ids, types = self._tokenizer.encode_pair(_require_text(text), pair, max_len=self._longest)
+        text = text_in(record, self._text_field)
+        pair = None if self._pair_field is None else text_in(record, self._pair_field)
+        ids, types = self._tokenizer.encode_pair(text, pair, max_len=self._longest)
         width = min(bucket(len(ids)), self._config.max_len)
         return ProgramShape(width, state.layers if state else 0), ((ids, types), state)
 
@@ -228,14 +228,3 @@ def classify(
     hidden = encoder.run_layers(hidden, mask_BT, layers_done, config.n_layers)
     logits = jnp.asarray(encoder.task_logits(encoder.pool(hidden, mask_BT)), jnp.float32)
     return Classified(logits, logit_scores(logits, scoring), hidden if keep_state else None)
-
-
-def _require_text(value: object) -> str:
-    """The value, where it is a text.
-
-    Raises:
-      TypeError: it is none.
-    """
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from elastic_lm.cascade.answerer import Answer, Record
+from elastic_lm.cascade.answerer import Answer, Record, text_in
 from elastic_lm.config.cascade import RETRIES, TIMEOUT, Style, without_secrets
 from elastic_lm.config.checks import (
     require,
@@ -128,9 +128,7 @@ class Endpoint:
     def _body(self, record: Record) -> dict[str, Any]:
         if self._style == "rows":
             return {"row": dict(record)}
-        prompt = record.get(self._text_field)
-        require(isinstance(prompt, str), self._text_field, prompt, "must be a text")
-        return {"temperature": 0, **self._options, "prompt": prompt}
+        return {"temperature": 0, **self._options, "prompt": text_in(record, self._text_field)}
 
     def _post(self, body: bytes) -> bytes:
         """The reply, after as many tries as it takes."""

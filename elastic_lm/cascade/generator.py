@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Record
+from elastic_lm.cascade.answerer import Answer, Record, text_in
 from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
 from elastic_lm.cascade.known_tokens import ModelPart, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLAIN, Scoring, pooled_scores
@@ -165,8 +165,9 @@ class Generator:
     ) -> tuple[GenerationShape, tuple[list[int], PromptState | None]]:
         assert self._sampler.tokenizer is not None
         record, state = given
-        ids = self._sampler.tokenizer.encode(record[self._field], bos=True)
-        require(bool(ids), self._field, record[self._field], "needs at least one token")
+        text = text_in(record, self._field)
+        ids = self._sampler.tokenizer.encode(text, bos=True)
+        require(bool(ids), self._field, text, "needs at least one token")
 
         longest, max_len = len(ids) + self._max_new_tokens, self._sampler.config.max_len
         require(

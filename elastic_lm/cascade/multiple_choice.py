@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Record, failed
+from elastic_lm.cascade.answerer import Answer, Record, failed, text_in
 from elastic_lm.cascade.batching import ProgramShape, answer_by_shape, shape_or_none
 from elastic_lm.cascade.known_tokens import ModelPart, ScoredTokens, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
@@ -146,11 +146,12 @@ class MultipleChoice:
         return ProgramShape(question.width, states[0].layers if states else 0), (question, states or ())
 
     def _question(self, record: Record) -> Question:
-        prompt, choices = record[self._prompt_field], record[self._choices_field]
+        prompt, choices = text_in(record, self._prompt_field), record.get(self._choices_field, ())
         is_list = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
         require(is_list, self._choices_field, choices, "must be a list of at least one text")
         before = self._tokenizer.encode(prompt, bos=True)
         require(bool(before), self._prompt_field, prompt, "needs at least one token")
+        choices = [text_in({self._choices_field: choice}, self._choices_field) for choice in choices]
         texts = [self._separator + choice for choice in choices]
         require(all(texts), self._choices_field, choices, "every choice needs at least one character")
 

@@ -1,14 +1,16 @@
 """An encoder-decoder model as a model of a cascade (E-LANG with T5, arXiv 2203.00748)."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Record
+from elastic_lm.cascade.answerer import Answer, Record, text_in
 from elastic_lm.cascade.batching import answer_by_shape, shape_or_none
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores, pooled_scores
 from elastic_lm.config.cascade import ANSWER_TOKENS, BATCH_SIZE, KINDS, PLACES, SOURCE_TOKENS
@@ -17,6 +19,20 @@ from elastic_lm.cost.sequences import text_to_text_flops
 from elastic_lm.data.padding import filled
 from elastic_lm.decode.seq2seq import Encoded, Text2TextResult, TextToText
 from elastic_lm.decode.settings import bucket
+
+
+class _Fields(dict[str, Any]):
+    """The fields of a record for a template. One that is missing, or holds no value, is refused."""
+
+    def __missing__(self, field: str) -> Any:
+        raise ValueError(f"the record has no {field!r}, which the template reads; found: {', '.join(self)}")
+
+    def __getitem__(self, field: str) -> Any:
+        value = super().__getitem__(field)
+        missing = value is None or (isinstance(value, float) and not math.isfinite(value))
+        # Other values stay what they are: a template may ask for digits of a number, or an item of a list.
+        return text_in(self, field) if missing or isinstance(value, str | bool) else value
+
 
 Sources = Sequence[list[int]] | Sequence[Encoded]  # token ids, or what the encoder has made of them
 
@@ -134,7 +150,7 @@ class TextAnswerer:
 
     def _encode(self, record: Record) -> tuple[int, list[int]]:
         assert self._model.tokenizer is not None
-        source = self._template.format_map(record)
+        source = self._template.format_map(_Fields(record))
         require(bool(source), "source", source, "is empty: give at least one character")
         ids = [*self._model.tokenizer.encode(source)[: self._longest], *self._ends]
         return bucket(len(ids)), ids

@@ -71,16 +71,26 @@ def load_decoder(
     return model, params
 
 
-def _load(folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None) -> tuple[Config, Params]:
-    if (folder / CHECKPOINT).is_file():
-        return _load_checkpoint(folder, dtype, mesh)
-    if not (folder / "config.json").is_file():
+def check_model_folder(path: str | Path) -> None:
+    """Refuses a folder that cannot hold a model, before anything of it is read.
+
+    Raises:
+      FileNotFoundError: there is nothing at `path`, or it has no config.
+    """
+    folder = Path(path)
+    if not (folder / CHECKPOINT).is_file() and not (folder / "config.json").is_file():
         found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
             f"{folder}: expected a Hugging Face folder (with config.json) or a checkpoint of this package "
             f"(with {CHECKPOINT}); found {found}. Models are not downloaded: fetch one first, for example "
             f"with `hf download NAME --local-dir DIR`{moved_away(folder)}"
         )
+
+
+def _load(folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None) -> tuple[Config, Params]:
+    check_model_folder(folder)
+    if (folder / CHECKPOINT).is_file():
+        return _load_checkpoint(folder, dtype, mesh)
     return hf.load(folder, dtype=dtype, mesh=mesh)
 
 

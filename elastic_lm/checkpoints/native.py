@@ -22,6 +22,7 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.data.tokenizer_files import BESIDE, TEMPLATES, TOKENIZER_FILE
 from elastic_lm.files import checksums
 from elastic_lm.files.atomic import (
     naming,
@@ -33,6 +34,7 @@ from elastic_lm.files.atomic import (
     whole_folder,
 )
 from elastic_lm.files.local import local_path
+from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
@@ -53,7 +55,9 @@ ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 PATTERN_CHARACTERS = re.compile(r"[\[\]\\]")  # of a path, that orbax or TensorStore take for something else
 WRITTEN = {
-    *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, "tokenizer.json", "tokenizer_config.json", checksums.FILE),
+    *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, checksums.FILE),
+    *(TOKENIZER_FILE, TEMPLATES, *BESIDE),  # the tokenizer's files
+    *(KEPT_FILE, GENERATION_FILE),  # of `hf.carried`
     *("routers.json", "routers.safetensors"),  # of `width.trained_routers`
     *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
 }
@@ -221,6 +225,7 @@ def save_model(
     tokenizer: Tokenizer | None,
     *,
     menu: Menu | None = None,
+    source: str | Path | None = None,
     beside: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -234,6 +239,8 @@ def save_model(
       params: canonical parameters.
       tokenizer: saved beside them; None = no tokenizer.
       menu: the choices that the model was made elastic for, saved beside them; None = no menu.
+      source: the folder that the model comes from: what its config.json and generation_config.json say beyond
+        the model is kept for an export; None = there is none.
       beside: writes further files into the folder before it appears; None = there are none.
       overwrite: replace an earlier checkpoint at `path`.
 
@@ -249,6 +256,8 @@ def save_model(
         with readable_name(partial) as folder:
             ocp.save(folder / PARAMS_FOLDER, params)
         if first:
+            if source:
+                Carried.of_folder(source).save(partial)
             if tokenizer is not None:
                 tokenizer.save(partial)
             (partial / CONFIG_FILE).write_text(_json({"kind": kind_of(config).name, **to_dict(config)}))

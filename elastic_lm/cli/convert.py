@@ -47,7 +47,9 @@ def run(options: Options) -> None:
         native.check_target(options.target, options.overwrite)
         config, params = hf.load(options.source, dtype=options.dtype)
         tokenizer = load_tokenizer(options.source, config.vocab_size)
-        native.save_model(options.target, config, params, tokenizer, overwrite=options.overwrite)
+        native.save_model(
+            options.target, config, params, tokenizer, source=options.source, overwrite=options.overwrite
+        )
 
     size = f"{config.n_layers} layers, {parameter_count(params)} parameters"
     print(f"{options.source} -> {options.target}: {config.family}, {size}")

@@ -102,13 +102,18 @@ def run(options: Options) -> None:
     print(json.dumps(result, indent=2) if options.json == "-" else quality_table(result))
 
 
+def number_or_dash(value: float | None) -> str:
+    """Nats per byte for the table; a dash where the text has no bytes, such as that of an end token alone."""
+    return f"{'-':>11}" if value is None else f"{value:>11.4f}"
+
+
 def quality_table(result: dict[str, Any]) -> str:
     """Perplexity, accuracy and agreement per depth; the policy's lines where there is one."""
     from elastic_lm.decode.generated import GeneratedText
 
     lines = ["layers   perplexity   nats/byte   accuracy   agreement"]
     lines += [
-        f"{d['layers']:<6d} {d['perplexity']:>12.4f} {d['nats_per_byte']:>11.4f} "
+        f"{d['layers']:<6d} {d['perplexity']:>12.4f} {number_or_dash(d['nats_per_byte'])} "
         f"{d['accuracy']:>10.4f} {d['agreement']:>11.4f}"
         for d in result["depths"]
     ]

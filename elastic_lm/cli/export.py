@@ -13,7 +13,8 @@ Elastic checkpoint -> Hugging Face folder that `transformers` and vLLM load.
 elastic-lm export --from runs/exits/model --to hf-dir
 elastic-lm export --from runs/x/model --to hf-dir --dtype bfloat16 --without-exits
 
-Exits go into a file of their own that `transformers` ignores; this package reads them back.
+The chat template, all special tokens, and every key of the configs that the checkpoint was made from are
+written again. Exits go into a file of their own that `transformers` ignores; this package reads them back.
 """
 
 
@@ -62,7 +63,9 @@ def run(options: Options) -> None:
             config, params = attach_task_exits(config, params, ())
 
         tokenizer = load_tokenizer(options.source, config.vocab_size)
-        hf.export(config, params, options.target, tokenizer, overwrite=options.overwrite)
+        hf.export(
+            config, params, options.target, tokenizer, source=options.source, overwrite=options.overwrite
+        )
 
     count = len(getattr(config, "exits", ()))
     exits = f" and {count} exits" if count else ""

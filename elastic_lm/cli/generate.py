@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from elastic_lm.cli.belonging import add_force, check_belongs, check_table, parts_of
@@ -23,9 +22,9 @@ from elastic_lm.cli.parser import (
     require_flag,
 )
 from elastic_lm.config.checks import AT_LEAST_1, require, require_choice, require_each
+from elastic_lm.config.data import is_json_lines
 from elastic_lm.config.decoding import MAX_NEW_TOKENS, WINDOW, Missing
 from elastic_lm.config.exit_policy import DEFAULT_METRIC
-from elastic_lm.config.parse import parse_json
 from elastic_lm.config.subnet import BUDGET_KINDS, Budget, Subnet
 from elastic_lm.cost.counted import Workload
 
@@ -49,9 +48,10 @@ elastic-lm generate --model ckpt --prompts-file chats.jsonl --lossless --lookup
 elastic-lm generate --model ckpt --unprompted 200 --temperature 1 --json own.jsonl
 elastic-lm generate --model ckpt --budget latency_ms=4 --latency-table latency.json --prompt "Once"
 
-A prompts file has one prompt per line, or JSON lines with a `prompt` field; its prompts run as one batch.
-Without --thresholds every token uses the full depth. --budget runs a sub-network of a model that was
-trained with configs/flextron.py.
+A prompts file has one prompt per line, or JSON lines with a `prompt` field, and may be packed (.gz); its
+prompts run as one batch. Without --thresholds every token uses the full depth. --budget runs a sub-network
+of a model that was trained with configs/flextron.py. Control characters in what is printed are shown, like
+\\x1b, unless --raw is given, also where the output is a file; JSON has escapes of its own.
 """
 
 # Options that become fields of `decode.settings.Settings` and of `decode.options.DecodeOptions`.
@@ -92,6 +92,7 @@ class Options(CommandOptions):
     missing: Missing = get_args(Missing)[0]
     stream: bool = False
     json: str | None = None  # file for JSON lines; - = stdout
+    raw: bool = False  # control characters in texts are printed as they are
     color: Colour = DEFAULT_COLOUR
 
     def __post_init__(self) -> None:
@@ -216,6 +217,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--stream", action="store_true", help="print while generating (one prompt)")
     add("--json", metavar="FILE", help="JSON lines: prompt, text, tokens, exit_layers, stats; - = stdout")
+    add("--raw", action="store_true", help="print control characters of texts as they are")
     add_colour(parser)
 
 
@@ -255,7 +257,7 @@ def run(options: Options) -> None:
 
     settings, count = options.given(SETTINGS), options.max_new_tokens
     if options.stream:
-        stream(sampler, prompts[0], count, settings)
+        stream(sampler, prompts[0], count, settings, raw=options.raw)
         return
     if options.unprompted:
         samples = unprompted(sampler, tokenizer, options.unprompted, count, settings)
@@ -265,9 +267,8 @@ def run(options: Options) -> None:
     if options.json:
         write_json(options.json, prompts, samples)
     if options.json != "-":
-        show(
-            tokenizer, len(runs.layers), prompts, samples, colour.terminal_colours(sys.stdout, options.color)
-        )
+        colours = colour.terminal_colours(sys.stdout, options.color)
+        show(tokenizer, len(runs.layers), prompts, samples, colours, raw=options.raw)
 
 
 def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
@@ -433,47 +434,45 @@ def read_prompts(given: Sequence[str], file: str | None) -> list[str]:
     Raises:
       ValueError: there is no prompt, one is empty, or a line cannot be read; names the line.
     """
+    from elastic_lm.files.text_files import check_whole, read_lines
+
     named = [(f"--prompt {i}", text) for i, text in enumerate(given, 1)]
     if file:
-        lines = enumerate(_read_lines(file), 1)
+        lines = enumerate(read_lines(file), 1)
         named += [(f"{file} line {i}", _prompt(file, i, line)) for i, line in lines if line.strip()]
     if not named:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE")
     for where, text in named:
         if not text:
             raise ValueError(f"{where} is empty: give at least one character")
-        # A lone surrogate, which JSON can spell, is no text that a tokenizer can read.
-        if text != text.encode("utf-8", "ignore").decode("utf-8"):
-            raise ValueError(
-                f"{where}: prompt={text!r} holds half of a character; give complete Unicode text"
-            )
+        check_whole(f"{where}: prompt={text[:80]!r}", text)
     return [text for _, text in named]
 
 
-def _read_lines(file: str) -> list[str]:
-    try:
-        return Path(file).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: is not UTF-8 text ({error}); convert it first") from error
-
-
 def _prompt(file: str, number: int, line: str) -> str:
-    if not file.endswith(".jsonl"):
+    from elastic_lm.files.text_files import parse_object
+
+    if not is_json_lines(file):
         return line
-    try:
-        prompt = parse_json(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{file} line {number}: expected a JSON object with a "prompt"') from None
+    where = f"{file} line {number}"
+    record = parse_object(where, line)
+    if "prompt" not in record:
+        raise ValueError(f'{where}: expected a JSON object with a "prompt"; found: {", ".join(record)}')
+    prompt = record["prompt"]
     if not isinstance(prompt, str):
-        raise ValueError(f"{file} line {number}: prompt={prompt!r} must be a string")
+        raise ValueError(f"{where}: prompt={prompt!r} must be a string")
     return prompt
 
 
-def stream(sampler: "Sampler", prompt: str, max_new_tokens: int, settings: dict[str, Any]) -> None:
-    """Prints a prompt and its continuation while it is generated."""
-    print(prompt, end="", flush=True)
+def stream(
+    sampler: "Sampler", prompt: str, max_new_tokens: int, settings: dict[str, Any], *, raw: bool = False
+) -> None:
+    """Prints a prompt and its continuation while it is generated; `raw` = control characters as they are."""
+    from elastic_lm.report.terminal import shown
+
+    print(prompt if raw else shown(prompt), end="", flush=True)
     for piece in sampler.stream(prompt, max_new_tokens, **settings):
-        print(piece, end="", flush=True)
+        print(piece if raw else shown(piece), end="", flush=True)
     print()
 
 
@@ -483,17 +482,30 @@ def show(
     prompts: Sequence[str],
     samples: "Sequence[Sample]",
     colours: "Colours | None",
+    *,
+    raw: bool = False,
 ) -> None:
-    """Prints each prompt with its continuation, and one line of statistics on stderr."""
+    """Prints each prompt with its continuation, and one line of statistics on stderr.
+
+    Args:
+      tokenizer: of the model.
+      n_layers: of what ran.
+      prompts: as they were given.
+      samples: their continuations.
+      colours: of the terminal; None = plain text.
+      raw: control characters are printed as they are.
+    """
     from elastic_lm.decode.results import sample_spans
     from elastic_lm.report.colour import to_ansi
+    from elastic_lm.report.terminal import shown
 
+    safe = str if raw else shown
     for prompt, sample in zip(prompts, samples, strict=True):
-        text = sample.text
+        text = safe(sample.text)
         if colours:
-            before = tokenizer.encode(prompt, bos=True)
-            text = to_ansi(sample_spans(tokenizer, before, sample), n_layers, colours)
-        print(prompt + text)
+            parts = sample_spans(tokenizer, tokenizer.encode(prompt, bos=True), sample)
+            text = to_ansi([(safe(part), depth) for part, depth in parts], n_layers, colours)
+        print(safe(prompt) + text)
 
     stats = samples[0].stats
     counts = ", ".join(f"{n} after {depth} layers" for depth, n in stats.exit_counts.items())

@@ -151,11 +151,13 @@ def show_traceback(debug: bool) -> bool:
 
 def one_line(error: BaseException) -> str:
     """The message of an error on one line, with the file first where the system reports one."""
+    from elastic_lm.report.terminal import shown
+
     if isinstance(error, OSError) and error.strerror:
         from elastic_lm.files.atomic import DISK_ERRORS
 
         # Whatever writes a file gives its errors a name.
         name = "stdout" if error.filename is None and error.errno in DISK_ERRORS else error.filename
         if name is not None:
-            return f"{name}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+            return shown(f"{name}: {error.strerror}")
+    return shown(" ".join(str(error).split())) or type(error).__name__

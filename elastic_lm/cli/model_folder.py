@@ -19,12 +19,13 @@ def load_with_tokenizer(
       (model, canonical parameters, tokenizer, the folder).
     """
     from elastic_lm.checkpoints.embedded import embedded_model
-    from elastic_lm.checkpoints.loading import load_decoder
+    from elastic_lm.checkpoints.loading import check_model_folder, load_decoder
     from elastic_lm.data.tokenizer import Tokenizer
 
     path = folder or str(embedded_model())
+    check_model_folder(path)
+    tokenizer = Tokenizer.load(path)  # first, because the weights may take minutes
     model, params = load_decoder(path, dtype=dtype)
-    tokenizer = Tokenizer.load(path)
     tokenizer.check_vocabulary(model.config.vocab_size)
     return model, params, tokenizer, path
 
@@ -39,8 +40,8 @@ def load_tokenizer(folder: str, vocab_size: int) -> "Tokenizer | None":
 
     try:
         tokenizer = Tokenizer.load(folder)
-    except FileNotFoundError:
-        print(f"{folder} has no tokenizer.json: only the model is written", file=sys.stderr)
+    except FileNotFoundError as error:
+        print(f"{folder} has no tokenizer.json: only the model is written ({error})", file=sys.stderr)
         return None
     tokenizer.check_vocabulary(vocab_size)
     if tokenizer.vocab_size > vocab_size:

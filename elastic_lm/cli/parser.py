@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self, get_args
@@ -14,6 +15,7 @@ from elastic_lm.config.model import DTYPES
 from elastic_lm.files.local import local_path
 
 Colour = Literal["auto", "always", "never"]
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
 DEFAULT_COLOUR: Colour = "auto"  # where stdout is a terminal
 PLACES = ("FILE", "DIR", "HF_DIR", "FILE[:ARG]", "DIR|URL|NAME:FILE")  # metavars of files and folders
 
@@ -27,6 +29,8 @@ class Parser(argparse.ArgumentParser):
         # `Options` are the only ones.
         missing = argparse.SUPPRESS
         super().__init__(formatter_class=layout, allow_abbrev=False, argument_default=missing, **kwargs)
+        # Without it, -1e-3 counts as a flag.
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
         """Adds an argument; one for a file or folder takes paths on this machine alone."""

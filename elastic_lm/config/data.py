@@ -9,8 +9,14 @@ DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
 
 Packing = Literal["concat", "first_fit"]
 
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".py", ".md")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
+# How files end that are found in folders; files that are named themselves may end in anything.
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".py", ".py.gz", ".md", ".md.gz")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+
+
+def is_json_lines(path: object) -> bool:
+    """Whether a file's name says that it holds JSON lines."""
+    return str(path).lower().endswith(JSONL_SUFFIXES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,8 @@ class TaskConfig:
         require(bool(self.paths), "task.paths", self.paths, "name the training files")
         for field in ("text_field", "label_field"):
             require(bool(getattr(self, field)), f"task.{field}", "", "name the key in the files")
+        named = all(label and label == label.strip() for label in self.labels)
+        require(named, "task.labels", self.labels, "every class needs a name without white space around it")
         distinct = len(set(self.labels)) == len(self.labels)
         require(distinct, "task.labels", self.labels, "names a class twice; name each once")
         classes = self.problem == "classification"

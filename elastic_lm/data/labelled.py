@@ -17,7 +17,7 @@ from elastic_lm.config.task import TaskConfig
 from elastic_lm.data.grouping import batches_of_similar_size
 from elastic_lm.data.padding import padded
 from elastic_lm.data.pairs import encode_text, source_of
-from elastic_lm.data.records import Record, Records, text_of
+from elastic_lm.data.records import Record, Records, class_names, class_number, label_of, text_of
 from elastic_lm.data.tokenizer import Tokenizer
 
 WIDTH = 16  # batches are padded to a multiple of so many tokens, each multiple being one compiled program
@@ -31,18 +31,21 @@ def classes(config: TaskConfig) -> tuple[str, ...]:
       config: the task; where it names no labels the training files are read.
 
     Returns:
-      () for regression; numbers in the files come in the order of their values.
+      () for regression; numbers in the files come in the order of their values, before texts.
 
     Raises:
       FileNotFoundError: a file does not exist.
-      ValueError: a record has no label, or all have the same.
+      ValueError: a record has no label, one stands for a missing value, or all have the same.
     """
     if config.problem != "classification" or config.labels:
         return config.labels
     records = Records(config.paths)
-    found = {text_of(*records[i], config.label_field) for i in range(len(records))}
+    found: dict[str, str] = {}
+    for i in range(len(records)):
+        where, record = records[i]
+        found.setdefault(label_of(where, record, config.label_field), where)
     require(len(found) > 1, f"task.label_field={config.label_field}", sorted(found), "is the same everywhere")
-    return tuple(sorted(found, key=_number_first))
+    return class_names(found)
 
 
 def train_batches(
@@ -111,11 +114,13 @@ def example(
     else:
         ids = encode_text(model, tokenizer, source_of(config, item), config.max_len)
         types = [0] * len(ids)
-    label = text_of(where, record, config.label_field)
     if config.problem == "classification":
+        label = label_of(where, record, config.label_field)
+        target = class_number(label, labels)
         fix = f"is no class of the task; choose from {', '.join(labels)}, or name them in task.labels"
-        require(label in labels, f"{where}: {config.label_field}", label, fix)
-        return {"ids": ids, "types": types, "target": labels.index(label)}
+        require(target is not None, f"{where}: {config.label_field}", label, fix)
+        return {"ids": ids, "types": types, "target": target}
+    label = text_of(where, record, config.label_field)
     return {"ids": ids, "types": types, "target": _number(f"{where}: {config.label_field}", label)}
 
 
@@ -161,10 +166,3 @@ def _number(where: str, text: str) -> float:
         value = math.nan
     require(math.isfinite(value), where, text, "must be a number, which regression learns")
     return value
-
-
-def _number_first(label: str) -> tuple[float, str]:
-    try:
-        return float(label), label
-    except ValueError:
-        return math.inf, label

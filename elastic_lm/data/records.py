@@ -2,15 +2,19 @@
 
 import csv
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config.parse import parse_json
-from elastic_lm.data.sources import find_files, json_lines, read_bytes
+from elastic_lm.config.data import JSONL_SUFFIXES
+from elastic_lm.data.sources import find_files, json_lines, read_text
+from elastic_lm.files.text_files import check_whole, parse_object
 
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+MISSING = ("nan", "inf", "infinity")  # how numbers that are none are written, in any case, with a sign or not
+WITH_FRACTION = re.compile(r"[+-]?[0-9]+\.0+")
 Record = Mapping[str, Any]
 
 
@@ -28,10 +32,10 @@ class Records:
           FileNotFoundError: a path does not exist, or a folder has no such file.
           ValueError: a file is empty or not a gzip file, or a table has no rows or repeats a name.
         """
-        files = find_files(paths, (*JSON_SUFFIXES, *TABLE_SUFFIXES))
+        files = find_files(paths, (*JSONL_SUFFIXES, *TABLE_SUFFIXES))
         self._rows: list[Any] = []
         for file in files:
-            table = file.name.endswith(TABLE_SUFFIXES)
+            table = file.name.lower().endswith(TABLE_SUFFIXES)
             self._rows += _table(file) if table else json_lines(file)
         if not self._rows:
             raise ValueError(f"{', '.join(map(str, files))}: no records in it")
@@ -45,13 +49,7 @@ class Records:
             return row
         file, number, start, stop = row
         where = f"{file} line {number}"
-        try:
-            value = parse_json(bytes(read_bytes(file)[start:stop]))
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: {type(value).__name__} is not a JSON object: write one per line")
-        return where, value
+        return where, parse_object(where, read_text(file).data[start:stop])
 
 
 def text_of(where: str, record: Record, field: str) -> str:
@@ -63,20 +61,102 @@ def text_of(where: str, record: Record, field: str) -> str:
       field: the key.
 
     Raises:
-      ValueError: there is no such field, or it holds no text.
+      ValueError: there is no such field, or it holds no text: null, NaN and infinity are none.
     """
     value = record.get(field)
-    if isinstance(value, bool | int | float):
-        return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+            f"{where} has {value} under {field!r}, which stands for a missing value; leave the record out"
+        )
+    if isinstance(value, int | float):
+        return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{where} has no text under {field!r}; found: {', '.join(record)}")
-    return value
+    return check_whole(f"{where}: {field}", value)
+
+
+def label_of(where: str, record: Record, field: str) -> str:
+    """The name of a class under a field: `text_of` without white space around it.
+
+    Whole numbers have no fraction: 1 and 1.0 are one name.
+
+    Raises:
+      ValueError: there is no such field, or it holds no name, such as an empty text.
+    """
+    name = text_of(where, record, field).strip()
+    if isinstance(record[field], float):
+        name = _plain_number(name)
+    if not name:
+        raise ValueError(f"{where} has an empty {field!r}; give the name of a class, or leave the record out")
+    return name
+
+
+def class_number(name: str, classes: Sequence[str]) -> int | None:
+    """The number of the class of this name; None = there is no such class.
+
+    A name that is a whole number also finds its class where one of the two is written with a fraction of
+    zeros: 1 and 1.0 are one class.
+    """
+    if name in classes:
+        return classes.index(name)
+    plain = _plain_number(name)
+    found = [i for i, other in enumerate(classes) if _plain_number(other) == plain]
+    return found[0] if len(found) == 1 else None
+
+
+def class_names(found: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of classes in the order of their numbers: numbers by their values, then texts.
+
+    The order depends on nothing but the names, so that it is the same in every process.
+
+    Args:
+      found: every name that a file holds -> where, for messages.
+
+    Raises:
+      ValueError: a name stands for a missing value, or two names are one whole number.
+    """
+    for name, where in found.items():
+        if name.lower().lstrip("+-") in MISSING:
+            raise ValueError(
+                f"{where}: the label {name!r} stands for a missing value; leave the record out, or name the "
+                "classes in task.labels if it is one"
+            )
+    names = sorted(found, key=_number_first)
+    by_number: dict[str, str] = {}
+    for name in names:
+        other = by_number.setdefault(_plain_number(name), name)
+        if other != name:
+            raise ValueError(
+                f"{found[name]}: the label {name!r} and the label {other!r} of {found[other]} are one "
+                "number; write it in one way"
+            )
+    return tuple(names)
+
+
+def _plain_number(name: str) -> str:
+    """A whole number without a fraction of zeros; any other name as it is."""
+    if not WITH_FRACTION.fullmatch(name):
+        return name
+    whole = name.split(".")[0]
+    return "0" if whole == "-0" else whole
+
+
+def _number_first(name: str) -> tuple[float, str]:
+    """A key by which any two names are in order."""
+    try:
+        value = float(name)
+    except ValueError:
+        value = math.inf
+    return value if math.isfinite(value) else math.inf, name
 
 
 def _table(file: Path) -> list[tuple[str, dict[str, str]]]:
     """Rows of a comma- or tab-separated file."""
-    text = io.StringIO(bytes(read_bytes(file)).decode("utf-8-sig", errors="replace"), newline="")
-    tabs = file.name.endswith((".tsv", ".tsv.gz"))
+    # Lines end at newlines alone; a carriage return before one is dropped by the reader.
+    text = io.StringIO(read_text(file).decode(), newline="\n")
+    tabs = file.name.lower().endswith((".tsv", ".tsv.gz"))
     style: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     reader = csv.DictReader(text, **style)
     names = list(reader.fieldnames or [])

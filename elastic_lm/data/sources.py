@@ -1,7 +1,6 @@
 """Random-access sources of documents: text files, JSON lines, and prompts with responses."""
 
 import functools
-import gzip
 import mmap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from elastic_lm.config.parse import parse_json
 from elastic_lm.files.local import local_path
+from elastic_lm.files.text_files import Bytes, check_whole, is_packed, open_bytes, parse_object, text_start
 
 
 class Document(NamedTuple):
@@ -50,7 +49,8 @@ def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Pat
         if path.is_file():
             files.append(path)
             continue
-        found = sorted(p for p in path.rglob("*") if p.name.endswith(tuple(suffixes)) and p.is_file())
+        named = (p for p in path.rglob("*") if p.name.lower().endswith(tuple(suffixes)))
+        found = sorted(p for p in named if p.is_file())
         if not found:
             reason = f"no file ending in {', '.join(suffixes)} in it" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"data path {path}: {reason}")
@@ -58,30 +58,42 @@ def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Pat
     return files
 
 
-def read_bytes(path: Path) -> bytes | mmap.mmap:
-    """Contents of a file, unpacked if its name ends in .gz, else mapped; safe to slice from threads.
+class TextBytes(NamedTuple):
+    """What a text file holds; safe to slice from threads.
+
+    Attributes:
+      data: UTF-8, unpacked if the file is packed, else mapped.
+      start: where the text begins in it, after a byte order mark.
+    """
+
+    data: Bytes
+    start: int
+
+    def decode(self) -> str:
+        """The whole text."""
+        return bytes(self.data[self.start :]).decode()
+
+
+def read_text(path: Path) -> TextBytes:
+    """The bytes of a text file, checked and kept until it changes.
 
     Raises:
-      ValueError: the file is empty or not a gzip file.
+      ValueError: the file is empty, holds no UTF-8 text, or is packed and damaged.
     """
     status = path.stat()
     return _read_version(path, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=256)
-def _read_version(path: Path, modified: int, size: int) -> bytes | mmap.mmap:
-    """Contents of a file, kept until it changes."""
-    try:
-        if path.suffix == ".gz":
-            data = gzip.decompress(path.read_bytes())
-        else:
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path} is not a complete gzip file: {error}") from error
-    if not len(data):
+def _read_version(path: Path, modified: int, size: int) -> TextBytes:
+    """A file as it was at this time."""
+    with open_bytes(path) as file:
+        mapped = size and not is_packed(path)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
+    start = text_start(path, data)
+    if start == len(data):
         raise ValueError(f"{path} is empty: remove it from the data paths")
-    return data
+    return TextBytes(data, start)
 
 
 class TextFiles:
@@ -95,18 +107,18 @@ class TextFiles:
           span: bytes, at least, of every piece but a file's last one.
 
         Raises:
-          ValueError: a file is empty or not a gzip file.
+          ValueError: see `read_text`.
         """
-        self._pieces = [(file, *bounds) for file in files for bounds in _cut(read_bytes(file), span)]
+        self._pieces = [(file, *bounds) for file in files for bounds in _cut(read_text(file), span)]
 
     def __len__(self) -> int:
         return len(self._pieces)
 
     def __getitem__(self, index: Any) -> Document:
         file, start, stop = self._pieces[index]
-        data = read_bytes(file)
-        text = bytes(data[start:stop]).decode("utf-8", errors="replace")
-        return Document("", text, start == 0, stop == len(data), f"{file}:{start}")
+        data, first = read_text(file)
+        text = bytes(data[start:stop]).decode()
+        return Document("", text, start == first, stop == len(data), f"{file}:{start}")
 
 
 class JsonLines:
@@ -121,7 +133,7 @@ class JsonLines:
           prompt_field: key of what is read before it, not learned; "" = none.
 
         Raises:
-          ValueError: a file is empty or not a gzip file.
+          ValueError: see `read_text`.
         """
         self._fields = (prompt_field, text_field) if prompt_field else (text_field,)
         self._lines = [line for file in files for line in json_lines(file)]
@@ -131,24 +143,25 @@ class JsonLines:
 
     def __getitem__(self, index: Any) -> Document:
         file, number, start, stop = self._lines[index]
-        values = [self._value(f"{file} line {number}", file, start, stop, field) for field in self._fields]
+        where = f"{file} line {number}"
+        record = parse_object(where, read_text(file).data[start:stop])
+        values = [_text(where, record, field) for field in self._fields]
         prompt, text = values if len(values) == 2 else ("", values[0])
-        return Document(prompt, text, True, True, f"{file} line {number}")
-
-    def _value(self, where: str, file: Path, start: int, stop: int, field: str) -> str:
-        try:
-            value = parse_json(bytes(read_bytes(file)[start:stop]))
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(value, dict) or not isinstance(value.get(field), str):
-            keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{where} has no text under {field!r}; found: {keys}")
-        return value[field]
+        return Document(prompt, text, True, True, where)
 
 
-def _cut(data: bytes | mmap.mmap, span: int) -> list[tuple[int, int]]:
+def _text(where: str, record: dict[str, Any], field: str) -> str:
+    """The text under a field."""
+    value = record.get(field)
+    if not isinstance(value, str):
+        raise ValueError(f"{where} has no text under {field!r}; found: {', '.join(record)}")
+    return check_whole(f"{where}: {field}", value)
+
+
+def _cut(text: TextBytes, span: int) -> list[tuple[int, int]]:
     """Bounds of pieces that end at line ends, each at least `span` bytes long but the last."""
-    bounds, start = [], 0
+    data, start = text
+    bounds = []
     while start < len(data):
         newline = data.find(b"\n", start + span - 1)
         stop = newline + 1 if newline >= 0 else len(data)
@@ -161,10 +174,11 @@ def json_lines(file: Path) -> list[tuple[Path, int, int, int]]:
     """(file, line number from 1, start, stop) of every line that is not blank.
 
     Raises:
-      ValueError: the file is empty or not a gzip file.
+      ValueError: see `read_text`.
     """
-    data = np.frombuffer(read_bytes(file), np.uint8)
+    text = read_text(file)
+    data = np.frombuffer(text.data, np.uint8)
     ends = np.append(np.flatnonzero(data == ord("\n")), len(data))
-    starts = np.append(0, ends[:-1] + 1)
+    starts = np.append(text.start, ends[:-1] + 1)
     rows = zip(starts.tolist(), ends.tolist(), strict=True)
     return [(file, i, a, b) for i, (a, b) in enumerate(rows, 1) if data[a:b].tobytes().strip()]

@@ -4,14 +4,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES, DataConfig
+from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES, DataConfig, is_json_lines
 from elastic_lm.data import pipeline
-from elastic_lm.data.sources import (
-    JsonLines,
-    TextFiles,
-    find_files,
-    read_bytes,
-)
+from elastic_lm.data.sources import JsonLines, TextFiles, find_files, read_text
 from elastic_lm.data.stdlib import Split
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.atomic import write_text_whole
@@ -90,9 +85,9 @@ def read_pieces(paths: Sequence[str]) -> list[str]:
       ValueError: a file is empty, or no text.
     """
     files = find_files(paths, TEXT_SUFFIXES + JSONL_SUFFIXES)
-    texts = [f for f in files if not f.name.endswith(JSONL_SUFFIXES)]
-    span = min(MOST, max(LEAST, sum(len(read_bytes(f)) for f in texts) // (10 * EVERY)))
-    lines = JsonLines([f for f in files if f.name.endswith(JSONL_SUFFIXES)], "text")
+    texts = [f for f in files if not is_json_lines(f)]
+    span = min(MOST, max(LEAST, sum(len(read_text(f).data) for f in texts) // (10 * EVERY)))
+    lines = JsonLines([f for f in files if is_json_lines(f)], "text")
     cut = TextFiles(texts, span)
     return [cut[i].text for i in range(len(cut))] + [lines[i].text + "\n" for i in range(len(lines))]
 

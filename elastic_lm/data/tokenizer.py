@@ -1,8 +1,9 @@
 """Text to token ids and back: a thin wrapper of `tokenizers`, and training of byte-level BPE."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from elastic_lm.config.checks import require
-from elastic_lm.files.atomic import read_json, write_text_whole
+from elastic_lm.data.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE, build, carried_files, find_tokenizer
+from elastic_lm.files.atomic import read_json, write_bytes_whole, write_text_whole
 from elastic_lm.files.checksums import check_files
 from elastic_lm.files.local import local_path
+from elastic_lm.files.text_files import check_whole
 
 SAMPLED_TOKENS = 256  # of a vocabulary, that its fingerprint reads
 SAMPLE_TEXT = (
@@ -21,6 +24,7 @@ SAMPLE_TEXT = (
 END_OF_TEXT = "<|endoftext|>"
 # Files of a folder that say what its tokenizer does; checked where the folder has checksums.
 CHECKED = ("*token*", "config.json", "generation_config.json", "chat_template*", "vocab*", "merges.txt")
+OURS = "elastic"  # key of tokenizer_config.json under which ids stand that no file of the folder tells
 
 
 class Tokenizer:
@@ -48,39 +52,53 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         pad_id: int | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
+        """Wraps a tokenizer.
+
+        Args:
+          backend: of the `tokenizers` library.
+          bos_id: see the attributes.
+          eos_ids: see the attributes.
+          pad_id: see the attributes.
+          files: contents of the folder that it comes from, which `save` writes again (`carried_files`).
+        """
         self.backend = backend
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
+        self._files = dict(files or {})
         self.limit: int | None = None
+        self._byte_of = _byte_tokens(backend)
         self._truncating: dict[int, tokenizers.Tokenizer] = {}  # copies that cut, by length
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a folder that holds tokenizer.json (a Hugging Face or elastic checkpoint), or that file.
 
-        The beginning id is what the tokenizer's own template prepends; ending ids come from
-        generation_config.json, config.json or tokenizer_config.json beside it, in this order. The padding
-        id is that of tokenizer_config.json, config.json or tokenizer.json.
+        Special tokens that only tokenizer_config.json, added_tokens.json or special_tokens_map.json beside it
+        name are added, as `transformers` does. The beginning id is what the tokenizer's own template
+        prepends; ending ids come from generation_config.json, config.json or tokenizer_config.json beside it,
+        in this order. The padding id is that of tokenizer_config.json, config.json or tokenizer.json.
 
         Raises:
-          FileNotFoundError: there is no tokenizer.json.
+          FileNotFoundError: there is no tokenizer.json; says how to make one of another format.
           ValueError: the file is not a tokenizer, or one beside it is damaged; names the file.
         """
-        file = local_path(path)
-        file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer at {file}: expected a tokenizer.json or a folder with one")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:
-            raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
+        file = find_tokenizer(local_path(path))
         check_files(file.parent, CHECKED)
-        pad_id = _pad_id(backend, file.parent)
+        folder, files = file.parent, carried_files(file)
+        backend = build(folder, files)
+        pad_id = _pad_id(backend, folder)
         backend.no_truncation()
         backend.no_padding()
-        return cls(backend, _bos_id(backend, file.parent), _eos_ids(backend, file.parent), pad_id)
+        return cls(backend, _bos_id(backend, folder), _eos_ids(backend, folder), pad_id, files)
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The texts of tokens that `decode` leaves out."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
 
     @property
     def vocab_size(self) -> int:
@@ -97,7 +115,8 @@ class Tokenizer:
           size: rows of the model's vocabulary.
 
         Raises:
-          ValueError: the tokenizer has more ids than the model has rows, added tokens aside.
+          ValueError: the tokenizer has more ids than the model has rows, added tokens aside, or a token that
+            begins or ends every text has no row.
         """
         own = self.backend.get_vocab_size(with_added_tokens=False)
         require(
@@ -107,6 +126,7 @@ class Tokenizer:
             f"the tokenizer has {own} ids, so that it belongs to another model: name the model's own",
         )
         self.limit = size
+        self.check_ids([i for i in (self.bos_id, *self.eos_ids[:1]) if i is not None])
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Refuses ids that the model has no row for; without one, none are refused.
@@ -143,18 +163,13 @@ class Tokenizer:
           bos: put `bos_id` first, where the tokenizer has one.
 
         Raises:
-          ValueError: it is no string, one that holds half of a character, or one with a token above the
-            model's vocabulary; see `check_vocabulary`.
+          ValueError: it is no text, one that holds half of a character, or one with a token above the model's
+            vocabulary; see `check_vocabulary`.
         """
         try:
             ids = self.backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # no string, or one with a lone surrogate, which JSON can spell
-            fix = (
-                "holds half of a character; give complete Unicode text"
-                if isinstance(text, str)
-                else "must be text"
-            )
-            raise ValueError(f"text={text!r}: {fix}") from error
+        except TypeError as error:
+            raise _refused(text) from error
         ids = [self.bos_id, *ids] if bos and self.bos_id is not None else ids
         self.check_ids(ids)
         return ids
@@ -173,14 +188,17 @@ class Tokenizer:
           (ids, token types), of the same length.
 
         Raises:
-          ValueError: max_len leaves no room for text, or see `encode`.
+          ValueError: max_len leaves no room for text, or a text is refused as by `encode`.
         """
         backend = self.backend
         if max_len is not None:
             special = backend.num_special_tokens_to_add(second is not None)
             require(max_len > special, "max_len", max_len, f"must be above the {special} special tokens")
             backend = self._cut_to(max_len)
-        encoding = backend.encode(first, second)
+        try:
+            encoding = backend.encode(first, second)
+        except TypeError as error:
+            raise _refused(first, second or "") from error
         self.check_ids(encoding.ids)
         return encoding.ids, encoding.type_ids
 
@@ -192,27 +210,87 @@ class Tokenizer:
             self._truncating[max_len] = copy
         return self._truncating[max_len]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, without special tokens."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Text of `ids`; bytes that are no character become one U+FFFD, and leave their neighbours alone.
+
+        Args:
+          ids: token ids.
+          special: special tokens are written out, not left out.
+        """
+        ids = [int(i) for i in ids]
+        if self._byte_of and any(i in self._byte_of for i in ids):
+            tokens = self._with_whole_bytes(ids, special)
+            if tokens is not None:
+                return self.backend.decoder.decode(tokens)
+        return self.backend.decode(ids, skip_special_tokens=not special)
+
+    def _with_whole_bytes(self, ids: list[int], special: bool) -> list[str] | None:
+        """The tokens of ids, with the text of bytes in place of them; None where no byte is left over.
+
+        `tokenizers` takes all bytes in a row for broken as soon as one of them is.
+        """
+        runs = (group for are_bytes, group in itertools.groupby(ids, self._byte_of.__contains__) if are_bytes)
+        if all(_is_text(bytes(self._byte_of[i] for i in run)) for run in runs):
+            return None
+        hidden = set() if special else set(self.special_tokens)
+        named = ((i, self.backend.id_to_token(i)) for i in ids)
+        kept = [
+            (self._byte_of.get(i), token) for i, token in named if token is not None and token not in hidden
+        ]
+
+        tokens: list[str] = []
+        for are_bytes, group in itertools.groupby(kept, lambda one: one[0] is not None):
+            if not are_bytes:
+                tokens += [token for _, token in group]
+                continue
+            run = bytes(byte for byte, _ in group if byte is not None)
+            tokens.append(run.decode(errors="replace"))
+        return tokens
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and a tokenizer_config.json that `transformers` understands."""
+        """Writes tokenizer.json and what `transformers` wants beside it.
+
+        A tokenizer that was loaded is written as it was found: with all keys of tokenizer_config.json, the
+        chat template, and the files that name added tokens.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        files = self._files if self._is_as_found(folder) else {}
+        config = json.loads(files.get(CONFIG_FILE, b"{}")) if files else self._described()
+        for name, content in files.items():
+            if name not in (TOKENIZER_FILE, CONFIG_FILE):
+                write_bytes_whole(folder / name, content)
+        _write(folder / CONFIG_FILE, config)
+        own = files.get(TOKENIZER_FILE) or self.backend.to_str(pretty=True).encode()
+        write_bytes_whole(folder / TOKENIZER_FILE, own)
+
+        # What was found in a config.json that is not beside the new files is written down.
+        again = _eos_ids(self.backend, folder), _pad_id(self.backend, folder)
+        if again != (self.eos_ids, self.pad_id):
+            _write(folder / CONFIG_FILE, config | {OURS: {"eos_ids": self.eos_ids, "pad_id": self.pad_id}})
+
+    def _is_as_found(self, folder: Path) -> bool:
+        """Whether the files that this tokenizer was loaded from still describe it."""
+        if not self._files:
+            return False
+        found = build(folder, self._files)
+        found.no_truncation()
+        found.no_padding()
+        return found.to_str() == self.backend.to_str()
+
+    def _described(self) -> dict[str, Any]:
+        """A tokenizer_config.json for a tokenizer that was found in no folder."""
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.bos_id is not None,
             "clean_up_tokenization_spaces": False,
         }
-        if self.bos_id is not None:
-            config["bos_token"] = self.backend.id_to_token(self.bos_id)
-        if self.eos_ids:
-            config["eos_token"] = self.backend.id_to_token(self.eos_ids[0])
-        if self.pad_id is not None:
-            config["pad_token"] = self.backend.id_to_token(self.pad_id)
-        write_text_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-        write_text_whole(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        ids = {
+            "bos_token": self.bos_id,
+            "eos_token": next(iter(self.eos_ids), None),
+            "pad_token": self.pad_id,
+        }
+        return config | {key: self.backend.id_to_token(i) for key, i in ids.items() if i is not None}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -248,8 +326,47 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, None, (0,))
 
 
+def _refused(*texts: object) -> ValueError:
+    """Why `tokenizers` takes one of these for no text."""
+    for text in texts:
+        if not isinstance(text, str):
+            return ValueError(f"text={text!r}: must be text")
+        try:
+            check_whole("text", text)
+        except ValueError as error:
+            return error
+    return ValueError("text: cannot be read by the tokenizer")
+
+
+def _is_text(run: bytes) -> bool:
+    try:
+        run.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _byte_tokens(backend: tokenizers.Tokenizer) -> dict[int, int]:
+    """Ids of tokens that are one byte each -> that byte; {} where no such tokens are decoded to bytes."""
+    if backend.decoder is None or "ByteFallback" not in str(backend.decoder):
+        return {}
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    ids = {backend.token_to_id(name): byte for name, byte in names.items()}
+    return {i: byte for i, byte in ids.items() if i is not None}
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    write_text_whole(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
 def _json(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
+
+
+def _ours(folder: Path) -> dict[str, Any]:
+    """Ids that `Tokenizer.save` has written down."""
+    found = _json(folder / CONFIG_FILE).get(OURS)
+    return found if isinstance(found, dict) else {}
 
 
 def _bos_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
@@ -257,7 +374,7 @@ def _bos_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
     template = backend.encode("a", add_special_tokens=True)
     if template.ids and template.special_tokens_mask[0]:
         return template.ids[0]
-    file = folder / "tokenizer_config.json"
+    file = folder / CONFIG_FILE
     return _token_id(backend, file, "bos_token") if _json(file).get("add_bos_token") else None
 
 
@@ -269,15 +386,19 @@ def _eos_ids(backend: tokenizers.Tokenizer, folder: Path) -> tuple[int, ...]:
             right = all(type(i) is int for i in ids)
             require(right, f"{folder / name}: eos_token_id", ids, "must be a token id, or a list of them")
             return ids
-    token = _token_id(backend, folder / "tokenizer_config.json", "eos_token")
+    if "eos_ids" in _ours(folder):
+        return tuple(_ours(folder)["eos_ids"])
+    token = _token_id(backend, folder / CONFIG_FILE, "eos_token")
     token = backend.token_to_id(END_OF_TEXT) if token is None else token
     return () if token is None else (token,)
 
 
 def _pad_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
-    named = _token_id(backend, folder / "tokenizer_config.json", "pad_token")
+    named = _token_id(backend, folder / CONFIG_FILE, "pad_token")
     if named is not None:
         return named
+    if "pad_id" in _ours(folder):
+        return _ours(folder)["pad_id"]
     stated = _json(folder / "config.json").get("pad_token_id")
     if stated is None:
         return backend.padding["pad_id"] if backend.padding else None

@@ -1,10 +1,11 @@
 """What a call of the sampler returns: tokens as text, their depths, and what they cost."""
 
 import dataclasses
+import functools
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -135,28 +136,73 @@ class Detokenizer:
 
     def text(self, prompt: list[int], emitted: list[int]) -> str:
         """Text of the emitted tokens, cut before the first stop string."""
+        shown, marked = self._split_stops
         text = self._decode(prompt, emitted)
-        cuts = [text.find(stop) for stop in self.stops if stop in text]
+        cuts = [text.find(stop) for stop in shown if stop in text]
+        if marked:
+            with_marks = self._decode(prompt, emitted, special=True)
+            places = [with_marks.find(stop) for stop in marked if stop in with_marks]
+            cuts += [self._shown_before(prompt, emitted, place) for place in places]
         return text[: min(cuts)] if cuts else text
+
+    def settled(self, prompt: list[int], emitted: list[int]) -> str:
+        """The part of the text that later tokens cannot change: no half character, no start of a stop."""
+        shown, marked = self._split_stops
+        text = held_back(self.text(prompt, emitted), shown)
+        if marked:
+            with_marks = self._decode(prompt, emitted, special=True)
+            safe = held_back(with_marks, marked)
+            text = text[: self._shown_before(prompt, emitted, len(safe))]
+        return text
 
     def stops_after(self, prompt: list[int], emitted: list[int]) -> int | None:
         """The number of emitted tokens at which their text first contains a stop string, or None."""
-        if not any(stop in self._decode(prompt, emitted) for stop in self.stops):
+        if not self._stopped(prompt, emitted):
             return None
-        prefixes = (self._decode(prompt, emitted[:n]) for n in range(1, len(emitted) + 1))
-        return next(n for n, text in enumerate(prefixes, 1) if any(stop in text for stop in self.stops))
+        return next(n for n in range(1, len(emitted) + 1) if self._stopped(prompt, emitted[:n]))
 
-    def _decode(self, prompt: list[int], emitted: list[int]) -> str:
-        """Text of the emitted tokens in the context of their prompt, without the stop token."""
+    def _stopped(self, prompt: list[int], emitted: list[int]) -> bool:
+        """Whether the text of the emitted tokens contains a stop string."""
+        shown, marked = self._split_stops
+        text = self._decode(prompt, emitted) if shown else ""
+        with_marks = self._decode(prompt, emitted, special=True) if marked else ""
+        return any(stop in text for stop in shown) or any(stop in with_marks for stop in marked)
+
+    @functools.cached_property
+    def _split_stops(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Stop strings that are looked for in the text, and those with special tokens, which it omits."""
+        special = getattr(self.tokenizer, "special_tokens", ()) if self.stops else ()
+        marked = tuple(stop for stop in self.stops if any(token in stop for token in special))
+        return tuple(stop for stop in self.stops if stop not in marked), marked
+
+    def _shown_before(self, prompt: list[int], emitted: list[int], place: int) -> int:
+        """Characters of the text that come before a place in the text with special tokens."""
+        whole = len(emitted)
+        while len(self._decode(prompt, emitted[:whole], special=True)) > place:
+            whole -= 1
+        # The place is at the end of a token, or within one that is no special token.
+        rest = place - len(self._decode(prompt, emitted[:whole], special=True))
+        return len(self._decode(prompt, emitted[:whole])) + rest
+
+    def _decode(self, prompt: list[int], emitted: list[int], special: bool = False) -> str:
+        """Text of the emitted tokens in the context of their prompt, without the stop token.
+
+        Args:
+          prompt: what comes before.
+          emitted: token ids.
+          special: special tokens are written out; only for tokenizers that say which ones they have.
+        """
         if self.tokenizer is None:
             return ""
-        if emitted and emitted[-1] in self.end_tokens:
+        decode: Any = self.tokenizer.decode
+        if special:
+            decode = functools.partial(decode, special=True)
+        elif emitted and emitted[-1] in self.end_tokens:
             emitted = emitted[:-1]
 
         # Some tokens decode to other text after a prompt than alone, such as those that begin with a space.
-        before = self.tokenizer.decode(prompt)
-        text = self.tokenizer.decode([*prompt, *emitted])
-        return text[len(before) :] if text.startswith(before) else self.tokenizer.decode(emitted)
+        before, text = decode(prompt), decode([*prompt, *emitted])
+        return text[len(before) :] if text.startswith(before) else decode(emitted)
 
 
 def make_detokenizer(

@@ -25,7 +25,6 @@ from elastic_lm.decode.results import (
     TextTokenizer,
     check_drawn,
     collect,
-    held_back,
     make_detokenizer,
 )
 from elastic_lm.decode.segment import PREVIEW
@@ -322,8 +321,9 @@ class Sampler:
 
         shown = ""
         for reached in self._advance(call, state, controls):
-            text = collect(reached, prompts, call.detokenizer, 0.0, call.served)[0].text
-            final = text if not np.any(reached.alive) else held_back(text, call.detokenizer.stops)
+            sample = collect(reached, prompts, call.detokenizer, 0.0, call.served)[0]
+            running = bool(np.any(reached.alive))
+            final = call.detokenizer.settled(prompts[0], sample.tokens) if running else sample.text
             if len(final) > len(shown):
                 yield final[len(shown) :]
                 shown = final

@@ -25,6 +25,7 @@ from elastic_lm.files.atomic import (
 )
 from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import try_lock
+from elastic_lm.files.text_files import BYTE_ORDER_MARK, open_bytes, parse_object
 
 CHUNK = 1 << 16  # bytes that are read at once
 REWRITTEN = 1024  # lines that are written at once where a file is written anew
@@ -41,14 +42,7 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
       ValueError: a line holds no JSON object; names it.
     """
     for where, line in _lines(Path(path)):
-        try:
-            record = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON ({error}); write one object per line") from error
-        if not isinstance(record, dict):
-            shown = line[:80].decode(errors="replace")
-            raise ValueError(f"{where}={shown!r}: must be a JSON object")
-        yield record
+        yield parse_object(where, line)
 
 
 def count_records(path: str | Path) -> int:
@@ -58,13 +52,11 @@ def count_records(path: str | Path) -> int:
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Lines that are not blank, each with its place for a message."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path} line {number}", line
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            line = line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)
+            if line.strip():
+                yield f"{path} line {number}", line
 
 
 class Journal:

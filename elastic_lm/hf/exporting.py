@@ -1,7 +1,6 @@
 """Writing a Hugging Face folder that transformers loads."""
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 from elastic_lm.files import checksums
 from elastic_lm.files.atomic import require_folder_above, whole_folder
 from elastic_lm.files.local import local_path
+from elastic_lm.hf.carried import GENERATION_FILE, Carried, write_json
 from elastic_lm.hf.config_json import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS, TensorFiles
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
@@ -25,11 +25,13 @@ WRITTEN = (
     "generation_config.json",
     "tokenizer*.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
     "*.safetensors",
     "*.safetensors.index.json",
     checksums.FILE,
 )
-GENERATION_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "pad_token_id")
+WRITTEN_FOLDERS = {"additional_chat_templates": "*.jinja"}
 
 
 class Tokenizer(Protocol):
@@ -46,6 +48,7 @@ def export(
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
+    source: str | Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
@@ -59,7 +62,9 @@ def export(
       config: the model.
       params: its canonical parameters, in the dtype that is to be stored.
       path: folder to create.
-      tokenizer: saved beside the weights, if given.
+      tokenizer: saved beside the weights, if given, with its chat template and all that names its tokens.
+      source: the folder that the model comes from, a Hugging Face folder or a checkpoint of this package:
+        keys of its config.json and generation_config.json that are no part of the model are written again.
       max_shard_bytes: weights above this size are split over several files with an index.
       overwrite: replace an earlier export at `path`.
 
@@ -85,14 +90,15 @@ def export(
     leaves = [(binding, _leaf(params, binding)) for binding in bindings(config)]
     dtype = str(leaves[0][1].dtype)
     entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
+    carried = Carried({}, None) if source is None else Carried.of_folder(source)
+    entries = carried.with_entries(config, entries)
     with whole_folder(target) as partial:
         _write_weights(config, leaves, partial, max_shard_bytes)
-        if tokenizer is not None:
+        if generation := carried.with_ids(entries):
+            write_json(partial / GENERATION_FILE, generation)
+        write_json(partial / "config.json", entries)
+        if tokenizer is not None:  # after the configs: it writes down what those do not say
             tokenizer.save(partial)
-        ids = {key: entries[key] for key in GENERATION_IDS if key in entries}
-        if ids:
-            _write_json(partial / "generation_config.json", ids)
-        _write_json(partial / "config.json", entries)
         for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
             shutil.copymode(partial / "config.json", shard)
         checksums.write_checksums(partial)
@@ -126,12 +132,17 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
         raise FileExistsError(
             f"{target}: is no Hugging Face folder and is not overwritten; choose another path"
         )
-    for file in sorted(target.iterdir()):
-        if not file.is_file() or not any(file.match(pattern) for pattern in WRITTEN):
-            raise FileExistsError(
-                f"{file}: not written by an export, so the folder is not overwritten; move it away, or "
-                "choose another path"
-            )
+    inside = [target / name for name in WRITTEN_FOLDERS if (target / name).is_dir()]
+    files = [path for path in target.iterdir() if path not in inside]
+    strange = [path for path in files if not path.is_file() or not any(map(path.match, WRITTEN))]
+    for folder in inside:
+        pattern = WRITTEN_FOLDERS[folder.name]
+        strange += [path for path in folder.iterdir() if not path.is_file() or not path.match(pattern)]
+    if strange:
+        raise FileExistsError(
+            f"{min(strange)}: not written by an export, so the folder is not overwritten; move it away, or "
+            "choose another path"
+        )
     return target
 
 
@@ -166,7 +177,7 @@ def _write_weights(
     if exits or len(shards) > 1:
         # With exits the index tells readers that take every *.safetensors which ones are the model.
         total = sum(leaf.nbytes for _, leaf in backbone)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _shards(leaves: list[tuple[Binding, Any]], limit: int) -> Iterator[list[tuple[Binding, Any]]]:
@@ -216,7 +227,3 @@ def _check_saved(tensors: dict[str, np.ndarray], path: Path) -> None:
             f"{path}: does not read back as it was written ({error}) and is not kept; check the disk and its "
             "free space"
         ) from error
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -44,8 +44,9 @@ def short_prompt(texts: Sequence[str]) -> str:
     Args:
       texts: of the user's own.
     """
-    # A dash in front would read as a flag, and half characters cannot be typed.
-    lines = [line.replace("\ufffd", "").strip().lstrip("- ") for text in texts for line in text.splitlines()]
+    # A dash in front would read as a flag, and half characters and control characters cannot be typed.
+    lines = [line.replace("\ufffd", "").strip().lstrip("- ") for text in texts for line in text.split("\n")]
+    lines = ["".join(c for c in line if c.isprintable() or c.isspace()) for line in lines]
     short = [" ".join(line.split()[:WORDS]) for line in lines if line]
     plain = [line for line in short if not set(line) & QUOTES]
     return max(plain or short, key=lambda line: len(line.split()), default=ANY)

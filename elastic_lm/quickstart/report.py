@@ -20,6 +20,7 @@ from elastic_lm.quickstart.settings import name_of
 from elastic_lm.report import colour as render
 from elastic_lm.report.machine import hardware, versions
 from elastic_lm.report.plots import SpeedPoint, quality_speed
+from elastic_lm.report.terminal import shown
 
 MISSED = 0.1  # of the disagreements that a target allows, so many more are within what text varies
 NEAR = 0.99  # agreement from which on a setting is preferred to faster ones
@@ -211,7 +212,8 @@ def show_text(
       Text with terminal escapes.
     """
     parts = sample_spans(tokenizer, prompt, sample)
-    text = tokenizer.decode(prompt) + render.to_ansi(parts, n_layers, colours)
+    parts = [(shown(part), depth) for part, depth in parts]
+    text = shown(tokenizer.decode(prompt)) + render.to_ansi(parts, n_layers, colours)
     return f"{text}\n\n{render.to_ansi(render.legend(depths, n_layers), n_layers, colours)}"
 
 

@@ -45,6 +45,7 @@ from elastic_lm.quickstart.pace import Pace
 from elastic_lm.quickstart.settings import Setting, exits_speedup, lookup_pays, preview_speedup
 from elastic_lm.report import colour as render
 from elastic_lm.report.progress import Progress
+from elastic_lm.report.terminal import shown
 
 FULL = "full depth"
 
@@ -488,12 +489,12 @@ def _show(
     sample = generations[name].samples[0]
     console.print(f"\n[bold]A continuation with {name}[/]\n")
     if colours := render.terminal_colours(sys.stdout, colour):
-        shown = report.show_text(
+        text = report.show_text(
             model.tokenizer, prompts[0], sample, model.depths, model.depths[-1], colours=colours
         )
-        print(shown)
+        print(text)
     else:
-        print(model.tokenizer.decode(prompts[0]) + sample.text)
+        print(shown(model.tokenizer.decode(prompts[0]) + sample.text))
     console.print()
     report.show_table(result, options.targets, console)
     out = options.out

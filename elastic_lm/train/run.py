@@ -158,6 +158,7 @@ def _fit(
         params,
         run.tokenizer,
         menu=finished.menu or run.menu,
+        source=config.train.init_from or None,
         beside=finished.beside,
         overwrite=True,
     )

@@ -115,7 +115,7 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
 
     Args:
       config: the whole run.
-      tokenizer: its special tokens go into a new model; its ids must fit the vocabulary.
+      tokenizer: its special tokens go into a new model; the ids of its texts must fit the vocabulary.
       mesh: where loaded parameters go.
 
     Returns:

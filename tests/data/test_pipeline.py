@@ -196,7 +196,7 @@ def test_a_bad_line_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     file.write_text('{"text": "alpha"}\n{"body": "alpha"}\n')
     refused(file, "jsonl", tokenizer, ValueError, r"line 2 has no text under 'text'; found: body")
     file.write_text("[1, 2]\n")
-    refused(file, "jsonl", tokenizer, ValueError, r"line 1 has no text under 'text'; found: list")
+    refused(file, "jsonl", tokenizer, ValueError, r"line 1: list is not a JSON object")
 
 
 def test_missing_paths_are_refused(text: Path, tokenizer: Tokenizer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic_lm.cascade.answerer import Answerer, Record
 from elastic_lm.config.checks import require
-from elastic_lm.data.records import text_of
+from elastic_lm.data.records import class_number, label_of
 
 Names = Mapping[str, Sequence[str]]  # "swift", "super" -> names of the classes, in the order of the indices
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -120,13 +120,14 @@ def _label(where: str, label: Any, known: Sequence[str], tolerance: float | None
             f"--tolerance {tolerance:g} compares numbers; leave it out, or name a field of numbers",
         )
         return label
-    # NaN, which JSON lines may hold, does not equal itself.
-    comparable = isinstance(label, str | int | float) and label == label
+    # NaN and infinity, which JSON lines may hold, stand for missing values.
+    comparable = isinstance(label, str | int) or (isinstance(label, float) and math.isfinite(label))
     require(comparable, where, label, "must be a text or a number")
     if known:
-        text = text_of(where, {"label": label}, "label")
-        require(text in known, where, label, f"is no class of the models, which know {', '.join(known)}")
-        return text
+        number = class_number(label_of(where, {"label": label}, "label"), known)
+        if number is None:
+            raise ValueError(f"{where}={label!r}: is no class of the models, which know {', '.join(known)}")
+        return known[number]
     return label
 
 
