@@ -14,7 +14,7 @@ from typing import Any
 
 from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES
 from elastic_lm.config.parse import to_dict
-from elastic_lm.data.records import JSON_SUFFIXES, TABLE_SUFFIXES
+from elastic_lm.data.records import TABLE_SUFFIXES
 from elastic_lm.data.sources import find_files
 from elastic_lm.data.stdlib import stdlib_files
 from elastic_lm.files.atomic import read_json, write_text_whole
@@ -125,7 +125,7 @@ def _data_files(config: RunConfig | TaskRun) -> dict[str, dict[str, Any]]:
     """Data files of a run, for training and for evaluation; the standard library counts as one."""
     if isinstance(config, TaskRun):
         paths = (*config.task.paths, *config.task.eval_paths)
-        return {str(path): _entry(path) for path in find_files(paths, (*JSON_SUFFIXES, *TABLE_SUFFIXES))}
+        return {str(path): _entry(path) for path in find_files(paths, (*JSONL_SUFFIXES, *TABLE_SUFFIXES))}
 
     data = config.data
     if data.source != "stdlib":
