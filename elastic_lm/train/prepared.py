@@ -7,6 +7,7 @@ from typing import Any
 
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+from elastic_lm.files.checksums import write_checksums
 from elastic_lm.models.decoder import Params
 from elastic_lm.train.method import Method, RunData
 
@@ -46,4 +47,5 @@ def learned_tokenizer(workdir: Path, texts: Callable[[], Iterable[str]], vocab_s
     """
     if not (workdir / "tokenizer.json").is_file():
         train_bpe(texts(), vocab_size).save(workdir)
+        write_checksums(workdir, ("tokenizer.json", "tokenizer_config.json"))
     return Tokenizer.load(workdir)
