@@ -53,7 +53,7 @@ MENU_FILE = "menu.json"  # of models that are elastic in width
 PARAMS_FOLDER = "params"
 ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
-PATTERN_CHARACTERS = re.compile(r"[\[\]\\]")  # of a path, that orbax or TensorStore take for something else
+PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")  # of a path, that orbax or TensorStore take for something else
 WRITTEN = {
     *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, checksums.FILE),
     *(TOKENIZER_FILE, TEMPLATES, *BESIDE),  # the tokenizer's files
@@ -327,8 +327,8 @@ def _bits(leaf: Any) -> np.ndarray:
 def readable_name(folder: str | Path) -> Iterator[epath.Path]:
     """A folder under a name that orbax can write to and read from.
 
-    orbax takes brackets for a pattern, and TensorStore a backslash for a slash: what they write under such a
-    path cannot be read. They get a link without these characters, as long as the context lasts.
+    orbax takes brackets, * and ? for a pattern, and TensorStore a backslash for a slash: what they write
+    under such a path may not be readable. They get a link without these characters, while the context lasts.
 
     Args:
       folder: exists, where its path has such characters.
@@ -343,7 +343,7 @@ def readable_name(folder: str | Path) -> Iterator[epath.Path]:
 
     place = tempfile.gettempdir()
     alone = jax.process_count() == 1 and not PATTERN_CHARACTERS.search(place)
-    require(alone, "path", str(path), "holds a bracket or a backslash; choose one without")
+    require(alone, "path", str(path), "holds one of []*?\\; choose a path without")
     with tempfile.TemporaryDirectory(prefix="elastic_lm_") as place:
         link = Path(place) / "link"
         link.symlink_to(path, target_is_directory=True)

@@ -22,18 +22,21 @@ CHUNK = 1 << 20  # bytes that are read at once
 Entry = dict[str, Any]  # of one file: "bytes" and "crc32"
 
 
-def write_checksums(folder: str | Path) -> None:
-    """Writes the checksums of all files below a folder into it, as they read back from the disk.
+def write_checksums(folder: str | Path, names: Iterable[str] | None = None) -> None:
+    """Writes the checksums of files in a folder into it, as they read back from the disk.
 
     Args:
       folder: is complete; files that are added later are not checked.
+      names: of the files, relative to the folder; None = all that are in it or below.
 
     Raises:
       OSError: a file cannot be read, or the checksums not be written.
     """
     folder = Path(folder)
-    paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
-    _write(folder, {path.relative_to(folder).as_posix(): _entry(path) for path in paths})
+    if names is None:
+        paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
+        names = [path.relative_to(folder).as_posix() for path in paths]
+    _write(folder, {name: _entry(folder / name) for name in names})
 
 
 def update_checksums(folder: str | Path, names: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from elastic_lm.data.stdlib import stdlib_files
 from elastic_lm.files.atomic import read_json, write_text_whole
 from elastic_lm.files.fingerprints import differing_parts, file_digest, weights_fingerprint
 from elastic_lm.train.config import RunConfig, TaskRun
+from elastic_lm.train.method import TEACHER
 from elastic_lm.train.prepared import Prepared
 
 FILE = "inputs.json"
@@ -37,10 +38,13 @@ def run_inputs(config: RunConfig | TaskRun, run: Prepared) -> dict[str, Any]:
     """
     # What a run draws by itself is settled by its seed, and all of it is in its checkpoints.
     loaded = bool(config.train.init_from)
+    own = {name: tree for name, tree in run.params.items() if name != TEACHER}
+    teacher = {name: tree for name, tree in run.params.items() if name == TEACHER}
     model = {name: value for name, value in to_dict(run.method.config).items() if name not in DTYPE_FIELDS}
     return {
         "format": FORMAT,
-        "weights": weights_fingerprint(run.params) if loaded else "",
+        "weights": weights_fingerprint(own) if loaded else "",
+        "teacher": weights_fingerprint(teacher) if teacher else "",
         "tokenizer": run.tokenizer.fingerprint,
         "model": json.loads(json.dumps(model)) if loaded else {},
         "files": _data_files(config),
@@ -68,7 +72,10 @@ def check_inputs(config: RunConfig | TaskRun, found: dict[str, Any], workdir: Pa
     began = f"since the run in {workdir} began; put back what it began with, or {AGAIN}"
     if differing_parts(stored, {"weights": found["weights"]}):
         raise ValueError(f"train.init_from={config.train.init_from!r}: its weights changed {began}")
-    for field in stored["model"].keys() & found["model"].keys():
+    if differing_parts(stored, {"teacher": found["teacher"]}):
+        source = getattr(config.method, "teacher_from", "")
+        raise ValueError(f"method.teacher_from={source!r}: its weights changed {began}")
+    for field in sorted(stored["model"].keys() & found["model"].keys()):
         if stored["model"][field] != found["model"][field]:
             raise ValueError(
                 f"train.init_from={config.train.init_from!r}: its {field} changed from "

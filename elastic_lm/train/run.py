@@ -14,6 +14,7 @@ from elastic_lm.checkpoints.native import Checkpoints, check_target, save_model
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.files.checksums import write_checksums
 from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.models.decoder import Params
@@ -136,6 +137,7 @@ def _fit(
     # Only now: a run that was refused leaves no trace in its workdir.
     if run.learned:
         run.tokenizer.save(workdir)
+        write_checksums(workdir, ("tokenizer.json", "tokenizer_config.json"))
     save_identity(config, workdir)
     save_inputs(inputs, workdir)
 

@@ -204,7 +204,7 @@ def test_a_step_that_does_not_read_back_is_removed(tmp_path: Path, monkeypatch: 
     checkpoints.close()
 
 
-@pytest.mark.parametrize("name", ["a[1]", "[ab]c", "b\\c", "d]"])
+@pytest.mark.parametrize("name", ["a[1]", "b\\c", "d*?]"])
 def test_paths_with_brackets_and_backslashes(name: str, tmp_path: Path, model: Path) -> None:
     config, params = native.load_model(model)
     folder = tmp_path / name

@@ -68,6 +68,17 @@ def test_a_changed_model_is_named(begun: tuple[RunConfig, Path]) -> None:
             check(run, workdir, state)
 
 
+def test_a_changed_teacher_is_named(begun: tuple[RunConfig, Path]) -> None:
+    run, workdir = begun
+    states = [prepared(), prepared(), prepared()]
+    for seed, state in zip((1, 1, 2), states, strict=True):
+        state.params = {**state.params, "teacher": random_params(CONFIG, seed)}
+    save_inputs(run_inputs(run, states[0]), workdir)
+    check(run, workdir, states[1])
+    with pytest.raises(ValueError, match=r"method\.teacher_from='': its weights changed since"):
+        check(run, workdir, states[2])
+
+
 def test_changed_data_are_named(begun: tuple[RunConfig, Path], text_file: Path) -> None:
     run, workdir = begun
     content, status = text_file.read_bytes(), text_file.stat()

@@ -135,7 +135,7 @@ def check_models(
             continue
         line = (
             f"{name} {now} is not the checkpoint that the rule was fitted on ({place}), as their {other} "
-            "differ: an energy is about one checkpoint, fit it again or pass --force"
+            "differ: an energy is about one checkpoint, fit it again (elastic-lm cascade fit) or pass --force"
         )
         if rule.guarantee is not None and rule.guarantee.achieved:
             raise ValueError(f"{line}; the rule's guarantee is about those models alone")
