@@ -136,14 +136,6 @@ class RunConfig:
             "describe a model, or name a checkpoint in train.init_from",
         )
 
-        new = self.model if self.model and not self.train.init_from else None
-        require(
-            new is None or self.data.seq_len <= new.max_len,
-            "data.seq_len",
-            self.data.seq_len,
-            f"above model.max_len={new.max_len if new else 0}; shorten it",
-        )
-
         drawn = self.model.exits if self.model and not self.train.init_from else ()
         where = "exits" if self.exits else "model.exits"
         # Only a message asks for the methods with an ability: that imports the modules of all methods.

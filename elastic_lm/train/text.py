@@ -49,6 +49,8 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
     rows = config.data.batch_size
     check_sizes(config)
     check_rows("data.batch_size", rows, mesh, config.train.accumulate)
+    if config.model is not None and not config.train.init_from:
+        _check_length(config, config.model)  # before a tokenizer is learned
     tokenizer = prepare_tokenizer(config, workdir)
     model, params = prepare_model(config, tokenizer, mesh)
 
@@ -150,18 +152,18 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
         f"the tokenizer has {tokenizer.vocab_size} ids; raise it",
     )
     tokenizer.check_vocabulary(model.vocab_size)
-    require(
-        config.data.seq_len <= model.max_len,
-        "data.seq_len",
-        config.data.seq_len,
-        f"above model.max_len={model.max_len}; shorten it",
-    )
-
+    _check_length(config, model)
     if train.dtype:
         model = dataclasses.replace(model, dtype=train.dtype)
     if config.exits:
         model, params = attach_exits(model, params, config.exits, jax.random.fold_in(key, 1))
     return model, params
+
+
+def _check_length(config: RunConfig, model: ModelConfig) -> None:
+    """Refuses rows that are longer than the model's context."""
+    fix = f"above model.max_len={model.max_len}; shorten it"
+    require(config.data.seq_len <= model.max_len, "data.seq_len", config.data.seq_len, fix)
 
 
 def held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterable[Arrays]:

@@ -487,7 +487,7 @@ FILES = [
     ),
     Call(
         "fit into a remote folder",
-        lambda _: fit(Run(model=tiny_config(vocab_size=300, max_len=256)), "gs://b/w"),
+        lambda _: fit(Run(model=tiny_config(vocab_size=300)), "gs://b/w"),
         "gs://b/w: remote paths are not supported",
     ),
     Call(
