@@ -16,6 +16,7 @@ from elastic_lm.depth.policies import ConfidenceExit
 
 DEEP = "[" * 200_000
 TEXT = "def f(x):\n    return x + 1\n" * 60
+WORDS = "".join(f"word{i} and{i * i} " for i in range(400))  # enough for as many ids as are asked for
 TENSOR = "model.layers.1.mlp.up_proj.weight"
 BAD = {"nan": np.nan, "infinity": np.inf}
 
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder `hf`, an elastic checkpoint `ck`, and text."""
     base = tmp_path_factory.mktemp("limits")
     config = testing.tiny_config(exits=(1,), n_layers=2, vocab_size=300)
-    tokenizer = train_bpe([TEXT], 300)
+    tokenizer = train_bpe([WORDS], 300)
     params = testing.random_params(config)
     hf.export(config, params, base / "hf", tokenizer)
     native.save_model(base / "ck", config, params, tokenizer)
@@ -80,8 +81,7 @@ def test_damaged_weights(folder: Path, model: Path, tmp_path: Path, capsys, comm
 def test_the_tokenizer_of_another_model(
     folder: Path, model: Path, tmp_path: Path, capsys, command: str
 ) -> None:
-    many = "".join(f"word{i} and{i * i} " for i in range(400))
-    train_bpe([many], 600).save(model)
+    train_bpe([WORDS], 600).save(model)
     line = refused(capsys, command, *commands(model, folder, tmp_path)[command])
     assert "300: the tokenizer has 600 ids" in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
@@ -188,8 +188,11 @@ def test_a_new_model_that_no_machine_holds(tmp_path: Path, capsys) -> None:
     (tmp_path / "d.txt").write_text(TEXT)
     for override, words in (
         ("model.vocab_size=2000000000", "model='256,000,"),
-        ("model.n_layers=1000000", "model.n_layers=1000000"),
-        ("data.batch_size=2000000000", "data.batch_size=2000000000: rows of data.seq_len=32 tokens would take"),
+        ("model.n_layers=1000000", "n_layers=1000000: must be at least 1, and at most 4,096"),
+        (
+            "data.batch_size=2000000000",
+            "data.batch_size=2000000000: rows of data.seq_len=32 tokens would take",
+        ),
         ("data.seq_len=10000000000", "data.seq_len=10000000000: must be at least 1, and below 2**31"),
     ):
         line = refused(
@@ -199,6 +202,7 @@ def test_a_new_model_that_no_machine_holds(tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.long
 def test_a_cascade_whose_every_record_failed_exits_1(folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": 1}\n{"other": "a"}\n')
     pair = ["--swift", folder / "ck", "--super", folder / "ck"]
