@@ -26,6 +26,7 @@ Style = Literal["rows", "openai"]  # what a service is sent, and what it answers
 TIMEOUT = 30.0  # seconds that a service may take for a record
 RETRIES = 2  # further tries per record
 
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 SECRET = re.compile(r"(?i)key|token|secret|password|passwd|signature|^sig$|^auth$|credential")
 
 
@@ -42,7 +43,7 @@ def without_secrets(place: str) -> str:
       assert without_secrets("http://me:secret@host/x?key=1&n=2") == "http://host/x?key=***&n=2"
       ```
     """
-    if not place.startswith(("http://", "https://")):
+    if not ADDRESS.match(place):
         return place
     try:
         parts = urlsplit(place)

@@ -13,9 +13,11 @@ from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES, DataConfig
 from elastic_lm.data.sources import Document, JsonLines, TextFiles, find_files
 from elastic_lm.data.stdlib import Split, stdlib_files
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.report.machine import require_memory
 
 BINS = 32  # rows that first-fit packing fills at a time
 FIELDS = ("tokens", "targets", "weights")
+TOKEN_BYTES = 20  # of a token of a batch: five numbers of four bytes
 
 
 def documents(config: DataConfig, split: Split) -> TextFiles | JsonLines:
@@ -172,7 +174,19 @@ def file_texts(config: DataConfig, split: Split = "train") -> list[str]:
     return [source[i].prompt + source[i].text for i in range(len(source))]
 
 
+def check_batch(config: DataConfig) -> None:
+    """Refuses batches that no memory holds.
+
+    Raises:
+      ValueError: names rows and tokens.
+    """
+    needed = config.batch_size * config.seq_len * TOKEN_BYTES
+    what = f"rows of data.seq_len={config.seq_len} tokens"
+    require_memory("data.batch_size", config.batch_size, needed, what)
+
+
 def _pack(config: DataConfig, rows: grain.MapDataset) -> grain.IterDataset:
+    check_batch(config)
     lengths: dict[str, int] = dict.fromkeys(FIELDS, config.seq_len)
     stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
     if config.packing == "concat":

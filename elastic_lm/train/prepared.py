@@ -1,15 +1,25 @@
 """What `train.run.fit` needs at step 0 of a run, be it on text or on labelled records."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
+
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
+from elastic_lm.cost.counted import model_cost
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.registry import Config, abstract_params
+from elastic_lm.report.machine import require_memory
 from elastic_lm.train.identity import FILE as RUN_FILE
 from elastic_lm.train.method import Method, RunData
+
+TRAINED_BYTES = 12  # of a parameter: itself and two moments in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +47,23 @@ class Prepared:
     menu: Menu | None = None
     canonical: Callable[[Params], Params] = lambda params: params
     learned: bool = False
+
+
+def check_new_model(field: str, config: Config) -> None:
+    """Refuses a new model that no memory holds, before anything of it is made.
+
+    Args:
+      field: of the run's config, for the message.
+      config: the model.
+
+    Raises:
+      ValueError: it would not fit.
+    """
+    if isinstance(config, ModelConfig):
+        parameters = model_cost(config).parameters  # counted, however absurd the sizes
+    else:
+        parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nn.unbox(abstract_params(config))))
+    require_memory(field, f"{parameters:,} parameters", parameters * TRAINED_BYTES, "training it")
 
 
 def learned_tokenizer(workdir: Path, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:

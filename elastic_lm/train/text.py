@@ -13,22 +13,17 @@ from elastic_lm.checkpoints.native import MENU_FILE, load_menu
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
-from elastic_lm.cost.counted import model_cost
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.models.decoder import Params, stack_layers, unstack_layers
 from elastic_lm.models.exits import attach_exits, extract
 from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import check_rows, param_shardings, stacked_shardings
-from elastic_lm.report.machine import require_memory
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.method import Arrays, RunData
-from elastic_lm.train.prepared import Prepared, learned_tokenizer
+from elastic_lm.train.prepared import Prepared, check_new_model, learned_tokenizer
 from elastic_lm.train.registry import method_class, names_with
 from elastic_lm.train.step import place_batch
-
-BATCH_BYTES = 20  # of one token of a batch: five numbers of four bytes
-TRAINED_BYTES = 12  # of one parameter: itself and two moments in float32
 
 
 def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
@@ -47,7 +42,10 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
       ValueError: something does not fit; names field, value and fix.
     """
     rows = config.data.batch_size
-    check_sizes(config)
+    # Before a tokenizer is learned, which takes memory by the size of the vocabulary.
+    pipeline.check_batch(config.data)
+    if config.model is not None and not config.train.init_from:
+        check_new_model("model", config.model)
     check_rows("data.batch_size", rows, mesh, config.train.accumulate)
     if config.model is not None and not config.train.init_from:
         _check_length(config, config.model)  # before a tokenizer is learned
@@ -78,20 +76,6 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
         canonical=unstack_layers,
         learned=not (config.data.tokenizer or config.train.init_from),
     )
-
-
-def check_sizes(config: RunConfig) -> None:
-    """Refuses a new model, or a batch, that the machine cannot hold, before anything is made.
-
-    Raises:
-      ValueError: names the field.
-    """
-    data = config.data
-    tokens = data.batch_size * data.seq_len
-    require_memory("data.batch_size", data.batch_size, tokens * BATCH_BYTES, f"rows of {data.seq_len} tokens")
-    if config.model is not None and not config.train.init_from:
-        parameters = model_cost(config.model).parameters
-        require_memory("model", f"{parameters:,} parameters", parameters * TRAINED_BYTES, "training it")
 
 
 def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:

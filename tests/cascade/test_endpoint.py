@@ -195,3 +195,49 @@ def test_a_service_that_hangs_is_given_up() -> None:
 def test_endpoint_refuses(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Endpoint(**{"url": "http://x", **change})
+
+
+def test_a_long_reply_is_not_read_to_its_end() -> None:
+    def reply(body: dict, tries: int) -> tuple[int, str]:
+        return 200, json.dumps({"output": "x" * body["row"]["n"]})
+
+    with served(reply) as (url, requests):
+        short, long = Endpoint(url, max_bytes=1000, **QUICK).answer([{"n": 900}, {"n": 10**6}])
+    assert short.error is None
+    assert long.error is not None
+    assert "the reply's bytes='over 1000': is more than max_bytes=1000" in long.error
+    assert len(requests) == 2  # it would be as long again
+
+
+@pytest.mark.parametrize("reply", ["[" * 200_000, '{"output": ' + "[" * 500 + "]" * 500 + "}"])
+def test_a_deep_reply_is_the_error_of_its_record(reply: str) -> None:
+    with served(lambda body, tries: (200, reply)) as (url, _):
+        (answer,) = Endpoint(url, **QUICK).answer([{"n": 1}])
+    assert answer.error is not None
+    assert 'the reply has no "output"' in answer.error
+
+
+def test_a_deep_record_is_its_own_error() -> None:
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    (answer,) = Endpoint("http://127.0.0.1:9/x", **QUICK).answer([{"n": deep}])
+    assert answer.error is not None
+
+
+def test_a_password_is_sent_and_never_shown() -> None:
+    with served(lambda body, tries: (200, '{"output": 1}')) as (url, requests):
+        address = url.replace("http://", "http://me:se%40cret@")
+        endpoint = Endpoint(f"{address}?api_key=hidden", **QUICK)
+        (answer,) = endpoint.answer([{"n": 1}])
+    assert answer.output == 1
+    assert requests[0][1]["Authorization"] == "Basic bWU6c2VAY3JldA=="
+    assert endpoint.url == f"{url}?api_key=***"
+
+    (failed,) = Endpoint("http://me:secret@127.0.0.1:9/x", retries=0, **QUICK).answer([{"n": 1}])
+    assert failed.error is not None
+    assert "secret" not in failed.error
+    for wrong in ("http://me:secret/x@host", "http://me:secret@", "ftp://me:secret@host"):
+        with pytest.raises(ValueError, match="url=") as caught:
+            Endpoint(wrong)
+        assert "secret" not in str(caught.value)

@@ -1,5 +1,7 @@
 """The sampler's text side: prompts, stop strings, streaming, statistics, refusals."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -86,6 +88,17 @@ def test_statistics_add_up(model, prompts, mixed):
         ([1], 0, {}, "max_new_tokens=0"),
         ([1], 5, {"topk": 3}, "unknown setting topk=3"),
         ([1], 5, {"seed": 1.5}, "seed=1.5: must be finite whole numbers"),
+        ([1], 5, {"seed": 2**32}, "seed=4294967296: must be an integer from 0 to 4294967295"),
+        ([1], 5, {"seed": -1}, "seed=-1: must be an integer"),
+        ([1], 5, {"top_k": 2**32 + 1}, "top_k=4294967297: must be an integer from 0 to 2147483647"),
+        ([1], 5, {"top_k": 2**31}, "top_k=2147483648: must be an integer"),
+        ([1], 5, {"top_k": 2**70}, "top_k=1180591620717411303424: must be finite whole numbers"),
+        ([[1], [2]], 5, {"top_k": [1, 1.5]}, r"top_k=\[1, 1.5\]: must be finite whole numbers"),
+        ([1], 5, {"top_k": True}, "top_k=True: must be finite whole numbers"),
+        ([1], 5, {"stop_tokens": (-1,)}, r"stop_tokens=\(-1,\): must be token ids"),
+        ([1], 5, {"stop_tokens": (10**12,)}, r"stop_tokens=\(1000000000000,\): must be token ids"),
+        ([1], 2**31, {}, r"max_new_tokens=2147483648: must be at least 1, and below 2\*\*31"),
+        ([1], 5, {"repetition_penalty": float("nan")}, "repetition_penalty=nan"),
         ([1], 5, {"stop": ""}, "stop='': a stop string needs at least one character"),
     ],
 )
@@ -101,10 +114,20 @@ def test_prompts_may_be_arrays(sampler, prompts, array):
     assert [s.tokens for s in sampler.sample(array([prompts[0]]), 4)] == [expected]
 
 
-@pytest.mark.parametrize("bad", [{"window": 0}, {"fire_share": 2.0}, {"stream_every": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"window": 0}, {"fire_share": 2.0}, {"stream_every": 0}, {"stream_every": 2**31}, {"window": 2**40}],
+)
 def test_bad_construction_is_named(model, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         model.sampler(**bad)
+
+
+def test_caches_that_no_machine_holds_are_refused(model):
+    config = dataclasses.replace(model.config, max_len=2**31 - 1)
+    sampler = Sampler(Decoder(config), model.params)
+    with pytest.raises(ValueError, match=r"max_new_tokens=1000000000: the caches would take .* GiB"):
+        sampler.sample([[1]] * 64, 10**9)
 
 
 def test_text_without_tokenizer_is_refused(model):

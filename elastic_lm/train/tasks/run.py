@@ -16,7 +16,7 @@ from elastic_lm.models import registry
 from elastic_lm.models.sharding import check_rows, param_shardings
 from elastic_lm.train.config import TaskRun
 from elastic_lm.train.method import RunData
-from elastic_lm.train.prepared import Prepared, learned_tokenizer
+from elastic_lm.train.prepared import Prepared, check_new_model, learned_tokenizer
 from elastic_lm.train.registry import method_class
 from elastic_lm.train.step import place_batch
 from elastic_lm.train.tasks.answers import load_of
@@ -42,6 +42,9 @@ def prepare_task(run: TaskRun, workdir: Path, mesh: Mesh) -> Prepared:
       ValueError: something does not fit; names field, value and fix.
     """
     task = run.task
+    for field in ("encoder", "encoder_decoder"):
+        if (new := getattr(run, field)) is not None:
+            check_new_model(field, new)
     check_rows("task.batch_size", task.batch_size, mesh, run.train.accumulate)
     tokenizer = prepare_tokenizer(run, workdir)
 
