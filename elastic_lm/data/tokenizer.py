@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -58,7 +58,6 @@ class Tokenizer:
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
         self._files = dict(files or {})
-        self._rows: int | None = None  # of the model, where the tokenizer has more ids
         self._byte_of = _byte_tokens(backend)
         self._truncating: dict[int, tokenizers.Tokenizer] = {}  # copies that cut, by length
 
@@ -83,39 +82,6 @@ class Tokenizer:
         backend.no_padding()
         return cls(backend, _bos_id(backend, folder), _eos_ids(backend, folder), pad_id, files)
 
-    def within(self, rows: int) -> Self:
-        """This tokenizer for a model that has fewer embeddings than it has ids.
-
-        Such a model is right as long as its text has none of the ids beyond, like that of a padding token
-        that was added: from now on `encode` refuses those.
-
-        Args:
-          rows: of the model's embedding.
-
-        Raises:
-          ValueError: a token that begins or ends every text is beyond.
-        """
-        for kind, ids in (("begins", (self.bos_id,)), ("ends", self.eos_ids[:1])):
-            for i in ids:
-                if i is not None and i >= rows:
-                    raise ValueError(
-                        f"tokenizer.json: the token {self.backend.id_to_token(i)!r} that {kind} a text has "
-                        f"the id {i}, and the model has {rows} embeddings; use the one that belongs to it"
-                    )
-        if self.vocab_size > rows:
-            self._rows = rows
-        return self
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        """The ids, where the model has an embedding for each."""
-        if self._rows is not None and ids and max(ids) >= self._rows:
-            raise ValueError(
-                f"tokenizer.json: the token {self.backend.id_to_token(max(ids))!r} of the text has the id "
-                f"{max(ids)}, and the model has {self._rows} embeddings; take it out of the text, or use the "
-                "tokenizer that belongs to the model"
-            )
-        return ids
-
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """The texts of tokens that `decode` leaves out."""
@@ -135,10 +101,10 @@ class Tokenizer:
           bos: put `bos_id` first, where the tokenizer has one.
 
         Raises:
-          ValueError: the text holds half of a character, or a token that the model does not know.
+          ValueError: the text holds half of a character.
         """
         try:
-            ids = self._checked(self.backend.encode(text, add_special_tokens=False).ids)
+            ids = self.backend.encode(text, add_special_tokens=False).ids
         except TypeError:
             check_whole("text", _text(text))
             raise
@@ -171,7 +137,7 @@ class Tokenizer:
             for text in (first, second or ""):
                 check_whole("text", _text(text))
             raise
-        return self._checked(encoding.ids), encoding.type_ids
+        return encoding.ids, encoding.type_ids
 
     def _cut_to(self, max_len: int) -> tokenizers.Tokenizer:
         """A copy that truncates: truncation is a setting of the whole tokenizer, which threads share."""

@@ -94,7 +94,7 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
 
     Args:
       config: the whole run.
-      tokenizer: its special tokens go into a new model; the ids of its texts must fit the vocabulary.
+      tokenizer: its special tokens go into a new model; its ids must fit the vocabulary.
       mesh: where loaded parameters go.
 
     Returns:
@@ -122,12 +122,11 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
         params = init_params(model, key)
 
     require(
-        bool(train.init_from) or tokenizer.vocab_size <= model.vocab_size,
+        tokenizer.vocab_size <= model.vocab_size,
         "model.vocab_size",
         model.vocab_size,
         f"the tokenizer has {tokenizer.vocab_size} ids; raise it",
     )
-    tokenizer.within(model.vocab_size)  # a loaded model may do without ids that were added later
     require(
         config.data.seq_len <= model.max_len,
         "data.seq_len",

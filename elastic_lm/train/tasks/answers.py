@@ -72,8 +72,13 @@ def load_of(
 
 
 def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
-    """Refuses texts with ids that the model has no embeddings for (`Tokenizer.within`)."""
-    tokenizer.within(size)
+    """Refuses a tokenizer with more ids than the model has embeddings."""
+    require(
+        tokenizer.vocab_size <= size,
+        "model.vocab_size",
+        size,
+        f"the tokenizer has more ids ({tokenizer.vocab_size}): name the one that belongs to the model",
+    )
 
 
 def check_same_answers(field: str, folder: str, theirs: Any, ours: Any) -> None:
