@@ -101,7 +101,7 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
 
     Args:
       config: the whole run.
-      tokenizer: its special tokens go into a new model; the ids of its texts must fit the vocabulary.
+      tokenizer: its special tokens go into a new model; its ids must fit the vocabulary.
       mesh: where loaded parameters go.
 
     Returns:
@@ -130,7 +130,7 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
 
     # A model that is loaded may have fewer rows than its tokenizer ids, where tokens were added for padding.
     require(
-        bool(train.init_from) or tokenizer.vocab_size <= model.vocab_size,
+        tokenizer.vocab_size <= model.vocab_size,
         "model.vocab_size",
         model.vocab_size,
         f"the tokenizer has {tokenizer.vocab_size} ids; raise it",

@@ -120,7 +120,7 @@ def test_a_preview_reads_the_prompt_alone(records, whole: Sampler) -> None:
     swift = Generator(whole, NEW, batch_size=4)
     assert [swift.previews(name) for name in ("prompt_energy", "energy", "random")] == [True, False, False]
     previews, answers = swift.preview([*records, {}]), swift.answer(records)
-    assert "KeyError" in str(previews.pop().error)
+    assert "has no text under 'prompt'" in str(previews.pop().error)
     for record, preview, answer in zip(records, previews, answers, strict=True):
         n = len(record["prompt"]) + 1
         assert preview.cost == layer_flops(CONFIG, n) + head_flops(CONFIG, n)
@@ -200,6 +200,15 @@ def test_records_that_cannot_be_read_fail_alone(whole: Sampler, records) -> None
     assert [a.error is None for a in answers] == [False] * 3 + [True]
     assert "max_len=128" in str(answers[2].error)
     assert generator.bucket({}) is None
+    errors = [generator.answer([record])[0].error for record in ({"text": "a"}, {"prompt": ["a"]})]
+    assert errors == [
+        "ValueError: the record has no text under 'prompt'; found: text",
+        "ValueError: the record has no text under 'prompt'; found: prompt",
+    ]
+    half = str(generator.answer([{"prompt": "a\ud83d"}])[0].error)
+    assert half.startswith("ValueError: the record: prompt holds half of a character")
+    as_text, as_number = generator.answer([{"prompt": "5"}, {"prompt": 5}])  # written out, as in training
+    assert as_text == as_number
 
 
 def test_refusals(whole: Sampler, params) -> None:

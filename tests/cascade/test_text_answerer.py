@@ -42,6 +42,24 @@ def test_texts_and_scores(model: el.TextToText) -> None:
     assert [answerer.bucket(record) for record in RECORDS] == [32, 32, 32, 64, 32]
 
 
+def test_templates_read_values_and_refuse_missing_ones(model: el.TextToText) -> None:
+    answerer = TextAnswerer(model, template="{q} {n:.1f} {m[0]}", labels=("YES", "NO"), batch_size=1)
+    right = {"q": "a", "n": 2, "m": ["b"]}
+    bad = [{**right, "q": None}, {"n": 2}, {**right, "n": float("nan")}, {**right, "q": "\ud83d"}]
+    first, *errors = (answer.error for answer in answerer.answer([right, *bad]))
+    assert first is None
+    messages = (
+        "no text under 'q'",
+        "no 'q', which the template reads; found: n",
+        "nan under 'n'",
+        "half of a",
+    )
+    for error, message in zip(errors, messages, strict=True):
+        assert error is not None
+        assert error.startswith("ValueError: the record"), error
+        assert message in error
+
+
 def test_labels(model: el.TextToText) -> None:
     answerer = TextAnswerer(model, template="{q}", labels=("YES", "NO"), batch_size=2)
     answers = answerer.answer(RECORDS)

@@ -1,5 +1,6 @@
 """Every command on a tiny model, and what it says to bad input."""
 
+import gzip
 import json
 import pathlib
 import re
@@ -14,7 +15,9 @@ from safetensors.numpy import load_file
 
 from elastic_lm import testing
 from elastic_lm.checkpoints import native as checkpoint
+from elastic_lm.cli import generate
 from elastic_lm.cli import main as cli
+from elastic_lm.cli.parser import Parser
 from elastic_lm.data.stdlib import stdlib_files
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.decode import generated
@@ -190,6 +193,8 @@ def test_output_folders_are_made_before_the_work(
         (b'{"prompt": 5}', "prompt=5 must"),
         (b'{"prompt": "\\ud800"}', "prompt='\\ud800' holds half of a character"),
         (b"\xff", "UTF-8"),
+        ('{"prompt": "a"}'.encode("utf-16"), "is not UTF-8 text but UTF-16"),
+        (b'{"promt": "a"}', 'expected a JSON object with a "prompt"; found: promt'),
     ],
 )
 def test_prompts_that_are_no_text(
@@ -200,6 +205,50 @@ def test_prompts_that_are_no_text(
     printed = refused(capsys, "generate", "--prompts-file", file)
     assert message in printed
     assert str(file) in printed
+
+
+def test_prompts_files_of_all_kinds(tmp_path: pathlib.Path) -> None:
+    odd = "one\x0ctwo\u2028three\u0085"
+    lines = json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n\n"
+    for name, text in (("a.txt", f"{odd}\r\n\n"), ("a.jsonl", lines), ("a.JSON", lines)):
+        for packed in ("", ".gz"):
+            data = text.encode("utf-8-sig")
+            file = tmp_path / (name + packed)
+            file.write_bytes(gzip.compress(data) if packed else data)
+            assert generate.read_prompts((), str(file)) == [odd], file.name
+
+
+def test_control_characters_are_shown_and_not_carried_out(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt, out = "a\x1b[2J\tb\n\x9b", tmp_path / "out.jsonl"
+    run_ = ("generate", "--model", model, "--prompt", prompt, "--max-new-tokens", 1)
+    for more in ((), ("--stream",)):
+        assert run(*run_, *more) == 0
+        assert capsys.readouterr().out.startswith("a\\x1b[2J\tb\n\\x9b")
+        assert run(*run_, *more, "--raw") == 0
+        assert capsys.readouterr().out.startswith(prompt)
+    assert run(*run_, "--json", out) == 0
+    assert json.loads(out.read_text())["prompt"] == prompt
+    assert "\x1b" not in refused(capsys, "generate", "--model", "\x1b[31m", "--prompt", "a")
+
+
+def test_numbers_in_scientific_notation_are_no_flags() -> None:
+    parser = Parser()
+    parser.add_argument("--threshold", type=float)
+    for number in ("-1e-3", "-.5E+2", "-3.", "-inf"):
+        assert parser.parse_args(["--threshold", number]).threshold == float(number)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--threshold", "-e3"])
+
+
+def test_a_text_of_one_token_has_no_bytes_to_count(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("a")
+    assert run("evaluate", "--model", model, "--data", file, "--seq-len", 8, "--tokens", 8) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[2] == "-"
 
 
 def test_generate_prints_prompt_and_continuation(
