@@ -5,7 +5,9 @@ import dataclasses
 import json
 import logging
 import re
+import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,23 +36,18 @@ from elastic_lm.files.atomic import (
     whole_folder,
 )
 from elastic_lm.files.local import local_path
+from elastic_lm.files.unfinished import remove_anything
 from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for tracebacks that orbax logs in each of its threads: what it raises then says the same once."""
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_is_news)
-
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
 PARAMS_FOLDER = "params"
+SETTLING = 3.0  # seconds, at most, for threads that still write after an error
+SETTLED = 15  # looks in a row, 20 ms apart, at which they have written nothing more
 ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")  # of a path, that orbax or TensorStore take for something else
@@ -61,6 +58,39 @@ WRITTEN = {
     *("routers.json", "routers.safetensors"),  # of `width.trained_routers`
     *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
 }
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for tracebacks that orbax logs in each of its threads: what it raises then says the same once."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_is_news)
+
+@contextlib.contextmanager
+def _tidy(folder: Path, beginning: str) -> Iterator[None]:
+    """Removes what orbax leaves half-written where it fails.
+
+    It raises the first error of its threads. Those of tensorstore go on, make folders anew that have been
+    removed, and cannot tell a loop that is closed about it.
+
+    Args:
+      folder: where it writes.
+      beginning: of the names of what is half-written.
+    """
+    try:
+        yield
+    except Exception:
+        shown = sys.unraisablehook
+        sys.unraisablehook = lambda lost: None if "loop is closed" in str(lost.exc_value) else shown(lost)
+        end, quiet = time.monotonic() + SETTLING, 0
+        while quiet < SETTLED and time.monotonic() < end:
+            found = [path for path in folder.iterdir() if path.name.startswith(beginning)]
+            for path in found:
+                remove_anything(path)
+            quiet = 0 if found else quiet + 1
+            time.sleep(0.02)
+        raise
 
 
 class Checkpoints:
@@ -105,13 +135,8 @@ class Checkpoints:
         """
         position = _Position(batches)
         parts = {"state": state, "data": position}
-        try:
-            with naming(self._folder / str(step)):
-                self._checkpointer.save_checkpointables(step, parts, overwrite=True)
-        except Exception:
-            for unfinished in self._folder.glob(f"{step}.{ORBAX_PARTIAL}*"):
-                remove_folder(unfinished)
-            raise
+        with naming(self._folder / str(step)), _tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
+            self._checkpointer.save_checkpointables(step, parts, overwrite=True)
 
         folder = self._folder / str(step)
         try:
@@ -253,7 +278,7 @@ def save_model(
     partial = _shared_name(target)
     first = jax.process_index() == 0
     with whole_folder(target, partial) if first else naming(target, partial):
-        with readable_name(partial) as folder:
+        with readable_name(partial) as folder, _tidy(partial.parent, partial.name):
             ocp.save(folder / PARAMS_FOLDER, params)
         if first:
             if source:

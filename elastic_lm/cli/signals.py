@@ -44,6 +44,8 @@ class _Process:
 def listen() -> None:
     """Lets signals end this process, which must be the command's own; called by the main thread."""
     _Process.listens = True
+    if not os.environ.get("ELASTIC_LM_DEBUG"):
+        sys.unraisablehook = lambda _: None  # what no code can act on is not for users
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -1,0 +1,18 @@
+"""Commands that are killed or interrupted at random moments: `killing.py` with few of them."""
+
+from pathlib import Path
+
+import killing
+import pytest
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["convert", "export", "cascade run", "train", "quickstart"])
+def test_kills_lose_nothing_and_leave_nothing(tmp_path: Path, name: str) -> None:
+    assert len(killing.run(tmp_path, {name: 2}, {}, seed=1)) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["generate", "convert", "train"])
+def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path, name: str) -> None:
+    assert len(killing.run(tmp_path, {}, {name: 2}, seed=1)) == 1
