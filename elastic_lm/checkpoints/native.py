@@ -32,10 +32,9 @@ from elastic_lm.files.atomic import (
     read_json,
     real_place,
     remove_folder,
-    require_folder_above,
     whole_folder,
 )
-from elastic_lm.files.local import local_path
+from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.unfinished import remove_anything
 from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
 from elastic_lm.models.decoder import Params
@@ -66,6 +65,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("absl").addFilter(_is_news)
+
 
 @contextlib.contextmanager
 def _tidy(folder: Path, beginning: str) -> Iterator[None]:

@@ -5,7 +5,6 @@ import dataclasses
 
 from elastic_lm.cli.model_folder import load_tokenizer, parameter_count, writing_target
 from elastic_lm.cli.parser import CommandOptions, add_dtype, require_dtype
-from elastic_lm.files.local import local_path
 
 HELP = """\
 Hugging Face folder -> elastic checkpoint, tensor by tensor.
@@ -42,7 +41,6 @@ def run(options: Options) -> None:
     from elastic_lm import hf
     from elastic_lm.checkpoints import native
 
-    local_path(options.target)
     with writing_target(options.target):
         native.check_target(options.target, options.overwrite)
         config, params = hf.load(options.source, dtype=options.dtype)

@@ -5,7 +5,6 @@ import dataclasses
 
 from elastic_lm.cli.model_folder import load_tokenizer, parameter_count, writing_target
 from elastic_lm.cli.parser import CommandOptions, add_dtype, require_dtype
-from elastic_lm.files.local import local_path
 
 HELP = """\
 Elastic checkpoint -> Hugging Face folder that `transformers` and vLLM load.
@@ -52,7 +51,6 @@ def run(options: Options) -> None:
     from elastic_lm.models.exits import without_exits
     from elastic_lm.models.task_heads import attach_task_exits
 
-    local_path(options.target)
     with writing_target(options.target):
         check_target(options.target, options.overwrite)
         model, params = load(options.source, dtype=options.dtype)

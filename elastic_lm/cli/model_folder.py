@@ -59,13 +59,14 @@ def writing_target(path: str) -> Iterator[None]:
       path: the folder, which need not exist.
 
     Raises:
-      OSError: its parent takes no new files.
-      ValueError: another process is writing it; names it.
+      OSError: its parent takes no new files, or something above it is a file.
+      ValueError: it is remote, or another process is writing it; names it.
     """
     from elastic_lm.files.atomic import real_place, remove_leftovers
+    from elastic_lm.files.local import local_path
     from elastic_lm.files.locks import LOCK_FILE, only_process
 
-    target = real_place(path)
+    target = real_place(local_path(path))
     with only_process(target.with_name(f".{target.name}{LOCK_FILE}"), path, "choose another path"):
         remove_leftovers(target)
         yield

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from elastic_lm.config.parse import parse_json
-from elastic_lm.files.local import local_path
+from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.locks import try_lock
 from elastic_lm.files.unfinished import remove_anything, unfinished
 
@@ -47,20 +47,6 @@ def read_json(path: Any) -> dict[str, Any]:
     return value
 
 
-def require_folder_above(path: Path) -> None:
-    """Refuses a path that cannot be made, because something above it is no folder.
-
-    Args:
-      path: a file or folder; it need not exist.
-
-    Raises:
-      NotADirectoryError: names what is in the way.
-    """
-    above = next((parent for parent in path.parents if parent.exists()), None)
-    if above is not None and not above.is_dir():
-        raise NotADirectoryError(f"{path}: {above} is a file and no folder; choose another path")
-
-
 @contextlib.contextmanager
 def naming(path: str | Path, partial: Path | None = None) -> Iterator[None]:
     """Gives the errors of writing the file's name, whatever library raises them.
@@ -81,7 +67,7 @@ def naming(path: str | Path, partial: Path | None = None) -> Iterator[None]:
         named, inside = str(path), str(error.filename or partial)
         if partial is not None and inside.startswith(str(partial)):
             named += inside.removeprefix(str(partial))
-        elif error.filename is not None:
+        elif error.filename is not None and str(error.filename) != str(real_place(path)):
             raise
         if error.errno is None:
             raise
@@ -325,8 +311,9 @@ def prepare_output(path: str | None) -> None:
         return
 
     with naming(str(path)):
-        target = real_place(local_path(path))
-        require_folder_above(target)
+        named = local_path(path)
+        require_folder_above(named)
+        target = real_place(named)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_file() or target.is_dir():  # opening and closing a pipe would cost it its reader
             target.open("a").close()

@@ -19,11 +19,10 @@ from elastic_lm.files.atomic import (
     read_json,
     real_place,
     remove_leftovers,
-    require_folder_above,
     unfinished,
     write_text_whole,
 )
-from elastic_lm.files.local import local_path
+from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.locks import try_lock
 from elastic_lm.files.text_files import BYTE_ORDER_MARK, open_bytes, parse_object
 

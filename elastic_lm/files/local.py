@@ -23,3 +23,17 @@ def local_path(path: Any) -> Path:
     if REMOTE.match(str(path)):
         raise ValueError(f"{path}: remote paths are not supported yet; name a local file or folder")
     return Path(path)
+
+
+def require_folder_above(path: Path) -> None:
+    """Refuses a path that cannot be made, because something above it is no folder.
+
+    Args:
+      path: a file or folder; it need not exist.
+
+    Raises:
+      NotADirectoryError: names what is in the way.
+    """
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise NotADirectoryError(f"{path}: {above} is a file and no folder; choose another path")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from elastic_lm.files.local import require_folder_above
 from elastic_lm.files.unfinished import unfinished
 
 LOCK_FILE = ".lock"  # in a folder that one process works in
@@ -48,10 +49,11 @@ def only_process(lock: str | Path, held: str | Path, fix: str) -> Iterator[None]
       fix: what the second process can do, for messages.
 
     Raises:
-      OSError: no file can be made there.
+      OSError: no file can be made there, or something above it is a file.
       ValueError: another process holds the lock; names it.
     """
     lock = Path(lock)
+    require_folder_above(lock)
     made = _missing_parents(lock)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from elastic_lm.files import checksums
-from elastic_lm.files.atomic import require_folder_above, whole_folder
-from elastic_lm.files.local import local_path
+from elastic_lm.files.atomic import whole_folder
+from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.hf.carried import GENERATION_FILE, Carried, write_json
 from elastic_lm.hf.config_json import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS, TensorFiles

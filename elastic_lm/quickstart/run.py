@@ -32,8 +32,7 @@ from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.depth.preview_files import save_preview
 from elastic_lm.depth.previewing import PreviewReport, measure_preview
 from elastic_lm.depth.threshold_search import exit_outcome
-from elastic_lm.files.atomic import require_folder_above
-from elastic_lm.files.local import local_path
+from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.exits import without_exits

@@ -51,33 +51,27 @@ class Call:
       call: takes an empty folder.
       says: texts that the message has, in this order, with " … " between them.
       error: what it raises.
-      part: what is not refused yet, takes long until then, and who mends it; "" = as it should be.
     """
 
     name: str
     call: Callable[[pathlib.Path], Any]
     says: str
     error: type[Exception] = ValueError
-    part: str = ""
 
 
 def sampler(**options: Any) -> el.Sampler:
     return el.Sampler(el.Decoder(CONFIG), PARAMS, window=2, **options)
 
 
-def sample(says: str, prompt: Any = None, part: str = "", **settings: Any) -> Call:
+def sample(says: str, prompt: Any = None, **settings: Any) -> Call:
     prompt = [1, 2] if prompt is None else prompt
     name = f"sample({prompt!r:.40}, {', '.join(f'{k}={v!r:.40}' for k, v in settings.items())})"
-    return Call(
-        name, lambda _: sampler().sample(prompt, **{"max_new_tokens": 4, **settings}), says, part=part
-    )
+    return Call(name, lambda _: sampler().sample(prompt, **{"max_new_tokens": 4, **settings}), says)
 
 
-def made(says: str, make: Callable[..., Any], *values: Any, part: str = "", **fields: Any) -> Call:
+def made(says: str, make: Callable[..., Any], *values: Any, **fields: Any) -> Call:
     shown = [f"{value!r:.30}" for value in values] + [f"{k}={v!r:.30}" for k, v in fields.items()]
-    return Call(
-        f"{make.__qualname__}({', '.join(shown)})", lambda _: make(*values, **fields), says, part=part
-    )
+    return Call(f"{make.__qualname__}({', '.join(shown)})", lambda _: make(*values, **fields), says)
 
 
 def trained(says: str, **fields: Any) -> Call:
@@ -135,8 +129,8 @@ SAMPLES = [
     sample("top_k=1.5: must be finite whole numbers", top_k=1.5),
     sample("top_k='all': must be finite whole numbers", top_k="all"),
     sample("top_k=-1: must be at least 0", top_k=-1),
-    sample("top_k=4294967297", top_k=2**32 + 1, part="weights"),
-    sample("top_k=2147483648", top_k=2**31, part="weights"),
+    sample("top_k=4294967297", top_k=2**32 + 1),
+    sample("top_k=2147483648", top_k=2**31),
     sample("top_p='x': must be finite numbers", top_p="x"),
     sample("top_p=2: must be between 0.0 and 1.0", top_p=2),
     sample("min_p=-1: must be between 0.0 and 1.0", min_p=-1),

@@ -9,14 +9,7 @@ from bad_calls import CALLS, Call
 import elastic_lm as el
 
 
-def marks(case: Call) -> list[pytest.MarkDecorator]:
-    reason = f"mended in part {case.part!r}"
-    return [pytest.mark.xfail(strict=False, run=False, reason=reason)] if case.part else []
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=f"{i} {case.name}", marks=marks(case)) for i, case in enumerate(CALLS)]
-)
+@pytest.mark.parametrize("case", [pytest.param(case, id=f"{i} {case.name}") for i, case in enumerate(CALLS)])
 def test_it_is_refused_by_name(case: Call, tmp_path: pathlib.Path) -> None:
     compiled = el.Sampler.compilations()
     with pytest.raises(case.error) as caught:

@@ -13,6 +13,7 @@ from elastic_lm.checkpoints import native
 from elastic_lm.cli import main as cli
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.depth.policies import ConfidenceExit
+from elastic_lm.files import checksums
 
 DEEP = "[" * 200_000
 TEXT = "def f(x):\n    return x + 1\n" * 60
@@ -36,8 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(folder: Path, tmp_path: Path) -> Path:
-    """A copy of the Hugging Face folder to damage."""
-    return Path(shutil.copytree(folder / "hf", tmp_path / "hf"))
+    """A copy of the Hugging Face folder to damage, by somebody who left no checksums."""
+    return unchecked(shutil.copytree(folder / "hf", tmp_path / "hf"))
+
+
+def unchecked(model: Path) -> Path:
+    (model / checksums.FILE).unlink()
+    return model
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -142,7 +148,7 @@ def test_absurd_numbers_in_config_json(model: Path, capsys, key: str, value: int
 def test_absurd_values_in_elastic_config_json(
     folder: Path, tmp_path: Path, capsys, key, value, words
 ) -> None:
-    model = shutil.copytree(folder / "ck", tmp_path / "ck")
+    model = unchecked(shutil.copytree(folder / "ck", tmp_path / "ck"))
     edit(model / "elastic_config.json", **{key: value})
     assert words in refused(capsys, "generate", "--model", model, "--prompt", "x")
 
