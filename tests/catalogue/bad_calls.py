@@ -128,7 +128,7 @@ SAMPLES = [
     sample("temperature=[[1], [1, 2]]: must be finite numbers", temperature=[[1], [1, 2]]),
     sample("top_k=1.5: must be finite whole numbers", top_k=1.5),
     sample("top_k='all': must be finite whole numbers", top_k="all"),
-    sample("top_k=-1: must be at least 0", top_k=-1),
+    sample("top_k=-1: must be an integer from 0", top_k=-1),
     sample("top_k=4294967297", top_k=2**32 + 1),
     sample("top_k=2147483648", top_k=2**31),
     sample("top_p='x': must be finite numbers", top_p="x"),
@@ -166,7 +166,7 @@ SAMPLES = [
     Call(
         "a lone surrogate",
         lambda _: el.Sampler(el.Decoder(WIDE), random_params(WIDE), TOKENIZER).sample("\ud800", 2),
-        "half of a character; give complete Unicode text",
+        "half of a character … give complete Unicode text",
     ),
 ]
 

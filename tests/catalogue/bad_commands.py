@@ -198,8 +198,8 @@ GENERATE = [
             ('"metric": "frob"', "metric='frob'"),
             ('"gates": [0.5]', "gates=(0.5,)"),
             ('"treshold": 1', "treshold"),
-            ('"provenance": null', "provenance", "weights"),
-            ('"provenance": {"model": "n_layers"}', "provenance", "weights"),
+            ('"provenance": null', "provenance"),
+            ('"provenance": {"model": "n_layers"}', "provenance"),
         )
     ),
     # Budgets.
@@ -642,7 +642,7 @@ TRAIN = [
     set_to("model", "5", "model=5: must be a mapping"),
     set_to("model.n_heads", "3", "d_model=16: is not a multiple of n_heads=3"),
     set_to("model.vocab_size", "100", "vocab_size=100: byte-level BPE needs at least 257"),
-    set_to("model.vocab_size", "2000000000", "vocab_size=2000000000"),
+    set_to("model.vocab_size", "2000000000", "64,000,003,664 parameters … make it smaller"),
     set_to("model.norm", "batch", "norm='batch': must be one of rmsnorm"),
     set_to("exits", "(1,)", "exits[0]=1: must be a mapping"),
     set_to("exits", "({'layer': 1},)", "method.name='pretraining': trains no exits: choose"),
