@@ -48,10 +48,13 @@ def only_process(lock: str | Path, held: str | Path, fix: str) -> Iterator[None]
       fix: what the second process can do, for messages.
 
     Raises:
-      OSError: no file can be made there.
+      OSError: no file can be made there, or no folder.
       ValueError: another process holds the lock; names it.
     """
     lock = Path(lock)
+    there = next((folder for folder in lock.absolute().parents if folder.exists()), lock.parent)
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there}: is a file, where a folder is needed; {fix}")
     made = _missing_parents(lock)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
