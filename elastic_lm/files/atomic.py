@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from elastic_lm.config.parse import parse_json
 from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.locks import try_lock
-from elastic_lm.files.unfinished import remove_anything, unfinished
+from elastic_lm.files.unfinished import finishing, remove_anything, unfinished
 
 PARTIAL, OLD = "partial", "old"
 # Beside the name of a file or folder: ours, and those of earlier versions, which had the process in them.
@@ -132,7 +132,8 @@ def whole_file(path: str | Path, links: bool = True) -> Iterator[BinaryIO]:
                     with contextlib.suppress(OSError):  # of another user
                         shutil.copymode(path, partial)
                 os.fsync(file.fileno())
-            partial.replace(path)
+            with finishing(partial):
+                partial.replace(path)
 
 
 @contextlib.contextmanager
@@ -159,7 +160,8 @@ def whole_folder(path: str | Path, partial: Path | None = None) -> Iterator[Path
             partial.mkdir()
             with _claimed(partial):
                 yield partial
-                replace_folder(partial, target)
+                with finishing(partial):
+                    replace_folder(partial, target)
 
 
 def replace_folder(partial: Path, target: Path) -> None:

@@ -19,12 +19,12 @@ from elastic_lm.files.atomic import (
     read_json,
     real_place,
     remove_leftovers,
-    unfinished,
     write_text_whole,
 )
 from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.locks import try_lock
 from elastic_lm.files.text_files import BYTE_ORDER_MARK, open_bytes, parse_object
+from elastic_lm.files.unfinished import finishing, unfinished
 
 CHUNK = 1 << 16  # bytes that are read at once
 REWRITTEN = 1024  # lines that are written at once where a file is written anew
@@ -146,7 +146,8 @@ class Journal:
                         _write(file, self._bytes(batch))
                         batch = []
                 _write(file, self._bytes(batch))
-                partial.replace(path)
+                with finishing(partial):
+                    partial.replace(path)
             except BaseException:
                 file.close()
                 raise

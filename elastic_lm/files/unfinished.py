@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 TRIES = 20  # to remove a folder that is still being filled
 
 _paths: dict[Path, None] = {}  # in the order that they were begun
+_moving = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -22,8 +24,17 @@ def unfinished(path: Path) -> Iterator[None]:
         _paths.pop(path, None)
 
 
+@contextlib.contextmanager
+def finishing(path: Path) -> Iterator[None]:
+    """Holds off a `discard_unfinished` of another thread while what is finished takes its name."""
+    with _moving:
+        yield
+        _paths.pop(path, None)
+
+
 def discard_unfinished() -> None:
-    """Removes what this process has not finished, where it ends without unwinding."""
+    """Removes what this process has not finished. It finishes nothing more: it ends without unwinding."""
+    _moving.acquire()
     for path in reversed(list(_paths)):
         remove_anything(path)
 

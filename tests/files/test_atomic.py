@@ -308,3 +308,23 @@ def test_appending_is_appending(tmp_path: Path) -> None:
         with open(file, "ab", buffering=0) as opened:
             append_whole(opened, line)
     assert file.read_bytes() == b"a\nb\n"
+
+
+def test_what_is_finished_is_not_discarded_while_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished, "_moving", threading.Lock())
+    discarding = threading.Thread(target=unfinished.discard_unfinished, daemon=True)
+    rename = Path.rename
+
+    def slow(self: Path, target: Path) -> Path:
+        discarding.start()
+        discarding.join(0.1)  # it waits
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", slow)
+    with whole_folder(tmp_path / "model") as partial:
+        (partial / "a").write_text("new")
+    discarding.join(10)
+    assert (tmp_path / "model" / "a").read_text() == "new"
+    assert names(tmp_path) == {"model"}
