@@ -88,7 +88,7 @@ def test_the_head_on_the_encoder() -> None:
         assert answer.preview is not None
         assert (answer.preview.scores, answer.preview.output) == (own, None)
     with pytest.raises(ValueError, match="encoder_head=True: the model has none"):
-        TextAnswerer(el.TextToText(el.EncoderDecoder(CONFIG), {}, Letters()), encoder_head=True)
+        TextAnswerer(el.TextToText(el.EncoderDecoder(CONFIG), drawn(CONFIG), Letters()), encoder_head=True)
 
 
 def test_names_of_the_head_are_no_answers() -> None:
