@@ -24,7 +24,7 @@ from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import main as cli
 from elastic_lm.cli.cascade import run as run_command
 from elastic_lm.cli.cascade.answering import answer_failed, answer_missing
-from elastic_lm.cli.cascade.checks import check_pair
+from elastic_lm.cli.cascade.checks import check_pair, check_record
 from elastic_lm.cli.cascade.identity import check_models
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
@@ -166,7 +166,7 @@ def test_another_goal_asks_no_model(pair: tuple, tmp_path: pathlib.Path, capsys,
     assert f"the answers are kept in {kept}: another goal asks no model" in error
     assert run(capsys, *fit, "--super-accuracy", "--max-len", 5)[0] == 0
     assert len(list(tmp_path.glob("rule.answers-*.jsonl"))) == 2
-    monkeypatch.setattr(Classifier, "answer", None)
+    monkeypatch.setattr(Classifier, "answer", lambda *_, **__: pytest.fail("a model was asked"))
     code, error = run(capsys, *fit, "--super-accuracy")
     assert code == 0
     assert "20 of 20 records are there already" in error
@@ -251,7 +251,7 @@ def test_a_service_that_was_down(folder: pathlib.Path, service: str, tmp_path: p
     fit = ("fit", *models, "--super-accuracy", "--out", rule)
     answer = ("run", *models, "--threshold", 1e9, "--out", out)
     assert "every record failed, the first with" in run(capsys, *fit)[1]
-    assert run(capsys, *answer)[0] == 0
+    assert run(capsys, *answer)[0] == 1
     assert {line["fallback"] for line in read_records(out)} <= {"no", "yes"}
     down.clear()
     assert "every record failed" in run(capsys, *fit)[1]
@@ -270,7 +270,7 @@ def test_a_service_that_was_down(folder: pathlib.Path, service: str, tmp_path: p
         ("ordered", "turned", ("--normalise", "bytes"), "--normalise='bytes': is read by decoders that ch"),
         ("ordered", "turned", ("--timeout", "3"), "--timeout=3.0: is read by services"),
         ("ordered", "turned", ("--super-cost", "3"), "--super-cost=3.0: is of a service"),
-        ("http://h/", "http://h/", ("--pair-field", "b"), "--pair-field='b': is read by encoders"),
+        ("http://h/", "http://h/", ("--pair-field", "label"), "--pair-field='label': is read by encoders"),
         (
             "http://h/",
             "turned",
@@ -313,8 +313,8 @@ def test_what_does_not_fit_is_refused_before_a_row_is_answered(
         ("--labels", "a,", "--labels='a,': must be different texts"),
         (
             "--pair-field",
-            "b",
-            "--pair-field='b': is read by encoders, and these are encoder-decoders; leave it",
+            "text",
+            "--pair-field='text': is read by encoders, and these are encoder-decoders; leave it",
         ),
     ],
 )
@@ -324,6 +324,7 @@ def test_flags_of_encoder_decoders(flag: str, value: str, message: str) -> None:
     model = TextAnswerer.__new__(TextAnswerer)
     options = run_command.Options.from_flags(parser.parse_args(["cascade", "run", *given]))
     with pytest.raises(ValueError, match=re.escape(message)):
+        check_record(options, {"text": "a"})
         check_pair(options, {"text": "a"}, model, model, "energy")
 
 
