@@ -36,7 +36,12 @@ SOON = 5.0  # seconds from a signal to the end
 def start(*lines: str, **how: object) -> subprocess.Popen:
     script = COMMAND.format(body="".join(f"    {line}\n" for line in lines))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", script], **{**pipes, **how})
+    return subprocess.Popen([sys.executable, "-c", script], preexec_fn=listen, **{**pipes, **how})
+
+
+def listen() -> None:
+    """What a shell runs in the background ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end(process: subprocess.Popen, number: signal.Signals, *, say: bool = True) -> tuple[int, str, str]:
