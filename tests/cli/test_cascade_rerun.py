@@ -323,9 +323,9 @@ def test_flags_of_encoder_decoders(flag: str, value: str, message: str) -> None:
     given = ("--swift", "a", "--super", "b", "--data", "d", "--threshold", "0", "--out", "o", flag, value)
     model = TextAnswerer.__new__(TextAnswerer)
     options = run_command.Options.from_flags(parser.parse_args(["cascade", "run", *given]))
+    check = check_pair if flag == "--pair-field" else check_record
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_record(options, {"text": "a"})
-        check_pair(options, {"text": "a"}, model, model, "energy")
+        check(options, {"text": "a"}, *([model, model, "energy"] if check is check_pair else ()))
 
 
 def test_encoder_decoders_read_as_many_tokens_as_is_said(tmp_path: pathlib.Path, capsys) -> None:

@@ -100,7 +100,7 @@ def test_statistics_add_up(model, prompts, mixed):
             [1],
             5,
             {"stop_tokens": (10**12,)},
-            "stop_tokens holds token id 1000000000000, outside the vocabulary",
+            "stop_tokens holds token id 1000000000000, outside",
         ),
         ([1], 2**31, {}, r"max_new_tokens=2147483648: must be at least 1, and below 2\*\*31"),
         ([1], 5, {"repetition_penalty": float("nan")}, "repetition_penalty=nan"),
