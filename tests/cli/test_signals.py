@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from killing import heed_signals
 
 from elastic_lm.cli import convert, signals
 from elastic_lm.cli import main as cli
@@ -36,12 +37,8 @@ SOON = 5.0  # seconds from a signal to the end
 def start(*lines: str, **how: object) -> subprocess.Popen:
     script = COMMAND.format(body="".join(f"    {line}\n" for line in lines))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", script], preexec_fn=listen, **{**pipes, **how})
-
-
-def listen() -> None:
-    """What a shell runs in the background ignores Ctrl-C, and so would what it starts."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    how = {"preexec_fn": heed_signals, **pipes, **how}
+    return subprocess.Popen([sys.executable, "-c", script], **how)
 
 
 def end(process: subprocess.Popen, number: signal.Signals, *, say: bool = True) -> tuple[int, str, str]:

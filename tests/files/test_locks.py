@@ -73,5 +73,5 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
 def test_the_folder_is_named_where_no_lock_can_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(NotADirectoryError, match="file: is a file, where a folder"), lock(folder):
+        with pytest.raises(NotADirectoryError, match="file is a file and no folder"), lock(folder):
             pass

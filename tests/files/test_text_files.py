@@ -90,7 +90,7 @@ def test_damaged_files_are_named(tmp_path: Path, at: int) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"[" * 200_000, "nested too deeply"),
+        (b"[" * 200_000, "nested more than 100 deep"),
         (b"\xff", "is not UTF-8 text"),
         ('{"a": 1}'.encode("utf-16"), "is not UTF-8 text"),
         (b"[1]", "list is not a JSON object"),
