@@ -230,6 +230,7 @@ def test_control_characters_are_shown_and_not_carried_out(
         assert capsys.readouterr().out.startswith(prompt)
     assert run(*run_, "--json", out) == 0
     assert json.loads(out.read_text())["prompt"] == prompt
+    capsys.readouterr()
     assert "\x1b" not in refused(capsys, "generate", "--model", "\x1b[31m", "--prompt", "a")
 
 
