@@ -12,17 +12,19 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 LARGEST_INT = 2**31 - 1  # what an int32 holds; larger numbers would wrap around on the device
 MOST_LAYERS = 4096
 
-Real = numbers.Real  # texts and None do not compare with numbers
+
+def is_number(value: object) -> bool:
+    """Whether a value compares with numbers, as texts and None do not."""
+    return isinstance(value, numbers.Real)
+
+
 AT_LEAST_1 = (
-    lambda value: isinstance(value, Real) and 1 <= value <= LARGEST_INT,
+    lambda value: is_number(value) and 1 <= value <= LARGEST_INT,
     "must be at least 1, and below 2**31",
 )
-NOT_NEGATIVE = (
-    lambda value: isinstance(value, Real) and 0 <= value < math.inf,
-    "must be at least 0 and finite",
-)
-POSITIVE = (lambda value: isinstance(value, Real) and 0 < value < math.inf, "must be positive and finite")
-SEED = (lambda value: isinstance(value, Real) and 0 <= value < 2**32, "must be in [0, 2**32)")
+NOT_NEGATIVE = (lambda value: is_number(value) and 0 <= value < math.inf, "must be at least 0 and finite")
+POSITIVE = (lambda value: is_number(value) and 0 < value < math.inf, "must be positive and finite")
+SEED = (lambda value: is_number(value) and 0 <= value < 2**32, "must be in [0, 2**32)")
 
 # Types of fields, what their values may be besides (NumPy's numbers are registered as such), and in words.
 KINDS: dict[Any, tuple[Any, str]] = {
@@ -117,7 +119,8 @@ def require_type(field: str, value: Any, hint: Any) -> None:
         right = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
         require(right, field, value, f"must be {words}")
     elif dataclasses.is_dataclass(hint):
-        require(isinstance(value, hint), field, value, f"must be of type {hint.__name__}")  # pyright: ignore[reportArgumentType]
+        name = getattr(hint, "__name__", str(hint))
+        require(isinstance(value, hint), field, value, f"must be of type {name}")  # pyright: ignore[reportArgumentType]
 
 
 def require_defaults(config: Any, where: str, fields: tuple[str, ...], fix: str) -> None:

@@ -6,7 +6,7 @@ What stays the same over the calls of a sampler are its options (`options.Decode
 import dataclasses
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -278,7 +278,7 @@ def pad_rows(rows: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.
     return padded(rows, count, width), np.asarray(lengths, np.int32)
 
 
-def is_several(value: object) -> bool:
+def is_several(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a sequence, and not a text or bytes, which are sequences of other things."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
 
