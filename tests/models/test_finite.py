@@ -15,7 +15,7 @@ from elastic_lm.models.finite import (
     PIECE,
     NotFiniteError,
     cast_tensor,
-    check_params,
+    check_finite,
     check_tensor,
     first_not_finite,
     is_finite,
@@ -64,10 +64,10 @@ def test_a_value_that_float16_cannot_hold() -> None:
 def test_trees_of_parameters() -> None:
     params = random_params(tiny_config())
     assert first_not_finite(params) is None
-    check_params("folder", params)
+    check_finite("folder", params)
     params["layers_2"]["mlp"]["down"]["kernel"] = jnp.full((32, 64), jnp.nan, jnp.bfloat16)
     with pytest.raises(NotFiniteError, match=r"folder: parameter layers_2/mlp/down/kernel holds NaN at"):
-        check_params("folder", params)
+        check_finite("folder", params)
     assert "layers_2/mlp/down/kernel" in str(overflow_error("logits", params, "float32"))
     whole = jax.tree.map(jnp.nan_to_num, params)
     assert "float16, 65504; load the model with dtype 'bfloat16'" in str(

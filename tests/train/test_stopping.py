@@ -49,7 +49,7 @@ def test_a_checkpoint_without_room_is_one_line_and_leaves_nothing(
     from limits import files_of_at_most
 
     straight = fit(run_config, tmp_path / "straight")
-    fit(changed(run_config, steps=2), tmp_path / "full")
+    fit(changed(run_config, steps=2, warmup=1), tmp_path / "full")
     capfd.readouterr()
     with files_of_at_most(10_000), pytest.raises(OSError, match="File too large") as caught:
         fit(run_config, tmp_path / "full")
