@@ -99,6 +99,7 @@ class Checkpoints:
         """
         training: Any = ocp.training
         self._folder = folder = local_folder(folder)
+        self._failed = False  # the last save
         self._checkpointer = training.Checkpointer(
             epath.Path(folder.absolute()),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
@@ -119,7 +120,9 @@ class Checkpoints:
         """
         parts = {"state": state, "data": _Position(batches)}
         with naming(self._folder / str(step)), _tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
+            self._failed = True
             self._checkpointer.save_checkpointables(step, parts, overwrite=True)
+            self._failed = False
 
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is intact and moves `batches` to its position.
@@ -155,7 +158,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for pending work."""
-        self._checkpointer.close()
+        # An error of a save, which has been raised, is raised once more here.
+        with contextlib.suppress(*[Exception] * self._failed):
+            self._checkpointer.close()
 
 
 class _Position:

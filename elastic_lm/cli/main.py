@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
       argv: arguments after the program's name; None = those of the process, which is the command's own then:
-        signals end it, and after an error it ends here.
+        signals end it, and it ends here.
 
     Returns:
       0 on success, 2 when the input was refused, 130 when interrupted, 141 when nobody reads the output; 143
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _main(argv)
     signals.listen()
-    return signals.finish(_main(sys.argv[1:]))
+    signals.finish(_main(sys.argv[1:]))
 
 
 def _main(argv: Sequence[str]) -> int:
