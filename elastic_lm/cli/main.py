@@ -74,7 +74,11 @@ def _main(argv: Sequence[str]) -> int:
         commands[flags.command].refuse(rest)
 
     def run() -> None:
-        flags.module.run(flags.module.Options.from_flags(flags))
+        try:
+            flags.module.run(flags.module.Options.from_flags(flags))
+        except BaseException:
+            signals.wait_for_end()  # what a signal breaks off may raise anything
+            raise
 
     return guard(f"elastic-lm {flags.command}", flags.debug, run)
 
@@ -109,7 +113,6 @@ def guard(program: str, debug: bool, run: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return signals.interrupted()
     except (ValueError, OSError, FloatingPointError) as error:
-        signals.wait_for_end()  # what is broken off may raise anything
         if signals.is_closed_pipe(error):
             return signals.CLOSED_PIPE
         if debug or os.environ.get("ELASTIC_LM_DEBUG"):
