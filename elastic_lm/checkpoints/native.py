@@ -112,6 +112,7 @@ class Checkpoints:
         """
         training: Any = ocp.training
         self._folder = folder = local_path(folder)
+        self._failed = False  # the last save
         folder.mkdir(parents=True, exist_ok=True)
         self._open = contextlib.ExitStack()
         self._checkpointer = training.Checkpointer(
@@ -136,7 +137,9 @@ class Checkpoints:
         position = _Position(batches)
         parts = {"state": state, "data": position}
         with naming(self._folder / str(step)), _tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
+            self._failed = True
             self._checkpointer.save_checkpointables(step, parts, overwrite=True)
+            self._failed = False
 
         folder = self._folder / str(step)
         try:
@@ -193,7 +196,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for pending work."""
-        self._checkpointer.close()
+        # An error of a save, which has been raised, is raised once more here.
+        with contextlib.suppress(*[Exception] * self._failed):
+            self._checkpointer.close()
         self._open.close()
 
 

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
       argv: arguments after the program's name; None = those of the process, which is the command's own then:
-        signals end it, and after an error it ends here.
+        signals end it, and it ends here.
 
     Returns:
       0 on success, 1 when all that was asked for failed, 2 when the input was refused, 70 after an error that
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _main(argv)
     signals.listen()
-    return signals.finish(_main(sys.argv[1:]))
+    signals.finish(_main(sys.argv[1:]))
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -80,7 +80,11 @@ def _main(argv: Sequence[str]) -> int:
         commands[flags.command].refuse(rest)
 
     def run() -> int | None:
-        return flags.module.run(flags.module.Options.from_flags(flags))
+        try:
+            return flags.module.run(flags.module.Options.from_flags(flags))
+        except BaseException:
+            signals.wait_for_end()  # what a signal breaks off may raise anything
+            raise
 
     return guard(f"elastic-lm {flags.command}", flags.debug, run)
 

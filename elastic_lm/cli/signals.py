@@ -7,6 +7,7 @@ removes what is half-written, and ends the process without the interpreter's own
 and orbax that still work would crash or never return.
 """
 
+import atexit
 import contextlib
 import io
 import os
@@ -116,12 +117,13 @@ def accept_any_text() -> None:
                 stream.reconfigure(errors="backslashreplace" if utf8 or stream is sys.stderr else "replace")
 
 
-def finish(status: int) -> int:
-    """Takes the exit status that the command came to; returns it where the interpreter can end as usual."""
+def finish(status: int) -> NoReturn:
+    """Ends the process with the exit status that the command came to."""
     wait_for_end()
-    if status:
-        _leave(status)
-    return status
+    if not status:
+        # What the interpreter would do at its end, but while signals still come here: it forgets them early.
+        atexit._run_exitfuncs()
+    _leave(status)
 
 
 def _note(number: int, _: object) -> None:

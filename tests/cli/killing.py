@@ -8,6 +8,7 @@ name.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -72,13 +73,19 @@ def start(command: list[str], cache: Path) -> subprocess.Popen:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, preexec_fn=heed_signals, **pipes)
+    with children_that(signal.SIG_DFL):
+        return subprocess.Popen(command, env=environment, **pipes)
 
 
-def heed_signals() -> None:
-    """Undoes what nohup, or a shell for what it runs in the background, has chosen for its children."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+@contextlib.contextmanager
+def children_that(do: signal.Handlers) -> Iterator[None]:
+    """Processes that are started do this at Ctrl-C and hang-up, whatever a shell has chosen for us."""
+    before = {number: signal.signal(number, do) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def finish(process: subprocess.Popen) -> None:

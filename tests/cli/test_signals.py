@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import heed_signals
+from killing import children_that
 
 from elastic_lm.cli import convert, signals
 from elastic_lm.cli import main as cli
@@ -34,11 +34,11 @@ SAY = 'print("at it", flush=True)'
 SOON = 5.0  # seconds from a signal to the end
 
 
-def start(*lines: str, **how: object) -> subprocess.Popen:
+def start(*lines: str, do: signal.Handlers = signal.SIG_DFL, **how: object) -> subprocess.Popen:
     script = COMMAND.format(body="".join(f"    {line}\n" for line in lines))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    how = {"preexec_fn": heed_signals, **pipes, **how}
-    return subprocess.Popen([sys.executable, "-c", script], **how)
+    with children_that(do):
+        return subprocess.Popen([sys.executable, "-c", script], **{**pipes, **how})
 
 
 def end(process: subprocess.Popen, number: signal.Signals, *, say: bool = True) -> tuple[int, str, str]:
@@ -124,10 +124,11 @@ def test_a_stop_is_asked_for_once_there_is_something_to_save() -> None:
 
 
 def test_signals_that_are_ignored_stay_so() -> None:
-    process = start(SAY, "input()", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start(SAY, "input()", do=signal.SIG_IGN)
     assert process.stdout is not None
     assert process.stdout.readline() == b"at it\n"
-    process.send_signal(signal.SIGHUP)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
     time.sleep(0.2)
     out, err = process.communicate(b"go on\n", timeout=60)
     assert (process.returncode, out, err) == (0, b"", b"")
