@@ -66,7 +66,7 @@ def test_completions() -> None:
         good, bad = endpoint.answer([{"text": "Is it?"}, {"question": "?"}])
     assert good == Answer(" yes", cost=5.0)
     assert bad.error is not None
-    assert "text=None: must be a text" in bad.error
+    assert "the record has no text under 'text'; found: question" in bad.error
     assert requests[0][0] == {"model": "big", "max_tokens": 4, "temperature": 0, "prompt": "Is it?"}
 
 
