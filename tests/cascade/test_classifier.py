@@ -75,7 +75,7 @@ def test_labels_scores_and_costs(params, tokenizer, records) -> None:
 
 def test_records_are_cut_or_fail_alone(params, tokenizer, records) -> None:
     answerer = Classifier(el.Encoder(CONFIG), params, tokenizer, text_field="a", max_len=8, batch_size=4)
-    answers = answerer.answer([{"a": "x" * 500}, {"b": "x"}, {"a": [3]}, records[0]])
+    answers = answerer.answer([{"a": "x" * 500}, {"b": "x"}, {"a": None}, records[0]])
     assert [answer.error is None for answer in answers] == [True, False, False, True]
     assert answers[0].cost == encoder_flops(CONFIG, 8)
 

@@ -203,7 +203,7 @@ def test_records_that_cannot_be_read_fail_alone(params, records) -> None:
     bad = [
         {"prompt": "x"},
         {"prompt": "x", "choices": "yes"},
-        {"prompt": [3], "choices": ["a"]},
+        {"prompt": None, "choices": ["a"]},
         {"prompt": "x" * 200, "choices": ["a"]},
     ]
     choice = MultipleChoice(Decoder(CONFIG), params, Letters(), batch_size=8)
