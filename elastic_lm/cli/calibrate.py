@@ -121,8 +121,8 @@ def run(options: Options) -> None:
     goal: dict[str, Any] = {
         name: getattr(options, name) for name in ("target", "margin", "metric", "strategy")
     }
-    recorded = {"model": folder, "data": text, "tokenizer": tokenizer.fingerprint}
-    policy = calibrate(config, params, batches, risk=risk, **goal, **recorded)
+    goal |= {"model": folder, "data": text, "tokenizer": tokenizer.fingerprint}
+    policy = calibrate(config, params, batches, risk=risk, **goal)
     found = None if untuned else generated_text(Decoder(config), params, policy, prompts, options)
 
     print(curve_table(policy, options.target))

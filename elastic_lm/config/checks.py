@@ -58,7 +58,7 @@ def require_positive(field: str, value: float) -> None:
 
 def is_whole(value: Any, low: int = 0, high: int = LARGEST_INT) -> bool:
     """Whether a value is an integer within bounds; a truth value is none, and 1.0 neither."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def require_layers(field: str, value: int) -> None:

@@ -79,10 +79,10 @@ def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
       optimizer: makes its state in the dtype of the parameters that it is given.
     """
 
-    def init(params: Params) -> Any:
+    def init(params: Any) -> Any:
         return optimizer.init(cast_params(params, "float32"))
 
-    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         params = None if params is None else cast_params(params, "float32")
         return optimizer.update(cast_params(updates, "float32"), state, params)
 
