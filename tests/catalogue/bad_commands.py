@@ -674,6 +674,7 @@ TRAIN = [
         "--config.task.text_field=txt --config.task.max_len=16",
         "has no text under 'txt'; found: text, label",
         leaves=("w", "w/*"),
+        prints=True,
         long=True,
     ),
     task("--config.task.label_field=lable", "t.jsonl line 1 … 'lable'"),
@@ -820,7 +821,7 @@ CALIBRATE = [
     ),
     Case("calibrate --model {bare} --data {book} --tokens 64 --seq-len 16", "has no exits: tune some"),
     Case(
-        "calibrate --model {hf} --data t.txt --continuations 0",
+        "calibrate --model {hf} --data t.txt --seq-len 32 --continuations 0",
         "1 held-out sequence(s): at least 2 are needed",
         files={"t.txt": "def f(x)"},
         long=True,

@@ -210,7 +210,7 @@ def test_a_new_model_that_no_machine_holds(tmp_path: Path, capsys) -> None:
 
 @pytest.mark.long
 def test_a_cascade_whose_every_record_failed_exits_1(folder: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / "in.jsonl").write_text('{"text": 1}\n{"other": "a"}\n')
+    (tmp_path / "in.jsonl").write_text('{"text": [1]}\n{"other": "a"}\n')
     pair = ["--swift", folder / "ck", "--super", folder / "ck"]
     arguments = ["cascade", "run", *pair, "--threshold", 1, "--data", tmp_path / "in.jsonl"]
     arguments = [str(a) for a in [*arguments, "--text-field", "text", "--out", tmp_path / "out.jsonl"]]
