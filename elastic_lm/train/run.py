@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import jax
+from jax.experimental import multihost_utils
 
 from elastic_lm.checkpoints.native import Checkpoints, check_target, save_model
 from elastic_lm.config.encoder import EncoderConfig
@@ -135,11 +136,7 @@ def _fit(
     state = create_state(optimizer, trainable, config.train.param_dtype or "float32")
     del trainable
     # Only now: a run that was refused leaves no trace in its workdir.
-    if run.learned:
-        run.tokenizer.save(workdir)
-        write_checksums(workdir, ("tokenizer.json", "tokenizer_config.json"))
-    save_identity(config, workdir)
-    save_inputs(inputs, workdir)
+    save_files(config, run, inputs, workdir)
 
     with closing(Checkpoints(workdir / "checkpoints", config.train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
@@ -165,6 +162,25 @@ def _fit(
         overwrite=True,
     )
     return model, params, metrics
+
+
+def save_files(config: RunConfig | TaskRun, run: Prepared, inputs: dict[str, Any], workdir: Path) -> None:
+    """Writes what a run that goes on is compared with; one process does, and the others wait for it.
+
+    Args:
+      config: the whole run.
+      run: its tokenizer is written where it was learned.
+      inputs: from `run_inputs`.
+      workdir: of the run; made where it is missing.
+    """
+    if not jax.process_index():
+        if run.learned:
+            run.tokenizer.save(workdir)
+            write_checksums(workdir, ("tokenizer.json", "tokenizer_config.json"))
+        save_identity(config, workdir)
+        save_inputs(inputs, workdir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the files of the run")
 
 
 def numbers(state: TrainState, frozen: Params, train: TrainConfig) -> str:
