@@ -407,14 +407,19 @@ def readable_name(folder: str | Path) -> Iterator[epath.Path]:
         yield epath.Path(path)
         return
 
-    place = tempfile.gettempdir()
-    alone = jax.process_count() == 1 and not PATTERN_CHARACTERS.search(place)
-    require(alone, "path", str(path), "holds one of []*?\\; choose a path without")
+    _check_name(path)
     with tempfile.TemporaryDirectory(prefix="elastic_lm_", ignore_cleanup_errors=True) as place:
         link = Path(place) / "link"
         with unfinished(Path(place)):
             link.symlink_to(path, target_is_directory=True)
             yield epath.Path(link)
+
+
+def _check_name(path: Path) -> None:
+    """Refuses a path that needs a link where there can be none, as with several processes."""
+    alone = jax.process_count() == 1 and not PATTERN_CHARACTERS.search(tempfile.gettempdir())
+    usable = alone or not PATTERN_CHARACTERS.search(str(path))
+    require(usable, "path", str(path), "holds one of []*?\\; choose a path without")
 
 
 def check_target(path: str | Path, overwrite: bool) -> Path:
@@ -430,9 +435,10 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
     Raises:
       FileExistsError: `path` holds something that may not be replaced; names it.
       NotADirectoryError: something above it is a file.
-      ValueError: `path` is remote.
+      ValueError: `path` is remote, or holds a character that orbax cannot write to here.
     """
     target = local_path(path).absolute()
+    _check_name(target)
     require_folder_above(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target

@@ -95,7 +95,7 @@ def check_files(folder: str | Path, patterns: Iterable[str] = ("*",)) -> None:
 
 
 def _entries(folder: Path, names: Iterable[str]) -> Iterator[Entry]:
-    """What `file_entry` says of files, several of which are read at a time: `zlib` lets other threads work."""
+    """What `file_entry` says of files, several of which are read at a time: `zlib` lets threads work."""
     with ThreadPoolExecutor(READERS) as pool:
         yield from pool.map(file_entry, [folder / name for name in names])
 

@@ -157,9 +157,9 @@ def run(
       FloatingPointError: loss, gradient or the state after a step is not finite; names the step.
         Checkpoints stay as they are.
       Stopped: `job.stop` asked for it, before the last step; the state is saved.
-      NotFiniteError: the parameters are not finite before the first step; names the first that is not.
+      NotFiniteError: parameters that train are not finite before the first step; names the first.
     """
-    check_finite("before the first step", {**frozen, **state.params})
+    check_finite("before the first step", state.params)  # what is frozen was checked when it was loaded
     config, window, pending = job.config, _Window(), None
     evaluation: dict[str, float] = {}
 

@@ -18,6 +18,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.files.checksums import write_checksums
 from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE, only_process
+from elastic_lm.hf.carried import Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
@@ -107,6 +108,9 @@ def _fit(
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
+    if config.train.init_from:
+        # Read at the end as well; here nothing is lost where it fails.
+        Carried.of_folder(config.train.init_from)
     run: Prepared = prepare(config, workdir, mesh)  # pyright: ignore[reportArgumentType]
     method, data = run.method, run.data
     inputs = run_inputs(config, run)

@@ -128,15 +128,15 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
     else:
         assert config.model is not None
         model = dataclasses.replace(config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
+        # Only one that is loaded may have fewer rows than its tokenizer ids: tokens were added for padding.
+        require(
+            tokenizer.vocab_size <= model.vocab_size,
+            "model.vocab_size",
+            model.vocab_size,
+            f"the tokenizer has {tokenizer.vocab_size} ids; raise it",
+        )
         params = init_params(model, key)
 
-    # A model that is loaded may have fewer rows than its tokenizer ids, where tokens were added for padding.
-    require(
-        tokenizer.vocab_size <= model.vocab_size,
-        "model.vocab_size",
-        model.vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size} ids; raise it",
-    )
     tokenizer.check_vocabulary(model.vocab_size)
     _check_length(config, model)
     if train.dtype:

@@ -34,8 +34,8 @@ def prepare_model(
       mesh: where the parameters go.
 
     Returns:
-      (config, parameters, fingerprint of those that were loaded, "" = none were); a head for as many classes is kept, where it names none under these names, any
-      other is drawn anew.
+      (config, parameters, fingerprint of those that were loaded, "" = none were); a head for as many classes
+      is kept, where it names none under these names, any other is drawn anew.
 
     Raises:
       FileNotFoundError: the initial checkpoint does not exist.
