@@ -27,15 +27,18 @@ from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.data.tokenizer_files import BESIDE, TEMPLATES, TOKENIZER_FILE
 from elastic_lm.files import checksums
 from elastic_lm.files.atomic import (
+    PARTIAL,
     naming,
     new_beside,
     read_json,
     real_place,
     remove_folder,
+    remove_leftovers,
     whole_folder,
 )
 from elastic_lm.files.local import local_path, require_folder_above
-from elastic_lm.files.unfinished import remove_anything
+from elastic_lm.files.shortage import is_shortage
+from elastic_lm.files.unfinished import remove_anything, unfinished
 from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
@@ -45,6 +48,7 @@ from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
 PARAMS_FOLDER = "params"
+COMPARED = 1 << 28  # bytes that are read back at once
 SETTLING = 3.0  # seconds, at most, for threads that still write after an error
 SETTLED = 15  # looks in a row, 20 ms apart, at which they have written nothing more
 ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
@@ -96,8 +100,10 @@ def _tidy(folder: Path, beginning: str) -> Iterator[None]:
 class Checkpoints:
     """The newest training checkpoints of one run, each a state and the data iterator's position.
 
-    A step becomes visible only when all of it is on disk, so a process may die at any time. Every step is
-    read back once it is written, and has checksums, so that damage is noticed when a run goes on.
+    A step becomes visible only when its state and position are on disk, so a process may die at any time.
+    Then it gets checksums, so that damage is noticed when a run goes on, and is read back and compared, a
+    few arrays at a time. Where a process dies in between, the run that goes on from the step writes the
+    checksums. Older steps go only after that, so that there is always one that was read back.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -113,12 +119,16 @@ class Checkpoints:
         training: Any = ocp.training
         self._folder = folder = local_path(folder)
         self._failed = False  # the last save
+        self._keep = keep
         folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            for left in folder.glob(f".*.{PARTIAL}-x*"):  # of steps that were being removed
+                remove_leftovers(folder / left.name[1:].partition(".")[0])
         self._open = contextlib.ExitStack()
         self._checkpointer = training.Checkpointer(
             self._open.enter_context(readable_name(folder)),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=training.preservation_policies.LatestN(keep),
+            preservation_policy=training.preservation_policies.LatestN(max(keep, 2)),
             cleanup_tmp_directories=True,
         )
 
@@ -132,7 +142,8 @@ class Checkpoints:
 
         Raises:
           OSError: the disk takes no more, or what was written does not read back as it was; names the
-            checkpoint, of which nothing stays.
+            checkpoint, of which nothing stays. One that could only not be compared, for want of memory, room
+            or permission, stays.
         """
         position = _Position(batches)
         parts = {"state": state, "data": position}
@@ -142,19 +153,23 @@ class Checkpoints:
             self._failed = False
 
         folder = self._folder / str(step)
+        if jax.process_index() == 0:
+            checksums.write_checksums(folder)
         try:
-            if jax.process_index() == 0:
-                checksums.write_checksums(folder)
             position.check(folder / "data")
             check_same(
                 state, lambda like: self._checkpointer.load_checkpointables(step, {"state": like})["state"]
             )
         except Exception as error:
+            if is_shortage(error):
+                raise
             remove_folder(folder)
             raise OSError(
                 f"{folder}: does not read back as it was written ({_first_line(error)}) and is removed; "
                 "check the disk and its free space, then run again, which goes on from the checkpoint before"
             ) from error
+        for old in sorted(c.step for c in self._checkpointer.checkpoints)[: -self._keep]:
+            self._checkpointer.delete(old)
 
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is intact and moves `batches` to its position.
@@ -175,10 +190,10 @@ class Checkpoints:
             try:
                 checksums.check_files(self._folder / str(step))
                 wanted = {"state": abstract, "data": _Position(batches)}
-                return step, self._checkpointer.load_checkpointables(step, wanted)["state"]
-            except (MemoryError, PermissionError):
-                raise  # says nothing about the checkpoint
+                state = self._checkpointer.load_checkpointables(step, wanted)["state"]
             except Exception as error:
+                if is_shortage(error):
+                    raise
                 reasons.append(f"step {step}: {_first_line(error)}")
                 logging.warning(
                     "checkpoint %s/%d cannot be read and is skipped: %s",
@@ -187,12 +202,20 @@ class Checkpoints:
                     _first_line(error),
                 )
                 batches.set_state(start)
+            else:
+                self._complete(self._folder / str(step))
+                return step, state
         if not reasons:
             return None
         raise ValueError(
             f"no checkpoint in {self._folder} can be read into this configuration: {'; '.join(reasons)}. "
             "Use the configuration of the run that wrote them, or another workdir"
         )
+
+    def _complete(self, folder: Path) -> None:
+        """Writes the checksums of a sound step whose process died before it could."""
+        if jax.process_index() == 0 and not (folder / checksums.FILE).is_file():
+            checksums.write_checksums(folder)
 
     def close(self) -> None:
         """Waits for pending work."""
@@ -323,6 +346,8 @@ def _check_saved(partial: Path, target: Path, config: Config, params: Params) ->
         with readable_name(partial) as folder:
             check_same(params, lambda like: ocp.load(folder / PARAMS_FOLDER, like))
     except Exception as error:
+        if is_shortage(error):
+            raise
         raise OSError(
             f"{target}: does not read back as it was written ({_first_line(error)}) and is not kept; check "
             "the disk and its free space, or choose another path"
@@ -335,17 +360,33 @@ def check_same(tree: Any, read: Callable[[Any], Any]) -> None:
     Args:
       tree: what was written.
       read: from NumPy arrays of the same shapes and dtypes, whose values do not matter, to the stored ones.
+        Most of the arrays are `ocp.PLACEHOLDER` each time, so that no second copy of the tree is made.
 
     Raises:
       ValueError: an array differs; names it.
     """
     if jax.process_count() > 1:
         return
-    stored = read(jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree))
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), found in zip(leaves, jax.tree.leaves(stored), strict=True):
-        if not np.array_equal(_bits(leaf), _bits(found)):
-            raise ValueError(f"{jax.tree_util.keystr(path)} differs")
+    leaves, kind = jax.tree_util.tree_flatten_with_path(tree)
+    for piece in _pieces([leaf.nbytes for _, leaf in leaves]):
+        like = [ocp.PLACEHOLDER] * len(leaves)
+        like[piece] = [np.empty(leaf.shape, leaf.dtype) for _, leaf in leaves[piece]]
+        stored = jax.tree.leaves(read(jax.tree.unflatten(kind, like)))
+        for (path, leaf), found in zip(leaves[piece], stored[piece], strict=True):
+            if not np.array_equal(_bits(leaf), _bits(found)):
+                raise ValueError(f"{jax.tree_util.keystr(path)} differs")
+
+
+def _pieces(sizes: list[int]) -> Iterator[slice]:
+    """Runs of arrays that have at most COMPARED bytes together, or are one larger array."""
+    start = total = 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > COMPARED:
+            yield slice(start, i)
+            start, total = i, 0
+        total += size
+    if sizes:
+        yield slice(start, len(sizes))
 
 
 def _bits(leaf: Any) -> np.ndarray:
@@ -371,13 +412,19 @@ def readable_name(folder: str | Path) -> Iterator[epath.Path]:
         yield epath.Path(path)
         return
 
-    place = tempfile.gettempdir()
-    alone = jax.process_count() == 1 and not PATTERN_CHARACTERS.search(place)
-    require(alone, "path", str(path), "holds one of []*?\\; choose a path without")
-    with tempfile.TemporaryDirectory(prefix="elastic_lm_") as place:
+    _check_name(path)
+    with tempfile.TemporaryDirectory(prefix="elastic_lm_", ignore_cleanup_errors=True) as place:
         link = Path(place) / "link"
-        link.symlink_to(path, target_is_directory=True)
-        yield epath.Path(link)
+        with unfinished(Path(place)):
+            link.symlink_to(path, target_is_directory=True)
+            yield epath.Path(link)
+
+
+def _check_name(path: Path) -> None:
+    """Refuses a path that needs a link where there can be none, as with several processes."""
+    alone = jax.process_count() == 1 and not PATTERN_CHARACTERS.search(tempfile.gettempdir())
+    usable = alone or not PATTERN_CHARACTERS.search(str(path))
+    require(usable, "path", str(path), "holds one of []*?\\; choose a path without")
 
 
 def check_target(path: str | Path, overwrite: bool) -> Path:
@@ -393,9 +440,10 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
     Raises:
       FileExistsError: `path` holds something that may not be replaced; names it.
       NotADirectoryError: something above it is a file.
-      ValueError: `path` is remote.
+      ValueError: `path` is remote, or holds a character that orbax cannot write to here.
     """
     target = local_path(path).absolute()
+    _check_name(target)
     require_folder_above(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target

@@ -55,11 +55,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Options) -> None:
     """Runs the benchmark; its rows are shown as they come, and kept where a later one fails."""
-    from elastic_lm.files.atomic import can_be_replaced, prepare_output
+    from elastic_lm.files.atomic import can_be_replaced, new_beside, prepare_output
 
     prepare_output(options.json)
     # Not of pipes and devices, which have no place beside them.
-    partial = Path(f"{options.json}.partial") if options.json and can_be_replaced(options.json) else None
+    partial = new_beside(Path(options.json)) if options.json and can_be_replaced(options.json) else None
 
     def keep(result: dict[str, Any]) -> None:
         row = result["rows"][-1]
@@ -69,7 +69,12 @@ def run(options: Options) -> None:
                 report.save(result, partial, links=False)  # it was not the user who chose its name
 
     how = report.Options(options.tiny, options.rounds, options.seed, options.model, options.data)
-    result = report.run(options.name, how, keep)
+    try:
+        result = report.run(options.name, how, keep)
+    except BaseException:
+        if partial and partial.is_file():
+            print(f"the rows before are in {partial}, until {options.json} is written", file=sys.stderr)
+        raise
 
     print(report.table(result))
     if options.json:

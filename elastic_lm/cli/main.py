@@ -4,6 +4,7 @@ Every command is a module of this folder with `HELP` (whose first line is the su
 and `run`. These modules import what is heavy only when they run, so that `--help` is instant.
 """
 
+import argparse
 import importlib
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from elastic_lm.cli import signals
 from elastic_lm.cli.parser import Parser, add_command
+from elastic_lm.files.shortage import lacks_memory
 
 # Modules of this folder, in the order of the help.
 COMMANDS = (
@@ -43,7 +45,8 @@ A typical session on a model of your own:
   elastic-lm generate --model runs/exits/model --thresholds thresholds.json --prompt "Once upon"
 """
 EPILOG = """\
-Exit status: 0 done, 2 the input was refused, 70 an unexpected error (please report it), 130 interrupted.
+Exit status: 0 done, 1 all that was asked for failed, 2 the input was refused, 70 an unexpected error (please
+report it), 130 interrupted, 141 nobody reads the output, 143 terminated.
 ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from.
 """
 
@@ -62,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       0 on success, 1 when all that was asked for failed, 2 when the input was refused, 70 after an error that
       nobody foresaw, 130 when interrupted, 141 when nobody reads the output, 143 when terminated.
     """
+    signals.open_streams()
     if argv is not None:
         return _main(argv)
     signals.listen()
@@ -70,14 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     signals.accept_any_text()
-    parser, commands = build_parsers()
-    flags, rest = parser.parse_known_args(with_new_name(argv))
-
-    # Only `train` takes arguments that its parser does not know: overrides of the config.
-    if "overrides" in flags:
-        flags.overrides = rest
-    elif rest:
-        commands[flags.command].refuse(rest)
+    parsed: list[argparse.Namespace] = []
+    status = guard("elastic-lm", "--debug" in argv, lambda: parsed.append(_parsed(argv)))
+    if status:
+        return status
+    flags = parsed[0]
 
     def run() -> int | None:
         try:
@@ -87,6 +88,19 @@ def _main(argv: Sequence[str]) -> int:
             raise
 
     return guard(f"elastic-lm {flags.command}", flags.debug, run)
+
+
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of a command, with its name and its module."""
+    parser, commands = build_parsers()
+    flags, rest = parser.parse_known_args(with_new_name(argv))
+
+    # Only `train` takes arguments that its parser does not know: overrides of the config.
+    if "overrides" in flags:
+        flags.overrides = rest
+    elif rest:
+        commands[flags.command].refuse(rest)
+    return flags
 
 
 def build_parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -134,6 +148,10 @@ def guard(program: str, debug: bool, run: Callable[[], int | None]) -> int:
         if signals.is_closed_pipe(error):
             return signals.CLOSED_PIPE
         shown = show_traceback(debug)
+        if lacks_memory(error):
+            what = f"does not fit into memory: use a smaller batch or model ({one_line(error)})"
+            print(f"{program}: error: {what}", file=sys.stderr)
+            return REFUSED
         if isinstance(error, ValueError | OSError | FloatingPointError):
             print(f"{program}: error: {one_line(error)}", file=sys.stderr)
             return REFUSED
@@ -160,8 +178,20 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         from elastic_lm.files.atomic import DISK_ERRORS
 
-        # Whatever writes a file gives its errors a name.
-        name = "stdout" if error.filename is None and error.errno in DISK_ERRORS else error.filename
+        name = error.filename
+        if name is None and error.errno in DISK_ERRORS and _stdout_fails(error.errno):
+            name = "stdout"
         if name is not None:
             return shown(f"{name}: {error.strerror}")
     return shown(" ".join(str(error).split())) or type(error).__name__
+
+
+def _stdout_fails(number: int) -> bool:
+    """Whether an error of the system is that of stdout, which keeps what it could not write."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return error.errno == number
+    except ValueError:  # closed
+        return False
+    return False

@@ -60,14 +60,17 @@ def writing_target(path: str) -> Iterator[None]:
 
     Raises:
       OSError: its parent takes no new files, or something above it is a file.
-      ValueError: it is remote, or another process is writing it; names it.
+      ValueError: it is remote or the root folder, or another process is writing it; names it.
     """
-    from elastic_lm.files.atomic import real_place, remove_leftovers
+    from elastic_lm.files.atomic import real_place, remove_leftovers, short_name
     from elastic_lm.files.local import local_path
     from elastic_lm.files.locks import LOCK_FILE, only_process
 
     target = real_place(local_path(path))
-    with only_process(target.with_name(f".{target.name}{LOCK_FILE}"), path, "choose another path"):
+    if not target.name:
+        raise ValueError(f"{path}: is the root of all folders and is not replaced; choose another path")
+    lock = target.with_name(f".{short_name(target)}{LOCK_FILE}")
+    with only_process(lock, path, "choose another path"):
         remove_leftovers(target)
         yield
 

@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Self, get_args
 
 from elastic_lm.config.checks import SEED, require, require_choice
@@ -17,7 +17,6 @@ from elastic_lm.files.local import local_path
 Colour = Literal["auto", "always", "never"]
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
 DEFAULT_COLOUR: Colour = "auto"  # where stdout is a terminal
-PLACES = ("FILE", "DIR", "HF_DIR", "FILE[:ARG]", "DIR|URL|NAME:FILE")  # metavars of files and folders
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
         """Adds an argument; one for a file or folder takes paths on this machine alone."""
         if kwargs.get("metavar") in PLACES:
-            kwargs.setdefault("type", service_or_place if "URL" in kwargs["metavar"] else place)
+            kwargs.setdefault("type", PLACES[kwargs["metavar"]])
         return super().add_argument(*names, **kwargs)
 
     def error(self, message: str) -> NoReturn:
@@ -115,7 +114,24 @@ def place(text: str) -> str:
 
 def service_or_place(text: str) -> str:
     """`place`, the address of a service behind HTTP, or a file after the name of what reads it."""
-    return text if text.startswith(("http://", "https://")) or "://" not in text else place(text)
+    service = text.startswith(("http://", "https://"))
+    return text if service or (text and "://" not in text) else place(text)
+
+
+def config_place(text: str) -> str:
+    """A Python file on this machine, with an argument of any kind behind it, as a flag's type."""
+    name, between, argument = text.partition(".py:")
+    return f"{place(name + '.py')}:{argument}" if between else place(text)
+
+
+# Types of files and folders by their metavars.
+PLACES: Mapping[str, Callable[[str], str]] = {
+    "FILE": place,
+    "DIR": place,
+    "HF_DIR": place,
+    "FILE[:ARG]": config_place,
+    "DIR|URL|NAME:FILE": service_or_place,
+}
 
 
 def share(text: str) -> float:

@@ -28,6 +28,7 @@ elastic-lm quickstart --hf-dir my-model --data book.txt
 elastic-lm quickstart --from-scratch               pretrains the small model first
 
 Writes report.json, curve.png, text.html, the elastic checkpoint and thresholds files to --out.
+Run again, it begins anew, also after a stop.
 """
 
 

@@ -46,7 +46,9 @@ def listen() -> None:
     """Lets signals end this process, which must be the command's own; called by the main thread."""
     _Process.listens = True
     if not os.environ.get("ELASTIC_LM_DEBUG"):
-        sys.unraisablehook = lambda _: None  # what no code can act on is not for users
+        # What no code can act on is not for users.
+        sys.unraisablehook = lambda _: None
+        threading.excepthook = lambda _: None
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -106,6 +108,13 @@ def wait_for_end() -> None:
 def is_closed_pipe(error: BaseException) -> bool:
     """Whether an error says that nobody reads stdout or stderr any more; pipes that are files have names."""
     return isinstance(error, BrokenPipeError) and error.filename is None
+
+
+def open_streams() -> None:
+    """Lets what is printed go nowhere, where stdout or stderr was closed before the process began."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def accept_any_text() -> None:

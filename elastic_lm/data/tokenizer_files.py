@@ -5,6 +5,7 @@ change how spaces are read. Both is done here in the same way, so that a text ha
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 # Classes of `transformers` that take tokenizer.json as it is.
 GENERIC = ("", "PreTrainedTokenizer", "TokenizersBackend")
 LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, that UTF-8 does not have
 
 # Other formats of tokenizers, by the names of their files.
 OTHERS = (
@@ -78,6 +81,9 @@ def carried_files(file: Path) -> dict[str, bytes]:
     files |= {f"{TEMPLATES}/{template.name}": template.read_bytes() for template in templates}
     if CONFIG_FILE in files:
         config = read_json(file.parent / CONFIG_FILE)
+        if SURROGATE.search(json.dumps(config, ensure_ascii=False)):
+            fix = "which is half a character and cannot be written again; remove it"
+            raise ValueError(f"{file.parent / CONFIG_FILE}: holds a lone surrogate such as \\ud800, {fix}")
         if config.pop("elastic", None) is not None:
             files[CONFIG_FILE] = json.dumps(config, indent=2, ensure_ascii=False).encode()
     return files

@@ -86,7 +86,7 @@ def new_beside(path: Path, tag: str = PARTIAL) -> Path:
       path: a file or folder.
       tag: PARTIAL for what is not finished or not needed any more, OLD for what may have to go back.
     """
-    return path.with_name(f".{_short_name(path)}.{tag}-x{secrets.token_hex(8)}")
+    return path.with_name(f".{short_name(path)}.{tag}-x{secrets.token_hex(8)}")
 
 
 def real_place(path: str | Path) -> Path:
@@ -268,14 +268,14 @@ def can_be_replaced(path: str | Path) -> bool:
     return (path.is_file() or not path.exists()) and os.access(path.parent, os.W_OK)
 
 
-def _short_name(path: Path) -> str:
+def short_name(path: Path) -> str:
     """The name, or its beginning where a longer one could not be a file's."""
     return os.fsencode(path.name)[:LONGEST].decode(errors="ignore")
 
 
 def _leftovers(path: Path) -> list[tuple[str, Path]]:
     """(tag, path) of what may be left beside `path`, the latest first."""
-    pattern = re.compile(LEFTOVER.format(re.escape(_short_name(path))))
+    pattern = re.compile(LEFTOVER.format(re.escape(short_name(path))))
     try:
         found = [(match[1], path.parent / name) for name in os.listdir(path.parent)
                  if (match := pattern.fullmatch(name))]  # fmt: skip

@@ -89,8 +89,9 @@ def weights_fingerprint(params: Mapping[str, Any]) -> str:
     """A digest of sampled numbers of all parameters of a model, wherever they were loaded from.
 
     Small parameters are read whole, and of large ones rows at even distances. They are rounded to bfloat16,
-    so that it does not matter in which dtype a model is loaded: a Hugging Face folder and the checkpoint that
-    was converted from it have one fingerprint.
+    so that it does not matter whether a model is loaded in that or in float32: a Hugging Face folder and the
+    checkpoint that was converted from it have one fingerprint. What was loaded in float16 was rounded before,
+    and may have another.
 
     Args:
       params: canonical parameters or stacked ones, which give the same.

@@ -17,9 +17,11 @@ def local_path(path: Any) -> Path:
       path: text or a path.
 
     Raises:
-      ValueError: it names another machine, like gs://bucket/run, or is no path.
+      ValueError: it names another machine, like gs://bucket/run, is empty, or is no path.
     """
     require(isinstance(path, str | os.PathLike), "path", path, "must be a path")
+    # `Path("")` is the current folder, which a variable of the shell that is not set does not mean.
+    require(str(path) != "", "path", path, "is empty; name a file or folder, such as . for the current one")
     if REMOTE.match(str(path)):
         raise ValueError(f"{path}: remote paths are not supported yet; name a local file or folder")
     return Path(path)

@@ -18,6 +18,7 @@ from elastic_lm.hf.config_json import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS, TensorFiles
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
 
 WRITTEN = (
@@ -69,7 +70,8 @@ def export(
       overwrite: replace an earlier export at `path`.
 
     Raises:
-      ValueError: the family cannot express the model, parameters and config disagree, or `path` is remote.
+      ValueError: the family cannot express the model, parameters and config disagree or hold NaN or
+        infinity, or `path` is remote.
       FileExistsError: `path` holds something that may not be replaced.
       NotADirectoryError: something above it is a file.
       OSError: weights cannot be written, or do not read back as they were; an earlier export stays.
@@ -88,6 +90,7 @@ def export(
     """
     target = check_target(path, overwrite)
     leaves = [(binding, _leaf(params, binding)) for binding in bindings(config)]
+    check_finite("the model that is exported", params)
     dtype = str(leaves[0][1].dtype)
     entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
     carried = Carried({}, None) if source is None else Carried.of_folder(source)

@@ -1,6 +1,5 @@
 """The files of a Hugging Face folder: JSON and lazily read safetensors shards, with exact complaints."""
 
-import json
 import struct
 import warnings
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from elastic_lm.config.parse import parse_json
 from elastic_lm.files import atomic as plain
 from elastic_lm.hf.layouts import Shape
 from elastic_lm.models.finite import check_tensor
@@ -17,6 +17,7 @@ from elastic_lm.models.finite import check_tensor
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
+LONGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 AGAIN = "download or copy the file again"
 
 
@@ -177,10 +178,12 @@ def _first_lost(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, path.stat().st_size)))
+            if length > LONGEST_HEADER:  # damaged itself
+                return None
+            header = parse_json(file.read(length))
         left = path.stat().st_size - 8 - length
         ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
         lost = min((name for name in ends if ends[name] > left), key=lambda name: ends[name])
         return f"tensor {lost!r}"
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         return None

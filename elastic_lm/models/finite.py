@@ -129,11 +129,13 @@ def first_not_finite(params: Any) -> tuple[str, Any] | None:
     Returns:
       (its path with slashes, the parameter), or None where all are finite.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            continue
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    floats = [(path, leaf) for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    # Devices are asked about all of their arrays before the first answer is waited for.
+    answers = iter(jax.device_get([_all_finite(leaf) for _, leaf in floats if not _on_host(leaf)]))
+    for path, leaf in floats:
         # On a CPU, and only there, the host sees the array without a copy.
-        if not (is_finite(np.asarray(leaf)) if _on_host(leaf) else bool(_all_finite(leaf))):
+        if not (is_finite(np.asarray(leaf)) if _on_host(leaf) else bool(next(answers))):
             return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path), leaf
     return None
 

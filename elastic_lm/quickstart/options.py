@@ -42,7 +42,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require_types(self)
-        for path in (self.out, self.hf_dir or "", *self.data):
+        for path in (self.out, *([] if self.hf_dir is None else [self.hf_dir]), *self.data):
             local_path(path)
         for field in ("steps", "pretrain_steps"):
             if getattr(self, field) < 2:

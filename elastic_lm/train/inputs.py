@@ -1,7 +1,8 @@
 """What a training run reads: the model it starts from and its data, which must be the same when it goes on.
 
 `inputs.json` beside `run.json` records fingerprints of the weights and the tokenizer at step 0, and of every
-data file its size, time of change and a digest (of samples, where it is large). A run that goes on compares
+data file its size, time of change, a digest (of samples, where it is large) and a checksum of all of it,
+which is only compared where the time alone differs, as in a copy. A run that goes on compares
 them before its first step: exits that were tuned on one model are never saved over another, and the position
 in the data stays the position in the same data.
 """
@@ -18,6 +19,7 @@ from elastic_lm.data.records import TABLE_SUFFIXES
 from elastic_lm.data.sources import find_files
 from elastic_lm.data.stdlib import stdlib_files
 from elastic_lm.files.atomic import read_json, write_text_whole
+from elastic_lm.files.checksums import file_entry
 from elastic_lm.files.fingerprints import differing_parts, file_digest, weights_fingerprint
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.method import TEACHER
@@ -38,12 +40,11 @@ def run_inputs(config: RunConfig | TaskRun, run: Prepared) -> dict[str, Any]:
     """
     # What a run draws by itself is settled by its seed, and all of it is in its checkpoints.
     loaded = bool(config.train.init_from)
-    own = {name: tree for name, tree in run.params.items() if name != TEACHER}
     teacher = {name: tree for name, tree in run.params.items() if name == TEACHER}
     model = {name: value for name, value in to_dict(run.method.config).items() if name not in DTYPE_FIELDS}
     return {
         "format": FORMAT,
-        "weights": weights_fingerprint(own) if loaded else "",
+        "weights": run.weights,
         "teacher": weights_fingerprint(teacher) if teacher else "",
         "tokenizer": run.tokenizer.fingerprint,
         "model": json.loads(json.dumps(model)) if loaded else {},
@@ -98,7 +99,7 @@ def _check_data(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None
     for path in {**old, **new}:
         if path not in new or path not in old:
             what = "is gone" if path in old else "is new"
-        elif difference := _difference(old[path], new[path]):
+        elif difference := _difference(path, old[path], new[path]):
             what = difference
         else:
             continue
@@ -108,24 +109,40 @@ def _check_data(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None
         )
 
 
-def _difference(old: Any, new: dict[str, Any]) -> str:
-    """How a data file changed; "" = it did not, as far as can be told."""
+def _difference(path: str, old: Any, new: dict[str, Any]) -> str:
+    """How the data file at `path` changed; "" = it did not, as far as can be told."""
     if not isinstance(old, dict) or old.get("bytes") != new["bytes"] or old.get("digest") != new["digest"]:
         return "has changed"
-    # A digest of the whole file decides. Beside one of samples, the time says whether the rest may differ.
+    # A digest of the whole file decides. Beside one of samples, the time says whether the rest may differ,
+    # and then all of it is read.
     if new["whole"] or old.get("changed") == new["changed"]:
         return ""
+    if "crc32" in old:
+        return "" if file_entry(Path(path))["crc32"] == old["crc32"] else "has changed"
     return f"was written again (first {old.get('changed')}, now {new['changed']})"
 
 
 def save_inputs(inputs: dict[str, Any], workdir: Path) -> None:
-    """Writes inputs.json, complete or not at all.
+    """Writes inputs.json, complete or not at all, with checksums of the data, which are read for it.
+
+    Files of which the run that began has a checksum of the same time are not read again.
 
     Args:
       inputs: from `run_inputs`.
       workdir: of the run; made where it is missing.
     """
-    write_text_whole(workdir / FILE, json.dumps(inputs, indent=1) + "\n")
+    before = read_json(workdir / FILE)["files"] if (workdir / FILE).is_file() else {}
+    files = {path: _with_checksum(path, entry, before.get(path)) for path, entry in inputs["files"].items()}
+    write_text_whole(workdir / FILE, json.dumps({**inputs, "files": files}, indent=1) + "\n")
+
+
+def _with_checksum(path: str, entry: dict[str, Any], before: Any) -> dict[str, Any]:
+    """The entry of a data file, with a checksum of all of it where the digest is one of samples."""
+    if entry["whole"]:
+        return entry
+    if isinstance(before, dict) and before.get("changed") == entry["changed"] and "crc32" in before:
+        return {**entry, "crc32": before["crc32"]}
+    return {**entry, "crc32": file_entry(Path(path))["crc32"]}
 
 
 def _data_files(config: RunConfig | TaskRun) -> dict[str, dict[str, Any]]:

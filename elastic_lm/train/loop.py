@@ -11,6 +11,8 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from elastic_lm.checkpoints.native import Checkpoints
 from elastic_lm.models.decoder import Params
@@ -47,7 +49,8 @@ class Job:
       rate: name of what is counted per second.
       remark: of the method: what the user should know about the first metrics; "" = nothing.
       dtype: of the activations, for messages.
-      stop: asked after every step: whether the state is to be saved and the run to end.
+      stop: asked after every step: whether the state is to be saved and the run to end. Several processes
+        do so together, after the next step at which something is written.
     """
 
     config: TrainConfig
@@ -154,9 +157,9 @@ def run(
       FloatingPointError: loss, gradient or the state after a step is not finite; names the step.
         Checkpoints stay as they are.
       Stopped: `job.stop` asked for it, before the last step; the state is saved.
-      NotFiniteError: the parameters are not finite before the first step; names the first that is not.
+      NotFiniteError: parameters that train are not finite before the first step; names the first.
     """
-    check_finite("before the first step", {**frozen, **state.params})
+    check_finite("before the first step", state.params)  # what is frozen was checked when it was loaded
     config, window, pending = job.config, _Window(), None
     evaluation: dict[str, float] = {}
 
@@ -173,8 +176,9 @@ def run(
         pending = metrics
 
         last = step == config.steps
-        stops = not last and job.stop()
-        if not (last or stops or any(step % every == 0 for every in _events(config))):
+        due = last or any(step % every == 0 for every in _events(config))
+        stops = not last and _agreed(job.stop(), due)
+        if not (due or stops):
             continue
 
         window.steps.append(_finite(step, pending, remedy(step)))
@@ -222,6 +226,18 @@ def evaluate(job: Job, trainable: Params, frozen: Params) -> dict[str, float]:
             totals[name] = totals.get(name, 0.0) + float(value) * float(count)
 
     return {name: total / max(tokens, 1.0) for name, total in totals.items()}
+
+
+def _agreed(asked: bool, due: bool) -> bool:
+    """Whether a run stops here: several processes do so together, where they wait for each other anyway.
+
+    Args:
+      asked: this process was asked to stop.
+      due: the step is one at which something is written.
+    """
+    if jax.process_count() == 1:
+        return asked
+    return due and bool(np.any(multihost_utils.process_allgather(np.asarray(asked))))
 
 
 def _events(config: TrainConfig) -> list[int]:

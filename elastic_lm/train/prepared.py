@@ -36,6 +36,8 @@ class Prepared:
       menu: widths that the initial checkpoint is elastic for; None = it is not.
       canonical: from the form that parameters train in to the form that they are saved in.
       learned: the tokenizer was learned for this run, and is kept in its workdir.
+      weights: fingerprint of the parameters as they were read; "" = none were. What a run adds to them, drawn
+        or computed on its device, is no part of it.
     """
 
     method: Method[Any]
@@ -47,6 +49,7 @@ class Prepared:
     menu: Menu | None = None
     canonical: Callable[[Params], Params] = lambda params: params
     learned: bool = False
+    weights: str = ""
 
 
 def check_new_model(field: str, config: Config) -> None:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import jax
+from jax.experimental import multihost_utils
 
 from elastic_lm.checkpoints.native import Checkpoints, check_target, save_model
 from elastic_lm.config.encoder import EncoderConfig
@@ -17,6 +18,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.files.checksums import write_checksums
 from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE, only_process
+from elastic_lm.hf.carried import Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
@@ -106,6 +108,9 @@ def _fit(
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
+    if config.train.init_from:
+        # Read at the end as well; here nothing is lost where it fails.
+        Carried.of_folder(config.train.init_from)
     run: Prepared = prepare(config, workdir, mesh)  # pyright: ignore[reportArgumentType]
     method, data = run.method, run.data
     inputs = run_inputs(config, run)
@@ -135,11 +140,7 @@ def _fit(
     state = create_state(optimizer, trainable, config.train.param_dtype or "float32")
     del trainable
     # Only now: a run that was refused leaves no trace in its workdir.
-    if run.learned:
-        run.tokenizer.save(workdir)
-        write_checksums(workdir, ("tokenizer.json", "tokenizer_config.json"))
-    save_identity(config, workdir)
-    save_inputs(inputs, workdir)
+    save_files(config, run, inputs, workdir)
 
     with closing(Checkpoints(workdir / "checkpoints", config.train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
@@ -165,6 +166,25 @@ def _fit(
         overwrite=True,
     )
     return model, params, metrics
+
+
+def save_files(config: RunConfig | TaskRun, run: Prepared, inputs: dict[str, Any], workdir: Path) -> None:
+    """Writes what a run that goes on is compared with; one process does, and the others wait for it.
+
+    Args:
+      config: the whole run.
+      run: its tokenizer is written where it was learned.
+      inputs: from `run_inputs`.
+      workdir: of the run; made where it is missing.
+    """
+    if not jax.process_index():
+        if run.learned:
+            run.tokenizer.save(workdir)
+            write_checksums(workdir, ("tokenizer.json", "tokenizer_config.json"))
+        save_identity(config, workdir)
+        save_inputs(inputs, workdir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the files of the run")
 
 
 def numbers(state: TrainState, frozen: Params, train: TrainConfig) -> str:

@@ -15,6 +15,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models.decoder import Params, stack_layers, unstack_layers
 from elastic_lm.models.exits import attach_exits, extract
 from elastic_lm.models.registry import init_params
@@ -50,7 +51,7 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
     if config.model is not None and not config.train.init_from:
         _check_length(config, config.model)  # before a tokenizer is learned
     tokenizer = prepare_tokenizer(config, workdir)
-    model, params = prepare_model(config, tokenizer, mesh)
+    model, params, weights = prepare_model(config, tokenizer, mesh)
 
     shardings = stacked_shardings(param_shardings(model, mesh))
     params = jax.device_put(stack_layers(params), shardings)
@@ -75,6 +76,7 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
         menu=initial_menu(config),
         canonical=unstack_layers,
         learned=not (config.data.tokenizer or config.train.init_from),
+        weights=weights,
     )
 
 
@@ -96,7 +98,7 @@ def prepare_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
     return learned_tokenizer(workdir, lambda: pipeline.file_texts(config.data), config.model.vocab_size)
 
 
-def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[ModelConfig, Params]:
+def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[ModelConfig, Params, str]:
     """Random or loaded parameters, with the configured exits attached.
 
     Args:
@@ -105,16 +107,16 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
       mesh: where loaded parameters go.
 
     Returns:
-      (model config, canonical parameters).
+      (model config, canonical parameters, fingerprint of those that were loaded, "" = none were).
 
     Raises:
       FileNotFoundError: the initial checkpoint does not exist.
       ValueError: vocabulary, rows, layers or exits do not fit the model or the method; names the field.
     """
-    train, key = config.train, jax.random.key(config.train.seed)
+    train, key, weights = config.train, jax.random.key(config.train.seed), ""
     if train.init_from:
         decoder, params = load_decoder(train.init_from, dtype=train.param_dtype or None, mesh=mesh)
-        model = decoder.config
+        model, weights = decoder.config, weights_fingerprint(params)
         if train.init_layers:
             model, params = extract(model, params, train.init_layers)
 
@@ -126,22 +128,22 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
     else:
         assert config.model is not None
         model = dataclasses.replace(config.model, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
+        # Only one that is loaded may have fewer rows than its tokenizer ids: tokens were added for padding.
+        require(
+            tokenizer.vocab_size <= model.vocab_size,
+            "model.vocab_size",
+            model.vocab_size,
+            f"the tokenizer has {tokenizer.vocab_size} ids; raise it",
+        )
         params = init_params(model, key)
 
-    # A model that is loaded may have fewer rows than its tokenizer ids, where tokens were added for padding.
-    require(
-        tokenizer.vocab_size <= model.vocab_size,
-        "model.vocab_size",
-        model.vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size} ids; raise it",
-    )
     tokenizer.check_vocabulary(model.vocab_size)
     _check_length(config, model)
     if train.dtype:
         model = dataclasses.replace(model, dtype=train.dtype)
     if config.exits:
         model, params = attach_exits(model, params, config.exits, jax.random.fold_in(key, 1))
-    return model, params
+    return model, params, weights
 
 
 def _check_length(config: RunConfig, model: ModelConfig) -> None:

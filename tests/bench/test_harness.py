@@ -85,11 +85,19 @@ def test_rows_stay_where_a_later_one_fails(
     fake.__dict__["rows"] = rows
     monkeypatch.setitem(sys.modules, "elastic_lm.bench.fake", fake)
     monkeypatch.setattr(report, "names", lambda: ["fake"])
-    file, partial = tmp_path / "out.json", tmp_path / "out.json.partial"
+    file = tmp_path / "out.json"
+    own = tmp_path / "out.json.partial"
+    own.write_text("the user's")
     assert cli.main(["bench", "fake", "--json", str(file)]) == 0
     whole = file.read_text()
-    assert not partial.exists()
+    assert {*tmp_path.iterdir()} == {file, own}
     assert cli.main(["bench", "fake", "--seed", "1", "--json", str(file)]) == 2
     assert file.read_text() == whole, "what was there before stays"
+    [partial] = {*tmp_path.iterdir()} - {file, own}
     assert [row["name"] for row in json.loads(partial.read_text())["rows"]] == ["fake/one"]
-    assert "the second row cannot be measured" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"the rows before are in {partial}" in said
+    assert "the second row cannot be measured" in said
+    assert own.read_text() == "the user's"
+    assert cli.main(["bench", "fake", "--json", str(file)]) == 0
+    assert not partial.exists()

@@ -154,6 +154,32 @@ def test_output_that_cannot_be_written_is_named() -> None:
     assert error == b"elastic-lm convert: error: stdout: No space left on device\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_other_errors_of_the_disk_are_not_those_of_stdout() -> None:
+    process = start("with open('/dev/full', 'wb', 0) as file: file.write(b'x')")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error == b"elastic-lm convert: error: [Errno 28] No space left on device\n"
+
+
+def test_closed_streams_are_no_error() -> None:
+    process = start(
+        "print('x'); print(open('/dev/null').fileno() > 2, file=sys.stderr)", preexec_fn=close_stdout
+    )
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, b"True\n")
+
+
+def close_stdout() -> None:
+    os.close(1)
+
+
+def test_errors_of_other_threads_show_no_traceback() -> None:
+    process = start("thread = threading.Thread(target=lambda: 1 / 0); thread.start(); thread.join()")
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, b"")
+
+
 def run(monkeypatch: pytest.MonkeyPatch, act: object) -> int:
     """The status of `convert` in this process, with something else to do."""
     monkeypatch.setattr(convert, "run", act)
@@ -175,6 +201,16 @@ def test_within_a_process_statuses_are_returned(
     assert capsys.readouterr().err == ""
     assert run(monkeypatch, raising(BrokenPipeError(32, "Broken pipe", "a.fifo"))) == 2
     assert capsys.readouterr().err == "elastic-lm convert: error: a.fifo: Broken pipe\n"
+    for error in (MemoryError("1 GiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")):
+        assert run(monkeypatch, raising(error)) == 2
+        assert "error: does not fit into memory: use a smaller batch or model (" in capsys.readouterr().err
+
+    def parsers() -> None:
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(cli, "build_parsers", parsers)
+    assert run(monkeypatch, raising(ValueError())) == 70
+    assert capsys.readouterr().err.startswith("elastic-lm: error: unexpected ImportError: no such library")
 
 
 @pytest.mark.parametrize(

@@ -194,3 +194,12 @@ def test_other_formats_are_told_how_to_become_one(tmp_path: Path, name: str) -> 
         FileNotFoundError, match=rf"{name} there is in a format .*AutoTokenizer.*save_pretrained"
     ):
         Tokenizer.load(tmp_path)
+
+
+def test_half_characters_are_refused_before_anything_is_done(learned: Tokenizer, tmp_path: Path) -> None:
+    place = folder(tmp_path / "t", learned, {})
+    (place / "tokenizer_config.json").write_text('{"note": "\\ud800"}')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: holds a lone surrogate"):
+        Tokenizer.load(place)
+    (place / "tokenizer_config.json").write_text('{"note": "\\ud83d\\ude00"}')
+    Tokenizer.load(place).save(tmp_path / "again")

@@ -14,6 +14,8 @@ import elastic_lm as el
 from elastic_lm import testing
 from elastic_lm.checkpoints import native
 from elastic_lm.data.tokenizer import train_bpe
+from elastic_lm.files import unfinished
+from elastic_lm.files.atomic import new_beside
 from elastic_lm.files.checksums import FILE, check_files, update_checksums, write_checksums
 from elastic_lm.hf import exporting
 
@@ -202,6 +204,74 @@ def test_a_step_that_does_not_read_back_is_removed(tmp_path: Path, monkeypatch: 
         checkpoints.save(2, state, Batches())  # pyright: ignore[reportArgumentType]
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), ValueError("RESOURCE_EXHAUSTED: 1 GB"), PermissionError(13, "no"), OSError(28, "full")],
+)
+def test_what_could_not_be_compared_stays(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(tree: Any, read: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(native, "check_same", broken)
+    checkpoints = native.Checkpoints(tmp_path)
+    with pytest.raises(type(error)) as caught:
+        checkpoints.save(1, {"a": jnp.arange(3.0)}, Batches())  # pyright: ignore[reportArgumentType]
+    assert caught.value is error
+    checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_one_kept_step_goes_only_when_the_next_was_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = native.Checkpoints(tmp_path, keep=1)
+    batches: Any = Batches()
+    state = {"a": jnp.arange(3.0), "b": (jnp.ones((2, 2)), jnp.zeros(()))}
+    monkeypatch.setattr(native, "COMPARED", 4)  # one array at a time
+    compare, seen = native.check_same, []
+
+    def check(tree: Any, read: Any) -> None:
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+        compare(tree, read)
+
+    monkeypatch.setattr(native, "check_same", check)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state, batches)
+    assert seen == [["1"], ["1", "2"], ["2", "3"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+    checkpoints.close()
+
+
+def test_a_run_that_goes_on_completes_what_was_left(tmp_path: Path) -> None:
+    batches: Any = Batches()
+    state = {"a": jnp.arange(3.0)}
+    checkpoints = native.Checkpoints(tmp_path)
+    checkpoints.save(1, state, batches)
+    checkpoints.close()
+    (tmp_path / "1" / FILE).unlink()  # killed just before
+    left = new_beside(tmp_path / "2")
+    (left / "state").mkdir(parents=True)  # killed while it was removed
+
+    checkpoints = native.Checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    abstract = {"a": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=state["a"].sharding)}
+    found = checkpoints.restore(abstract, batches)
+    checkpoints.close()
+    assert found is not None
+    assert (tmp_path / "1" / FILE).is_file()
+    check_files(tmp_path / "1")
+
+
+def test_links_that_stand_in_go_with_an_interrupted_process(tmp_path: Path) -> None:
+    (tmp_path / "a[1]").mkdir()
+    with native.readable_name(tmp_path / "a[1]") as name:
+        assert Path(name).parent in unfinished._paths
+    assert not Path(name).parent.exists()
+    assert Path(name).parent not in unfinished._paths
 
 
 @pytest.mark.parametrize("name", ["a[1]", "b\\c", "d*?]"])

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 import elastic_lm as el
+from elastic_lm.checkpoints import native
 from elastic_lm.cli import main as cli
-from elastic_lm.cli.parser import PLACES, Parser
+from elastic_lm.cli.model_folder import writing_target
+from elastic_lm.cli.parser import PLACES, Parser, config_place
 from elastic_lm.files.local import local_path
+from elastic_lm.files.locks import LOCK_FILE
 from elastic_lm.testing import random_params, tiny_config
 
 
@@ -68,6 +71,26 @@ def test_no_flag_takes_a_remote_path(
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(("command", "flag"), FLAGS)
+def test_no_flag_takes_an_empty_path(
+    command: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As "$MODEL" is, where the variable is not set."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command.split(), flag, ""])
+    assert stopped.value.code == 2
+    assert f"argument {flag}: path='': is empty; name a file" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_argument_behind_a_config_may_be_a_path() -> None:
+    for text in ("english.py:/data/english", "english.py:gs://b/x", "a/b.py", "a.py:", "name"):
+        assert config_place(text) == text
+    with pytest.raises(argparse.ArgumentTypeError, match=r"gs://b/a\.py: remote paths"):
+        config_place("gs://b/a.py:x")
+
+
 def test_functions_refuse_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config, policy = tiny_config(exits=(2,)), el.ConfidenceExit("margin", (0.5,), (2,))
@@ -83,3 +106,23 @@ def test_functions_refuse_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(ValueError, match="remote paths are not supported yet"):
             call()
     assert not [*tmp_path.iterdir()]
+
+
+def test_places_that_are_written(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="/: is the root of all folders and is not replaced"),
+        writing_target("/"),
+    ):
+        pass
+    long = tmp_path / ("é" * 125)
+    with writing_target(str(long)):
+        assert any(path.name.endswith(LOCK_FILE) for path in tmp_path.iterdir())
+
+
+def test_several_processes_refuse_what_orbax_cannot_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert native.check_target(tmp_path / "a[1]", overwrite=False).name == "a[1]"
+    monkeypatch.setattr(native.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"a\[1\]': holds one of .*; choose a path without"):
+        native.check_target(tmp_path / "a[1]", overwrite=False)

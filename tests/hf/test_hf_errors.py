@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import elastic_lm as el
 from elastic_lm import hf
 from elastic_lm.config.model import ExitConfig, ExitKind, ModelConfig, RopeConfig
+from elastic_lm.hf.files import TensorFiles
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -369,3 +371,21 @@ def test_bfloat16_round_trip_is_exact(tmp_path: Path) -> None:
     assert_same_model((config, params), hf.load(tmp_path / "a", dtype="bfloat16"))
     with pytest.raises(ValueError, match=r"dtype='int8'.*bfloat16"):
         hf.load(tmp_path / "a", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"[1, 2]",
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a": {"data_offsets": []}}',
+        b'{"a": 1}',
+    ],
+)
+def test_headers_of_any_kind_are_one_error(start: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    for length in (len(start), len(start) | 1 << 60, 1 << 33):  # a flipped bit must not read all of the file
+        file.write_bytes(struct.pack("<Q", length) + start)
+        with pytest.raises(ValueError, match=r"model\.safetensors: damaged safetensors file") as caught:
+            TensorFiles({}).add(file)
+        assert "\n" not in str(caught.value)

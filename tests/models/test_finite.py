@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import elastic_lm as el
 from elastic_lm.checkpoints.native import load_model, save_model
+from elastic_lm.models import finite
 from elastic_lm.models.finite import (
     PIECE,
     NotFiniteError,
@@ -51,6 +52,30 @@ def test_messages_name_the_value_and_its_place() -> None:
     values[1, 2] = -np.inf
     with pytest.raises(NotFiniteError, match=r"w\.st: tensor 'a' holds infinity at \[1, 2\] \(1 of 6 "):
         check_tensor("w.st: tensor 'a'", values)
+
+
+def test_devices_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+    get = jax.device_get
+    monkeypatch.setattr(finite, "_on_host", lambda leaf: isinstance(leaf, np.ndarray))
+    monkeypatch.setattr(finite.jax, "device_get", lambda tree: [waits.append(len(tree)), *get(tree)][1:])
+    params = {"a": np.ones(2), "b": jnp.ones(2), "c": jnp.ones(3, jnp.int32), "d": jnp.asarray([1, jnp.nan])}
+    found = first_not_finite(params)
+    assert found is not None
+    assert (found[0], waits) == ("d", [2])
+    assert first_not_finite({**params, "d": jnp.ones(2)}) is None
+    found = first_not_finite({**params, "a": np.asarray([np.inf])})
+    assert found is not None
+    assert found[0] == "a"
+
+
+def test_an_export_of_bad_weights_says_so(tmp_path: Path) -> None:
+    config = tiny_config()
+    params = random_params(config)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].set(jnp.nan)
+    with pytest.raises(NotFiniteError, match=r"that is exported: parameter final_norm/scale holds NaN"):
+        el.hf.export(config, params, tmp_path / "hf")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_value_that_float16_cannot_hold() -> None:

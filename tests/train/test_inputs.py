@@ -15,6 +15,7 @@ from elastic_lm.config.model import ExitConfig
 from elastic_lm.config.task import TaskConfig
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.depth import EETuningConfig
+from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.testing import random_params, tiny_config
 from elastic_lm.train import fit
 from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
@@ -27,9 +28,9 @@ def prepared(seed: int = 0, text: str = "some text", **changes: Any) -> Any:
     """As much of a run at step 0 as its inputs are read from."""
     config = dataclasses.replace(CONFIG, **changes)
     method = SimpleNamespace(config=config)
-    return SimpleNamespace(
-        params=random_params(CONFIG, seed), tokenizer=train_bpe([text], 300), method=method
-    )
+    params = random_params(CONFIG, seed)
+    weights, tokenizer = weights_fingerprint(params), train_bpe([text], 300)
+    return SimpleNamespace(params=params, weights=weights, tokenizer=tokenizer, method=method)
 
 
 @pytest.fixture
@@ -109,12 +110,24 @@ def test_files_that_come_and_go(begun: tuple[RunConfig, Path], tmp_path: Path) -
 
 
 def test_a_large_file_that_was_written_again(begun: tuple[RunConfig, Path], text_file: Path) -> None:
-    """Samples do not see all of it, so that its time decides."""
+    """Samples do not see all of it, so that all of it is read where its time differs."""
     run, workdir = begun
-    text_file.write_bytes(bytes(2**21))
+    content = bytearray(2**21)
+    text_file.write_bytes(content)
     save_inputs(run_inputs(run, prepared()), workdir)
     check(run, workdir)
-    os.utime(text_file, (1, 1))
+    os.utime(text_file, (1, 1))  # a copy
+    check(run, workdir)
+    save_inputs(run_inputs(run, prepared()), workdir)
+    content[70_000] = 1  # between the samples
+    text_file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{text_file}: has changed since the run in .* began"):
+        check(run, workdir)
+
+    stored = json.loads((workdir / FILE).read_text())
+    del stored["files"][str(text_file)]["crc32"]
+    (workdir / FILE).write_text(json.dumps(stored))
+    os.utime(text_file, (1, 2))
     with pytest.raises(ValueError, match=rf"{text_file}: was written again \(first .*, now 1970-01-01"):
         check(run, workdir)
 
@@ -137,7 +150,7 @@ def test_other_sources(run_config: RunConfig, tmp_path: Path) -> None:
     stdlib = dataclasses.replace(run_config, data=dataclasses.replace(run_config.data, source="stdlib"))
     found = run_inputs(stdlib, prepared())
     assert [*found["files"]] == ["the Python standard library"]
-    assert (found["weights"], found["model"]) == ("", {})  # drawn, not read
+    assert found["model"] == {}  # drawn, not read
     save_inputs(found, tmp_path)
     other = copy.deepcopy(found)
     other["files"]["the Python standard library"]["digest"] = "of another version"
@@ -154,6 +167,8 @@ def test_exits_are_never_tuned_on_over_another_model(run_config: RunConfig, tmp_
     exits = (ExitConfig(1, kind="norm", tied=True),)
     run = dataclasses.replace(run_config, model=None, exits=exits, train=train, method=EETuningConfig())
     fit(run, tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / FILE).read_text())["weights"]
+    assert recorded == weights_fingerprint(random_params(CONFIG, seed=0))  # without the exits
 
     save_model(tmp_path / "base", CONFIG, random_params(CONFIG, seed=1), tokenizer, overwrite=True)
     longer = dataclasses.replace(run, train=dataclasses.replace(train, steps=4))

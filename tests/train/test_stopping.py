@@ -2,14 +2,18 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import chex
+import numpy as np
 import pytest
 from training_runs import metric_lines
 
 from elastic_lm.files.locks import LOCK_FILE, only_process
-from elastic_lm.train import Stopped
+from elastic_lm.train import Stopped, loop, run
 from elastic_lm.train.config import RunConfig
+from elastic_lm.train.inputs import FILE
 from elastic_lm.train.run import fit
 
 
@@ -30,6 +34,33 @@ def test_a_run_that_was_asked_to_stop_goes_on_bit_identically(run_config: RunCon
         return [{name: line[name] for name in kept if name in line} for line in metric_lines(folder)]
 
     assert values(workdir) == values(tmp_path / "straight")
+
+
+def test_several_processes_stop_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loop._agreed(True, due=False)
+    assert not loop._agreed(False, due=True)
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    others = np.asarray([False, True])
+    monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda asked: others | asked)
+    assert loop._agreed(False, due=True)
+    assert not loop._agreed(True, due=False)  # the others would not come to this step's meeting
+    others = np.asarray([False, False])
+    assert not loop._agreed(False, due=True)
+
+
+def test_one_process_writes_the_files_of_a_run(
+    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meetings = []
+    monkeypatch.setattr(run.multihost_utils, "sync_global_devices", meetings.append)
+    monkeypatch.setattr(run.jax, "process_count", lambda: 2)
+    prepared: Any = SimpleNamespace(learned=False)
+    workdir = tmp_path / "run"
+    for index in (1, 0):
+        monkeypatch.setattr(run.jax, "process_index", lambda index=index: index)
+        run.save_files(run_config, prepared, {"files": {}}, workdir)
+        assert len(meetings) == 2 - index
+        assert {path.name for path in workdir.glob("*")} == (set() if index else {"run.json", FILE})
 
 
 def test_one_process_at_a_time(run_config: RunConfig, tmp_path: Path) -> None:

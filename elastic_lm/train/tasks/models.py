@@ -10,6 +10,7 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models.encoder_decoder import attach_encoder_head
 from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import param_shardings
@@ -23,7 +24,7 @@ Params = dict[str, Any]
 
 def prepare_model(
     run: TaskRun, tokenizer: Tokenizer, labels: tuple[str, ...], mesh: Mesh
-) -> tuple[EncoderConfig | EncoderDecoderConfig, Params]:
+) -> tuple[EncoderConfig | EncoderDecoderConfig, Params, str]:
     """A loaded or new model with a head for the task, on the mesh.
 
     Args:
@@ -33,18 +34,19 @@ def prepare_model(
       mesh: where the parameters go.
 
     Returns:
-      (config, parameters); a head for as many classes is kept, where it names none under these names, any
-      other is drawn anew.
+      (config, parameters, fingerprint of those that were loaded, "" = none were); a head for as many classes
+      is kept, where it names none under these names, any other is drawn anew.
 
     Raises:
       FileNotFoundError: the initial checkpoint does not exist.
       ValueError: it has no encoder, or the task, vocabulary or length do not fit; names the field.
     """
-    train = run.train
+    train, weights = run.train, ""
     if run.encoder is not None:
         config, params = run.encoder, init_params(run.encoder, jax.random.key(train.seed))
     else:
         config, params = load_any("train.init_from", train.init_from, train.param_dtype or None, mesh)
+        weights = weights_fingerprint(params)
 
     if isinstance(config, EncoderDecoderConfig):
         config, params = prepare_encoder_head(run, config, params, labels)
@@ -53,7 +55,7 @@ def prepare_model(
 
     tokenizer.check_vocabulary(config.vocab_size)
     config = dataclasses.replace(config, dtype=train.dtype or config.dtype)
-    return config, jax.device_put(params, param_shardings(config, mesh))
+    return config, jax.device_put(params, param_shardings(config, mesh)), weights
 
 
 def prepare_encoder_head(

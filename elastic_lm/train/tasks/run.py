@@ -12,6 +12,7 @@ from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data import labelled, pairs
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models import registry
 from elastic_lm.models.sharding import check_rows, param_shardings
 from elastic_lm.train.config import TaskRun
@@ -49,13 +50,13 @@ def prepare_task(run: TaskRun, workdir: Path, mesh: Mesh) -> Prepared:
     tokenizer = prepare_tokenizer(run, workdir)
 
     if task.problem == "text_to_text":
-        config, params = prepare_writer(run, tokenizer, mesh)
+        config, params, weights = prepare_writer(run, tokenizer, mesh)
         pair_data = task, config, tokenizer
         train: Any = pairs.train_pairs(*pair_data)
         held_out: Any = functools.partial(pairs.eval_pairs, *pair_data)
     else:
         labels = labelled.classes(task)
-        config, params = prepare_model(run, tokenizer, labels, mesh)
+        config, params, weights = prepare_model(run, tokenizer, labels, mesh)
         reads = config if isinstance(config, EncoderDecoderConfig) else None
         labelled_data = task, tokenizer, labels, config.pad_id, reads
         train = labelled.train_batches(*labelled_data)
@@ -79,6 +80,7 @@ def prepare_task(run: TaskRun, workdir: Path, mesh: Mesh) -> Prepared:
         per_step=task.batch_size,
         rate="records_per_s",
         learned=not (task.tokenizer or run.train.init_from),
+        weights=weights,
     )
 
 
@@ -93,8 +95,10 @@ def prepare_tokenizer(run: TaskRun, workdir: Path) -> Tokenizer:
     return learned_tokenizer(workdir, lambda: pairs.pair_texts(run.task), run.encoder_decoder.vocab_size)
 
 
-def prepare_writer(run: TaskRun, tokenizer: Tokenizer, mesh: Mesh) -> tuple[EncoderDecoderConfig, Params]:
-    """An encoder-decoder that writes a text for every record, on the mesh.
+def prepare_writer(
+    run: TaskRun, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[EncoderDecoderConfig, Params, str]:
+    """An encoder-decoder that writes texts, on the mesh, and the fingerprint of one that was loaded.
 
     Raises:
       FileNotFoundError: the initial checkpoint does not exist.
@@ -103,11 +107,12 @@ def prepare_writer(run: TaskRun, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Enco
     train = run.train
     if run.encoder_decoder is not None:
         config = dataclasses.replace(run.encoder_decoder, eos_ids=tokenizer.eos_ids)
-        params = registry.init_params(config, jax.random.key(train.seed))
+        params, weights = registry.init_params(config, jax.random.key(train.seed)), ""
     else:
         kind, dtype = EncoderDecoderConfig, train.param_dtype or None
         config, params = load_of(kind, "train.init_from", train.init_from, dtype, mesh)
+        weights = weights_fingerprint(params)
 
     tokenizer.check_vocabulary(config.vocab_size)
     config = dataclasses.replace(config, dtype=train.dtype or config.dtype)
-    return config, jax.device_put(params, param_shardings(config, mesh))
+    return config, jax.device_put(params, param_shardings(config, mesh)), weights
