@@ -13,6 +13,7 @@ import numpy as np
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampling import BROKEN
+from elastic_lm.decode.segment import PREVIEW
 from elastic_lm.decode.served import Served
 from elastic_lm.decode.settings import Settings
 from elastic_lm.decode.state import DecodeState
@@ -300,7 +301,9 @@ def check_drawn(
         broken = np.flatnonzero(tokens[row, len(prompt) : int(lengths[row])] == BROKEN)
         if len(broken):
             what = f"prompt {row}: the logits after {len(prompt) + int(broken[0])} tokens"
-            raise overflow_error(what, model.params, model.config.dtype)
+            # The margin of a preview may be infinite.
+            weights = {name: part for name, part in model.params.items() if name != PREVIEW}
+            raise overflow_error(what, weights, model.config.dtype)
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> str:
