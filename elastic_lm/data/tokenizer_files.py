@@ -128,12 +128,10 @@ def _fit_spaces(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
         # Llama 3's tokenizer is stored under Llama's class, and is taken as it is.
         if described["model"]["type"] == "BPE" and not byte_level:
             _as_llama(backend, prefix is not False, bool(legacy))
-    elif byte_level and isinstance(prefix, bool):
-        if any(one["add_prefix_space"] != prefix for one in byte_level):
-            for one in byte_level:
-                one["add_prefix_space"] = prefix
-            changed = tokenizers.Tokenizer.from_str(json.dumps(described))
-            backend.pre_tokenizer = changed.pre_tokenizer
+    elif isinstance(prefix, bool) and any(one["add_prefix_space"] != prefix for one in byte_level):
+        for one in byte_level:
+            one["add_prefix_space"] = prefix
+        backend.pre_tokenizer = tokenizers.Tokenizer.from_str(json.dumps(described)).pre_tokenizer
 
 
 def _as_llama(backend: tokenizers.Tokenizer, prefix: bool, legacy: bool) -> None:

@@ -146,10 +146,16 @@ class Detokenizer:
             cuts += [self._shown_before(prompt, emitted, place) for place in places]
         return text[: min(cuts)] if cuts else text
 
-    def settled(self, prompt: list[int], emitted: list[int]) -> str:
-        """The part of the text that later tokens cannot change: no half character, no start of a stop."""
+    def settled(self, prompt: list[int], emitted: list[int], text: str) -> str:
+        """The part of the text that later tokens cannot change: no half character, no start of a stop.
+
+        Args:
+          prompt: what comes before.
+          emitted: token ids.
+          text: of these tokens, from `text`.
+        """
         shown, marked = self._split_stops
-        text = held_back(self.text(prompt, emitted), shown)
+        text = held_back(text, shown)
         if marked:
             with_marks = self._decode(prompt, emitted, special=True)
             safe = held_back(with_marks, marked)

@@ -93,6 +93,7 @@ def check_params(config: Config, params: Params) -> None:
       ValueError: one is missing or has another shape; names it.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract_params(config)))
+    params = nn.unbox(params)  # as `model.init` gives them, they are in boxes with the names of their axes
     for path, leaf in leaves:
         found: Any = params
         for entry in path:
