@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self, TypeGuard, runtime_checkable
 
+from elastic_lm.config.checks import require
 from elastic_lm.data.records import text_of
 
 Record = Mapping[str, Any]  # fields by name, like a line of JSON; each answerer documents those that it reads
@@ -172,3 +173,18 @@ def text_in(record: Record, field: str) -> str:
       ValueError: the record has no such field, or no text in it; says what it has.
     """
     return text_of("the record", record, field)
+
+
+def choice_texts(where: str, choices: Any) -> list[str]:
+    """The choices of a record as texts; numbers are written out.
+
+    Args:
+      where: names them in messages.
+      choices: what the record holds.
+
+    Raises:
+      ValueError: it is no list of at least one text or number.
+    """
+    is_list = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
+    require(is_list, where, choices, "must be a list of at least one text")
+    return [text_of(where, {"choice": choice}, "choice") for choice in choices]

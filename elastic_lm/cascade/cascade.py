@@ -18,8 +18,8 @@ from elastic_lm.cascade.queue import BatchQueue, QueuedRecord
 from elastic_lm.cascade.results import CascadeResult, CascadeStatistics, Tally
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import PLAIN, score_of
-from elastic_lm.config.cascade import BATCH_SIZE, DEFAULT_SCORE
-from elastic_lm.config.checks import require, require_at_least_1, require_type
+from elastic_lm.config.cascade import BATCH_SIZE, DEFAULT_SCORE, SCORES
+from elastic_lm.config.checks import require, require_at_least_1, require_choice, require_type
 
 HELD_BATCHES = 64  # how many batches of records may be held at once
 
@@ -82,6 +82,9 @@ class Cascade:
             own = scoring or PLAIN
             rule = CascadeRule(float(rule), score, temperature=own.temperature, centre=own.centre)
         rule.check(scoring)
+        ours = scoring is not None and type(swift).__module__.startswith("elastic_lm.")
+        if ours:  # other answerers may give scores of other names
+            require_choice("score", rule.score, SCORES)
 
         super_size = batch_size if super_batch_size is None else super_batch_size
         most_held = HELD_BATCHES * max(batch_size, super_size) if most_held is None else most_held

@@ -28,7 +28,7 @@ from elastic_lm.decode.prefill import PromptState, split_rows, stack_rows
 from elastic_lm.decode.settings import bucket
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder import Encoder
-from elastic_lm.models.finite import overflow_error
+from elastic_lm.models.finite import overflow_once
 
 TokensAndTypes = tuple[list[int], list[int]]  # token ids, token types
 
@@ -106,6 +106,7 @@ class Classifier:
         self.scoring, self.names = scoring, config.labels
         self.classes = config.n_labels if config.problem == "classification" else 0
         self._config, self._params, self._tokenizer = config, params, tokenizer
+        self._overflow = overflow_once(params, config.dtype)
         self._text_field, self._pair_field, self._longest = text_field, pair_field, longest
         self._batch_size, self._keep_state = batch_size, keep_state
 
@@ -164,7 +165,7 @@ class Classifier:
         answers = []
         for i, ((ids, _), _) in enumerate(batch):
             if not np.isfinite(logits[i]).all():
-                error = overflow_error("the logits", self._params, self._config.dtype)
+                error = self._overflow()
                 answers.append(failed(error, seconds))
                 continue
             output, own_scores = self._read(logits[i], {name: values[i] for name, values in scores.items()})

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from elastic_lm.cascade.answerer import Answer, Record, text_in
 from elastic_lm.config.cascade import RETRIES, TIMEOUT, Style, without_secrets
 from elastic_lm.config.checks import (
+    is_whole,
     require,
     require_at_least_1,
     require_choice,
@@ -95,15 +96,17 @@ class Endpoint:
           ValueError: an argument is out of range.
         """
         require_type("url", url, str)
-        shown = without_secrets(url)
+        shown = without_secrets(url.strip())
         require(url.startswith(("http://", "https://")), "url", shown, "must begin with http:// or https://")
         address, login = _split_login(url, shown)
         require_positive("timeout", timeout)
-        for name, value in (("retries", retries), ("backoff", backoff), ("cost", cost)):
+        require(is_whole(retries), "retries", retries, "must be a whole number of at least 0")
+        for name, value in (("backoff", backoff), ("cost", cost)):
             require_not_negative(name, value)
         require_at_least_1("workers", workers)
         require_at_least_1("max_bytes", max_bytes)
         require_choice("style", style, get_args(Style))
+        _check_headers(headers or {})
 
         self.url, self._address, self._max_bytes = shown, address, max_bytes
         self._timeout, self._retries, self._backoff, self._workers = timeout, retries, backoff, workers
@@ -171,6 +174,7 @@ class Endpoint:
         except (ValueError, TypeError, LookupError) as error:
             wanted = '"output"' if own_style else "choices[0].text"
             raise ValueError(f"the reply has no {wanted}: {reply[:80]!r}") from error
+        _check_output(output)
 
         scores, cost = (content.get("scores"), content.get("cost")) if own_style else (None, None)
         require(isinstance(scores, dict | None), "scores", scores, "must map names to numbers")
@@ -184,12 +188,14 @@ def _split_login(url: str, shown: str) -> tuple[str, dict[str, str]]:
     """(an address without user and password, the header that they become).
 
     Raises:
-      ValueError: the address has no host, or no number as its port.
+      ValueError: the address has no host or no number as its port, or holds characters that are sent in
+        no address.
     """
-    fix = "must be like http://host:8000/path; write a / or @ in a password as %2F or %40"
+    fix = "must be like http://host:8000/path; write a / or @ in a password as %2F or %40, and a space as %20"
     try:
         parts = urlsplit(url)
         right = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        right = right and url.isprintable() and " " not in url and (parts.path + parts.query).isascii()
     except ValueError:  # its message may hold the password
         right = False
     if not right:
@@ -200,6 +206,25 @@ def _split_login(url: str, shown: str) -> tuple[str, dict[str, str]]:
         return bare, {}
     login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
     return bare, {"Authorization": f"Basic {base64.b64encode(login).decode()}"}
+
+
+def _check_headers(headers: Mapping[str, str]) -> None:
+    """Refuses headers that cannot be sent, without their values, which may be keys."""
+    for name, value in headers.items():
+        right = isinstance(name, str) and isinstance(value, str) and ":" not in name and name.isascii()
+        if not right or not name or not name.isprintable() or any(c in "\r\n\0" or c > "\xff" for c in value):
+            raise ValueError(
+                f"headers[{name!r}]: must be one line of Latin-1 text; look for a line end or a character "
+                "that was copied along"
+            )
+
+
+def _check_output(output: Any) -> None:
+    """Refuses an answer with NaN or infinity in it, which is no JSON."""
+    try:
+        json.dumps(output, allow_nan=False)
+    except ValueError:
+        require(False, "output", output, "must be JSON, which has neither NaN nor infinity")
 
 
 def _finite(name: str, value: Any) -> float:

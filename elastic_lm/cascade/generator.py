@@ -35,7 +35,7 @@ from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.settings import bucket, make_settings
 from elastic_lm.models.decoder import Params
-from elastic_lm.models.finite import overflow_error
+from elastic_lm.models.finite import NotFiniteError, overflow_once
 
 
 class GenerationShape(NamedTuple):
@@ -111,6 +111,7 @@ class Generator:
         subnet = sampler.runs if isinstance(sampler.runs, Subnet) else None
         self._runs = ModelPart(sampler.config, subnet=subnet)
         self._scorer, self._params = scorer or (self._runs, sampler.params)
+        self._overflow = overflow_once(self._params, self._scorer.config.dtype)
         require(
             (self._scorer.layers_done, self._scorer.layers) == (0, self._runs.layers),
             "scorer",
@@ -311,7 +312,7 @@ class Generator:
         """Scores of every row; only the first `rows` of them are not there to fill the batch up."""
         values = jax.device_get(scores)
         if not all(np.isfinite(column[:rows]).all() for column in values.values()):
-            raise overflow_error("the logits", self._params, self._scorer.config.dtype)
+            raise NotFiniteError(str(self._overflow()))
         return [{name: float(column[i]) for name, column in values.items()} for i in range(self._batch_size)]
 
 

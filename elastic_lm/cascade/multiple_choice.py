@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.cascade.answerer import Answer, Record, failed, text_in
+from elastic_lm.cascade.answerer import Answer, Record, choice_texts, failed, text_in
 from elastic_lm.cascade.batching import ProgramShape, answer_by_shape, shape_or_none
 from elastic_lm.cascade.known_tokens import ModelPart, ScoredTokens, padded_width, score_tokens
 from elastic_lm.cascade.scores import PLAIN, Scoring, logit_scores
@@ -33,7 +33,7 @@ from elastic_lm.data.padding import filled, padded
 from elastic_lm.decode.prefill import PromptState, split_rows, stack_rows
 from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.models.finite import overflow_error
+from elastic_lm.models.finite import overflow_once
 
 States = Sequence[PromptState]  # one per choice of a record; () = no layer has run yet
 
@@ -118,6 +118,7 @@ class MultipleChoice:
         self.scoring = scoring
         self._part = ModelPart(model.config, exit, subnet)
         self._params, self._tokenizer, self._normalise = params, tokenizer, normalise
+        self._overflow = overflow_once(params, model.config.dtype)
         self._separator, self._prompt_field, self._choices_field = separator, prompt_field, choices_field
         self._batch_size, self._keep_state = batch_size, keep_state
 
@@ -146,12 +147,10 @@ class MultipleChoice:
         return ProgramShape(question.width, states[0].layers if states else 0), (question, states or ())
 
     def _question(self, record: Record) -> Question:
-        prompt, choices = text_in(record, self._prompt_field), record.get(self._choices_field, ())
-        is_list = isinstance(choices, Sequence) and not isinstance(choices, str) and len(choices) > 0
-        require(is_list, self._choices_field, choices, "must be a list of at least one text")
+        prompt = text_in(record, self._prompt_field)
+        choices = choice_texts(self._choices_field, record.get(self._choices_field, ()))
         before = self._tokenizer.encode(prompt, bos=True)
         require(bool(before), self._prompt_field, prompt, "needs at least one token")
-        choices = [text_in({self._choices_field: choice}, self._choices_field) for choice in choices]
         texts = [self._separator + choice for choice in choices]
         require(all(texts), self._choices_field, choices, "every choice needs at least one character")
 
@@ -212,7 +211,7 @@ class MultipleChoice:
             for ids, start, nats, size in rows
         ]
         if not np.isfinite(logits).all():
-            return failed(overflow_error("the logits", self._params, part.config.dtype))
+            return failed(self._overflow())
         scores = jax.device_get(_scores(jnp.asarray(logits, jnp.float32), scoring=self.scoring))
         flops = sum(part.flops(len(ids) - 1) for ids in question.sequences)  # nothing reads the last token
         flops += head_flops(part.model, question.choice_tokens)

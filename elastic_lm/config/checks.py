@@ -5,7 +5,7 @@ import functools
 import math
 import numbers
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -14,13 +14,24 @@ MOST_LAYERS = 4096
 
 
 def is_number(value: object) -> bool:
-    """Whether a value compares with numbers, as texts and None do not."""
-    return isinstance(value, numbers.Real)
+    """Whether a value is a number that a float can hold: no text, no None, no integer of 400 digits."""
+    if not isinstance(value, numbers.Real):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def is_whole(value: Any, low: int = 0, high: int = LARGEST_INT) -> bool:
+    """Whether a value is an integer within bounds; a truth value is none, and 1.0 neither."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 AT_LEAST_1 = (
-    lambda value: is_number(value) and 1 <= value <= LARGEST_INT,
-    "must be at least 1, and below 2**31",
+    lambda value: is_whole(value, 1),
+    "must be at least 1, and below 2**31, and whole",
 )
 NOT_NEGATIVE = (lambda value: is_number(value) and 0 <= value < math.inf, "must be at least 0 and finite")
 POSITIVE = (lambda value: is_number(value) and 0 < value < math.inf, "must be positive and finite")
@@ -54,11 +65,6 @@ def require_not_negative(field: str, value: float) -> None:
 def require_positive(field: str, value: float) -> None:
     """`require` for a finite number above 0."""
     require(POSITIVE[0](value), field, value, POSITIVE[1])
-
-
-def is_whole(value: Any, low: int = 0, high: int = LARGEST_INT) -> bool:
-    """Whether a value is an integer within bounds; a truth value is none, and 1.0 neither."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def require_layers(field: str, value: int) -> None:
@@ -102,6 +108,12 @@ def _field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
+def is_truth(value: object) -> bool:
+    """Whether a value is True or False, NumPy's included, which is not imported for that."""
+    kind = type(value)
+    return kind is bool or (kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_"))
+
+
 def require_type(field: str, value: Any, hint: Any) -> None:
     """`require` that a value is of the type `hint`, as `require_types` reads types."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -116,8 +128,11 @@ def require_type(field: str, value: Any, hint: Any) -> None:
             require_type(f"{field}[{i}]", one, get_args(hint)[0])
     elif hint in KINDS:
         kind, words = KINDS[hint]
-        right = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+        right = is_truth(value) if hint is bool else isinstance(value, kind) and not isinstance(value, bool)
         require(right, field, value, f"must be {words}")
+        require(hint is not float or is_number(value), field, value, "must be a number below 1.8e308")
+    elif get_origin(hint) is Mapping:
+        require(isinstance(value, Mapping), field, value, "must be a mapping like {'key': ...}")
     elif dataclasses.is_dataclass(hint):
         name = getattr(hint, "__name__", str(hint))
         require(isinstance(value, hint), field, value, f"must be of type {name}")  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,6 @@
 """Dataclasses from plain values (JSON, config files, overrides) and back."""
 
+import codecs
 import dataclasses
 import difflib
 import json
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import is_number, require
 
 DEEPEST = 100  # lists and objects within each other; no file of ours has ten
 
@@ -67,6 +68,8 @@ def parse_json(text: str | bytes) -> Any:
       ValueError: it is not JSON, or is nested more deeply, which would end in an error of Python's stack here
         or where it is written again.
     """
+    # Editors of Windows put a byte order mark before the text.
+    text = text.removeprefix("\ufeff") if isinstance(text, str) else text.removeprefix(codecs.BOM_UTF8)
     deep = f"lists and objects are nested more than {DEEPEST} deep"
     try:
         value = json.loads(text)
@@ -147,4 +150,5 @@ def _coerce(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if hint in (int, float, str, bool):
         right = type(value) is hint or (hint is float and type(value) is int)
         require(right, where, value, f"must be of type {hint.__name__}")
+        require(hint is not float or is_number(value), where, value, "must be a number below 1.8e308")
     return value

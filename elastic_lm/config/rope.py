@@ -1,10 +1,10 @@
 """How positions are rotated: part of `config.ModelConfig`."""
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 from elastic_lm.config.checks import (
-    AT_LEAST_1,
     NOT_NEGATIVE,
     POSITIVE,
     require,
@@ -47,7 +47,7 @@ class RopeConfig:
         require_each(self, "rope.", ("theta", "low_freq_factor", "beta_fast", "beta_slow"), *POSITIVE)
         require(0 < self.fraction <= 1, "rope.fraction", self.fraction, "must be in (0, 1]")
         require_choice("rope.scaling", self.scaling, get_args(RopeScaling))
-        require_each(self, "rope.", ("factor",), *AT_LEAST_1)
+        require(1 <= self.factor < math.inf, "rope.factor", self.factor, "must be at least 1 and finite")
         require_each(self, "rope.", ("original_max_len", "attention_factor"), *NOT_NEGATIVE)
         require(
             self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor,

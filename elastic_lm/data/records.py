@@ -13,8 +13,10 @@ from elastic_lm.data.sources import find_files, json_lines, read_text
 from elastic_lm.files.text_files import check_whole, parse_object
 
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
-MISSING = ("nan", "inf", "infinity")  # how numbers that are none are written, in any case, with a sign or not
-WITH_FRACTION = re.compile(r"[+-]?[0-9]+\.0+")
+# How missing values are written, in any case, with a sign or not; "none" may be the name of a class.
+MISSING = ("nan", "inf", "infinity", "null", "<na>", "n/a")
+PYTHON_NONE = "None"
+WITH_FRACTION = re.compile(r"[+-]?[0-9]+\.[0-9]+")
 Record = Mapping[str, Any]
 
 
@@ -96,8 +98,8 @@ def label_of(where: str, record: Record, field: str) -> str:
 def class_number(name: str, classes: Sequence[str]) -> int | None:
     """The number of the class of this name; None = there is no such class.
 
-    A name that is a whole number also finds its class where one of the two is written with a fraction of
-    zeros: 1 and 1.0 are one class.
+    A name that is a number also finds its class where one of the two is written with more zeros: 1 and 1.0
+    are one class, and so are 1.5 and 1.50.
     """
     if name in classes:
         return classes.index(name)
@@ -115,10 +117,10 @@ def class_names(found: Mapping[str, str]) -> tuple[str, ...]:
       found: every name that a file holds -> where, for messages.
 
     Raises:
-      ValueError: a name stands for a missing value, or two names are one whole number.
+      ValueError: a name stands for a missing value, or two names are one number.
     """
     for name, where in found.items():
-        if name.lower().lstrip("+-") in MISSING:
+        if name == PYTHON_NONE or name.lower().lstrip("+-") in MISSING:
             raise ValueError(
                 f"{where}: the label {name!r} stands for a missing value; leave the record out, or name the "
                 "classes in task.labels if it is one"
@@ -136,11 +138,11 @@ def class_names(found: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _plain_number(name: str) -> str:
-    """A whole number without a fraction of zeros; any other name as it is."""
+    """A number without zeros at the end of its fraction; any other name as it is."""
     if not WITH_FRACTION.fullmatch(name):
         return name
-    whole = name.split(".")[0]
-    return "0" if whole == "-0" else whole
+    plain = name.rstrip("0").removesuffix(".")
+    return "0" if plain == "-0" else plain
 
 
 def _number_first(name: str) -> tuple[float, str]:
@@ -159,7 +161,12 @@ def _table(file: Path) -> list[tuple[str, dict[str, str]]]:
     tabs = file.name.lower().endswith((".tsv", ".tsv.gz"))
     style: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     reader = csv.DictReader(text, **style)
-    names = list(reader.fieldnames or [])
+    try:
+        names = list(reader.fieldnames or [])
+    except csv.Error as error:
+        raise ValueError(
+            f"{file} line 1 is not CSV: {error}; its lines must end at newlines, and name the fields first"
+        ) from error
     if len(set(names)) < len(names):
         raise ValueError(f"{file}: its first row {names} names a field twice; rename one")
     rows = []

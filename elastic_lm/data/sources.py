@@ -84,13 +84,20 @@ def read_text(path: Path) -> TextBytes:
     return _read_version(path, status.st_mtime_ns, status.st_size)
 
 
+# Where the text begins in files as they were at a time, which are not checked again when they are mapped again.
+_starts: dict[tuple[Path, int, int], int] = {}
+
+
 @functools.lru_cache(maxsize=256)
 def _read_version(path: Path, modified: int, size: int) -> TextBytes:
     """A file as it was at this time."""
     with open_bytes(path) as file:
         mapped = size and not is_packed(path)
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
-    start = text_start(path, data)
+    key = path, modified, size
+    if key not in _starts:
+        _starts[key] = text_start(path, data)
+    start = _starts[key]
     if start == len(data):
         raise ValueError(f"{path} is empty: remove it from the data paths")
     return TextBytes(data, start)

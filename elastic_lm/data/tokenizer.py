@@ -10,8 +10,15 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from elastic_lm.config.checks import require
-from elastic_lm.data.tokenizer_files import CONFIG_FILE, TOKENIZER_FILE, build, carried_files, find_tokenizer
+from elastic_lm.config.checks import is_whole, require, require_ids
+from elastic_lm.data.tokenizer_files import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    build,
+    carried_files,
+    content_of,
+    find_tokenizer,
+)
 from elastic_lm.files.atomic import read_json, write_bytes_whole, write_text_whole
 from elastic_lm.files.checksums import check_files
 from elastic_lm.files.local import local_path
@@ -134,12 +141,13 @@ class Tokenizer:
         Raises:
           ValueError: names the token.
         """
-        if self.limit is None or not ids or max(ids) < self.limit:
+        if self.limit is None or not ids or (min(ids) >= 0 and max(ids) < self.limit):
             return
-        token = max(ids)
+        token = min(ids) if min(ids) < 0 else max(ids)
+        text = self.backend.id_to_token(token) if 0 <= token < self.vocab_size else None
         raise ValueError(
-            f"token {self.backend.id_to_token(token)!r} has id {token}, and the model's vocabulary only "
-            f"{self.limit} rows: leave it out of the text, or use the tokenizer that belongs to the model"
+            f"token {text!r} has id {token}, and the model's vocabulary only the {self.limit} rows from 0: "
+            f"leave it out of the text, or use the tokenizer that belongs to the model"
         )
 
     @property
@@ -365,12 +373,24 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _ours(folder: Path) -> dict[str, Any]:
     """Ids that `Tokenizer.save` has written down."""
-    found = _json(folder / CONFIG_FILE).get(OURS)
-    return found if isinstance(found, dict) else {}
+    file = folder / CONFIG_FILE
+    found = _json(file).get(OURS)
+    if found is None:
+        return {}
+    fix = 'must be a mapping like {"eos_ids": [0], "pad_id": null}'
+    require(isinstance(found, dict), f"{file}: {OURS}", found, fix)
+    ids, pad_id = found.get("eos_ids", []), found.get("pad_id")
+    require(isinstance(ids, list), f"{file}: {OURS}.eos_ids", ids, "must be a list of token ids")
+    require_ids(f"{file}: {OURS}.eos_ids", ids)
+    require(pad_id is None or is_whole(pad_id), f"{file}: {OURS}.pad_id", pad_id, "must be a token id")
+    return found
 
 
 def _bos_id(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
-    """The id that the tokenizer's template puts first, or the one its config asks for."""
+    """The id that the tokenizer's template puts first, or the one its config asks for.
+
+    A template stands above `add_bos_token: false`, as in `transformers`.
+    """
     template = backend.encode("a", add_special_tokens=True)
     if template.ids and template.special_tokens_mask[0]:
         return template.ids[0]
@@ -383,9 +403,11 @@ def _eos_ids(backend: tokenizers.Tokenizer, folder: Path) -> tuple[int, ...]:
         ids = _json(folder / name).get("eos_token_id")
         if ids is not None:
             ids = tuple(ids) if isinstance(ids, list) else (ids,)
-            right = all(type(i) is int for i in ids)
+            right = all(is_whole(i, -1) for i in ids)
             require(right, f"{folder / name}: eos_token_id", ids, "must be a token id, or a list of them")
-            return ids
+            stated = tuple(i for i in ids if i >= 0)  # old configs write -1 for none
+            if stated or not ids:
+                return stated
     if "eos_ids" in _ours(folder):
         return tuple(_ours(folder)["eos_ids"])
     token = _token_id(backend, folder / CONFIG_FILE, "eos_token")
@@ -411,7 +433,9 @@ def _token_id(backend: tokenizers.Tokenizer, file: Path, key: str) -> int | None
     value = _json(file).get(key)
     if value is None:
         return None
-    token = value.get("content") if isinstance(value, dict) else value
+    token = content_of(value)
+    if token == "":
+        return None  # so do old files write that there is none
     if not isinstance(token, str):
         raise ValueError(
             f'{file}: {key}={value!r}: must be a string, or a mapping like {{"content": "</s>"}}'

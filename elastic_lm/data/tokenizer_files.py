@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers
 
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import is_whole, require
 from elastic_lm.config.parse import parse_json
 from elastic_lm.files.atomic import read_json
 
@@ -126,19 +126,18 @@ def _fit_spaces(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
     """Lets `add_prefix_space` and `legacy` decide about the space before a text, as the class does."""
     name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     prefix, legacy = config.get("add_prefix_space"), config.get("legacy")
-    if name in GENERIC or (prefix is None and legacy is None):
+    if name in GENERIC or (prefix is None and name not in LLAMA):
         return
     described = json.loads(backend.to_str())
     byte_level = _of_type(described["pre_tokenizer"], "ByteLevel")
-    if byte_level and isinstance(prefix, bool):
-        if any(one["add_prefix_space"] != prefix for one in byte_level):
-            for one in byte_level:
-                one["add_prefix_space"] = prefix
-            changed = tokenizers.Tokenizer.from_str(json.dumps(described))
-            backend.pre_tokenizer = changed.pre_tokenizer
-        return
-    if name in LLAMA and described["model"]["type"] == "BPE" and not byte_level:
-        _as_llama(backend, prefix is not False, bool(legacy))
+    if name in LLAMA:
+        # Llama 3's tokenizer is stored under Llama's class, and is taken as it is.
+        if described["model"]["type"] == "BPE" and not byte_level:
+            _as_llama(backend, prefix is not False, bool(legacy))
+    elif isinstance(prefix, bool) and any(one["add_prefix_space"] != prefix for one in byte_level):
+        for one in byte_level:
+            one["add_prefix_space"] = prefix
+        backend.pre_tokenizer = tokenizers.Tokenizer.from_str(json.dumps(described)).pre_tokenizer
 
 
 def _as_llama(backend: tokenizers.Tokenizer, prefix: bool, legacy: bool) -> None:
@@ -171,6 +170,8 @@ def _add_tokens(
     """Adds the tokens that only the files beside tokenizer.json name, in the order of `transformers`."""
     by_id: dict[int, AddedToken] = {}
     named = dict(config)
+    own = backend.get_added_tokens_decoder().values()
+    texts = {token.content for token in own}
     if isinstance(config.get("added_tokens_decoder"), dict):
         source = CONFIG_FILE
         for key, value in config["added_tokens_decoder"].items():
@@ -180,18 +181,22 @@ def _add_tokens(
         named |= _object(folder, files, SPECIAL_FILE)
         special = {token.content for token in _named_tokens(folder, named, {})}
         for content, key in _object(folder, files, ADDED_FILE).items():
+            if content in texts:
+                continue  # tokenizer.json says more of it
             is_special = content in special
             token = AddedToken(content, normalized=not is_special, special=is_special)
             by_id[_id(folder / source, key)] = token
 
-    known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
-    texts = {token.content for token in backend.get_added_tokens_decoder().values()}
+    known = {repr(token) for token in own}
+    roles = {content for _, content in _roles(named)}
     new = [token for _, token in sorted(by_id.items()) if repr(token) not in known]
     listed = texts | {token.content for token in new}
     for token in _named_tokens(folder, named, {token.content: token for token in by_id.values()}):
         if token.content not in listed:
             listed.add(token.content)
             new.append(token)
+    for token in new:
+        token.special = token.special or token.content in roles
     if new:
         backend.add_tokens(new)
     for i, token in by_id.items():
@@ -213,12 +218,7 @@ def _named_tokens(
       config: tokenizer_config.json, with what special_tokens_map.json adds.
       described: tokens whose flags are known, by their texts.
     """
-    values = [(key, config[key]) for key in ROLES if config.get(key) is not None]
-    values += [
-        (key, value)
-        for key, value in config.items()
-        if key.endswith("_token") and key not in ROLES and isinstance(value, str)
-    ]
+    values = [(key, config[key]) for key, content in _roles(config) if content != ""]
     for key in EXTRA:
         more = config.get(key) or []
         require(
@@ -229,10 +229,26 @@ def _named_tokens(
     return [described.get(token.content, token) for token in tokens]
 
 
+def _roles(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(key, text) of the special tokens that have a key each; old files write "" for none."""
+    further = [
+        key
+        for key, value in config.items()
+        if key.endswith("_token") and key not in ROLES and isinstance(value, str)
+    ]
+    keys = [*(key for key in ROLES if config.get(key) is not None), *further]
+    return [(key, content_of(config[key])) for key in keys]
+
+
+def content_of(token: Any) -> Any:
+    """The text of a token that is written as a text or as a mapping with flags, whatever its type."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _token(file: Path, key: str, value: Any) -> AddedToken:
     """A special token, written as a text or as a mapping with flags."""
     fields: Mapping[str, Any] = value if isinstance(value, dict) else {}
-    content = fields.get("content") if fields else value
+    content = content_of(value)
     if not isinstance(content, str) or not content:
         raise ValueError(
             f'{file}: {key}={value!r}: must be a string, or a mapping like {{"content": "</s>"}}'
@@ -243,7 +259,8 @@ def _token(file: Path, key: str, value: Any) -> AddedToken:
 
 def _id(file: Path, value: Any) -> int:
     """A token id, which JSON writes as text where it is a key."""
-    try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: the id {value!r} of an added token must be a whole number") from error
+    digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 11
+    i = int(value) if digits else value
+    if not is_whole(i):
+        raise ValueError(f"{file}: the id {value!r} of an added token must be a whole number below 2**31")
+    return i

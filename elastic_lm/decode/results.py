@@ -13,6 +13,7 @@ import numpy as np
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampling import BROKEN
+from elastic_lm.decode.segment import PREVIEW
 from elastic_lm.decode.served import Served
 from elastic_lm.decode.settings import Settings
 from elastic_lm.decode.state import DecodeState
@@ -145,10 +146,16 @@ class Detokenizer:
             cuts += [self._shown_before(prompt, emitted, place) for place in places]
         return text[: min(cuts)] if cuts else text
 
-    def settled(self, prompt: list[int], emitted: list[int]) -> str:
-        """The part of the text that later tokens cannot change: no half character, no start of a stop."""
+    def settled(self, prompt: list[int], emitted: list[int], text: str) -> str:
+        """The part of the text that later tokens cannot change: no half character, no start of a stop.
+
+        Args:
+          prompt: what comes before.
+          emitted: token ids.
+          text: of these tokens, from `text`.
+        """
         shown, marked = self._split_stops
-        text = held_back(self.text(prompt, emitted), shown)
+        text = held_back(text, shown)
         if marked:
             with_marks = self._decode(prompt, emitted, special=True)
             safe = held_back(with_marks, marked)
@@ -300,7 +307,9 @@ def check_drawn(
         broken = np.flatnonzero(tokens[row, len(prompt) : int(lengths[row])] == BROKEN)
         if len(broken):
             what = f"prompt {row}: the logits after {len(prompt) + int(broken[0])} tokens"
-            raise overflow_error(what, model.params, model.config.dtype)
+            # The margin of a preview may be infinite.
+            weights = {name: part for name, part in model.params.items() if name != PREVIEW}
+            raise overflow_error(what, weights, model.config.dtype)
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> str:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +44,7 @@ from elastic_lm.decode.state import Controls, DecodeState, Mode
 from elastic_lm.decode.tick_costs import tick_costs
 from elastic_lm.depth.policies import ConfidenceExit, ExitPolicy, on_subnet, require_policy
 from elastic_lm.depth.preview_files import check_head
+from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Model, check_params
 from elastic_lm.report.machine import require_memory
@@ -150,13 +152,13 @@ class Sampler:
         options = make_options(options, fields)
         options.check(model.config)
         check_params(model.config, params)
-        if isinstance(options.exit, ConfidenceExit):
-            options.exit.warn_other_model(params, getattr(tokenizer, "fingerprint", ""))
+        params = nn.unbox(params)
 
         self.config = model.config
         self.params = params
         self.tokenizer = tokenizer
         self.options = options
+        self._warn_other_models([options.exit])
 
         self._chosen = None
         if options.elastic is not None:
@@ -323,7 +325,9 @@ class Sampler:
         for reached in self._advance(call, state, controls):
             sample = collect(reached, prompts, call.detokenizer, 0.0, call.served)[0]
             running = bool(np.any(reached.alive))
-            final = call.detokenizer.settled(prompts[0], sample.tokens) if running else sample.text
+            final = sample.text
+            if running:
+                final = call.detokenizer.settled(prompts[0], sample.tokens, final)
             if len(final) > len(shown):
                 yield final[len(shown) :]
                 shown = final
@@ -399,7 +403,22 @@ class Sampler:
         for policy in policies if exit is not SAME else ():
             if policy is not None:
                 policy.check(self.config)
+        if exit is not SAME:
+            self._warn_other_models(policies)
         return policies
+
+    def _warn_other_models(self, policies: Sequence[ExitPolicy | None]) -> None:
+        """Warns of policies that were calibrated on other weights or another tokenizer."""
+        for policy in policies:
+            while (base := getattr(policy, "base", None)) is not None:
+                policy = base
+            if isinstance(policy, ConfidenceExit) and policy.calibrated_on.get("weights"):
+                policy.warn_other_model(*self._fingerprints)
+
+    @functools.cached_property
+    def _fingerprints(self) -> tuple[str, str]:
+        """Of the weights and of the tokenizer, which are read once."""
+        return weights_fingerprint(self.params), getattr(self.tokenizer, "fingerprint", "")
 
     def _verified(self, lossless: bool | Sequence[bool] | None, batch: int) -> np.ndarray:
         """[B] bool: the rows that are verified."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from elastic_lm.config.checks import (
     LARGEST_INT,
+    is_truth,
     is_whole,
     require,
     require_at_least_1,
@@ -74,11 +75,14 @@ class Settings:
                 raise ValueError(f"{name}={value!r}: {fix}") from error
             require(values.dtype.kind in kinds and bool(np.isfinite(values).all()), name, value, fix)
 
+        for name in ("stop", "stop_tokens"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         texts = (self.stop,) if isinstance(self.stop, str) else self.stop
         right = is_several(texts) and all(isinstance(one, str) for one in texts)
         require(right, "stop", self.stop, "must be a text, or several")
         ids = self.stop_tokens
-        right = is_several(ids) and all(isinstance(one, numbers.Integral) for one in ids)
+        right = is_several(ids) and not any(is_truth(one) for one in ids)
+        right = right and all(isinstance(one, numbers.Integral) for one in ids)
         require(right, "stop_tokens", ids, "must be token ids, in a tuple")
         require_type("ignore_eos", self.ignore_eos, bool)
 
@@ -121,6 +125,13 @@ class Settings:
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise ValueError(f"{name}={values[bad][0]}: must be {limits}")
         return jnp.asarray(values, dtype)
+
+
+def _as_tuple(values: Any) -> Any:
+    """Several values as a tuple; anything else as it is."""
+    if isinstance(values, np.ndarray | jax.Array):
+        values = np.asarray(values).tolist()
+    return tuple(values) if isinstance(values, list | set | frozenset) else values
 
 
 def require_whole(name: str, value: Any, high: int) -> None:

@@ -33,8 +33,7 @@ from elastic_lm.depth.confidence import NEVER_EXITS, metric_index
 from elastic_lm.depth.guarantee import Guarantee
 from elastic_lm.depth.observations import check_gates
 from elastic_lm.files.atomic import write_text_whole
-from elastic_lm.files.fingerprints import differing_parts, weights_fingerprint
-from elastic_lm.models.decoder import Params
+from elastic_lm.files.fingerprints import differing_parts
 
 FORMAT = "elastic_lm thresholds 1"
 MODEL_SHAPE = ("n_layers", "d_model", "vocab_size")  # what has to match between a file and a model
@@ -198,22 +197,22 @@ class ConfidenceExit:
         model = self.provenance.get("model") if isinstance(self.provenance, Mapping) else None
         return model if isinstance(model, Mapping) else {}
 
-    def warn_other_model(self, params: Params, tokenizer: str = "") -> None:
+    def warn_other_model(self, weights: str, tokenizer: str = "") -> None:
         """Warns where the thresholds were fitted on other weights or another tokenizer of the same shape.
 
         Args:
-          params: of the model that the policy is used with.
+          weights: fingerprint of the model that the policy is used with (`weights_fingerprint`).
           tokenizer: fingerprint of its tokenizer; "" = is not compared.
         """
         recorded = self.calibrated_on
         if not recorded.get("weights"):
             return
-        other = differing_parts(recorded, {"weights": weights_fingerprint(params), "tokenizer": tokenizer})
+        other = differing_parts(recorded, {"weights": weights, "tokenizer": tokenizer})
         if other:
             warnings.warn(
                 f"exit: the thresholds were fitted on {recorded.get('path') or 'another model'}, whose "
                 f"{other} differ from this model's: calibrate on this model, or use policy.for_any_weights()",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def for_any_weights(self) -> "ConfidenceExit":

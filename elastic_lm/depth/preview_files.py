@@ -109,8 +109,10 @@ def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, Pr
             static = {name: parse_json(metadata["preview"])[name] for name in STATIC}
             report = PreviewReport(**parse_json(metadata["report"]))
             arrays = {name: file.get_tensor(name) for name in ARRAYS}
-            for name, values in arrays.items():
-                check_tensor(f"tensor {name!r}", values)
+            for name in ARRAYS[:-1]:
+                check_tensor(f"tensor {name!r}", arrays[name])
+            # A preview that is always sure has a margin of -inf.
+            require(not np.isnan(arrays["margin"]).any(), "margin", arrays["margin"], "must be a number")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         fix = "write one with `elastic-lm preview`"
         raise ValueError(f"{path}: is no preview of a vocabulary head ({error}); {fix}") from error

@@ -23,7 +23,7 @@ from elastic_lm.files.atomic import (
 )
 from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.locks import try_lock
-from elastic_lm.files.text_files import BYTE_ORDER_MARK, open_bytes, parse_object
+from elastic_lm.files.text_files import BYTE_ORDER_MARK, is_packed, open_bytes, parse_object
 from elastic_lm.files.unfinished import finishing, unfinished
 
 CHUNK = 1 << 16  # bytes that are read at once
@@ -51,7 +51,7 @@ def count_records(path: str | Path) -> int:
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """Lines that are not blank, each with its place for a message."""
-    with open_bytes(path) as file:
+    with open_bytes(path, whole=False) as file:
         for number, line in enumerate(file, 1):
             line = line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)
             if line.strip():
@@ -85,7 +85,7 @@ class Journal:
         self._path = local_path(path)
         require_folder_above(self._path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._packed = self._path.suffix == ".gz"
+        self._packed = is_packed(self._path)
         self._broken = False
 
         self._file = _locked(self._path)

@@ -42,22 +42,26 @@ def is_packed(path: str | Path) -> bool:
     return str(path).lower().endswith(PACKED)
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def open_bytes(path: Path, whole: bool = True) -> BinaryIO:
     """Opens a file to read its bytes, unpacked if it is packed.
 
     Reading raises ValueError where a packed file is damaged, or unpacks to far more than text does.
 
+    Args:
+      path: the file.
+      whole: all of it will be held in memory; False = it is read piece by piece, however large it is.
+
     Raises:
       OSError: the file cannot be opened.
     """
-    return io.BufferedReader(_Unpacked(path), CHUNK) if is_packed(path) else path.open("rb")
+    return io.BufferedReader(_Unpacked(path, whole), CHUNK) if is_packed(path) else path.open("rb")
 
 
 class _Unpacked(io.RawIOBase):
     """What a packed file holds."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, gzip.GzipFile(path)
+    def __init__(self, path: Path, whole: bool) -> None:
+        self._path, self._whole, self._file = path, whole, gzip.GzipFile(path)
         size = path.stat().st_size
         self._most = min(max(UNPACKED, RATIO * size), IN_MEMORY)
         self._why = f"more than {RATIO} times its size"
@@ -74,7 +78,7 @@ class _Unpacked(io.RawIOBase):
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{self._path} is not a complete gzip file: {error}") from error
         self._left -= count
-        if self._left < 0:
+        if self._left < 0 and self._whole:
             raise ValueError(
                 f"{self._path}: unpacks to more than {self._most:,} bytes, {self._why}; if it is text all "
                 "the same, unpack it and name the plain file"

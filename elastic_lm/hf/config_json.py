@@ -16,6 +16,7 @@ from elastic_lm.models.registry import Config
 
 ELASTIC_VERSION = 1
 LAYERS = ("n_layers", "n_decoder_layers")
+NO_TOKEN = -1  # an id by which old configs say that there is none
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> Config:
@@ -142,6 +143,8 @@ def _read_field(family: Family, field: Field, hf: Mapping[str, Any]) -> Any:
     value = typed({field.theirs: value}, field.theirs, {bool: bool, float: float}.get(hint, int), None)
     require(field.default is not REQUIRED or value >= 1, field.theirs, value, "must be at least 1")
     require(type(value) is not int or value <= LARGEST_INT, field.theirs, value, "must be below 2**31")
+    if field.ours == "bos_id" and value == NO_TOKEN:
+        return None
     if field.ours in LAYERS and value is not None:
         require_layers(field.theirs, value)  # before lists with an entry per layer are made
     return float(value) if hint is float and value is not None else value
@@ -176,7 +179,7 @@ def read_eos(hf: Mapping[str, Any], default: int | None) -> tuple[int, ...]:
       default: the id where the key is missing; None = none.
 
     Returns:
-      The ids, () where the file says null.
+      The ids, () where the file says null or -1.
 
     Raises:
       ValueError: `eos_token_id` is neither an id, nor a list of them, nor null.
@@ -185,7 +188,7 @@ def read_eos(hf: Mapping[str, Any], default: int | None) -> tuple[int, ...]:
     ids = () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
     if not all(is_whole(i, -1) for i in ids):
         raise ValueError(f"eos_token_id={ids!r}: must be a token id below 2**31, or a list of them")
-    return ids
+    return tuple(i for i in ids if i != NO_TOKEN)
 
 
 def _read_exits(family: Family, hf: Mapping[str, Any]) -> tuple[ExitConfig, ...] | tuple[int, ...]:

@@ -15,7 +15,7 @@ from elastic_lm.config.model import DTYPES
 from elastic_lm.files.atomic import moved_away
 from elastic_lm.files.checksums import check_files
 from elastic_lm.files.local import local_path
-from elastic_lm.hf.config_json import config_from_hf, read_eos
+from elastic_lm.hf.config_json import NO_TOKEN, config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
 from elastic_lm.hf.registry import find_family
@@ -135,7 +135,7 @@ def _generation_ids(path: Path) -> dict[str, Any]:
         "eos_token_id": "eos_ids",
         "decoder_start_token_id": "decoder_start_id",
     }
-    return {ours: ids[theirs] for theirs, ours in fields.items() if hf.get(theirs) is not None}
+    return {ours: ids[theirs] for theirs, ours in fields.items() if hf.get(theirs) not in (None, NO_TOKEN)}
 
 
 def _check_layers(folder: Path, config: Config, tensors: TensorFiles) -> None:

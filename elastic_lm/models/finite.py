@@ -4,6 +4,8 @@ A weight that is not finite makes every answer of a model meaningless, so that l
 result that is not finite although all weights are has overflowed the dtype that it was computed in.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -163,6 +165,16 @@ def overflow_error(what: str, params: Any, dtype: str) -> NotFiniteError:
         f"{what} hold NaN or infinity, though all weights are finite: something exceeds the largest value of "
         f"{dtype}, {largest:g}; load the model with dtype {other}"
     )
+
+
+def overflow_once(params: Any, dtype: str) -> Callable[[], NotFiniteError]:
+    """`overflow_error` for the logits of a model; the parameters are searched at the first call alone.
+
+    Args:
+      params: of the model.
+      dtype: of its activations.
+    """
+    return functools.cache(functools.partial(overflow_error, "the logits", params, dtype))
 
 
 def _found(values: np.ndarray) -> str:

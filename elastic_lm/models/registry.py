@@ -95,6 +95,7 @@ def check_params(config: Config, params: Params) -> None:
     if not any(type(config) is kind.config for kind in KINDS.values()):
         return  # of a model whose parameters are arranged in another way, as `width.nested_decoder`
     leaves, _ = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract_params(config)))
+    params = nn.unbox(params)  # as `model.init` gives them, they are in boxes with the names of their axes
     for path, leaf in leaves:
         found: Any = params
         for entry in path:

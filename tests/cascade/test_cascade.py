@@ -243,6 +243,16 @@ def test_sizes_are_checked(name: str) -> None:
         Cascade(Watched(swift_answer), Watched(super_answer), 0.0, **{name: 0})
 
 
+def test_a_score_that_no_model_of_ours_gives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    swift = Function(lambda record: 0)
+    Cascade(swift, swift, 0.5, score="frob")  # a function may give any score
+    monkeypatch.setattr(swift, "scoring", Scoring(), raising=False)
+    with pytest.raises(ValueError, match="score='frob': must be one of energy, "):
+        Cascade(swift, swift, 0.5, score="frob")
+    with pytest.raises(ValueError, match="score='frob'"):
+        Cascade(swift, swift, el.CascadeRule(0.5, "frob"))
+
+
 def test_an_answerer_that_loses_records_is_named() -> None:
     class Short(Watched):
         def answer(self, records: Sequence[Record]) -> list[Answer]:

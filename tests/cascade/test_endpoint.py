@@ -98,6 +98,8 @@ def test_what_may_pass_is_tried_again_and_what_is_refused_is_not() -> None:
         ('{"output": 1, "scores": {"energy": Infinity}}', "scores.energy=inf: must be a finite number"),
         ('{"output": 1, "scores": {"energy": null}}', "scores.energy=None: must be a finite number"),
         ('{"output": 1, "scores": [1]}', "scores=[1]: must map names to numbers"),
+        ('{"output": NaN}', "output=nan: must be JSON"),
+        ('{"output": {"a": [-Infinity]}}', "must be JSON, which has neither NaN nor infinity"),
         ('{"output": 1, "cost": -5}', "cost=-5.0: must be at least 0 and finite"),
         ('{"output": 1, "cost": 1%s}' % ("0" * 400), "must be a finite number"),
     ],
@@ -188,13 +190,24 @@ def test_a_service_that_hangs_is_given_up() -> None:
         ({"url": "localhost:1"}, "must begin with http"),
         ({"timeout": 0}, "timeout=0"),
         ({"retries": -1}, "retries=-1"),
+        ({"retries": 1.5}, "retries=1.5: must be a whole number"),
+        ({"max_bytes": 2.5}, "max_bytes=2.5: must be at least 1, .* and whole"),
+        ({"url": "http://x/a b?key=hush"}, "url=http://...: must be like .*a space as %20$"),
+        ({"url": "http://x/\n?key=hush"}, "url=http://...: must be like"),
+        ({"url": "http://x/\u00e9"}, "url=http://...: must be like"),
+        ({"url": " http://me:hush@x"}, "url='http://x': must begin|url=http://...: must be like"),
+        ({"headers": {"A": "hush\n"}}, r"headers\['A'\]: must be one line of Latin-1 text"),
+        ({"headers": {"A": "hush\u2026"}}, r"headers\['A'\]"),
+        ({"headers": {"A:": "hush"}}, r"headers\['A:'\]"),
+        ({"headers": {"A": b"hush"}}, r"headers\['A'\]"),
         ({"workers": 0}, "workers=0"),
         ({"style": "grpc"}, "style='grpc'"),
     ],
 )
 def test_endpoint_refuses(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         Endpoint(**{"url": "http://x", **change})
+    assert "hush" not in str(refused.value)
 
 
 def test_a_long_reply_is_not_read_to_its_end() -> None:

@@ -85,12 +85,20 @@ def test_choices_by_index_letter_and_text(label: object) -> None:
         (None, {}, {}, "label=None: must be a text or a number"),
         ("C", {}, {"choices": ["a b", "c"]}, "label='C': is none of the record's 2 choices"),
         (2, {}, {"choices": ["a b", "c"]}, "label=2: is none of the record's 2 choices"),
-        (0, {}, {"choices": {"text": ["a"]}}, "must be a list of texts"),
+        (0, {}, {"choices": {"text": ["a"]}}, "choices=.*: must be a list of at least one text"),
     ],
 )
 def test_labels_that_no_answer_matches(label: object, names: dict, record: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         right(label, names, **record)
+
+
+def test_choices_may_be_numbers() -> None:
+    assert right("12", choices=[3, 12]) == right(1, choices=[3, 12]) == ["12"]
+
+
+def test_huge_numbers_are_no_choice() -> None:
+    assert choice_of(10**400, ["a", "b"]) is None
 
 
 def test_letters_and_numbers_are_not_mixed() -> None:

@@ -96,7 +96,7 @@ def test_services_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parser.parse_args(
         ["cascade", "run", *given, "--service-model", "big", "--threshold", "1", "--out", "o"]
     )
-    monkeypatch.setenv("ELASTIC_LM_API_KEY", "secret")
+    monkeypatch.setenv("ELASTIC_LM_API_KEY", "secret\n")
     swift, super_ = make_pair(run_command.Options.from_flags(args), {}, Scoring())
     assert isinstance(swift, Endpoint)
     assert isinstance(super_, Endpoint)

@@ -2,10 +2,22 @@
 
 import json
 
+import numpy as np
 import pytest
 
+import elastic_lm as el
 from elastic_lm.config.cascade import without_secrets
-from elastic_lm.config.checks import AT_LEAST_1, LARGEST_INT, is_whole, require_at_least_1, require_ids
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    LARGEST_INT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    is_whole,
+    require_at_least_1,
+    require_ids,
+    require_type,
+)
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.parse import DEEPEST, from_dict, parse_json
 from elastic_lm.depth.policies import ConfidenceExit
@@ -79,3 +91,44 @@ def test_mappings_are_mappings(value: object) -> None:
 )
 def test_addresses_as_they_are_shown(place: str, shown: str) -> None:
     assert without_secrets(place) == shown
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", b"\xef\xbb\xbf"])
+def test_json_may_begin_with_a_byte_order_mark(mark: str | bytes) -> None:
+    assert parse_json(mark + ('{"a": 1}' if isinstance(mark, str) else b'{"a": 1}')) == {"a": 1}  # pyright: ignore[reportOperatorIssue]
+
+
+def test_numbers_that_no_float_holds_are_refused() -> None:
+    huge = 10**400
+    for check in (NOT_NEGATIVE, POSITIVE, SEED, AT_LEAST_1):
+        assert not check[0](huge)
+    with pytest.raises(ValueError, match=r"thresholds\[0\]=1.*: must be a number below 1.8e308"):
+        from_dict(el.ConfidenceExit, {"metric": "margin", "thresholds": [huge], "layers": [1]})
+    with pytest.raises(ValueError, match=r"threshold=1.*: must be a number below 1.8e308"):
+        el.CascadeRule(huge)
+
+
+def test_sizes_are_whole_and_factors_are_not() -> None:
+    assert [AT_LEAST_1[0](value) for value in (1, np.int64(2), 2.5, 2.0, True)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert el.RopeConfig(scaling="dynamic", factor=2.5).factor == 2.5
+
+
+def test_truth_of_numpy_is_truth() -> None:
+    require_type("on", np.bool_(True), bool)
+    with pytest.raises(ValueError, match="on=1: must be True or False"):
+        require_type("on", 1, bool)
+
+
+def test_provenance_is_a_mapping() -> None:
+    for make in (
+        lambda: el.ConfidenceExit("margin", (0.5,), (1,), provenance=None),
+        lambda: el.CascadeRule(1.0, provenance=None),
+    ):  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match="provenance=None: must be a mapping"):
+            make()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.task import TaskConfig
-from elastic_lm.data import labelled, pipeline
+from elastic_lm.data import labelled, pipeline, sources
 from elastic_lm.data.records import Records, class_names, class_number, label_of, text_of
 from elastic_lm.data.sources import JsonLines, TextFiles
 from elastic_lm.data.splitting import read_pieces
@@ -128,12 +128,31 @@ def classes(tmp_path: Path, values: list[object], **fields: object) -> tuple[str
         (" \t", "line 3 has an empty 'label'"),
         ("NaN", "line 3: the label 'NaN' stands for a missing value"),
         ("-Infinity", "line 3: the label '-Infinity' stands for a missing value"),
+        ("None", "line 3: the label 'None' stands for a missing value"),
+        ("null", "line 3: the label 'null'"),
+        ("<NA>", "line 3: the label '<NA>'"),
+        ("N/A", "line 3: the label 'N/A'"),
         ("1.0", "the label '1.0' and the label '1' of .*line 2 are one number|label '1' and the label '1.0'"),
     ],
 )
 def test_missing_labels_and_two_spellings_are_refused(tmp_path: Path, odd: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         classes(tmp_path, [0, 1, odd])
+
+
+def test_numbers_with_further_zeros_are_one_class(tmp_path: Path) -> None:
+    assert [class_number(name, ("1.5", "2")) for name in ("1.50", "2.00", "2.05", "01")] == [0, 1, None, None]
+    with pytest.raises(ValueError, match=r"'1\.5' and the label|'1\.50' and the label"):
+        classes(tmp_path, [1.5, "1.50"])
+    assert classes(tmp_path, [1], labels=(" yes", "none")) == ("yes", "none")
+    with pytest.raises(ValueError, match=r"task\.labels=.*: must be different names"):
+        classes(tmp_path, [1], labels=("yes", "yes "))
+
+
+def test_a_table_with_other_line_ends_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text,label\ra,b\r")
+    with pytest.raises(ValueError, match=r"a\.csv line 1 is not CSV: .*; its lines must end at newlines"):
+        Records([tmp_path / "a.csv"])
 
 
 def test_one_rule_for_labels(tmp_path: Path) -> None:
@@ -208,3 +227,15 @@ def test_names_in_capitals_and_packed_ones_are_read_alike(tmp_path: Path, tokeni
     (tmp_path / "c.md.gz").write_bytes(gzip.compress(b"alpha\n"))
     text = dataclasses.replace(config, source="text")
     assert pipeline.file_texts(text) == ["alpha\n"]
+
+
+def test_many_files_are_checked_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+    real = sources.text_start
+    monkeypatch.setattr(sources, "text_start", lambda path, data: checked.append(path) or real(path, data))
+    for i in range(260):
+        (tmp_path / f"{i}.txt").write_text("alpha\n")
+    files = TextFiles(sorted(tmp_path.glob("*.txt")), 100)
+    for _ in range(2):
+        assert all(files[i].text == "alpha\n" for i in range(len(files)))
+    assert len(checked) == 260

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.decode.results import Detokenizer, held_back
@@ -157,7 +157,7 @@ def byte_fallback(path: Path, config: dict[str, Any]) -> Tokenizer:
 def test_legacy_decides_about_spaces_after_special_tokens(tmp_path: Path) -> None:
     a, spaced, space, end = 260, 262, 259, 2
     for settings, wanted in (
-        ({}, [spaced, end, spaced]),
+        ({}, [spaced, end, a]),
         ({"legacy": True}, [spaced, end, spaced]),
         ({"legacy": False}, [spaced, end, a]),
         ({"add_prefix_space": False}, [a, end, a]),
@@ -203,3 +203,77 @@ def test_half_characters_are_refused_before_anything_is_done(learned: Tokenizer,
         Tokenizer.load(place)
     (place / "tokenizer_config.json").write_text('{"note": "\\ud83d\\ude00"}')
     Tokenizer.load(place).save(tmp_path / "again")
+
+
+def test_tokens_of_tokenizer_json_stay_special(learned: Tokenizer, tmp_path: Path) -> None:
+    files = {"added_tokens.json": {"<|endoftext|>": 0, "<new>": 270}}
+    loaded = Tokenizer.load(folder(tmp_path, learned, files))
+    assert loaded.special_tokens == ("<|endoftext|>",)
+    assert loaded.encode("<new>") == [270]
+
+
+def test_tokens_with_a_role_are_special(learned: Tokenizer, tmp_path: Path) -> None:
+    entry = {"content": "<|im_end|>"} | FLAGS | {"special": False}
+    config = {"added_tokens_decoder": {"270": entry}, "eos_token": "<|im_end|>"}
+    loaded = Tokenizer.load(folder(tmp_path, learned, {"tokenizer_config.json": config}))
+    assert loaded.special_tokens == ("<|endoftext|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize("none", ["", {"content": ""}])
+def test_an_empty_token_is_none(learned: Tokenizer, tmp_path: Path, none: object) -> None:
+    config = {"bos_token": none, "pad_token": none, "add_bos_token": True}
+    files = {"tokenizer_config.json": config, "special_tokens_map.json": {"unk_token": none}}
+    loaded = Tokenizer.load(folder(tmp_path, learned, files))
+    assert (loaded.bos_id, loaded.pad_id, loaded.vocab_size) == (None, None, 270)
+
+
+def test_byte_level_tokenizers_of_llamas_class_are_left_alone(learned: Tokenizer, tmp_path: Path) -> None:
+    config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": True, "legacy": True}
+    loaded = Tokenizer.load(folder(tmp_path, learned, {"tokenizer_config.json": config}))
+    assert loaded.encode("alpha") == learned.encode("alpha")
+
+
+def test_a_template_stands_above_add_bos_token(learned: Tokenizer, tmp_path: Path) -> None:
+    config = {"add_bos_token": False, "bos_token": "<|endoftext|>"}
+    source = folder(tmp_path, learned, {"tokenizer_config.json": config})
+    backend = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    names = [("<|endoftext|>", 0)]
+    backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=names)
+    backend.save(str(source / "tokenizer.json"))
+    assert Tokenizer.load(source).bos_id == 0
+
+
+@pytest.mark.parametrize("i", ["5.7", 5.7, True, "1e3", 1e400, 10**12, "-1"])
+def test_ids_that_are_no_whole_numbers_are_refused(learned: Tokenizer, tmp_path: Path, i: object) -> None:
+    with pytest.raises(ValueError, match=r"added_tokens\.json: the id .* of an added token"):
+        Tokenizer.load(folder(tmp_path, learned, {"added_tokens.json": {"<a>": i}}))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (3, "elastic=3: must be a mapping"),
+        ({"eos_ids": 3}, "elastic.eos_ids=3: must be a list"),
+        ({"eos_ids": ["a"]}, "elastic.eos_ids=.*: must be token ids"),
+        ({"pad_id": 1.5}, "elastic.pad_id=1.5: must be a token id"),
+    ],
+)
+def test_our_own_ids_are_checked(learned: Tokenizer, tmp_path: Path, own: object, message: str) -> None:
+    source = folder(tmp_path, learned, {"tokenizer_config.json": {"elastic": own}})
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {message}"):
+        Tokenizer.load(source)
+
+
+def test_minus_one_is_no_token(learned: Tokenizer, tmp_path: Path) -> None:
+    files = {"config.json": {"eos_token_id": -1}, "tokenizer_config.json": {"eos_token": "<|endoftext|>"}}
+    assert Tokenizer.load(folder(tmp_path, learned, files)).eos_ids == (0,)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [-1, 7]}')
+    assert Tokenizer.load(tmp_path).eos_ids == (7,)
+
+
+@pytest.mark.parametrize("i", [-1, 10**12])
+def test_ids_beyond_any_vocabulary_are_refused(learned: Tokenizer, i: int) -> None:
+    tokenizer = Tokenizer(learned.backend)
+    tokenizer.check_vocabulary(300)
+    with pytest.raises(ValueError, match=f"token None has id {i}"):
+        tokenizer.check_ids([i, 3])

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import elastic_lm as el
 from elastic_lm.config.model import ExitConfig
+from elastic_lm.decode import sampler as sampler_module
 from elastic_lm.decode.sampler import ENDLESS
 from elastic_lm.decode.served import jit_run
+from elastic_lm.decode.settings import Settings
 from elastic_lm.depth.confidence import confidence, state_similarity
 from elastic_lm.depth.policies import (
     ConfidenceExit,
@@ -84,6 +87,33 @@ def test_rows_of_a_batch_have_their_own_policies(four, prompts):
         single = four.sampler(window=2).sample(prompt, NEW, exit=policy)
         assert (out.tokens, out.exit_layers) == (single.tokens, single.exit_layers)
     assert set(outputs[1].exit_layers) == {4}
+
+
+def test_policies_of_a_call_are_compared_with_the_weights(four, prompts, monkeypatch):
+    read = []
+    real = sampler_module.weights_fingerprint
+    monkeypatch.setattr(sampler_module, "weights_fingerprint", lambda params: read.append(1) or real(params))
+    where = {"model": {"weights": "0" * 16, "path": "other"}}
+    policy = el.ConfidenceExit("max_prob", (0.5, 0.5, 0.5), LAYERS, provenance=where)
+    made = four.sampler(window=2)
+    for exit in (policy, [policy, None, *[None] * (len(prompts) - 2)], el.DecayedExit(policy, tau=1.0)):
+        with pytest.warns(UserWarning, match="fitted on other, whose .*weights.* differ"):
+            made.sample(prompts, 2, exit=exit)
+    assert read == [1]
+
+
+def test_parameters_may_come_in_boxes():
+    config = tiny_config(n_layers=1)
+    boxed = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert el.Sampler(Decoder(config), boxed).sample([1, 2], 2).tokens
+
+
+@pytest.mark.parametrize("ids", [{5, 3}, np.asarray([5, 3]), [5, 3]])
+def test_stop_tokens_may_come_in_any_collection(ids):
+    assert set(Settings(stop_tokens=ids).stop_tokens) == {3, 5}
+    assert isinstance(Settings(stop_tokens=ids).stop_tokens, tuple)
+    with pytest.raises(ValueError, match=r"stop_tokens=.*must be token ids"):
+        Settings(stop_tokens=(True,))
 
 
 def test_policies_that_do_not_fit_are_named(four, prompts):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from safetensors.numpy import save_file
 import elastic_lm as el
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.batch import Batch
+from elastic_lm.decode.results import check_drawn
+from elastic_lm.decode.sampling import BROKEN
+from elastic_lm.decode.segment import PREVIEW
 from elastic_lm.depth.preview_files import load_preview, save_preview
 from elastic_lm.depth.previewing import (
     directions,
@@ -24,6 +28,7 @@ from elastic_lm.depth.previewing import (
     trial,
 )
 from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.finite import NotFiniteError
 from elastic_lm.models.registry import init_params
 from elastic_lm.nn.preview import preview_logits
 from elastic_lm.testing import random_tokens, tiny_config
@@ -166,6 +171,19 @@ def test_a_preview_is_measured_on_text(fitted):
     report = measure_preview(model.config, model.params, [batch, vars(batch)], preview)
     assert report.tokens == 2 * 3 * 32
     assert report.agreement > 0.9
+
+
+def test_a_preview_that_is_always_sure_is_read_and_not_to_blame(fitted, tmp_path):
+    model, preview, report = fitted
+    sure = preview.replace(margin=jnp.float32(-np.inf))
+    save_preview(sure, report, tmp_path / "sure.safetensors")
+    assert load_preview(tmp_path / "sure.safetensors", model.config)[0].margin == -np.inf
+    served = types.SimpleNamespace(params={**model.params, PREVIEW: sure}, config=model.config)
+    with pytest.raises(NotFiniteError, match="all weights are finite"):
+        check_drawn([[1]], np.asarray([[1, BROKEN]]), [2], served)
+    save_preview(preview.replace(margin=jnp.float32(np.nan)), report, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"is no preview .*margin=.*nan.*: must be a number"):
+        load_preview(tmp_path / "bad.safetensors", model.config)
 
 
 def test_never_sure_is_the_whole_head_and_always_sure_is_not(fitted):

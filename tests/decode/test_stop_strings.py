@@ -70,7 +70,7 @@ def test_what_was_streamed_is_the_text(tokens: list[int], stops: list[str], prom
     tokens = tokens[:count]
     final, shown = detokenizer.text(before, tokens), ""
     for n in range(1, len(tokens)):
-        safe = detokenizer.settled(before, tokens[:n])
+        safe = detokenizer.settled(before, tokens[:n], detokenizer.text(before, tokens[:n]))
         assert final.startswith(safe), (n, safe, final)
         shown = max(shown, safe, key=len)
     assert final.startswith(shown)

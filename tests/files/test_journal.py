@@ -13,7 +13,7 @@ from elastic_lm.files.journal import Journal, count_records, read_records
 RUN = {"swift": "a", "threshold": 1.5}
 
 
-@pytest.fixture(params=["out.jsonl", "out.jsonl.gz"])
+@pytest.fixture(params=["out.jsonl", "out.jsonl.gz", "out.jsonl.GZ"])
 def path(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "folder" / request.param
 

@@ -75,6 +75,8 @@ def test_packed_files_unpack_within_a_bound(tmp_path: Path, monkeypatch: pytest.
         ValueError, match=r"bomb\.txt\.gz: unpacks to more than .* bytes, more than 100 times"
     ):
         open_bytes(bomb).read()
+    with open_bytes(bomb, whole=False) as stream:  # which is never held in memory
+        assert sum(len(piece) for piece in iter(lambda: stream.read(4096), b"")) == 1_000_000
 
 
 @pytest.mark.parametrize("at", [2, 40, -6, -2])

@@ -232,6 +232,16 @@ def test_generation_ids_come_before_those_of_the_config(folder: Path) -> None:
     assert (config.bos_id, config.eos_ids) == (1, (4,))
 
 
+def test_ids_of_minus_one_are_none(folder: Path) -> None:
+    edit_config(folder, bos_token_id=-1, eos_token_id=-1)
+    config, _ = hf.load(folder)
+    assert (config.bos_id, config.eos_ids) == (None, ())
+    edit_config(folder, bos_token_id=1, eos_token_id=[2, -1])
+    (folder / "generation_config.json").write_text('{"eos_token_id": -1, "bos_token_id": -1}')
+    config, _ = hf.load(folder)
+    assert (config.bos_id, config.eos_ids) == (1, (2,))
+
+
 def test_a_null_context_is_our_own_default(folder: Path) -> None:
     edit_config(folder, max_position_embeddings=None)
     assert hf.load(folder)[0].max_len == ModelConfig.max_len

@@ -127,7 +127,7 @@ def _service(options: PairOptions, url: str, cost: float) -> Endpoint:
     """A service; a key for it comes from the environment, where other users of the machine see none."""
     body = {"max_tokens": options.max_new_tokens} if options.style == "openai" else {}
     body |= {"model": options.service_model} if options.service_model else {}
-    key = os.environ.get(KEY)
+    key = os.environ.get(KEY, "").strip()  # files that keys are read from end in a newline
     return Endpoint(
         url,
         timeout=options.timeout,

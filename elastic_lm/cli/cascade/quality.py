@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elastic_lm.cascade.answerer import Answerer, Record
+from elastic_lm.cascade.answerer import Answerer, Record, choice_texts
 from elastic_lm.config.checks import require
 from elastic_lm.data.records import class_number, label_of
 
@@ -133,9 +133,8 @@ def _label(where: str, label: Any, known: Sequence[str], tolerance: float | None
 
 def _choice(where: str, label: Any, choices: Any) -> tuple[str, str]:
     """(how a label names a choice, the choice's text)."""
-    texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-    require(texts, where.rsplit(":", 1)[0] + ": choices", choices, "must be a list of texts")
-    found = choice_of(label, choices)
+    texts = choice_texts(where.rsplit(":", 1)[0] + ": choices", choices)
+    found = choice_of(label, texts)
     if found is None:
         raise ValueError(
             f"{where}={label!r}: is none of the record's {len(choices)} choices; give its index (from 0), "
@@ -195,5 +194,5 @@ def number_of(value: Any) -> float:
     """A number, also one written as text; NaN where it is none."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
