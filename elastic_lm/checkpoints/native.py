@@ -119,6 +119,7 @@ class Checkpoints:
         training: Any = ocp.training
         self._folder = folder = local_path(folder)
         self._keep = keep
+        self._failed = False  # the last save, which said why
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             for left in folder.glob(f".*.{PARTIAL}-x*"):  # of steps that were being removed
@@ -146,8 +147,10 @@ class Checkpoints:
         """
         position = _Position(batches)
         parts = {"state": state, "data": position}
+        self._failed = True
         with naming(self._folder / str(step)), _tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
             self._checkpointer.save_checkpointables(step, parts, overwrite=True)
+        self._failed = False
 
         folder = self._folder / str(step)
         if jax.process_index() == 0:
@@ -216,7 +219,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for pending work."""
-        self._checkpointer.close()
+        # orbax raises the error of a failed save once more, in its own words.
+        with contextlib.suppress(*([Exception] if self._failed else [])):
+            self._checkpointer.close()
         self._open.close()
 
 
