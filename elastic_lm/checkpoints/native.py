@@ -120,6 +120,7 @@ class Checkpoints:
         self._folder = folder = local_path(folder)
         self._failed = False  # the last save
         self._keep = keep
+        self._failed = False  # the last save, which said why
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             for left in folder.glob(f".*.{PARTIAL}-x*"):  # of steps that were being removed
@@ -147,10 +148,10 @@ class Checkpoints:
         """
         position = _Position(batches)
         parts = {"state": state, "data": position}
+        self._failed = True
         with naming(self._folder / str(step)), _tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
-            self._failed = True
             self._checkpointer.save_checkpointables(step, parts, overwrite=True)
-            self._failed = False
+        self._failed = False
 
         folder = self._folder / str(step)
         if jax.process_index() == 0:
@@ -219,8 +220,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for pending work."""
-        # An error of a save, which has been raised, is raised once more here.
-        with contextlib.suppress(*[Exception] * self._failed):
+        # orbax raises the error of a failed save once more, in its own words.
+        with contextlib.suppress(*([Exception] if self._failed else [])):
             self._checkpointer.close()
         self._open.close()
 

@@ -138,7 +138,7 @@ def guard(program: str, debug: bool, run: Callable[[], int | None]) -> int:
     signals.name_program(program)
     try:
         status = run() or 0
-        sys.stdout.flush()  # what cannot be written is noticed here, not when the interpreter ends
+        _flush()  # what cannot be written is noticed here, not when the interpreter ends
     except KeyboardInterrupt:
         return signals.interrupted()
     except (SystemExit, GeneratorExit):
@@ -186,9 +186,24 @@ def one_line(error: BaseException) -> str:
     return shown(" ".join(str(error).split())) or type(error).__name__
 
 
-def _stdout_fails(number: int) -> bool:
-    """Whether an error of the system is that of stdout, which keeps what it could not write."""
+def _flush() -> None:
+    """Writes what was printed, or raises the system's error with the name of stdout."""
     try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from error
+
+
+def _stdout_fails(number: int) -> bool:
+    """Whether an error of the system is that of stdout, which keeps what it could not write.
+
+    Without a buffer (PYTHONUNBUFFERED) it keeps nothing, and is tried with an empty line.
+    """
+    try:
+        if getattr(sys.stdout, "write_through", False):
+            sys.stdout.write("\n")
         sys.stdout.flush()
     except OSError as error:
         return error.errno == number

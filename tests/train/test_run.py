@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import pytest
 from training_runs import Stopped, changed, metric_lines, stop_at
 
-from elastic_lm.checkpoints.native import load_model
+from elastic_lm import testing
+from elastic_lm.checkpoints.native import load_model, save_model
 from elastic_lm.config.model import ExitConfig
-from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.depth.ee_tuning import EETuning
+from elastic_lm.models.sharding import make_mesh
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.train.run import fit
+from elastic_lm.train.text import prepare_model
 
 
 def test_rerun_after_a_stop_is_bit_identical(run_config: RunConfig, tmp_path: Path, monkeypatch) -> None:
@@ -137,6 +140,20 @@ def test_a_tokenizer_that_is_too_large_is_refused(run_config: RunConfig, tmp_pat
     small = dataclasses.replace(run_config.model, vocab_size=299)
     with pytest.raises(ValueError, match="vocab_size=299"):
         fit(dataclasses.replace(run_config, model=small, data=data), tmp_path / "small")
+
+
+def test_tokens_that_a_loaded_model_has_no_row_for_are_no_obstacle(
+    run_config: RunConfig, tmp_path: Path
+) -> None:
+    tokenizer = train_bpe(["some text"], 300)
+    config = testing.tiny_config(n_layers=2, vocab_size=tokenizer.vocab_size)
+    tokenizer.backend.add_tokens(["<pad>"])
+    save_model(tmp_path / "base", config, testing.random_params(config), tokenizer)
+    train = dataclasses.replace(run_config.train, init_from=str(tmp_path / "base"))
+    run = dataclasses.replace(run_config, model=None, train=train)
+    model, _, weights = prepare_model(run, Tokenizer.load(tmp_path / "base"), make_mesh())
+    assert model.vocab_size == tokenizer.vocab_size - 1
+    assert len(weights) == 16
 
 
 def test_a_checkpoint_of_another_model_is_refused(run_config: RunConfig, tmp_path: Path) -> None:
