@@ -118,7 +118,6 @@ class Checkpoints:
         """
         training: Any = ocp.training
         self._folder = folder = local_path(folder)
-        self._failed = False  # the last save
         self._keep = keep
         self._failed = False  # the last save, which said why
         folder.mkdir(parents=True, exist_ok=True)
@@ -370,7 +369,7 @@ def check_same(tree: Any, read: Callable[[Any], Any]) -> None:
         return
     leaves, kind = jax.tree_util.tree_flatten_with_path(tree)
     for piece in _pieces([leaf.nbytes for _, leaf in leaves]):
-        like = [ocp.PLACEHOLDER] * len(leaves)
+        like: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
         like[piece] = [np.empty(leaf.shape, leaf.dtype) for _, leaf in leaves[piece]]
         stored = jax.tree.leaves(read(jax.tree.unflatten(kind, like)))
         for (path, leaf), found in zip(leaves[piece], stored[piece], strict=True):

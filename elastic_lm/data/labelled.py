@@ -37,13 +37,8 @@ def classes(config: TaskConfig) -> tuple[str, ...]:
       FileNotFoundError: a file does not exist.
       ValueError: a record has no label, one stands for a missing value, or all have the same.
     """
-    if config.problem != "classification":
+    if config.problem != "classification" or config.labels:
         return config.labels
-    if config.labels:
-        named = tuple(label.strip() for label in config.labels)  # as labels of records are read
-        right = all(named) and len(set(named)) == len(named)
-        require(right, "task.labels", config.labels, "must be different names, of at least one character")
-        return named
     records = Records(config.paths)
     found: dict[str, str] = {}
     for i in range(len(records)):

@@ -16,7 +16,8 @@ TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 # How missing values are written, in any case, with a sign or not; "none" may be the name of a class.
 MISSING = ("nan", "inf", "infinity", "null", "<na>", "n/a")
 PYTHON_NONE = "None"
-WITH_FRACTION = re.compile(r"[+-]?[0-9]+\.[0-9]+")
+WITH_FRACTION = re.compile(r"[+-]?[0-9]+\.0+")
+FRACTION = re.compile(r"[+-]?[0-9]+\.[0-9]+")
 Record = Mapping[str, Any]
 
 
@@ -98,8 +99,8 @@ def label_of(where: str, record: Record, field: str) -> str:
 def class_number(name: str, classes: Sequence[str]) -> int | None:
     """The number of the class of this name; None = there is no such class.
 
-    A name that is a number also finds its class where one of the two is written with more zeros: 1 and 1.0
-    are one class, and so are 1.5 and 1.50.
+    A name that is a whole number also finds its class where one of the two is written with a fraction of
+    zeros: 1 and 1.0 are one class. 1.1 and 1.10, which may be versions, are not.
     """
     if name in classes:
         return classes.index(name)
@@ -128,7 +129,8 @@ def class_names(found: Mapping[str, str]) -> tuple[str, ...]:
     names = sorted(found, key=_number_first)
     by_number: dict[str, str] = {}
     for name in names:
-        other = by_number.setdefault(_plain_number(name), name)
+        plain = name.rstrip("0") if FRACTION.fullmatch(name) and not WITH_FRACTION.fullmatch(name) else name
+        other = by_number.setdefault(_plain_number(plain), name)
         if other != name:
             raise ValueError(
                 f"{found[name]}: the label {name!r} and the label {other!r} of {found[other]} are one "
@@ -138,11 +140,11 @@ def class_names(found: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _plain_number(name: str) -> str:
-    """A number without zeros at the end of its fraction; any other name as it is."""
+    """A whole number without a fraction of zeros; any other name as it is."""
     if not WITH_FRACTION.fullmatch(name):
         return name
-    plain = name.rstrip("0").removesuffix(".")
-    return "0" if plain == "-0" else plain
+    whole = name.split(".")[0]
+    return "0" if whole == "-0" else whole
 
 
 def _number_first(name: str) -> tuple[float, str]:

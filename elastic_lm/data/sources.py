@@ -84,7 +84,7 @@ def read_text(path: Path) -> TextBytes:
     return _read_version(path, status.st_mtime_ns, status.st_size)
 
 
-# Where the text begins in files as they were at a time: not checked again when they are mapped again.
+# Where the text begins in files as they were at a time; they are not checked again when mapped again.
 _starts: dict[tuple[Path, int, int], int] = {}
 
 

@@ -260,7 +260,7 @@ def _token(file: Path, key: str, value: Any) -> AddedToken:
 def _id(file: Path, value: Any) -> int:
     """A token id, which JSON writes as text where it is a key."""
     digits = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 11
-    i = int(value) if digits else value
+    i: Any = int(value) if digits else value
     if not is_whole(i):
         raise ValueError(f"{file}: the id {value!r} of an added token must be a whole number below 2**31")
     return i

@@ -233,6 +233,7 @@ def test_generation_ids_come_before_those_of_the_config(folder: Path) -> None:
 
 
 def test_ids_of_minus_one_are_none(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
     edit_config(folder, bos_token_id=-1, eos_token_id=-1)
     config, _ = hf.load(folder)
     assert (config.bos_id, config.eos_ids) == (None, ())
