@@ -37,12 +37,14 @@ def begin(out: Path, source: Path | None) -> None:
     """
     for name in (TUNING, MODEL, *FILES):
         remove_leftovers(real_place(out / name))
-    renew(out / TUNING, source)
-    check_replaceable(out / MODEL, source)
-    if (out / MODEL).exists():
-        remove_folder(out / MODEL)
+    for name in (TUNING, MODEL):
+        check_replaceable(out / name, source)
     for file in (*(out / name for name in FILES), *out.glob(f"{PREVIEW}*.safetensors")):
         file.unlink(missing_ok=True)
+    if (out / MODEL).exists():
+        remove_folder(out / MODEL)
+    # The last, because its mark says that the files are ours, should this run be killed meanwhile.
+    renew(out / TUNING, source)
 
 
 def check_replaceable(folder: Path, source: Path | None) -> None:

@@ -1,11 +1,13 @@
 """A quickstart replaces its own folders and nothing else."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from elastic_lm.checkpoints.native import check_target
 from elastic_lm.cli import main as cli
+from elastic_lm.files import unfinished
 from elastic_lm.quickstart.folders import FILES, MODEL, TUNING, begin, check_files, check_replaceable, renew
 
 
@@ -84,6 +86,46 @@ def test_nothing_of_an_earlier_run_stays(tmp_path: Path) -> None:
     check_files(tmp_path)
     begin(tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {TUNING, "notes.txt"}
+
+
+class Killed(BaseException):
+    """What no code of ours catches."""
+
+
+@pytest.mark.parametrize("call", range(12))
+def test_a_kill_while_an_earlier_run_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    for folder in (TUNING, MODEL):
+        renew(tmp_path / folder, None)
+        (tmp_path / folder / "elastic_config.json").touch()
+    for name in FILES:
+        (tmp_path / name).touch()
+
+    calls = iter(range(100))
+
+    def dying(real: Callable) -> Callable:
+        def act(*args, **named):
+            if next(calls) == call:
+                raise Killed
+            return real(*args, **named)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        for name in ("unlink", "rename", "mkdir", "touch"):
+            patch.setattr(Path, name, dying(getattr(Path, name)))
+        patch.setattr(unfinished, "remove_anything", lambda _: None)  # nothing is tidied up
+        try:
+            begin(tmp_path, None)
+        except Killed:
+            pass
+        else:
+            assert call > 6, "there are at least seven steps"
+
+    check_files(tmp_path)
+    begin(tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir()} == {TUNING}
 
 
 @pytest.mark.parametrize("inside", ["", "model"])
