@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +45,7 @@ from elastic_lm.depth.policies import ConfidenceExit, ExitPolicy, on_subnet, req
 from elastic_lm.depth.preview_files import check_head
 from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models.decoder import Decoder, Params
-from elastic_lm.models.registry import Model, check_params
+from elastic_lm.models.registry import Model, check_params, unboxed
 from elastic_lm.report.machine import require_memory
 from elastic_lm.width.chooser import SubnetChooser
 
@@ -152,7 +151,7 @@ class Sampler:
         options = make_options(options, fields)
         options.check(model.config)
         check_params(model.config, params)
-        params = nn.unbox(params)
+        params = unboxed(params)
 
         self.config = model.config
         self.params = params

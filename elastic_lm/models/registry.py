@@ -82,6 +82,15 @@ def abstract_params(config: Config) -> Params:
     return jax.eval_shape(make_model(config).init, jax.random.key(0), *inputs)["params"]
 
 
+def unboxed(params: Params) -> Params:
+    """Parameters without the boxes of `model.init`, which name axes; the same tree where it has none."""
+
+    def is_box(leaf: Any) -> bool:
+        return isinstance(leaf, nn.meta.AxisMetadata)
+
+    return nn.unbox(params) if any(map(is_box, jax.tree.leaves(params, is_leaf=is_box))) else params
+
+
 def check_params(config: Config, params: Params) -> None:
     """Checks that parameters are those of a model, canonical; further ones, as of exits, may be there.
 
@@ -95,7 +104,7 @@ def check_params(config: Config, params: Params) -> None:
     if not any(type(config) is kind.config for kind in KINDS.values()):
         return  # of a model whose parameters are arranged in another way, as `width.nested_decoder`
     leaves, _ = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract_params(config)))
-    params = nn.unbox(params)  # as `model.init` gives them, they are in boxes with the names of their axes
+    params = unboxed(params)
     for path, leaf in leaves:
         found: Any = params
         for entry in path:

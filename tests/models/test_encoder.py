@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         ({"vocab_size": 0}, r"vocab_size=0"),
         ({"exits": (2, 1)}, r"exits=\(2, 1\): must be a tuple of distinct layers"),
         ({"exits": [1, 2]}, r"exits=\[1, 2\]: must be a tuple: write \(1, 2\)"),
-        ({"exits": ("1",)}, r"exits=\('1',\): must be a tuple of distinct layers"),
+        ({"exits": ("1",)}, r"exits\[0\]='1': must be a whole number"),
         ({"exits": (3,)}, r"exits=\(3,\): must lie between 1 and 2"),
         ({"exits": (1,), "n_labels": 0}, r"exits=\(1,\): are heads of a task"),
     ):
