@@ -85,6 +85,7 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "elastic_lm.methods.search": ("elastic_lm.width.search", {}),
     "elastic_lm.render": ("elastic_lm.report.colour", {}),
     "elastic_lm.sharding": ("elastic_lm.models.sharding", {}),
+    "elastic_lm.task_config": ("elastic_lm.config.task", {}),
 }
 
 

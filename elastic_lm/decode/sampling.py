@@ -41,9 +41,8 @@ def sample(
       sampling: how the rows draw.
 
     Returns:
-      [B] int32 tokens; `BROKEN` where a logit is NaN or infinite.
+      [B] int32 tokens; `BROKEN` where a logit is NaN or infinity, or all are minus infinity.
     """
-    finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
     # Penalties and draws cost several passes over the vocabulary, so a batch that needs neither skips them.
     logits_BV = jax.lax.cond(
         jnp.any(sampling.repetition_penalty != 1.0),
@@ -51,6 +50,8 @@ def sample(
         lambda: logits_BV,
     )
     greedy = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    # The largest is NaN as soon as one of them is: no pass of its own over the vocabulary is needed.
+    finite_B = jnp.isfinite(jnp.take_along_axis(logits_BV, greedy[:, None], axis=-1)[:, 0])
     drawn = jax.lax.cond(
         jnp.any(sampling.temperature > 0),
         lambda: jnp.where(sampling.temperature > 0, _draw(logits_BV, position_B, sampling), greedy),

@@ -41,10 +41,11 @@ def broken(model, name, value=jnp.nan):
     return dataclasses.replace(model, params=damaged(model.params, name, value))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("bad", "which"), [(np.nan, 7), (np.inf, 7), (-np.inf, slice(None))])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_no_token_is_drawn_from_a_bad_logit(bad, temperature) -> None:
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64)), jnp.float32).at[1, 7].set(bad)
+def test_no_token_is_drawn_from_a_bad_logit(bad, which, temperature) -> None:
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64)), jnp.float32)
+    logits = logits.at[0, 5].set(-np.inf).at[1, which].set(bad)  # one that is never drawn is no error
     settings = Sampling(
         temperature=jnp.full(2, temperature),
         top_k=jnp.full(2, 3),
@@ -55,6 +56,7 @@ def test_no_token_is_drawn_from_a_bad_logit(bad, temperature) -> None:
     )
     good, none = sample(logits, jnp.zeros((2, 4), jnp.int32), jnp.asarray([1, 1]), settings)
     assert 0 <= int(good) < 64
+    assert int(good) != 5
     assert int(none) == BROKEN
 
 
