@@ -4,11 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-import re
-import sys
-import tempfile
-import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +12,17 @@ import flax.linen as nn
 import grain
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from elastic_lm.checkpoints.orbax_folders import (
+    ORBAX_PARTIAL,
+    check_name,
+    first_line,
+    readable_name,
+    tidy,
+)
+from elastic_lm.checkpoints.read_back import check_same
 from elastic_lm.config.checks import require
 from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.config.subnet import Menu
@@ -38,7 +41,6 @@ from elastic_lm.files.atomic import (
 )
 from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.shortage import is_shortage
-from elastic_lm.files.unfinished import remove_anything, unfinished
 from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
@@ -48,12 +50,7 @@ from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
 PARAMS_FOLDER = "params"
-COMPARED = 1 << 28  # bytes that are read back at once
-SETTLING = 3.0  # seconds, at most, for threads that still write after an error
-SETTLED = 15  # looks in a row, 20 ms apart, at which they have written nothing more
-ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
-PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")  # of a path, that orbax or TensorStore take for something else
 WRITTEN = {
     *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, checksums.FILE),
     *(TOKENIZER_FILE, TEMPLATES, *BESIDE),  # the tokenizer's files
@@ -61,40 +58,6 @@ WRITTEN = {
     *("routers.json", "routers.safetensors"),  # of `width.trained_routers`
     *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
 }
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for tracebacks that orbax logs in each of its threads: what it raises then says the same once."""
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-logging.getLogger("absl").addFilter(_is_news)
-
-
-@contextlib.contextmanager
-def _tidy(folder: Path, beginning: str) -> Iterator[None]:
-    """Removes what orbax leaves half-written where it fails.
-
-    It raises the first error of its threads. Those of tensorstore go on, make folders anew that have been
-    removed, and cannot tell a loop that is closed about it.
-
-    Args:
-      folder: where it writes.
-      beginning: of the names of what is half-written.
-    """
-    try:
-        yield
-    except Exception:
-        shown = sys.unraisablehook
-        sys.unraisablehook = lambda lost: None if "loop is closed" in str(lost.exc_value) else shown(lost)
-        end, quiet = time.monotonic() + SETTLING, 0
-        while quiet < SETTLED and time.monotonic() < end:
-            found = [path for path in folder.iterdir() if path.name.startswith(beginning)]
-            for path in found:
-                remove_anything(path)
-            quiet = 0 if found else quiet + 1
-            time.sleep(0.02)
-        raise
 
 
 class Checkpoints:
@@ -148,7 +111,7 @@ class Checkpoints:
         position = _Position(batches)
         parts = {"state": state, "data": position}
         self._failed = True
-        with naming(self._folder / str(step)), _tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
+        with naming(self._folder / str(step)), tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
             self._checkpointer.save_checkpointables(step, parts, overwrite=True)
         self._failed = False
 
@@ -163,9 +126,10 @@ class Checkpoints:
         except Exception as error:
             if is_shortage(error):
                 raise
-            remove_folder(folder)
+            if jax.process_index() == 0:
+                remove_folder(folder)
             raise OSError(
-                f"{folder}: does not read back as it was written ({_first_line(error)}) and is removed; "
+                f"{folder}: does not read back as it was written ({first_line(error)}) and is removed; "
                 "check the disk and its free space, then run again, which goes on from the checkpoint before"
             ) from error
         for old in sorted(c.step for c in self._checkpointer.checkpoints)[: -self._keep]:
@@ -194,12 +158,12 @@ class Checkpoints:
             except Exception as error:
                 if is_shortage(error):
                     raise
-                reasons.append(f"step {step}: {_first_line(error)}")
+                reasons.append(f"step {step}: {first_line(error)}")
                 logging.warning(
                     "checkpoint %s/%d cannot be read and is skipped: %s",
                     self._folder,
                     step,
-                    _first_line(error),
+                    first_line(error),
                 )
                 batches.set_state(start)
             else:
@@ -306,7 +270,7 @@ def save_model(
     partial = _shared_name(target)
     first = jax.process_index() == 0
     with whole_folder(target, partial) if first else naming(target, partial):
-        with readable_name(partial) as folder, _tidy(partial.parent, partial.name):
+        with readable_name(partial) as folder, tidy(partial.parent, partial.name):
             ocp.save(folder / PARAMS_FOLDER, params)
         if first:
             if source:
@@ -349,82 +313,9 @@ def _check_saved(partial: Path, target: Path, config: Config, params: Params) ->
         if is_shortage(error):
             raise
         raise OSError(
-            f"{target}: does not read back as it was written ({_first_line(error)}) and is not kept; check "
+            f"{target}: does not read back as it was written ({first_line(error)}) and is not kept; check "
             "the disk and its free space, or choose another path"
         ) from error
-
-
-def check_same(tree: Any, read: Callable[[Any], Any]) -> None:
-    """Checks that arrays read back from a checkpoint bit by bit. Several processes cannot, and do not.
-
-    Args:
-      tree: what was written.
-      read: from NumPy arrays of the same shapes and dtypes, whose values do not matter, to the stored ones.
-        Most of the arrays are `ocp.PLACEHOLDER` each time, so that no second copy of the tree is made.
-
-    Raises:
-      ValueError: an array differs; names it.
-    """
-    if jax.process_count() > 1:
-        return
-    leaves, kind = jax.tree_util.tree_flatten_with_path(tree)
-    for piece in _pieces([leaf.nbytes for _, leaf in leaves]):
-        like: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
-        like[piece] = [np.empty(leaf.shape, leaf.dtype) for _, leaf in leaves[piece]]
-        stored = jax.tree.leaves(read(jax.tree.unflatten(kind, like)))
-        for (path, leaf), found in zip(leaves[piece], stored[piece], strict=True):
-            if not np.array_equal(_bits(leaf), _bits(found)):
-                raise ValueError(f"{jax.tree_util.keystr(path)} differs")
-
-
-def _pieces(sizes: list[int]) -> Iterator[slice]:
-    """Runs of arrays that have at most COMPARED bytes together, or are one larger array."""
-    start = total = 0
-    for i, size in enumerate(sizes):
-        if i > start and total + size > COMPARED:
-            yield slice(start, i)
-            start, total = i, 0
-        total += size
-    if sizes:
-        yield slice(start, len(sizes))
-
-
-def _bits(leaf: Any) -> np.ndarray:
-    """The bytes of an array, in which NaN equals itself."""
-    return np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
-
-
-@contextlib.contextmanager
-def readable_name(folder: str | Path) -> Iterator[epath.Path]:
-    """A folder under a name that orbax can write to and read from.
-
-    orbax takes brackets, * and ? for a pattern, and TensorStore a backslash for a slash: what they write
-    under such a path may not be readable. They get a link without these characters, while the context lasts.
-
-    Args:
-      folder: exists, where its path has such characters.
-
-    Raises:
-      ValueError: its path has them and no link can stand in for it.
-    """
-    path = Path(folder).absolute()
-    if not PATTERN_CHARACTERS.search(str(path)):
-        yield epath.Path(path)
-        return
-
-    _check_name(path)
-    with tempfile.TemporaryDirectory(prefix="elastic_lm_", ignore_cleanup_errors=True) as place:
-        link = Path(place) / "link"
-        with unfinished(Path(place)):
-            link.symlink_to(path, target_is_directory=True)
-            yield epath.Path(link)
-
-
-def _check_name(path: Path) -> None:
-    """Refuses a path that needs a link where there can be none, as with several processes."""
-    alone = jax.process_count() == 1 and not PATTERN_CHARACTERS.search(tempfile.gettempdir())
-    usable = alone or not PATTERN_CHARACTERS.search(str(path))
-    require(usable, "path", str(path), "holds one of []*?\\; choose a path without")
 
 
 def check_target(path: str | Path, overwrite: bool) -> Path:
@@ -443,7 +334,7 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
       ValueError: `path` is remote, or holds a character that orbax cannot write to here.
     """
     target = local_path(path).absolute()
-    _check_name(target)
+    check_name(target)
     require_folder_above(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target
@@ -506,7 +397,7 @@ def load_model(
         with readable_name(folder) as name:
             params = ocp.load(name / PARAMS_FOLDER, abstract)
     except Exception as error:
-        reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
+        reason = f"does not hold the parameters of {CONFIG_FILE}: {first_line(error)}"
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
     check_finite(str(folder / PARAMS_FOLDER) + (f" as {dtype}" if dtype else ""), params)
     return config, params
@@ -523,7 +414,7 @@ def _saved(folder: Any, config: Config) -> dict[Any, Any]:
             saved = ocp.metadata(name / PARAMS_FOLDER).metadata
         found = dict(jax.tree_util.tree_leaves_with_path(saved))
     except Exception as error:
-        reason = f"does not hold the parameters of {CONFIG_FILE}: {_first_line(error)}"
+        reason = f"does not hold the parameters of {CONFIG_FILE}: {first_line(error)}"
         raise ValueError(f"{folder / PARAMS_FOLDER} {reason}") from error
     require(
         config.n_layers <= len(found),
@@ -604,7 +495,3 @@ def _described(cls: Any, values: dict[str, Any], file: Path, where: str) -> Any:
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]

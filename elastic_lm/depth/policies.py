@@ -194,8 +194,7 @@ class ConfidenceExit:
     @property
     def calibrated_on(self) -> Mapping[str, Any]:
         """What is recorded of the model that the thresholds were fitted on: its path and fingerprints."""
-        model = self.provenance.get("model") if isinstance(self.provenance, Mapping) else None
-        return model if isinstance(model, Mapping) else {}
+        return self.provenance.get("model", {})
 
     def warn_other_model(self, weights: str, tokenizer: str = "") -> None:
         """Warns where the thresholds were fitted on other weights or another tokenizer of the same shape.

@@ -12,7 +12,7 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm import testing
-from elastic_lm.checkpoints import native
+from elastic_lm.checkpoints import native, orbax_folders, read_back
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.files import unfinished
 from elastic_lm.files.atomic import new_beside
@@ -231,7 +231,7 @@ def test_one_kept_step_goes_only_when_the_next_was_read_back(
     checkpoints = native.Checkpoints(tmp_path, keep=1)
     batches: Any = Batches()
     state = {"a": jnp.arange(3.0), "b": (jnp.ones((2, 2)), jnp.zeros(()))}
-    monkeypatch.setattr(native, "COMPARED", 4)  # one array at a time
+    monkeypatch.setattr(read_back, "COMPARED", 4)  # one array at a time
     compare, seen = native.check_same, []
 
     def check(tree: Any, read: Any) -> None:
@@ -268,7 +268,7 @@ def test_a_run_that_goes_on_completes_what_was_left(tmp_path: Path) -> None:
 
 def test_links_that_stand_in_go_with_an_interrupted_process(tmp_path: Path) -> None:
     (tmp_path / "a[1]").mkdir()
-    with native.readable_name(tmp_path / "a[1]") as name:
+    with orbax_folders.readable_name(tmp_path / "a[1]") as name:
         assert Path(name).parent in unfinished._paths
     assert not Path(name).parent.exists()
     assert Path(name).parent not in unfinished._paths
