@@ -21,12 +21,12 @@ SETTLED = 15  # looks in a row, 20 ms apart, at which they have written nothing 
 PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")  # of a path, that orbax or TensorStore take for something else
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def is_news(record: logging.LogRecord) -> bool:
     """False for tracebacks that orbax logs in each of its threads: what it raises then says the same once."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-logging.getLogger("absl").addFilter(_is_news)
+logging.getLogger("absl").addFilter(is_news)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm import hf
-from elastic_lm.checkpoints import native
+from elastic_lm.checkpoints import native, orbax_folders
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.models.decoder import Params
 
@@ -52,6 +52,6 @@ def test_other_messages_of_libraries_are_kept() -> None:
         info = (ValueError, ValueError("x"), None) if error else None
         return logging.LogRecord("absl", logging.ERROR, path, 1, "message", (), info)
 
-    assert native._is_news(record("/lib/orbax/checkpoint/saving.py", False))
-    assert native._is_news(record("/lib/other.py", True))
-    assert not native._is_news(record("/lib/orbax/checkpoint/saving.py", True))
+    assert orbax_folders.is_news(record("/lib/orbax/checkpoint/saving.py", False))
+    assert orbax_folders.is_news(record("/lib/other.py", True))
+    assert not orbax_folders.is_news(record("/lib/orbax/checkpoint/saving.py", True))
