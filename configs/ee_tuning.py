@@ -1,6 +1,6 @@
 """Early exits for a pretrained model: copied heads with their own MLP, the backbone frozen.
 
-COMMAND   elastic-lm train --config configs/ee_tuning.py --workdir runs/exits
+COMMAND   elastic-lm train --config ee_tuning --workdir runs/exits
           another model than the embedded one: --config.train.init_from=HF_DIR
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  minutes

@@ -1,10 +1,10 @@
 """The small model that ships with the package: Llama architecture, Python's standard library.
 
-COMMAND   elastic-lm train --config configs/embedded.py --workdir runs/embedded
+COMMAND   elastic-lm train --config embedded --workdir runs/embedded
           elastic-lm export --from runs/embedded/model --to runs/embedded/hf --dtype bfloat16 --without-exits
-          elastic-lm train --config configs/embedded.py:longer --workdir runs/longer
+          elastic-lm train --config embedded:longer --workdir runs/longer
           elastic-lm export --from runs/longer/model --to runs/longer/hf --dtype bfloat16 --without-exits
-          elastic-lm train --config configs/embedded.py:late --workdir runs/late
+          elastic-lm train --config embedded:late --workdir runs/late
           elastic-lm export --from runs/late/model --to runs/late/hf --dtype bfloat16 --without-exits
 HARDWARE  one CPU core
 DURATION  about 95, 30 and 6 minutes (650-1800 tokens/s)
@@ -47,7 +47,7 @@ CONTINUED = {
 def get_config(arg: str = "") -> ConfigDict:
     """The recipe; `arg` = "longer", then "late" continue it, "tiny" is a check that runs in seconds."""
     if arg not in ("", "tiny", *CONTINUED):
-        raise ValueError(f"configs/embedded.py:{arg}: choose from tiny, {', '.join(CONTINUED)}")
+        raise ValueError(f"--config embedded:{arg}: choose from tiny, {', '.join(CONTINUED)}")
     config = ConfigDict()
     config.model = {
         "vocab_size": 512,

@@ -1,6 +1,6 @@
 """A small English base model: Llama architecture, 8 layers, on text files of your own.
 
-COMMAND   elastic-lm train --config configs/english.py:data/english --workdir runs/english
+COMMAND   elastic-lm train --config english:data/english --workdir runs/english
 HARDWARE  one CPU core
 DURATION  about an hour; drafting: 70 minutes
 EXPECTED  held-out loss 2.69 nats per token; see experiments/sorted_llama. Drafting: 2.65, at the exit 2.90

@@ -1,8 +1,8 @@
 """Elastic training (Flextron's first stage): one model whose narrower sub-networks are models too.
 
-COMMAND   elastic-lm train --config configs/flextron.py --workdir runs/elastic
+COMMAND   elastic-lm train --config flextron --workdir runs/elastic
           another model: --config.train.init_from=HF_DIR --config.method.menu.heads="(0.5,1.0)"; where heads
-          share no key/value groups, like those of GPT-2: --config configs/flextron.py:mha
+          share no key/value groups, like those of GPT-2: --config flextron:mha
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  each sampled sub-network adds two forward passes and a backward one of its width: see
           experiments/train_step and experiments/flextron
@@ -10,7 +10,7 @@ EXPECTED  lower `eval_loss/smallest` and `eval_loss/<width>`; with `--config.tra
           --config.method.distil=1.0` the whole model keeps its loss: see experiments/flextron
 
 Neurons and heads of a pretrained model are first sorted by importance; the model that is saved slices.
-Variants (`--config configs/flextron.py:NAME`):
+Variants (`--config flextron:NAME`):
 
   flextron    the whole model and random widths for every layer, often the smallest (default)
   uniform     the same with one width for all layers
@@ -41,7 +41,7 @@ def get_config(arg: str = "flextron") -> ConfigDict:
     }
     variant = arg or "flextron"
     if variant not in variants:
-        raise ValueError(f"configs/flextron.py:{arg}: choose from {', '.join(variants)}")
+        raise ValueError(f"--config flextron:{arg}: choose from {', '.join(variants)}")
     config = ConfigDict()
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
     config.method = {"name": "flextron", "menu": {"heads": (1 / 3, 2 / 3, 1.0)}, **variants[variant]}

@@ -1,7 +1,7 @@
 """An encoder on a task of GLUE, or SuperGLUE's BoolQ or CB, alone or towards a larger model's answers.
 
 COMMAND   hf download google-bert/bert-base-uncased --local-dir models/bert-base-uncased
-          elastic-lm train --config configs/glue.py:DATA,sst2 --workdir runs/sst2
+          elastic-lm train --config glue:DATA,sst2 --workdir runs/sst2
           another encoder: --config.train.init_from=HF_DIR
           towards a teacher that was tuned on the same task:
           --config.method.teacher_from=runs/sst2/model --config.method.distil=0.7
@@ -49,7 +49,7 @@ def get_config(arg: str = "data/glue,sst2") -> ConfigDict:
     """The recipe; `arg` = the folder with the files, a comma and the name of the task."""
     folder, _, name = (arg or "data/glue,sst2").rpartition(",")
     if name not in TASKS:
-        raise ValueError(f"configs/glue.py:{arg}: write FOLDER,TASK with a task of {', '.join(TASKS)}")
+        raise ValueError(f"--config glue:{arg}: write FOLDER,TASK with a task of {', '.join(TASKS)}")
     train, held_out, fields = TASKS[name]
     regression = fields.get("problem") == "regression"
     config = ConfigDict()

@@ -1,6 +1,6 @@
 """LayerSkip: layer dropout and an early-exit loss, for models that draft with their own first layers.
 
-COMMAND   elastic-lm train --config configs/layerskip.py --workdir runs/layerskip
+COMMAND   elastic-lm train --config layerskip --workdir runs/layerskip
           another model than the embedded one: --config.train.init_from=HF_DIR
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  about that of plain fine-tuning: minutes for the embedded model
@@ -19,7 +19,7 @@ def get_config(arg: str = "rotational") -> ConfigDict:
     """The recipe; `arg` = rotational, gradual or scratch, "" = rotational."""
     variant = arg or "rotational"
     if variant not in ("rotational", "gradual", "scratch"):
-        raise ValueError(f"configs/layerskip.py:{arg}: choose from rotational, gradual, scratch")
+        raise ValueError(f"--config layerskip:{arg}: choose from rotational, gradual, scratch")
     config = ConfigDict()
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
     config.method = {

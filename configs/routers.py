@@ -1,13 +1,13 @@
 """Routers: which width every layer of an elastic model takes for a budget (Flextron's second stage).
 
-COMMAND   elastic-lm train --config configs/routers.py:runs/elastic/model --workdir runs/routers
+COMMAND   elastic-lm train --config routers:runs/elastic/model --workdir runs/routers
           then el.Sampler(..., budget=...), or elastic-lm generate --model runs/routers/model --budget ...
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  see experiments/flextron; a step of the surrogate is two forward passes
 EXPECTED  `eval_spent/budget_<b>` within 5 % of 1 at the budgets that were trained for
 
-The model is one that configs/flextron.py made; its folder holds the menu. Variants
-(`--config configs/routers.py:FOLDER,NAME`):
+The model is one that the recipe flextron made; its folder holds the menu. Variants
+(`--config routers:FOLDER,NAME`):
 
   static      one sub-network per budget, trained through the model (default)
   surrogate   the same, trained on a small network that predicts the loss
@@ -31,7 +31,7 @@ def get_config(arg: str = "runs/elastic/model") -> ConfigDict:
         "joint": {"train_model": True, "router_lr": 100.0, "distil": 0.5},
     }
     if (variant or "static") not in variants:
-        raise ValueError(f"configs/routers.py:{arg}: choose from {', '.join(variants)} after the comma")
+        raise ValueError(f"--config routers:{arg}: choose from {', '.join(variants)} after the comma")
     config = ConfigDict()
     config.data = {"source": "stdlib", "seq_len": 256, "batch_size": 8}
     config.method = {"name": "routers", **variants[variant or "static"]}

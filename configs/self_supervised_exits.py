@@ -1,13 +1,13 @@
 """Exits trained on the model's own predictions: no labels, the model itself does not change.
 
-COMMAND   elastic-lm train --config configs/self_supervised_exits.py --workdir runs/self_supervised
+COMMAND   elastic-lm train --config self_supervised_exits --workdir runs/self_supervised
           another model than the embedded one: --config.train.init_from=HF_DIR
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  minutes
 EXPECTED  `agreement/exit_<layer>` rises, the full model stays bit-identical:
           experiments/self_supervised_exits
 
-Variants (`--config configs/self_supervised_exits.py:NAME`):
+Variants (`--config self_supervised_exits:NAME`):
 
   kl          divergence from the full model's distribution (default)
   topk        the same over its 64 likeliest tokens
@@ -36,7 +36,7 @@ def get_config(arg: str = "kl") -> ConfigDict:
     }
     variant = arg or "kl"
     if variant not in variants:
-        raise ValueError(f"configs/self_supervised_exits.py:{arg}: choose from {', '.join(variants)}")
+        raise ValueError(f"--config self_supervised_exits:{arg}: choose from {', '.join(variants)}")
     exits = {"kind": "block", "tied": True} if variant == "balcony" else {"kind": "norm"}
     if variant == "gates":
         exits["gate"] = 64

@@ -1,6 +1,6 @@
 """Sorted fine-tuning (SoFT): one fine-tuned model whose first n layers are a model too, for several n.
 
-COMMAND   elastic-lm train --config configs/sorted_finetuning.py --workdir runs/sorted
+COMMAND   elastic-lm train --config sorted_finetuning --workdir runs/sorted
           on instructions: --config.data.source=instruction --config.data.paths="('train.jsonl',)"
           another model: --config.train.init_from=HF_DIR --config.method.depths="(8,16,24)"
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
@@ -8,7 +8,7 @@ DURATION  that of plain fine-tuning plus one vocabulary head per sub-model: minu
 EXPECTED  every `loss/depth_<n>` falls below what that depth gives before:
           experiments/sorted_llama
 
-Variants and baselines (`--config configs/sorted_finetuning.py:NAME`):
+Variants and baselines (`--config sorted_finetuning:NAME`):
 
   soft        the mean of the sub-models' losses (default)
   lite        the same, for exits in the lower and middle part
@@ -48,14 +48,14 @@ def get_config(arg: str = "soft") -> ConfigDict:
         "ict": {"name": "ee_tuning"},
     }
     if name not in variants:
-        raise ValueError(f"configs/sorted_finetuning.py:{arg}: choose from {', '.join(variants)}")
+        raise ValueError(f"--config sorted_finetuning:{arg}: choose from {', '.join(variants)}")
     if dash and name != "extracted":
-        raise ValueError(f"configs/sorted_finetuning.py:{arg}: {name} takes no number; write {name}")
+        raise ValueError(f"--config sorted_finetuning:{arg}: {name} takes no number; write {name}")
     config.method = {"name": "sorted_finetuning", **variants[name]}
     if name == "extracted":
         if dash and not (layers.isdecimal() and int(layers)):
             raise ValueError(
-                f"configs/sorted_finetuning.py:{arg}: {layers!r} is no number of layers; write extracted-3"
+                f"--config sorted_finetuning:{arg}: {layers!r} is no number of layers; write extracted-3"
             )
         config.train.update(init_layers=int(layers or 3))
     if name == "ict":

@@ -1,8 +1,8 @@
 """A new encoder-decoder model on pairs of texts, like captions in two languages.
 
-COMMAND   elastic-lm train --config configs/translation.py:DATA --workdir runs/translation
-          a small one: configs/translation.py:DATA,swift
-          a pretrained T5 instead: configs/translation.py:DATA,HF_DIR
+COMMAND   elastic-lm train --config translation:DATA --workdir runs/translation
+          a small one: --config translation:DATA,swift
+          a pretrained T5 instead: --config translation:DATA,HF_DIR
           other files: --config.task.paths="('my.csv',)" --config.task.text_field=source
 HARDWARE  one accelerator, or a CPU
 DURATION  see experiments/elang

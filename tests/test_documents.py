@@ -35,6 +35,7 @@ import elastic_lm as el
 from elastic_lm import hf
 from elastic_lm.checkpoints.native import save_model
 from elastic_lm.cli.main import build_parsers, main
+from elastic_lm.files.recipes import recipe_names, split_argument
 from elastic_lm.hf.registry import FAMILIES
 from elastic_lm.models.registry import init_params as init_encoder
 from elastic_lm.models.task_heads import attach_task_exits
@@ -406,7 +407,7 @@ def test_commands_in_sentences_are_understood(
         flags, rest = parser.parse_known_args(shlex.split(code)[1:])
         if flags.command != "train":
             assert not rest, code
-        elif flags.config.startswith("configs/"):
+        elif split_argument(flags.config)[0] in recipe_names():
             load_config(flags.config, rest)
 
 

@@ -17,7 +17,7 @@ On the embedded model with one exit after a quarter of its layers, tuned here fo
 With --model, a checkpoint with exits:
 
 - decode/lossless_english: as lossless_embedded, on that model. Named so because the recorded numbers are of
-  an English base, `configs/english.py:FOLDER,drafting`.
+  an English base, `--config english:FOLDER,drafting`.
 """
 
 import dataclasses

@@ -476,9 +476,7 @@ def load_menu(path: str | Path) -> Menu:
     """
     file = local_path(path).absolute() / MENU_FILE
     if not file.is_file():
-        fix = (
-            "train an elastic model with configs/flextron.py, or give a Menu: el.SubnetChooser(config, menu)"
-        )
+        fix = "train an elastic model with --config flextron, or give a Menu: el.SubnetChooser(config, menu)"
         raise FileNotFoundError(f"{file.parent} has no {MENU_FILE}: {fix}")
     return _described(Menu, read_json(file), file, "menu.")
 

@@ -168,7 +168,7 @@ def with_exits(
     if not options.forecast:
         raise ValueError(
             f"{options.model or 'the embedded model'} has no exits: tune some (`elastic-lm train --config "
-            "configs/ee_tuning.py --config.train.init_from=MODEL`), or forecast their gain with --forecast"
+            "ee_tuning --config.train.init_from=MODEL`), or forecast their gain with --forecast"
         )
 
     layers = sorted({max(1, config.n_layers * i // 4) for i in (1, 2, 3)} - {config.n_layers})

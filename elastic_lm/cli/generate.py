@@ -50,7 +50,7 @@ elastic-lm generate --model ckpt --budget latency_ms=4 --latency-table latency.j
 
 A prompts file has one prompt per line, or JSON lines with a `prompt` field, and may be packed (.gz); its
 prompts run as one batch. Without --thresholds every token uses the full depth. --budget runs a sub-network
-of a model that was trained with configs/flextron.py. Control characters in what is printed are shown, like
+of a model that was trained with --config flextron. Control characters in what is printed are shown, like
 \\x1b, unless --raw is given, also where the output is a file; JSON has escapes of its own.
 """
 

@@ -40,7 +40,7 @@ Pretrained language models whose compute is a dial.
 
 A typical session on a model of your own:
 
-  elastic-lm train --config configs/ee_tuning.py --config.train.init_from=hf-dir --workdir runs/exits
+  elastic-lm train --config ee_tuning --config.train.init_from=hf-dir --workdir runs/exits
   elastic-lm calibrate --model runs/exits/model --data held_out.txt --target 0.99 --out thresholds.json
   elastic-lm generate --model runs/exits/model --thresholds thresholds.json --prompt "Once upon"
 """

@@ -13,6 +13,7 @@ from elastic_lm.config.checks import SEED, require, require_choice
 from elastic_lm.config.exit_policy import GATE_METRIC, METRICS
 from elastic_lm.config.model import DTYPES
 from elastic_lm.files.local import local_path
+from elastic_lm.files.recipes import split_argument
 
 Colour = Literal["auto", "always", "never"]
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
@@ -119,9 +120,9 @@ def service_or_place(text: str) -> str:
 
 
 def config_place(text: str) -> str:
-    """A Python file on this machine, with an argument of any kind behind it, as a flag's type."""
-    name, between, argument = text.partition(".py:")
-    return f"{place(name + '.py')}:{argument}" if between else place(text)
+    """A recipe or a Python file on this machine, with an argument of any kind behind it, as a flag's type."""
+    place(split_argument(text)[0])
+    return text
 
 
 # Types of files and folders by their metavars.
@@ -129,7 +130,7 @@ PLACES: Mapping[str, Callable[[str], str]] = {
     "FILE": place,
     "DIR": place,
     "HF_DIR": place,
-    "FILE[:ARG]": config_place,
+    "RECIPE|FILE[:ARG]": config_place,
     "DIR|URL|NAME:FILE": service_or_place,
 }
 

@@ -103,7 +103,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A run of a decoder on text: what `elastic-lm train` needs; the recipes in `configs/` are such runs.
+    """A run of a decoder on text: what `elastic-lm train` needs; recipes give such runs.
 
     Example:
       ```python

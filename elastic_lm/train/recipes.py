@@ -1,12 +1,12 @@
-"""Config files: `configs/x.py:argument` and `train.lr=3e-4` to one validated `RunConfig` or `TaskRun`."""
+"""Config files: `recipe:argument` and `train.lr=3e-4` to one validated `RunConfig` or `TaskRun`."""
 
 import ast
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from elastic_lm.config.parse import from_dict, to_dict
 from elastic_lm.files.python_files import attempt, run_file
+from elastic_lm.files.recipes import find_recipe, split_argument
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.old_configs import upgraded
 
@@ -17,7 +17,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
     """Runs a config file and applies overrides.
 
     Args:
-      path: a Python file with `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict
+      path: the name of a recipe that comes with the package, like "ee_tuning", or a Python file with
+        `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict
         or dict of their sections; what follows a colon is passed to it as `arg`.
       overrides: "train.lr=3e-4", or the same with "--config." in front; values are Python literals,
         true, false, none, or else strings.
@@ -54,8 +55,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
 
 
 def _run_file(path: str) -> dict[str, Any]:
-    name, colon, argument = path.partition(".py:")
-    file = _config_file(f"{name}.py" if colon else path)
+    name, argument = split_argument(path)
+    file = find_recipe(name)
+    if file.suffix != ".py":
+        raise ValueError(f"config file {file}: a config is a Python file, whose name ends in .py")
 
     definitions = run_file("config file", file)
     if not callable(definitions.get("get_config")):
@@ -71,18 +74,6 @@ def _run_file(path: str) -> dict[str, Any]:
             "or a dict of their sections"
         )
     return dict(values)
-
-
-def _config_file(path: str) -> Path:
-    """The file of a config; its name may leave out ".py"."""
-    file = Path(path)
-    if file.suffix != ".py" and Path(f"{path}.py").is_file():
-        return Path(f"{path}.py")
-    if not file.is_file():
-        raise FileNotFoundError(f"config file {file} does not exist")
-    if file.suffix != ".py":
-        raise ValueError(f"config file {file}: a config is a Python file, whose name ends in .py")
-    return file
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

@@ -200,7 +200,7 @@ class Routers:
 
       config, menu = tiny_config(), el.Menu()
       shape = el.width.RouterShape(config, menu, anchors=(0.6, 0.8, 1.0))
-      params = shape.init(jax.random.key(0))  # untrained: the recipe configs/routers.py trains them
+      params = shape.init(jax.random.key(0))  # untrained: the recipe `routers` trains them
       routers = el.width.Routers(shape, params, el.width.counted_table(config, menu, "parameters"))
       routers.subnet(el.Budget(parameters=30_000))  # a `Subnet` of at most 30,000 parameters
       ```
@@ -326,7 +326,7 @@ class Routers:
         """
         folder = Path(folder)
         if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
-            raise FileNotFoundError(f"{folder}: no routers here; train some: configs/routers.py")
+            raise FileNotFoundError(f"{folder}: no routers here; train some with --config routers")
         check_files(folder, (WEIGHTS, DESCRIPTION))
         try:
             described = read_json(folder / DESCRIPTION)

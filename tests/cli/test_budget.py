@@ -128,7 +128,7 @@ def test_tables_of_another_menu_are_named_by_their_file(
 
 def test_models_without_a_menu_say_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "--prompt", "a", "--budget", "flops=1e9"]) == 2
-    assert "has no menu.json: train an elastic model with configs/flextron.py" in capsys.readouterr().err
+    assert "has no menu.json: train an elastic model with --config flextron" in capsys.readouterr().err
 
 
 def test_latency_is_measured_at_the_menu_of_the_checkpoint(

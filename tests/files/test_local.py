@@ -85,7 +85,7 @@ def test_no_flag_takes_an_empty_path(
 
 
 def test_an_argument_behind_a_config_may_be_a_path() -> None:
-    for text in ("english.py:/data/english", "english.py:gs://b/x", "a/b.py", "a.py:", "name"):
+    for text in ("english.py:/data/english", "english:gs://b/x", "a/b.py", "a.py:", "name"):
         assert config_place(text) == text
     with pytest.raises(argparse.ArgumentTypeError, match=r"gs://b/a\.py: remote paths"):
         config_place("gs://b/a.py:x")

@@ -239,7 +239,7 @@ def test_recipes_are_valid_and_say_what_they_cost(path: Path) -> None:
 def test_recipes_have_the_variants_that_they_name(recipe: str, variants: str) -> None:
     runs = [load_config(f"{CONFIGS / recipe}.py:{variant}") for variant in variants.split()]
     assert len(set(runs)) == len(runs)
-    with pytest.raises(ValueError, match=rf"{recipe}\.py:other: choose from {variants.split()[0]}"):
+    with pytest.raises(ValueError, match=rf"--config {recipe}:other: choose from {variants.split()[0]}"):
         load_config(f"{CONFIGS / recipe}.py:other")
 
 
@@ -278,7 +278,7 @@ def test_embedded_recipe_continues_what_it_made(
 
 
 def test_embedded_recipe_names_a_wrong_argument() -> None:
-    with pytest.raises(ValueError, match=r"embedded\.py:longr: choose from tiny, longer, late"):
+    with pytest.raises(ValueError, match=r"--config embedded:longr: choose from tiny, longer, late"):
         load_config(f"{CONFIGS / 'embedded.py'}:longr")
 
 

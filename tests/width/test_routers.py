@@ -306,7 +306,7 @@ def test_errors_say_what_to_do(tmp_path: Any) -> None:
         RouterShape(config, MENU, ANCHORS, "hidden")
     with pytest.raises(ValueError, match="for every token"):
         by_token.subnet(Budget(flops=1e9))
-    with pytest.raises(FileNotFoundError, match=r"configs/routers.py"):
+    with pytest.raises(FileNotFoundError, match="--config routers"):
         Routers.load(tmp_path, config)
     routers().save(tmp_path)
     with pytest.raises(ValueError, match="of another model"):
