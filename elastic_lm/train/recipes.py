@@ -1,16 +1,16 @@
 """Config files: `configs/x.py:argument` and `train.lr=3e-4` to one validated `RunConfig` or `TaskRun`."""
 
-import ast
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config.parse import from_dict, to_dict
-from elastic_lm.files.python_files import attempt, run_file
+from elastic_lm.config.parse import from_dict, parse_json, to_dict
+from elastic_lm.files.python_files import attempt, beside, run_file
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.old_configs import upgraded
+from elastic_lm.train.overrides import override, pairs
 
-PREFIX = "--config."
+SUFFIXES = (".py", ".json")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun:
@@ -18,9 +18,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
 
     Args:
       path: a Python file with `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict
-        or dict of their sections; what follows a colon is passed to it as `arg`.
-      overrides: "train.lr=3e-4", or the same with "--config." in front; values are Python literals,
-        true, false, none, or else strings.
+        or dict of their sections; what follows a colon is passed to it as `arg`. Or the config.json of a run.
+      overrides: "train.lr=3e-4", or the same with "--config." in front, and then also with the value in a text
+        of its own; values are Python literals, true, false, none, or else strings. References of a
+        ConfigDict follow them.
 
     Returns:
       The run; one of a task where the config has a `task` section.
@@ -44,26 +45,51 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
       assert (run.train.steps, run.train.lr) == (900, 1e-3)
       ```
     """
-    values = _run_file(path)
-    for override in overrides:
-        key, equals, text = override.removeprefix(PREFIX).partition("=")
-        if not equals or (override.startswith("-") and not override.startswith(PREFIX)):
-            raise ValueError(f"{override!r} is not an override: write {PREFIX}section.key=value")
-        _assign(values, key, _parse(text))
-    return from_dict(TaskRun if "task" in values else RunConfig, upgraded(values))
-
-
-def _run_file(path: str) -> dict[str, Any]:
+    changes = pairs(overrides)
     name, colon, argument = path.partition(".py:")
-    file = _config_file(f"{name}.py" if colon else path)
+    file = config_file(f"{name}.py" if colon else path)
+    config = _read_json(file) if file.suffix == ".json" else _run_recipe(file, argument)
+    for key, text in changes:
+        override(config, key, text)
 
-    definitions = run_file("config file", file)
-    if not callable(definitions.get("get_config")):
-        raise ValueError(f"config file {file} has no function get_config: define get_config(arg='')")
+    if hasattr(config, "to_dict"):  # only now, so that references follow the overrides
+        config = attempt("config file", file, config.to_dict)
+    return from_dict(TaskRun if "task" in config else RunConfig, upgraded(dict(config)))
 
-    config = attempt("config file", file, lambda: definitions["get_config"](argument))
+
+def config_file(path: str) -> Path:
+    """The file of a config; its name may leave out ".py".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is neither a recipe nor the config.json of a run.
+    """
+    file = Path(path)
+    if file.suffix != ".py" and Path(f"{path}.py").is_file():
+        return Path(f"{path}.py")
+    if not file.is_file():
+        raise FileNotFoundError(f"config file {file} does not exist")
+    if file.suffix == ".gin":
+        raise ValueError(f"config file {file}: a gin file is given with --gin_file")
+    if file.suffix not in SUFFIXES:
+        raise ValueError(
+            f"config file {file}: a config is a Python file, whose name ends in .py, or the config.json of a run"
+        )
+    return file
+
+
+def _run_recipe(file: Path, argument: str) -> Any:
+    """The sections that a recipe returns: a dict of its own, or a ConfigDict."""
+    with beside(file):
+        definitions = run_file("config file", file)
+        if not callable(definitions.get("get_config")):
+            raise ValueError(f"config file {file} has no function get_config: define get_config(arg='')")
+        config = attempt("config file", file, lambda: definitions["get_config"](argument))
+
     if isinstance(config, RunConfig | TaskRun):
         return to_dict(config)
+    if hasattr(config, "ignore_type"):
+        return config
     values = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(values, Mapping):
         raise ValueError(
@@ -73,32 +99,14 @@ def _run_file(path: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _config_file(path: str) -> Path:
-    """The file of a config; its name may leave out ".py"."""
-    file = Path(path)
-    if file.suffix != ".py" and Path(f"{path}.py").is_file():
-        return Path(f"{path}.py")
-    if not file.is_file():
-        raise FileNotFoundError(f"config file {file} does not exist")
-    if file.suffix != ".py":
-        raise ValueError(f"config file {file}: a config is a Python file, whose name ends in .py")
-    return file
-
-
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"{key}: {section} has no keys of its own")
-    values[last] = value
-
-
-def _parse(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
+def _read_json(file: Path) -> dict[str, Any]:
+    """The sections in the config.json of a run."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+        values = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"config file {file}: is not JSON ({error}); give the config.json of a run"
+        ) from error
+    if not isinstance(values, dict) or "train" not in values:
+        raise ValueError(f"config file {file}: describes no run; give the config.json of one")
+    return values
