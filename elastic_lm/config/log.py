@@ -20,7 +20,7 @@ class LogConfig:
       ```
     """
 
-    # jsonl, tensorboard, wandb, or "module:Class" of one's own; None = jsonl, and tensorboard where it is installed
+    # jsonl, tensorboard, wandb or module:Class; None = jsonl, and tensorboard where it is installed
     writers: tuple[str, ...] | None = None
     project: str = ""  # wandb: project of the run; "" = as WANDB_PROJECT says
     name: str = ""  # wandb: name of the run; "" = that of the workdir

@@ -29,13 +29,13 @@ def run_file(what: str, file: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def beside(file: Path) -> Iterator[None]:
+def beside(file: Path, forget: bool = True) -> Iterator[None]:
     """Lets a file that is run import its neighbours, as a script does.
-
-    What it imported from there is forgotten afterwards: another file may have another neighbour of that name.
 
     Args:
       file: the file; its folder is searched first.
+      forget: what it imported from there is forgotten afterwards: another file may have another neighbour of
+        that name.
     """
     folder, before = str(file.resolve().parent), set(sys.modules)
     sys.path.insert(0, folder)
@@ -44,7 +44,7 @@ def beside(file: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(folder)
-        new = {name.partition(".")[0] for name in set(sys.modules) - before} - before
+        new = {name.partition(".")[0] for name in set(sys.modules) - before} - before if forget else set()
         for name in [name for name in sys.modules if name.partition(".")[0] in new]:
             if _lies_in(sys.modules[name], folder):
                 del sys.modules[name]

@@ -67,8 +67,7 @@ class TrainConfig:
     accumulate: int = 1  # parts a batch is computed in, one after the other
     remat: bool = False  # recompute layers in the backward pass: less memory, more time
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
-    # of whatever is drawn: parameters, sub-models, dropped layers, columns of the vocabulary; None = the run's
-    seed: int | None = None
+    seed: int | None = None  # of what is drawn: parameters, sub-models, dropped layers; None = the run's seed
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
     eval_batches: int = 20  # batches per held-out evaluation; 0 = all there are

@@ -58,7 +58,7 @@ def override(config: Any, key: str, text: str) -> None:
     if isinstance(last, int) or not _has_keys(value):
         before = _inner(value, last, key)
     else:
-        before = value[last] if last in value else None
+        before = value.get(last)
     new = parsed(text, before)
 
     # Tuples cannot be changed: each is replaced in what holds it.

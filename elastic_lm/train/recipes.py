@@ -19,9 +19,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
     Args:
       path: a Python file with `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict
         or dict of their sections; what follows a colon is passed to it as `arg`. Or the config.json of a run.
-      overrides: "train.lr=3e-4", or the same with "--config." in front, and then also with the value in a text
-        of its own; values are Python literals, true, false, none, or else strings. References of a
-        ConfigDict follow them.
+      overrides: "train.lr=3e-4", or the same with "--config." in front, and then also with the value as a text
+        of its own. Values are Python literals, true, false, none, or else strings; references of a ConfigDict
+        follow them.
 
     Returns:
       The run; one of a task where the config has a `task` section.
@@ -46,8 +46,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
       ```
     """
     changes = pairs(overrides)
-    name, colon, argument = path.partition(".py:")
-    file = config_file(f"{name}.py" if colon else path)
+    file, argument = recipe_path(path)
     config = _read_json(file) if file.suffix == ".json" else _run_recipe(file, argument)
     for key, text in changes:
         override(config, key, text)
@@ -55,6 +54,17 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
     if hasattr(config, "to_dict"):  # only now, so that references follow the overrides
         config = attempt("config file", file, config.to_dict)
     return from_dict(TaskRun if "task" in config else RunConfig, upgraded(dict(config)))
+
+
+def recipe_path(path: str) -> tuple[Path, str]:
+    """(file, argument) of a config as it is typed: what follows a colon behind ".py" is the argument.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is neither a recipe nor the config.json of a run.
+    """
+    name, colon, argument = path.partition(".py:")
+    return config_file(f"{name}.py" if colon else path), argument
 
 
 def config_file(path: str) -> Path:
@@ -73,7 +83,8 @@ def config_file(path: str) -> Path:
         raise ValueError(f"config file {file}: a gin file is given with --gin_file")
     if file.suffix not in SUFFIXES:
         raise ValueError(
-            f"config file {file}: a config is a Python file, whose name ends in .py, or the config.json of a run"
+            f"config file {file}: a config is a Python file, whose name ends in .py, or the config.json "
+            "of a run"
         )
     return file
 

@@ -1,4 +1,4 @@
-"""Overrides on the command line: references, blanks, indices, neighbours; compared with config_flags itself."""
+"""Overrides on the command line: references, blanks, indices, neighbours; config_flags as the judge."""
 
 import importlib.util
 import sys
