@@ -14,7 +14,7 @@ EXPECTED  held-out loss 1.98, 1.85 and 1.86 nats per token; at the end 1.82 over
 
 from ml_collections import ConfigDict
 
-# Name: layers of the exits, seed of the shuffle, weights of the exits, what differs in training.
+# Name: layers of the exits, seed, weights of the exits, what differs in training.
 CONTINUED = {
     "longer": (
         (3, 6),
@@ -79,9 +79,9 @@ def get_config(arg: str = "") -> ConfigDict:
         layers, seed, weights, changed = CONTINUED[arg]
         del config.model
         config.exits = _exits(*layers)
-        config.data.seed = seed
+        config.seed = seed
         config.method.weights = weights
-        config.train.update(changed, seed=seed)
+        config.train.update(changed)
     if arg == "tiny":
         config.exits = (
             {"layer": 1, "kind": "norm", "tied": True},

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str = "data/english") -> ConfigDict:
     """The recipe; `arg` = the folder with train/ and held_out/, then ",drafting" for an exit."""
+    arg = arg or "data/english"
     folder = arg.removesuffix(",drafting")
     config = ConfigDict()
     config.model = {

@@ -18,6 +18,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.data import DataConfig
     from elastic_lm.config.encoder import EncoderConfig
     from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+    from elastic_lm.config.log import LogConfig
     from elastic_lm.config.mesh import MeshConfig
     from elastic_lm.config.model import ExitConfig, ModelConfig
     from elastic_lm.config.rope import RopeConfig
@@ -60,6 +61,7 @@ __all__ = [
     "EncoderDecoderConfig",
     "ExitConfig",
     "LatencyTable",
+    "LogConfig",
     "Menu",
     "MeshConfig",
     "ModelConfig",

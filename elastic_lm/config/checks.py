@@ -67,6 +67,11 @@ def require_positive(field: str, value: float) -> None:
     require(POSITIVE[0](value), field, value, POSITIVE[1])
 
 
+def require_seed(field: str, value: float | None) -> None:
+    """`require` for a seed; None = that of something else."""
+    require(value is None or SEED[0](value), field, value, SEED[1])
+
+
 def require_layers(field: str, value: int) -> None:
     """`require` for a number of layers: everything that describes a model grows with it."""
     fix = f"must be at least 1, and at most {MOST_LAYERS:,}, which no model has"

@@ -3,7 +3,14 @@
 import dataclasses
 from typing import Literal, get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, SEED, require, require_choice, require_each, require_types
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    require,
+    require_choice,
+    require_each,
+    require_seed,
+    require_types,
+)
 
 DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
 
@@ -43,14 +50,14 @@ class DataConfig:
     batch_size: int = 16  # rows per optimizer step, over all devices
     packing: Packing = "concat"  # cut documents at row ends, or keep each whole and pad (truncating)
     span: int = 2048  # text is shuffled in pieces of about this many bytes, cut at line ends
-    seed: int = 0  # of the shuffle
+    seed: int | None = None  # of the order of the data; None = train.seed
 
     def __post_init__(self) -> None:
         require_types(self, "data.")
         require_choice("data.source", self.source, get_args(DataSource))
         require_choice("data.packing", self.packing, get_args(Packing))
         require_each(self, "data.", ("seq_len", "batch_size", "span"), *AT_LEAST_1)
-        require_each(self, "data.", ("seed",), *SEED)
+        require_seed("data.seed", self.seed)
         require(
             self.source == "stdlib" or bool(self.paths),
             "data.paths",

@@ -141,10 +141,13 @@ def _coerce(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         cls = hint if resolve is None else resolve(value, where)
         return from_dict(cls, value, where + ".", default if type(default) is cls else None)
     if get_origin(hint) is tuple:
-        instead = () if value is None else (value,)
+        of = get_args(hint)[0]
+        if isinstance(value, str) and of is str:
+            return (value,)  # the usual case of paths
+        instead = () if value is None else (str(value) if of is str else value,)
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}={value!r}: must be a tuple: write {instead!r}")
-        return tuple(_coerce(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(_coerce(of, v, f"{where}[{i}]") for i, v in enumerate(value))
     if get_origin(hint) in (Mapping, dict):
         require(isinstance(value, Mapping), where, value, "must be a mapping like {'key': ...}")
     if hint in (int, float, str, bool):

@@ -3,7 +3,14 @@
 import dataclasses
 from typing import Literal, get_args
 
-from elastic_lm.config.checks import AT_LEAST_1, SEED, require, require_choice, require_each, require_types
+from elastic_lm.config.checks import (
+    AT_LEAST_1,
+    require,
+    require_choice,
+    require_each,
+    require_seed,
+    require_types,
+)
 
 TaskProblem = Literal["classification", "regression", "text_to_text"]
 
@@ -33,13 +40,13 @@ class TaskConfig:
     max_target: int = 64  # text_to_text: tokens of the text to write, the rest is cut off
     batch_size: int = 32  # records per optimizer step, over all devices
     tokenizer: str = ""  # folder or tokenizer.json; "" = that of train.init_from
-    seed: int = 0  # of the shuffle
+    seed: int | None = None  # of the order of the records; None = train.seed
 
     def __post_init__(self) -> None:
         require_types(self, "task.")
         require_choice("task.problem", self.problem, get_args(TaskProblem))
         require_each(self, "task.", ("max_len", "max_target", "batch_size"), *AT_LEAST_1)
-        require_each(self, "task.", ("seed",), *SEED)
+        require_seed("task.seed", self.seed)
         require(bool(self.paths), "task.paths", self.paths, "name the training files")
         for field in ("text_field", "label_field"):
             require(bool(getattr(self, field)), f"task.{field}", "", "name the key in the files")

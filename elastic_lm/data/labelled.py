@@ -67,9 +67,9 @@ def train_batches(
     Returns:
       A dataset of dicts with the fields of `train.tasks.tuning.TaskBatch`: NumPy arrays of batch_size rows.
     """
-    rows = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
+    rows = grain.MapDataset.source(Records(config.paths)).seed(config.seed or 0).shuffle().repeat()
     stream = _stream(rows.map(functools.partial(example, config, tokenizer, tuple(labels), model)))
-    batches = batches_of_similar_size(stream, config.batch_size, _width, config.seed)
+    batches = batches_of_similar_size(stream, config.batch_size, _width, config.seed or 0)
     return batches.map(_padder(config, pad_id))
 
 

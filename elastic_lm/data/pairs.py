@@ -40,7 +40,7 @@ def train_pairs(config: TaskConfig, model: EncoderDecoderConfig, tokenizer: Toke
       FileNotFoundError: a file or folder does not exist.
       ValueError: a file is empty or malformed.
     """
-    pairs = grain.MapDataset.source(Records(config.paths)).seed(config.seed).shuffle().repeat()
+    pairs = grain.MapDataset.source(Records(config.paths)).seed(config.seed or 0).shuffle().repeat()
     pairs = pairs.map(functools.partial(encode_pair, config, model, tokenizer))
     stream = pairs.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
 
@@ -48,7 +48,7 @@ def train_pairs(config: TaskConfig, model: EncoderDecoderConfig, tokenizer: Toke
         source, target = pair["source"], pair["target"]
         return bucket(len(source), config.max_len), bucket(len(target), config.max_target)
 
-    batches = batches_of_similar_size(stream, config.batch_size, size, config.seed)
+    batches = batches_of_similar_size(stream, config.batch_size, size, config.seed or 0)
     return batches.map(functools.partial(pad_pairs, config, model))
 
 

@@ -73,7 +73,7 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset
       ```
     """
     source = documents(config, "train")
-    rows = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
+    rows = grain.MapDataset.source(source).seed(config.seed or 0).shuffle().repeat()
     rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))
     return rows.batch(config.batch_size, drop_remainder=True).map(_as_batch)
 

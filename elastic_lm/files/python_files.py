@@ -1,8 +1,10 @@
 """Python files of users that are run: configs, and answerers of a cascade."""
 
+import contextlib
 import runpy
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,36 @@ def run_file(what: str, file: Path) -> dict[str, Any]:
     with file.open("rb"):  # so that an error of the system is about this file
         pass
     return attempt(what, file, lambda: runpy.run_path(str(file)))
+
+
+@contextlib.contextmanager
+def beside(file: Path, forget: bool = True) -> Iterator[None]:
+    """Lets a file that is run import its neighbours, as a script does.
+
+    Args:
+      file: the file; its folder is searched first.
+      forget: what it imported from there is forgotten afterwards: another file may have another neighbour of
+        that name.
+    """
+    folder, before = str(file.resolve().parent), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+        new = {name.partition(".")[0] for name in set(sys.modules) - before} - before if forget else set()
+        for name in [name for name in sys.modules if name.partition(".")[0] in new]:
+            if _lies_in(sys.modules[name], folder):
+                del sys.modules[name]
+
+
+def _lies_in(module: Any, folder: str) -> bool:
+    """Whether a module, or a package that it is part of, was found in a folder."""
+    parts = getattr(module, "__name__", "").split(".")
+    place = Path(getattr(module, "__file__", None) or ".").resolve()
+    above = place.parents[len(parts) if place.name == "__init__.py" else len(parts) - 1 :]
+    return bool(above) and str(above[0]) == folder
 
 
 def attempt(what: str, file: Path, run: Callable[[], Any]) -> Any:

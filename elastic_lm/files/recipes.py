@@ -7,6 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = PACKAGE / "recipes"  # in a wheel
 CHECKOUT = PACKAGE.parent / "configs"  # of the repository, beside the package
+FLAGS = {".py": "--config", ".gin": "--gin_file"}
 NAME = re.compile(r"[A-Za-z_]\w*")  # of a recipe: no path
 
 
@@ -64,15 +65,15 @@ def find_recipe(name: str, suffix: str = ".py") -> Path:
     own = recipe_folder() / (name + suffix)
     if NAME.fullmatch(name) and own.is_file():
         return own
-    raise FileNotFoundError(f"config file {file} does not exist; {_fix(file)}")
+    raise FileNotFoundError(f"config file {file} does not exist; {_fix(file, FLAGS[suffix])}")
 
 
-def _fix(file: Path) -> str:
+def _fix(file: Path, flag: str) -> str:
     """What to give instead of a file that does not exist."""
     names = recipe_names()
     if file.stem in names:
-        return f"the recipe of that name in the package is --config {file.stem}"
+        return f"the recipe of that name in the package is {flag} {file.stem}"
     near = difflib.get_close_matches(file.stem, names, n=1)
     if near:
-        return f"did you mean --config {near[0]}, a recipe of the package?"
-    return f"give a Python file, or a recipe of the package: {', '.join(names)}"
+        return f"did you mean {flag} {near[0]}, a recipe of the package?"
+    return f"give a file of yours, or a recipe of the package: {', '.join(names)}"

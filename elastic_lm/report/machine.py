@@ -4,10 +4,16 @@ import importlib.metadata
 import math
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 from elastic_lm.config.checks import require
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PACKAGES = ("elastic-lm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "xllamacpp")
 
@@ -47,6 +53,23 @@ def memory_bytes() -> int | None:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     stats = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
     return host + sum(int(own.get("bytes_limit", 0)) for own in stats)
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory that was in use until now, on the fullest device of this process.
+
+    That of the process itself where its devices do not tell, as CPUs; None where nothing tells.
+    """
+    import jax  # late: see above
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
+    peaks = [int(own.get("peak_bytes_in_use", own.get("bytes_in_use", 0))) for own in stats]
+    if any(peaks):
+        return max(peaks)
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def require_memory(field: str, value: object, needed: float, what: str) -> None:

@@ -1,17 +1,27 @@
-"""Where a run's numbers go: JSON lines on disk, a progress bar in the terminal, TensorBoard as an extra."""
+"""Where a run's numbers go: JSON lines on disk, the terminal, TensorBoard, Weights & Biases, or a user's own."""
 
 import importlib
+import importlib.util
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import rich.progress
 
+from elastic_lm.config.checks import require
+from elastic_lm.config.log import LogConfig
 from elastic_lm.config.parse import parse_json
 from elastic_lm.files.atomic import append_whole, naming, write_text_whole
+from elastic_lm.files.python_files import beside
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # of writers
+
+
+# Numbers that the terminal leaves out: the rate says the same as the time of a step.
+UNSHOWN = ("step_seconds", "peak_memory_gib")
 
 
 class Writer(Protocol):
@@ -69,7 +79,7 @@ class ProgressWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Shows `values`."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in UNSHOWN)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
             return
@@ -98,6 +108,34 @@ class TensorBoardWriter:
         self._writer.close()
 
 
+class WandbWriter:
+    """Logs to Weights & Biases; needs `pip install elastic-lm[wandb]`. A run that is resumed goes on there too."""
+
+    ID_FILE = "wandb_id.txt"
+
+    def __init__(self, workdir: Path, config: Mapping[str, Any], project: str = "", name: str = "") -> None:
+        path = workdir / self.ID_FILE
+        known = path.read_text(encoding="utf-8").strip() if path.is_file() else None
+        self._run = importlib.import_module("wandb").init(
+            project=project or None,
+            name=name or workdir.resolve().name,
+            id=known,
+            resume="allow",
+            dir=str(workdir),
+            config=dict(config),
+        )
+        if known is None:
+            write_text_whole(path, f"{self._run.id}\n")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs `values`."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Ends the run there, and waits until everything is sent."""
+        self._run.finish()
+
+
 class Writers:
     """Several writers as one."""
 
@@ -113,6 +151,82 @@ class Writers:
         """Closes every writer."""
         for writer in self._writers:
             writer.close()
+
+
+def check_writers(log: LogConfig) -> None:
+    """Refuses writers that cannot be made, before a run begins.
+
+    Raises:
+      ValueError: a package or class is missing; names the writer and what to install.
+    """
+    for i, name in enumerate(log.writers or ()):
+        _needed(name, f"log.writers[{i}]")
+
+
+def make_writers(log: LogConfig, workdir: Path, config: Mapping[str, Any], start: int) -> list[Writer]:
+    """The writers that a run names.
+
+    Args:
+      log: their names; None = metrics.jsonl, and TensorBoard files where tensorboardX is installed.
+      workdir: metrics.jsonl and tensorboard/ go here.
+      config: of the whole run, plain values.
+      start: steps done before; lines of later steps are dropped.
+    """
+    names = log.writers
+    if names is None:
+        there = importlib.util.find_spec("tensorboardX") is not None
+        names = ("jsonl", "tensorboard") if there else ("jsonl",)
+
+    writers: list[Writer] = []
+    try:
+        for i, name in enumerate(names):
+            writers.append(_made(name, f"log.writers[{i}]", log, workdir, config, start))
+    except BaseException:
+        Writers(writers).close()
+        raise
+    return writers
+
+
+def _made(
+    name: str, field: str, log: LogConfig, workdir: Path, config: Mapping[str, Any], start: int
+) -> Writer:
+    if name == "jsonl":
+        return JsonlWriter(workdir / "metrics.jsonl", start)
+    needed = _needed(name, field)
+    if name == "tensorboard":
+        return TensorBoardWriter(workdir / "tensorboard")
+    if name == "wandb":
+        return WandbWriter(workdir, config, log.project, log.name)
+
+    try:
+        writer = needed(workdir, config)
+    except Exception as error:
+        complaint = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{field}={name!r}: cannot be made of (workdir, config): {complaint}") from error
+    methods = all(callable(getattr(writer, method, None)) for method in ("write", "close"))
+    require(methods, field, name, "needs the methods write(step, values) and close()")
+    return writer
+
+
+def _needed(name: str, field: str) -> Any:
+    """What a writer needs: a module, or the class of a user's own."""
+    if name == "jsonl":
+        return None
+    if name in PACKAGES:
+        package = PACKAGES[name]
+        fix = f'needs {package}: pip install "elastic-lm[{name}]"'
+        require(importlib.util.find_spec(package) is not None, field, name, fix)
+        return package
+
+    module, _, attribute = name.partition(":")
+    try:
+        with beside(Path("writer.py"), forget=False):  # of the folder that the command runs in
+            found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:
+        complaint = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{field}={name!r}: {module} cannot be imported: {complaint}") from error
+    require(callable(found), field, name, f"{module} has no class {attribute}")
+    return found
 
 
 def _lines(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.task import TaskConfig
     from elastic_lm.models.decoder import stack_layers
     from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
+    from elastic_lm.train.gin_files import load_gin
     from elastic_lm.train.loop import Stopped
     from elastic_lm.train.method import Method, MethodConfig
     from elastic_lm.train.pretraining import Pretraining, PretrainingConfig
@@ -36,6 +37,7 @@ __all__ = [
     "TrainConfig",
     "fit",
     "load_config",
+    "load_gin",
     "register",
     "stack_layers",
 ]

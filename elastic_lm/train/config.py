@@ -5,21 +5,22 @@ A config has one section per dataclass. `train` holds what every run has; what a
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from elastic_lm.config.checks import (
     AT_LEAST_1,
     NOT_NEGATIVE,
     POSITIVE,
-    SEED,
     require,
     require_choice,
     require_each,
+    require_seed,
     require_types,
 )
 from elastic_lm.config.data import DataConfig
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.config.log import LogConfig
 from elastic_lm.config.mesh import MeshConfig
 from elastic_lm.config.model import DTYPES, ExitConfig, ModelConfig
 from elastic_lm.config.task import TaskConfig
@@ -66,7 +67,7 @@ class TrainConfig:
     accumulate: int = 1  # parts a batch is computed in, one after the other
     remat: bool = False  # recompute layers in the backward pass: less memory, more time
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
-    seed: int = 0  # of whatever is drawn: parameters, sub-models, dropped layers, columns of the vocabulary
+    seed: int | None = None  # of what is drawn: parameters, sub-models, dropped layers; None = the run's seed
     log_every: int = 10  # steps between metric lines
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
     eval_batches: int = 20  # batches per held-out evaluation; 0 = all there are
@@ -86,7 +87,7 @@ class TrainConfig:
         require_each(self, "train.", ("b1", "b2"), lambda v: 0 <= v < 1, "must be in [0, 1)")
         zero_allowed = ("clip", "weight_decay", "eval_every", "eval_batches", "init_layers")
         require_each(self, "train.", zero_allowed, *NOT_NEGATIVE)
-        require_each(self, "train.", ("seed",), *SEED)
+        require_seed("train.seed", self.seed)
 
         below = f"must be below steps={self.steps}"
         require(0 <= self.warmup < self.steps, "train.warmup", self.warmup, below)
@@ -124,9 +125,12 @@ class RunConfig:
     method: MethodConfig = dataclasses.field(default=PretrainingConfig())
     train: TrainConfig = dataclasses.field(default=TrainConfig())
     mesh: MeshConfig = dataclasses.field(default=MeshConfig())
+    log: LogConfig = dataclasses.field(default=LogConfig())
+    seed: int = 0  # of everything that is random, unless train.seed or the data's seed is set apart
 
     def __post_init__(self) -> None:
         require_types(self)
+        require_seed("seed", self.seed)
         _check_method(self.method, self.train, "text")
         self.method.check(self)
         require(
@@ -183,9 +187,12 @@ class TaskRun:
     encoder_decoder: EncoderDecoderConfig | None = None  # a new encoder-decoder, likewise
     exits: tuple[int, ...] = ()  # layers of an encoder with a head of their own; () = those that it has
     mesh: MeshConfig = dataclasses.field(default=MeshConfig())
+    log: LogConfig = dataclasses.field(default=LogConfig())
+    seed: int = 0  # of everything that is random, unless train.seed or the data's seed is set apart
 
     def __post_init__(self) -> None:
         require_types(self)
+        require_seed("seed", self.seed)
         _check_method(self.method, self.train, "records")
 
         new = [model for model in (self.encoder, self.encoder_decoder) if model is not None]
@@ -255,3 +262,21 @@ def _check_method(method: MethodConfig, train: TrainConfig, data: str) -> None:
         train.remat,
         f"not read with method.name={method.name!r}; set False",
     )
+
+
+AnyRun = TypeVar("AnyRun", RunConfig, TaskRun)
+
+
+def with_seeds(config: AnyRun) -> AnyRun:
+    """A run whose seeds are all set: `train.seed` follows `seed`, and the order of the data `train.seed`.
+
+    Args:
+      config: a run; its own seeds stay None where they follow, so that a change of one is a change of all.
+    """
+    seed = config.seed if config.train.seed is None else config.train.seed
+    train = dataclasses.replace(config.train, seed=seed)
+    section = "task" if isinstance(config, TaskRun) else "data"
+    data = getattr(config, section)
+    if data.seed is None:
+        data = dataclasses.replace(data, seed=seed)
+    return dataclasses.replace(config, train=train, **{section: data})

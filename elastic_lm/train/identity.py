@@ -6,7 +6,7 @@ from typing import Any
 
 from elastic_lm.config.parse import from_dict, parse_json, to_dict
 from elastic_lm.files.atomic import write_text_whole
-from elastic_lm.train.config import RunConfig, TaskRun
+from elastic_lm.train.config import RunConfig, TaskRun, with_seeds
 from elastic_lm.train.old_configs import upgraded
 
 AnyRun = RunConfig | TaskRun
@@ -16,8 +16,10 @@ MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "save_every", 
 
 def identity(config: AnyRun) -> dict[str, Any]:
     """The part of a config that makes a run the same run, as JSON values."""
-    values = to_dict(config)
-    del values["mesh"]
+    values = to_dict(with_seeds(config))
+    # The seeds that follow `seed` are compared themselves.
+    for key in ("mesh", "log", "seed"):
+        del values[key]
     for key in MAY_CHANGE:
         del values["train"][key]
     return json.loads(json.dumps(values))

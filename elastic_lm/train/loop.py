@@ -48,6 +48,7 @@ class Job:
       per_step: tokens of a step, or of whatever `rate` says.
       rate: name of what is counted per second.
       remark: of the method: what the user should know about the first metrics; "" = nothing.
+      extra: of the step whose metrics are logged: learning rate, memory.
       dtype: of the activations, for messages.
       stop: asked after every step: whether the state is to be saved and the run to end. Several processes
         do so together, after the next step at which something is written.
@@ -61,6 +62,7 @@ class Job:
     per_step: int
     rate: str = "tokens_per_s"
     remark: Callable[[Mapping[str, float]], str] = lambda _: ""
+    extra: Callable[[int], Mapping[str, float]] = lambda _: {}
     dtype: str = "float32"
     stop: Callable[[], bool] = lambda: False
 
@@ -103,7 +105,8 @@ class _Window:
     def summary(self, per_step: int, rate: str) -> dict[str, float]:
         count = len(self.steps)
         mean = {name: sum(metrics[name] for metrics in self.steps) / count for name in self.steps[0]}
-        return {**mean, rate: count * per_step / (time.monotonic() - self.began)}
+        seconds = time.monotonic() - self.began
+        return {**mean, rate: count * per_step / seconds, "step_seconds": seconds / count}
 
 
 def resume(
@@ -185,7 +188,7 @@ def run(
         pending = None
         if step % config.log_every == 0 or last:
             summary = window.summary(job.per_step, job.rate)
-            writer.write(step, summary)
+            writer.write(step, {**summary, **job.extra(step)})
             window = _Window()
             if start == 0 and step <= config.log_every and (remark := job.remark(summary)):
                 logging.warning("%s", remark)

@@ -286,4 +286,6 @@ def options(method: type[Method[Any]], section: MethodConfig, train: Any) -> dic
     own = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
     wide = [field.name for field in dataclasses.fields(train) if field.name not in own]
     fields = {field.name for field in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
-    return {**own, **{name: getattr(train, name) for name in wide if name in fields}}
+    given = {name: getattr(train, name) for name in wide if name in fields}
+    # A seed that is not set yet is that of the method's own default.
+    return {**own, **{name: value for name, value in given.items() if value is not None}}

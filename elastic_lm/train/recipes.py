@@ -1,16 +1,17 @@
 """Config files: `recipe:argument` and `train.lr=3e-4` to one validated `RunConfig` or `TaskRun`."""
 
-import ast
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from elastic_lm.config.parse import from_dict, to_dict
-from elastic_lm.files.python_files import attempt, run_file
+from elastic_lm.config.parse import from_dict, parse_json, to_dict
+from elastic_lm.files.python_files import attempt, beside, run_file
 from elastic_lm.files.recipes import find_recipe, split_argument
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.old_configs import upgraded
+from elastic_lm.train.overrides import override, pairs
 
-PREFIX = "--config."
+SUFFIXES = (".py", ".json")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun:
@@ -19,9 +20,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
     Args:
       path: the name of a recipe that comes with the package, like "ee_tuning", or a Python file with
         `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict
-        or dict of their sections; what follows a colon is passed to it as `arg`.
-      overrides: "train.lr=3e-4", or the same with "--config." in front; values are Python literals,
-        true, false, none, or else strings.
+        or dict of their sections; what follows a colon is passed to it as `arg`. Or the config.json of a run.
+      overrides: "train.lr=3e-4", or the same with "--config." in front, and then also with the value as a text
+        of its own. Values are Python literals, true, false, none, or else strings; references of a ConfigDict
+        follow them.
 
     Returns:
       The run; one of a task where the config has a `task` section.
@@ -45,28 +47,48 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
       assert (run.train.steps, run.train.lr) == (900, 1e-3)
       ```
     """
-    values = _run_file(path)
-    for override in overrides:
-        key, equals, text = override.removeprefix(PREFIX).partition("=")
-        if not equals or (override.startswith("-") and not override.startswith(PREFIX)):
-            raise ValueError(f"{override!r} is not an override: write {PREFIX}section.key=value")
-        _assign(values, key, _parse(text))
-    return from_dict(TaskRun if "task" in values else RunConfig, upgraded(values))
+    changes = pairs(overrides)
+    file, argument = recipe_path(path)
+    config = _read_json(file) if file.suffix == ".json" else _run_recipe(file, argument)
+    for key, text in changes:
+        override(config, key, text)
+
+    if hasattr(config, "to_dict"):  # only now, so that references follow the overrides
+        config = attempt("config file", file, config.to_dict)
+    return from_dict(TaskRun if "task" in config else RunConfig, upgraded(dict(config)))
 
 
-def _run_file(path: str) -> dict[str, Any]:
+def recipe_path(path: str) -> tuple[Path, str]:
+    """(file, argument) of a config as it is typed; the argument follows a colon.
+
+    Raises:
+      FileNotFoundError: there is no such file, and no such recipe in the package.
+      ValueError: it is neither a recipe nor the config.json of a run.
+    """
     name, argument = split_argument(path)
     file = find_recipe(name)
-    if file.suffix != ".py":
-        raise ValueError(f"config file {file}: a config is a Python file, whose name ends in .py")
+    if file.suffix == ".gin":
+        raise ValueError(f"config file {file}: a gin file is given with --gin_file")
+    if file.suffix not in SUFFIXES:
+        raise ValueError(
+            f"config file {file}: a config is a Python file, whose name ends in .py, or the config.json "
+            "of a run"
+        )
+    return file, argument
 
-    definitions = run_file("config file", file)
-    if not callable(definitions.get("get_config")):
-        raise ValueError(f"config file {file} has no function get_config: define get_config(arg='')")
 
-    config = attempt("config file", file, lambda: definitions["get_config"](argument))
+def _run_recipe(file: Path, argument: str) -> Any:
+    """The sections that a recipe returns: a dict of its own, or a ConfigDict."""
+    with beside(file):
+        definitions = run_file("config file", file)
+        if not callable(definitions.get("get_config")):
+            raise ValueError(f"config file {file} has no function get_config: define get_config(arg='')")
+        config = attempt("config file", file, lambda: definitions["get_config"](argument))
+
     if isinstance(config, RunConfig | TaskRun):
         return to_dict(config)
+    if hasattr(config, "ignore_type"):
+        return config
     values = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(values, Mapping):
         raise ValueError(
@@ -76,20 +98,14 @@ def _run_file(path: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"{key}: {section} has no keys of its own")
-    values[last] = value
-
-
-def _parse(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
+def _read_json(file: Path) -> dict[str, Any]:
+    """The sections in the config.json of a run."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+        values = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"config file {file}: is not JSON ({error}); give the config.json of a run"
+        ) from error
+    if not isinstance(values, dict) or "train" not in values:
+        raise ValueError(f"config file {file}: describes no run; give the config.json of one")
+    return values

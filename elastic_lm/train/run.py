@@ -1,20 +1,22 @@
 """A training run from its config: model, data and method, the loop, and the finished model on disk."""
 
 import dataclasses
-import logging
+import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, overload
 
 import jax
+import optax
 from jax.experimental import multihost_utils
 
 from elastic_lm.checkpoints.native import Checkpoints, check_target, save_model
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.parse import to_dict
 from elastic_lm.files.checksums import write_checksums
 from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE, only_process
@@ -23,13 +25,15 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh
-from elastic_lm.report.writers import JsonlWriter, ProgressWriter, TensorBoardWriter, Writer, Writers
+from elastic_lm.report.machine import peak_memory_bytes
+from elastic_lm.report.writers import ProgressWriter, Writer, Writers, check_writers, make_writers
 from elastic_lm.train import loop
-from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
+from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig, with_seeds
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
-from elastic_lm.train.optim import make_optimizer
+from elastic_lm.train.optim import learning_rate, make_optimizer
 from elastic_lm.train.prepared import Prepared
+from elastic_lm.train.record import Origin, opening, save_record
 from elastic_lm.train.state import TrainState, cast_params, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 from elastic_lm.train.tasks.run import prepare_task
@@ -40,24 +44,44 @@ MODEL_FOLDER = "model"
 
 @overload
 def fit(
-    config: RunConfig, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+    config: RunConfig,
+    workdir: str | Path,
+    *,
+    stop: Callable[[], bool] | None = None,
+    writers: Sequence[Writer] = (),
+    origin: Origin = Origin(),  # noqa: B008 - frozen
 ) -> tuple[ModelConfig, Params, dict[str, float]]: ...
 
 
 @overload
 def fit(
-    config: TaskRun, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+    config: TaskRun,
+    workdir: str | Path,
+    *,
+    stop: Callable[[], bool] | None = None,
+    writers: Sequence[Writer] = (),
+    origin: Origin = Origin(),  # noqa: B008 - frozen
 ) -> tuple[EncoderConfig | EncoderDecoderConfig, Params, dict[str, float]]: ...
 
 
 @overload
 def fit(
-    config: RunConfig | TaskRun, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+    config: RunConfig | TaskRun,
+    workdir: str | Path,
+    *,
+    stop: Callable[[], bool] | None = None,
+    writers: Sequence[Writer] = (),
+    origin: Origin = Origin(),  # noqa: B008 - frozen
 ) -> tuple[Config, Params, dict[str, float]]: ...
 
 
 def fit(
-    config: RunConfig | TaskRun, workdir: str | Path, *, stop: Callable[[], bool] | None = None
+    config: RunConfig | TaskRun,
+    workdir: str | Path,
+    *,
+    stop: Callable[[], bool] | None = None,
+    writers: Sequence[Writer] = (),
+    origin: Origin = Origin(),  # noqa: B008 - frozen
 ) -> tuple[Config, Params, dict[str, float]]:
     """Trains what `config` describes; run again after a stop, it continues where it was.
 
@@ -65,6 +89,9 @@ def fit(
       config: the whole run, of a decoder on text or of a task on labelled records.
       workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/.
       stop: asked after every step but the last: whether to save and stop there; None = never.
+      writers: receive the numbers of the run, beside those that `log.writers` names; each has
+        `write(step, values)` and `close()`.
+      origin: where the config comes from, to be recorded.
 
     Returns:
       (model config, canonical parameters, metrics of the last held-out evaluation).
@@ -96,13 +123,19 @@ def fit(
     first = jax.process_index() == 0
     fix = "choose another workdir"
     with only_process(workdir / LOCK_FILE, workdir, fix) if first else nullcontext():
-        return _fit(config, workdir, stop or (lambda: False))
+        return _fit(config, workdir, stop or (lambda: False), writers, origin)
 
 
 def _fit(
-    config: RunConfig | TaskRun, workdir: Path, stop: Callable[[], bool]
+    given: RunConfig | TaskRun,
+    workdir: Path,
+    stop: Callable[[], bool],
+    writers: Sequence[Writer],
+    origin: Origin,
 ) -> tuple[Config, Params, dict[str, float]]:
     """`fit` in a workdir that no other process uses."""
+    config = with_seeds(given)
+    check_writers(config.log)
     check_identity(config, workdir)
     check_target(workdir / MODEL_FOLDER, overwrite=True)
 
@@ -131,6 +164,7 @@ def _fit(
         per_step=run.per_step,
         rate=run.rate,
         remark=method.remark,
+        extra=functools.partial(extra_numbers, learning_rate(config.train)),
         dtype=method.config.dtype,
         stop=stop,
     )
@@ -147,8 +181,11 @@ def _fit(
         if not start:
             state = method.begin(state, frozen, data)
         if not jax.process_index():
-            print(numbers(state, frozen, config.train), flush=True)
-        with closing(make_writer(workdir, config.train.steps, start)) as writer:
+            save_record(given, origin, mesh, start, workdir)
+            print(numbers(state, frozen, config.train))
+            print(opening(mesh, state.params, frozen))
+            print("compiling; the first step takes longest", flush=True)
+        with closing(make_writer(given, workdir, start, writers)) as writer:
             state, metrics = loop.run(
                 job, start, state, frozen, batches=batches, checkpoints=checkpoints, writer=writer
             )
@@ -233,13 +270,28 @@ def as_stored(config: RunConfig | TaskRun, model: Config, params: Params) -> tup
     return model, params
 
 
-def make_writer(workdir: Path, steps: int, start: int) -> Writer:
-    """Progress and metrics.jsonl, and TensorBoard files where tensorboardX is installed.
+def extra_numbers(rate: optax.Schedule, step: int) -> dict[str, float]:
+    """The learning rate of a step, and the most memory that the run has taken until then.
 
     Args:
+      rate: learning rate by steps done.
+      step: the step, counted from 1.
+    """
+    memory = peak_memory_bytes()
+    there = {} if memory is None else {"peak_memory_gib": memory / 2**30}
+    return {"lr": float(rate(step - 1)), **there}
+
+
+def make_writer(
+    config: RunConfig | TaskRun, workdir: Path, start: int, more: Sequence[Writer] = ()
+) -> Writer:
+    """Progress in the terminal, and the writers that the run names.
+
+    Args:
+      config: the whole run.
       workdir: metrics.jsonl and tensorboard/ go here.
-      steps: of the whole run.
       start: steps done before; lines of later steps are dropped.
+      more: further writers.
 
     Returns:
       The writer; it writes nothing in any process but the first.
@@ -247,9 +299,5 @@ def make_writer(workdir: Path, steps: int, start: int) -> Writer:
     if jax.process_index():
         return Writers(())
 
-    writers: list[Writer] = [ProgressWriter(steps, start), JsonlWriter(workdir / "metrics.jsonl", start)]
-    try:
-        writers.append(TensorBoardWriter(workdir / "tensorboard"))
-    except ImportError:
-        logging.debug("tensorboardX is not installed: no TensorBoard files")
-    return Writers(writers)
+    named = make_writers(config.log, workdir, to_dict(config), start)
+    return Writers([ProgressWriter(config.train.steps, start), *named, *more])

@@ -65,7 +65,7 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
         held_out=functools.partial(held_out, config, tokenizer),
         mesh=mesh,
         place=functools.partial(place_batch, batch=cls.batch),
-        seed=config.data.seed,
+        seed=config.data.seed or 0,
     )
     return Prepared(
         method=method,
@@ -113,7 +113,7 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
       FileNotFoundError: the initial checkpoint does not exist.
       ValueError: vocabulary, rows, layers or exits do not fit the model or the method; names the field.
     """
-    train, key, weights = config.train, jax.random.key(config.train.seed), ""
+    train, key, weights = config.train, jax.random.key(config.train.seed or 0), ""
     if train.init_from:
         decoder, params = load_decoder(train.init_from, dtype=train.param_dtype or None, mesh=mesh)
         model, weights = decoder.config, weights_fingerprint(params)

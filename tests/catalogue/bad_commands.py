@@ -611,7 +611,7 @@ TRAIN = [
     set_to("data.source", "web", "data.source='web': must be one of stdlib"),
     set_to("data.packing", "tight", "data.packing='tight': must be one of"),
     set_to("data.paths", "()", "data.paths=(): source='text' reads files: name at least one"),
-    set_to("data.paths", "t.txt", "data.paths='t.txt': must be a tuple: write ('t.txt',)"),
+    set_to("data.paths", "5", "data.paths=5: must be a tuple: write ('5',)"),
     set_to("data.paths", "(5,)", "data.paths[0]=5: must be of type str"),
     set_to("data.paths", "('nowhere.txt',)", "data path nowhere.txt: does not exist"),
     set_to(

@@ -61,7 +61,7 @@ def test_a_wheel_holds_the_recipes_beside_the_modules(
         ("configs/ee_tuning.py", r"the recipe of that name in the package is --config ee_tuning$"),
         ("ee_tuning.py", r"the recipe of that name in the package is --config ee_tuning$"),
         ("eetuning", r"did you mean --config ee_tuning, a recipe of the package\?"),
-        ("x", r"give a Python file, or a recipe of the package: ee_tuning, embedded, .*translation$"),
+        ("x", r"give a file of yours, or a recipe of the package: ee_tuning, embedded, .*translation$"),
         ("nowhere/ee_tuning", r"the recipe of that name in the package is --config ee_tuning$"),
     ],
 )

@@ -43,7 +43,7 @@ def prepare_model(
     """
     train, weights = run.train, ""
     if run.encoder is not None:
-        config, params = run.encoder, init_params(run.encoder, jax.random.key(train.seed))
+        config, params = run.encoder, init_params(run.encoder, jax.random.key(train.seed or 0))
     else:
         config, params = load_any("train.init_from", train.init_from, train.param_dtype or None, mesh)
         weights = weights_fingerprint(params)
@@ -113,7 +113,7 @@ def prepare_encoder_head(
         "model",
     )
     if not config.n_labels:
-        key = jax.random.fold_in(jax.random.key(train.seed), 1)
+        key = jax.random.fold_in(jax.random.key(train.seed or 0), 1)
         return attach_encoder_head(config, params, classes, key, labels)
 
     require(
@@ -175,7 +175,7 @@ def prepare_encoder(
     if known:
         config = dataclasses.replace(config, labels=labels)
     else:
-        key = jax.random.fold_in(jax.random.key(train.seed), 1)
+        key = jax.random.fold_in(jax.random.key(train.seed or 0), 1)
         config, params = attach_task_head(config, params, due[1], task.problem, key, labels=labels)
 
     if run.exits:

@@ -70,7 +70,7 @@ def prepare_task(run: TaskRun, workdir: Path, mesh: Mesh) -> Prepared:
         held_out=held_out if task.eval_paths else lambda: (),
         mesh=mesh,
         place=functools.partial(place_batch, batch=method.batch),
-        seed=task.seed,
+        seed=task.seed or 0,
     )
     return Prepared(
         method=method,
@@ -107,7 +107,7 @@ def prepare_writer(
     train = run.train
     if run.encoder_decoder is not None:
         config = dataclasses.replace(run.encoder_decoder, eos_ids=tokenizer.eos_ids)
-        params, weights = registry.init_params(config, jax.random.key(train.seed)), ""
+        params, weights = registry.init_params(config, jax.random.key(train.seed or 0)), ""
     else:
         kind, dtype = EncoderDecoderConfig, train.param_dtype or None
         config, params = load_of(kind, "train.init_from", train.init_from, dtype, mesh)
