@@ -6,12 +6,14 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.data import DataConfig
     from elastic_lm.config.task import TaskConfig
     from elastic_lm.data.batch import Batch
+    from elastic_lm.data.chat_template import ChatTemplate
     from elastic_lm.data.pipeline import eval_batches, train_batches
     from elastic_lm.data.stdlib import stdlib_files
     from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 
 __all__ = [
     "Batch",
+    "ChatTemplate",
     "DataConfig",
     "TaskConfig",
     "Tokenizer",

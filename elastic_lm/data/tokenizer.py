@@ -1,16 +1,18 @@
 """Text to token ids and back: a thin wrapper of `tokenizers`, and training of byte-level BPE."""
 
+import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from elastic_lm.config.checks import is_whole, require, require_ids
+from elastic_lm.data.chat_template import ChatTemplate, chat_template_of
 from elastic_lm.data.tokenizer_files import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -18,6 +20,7 @@ from elastic_lm.data.tokenizer_files import (
     carried_files,
     content_of,
     find_tokenizer,
+    special_token_texts,
 )
 from elastic_lm.files.atomic import read_json, write_bytes_whole, write_text_whole
 from elastic_lm.files.checksums import check_files
@@ -31,6 +34,7 @@ SAMPLE_TEXT = (
 END_OF_TEXT = "<|endoftext|>"
 # Files of a folder that say what its tokenizer does; checked where the folder has checksums.
 CHECKED = ("*token*", "config.json", "generation_config.json", "chat_template*", "vocab*", "merges.txt")
+NO_TEMPLATE = "the tokenizer has none, so that it is no chat model's; put a chat_template.jinja beside it"
 OURS = "elastic"  # key of tokenizer_config.json under which ids stand that no file of the folder tells
 
 
@@ -181,6 +185,74 @@ class Tokenizer:
         ids = [self.bos_id, *ids] if bos and self.bos_id is not None else ids
         self.check_ids(ids)
         return ids
+
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """How a conversation is written for the model; None where the tokenizer does not say."""
+        return chat_template_of(self._files)
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        documents: Sequence[Mapping[str, Any]] | None = ...,
+        *,
+        tokenize: Literal[True] = ...,
+        **how: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        documents: Sequence[Mapping[str, Any]] | None = ...,
+        *,
+        tokenize: Literal[False],
+        **how: Any,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        tokenize: bool = True,
+        **how: Any,
+    ) -> list[int] | str:
+        """A conversation as the model reads it, as `transformers` writes it.
+
+        Args:
+          messages: mappings with a "role" and mostly "content"; at least one.
+          tools: JSON schemas of functions that the model may call.
+          documents: that the model may quote.
+          tokenize: False = the text and not its ids.
+          **how: `add_generation_prompt`, `continue_final_message`, `chat_template` and further variables of
+            the template; see `data.ChatTemplate.render`.
+
+        Raises:
+          ValueError: the tokenizer has no template, or the template refuses the messages; says why.
+
+        Example:
+          ```python
+          import elastic_lm as el
+
+          tokenizer = el.Tokenizer.load(el.embedded_model())
+          messages = [{"role": "user", "content": "Hello"}]
+          template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
+          ids = tokenizer.apply_chat_template(messages, chat_template=template)
+          assert tokenizer.decode(ids) == "user: Hello\\n"
+          ```
+        """
+        template = self.chat_template
+        if template is None:
+            given = how.get("chat_template")
+            require(isinstance(given, str), "chat_template", given, NO_TEMPLATE)
+            template = ChatTemplate({}, special_token_texts(self._described()))
+        text = template.render(messages, tools, documents, **how)
+        return self.encode(text) if tokenize else text
 
     def encode_pair(
         self, first: str, second: str | None = None, max_len: int | None = None

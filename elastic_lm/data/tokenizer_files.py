@@ -21,6 +21,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
+ADDED_DECODER = "added_tokens_decoder"  # key of the config under which added tokens stand by their ids
 TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
 BESIDE = (CONFIG_FILE, SPECIAL_FILE, ADDED_FILE, "chat_template.jinja", "chat_template.json")
 
@@ -238,6 +239,11 @@ def _roles(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
     keys = [*(key for key in ROLES if config.get(key) is not None), *further]
     return [(key, content_of(config[key])) for key in keys]
+
+
+def special_token_texts(config: Mapping[str, Any]) -> dict[str, str]:
+    """Texts of special tokens by their keys, such as `bos_token`, as chat templates may write them."""
+    return {key: text for key, text in _roles(config) if isinstance(text, str)}
 
 
 def content_of(token: Any) -> Any:

@@ -1,0 +1,228 @@
+"""Chat templates: the same text and ids as transformers, named templates, sandbox, and refusals that help."""
+
+import datetime
+import json
+from pathlib import Path
+
+import pytest
+
+from elastic_lm.data.chat_template import ChatTemplate
+from elastic_lm.data.tokenizer import Tokenizer, train_bpe
+
+CHATML = """\
+{%- for message in messages %}
+    {%- if loop.first and message['role'] != 'system' %}
+        {{- '<|im_start|>system\\nYou help.<|im_end|>\\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+# White space that only trim_blocks and lstrip_blocks remove, loop controls, and a namespace.
+BLOCKS = """\
+{% set ns = namespace(seen=0) %}
+{{ bos_token }}
+{% for message in messages %}
+    {% if message.role == 'note' %}
+        {% continue %}
+    {% endif %}
+    {% set ns.seen = ns.seen + 1 %}
+[{{ ns.seen }}] {{ message.role | upper }}: {{ message.content | trim }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+ASSISTANT:{% endif %}
+"""
+TOOLS = """\
+{%- if tools %}{{ '<tools>\\n' }}{% for tool in tools %}{{ tool | tojson }}
+{{ tool | tojson(indent=2, sort_keys=true) }}{% endfor %}</tools>{% endif %}
+{%- for document in documents or [] %}<doc>{{ document.title }}: {{ document.text }}</doc>{% endfor %}
+{%- for message in messages %}{{ message.role }}:
+{%- if message.tool_calls is defined %}{% for call in message.tool_calls %}{{ call.function | tojson }}{% endfor %}
+{%- else %}{{ message.content }}{% endif %}
+{%- if message.reasoning_content is defined %}({{ message.reasoning_content }}){% endif %}|{% endfor %}
+{{- strftime_now('%Y') if enable_date is defined and enable_date else '' }}
+"""
+# Marks what the assistant says, and leaves older thoughts out, as reasoning models do.
+MARKED = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- generation %}
+            {{- message['content'].split('</think>')[-1] if not loop.last else message['content'] }}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+TEMPLATES = {"chatml": CHATML, "blocks": BLOCKS, "tools": TOOLS, "marked": MARKED}
+TALK = [
+    {"role": "system", "content": "Be kind.\n"},
+    {"role": "user", "content": "  What is <b>2+2</b>? größe 日本 🙂"},
+    {"role": "note", "content": "not shown"},
+    {"role": "assistant", "content": "<think>easy</think>4 "},
+    {"role": "user", "content": "And 3+3?"},
+    {"role": "assistant", "content": "<think>as well</think>6", "tool_calls": None},
+]
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Wie's heiß?", "parameters": {"city": {"type": "string"}}},
+}
+
+
+END = {"content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False, "special": True}
+
+
+def save_tokenizer(folder: Path, template: object) -> Path:
+    texts = ["user assistant system What is the capital of France? Be kind. " * 3]
+    tokenizer = train_bpe(texts, 300)
+    tokenizer.backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"bos_token": "<|im_start|>", "eos_token": {"__type": "AddedToken", **END}}
+    config |= {"unk_token": "<|endoftext|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "checksums.json").unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return pytest.importorskip("transformers").PreTrainedTokenizerFast
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_and_ids_are_those_of_transformers(tmp_path: Path, theirs, name: str) -> None:
+    folder = save_tokenizer(tmp_path, TEMPLATES[name])
+    ours, other = Tokenizer.load(folder), theirs.from_pretrained(folder)
+    for count in range(1, len(TALK) + 1):
+        for generation in (False, True):
+            how = {"add_generation_prompt": generation, "enable_date": True}
+            text = ours.apply_chat_template(TALK[:count], tokenize=False, **how)
+            assert text == other.apply_chat_template(TALK[:count], tokenize=False, **how)
+            ids = ours.apply_chat_template(TALK[:count], **how)
+            assert ids == other.apply_chat_template(TALK[:count], **how)["input_ids"]
+
+
+def test_tools_documents_and_calls_are_those_of_transformers(tmp_path: Path, theirs) -> None:
+    folder = save_tokenizer(tmp_path, TOOLS)
+    ours, other = Tokenizer.load(folder), theirs.from_pretrained(folder)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    talk = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "look it up"},
+        {"role": "tool", "content": "20"},
+    ]
+    how = {"tools": [WEATHER], "documents": [{"title": "a", "text": "b"}], "tokenize": False}
+    text = ours.apply_chat_template(talk, **how)
+    assert text == other.apply_chat_template(talk, **how)
+    assert "Wie's heiß?" in text
+    assert "(look it up)" in text
+
+
+@pytest.mark.parametrize("content", ["4 and", "4 and  ", [{"type": "text", "text": "4 and"}]])
+def test_a_continued_message_is_that_of_transformers(tmp_path: Path, theirs, content: object) -> None:
+    for i, template in enumerate((CHATML, BLOCKS)):
+        if not isinstance(content, str):
+            template = template.replace("message.content", "message.content[0].text")
+        folder = save_tokenizer(tmp_path / str(i), template)
+        ours, other = Tokenizer.load(folder), theirs.from_pretrained(folder)
+        talk = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+        how = {"continue_final_message": True, "tokenize": False}
+        text = ours.apply_chat_template(talk, **how)
+        assert text == other.apply_chat_template(talk, **how)
+        assert text.endswith("4 and" if i else "4 and  " if content == "4 and  " else "4 and")
+
+
+def test_named_templates_are_chosen_as_in_transformers(tmp_path: Path, theirs) -> None:
+    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS}]
+    folder = save_tokenizer(tmp_path / "config", named)
+    (tmp_path / "config" / "other").mkdir()
+    files = save_tokenizer(tmp_path / "files", "not this one")
+    (files / "chat_template.jinja").write_text(CHATML)
+    (files / "additional_chat_templates").mkdir()
+    (files / "additional_chat_templates" / "tool_use.jinja").write_text(TOOLS)
+    for place in (folder, files):
+        ours, other = Tokenizer.load(place), theirs.from_pretrained(place)
+        for how in ({}, {"tools": [WEATHER]}, {"chat_template": "tool_use"}, {"chat_template": BLOCKS}):
+            text = ours.apply_chat_template(TALK, tokenize=False, **how)
+            assert text == other.apply_chat_template(TALK, tokenize=False, **how), how
+
+
+def test_what_a_saved_tokenizer_renders_is_the_same(tmp_path: Path) -> None:
+    ours = Tokenizer.load(save_tokenizer(tmp_path / "a", BLOCKS))
+    ours.save(tmp_path / "b")
+    again = Tokenizer.load(tmp_path / "b")
+    assert again.apply_chat_template(TALK) == ours.apply_chat_template(TALK)
+
+
+def test_what_the_assistant_says_is_marked_as_in_transformers(tmp_path: Path, theirs) -> None:
+    folder = save_tokenizer(tmp_path, MARKED)
+    other = theirs.from_pretrained(folder)
+    template = Tokenizer.load(folder).chat_template
+    assert template.marks_assistant()
+    text, spans = template.render_with_spans(TALK)
+    assert text == other.apply_chat_template(TALK, tokenize=False)
+    assert [text[a:b] for a, b in spans] == ["4 <|im_end|>", "<think>as well</think>6<|im_end|>"]
+
+
+def test_dates_are_of_now() -> None:
+    text = ChatTemplate({"default": "{{ strftime_now('%d %B %Y') }}"}).render([{"role": "user"}])
+    assert abs(datetime.datetime.strptime(text, "%d %B %Y") - datetime.datetime.now()).days <= 1
+
+
+HARMFUL = {
+    "attributes": "{{ messages.__class__.__mro__ }}",
+    "globals": "{{ raise_exception.__globals__.values() }}",
+    "changes": "{{ messages.append(1) }}",
+    "namespace": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_templates_run_in_a_sandbox(name: str) -> None:
+    with pytest.raises(ValueError, match="the chat template"):
+        print(ChatTemplate({"default": HARMFUL[name]}).render([{"role": "user", "content": "a"}]))
+
+
+def test_templates_leave_the_callers_messages_alone() -> None:
+    talk = [{"role": "assistant", "content": "a", "tool_calls": None}]
+    ChatTemplate({"default": CHATML}).render(talk, continue_final_message=True)
+    assert talk == [{"role": "assistant", "content": "a", "tool_calls": None}]
+
+
+REFUSED = [
+    ("{{ raise_exception('roles must alternate') }}", TALK, {}, "refuses these messages: roles must alternate"),
+    ("{% if %}", TALK, {}, "not valid Jinja: line 1"),
+    ("{{ 1 + messages }}", TALK, {}, r"fails on these messages \(TypeError"),
+    ("{{ messages[0].a.b }}", TALK, {}, "refuses these messages: .*has no attribute 'a'"),
+    (CHATML, [], {}, "there are none"),
+    (CHATML, "Hello", {}, "must be a list like"),
+    (CHATML, [{"role": "user", "content": Path("a")}], {}, "holds a PosixPath"),
+    (CHATML, TALK, {"tools": "weather"}, "must be JSON schemas"),
+    (CHATML, TALK, {"add_generation_prompt": True, "continue_final_message": True}, "give one of them"),
+    ("{{ messages[0].content }}", TALK, {"continue_final_message": True}, "leaves out or changes the end"),
+]
+
+
+@pytest.mark.parametrize(("template", "messages", "how", "why"), REFUSED)
+def test_refusals_say_what_is_wrong(template: str, messages, how, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        ChatTemplate({"default": template}).render(messages, **how)
+
+
+def test_a_tokenizer_without_a_template_says_so(tmp_path: Path) -> None:
+    ours = Tokenizer.load(save_tokenizer(tmp_path / "none", None))
+    with pytest.raises(ValueError, match=r"the tokenizer has none, .*put a chat_template.jinja beside it"):
+        ours.apply_chat_template(TALK)
+    assert ours.apply_chat_template(TALK, chat_template=CHATML, tokenize=False).startswith("<|im_start|>system")
+    with pytest.raises(ValueError, match="must be a template, or a list"):
+        _ = Tokenizer.load(save_tokenizer(tmp_path / "bad", {"default": CHATML})).chat_template
+    with pytest.raises(ValueError, match="name one of b"):
+        only = [{"name": "b", "template": CHATML}]
+        Tokenizer.load(save_tokenizer(tmp_path / "named", only)).apply_chat_template(TALK)
