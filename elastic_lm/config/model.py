@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from elastic_lm.config.checks import (
     AT_LEAST_1,
     NOT_NEGATIVE,
+    POSITIVE,
     is_whole,
     require,
     require_choice,
@@ -102,16 +103,22 @@ class ModelConfig:
     norm: NormKind = "rmsnorm"  # kind of every normalisation
     norm_eps: float = 1e-5  # added to the variance
     norm_offset: float = 0.0  # added to the stored scale (1 for Gemma and Nemotron)
-    sandwich_norm: bool = False  # also normalise what attention and MLP return (Gemma 2)
+    norm_bias: bool = True  # layernorm: biases beside the scales (Cohere has none)
+    pre_norm: bool = True  # normalise what attention and MLP read
+    sandwich_norm: bool = False  # also normalise what attention and MLP return (Gemma 2; OLMo 2: only that)
     parallel_residual: bool = False  # attention and MLP both read the layer's input (NeoX)
+    shared_norm: bool = False  # parallel_residual: attention and MLP read the same norm of it (GPT-J)
     activation: Activation = "silu"  # MLP non-linearity
     gated: bool = True  # MLP is act(gate) * up instead of act(up)
     qkv_bias: bool = False  # biases on query, key and value projections
     out_bias: bool = False  # bias on attention's output projection
     mlp_bias: bool = False  # biases on the MLP's projections
     qk_norm: bool = False  # RMS-normalise each query and key head (Qwen 3)
+    qk_norm_whole: bool = False  # qk_norm: all heads of a token at once, instead of each (OLMo 2)
     position: Position = "rope"  # rotary, or a learned table added to the embedding
     rope: RopeConfig = dataclasses.field(default=RopeConfig())  # used when position == "rope"
+    local_rope: RopeConfig | None = None  # of layers with a sliding window (Gemma 3); None = `rope`
+    rotated: tuple[bool, ...] = ()  # whether each layer rotates (SmolLM3: not all); () = all do
     layer_mlp: tuple[int, ...] = ()  # d_mlp of every layer, the largest is d_mlp; () = all the same
     layer_heads: tuple[int, ...] = ()  # n_heads of every layer, likewise
     layer_kv_heads: tuple[int, ...] = ()  # n_kv_heads of every layer, likewise
@@ -122,6 +129,8 @@ class ModelConfig:
     attn_softcap: float = 0.0  # attention logits pass c * tanh(x / c); 0 = off
     final_softcap: float = 0.0  # the same for vocabulary logits; 0 = off
     embed_scale: float = 1.0  # multiplies token embeddings (Gemma: sqrt(d_model))
+    residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream (Granite)
+    logit_scale: float = 1.0  # multiplies vocabulary logits, before a softcap (Granite, Cohere)
     tied: bool = False  # the vocabulary head is the embedding table
     exits: tuple[ExitConfig, ...] = ()  # early exits in increasing depth
     dtype: str = "float32"  # dtype of activations
@@ -157,15 +166,9 @@ class ModelConfig:
             self.windows,
             f"needs one entry per layer ({self.n_layers}) or none",
         )
-        beyond = self.rope.scaling == "dynamic" and 0 < self.rope.original_max_len < self.max_len
-        require(
-            not beyond,
-            "max_len",
-            self.max_len,
-            f"must be at most rope.original_max_len={self.rope.original_max_len}, up to which "
-            "rope.scaling='dynamic' is computed",
-        )
         require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
+        self._check_rotation()
+        self._check_norms_and_scales()
         tokens = all(is_whole(w) for w in self.windows)
         require(tokens, "windows", self.windows, "must be tokens, or 0 for full")
         require_ids("eos_ids", self.eos_ids, low=-1)  # old configs write -1 for none
@@ -178,6 +181,62 @@ class ModelConfig:
             "exits",
             tuple(layers),
             f"the model has only n_layers={self.n_layers}",
+        )
+
+    def _check_rotation(self) -> None:
+        if self.local_rope == self.rope or not any(self.windows):
+            object.__setattr__(self, "local_rope", None)
+        if all(self.rotated):
+            object.__setattr__(self, "rotated", ())
+        require(
+            len(self.rotated) in (0, self.n_layers),
+            "rotated",
+            self.rotated,
+            f"needs one entry per layer ({self.n_layers}) or none",
+        )
+        for field in ("local_rope", "rotated"):
+            value = getattr(self, field)
+            fix = f"is not read with position={self.position!r}; leave it out"
+            require(not value or self.position == "rope", field, value, fix)
+        local = self.local_rope
+        if local is not None:
+            alike = (local.fraction, local.interleaved) == (self.rope.fraction, self.rope.interleaved)
+            require(alike, "local_rope", local, "must have the fraction and the pairs of `rope`")
+        for field, rope in (("rope", self.rope), ("local_rope", local)):
+            if rope is not None and self.position == "rope":
+                self._check_rope(field, rope)
+
+    def _check_rope(self, field: str, rope: RopeConfig) -> None:
+        beyond = rope.scaling == "dynamic" and 0 < rope.original_max_len < self.max_len
+        require(
+            not beyond,
+            "max_len",
+            self.max_len,
+            f"must be at most {field}.original_max_len={rope.original_max_len}, up to which "
+            f"{field}.scaling='dynamic' is computed",
+        )
+        pairs, given = self.rotary_dim // 2, len(rope.short_factors)
+        require(
+            rope.scaling != "longrope" or given == pairs,
+            f"{field}.short_factors",
+            rope.short_factors,
+            f"must be {pairs} numbers, one per rotated pair of a head",
+        )
+
+    def _check_norms_and_scales(self) -> None:
+        require_each(self, "", ("embed_scale", "residual_scale", "logit_scale"), *POSITIVE)
+        require(
+            self.pre_norm or (self.sandwich_norm and not self.parallel_residual),
+            "pre_norm",
+            self.pre_norm,
+            "needs norms after attention and MLP: set sandwich_norm=True, parallel_residual=False",
+        )
+        require(self.qk_norm or not self.qk_norm_whole, "qk_norm_whole", True, "needs qk_norm=True")
+        require(
+            not (self.qk_norm_whole and (self.layer_heads or self.layer_kv_heads)),
+            "qk_norm_whole",
+            self.qk_norm_whole,
+            "normalises all heads of a layer at once: layers must have the same heads",
         )
 
     def _check_layer_sizes(self) -> None:
@@ -225,10 +284,15 @@ class ModelConfig:
         return mlp, heads, kv_heads
 
     def layer(self, layer: int) -> "ModelConfig":
-        """The model with every layer of the sizes of `layer` (counted from 0)."""
-        if not self.heterogeneous:
-            return self
-        return self.with_layers(range(self.n_layers), [self.sizes(layer)] * self.n_layers, self.exits)
+        """The model with every layer of the sizes and the rotation of `layer` (counted from 0)."""
+        same = self
+        if self.heterogeneous:
+            same = self.with_layers(range(self.n_layers), [self.sizes(layer)] * self.n_layers, self.exits)
+        if self.layers_rotate_alike:
+            return same
+        rope = self.rope_of(layer)
+        rotated = (rope is not None,) * self.n_layers
+        return dataclasses.replace(same, rope=rope or self.rope, local_rope=None, rotated=rotated)
 
     def with_layers(
         self,
@@ -242,6 +306,7 @@ class ModelConfig:
             self,
             n_layers=len(layers),
             windows=tuple(map(self.window, layers)) if self.windows else (),
+            rotated=tuple(self.rotated[i] for i in layers) if self.rotated else (),
             exits=exits,
             **{"d_mlp": max(mlp), "n_heads": max(heads), "n_kv_heads": max(kv_heads)},
             **{"layer_mlp": mlp, "layer_heads": heads, "layer_kv_heads": kv_heads},
@@ -256,6 +321,28 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Leading dimensions of each head that are rotated."""
         return int(self.head_dim * self.rope.fraction)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether any layer rotates its queries and keys."""
+        return self.position == "rope" and (not self.rotated or any(self.rotated))
+
+    @property
+    def layers_rotate_alike(self) -> bool:
+        """Whether all layers rotate by `rope`."""
+        return self.local_rope is None and not self.rotated
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """How `layer` (counted from 0) rotates; None = not at all."""
+        if self.position != "rope" or (self.rotated and not self.rotated[layer]):
+            return None
+        return self.local_rope if self.local_rope is not None and self.window(layer) else self.rope
+
+    @property
+    def recomputed_from(self) -> int:
+        """Length in tokens above which a text's cached keys and values are others (longrope); 0 = none."""
+        ropes = [rope for rope in (self.rope, self.local_rope) if rope and rope.scaling == "longrope"]
+        return ropes[0].original_max_len if ropes and self.position == "rope" else 0
 
     @property
     def query_scale(self) -> float:

@@ -13,7 +13,7 @@ from elastic_lm.config.checks import (
     require_types,
 )
 
-RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn"]
+RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,11 @@ class RopeConfig:
     original_max_len: int = 0  # context the model was pretrained for; 0 = ModelConfig.max_len
     beta_fast: float = 32.0  # yarn: rotations above which a frequency is kept
     beta_slow: float = 1.0  # yarn: rotations below which a frequency is stretched
-    attention_factor: float = 0.0  # yarn: multiplier of cos and sin; 0 = 0.1 ln(factor) + 1
+    attention_factor: float = 0.0  # yarn, longrope: multiplier of cos and sin; 0 = derived from factor
     truncate: bool = True  # yarn: round the ramp's borders to whole dimensions
+    short_factors: tuple[float, ...] = ()  # longrope: stretch of every pair in texts up to original_max_len
+    long_factors: tuple[float, ...] = ()  # longrope: the same in longer texts
+    interleaved: bool = False  # pairs are neighbouring dimensions, instead of one of each half (Cohere)
 
     def __post_init__(self) -> None:
         require_types(self, "rope.")
@@ -54,4 +57,24 @@ class RopeConfig:
             "rope.high_freq_factor",
             self.high_freq_factor,
             f"must be above low_freq_factor={self.low_freq_factor}",
+        )
+        if self.scaling == "longrope":
+            self._check_longrope()
+
+    def _check_longrope(self) -> None:
+        for field in ("short_factors", "long_factors"):
+            factors = getattr(self, field)
+            usable = bool(factors) and all(0 < factor < math.inf for factor in factors)
+            require(usable, f"rope.{field}", factors, "must be positive numbers, one per rotated pair")
+        require(
+            len(self.short_factors) == len(self.long_factors),
+            "rope.long_factors",
+            self.long_factors,
+            f"must be {len(self.short_factors)} numbers, as many as short_factors",
+        )
+        require(
+            self.original_max_len > 1,
+            "rope.original_max_len",
+            self.original_max_len,
+            "must be the length in tokens at which the long factors take over",
         )

@@ -155,6 +155,9 @@ class Subnet:
         )
         for j, i in enumerate(self.layers):
             mlp, heads, groups = config.sizes(i)
+            if config.qk_norm_whole:
+                _require_all_heads(f"subnet.heads[{j}]", self.heads[j], heads // groups)
+                _require_all_heads(f"subnet.groups[{j}]", self.groups[j], groups)
             _check_size(f"subnet.mlp[{j}]", self.mlp[j], mlp, unit, f"MLP neurons of layer {i}")
             _check_size(
                 f"subnet.heads[{j}]", self.heads[j], heads // groups, 0, f"heads per group of layer {i}"
@@ -212,6 +215,12 @@ def _check_layers(config: ModelConfig, layers: Ints) -> None:
     )
 
 
+def _require_all_heads(field: str, found: float, whole: float) -> None:
+    """Refuses to cut heads that are normalised together: the others would be other ones without them."""
+    fix = f"qk_norm_whole=True normalises all heads of a layer at once; keep {whole}, and cut neurons or layers"
+    require(found == whole, field, found, fix)
+
+
 def _check_size(field: str, size: int, full: int, unit: int, of: str) -> None:
     require(size <= full, field, size, f"there are {full} {of}")
     fits = size == full or not unit or size % unit == 0
@@ -267,6 +276,9 @@ class Menu:
             (names it and the nearest that do), or all layers may be dropped.
         """
         self._check_dropped(config)
+        if config.qk_norm_whole:
+            for field in ("heads", "groups"):
+                _require_all_heads(f"menu.{field}", min(getattr(self, field)), 1.0)
         unit = max(config.elastic_groups, 1)
         sizes = [config.sizes(i) for i in range(config.n_layers)]
 

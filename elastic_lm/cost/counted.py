@@ -119,8 +119,9 @@ def attention_cost(
     queries = heads * groups * c.head_dim
     projected = queries + 2 * groups * c.head_dim
     weights = d * projected + queries * d
-    small = (projected if c.qkv_bias else 0) + (d if c.out_bias else 0) + (2 * c.head_dim if c.qk_norm else 0)
-    held = weights + small + _norm(c) * (2 if c.sandwich_norm else 1)
+    normed = heads * groups + groups if c.qk_norm_whole else 2  # heads whose scales the norms have
+    small = (projected if c.qkv_bias else 0) + (d if c.out_bias else 0)
+    held = weights + small + (normed * c.head_dim if c.qk_norm else 0) + _branch_norms(c)
 
     # A sliding window bounds what a step reads, not what the cache holds.
     window = c.window(layer)
@@ -146,7 +147,8 @@ def mlp_cost(config: ModelConfig, neurons: int, workload: Workload = Workload())
     c, d = config, config.d_model
     ways = 2 if c.gated else 1
     weights = (ways + 1) * d * neurons
-    held = weights + (ways * neurons + d if c.mlp_bias else 0) + _norm(c) * (2 if c.sandwich_norm else 1)
+    norms = _branch_norms(c) - (_norm(c) if c.shared_norm else 0)
+    held = weights + (ways * neurons + d if c.mlp_bias else 0) + norms
     size = BYTES[c.param_dtype]
     return Cost(
         parameters=held,
@@ -164,7 +166,12 @@ def _layer(config: ModelConfig, layer: int, workload: Workload) -> Cost:
 
 def _norm(config: ModelConfig) -> int:
     """Parameters of one norm: scales, and biases where it has them."""
-    return config.d_model * (2 if config.norm == "layernorm" else 1)
+    return config.d_model * (2 if config.norm == "layernorm" and config.norm_bias else 1)
+
+
+def _branch_norms(config: ModelConfig) -> int:
+    """Parameters of the norms around one attention or one MLP."""
+    return _norm(config) * (config.pre_norm + config.sandwich_norm)
 
 
 def _cache(config: ModelConfig, groups: int) -> int:

@@ -68,11 +68,11 @@ def prefill(
     caches: list[cache.LayerCache] = []
     exit_caches: list[cache.LayerCache | None] = []
     for j, (start, stop) in enumerate(segments(config)):
-        tap, new_kv = decoder.run_layers(hidden, positions, start, stop)
+        tap, new_kv = decoder.run_layers(hidden, positions, start, stop, lengths_BT=length_B[:, None])
         hidden = tap.hidden
         caches += [cache.from_prefill(kv, capacity) for kv in new_kv]
         if stop < config.n_layers:
-            _, exit_kv = decoder.exit_state(j, tap, positions)
+            _, exit_kv = decoder.exit_state(j, tap, positions, lengths_BT=length_B[:, None])
             exit_caches.append(None if exit_kv is None else cache.from_prefill(exit_kv, capacity))
 
     return _decode_state(
@@ -101,7 +101,9 @@ def prefill_from_state(
     if prompt_state.layers < config.n_layers:
         decoder = decoder_of(config).bind({"params": params})
         positions = default_positions(tokens_BP, None)
-        all_kv += decoder.run_layers(prompt_state.hidden, positions, prompt_state.layers, config.n_layers)[1]
+        start, lengths = prompt_state.layers, length_B[:, None]
+        hidden = prompt_state.hidden
+        all_kv += decoder.run_layers(hidden, positions, start, config.n_layers, lengths_BT=lengths)[1]
 
     caches = [cache.from_prefill(kv, capacity) for kv in all_kv]
     return _decode_state(

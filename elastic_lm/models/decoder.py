@@ -23,12 +23,12 @@ import jax.numpy as jnp
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues
+from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, text_lengths
 from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.exit_head import Exit, VocabHead
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.partition import partitioned
-from elastic_lm.nn.rope import shared_rotation
+from elastic_lm.nn.rope import scanned_rotations, shared_rotations
 
 Params = dict[str, Any]
 
@@ -171,6 +171,7 @@ class Decoder(nn.Module):
         segments_BT: jax.Array | None = None,
         past: Sequence[KeyValues] | None = None,
         keep_LB: jax.Array | None = None,
+        lengths_BT: jax.Array | None = None,
     ) -> tuple[Tap, list[NewKeyValues]]:
         """Runs layers start .. stop-1 (static).
 
@@ -182,6 +183,7 @@ class Decoder(nn.Module):
           segments_BT: document ids, or None.
           past: cached keys and values, one entry per layer that is run, or None.
           keep_LB: as in `taps`, of the layers that are run.
+          lengths_BT: int32 lengths of the texts, [B, T or 1], where rows are padded (`nn.rope.rotation_at`).
 
         Returns:
           (Tap of the last layer, new keys and values per layer). Stacked parameters, which serve training
@@ -191,7 +193,8 @@ class Decoder(nn.Module):
             return self._scan_layers(hidden_BTD, positions_BT, start, stop, segments_BT, keep_LB), []
 
         block = nn.remat(Block.__call__) if self.remat else Block.__call__
-        rotation = shared_rotation(self.config, positions_BT)
+        lengths_BT = text_lengths(positions_BT, lengths_BT, cached=bool(past))
+        rotations = shared_rotations(self.config, positions_BT, range(start, stop), lengths_BT)
         new_kv = []
         tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
         for i in range(start, stop):
@@ -200,7 +203,7 @@ class Decoder(nn.Module):
                 segments_BT,
                 self.config.window(i),
                 past[i - start] if past else None,
-                rotation=rotation,
+                rotation=rotations[i - start],
             )
             tap, kv = block(self.layers[i], tap.hidden, context)
             tap = tap.skipped(None if keep_LB is None else keep_LB[i - start])
@@ -220,26 +223,28 @@ class Decoder(nn.Module):
         stacked = self._stacked()
         windows = jnp.asarray([self.config.window(i) for i in range(start, stop)], jnp.int32)
         windowed = bool(self.config.windows)
+        kinds, rotation_of = scanned_rotations(self.config, positions_BT)
         block = Block(self.config, parent=None)
 
-        def layer(hidden: jax.Array, params: Params, window: int | jax.Array) -> Tap:
-            context = AttentionContext(positions_BT, segments_BT, window)
+        def layer(hidden: jax.Array, params: Params, window: int | jax.Array, kind: jax.Array) -> Tap:
+            context = AttentionContext(positions_BT, segments_BT, window, rotation=rotation_of(kind))
             tap, _ = block.apply({"params": params}, hidden, context)
             return tap
 
         run = jax.checkpoint(layer) if self.remat else layer
 
-        def step(hidden: jax.Array, xs: tuple[Params, jax.Array, jax.Array | None]) -> tuple[jax.Array, None]:
-            params, window, keep_B = xs
-            return run(hidden, params, window if windowed else 0).skipped(keep_B).hidden, None
+        def step(hidden: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+            params, window, kind, keep_B = xs
+            return run(hidden, params, window if windowed else 0, kind).skipped(keep_B).hidden, None
 
         # The scan carries states alone; the last layer stands apart, since its whole Tap is wanted.
         inner = jax.tree.map(lambda p: p[start : stop - 1], stacked)
         if stop - 1 > start:
             keep = None if keep_LB is None else keep_LB[:-1]
-            hidden_BTD, _ = jax.lax.scan(step, hidden_BTD, (inner, windows[:-1], keep))
+            xs = (inner, windows[:-1], kinds[start : stop - 1], keep)
+            hidden_BTD, _ = jax.lax.scan(step, hidden_BTD, xs)
         last = jax.tree.map(lambda p: p[stop - 1], stacked)
-        tap = run(hidden_BTD, last, windows[-1] if windowed else 0)
+        tap = run(hidden_BTD, last, windows[-1] if windowed else 0, kinds[stop - 1])
         return tap.skipped(None if keep_LB is None else keep_LB[-1])
 
     def _stacked(self) -> Params | None:
@@ -266,9 +271,10 @@ class Decoder(nn.Module):
         *,
         segments_BT: jax.Array | None = None,
         past: KeyValues | None = None,
+        lengths_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, NewKeyValues | None]:
         """State [B, T, D] of exit `index` (static) and, for `block` exits, its new keys and values."""
-        context = AttentionContext(positions_BT, segments_BT, past=past)
+        context = AttentionContext(positions_BT, segments_BT, past=past, lengths=lengths_BT)
         return self.exits[index].state(tap, context)
 
     def exit_head_input(self, index: int, hidden_BTD: jax.Array, tap: Tap) -> jax.Array:
@@ -339,7 +345,8 @@ def _check_length(config: ModelConfig, length: int) -> None:
     A table of learned positions ends there. Rope "dynamic" is plain rope up to there, and beyond it depends
     on how long the text will be, which nothing here computes.
     """
-    ends = config.position == "learned" or config.rope.scaling == "dynamic"
+    ropes = (config.rope, config.local_rope or config.rope)
+    ends = config.position == "learned" or any(rope.scaling == "dynamic" for rope in ropes)
     kind = "rope.scaling='dynamic'" if config.position == "rope" else "position='learned'"
     require(
         not ends or length <= config.max_len,
@@ -379,7 +386,8 @@ def vocab_logits(
 
 
 def softcapped(config: ModelConfig, logits: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """Float32 logits [..., V] after the model's softcap, divided by a temperature."""
+    """Float32 logits [..., V] after the model's scale and softcap, divided by a temperature."""
+    logits = logits if config.logit_scale == 1.0 else logits * config.logit_scale
     if config.final_softcap:
         logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
     return logits if temperature == 1.0 else logits / temperature

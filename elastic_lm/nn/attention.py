@@ -9,7 +9,7 @@ stale cache entries all follow from this rule, so that no masks are passed aroun
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import flax.struct
@@ -56,7 +56,9 @@ class AttentionContext:
       past: the layer's cached keys and values, or None.
       biases: [N, T, S] float32 each, added to the logits of every row: one of `past`, where there is a past,
         and one of the new tokens. None = no biases.
-      rotation: of the new tokens, if layers share one (`rope.shared_rotation`); None = each computes it.
+      rotation: of the new tokens, if layers share one (`rope.shared_rotations`); None = each computes it.
+      lengths: [B, T or 1] int32 length of the text of each new token, where positions do not tell
+        (`rope.rotation_at`); None = they do.
     """
 
     positions: jax.Array
@@ -65,10 +67,14 @@ class AttentionContext:
     past: KeyValues | None = None
     biases: Sequence[jax.Array] | None = None
     rotation: Rotation | None = None
+    lengths: jax.Array | None = None
 
     def rotation_of(self, config: ModelConfig) -> Rotation:
         """How queries and keys of a model (static) with rotary positions are rotated."""
-        return rotation_at(config, self.positions) if self.rotation is None else self.rotation
+        if self.rotation is not None:
+            return self.rotation
+        lengths = text_lengths(self.positions, self.lengths, cached=self.past is not None)
+        return rotation_at(config, self.positions, lengths)
 
 
 class Attention(nn.Module):
@@ -104,13 +110,13 @@ class Attention(nn.Module):
         q = q.reshape(b, t, c.n_heads, c.head_dim)
 
         if c.qk_norm:
-            q = Norm("rmsnorm", c.norm_eps, c.norm_offset, c.param_dtype, name="q_norm")(q)
-            k = Norm("rmsnorm", c.norm_eps, c.norm_offset, c.param_dtype, name="k_norm")(k)
+            q = norm_heads(c, Norm("rmsnorm", c.norm_eps, c.norm_offset, c.param_dtype, name="q_norm"), q)
+            k = norm_heads(c, Norm("rmsnorm", c.norm_eps, c.norm_offset, c.param_dtype, name="k_norm"), k)
 
         # Keys are rotated before they are cached, so that a cache is never rotated again.
-        if c.position == "rope":
+        if c.rotates:
             rotation = context.rotation_of(c)
-            q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+            q, k = (apply_rope(x, rotation, c.rope.interleaved) for x in (q, k))
 
         new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), context.positions, context.segments)
         out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap)
@@ -120,6 +126,32 @@ class Attention(nn.Module):
         axes = ("embed", "heads")
         out = Linear((c.d_model,), axes, c.out_bias, c.param_dtype, name="out")(out)
         return out, (new.k, new.v)
+
+
+def norm_heads(
+    config: ModelConfig, norm: Callable[[jax.Array], jax.Array], x_BTNH: jax.Array
+) -> jax.Array:
+    """Queries or keys normalised: every head, or all heads of a token at once (`qk_norm_whole`)."""
+    if not config.qk_norm_whole:
+        return norm(x_BTNH)
+    b, t, n, h = x_BTNH.shape
+    return norm(x_BTNH.reshape(b, t, n * h)).reshape(x_BTNH.shape)
+
+
+def text_lengths(
+    positions_BT: jax.Array, lengths_BT: jax.Array | None, *, cached: bool
+) -> jax.Array | None:
+    """Lengths for `rope.rotation_at`: those that are given, or what positions tell.
+
+    After a cache, new positions belong to the text that they continue. Some of them may lie beyond its end,
+    so that each is taken by itself.
+
+    Args:
+      positions_BT: int32 positions of the new tokens.
+      lengths_BT: int32 [B, T or 1], or None.
+      cached: whether there is a past; static.
+    """
+    return positions_BT + 1 if lengths_BT is None and cached else lengths_BT
 
 
 def attend(

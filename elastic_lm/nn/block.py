@@ -2,9 +2,10 @@
 
     a = x + attn(norm(x))                     what the layer's MLP output is added to
     y = a + mlp(norm(a))                      the layer's output
-    y = a + mlp(norm(x))                      with a parallel residual (GPT-NeoX)
+    y = a + mlp(norm(x))                      with a parallel residual (GPT-NeoX), whose two norms may be one
 
-Sandwich norms (Gemma 2) normalise the outputs of attention and MLP too, before they are added.
+Sandwich norms (Gemma 2) normalise the outputs of attention and MLP too, before they are added. OLMo 2 has no
+others. Granite multiplies what is added.
 """
 
 import dataclasses
@@ -51,9 +52,10 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.attn_norm = make_norm(c, "attn_norm")
+        self.attn_norm = make_norm(c, "attn_norm") if c.pre_norm else unchanged
         self.attn = Attention(c, name="attn")
-        self.mlp_norm = make_norm(c, "mlp_norm")
+        if not c.shared_norm:
+            self.mlp_norm = make_norm(c, "mlp_norm") if c.pre_norm else unchanged
         self.mlp = MLP(c, name="mlp")
         if c.sandwich_norm:
             self.post_attn_norm = make_norm(c, "post_attn_norm")
@@ -90,12 +92,13 @@ class Block(nn.Module):
         Returns:
           As `__call__`.
         """
-        attended, new_kv = attention(self.attn_norm(x_BTD))
-        if self.config.sandwich_norm:
+        c, normed = self.config, self.attn_norm(x_BTD)
+        attended, new_kv = attention(normed)
+        if c.sandwich_norm:
             attended = self.post_attn_norm(attended)
-        residual = x_BTD + attended
+        residual = x_BTD + scaled(attended, c.residual_scale)
 
-        mlp_input = self.mlp_norm(x_BTD if self.config.parallel_residual else residual)
+        mlp_input = normed if c.shared_norm else self.mlp_norm(x_BTD if c.parallel_residual else residual)
         hidden = self.add_mlp(residual, mlp(mlp_input))
         return Tap(hidden, residual, mlp_input, entering=x_BTD), new_kv
 
@@ -113,7 +116,7 @@ class Block(nn.Module):
         """
         if self.config.sandwich_norm:
             mlp_BTD = self.post_mlp_norm(mlp_BTD)
-        return residual_BTD + mlp_BTD
+        return residual_BTD + scaled(mlp_BTD, self.config.residual_scale)
 
     def key_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues:
         """Keys and values that this layer would have for an input.
@@ -126,6 +129,16 @@ class Block(nn.Module):
         return self.attn(self.attn_norm(x_BTD), AttentionContext(positions_BT))[1]
 
 
+def unchanged(x_BTD: jax.Array) -> jax.Array:
+    """In the place of a norm that a model does not have."""
+    return x_BTD
+
+
+def scaled(x: jax.Array, scale: float) -> jax.Array:
+    """`x` times a number (static) of its own dtype."""
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+
 def make_norm(c: ModelConfig, name: str) -> Norm:
     """A normalisation of the model's kind, over the last axis of its input.
 
@@ -133,4 +146,4 @@ def make_norm(c: ModelConfig, name: str) -> Norm:
       c: the model; static.
       name: key of its parameters.
     """
-    return Norm(c.norm, c.norm_eps, c.norm_offset, c.param_dtype, c.norm_width, name=name)
+    return Norm(c.norm, c.norm_eps, c.norm_offset, c.param_dtype, c.norm_width, c.norm_bias, name=name)

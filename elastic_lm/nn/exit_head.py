@@ -37,7 +37,10 @@ class Exit(nn.Module):
         if self.exit.kind == "mlp":
             self.mlp = MLP(layer, name="mlp")
         if self.exit.kind == "block":
-            self.block = Block(layer, name="block")
+            # It begins as a copy of the last layer, and rotates like it.
+            last = self.config.layer(self.config.n_layers - 1)
+            block = dataclasses.replace(layer, rope=last.rope, rotated=last.rotated)
+            self.block = Block(block, name="block")
         if self.exit.kind == "linear":
             d, dtype = self.config.d_model, self.config.param_dtype
             self.map = Linear((d,), (None, "embed"), True, dtype, name="map")

@@ -107,7 +107,8 @@ def dimensions(path: tuple[str, ...]) -> tuple[str | None, ...]:
     if "gate" in path:
         return GATE_WIDTHS.get(name, ())
     if path[-1] in ("scale", "bias") and path[-2].endswith("norm"):
-        # Norms of queries and keys are over the dimensions of a head, which stay.
+        # Norms of queries and keys are over the dimensions of a head, which stay, or over all heads, which
+        # stay then.
         return () if path[-2] in ("q_norm", "k_norm") else ("channels",)
     require(
         name in WIDTHS,

@@ -21,6 +21,7 @@ from elastic_lm.models.decoder import Decoder, Params, default_positions
 from elastic_lm.nn.attention import Attention, AttentionContext
 from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.mlp import MLP
+from elastic_lm.nn.rope import scanned_rotations
 from elastic_lm.width.axes import grouped_kept
 
 
@@ -75,13 +76,14 @@ def gated_hidden(
     counted_BT = jnp.ones(tokens_BT.shape) if segments_BT is None else (segments_BT > 0).astype(jnp.float32)
     share_BT1 = (counted_BT / jnp.maximum(jnp.sum(counted_BT, axis=1, keepdims=True), 1.0))[..., None]
 
+    kinds, rotation_of = scanned_rotations(config, positions_BT)
+
     def layer(hidden: jax.Array, xs: Any) -> tuple[jax.Array, Picks]:
-        params, given, keep_B, window = xs
+        params, given, keep_B, window, kind = xs
         picks = pick(given, hidden)
-        context = AttentionContext(positions_BT, segments_BT, window if config.windows else 0)
-        tap = gated_block(
-            config.layer(0), params, hidden, context, picks, heads=sizes.heads[0], mlp=sizes.mlp[0]
-        )
+        window = window if config.windows else 0
+        context = AttentionContext(positions_BT, segments_BT, window, rotation=rotation_of(kind))
+        tap = gated_block(config, params, hidden, context, picks, heads=sizes.heads[0], mlp=sizes.mlp[0])
         mean = jax.tree.map(lambda p: jnp.sum(p * share_BT1, axis=1) if p.shape[1] > 1 else p[:, 0], picks)
 
         # A product, unlike a `where`, passes a gradient on to `keep_LB`, which routers learn too.
@@ -90,7 +92,7 @@ def gated_hidden(
 
     windows = jnp.asarray([config.window(i) for i in range(config.n_layers)], jnp.int32)
     body = jax.checkpoint(layer) if remat else layer
-    return jax.lax.scan(body, hidden, (params["layers"], given, keep_LB, windows))
+    return jax.lax.scan(body, hidden, (params["layers"], given, keep_LB, windows, kinds))
 
 
 def gated_block(

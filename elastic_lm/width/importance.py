@@ -356,7 +356,8 @@ def _sorting(config: ModelConfig, importance: Importance, owner: str, order_D: n
     if owner in importance.neurons:
         order_F = storage_order(importance.neurons[owner], config.elastic_groups)
         edit = dataclasses.replace(edit, neurons=functools.partial(_take, order=order_F))
-    if owner not in importance.heads:
+    # Heads that are normalised together cannot be cut (`Subnet.check`), and need no order.
+    if owner not in importance.heads or config.qk_norm_whole:
         return edit
 
     # Groups are sorted by the sum of their heads' scores, and heads inside their group. W_qkv stores for

@@ -27,7 +27,7 @@ import numpy as np
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Ints
 from elastic_lm.models.decoder import Params
-from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, attend
+from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, attend, norm_heads
 from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.mlp import MLP
@@ -88,10 +88,11 @@ def _nested_attention(
         """Queries or keys, normalised and rotated as the model does it."""
         if c.qk_norm:
             norm = Norm("rmsnorm", c.norm_eps, c.norm_offset, c.param_dtype, parent=None)
-            x_BTNH = jnp.asarray(norm.apply({"params": params[name]}, x_BTNH))
-        if c.position != "rope":
+            own = {"params": params[name]}
+            x_BTNH = norm_heads(c, lambda x: jnp.asarray(norm.apply(own, x)), x_BTNH)
+        if not c.rotates:
             return x_BTNH
-        return apply_rope(x_BTNH, context.rotation_of(c))
+        return apply_rope(x_BTNH, context.rotation_of(c), c.rope.interleaved)
 
     kv = linear(x_BTD, params["kv"]["kernel"], params["kv"].get("bias"))
     k, v = rotated("k_norm", kv[:, :, :, 0]), kv[:, :, :, 1]

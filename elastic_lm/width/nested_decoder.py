@@ -19,9 +19,9 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.models.decoder import Decoder, Params, default_positions
-from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues
+from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, text_lengths
 from elastic_lm.nn.block import Tap
-from elastic_lm.nn.rope import shared_rotation
+from elastic_lm.nn.rope import shared_rotations
 from elastic_lm.width.nested import nest, nested_block
 from elastic_lm.width.router import layer_router, router_input
 
@@ -74,6 +74,7 @@ class NestedDecoder(Decoder):
         segments_BT: jax.Array | None = None,
         past: Sequence[KeyValues] | None = None,
         keep_LB: jax.Array | None = None,
+        lengths_BT: jax.Array | None = None,
     ) -> tuple[Tap, list[NewKeyValues]]:
         """As `Decoder.run_layers`, without packed documents and layer dropout, which belong to training."""
         assert segments_BT is None
@@ -81,13 +82,15 @@ class NestedDecoder(Decoder):
 
         c, params = self.config, self.variables["params"]
         sizes = c.menu.sizes(c)
-        rotation = shared_rotation(c, positions_BT)
+        lengths_BT = text_lengths(positions_BT, lengths_BT, cached=bool(past))
+        rotations = shared_rotations(c, positions_BT, range(start, stop), lengths_BT)
         new_kv = []
         tap = Tap(hidden_BTD, hidden_BTD, hidden_BTD, hidden_BTD)
         for i in range(start, stop):
             layer = params[f"layers_{i}"]
             heads_BT, mlp_BT = self._choices(i, layer, tap.hidden)
             own_past = past[i - start] if past else None
+            rotation = rotations[i - start]
             context = AttentionContext(positions_BT, window=c.window(i), past=own_past, rotation=rotation)
             tap, kv = nested_block(c.layer(i), layer, tap.hidden, context, heads_BT, mlp_BT, mlp=sizes.mlp[i])
             new_kv.append(kv)
@@ -154,7 +157,7 @@ def prompt_choices(
         heads_B, mlp_B = jnp.argmax(mean["heads"], axis=-1), jnp.argmax(mean["mlp"], axis=-1)
         chosen.append((heads_B, mlp_B))
 
-        context = AttentionContext(positions, window=config.window(i))
+        context = AttentionContext(positions, window=config.window(i), lengths=length_B[:, None])
         tap, _ = nested_block(
             config.layer(i), layer, hidden, context, heads_B[:, None], mlp_B[:, None], mlp=sizes.mlp[i]
         )

@@ -15,6 +15,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Ints, Menu, Subnet
@@ -22,6 +23,7 @@ from elastic_lm.models.decoder import Decoder, Params, default_positions
 from elastic_lm.nn.attention import Attention, AttentionContext, NewKeyValues
 from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.mlp import MLP
+from elastic_lm.nn.rope import scanned_rotations
 from elastic_lm.width.axes import edit_params, slice_edit
 
 
@@ -81,20 +83,31 @@ def elastic_taps(
     sizes = menu.sizes(config)
     hidden = Decoder(config).bind({"params": params}).embed(tokens_BT, positions_BT)
 
-    def layer(i: int, params: Params, hidden: jax.Array, chosen: MenuIndices, window: int | jax.Array) -> Tap:
-        """Layer i (static), of which `chosen` has the indices."""
-        context = AttentionContext(positions_BT, segments_BT, window)
+    kinds, rotation_of = scanned_rotations(config, positions_BT)
+
+    def layer(
+        i: int | None,
+        params: Params,
+        hidden: jax.Array,
+        chosen: MenuIndices,
+        window: int | jax.Array,
+        kind: jax.Array,
+    ) -> Tap:
+        """Layer i (static), of which `chosen` has the indices; None = any of layers of one size."""
+        own = config if i is None else config.layer(i)
+        rotation = rotation_of(kind) if own.rotates else None
+        context = AttentionContext(positions_BT, segments_BT, window, rotation=rotation)
 
         def run(hidden: jax.Array) -> Tap:
             tap, _ = elastic_block(
-                config.layer(i),
+                own,
                 params,
                 hidden,
                 context,
                 chosen,
-                mlp=sizes.mlp[i],
-                heads=sizes.heads[i],
-                kv_groups=sizes.groups[i],
+                mlp=sizes.mlp[i or 0],
+                heads=sizes.heads[i or 0],
+                kv_groups=sizes.groups[i or 0],
             )
             return tap
 
@@ -107,12 +120,12 @@ def elastic_taps(
     for depth in sorted(set(depths or (config.n_layers,))):
         # As in `Decoder`, a scan carries states alone, so the layer with the tap stands apart.
         if stacked is not None:
-            hidden = _scan_layers(config, stacked, hidden, choice, layer, start, depth - 1)
+            hidden = _scan_layers(config, stacked, hidden, choice, layer, kinds, start, depth - 1)
             start = depth - 1
         for i in range(start, depth):
             chosen = jax.tree.map(lambda x, i=i: x[i], choice)
             own = params[f"layers_{i}"] if stacked is None else jax.tree.map(lambda p, i=i: p[i], stacked)
-            taps[depth] = layer(i, own, hidden, chosen, config.window(i))
+            taps[depth] = layer(i, own, hidden, chosen, config.window(i), kinds[i])
             hidden = taps[depth].hidden
         start = depth
     return taps
@@ -124,19 +137,19 @@ def _scan_layers(
     hidden: jax.Array,
     choice: MenuIndices,
     layer: Callable[..., Tap],
+    kinds: np.ndarray,
     start: int,
     stop: int,
 ) -> jax.Array:
     """State after stacked layers start .. stop-1."""
     windows = jnp.asarray([config.window(i) for i in range(start, stop)], jnp.int32)
 
-    def step(hidden: jax.Array, xs: tuple[Params, MenuIndices, jax.Array]) -> tuple[jax.Array, None]:
-        params, chosen, window = xs
-        # Stacked layers have one size, so layer 0 stands for all of them.
-        return layer(0, params, hidden, chosen, window if config.windows else 0).hidden, None
+    def step(hidden: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+        params, chosen, window, kind = xs
+        return layer(None, params, hidden, chosen, window if config.windows else 0, kind).hidden, None
 
     part = jax.tree.map(lambda x: x[start:stop], (stacked, choice))
-    return jax.lax.scan(step, hidden, (*part, windows))[0] if stop > start else hidden
+    return jax.lax.scan(step, hidden, (*part, windows, kinds[start:stop]))[0] if stop > start else hidden
 
 
 def elastic_block(
