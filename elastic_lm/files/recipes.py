@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = PACKAGE / "recipes"  # in a wheel
 CHECKOUT = PACKAGE.parent / "configs"  # of the repository, beside the package
-FLAGS = {".py": "--config", ".gin": "--gin_file"}
+KINDS = {".py": ("config file", "--config"), ".gin": ("gin file", "--gin_file")}
 NAME = re.compile(r"[A-Za-z_]\w*")  # of a recipe: no path
 
 
@@ -65,7 +65,8 @@ def find_recipe(name: str, suffix: str = ".py") -> Path:
     own = recipe_folder() / (name + suffix)
     if NAME.fullmatch(name) and own.is_file():
         return own
-    raise FileNotFoundError(f"config file {file} does not exist; {_fix(file, FLAGS[suffix])}")
+    kind, flag = KINDS[suffix]
+    raise FileNotFoundError(f"{kind} {file} does not exist; {_fix(file, flag)}")
 
 
 def _fix(file: Path, flag: str) -> str:
