@@ -7,7 +7,8 @@ import jax
 from elastic_lm import hf
 from elastic_lm.config.model import DTYPES
 from elastic_lm.files.atomic import moved_away
-from elastic_lm.files.local import local_path
+from elastic_lm.files.gguf import is_gguf
+from elastic_lm.files.hub import OR_NAME, local_model
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Config, Model, kind_of, make_model
 
@@ -15,22 +16,29 @@ CHECKPOINT = "elastic_config.json"
 
 
 def load(
-    path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    revision: str | None = None,
 ) -> tuple[Model, Params]:
-    """Loads a Hugging Face folder or a checkpoint of this package.
+    """Loads a model of the Hugging Face Hub, a folder of one, a checkpoint of this package or a GGUF file.
 
     Args:
-      path: folder with config.json and safetensors, or with elastic_config.json.
+      path: folder with config.json and safetensors, or with elastic_config.json; a .gguf file; or, where
+        nothing of that name is here, ORG/NAME of a model on the Hub, which is downloaded into its cache.
       dtype: "float32", "bfloat16" or "float16" of parameters and activations; None = as saved for a
         checkpoint, in which what was trained over frozen half-precision weights is float32, and see
         `hf.load` for a Hugging Face folder.
       mesh: devices to spread the parameters over; None = the default device.
+      revision: branch, tag or commit on the Hub, which ORG/NAME@REVISION names too; None = the main branch.
 
     Returns:
       (model, canonical parameters); `model.config` describes it.
 
     Raises:
-      FileNotFoundError: there is nothing at `path`, or it is neither kind of folder.
+      FileNotFoundError: there is nothing at `path`, or nothing that holds a model.
+      OSError: the Hub cannot be reached or does not give the model to this user; says what to do.
       ValueError: `path` is remote; or see `hf.load`.
 
     Example:
@@ -41,7 +49,7 @@ def load(
       assert params["embed"]["table"].shape == (model.config.vocab_size, model.config.d_model)
       ```
     """
-    config, params = _load(local_path(path), dtype, mesh)
+    config, params = _load(local_model(path, revision=revision), dtype, mesh)
     return make_model(config), params
 
 
@@ -77,13 +85,14 @@ def check_model_folder(path: str | Path) -> None:
     Raises:
       FileNotFoundError: there is nothing at `path`, or it has no config.
     """
-    folder = Path(path)
+    folder = local_model(path, weights=False)
+    if is_gguf(folder):
+        return
     if not (folder / CHECKPOINT).is_file() and not (folder / "config.json").is_file():
         found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
             f"{folder}: expected a Hugging Face folder (with config.json) or a checkpoint of this package "
-            f"(with {CHECKPOINT}); found {found}. Models are not downloaded: fetch one first, for example "
-            f"with `hf download NAME --local-dir DIR`{moved_away(folder)}"
+            f"(with {CHECKPOINT}); found {found}. {OR_NAME}{moved_away(folder)}"
         )
 
 

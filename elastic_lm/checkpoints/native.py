@@ -39,6 +39,7 @@ from elastic_lm.files.atomic import (
     remove_leftovers,
     whole_folder,
 )
+from elastic_lm.files.hub import local_model
 from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.shortage import is_shortage
 from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
@@ -454,7 +455,7 @@ def load_config(path: str | Path) -> Config:
       FileNotFoundError: the folder is not an elastic checkpoint.
       ValueError: its config is damaged.
     """
-    file = local_path(path).absolute() / CONFIG_FILE
+    file = local_model(path, weights=False).absolute() / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent} is not an elastic checkpoint: it has no {CONFIG_FILE}")
     values = read_json(file)
@@ -474,7 +475,7 @@ def load_menu(path: str | Path) -> Menu:
       FileNotFoundError: the checkpoint has no menu.
       ValueError: its menu is damaged.
     """
-    file = local_path(path).absolute() / MENU_FILE
+    file = local_model(path, weights=False).absolute() / MENU_FILE
     if not file.is_file():
         fix = "train an elastic model with --config flextron, or give a Menu: el.SubnetChooser(config, menu)"
         raise FileNotFoundError(f"{file.parent} has no {MENU_FILE}: {fix}")

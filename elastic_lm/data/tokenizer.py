@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from elastic_lm.config.checks import is_whole, require, require_ids
 from elastic_lm.data.chat_template import ChatTemplate, chat_template_of
+from elastic_lm.data.gguf_tokenizer import unpacked
 from elastic_lm.data.tokenizer_files import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -24,7 +25,8 @@ from elastic_lm.data.tokenizer_files import (
 )
 from elastic_lm.files.atomic import read_json, write_bytes_whole, write_text_whole
 from elastic_lm.files.checksums import check_files
-from elastic_lm.files.local import local_path
+from elastic_lm.files.gguf import is_gguf
+from elastic_lm.files.hub import local_model
 from elastic_lm.files.text_files import check_whole
 
 SAMPLED_TOKENS = 256  # of a vocabulary, that its fingerprint reads
@@ -84,7 +86,7 @@ class Tokenizer:
         self._truncating: dict[int, tokenizers.Tokenizer] = {}  # copies that cut, by length
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | Path, *, revision: str | None = None) -> "Tokenizer":
         """Reads a folder that holds tokenizer.json (a Hugging Face or elastic checkpoint), or that file.
 
         Special tokens that only tokenizer_config.json, added_tokens.json or special_tokens_map.json beside it
@@ -92,11 +94,19 @@ class Tokenizer:
         prepends; ending ids come from generation_config.json, config.json or tokenizer_config.json beside it,
         in this order. The padding id is that of tokenizer_config.json, config.json or tokenizer.json.
 
+        Args:
+          path: the folder or file, a .gguf file, or a model's name on the Hub, see `el.load`.
+          revision: branch, tag or commit on the Hub; None = the main branch.
+
         Raises:
           FileNotFoundError: there is no tokenizer.json; says how to make one of another format.
           ValueError: the file is not a tokenizer, or one beside it is damaged; names the file.
         """
-        file = find_tokenizer(local_path(path))
+        place = local_model(path, revision=revision, weights=False)
+        if is_gguf(place):
+            with unpacked(place) as folder:
+                return cls.load(folder)
+        file = find_tokenizer(place)
         check_files(file.parent, CHECKED)
         folder, files = file.parent, carried_files(file)
         backend = build(folder, files)

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from elastic_lm.files.gguf import is_gguf
+from elastic_lm.files.hub import OR_NAME, local_model
+
 SAMPLES = 16  # pieces that are read of a large file
 SAMPLE = 1 << 16  # bytes of each
 SAMPLED_NUMBERS = 1 << 14  # of each parameter in memory, at least: whole rows are read
@@ -51,7 +54,7 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
     weights again may give a different fingerprint.
 
     Args:
-      folder: a Hugging Face folder, or a checkpoint of this package.
+      folder: a Hugging Face folder, a checkpoint of this package, a .gguf file, or a model's name on the Hub.
 
     Returns:
       16 hexadecimal digits.
@@ -59,12 +62,11 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
     Raises:
       FileNotFoundError: there is no such folder.
     """
-    folder = Path(folder)
+    folder = local_model(folder)
+    if is_gguf(folder):
+        return file_digest(folder)[0]
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder. Models are not downloaded: fetch one first, for example with "
-            "`hf download NAME --local-dir DIR`"
-        )
+        raise FileNotFoundError(f"{folder}: no such folder. {OR_NAME}")
     digest = hashlib.sha256()
     for path in sorted({path for part in PARTS for path in folder.glob(part) if path.is_file()}):
         size = path.stat().st_size

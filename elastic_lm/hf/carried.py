@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from elastic_lm.files.atomic import read_json
+from elastic_lm.files.gguf import is_gguf
+from elastic_lm.files.hub import local_model
 from elastic_lm.hf.config_json import config_from_hf
+from elastic_lm.hf.gguf import config_entries
 from elastic_lm.models.registry import Config
 
 CONFIG_FILE = "config.json"
@@ -38,12 +41,14 @@ class Carried:
 
     @classmethod
     def of_folder(cls, folder: str | Path) -> Self:
-        """Reads a Hugging Face folder, or what a checkpoint of this package keeps of one.
+        """Reads a Hugging Face folder or name, or what a checkpoint of this package keeps of one.
 
         Raises:
           ValueError: a file is damaged; names it.
         """
-        folder = Path(folder)
+        folder = local_model(folder, weights=False)
+        if is_gguf(folder):
+            return cls(config_entries(folder), None)
         kept = [folder / KEPT_FILE, folder / CONFIG_FILE]
         config = next((read_json(file) for file in kept if file.is_file()), {})
         generation = folder / GENERATION_FILE

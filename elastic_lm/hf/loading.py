@@ -14,10 +14,12 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import DTYPES
 from elastic_lm.files.atomic import moved_away
 from elastic_lm.files.checksums import check_files
-from elastic_lm.files.local import local_path
+from elastic_lm.files.gguf import is_gguf
+from elastic_lm.files.hub import OR_NAME, local_model
 from elastic_lm.hf.config_json import NO_TOKEN, config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
+from elastic_lm.hf.gguf import GGUFTensors, config_entries
 from elastic_lm.hf.registry import find_family
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
@@ -40,7 +42,11 @@ BUFFERS = (
 
 
 def load(
-    path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    revision: str | None = None,
 ) -> tuple[Config, Params]:
     """Loads a model of a supported family from its Hugging Face folder.
 
@@ -48,11 +54,13 @@ def load(
     the host never holds a second copy of the model.
 
     Args:
-      path: local folder with config.json and model.safetensors, or shards with an index. Where it has
+      path: folder with config.json and model.safetensors, or shards with an index; or a .gguf file, or a
+        model's name on the Hub, see `el.load`. Where it has
         checksums, as every folder that `export` writes, all of its files are checked.
       dtype: "float32", "bfloat16" or "float16" of parameters and activations; None = that of the
         file, except on a CPU, where it is float32 (half precision is slow there).
       mesh: devices to spread the parameters over (`elastic_lm.models.sharding`); None = the default device.
+      revision: branch, tag or commit on the Hub; None = the main branch.
 
     Returns:
       (config, canonical parameters). Token ids that start and end a text come from
@@ -74,17 +82,18 @@ def load(
       logits = el.Decoder(config).apply({"params": params}, jnp.array([[1, 2, 3]])).logits
       ```
     """
-    folder = local_path(path)
+    folder = local_model(path, revision=revision)
     _check_folder(folder)
     config = _read_config(folder, dtype)
     exits = [folder / EXITS_FILE] if getattr(config, "exits", ()) else []
-    tensors = TensorFiles.of_folder(folder, exits)
+    tensors = GGUFTensors(folder) if is_gguf(folder) else TensorFiles.of_folder(folder, exits)
     _check_layers(folder, config, tensors)
     config = _complete(config, tensors)
     config = _resolve_tying(config, tensors)
     table = _match(folder, config, tensors)
     check_files(folder)  # after what can say more exactly what is wrong
     place = _placement(config, mesh)
+    _tell_of_quantised(tensors, config)
     params: Params = {}
     for binding in table:
         sources = [tensors.read(name) for name in binding.names]
@@ -95,19 +104,27 @@ def load(
     return config, params
 
 
+def _tell_of_quantised(tensors: TensorFiles, config: Config) -> None:
+    """Warns that a quantised file is larger in memory than on the disk."""
+    kinds = tensors.quantised if isinstance(tensors, GGUFTensors) else {}
+    if kinds:
+        listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        path = next(iter(tensors.files.values()))
+        warnings.warn(f"{path}: tensors ({listed}) are dequantised to {config.param_dtype}", stacklevel=3)
+
+
 def _check_folder(folder: Path) -> None:
     if not folder.exists():
         raise FileNotFoundError(
-            f"{folder}: no such folder. Expected a local Hugging Face folder; models are not downloaded: "
-            f"fetch one first, for example with `hf download NAME --local-dir DIR`{moved_away(folder)}"
+            f"{folder}: no such folder. Expected a Hugging Face folder. {OR_NAME}{moved_away(folder)}"
         )
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: not a folder; pass the folder that holds config.json")
+    if not folder.is_dir() and not is_gguf(folder):
+        raise ValueError(f"{folder}: not a folder; pass the folder that holds config.json, or a .gguf file")
 
 
 def _read_config(folder: Path, dtype: str | None) -> Config:
-    path = folder / "config.json"
-    hf = read_json(path)
+    path = folder if is_gguf(folder) else folder / "config.json"
+    hf = config_entries(path) if is_gguf(folder) else read_json(path)
     try:
         config = config_from_hf(hf)
     except (ValueError, TypeError) as error:

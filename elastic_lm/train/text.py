@@ -16,6 +16,7 @@ from elastic_lm.config.subnet import Menu
 from elastic_lm.data import pipeline
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.fingerprints import weights_fingerprint
+from elastic_lm.files.hub import local_model
 from elastic_lm.models.decoder import Params, stack_layers, unstack_layers
 from elastic_lm.models.exits import attach_exits, extract
 from elastic_lm.models.registry import init_params
@@ -171,6 +172,8 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterable[Arrays]:
 def initial_menu(config: RunConfig) -> Menu | None:
     """The widths that the initial checkpoint is elastic for, where all of its layers are kept."""
     folder = config.train.init_from
-    if not folder or config.train.init_layers or not (Path(folder) / MENU_FILE).is_file():
+    if not folder or config.train.init_layers:
+        return None
+    if not (local_model(folder, weights=False) / MENU_FILE).is_file():
         return None
     return load_menu(folder)

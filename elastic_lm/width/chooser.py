@@ -14,6 +14,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable, Workload, counted_table
 from elastic_lm.cost.latency_table import LatencyTable
+from elastic_lm.files.hub import local_model
 from elastic_lm.models.decoder import Params
 from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig, nested_params, prompt_choices
 from elastic_lm.width.router import budget_code
@@ -109,7 +110,7 @@ class SubnetChooser:
             raise ValueError(f"{folder}: holds no decoder, and only those are elastic in width; name one")
 
         menu = load_menu(folder)
-        has_routers = (Path(folder) / DESCRIPTION).is_file()
+        has_routers = (local_model(folder, weights=False) / DESCRIPTION).is_file()
         return cls(config_found, menu, routers=Routers.load(folder, config_found) if has_routers else None)
 
     def with_latency(self, table: LatencyTable, source: str = "latency table") -> "SubnetChooser":

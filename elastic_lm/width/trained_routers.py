@@ -27,6 +27,7 @@ from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.cost.counted import CostTable
 from elastic_lm.files.atomic import naming, read_json, write_text_whole
 from elastic_lm.files.checksums import check_files, update_checksums
+from elastic_lm.files.hub import local_model
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_tensor
 from elastic_lm.width.router import ROUTER_WIDTH, Router, budget_code, init_router, layer_router
@@ -324,7 +325,7 @@ class Routers:
           FileNotFoundError: there are none.
           ValueError: the files are damaged, or of another model or menu.
         """
-        folder = Path(folder)
+        folder = local_model(folder, weights=False)
         if not (folder / DESCRIPTION).is_file() or not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{folder}: no routers here; train some with --config routers")
         check_files(folder, (WEIGHTS, DESCRIPTION))

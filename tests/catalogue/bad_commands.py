@@ -248,7 +248,7 @@ GENERATE = [
     # Models.
     Case(
         "generate --prompt a --model nowhere",
-        "nowhere: expected a Hugging Face folder … no such folder … hf download",
+        "nowhere: expected a Hugging Face folder … no such folder … ORG/NAME",
     ),
     Case("generate --prompt a --model file", "file: expected a Hugging Face folder", files=FILE),
     Case("generate --prompt a --model folder", "folder: expected … found ['x']", files={"folder/x": ""}),
@@ -413,7 +413,7 @@ MODEL_FOLDERS = [
 CONVERT = [
     Case("convert", "the following arguments are required: --from, --to"),
     Case("convert --from {hf}", "required: --to"),
-    Case("convert --from nowhere --to new", "nowhere: no such folder. Expected a local Hugging Face folder"),
+    Case("convert --from nowhere --to new", "nowhere: no such folder. Expected a Hugging Face folder"),
     Case(
         "convert --from file --to new",
         "file: not a folder; pass the folder that holds config.json",

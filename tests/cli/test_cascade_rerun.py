@@ -288,7 +288,7 @@ def test_a_service_that_was_down(folder: pathlib.Path, service: str, tmp_path: p
         ("ordered", "unnamed", (), "--swift: its classes are no, yes, and those of --super are 0, 1"),
         ("unnamed", "unnamed", (), "record 1: label='no': is no class of the models, which know 0, 1"),
         ("regression", "ordered", (), "is a regression, and has no energy"),
-        ("nowhere", "ordered", (), "no such folder. Models are not downloaded"),
+        ("nowhere", "ordered", (), "no such folder. A model of the Hub is named ORG/NAME"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_row_is_answered(

@@ -37,7 +37,7 @@ def refuses(folder: Path, *words: str, error: type[Exception] = ValueError) -> N
 
 
 def test_missing_folder_and_files(folder: Path, tmp_path: Path) -> None:
-    refuses(tmp_path / "absent", "absent", "no such folder", "hf download", error=FileNotFoundError)
+    refuses(tmp_path / "absent", "absent", "no such folder", "ORG/NAME", error=FileNotFoundError)
     refuses(folder / "config.json", "config.json", "not a folder")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refuses(folder, "model.safetensors", "pytorch_model.bin", "save_pretrained", error=FileNotFoundError)
