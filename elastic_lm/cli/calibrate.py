@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
+from elastic_lm.cli.belonging import parts_of
 from elastic_lm.cli.held_out import (
     ContinuedOptions,
     add_continued,
@@ -15,6 +16,7 @@ from elastic_lm.cli.held_out import (
 )
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import metrics, require_flag, require_share, share
+from elastic_lm.cli.width_flags import WidthOptions, add_width, chosen_subnet
 from elastic_lm.config.checks import require_choice
 from elastic_lm.config.decoding import WINDOW
 from elastic_lm.config.exit_policy import (
@@ -37,13 +39,15 @@ Finds the exits' thresholds for a target agreement with the full model, on held-
 elastic-lm calibrate --model runs/exits/model --data held_out.txt --target 0.99 --out thresholds.json
 elastic-lm calibrate --model runs/exits/model --target 0.9 --epsilon 0.05 --seq-len 64 --tokens 100000
 elastic-lm calibrate --model runs/exits/model --forecast
+elastic-lm calibrate --model runs/elastic/model --budget parameters=70%
 elastic-lm calibrate --model runs/exits/model --data own.jsonl   (from `generate --unprompted`)
 
 The file records the model, the data, the metric, the target and the measured curve. Use text that the model
 was not trained on. Without --epsilon the target is met on average: about half of new text agrees a little
 less, which --margin makes up for. With --epsilon, half of the held-out rows test that the target holds for
 new text, except with this probability; many short rows serve this best. --forecast also predicts speed-ups at
-batch size 1, before anything is timed.
+batch size 1, before anything is timed. With --budget or --subnet, thresholds are those of a sub-network, for
+`generate` with the same --budget or --subnet.
 
 A few held-out prompts are continued with the thresholds (--continuations), because text that a model writes
 itself may agree less than given text. Thresholds under which it degenerates are not written.
@@ -51,7 +55,7 @@ itself may agree less than given text. Thresholds under which it degenerates are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(ContinuedOptions):
+class Options(ContinuedOptions, WidthOptions):
     """What thresholds are fitted for, and what is said about them."""
 
     target: float = DEFAULT_TARGET  # share of tokens that equal the full model's
@@ -65,7 +69,8 @@ class Options(ContinuedOptions):
     out: str = "thresholds.json"  # file that is written
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ContinuedOptions.__post_init__(self)
+        WidthOptions.__post_init__(self)
         for flag, value in (("--target", self.target), ("--epsilon", self.epsilon), ("--delta", self.delta)):
             require_share(flag, value)
         require_flag(0 <= self.margin < 1, "--margin", self.margin, "must be a share from 0 to below 1")
@@ -100,14 +105,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     window = f"of `generate`, for --forecast (default: {Options.window})"
     add("--window", type=int, metavar="W", help=window)
     add("--out", metavar="FILE", help=f"default: {Options.out}")
+    add_width(parser)
 
 
 def run(options: Options) -> None:
     """Fits the thresholds, prints the curve, and writes the file."""
     from elastic_lm.depth.calibration import calibrate
     from elastic_lm.depth.guarantee import RiskControl
+    from elastic_lm.depth.subnet_policies import exits_below_the_end, of_whole_model
     from elastic_lm.files.atomic import prepare_output
     from elastic_lm.models.decoder import Decoder
+    from elastic_lm.width.slicing import slice_params
 
     risk = None
     if options.epsilon is not None:
@@ -116,7 +124,13 @@ def run(options: Options) -> None:
     model, params, tokenizer, folder = load_with_tokenizer(options.model)
     batches, text = held_out_batches(options, tokenizer, "calibration", independent=risk is not None)
     prompts, batches = with_prompts(batches, options, model.config.max_len, tokenizer.bos_id)
-    config, params, untuned = with_exits(model.config, params, options)
+    whole = parts_of(params, tokenizer)["weights"] if options.subnet or options.budget else ""
+    subnet = chosen_subnet(options, folder, model.config, params, tokenizer)
+    config = model.config
+    if subnet is not None:
+        config, params = slice_params(config, params, subnet)
+        config = exits_below_the_end(config)
+    config, params, untuned = with_exits(config, params, options)
 
     goal: dict[str, Any] = {
         name: getattr(options, name) for name in ("target", "margin", "metric", "strategy")
@@ -142,6 +156,8 @@ def run(options: Options) -> None:
             "further, or leave this check out with --continuations 0"
         )
     if not untuned:
+        if subnet is not None:
+            policy = of_whole_model(policy, model.config, subnet, weights=whole)
         policy.save(options.out)
     done = "nothing written: the model has no exits yet" if untuned else f"written to {options.out}"
     print(done, file=sys.stderr)
@@ -166,9 +182,11 @@ def with_exits(
     if config.exits:
         return config, params, False
     if not options.forecast:
+        part = " in this part" if options.subnet or options.budget else ""
         raise ValueError(
-            f"{options.model or 'the embedded model'} has no exits: tune some (`elastic-lm train --config "
-            "ee_tuning --config.train.init_from=MODEL`), or forecast their gain with --forecast"
+            f"{options.model or 'the embedded model'} has no exits{part}: tune some (`elastic-lm train "
+            "--config ee_tuning --config.train.init_from=MODEL`), or forecast their gain with "
+            "--forecast"
         )
 
     layers = sorted({max(1, config.n_layers * i // 4) for i in (1, 2, 3)} - {config.n_layers})

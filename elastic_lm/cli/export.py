@@ -4,21 +4,26 @@ import argparse
 import dataclasses
 
 from elastic_lm.cli.model_folder import load_tokenizer, parameter_count, writing_target
-from elastic_lm.cli.parser import CommandOptions, add_dtype, require_dtype
+from elastic_lm.cli.parser import add_dtype, require_dtype
+from elastic_lm.cli.width_flags import WidthOptions, add_width, chosen_subnet
 
 HELP = """\
 Elastic checkpoint -> Hugging Face folder that `transformers` and vLLM load.
 
 elastic-lm export --from runs/exits/model --to hf-dir
 elastic-lm export --from runs/x/model --to hf-dir --dtype bfloat16 --without-exits
+elastic-lm export --from runs/elastic/model --to small --budget parameters=70%
+elastic-lm export --from runs/elastic/model --to small --subnet mlp=50% heads=50%
 
 The chat template, all special tokens, and every key of the configs that the checkpoint was made from are
 written again. Exits go into a file of their own that `transformers` ignores; this package reads them back.
+A sub-network becomes an ordinary smaller model. `transformers` knows one size for all layers of a model, so
+that all layers of the sub-network must be alike, as those are that --budget finds without routers.
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(CommandOptions):
+class Options(WidthOptions):
     """What is exported."""
 
     source: str  # elastic checkpoint
@@ -28,6 +33,7 @@ class Options(CommandOptions):
     overwrite: bool = False  # an earlier export at `target` is replaced
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_dtype(self.dtype)
 
 
@@ -39,6 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser, "of the stored weights (default: as in the checkpoint)")
     add("--without-exits", action="store_true", help="write the full-depth model only")
     add("--overwrite", action="store_true", help="replace an earlier export at --to")
+    add_width(parser)
 
 
 def run(options: Options) -> None:
@@ -50,17 +57,24 @@ def run(options: Options) -> None:
     from elastic_lm.hf.exporting import check_target
     from elastic_lm.models.exits import without_exits
     from elastic_lm.models.task_heads import attach_task_exits
+    from elastic_lm.width.slicing import slice_params
 
     with writing_target(options.target):
         check_target(options.target, options.overwrite)
         model, params = load(options.source, dtype=options.dtype)
         config = model.config
+        tokenizer = load_tokenizer(options.source, config.vocab_size)
+        if options.subnet or options.budget:
+            if not isinstance(config, ModelConfig):
+                raise ValueError(f"{options.source}: holds no decoder, and only those have sub-networks")
+            subnet = chosen_subnet(options, options.source, config, params, tokenizer)
+            if subnet is not None:
+                config, params = slice_params(config, params, subnet)
         if options.without_exits and isinstance(config, ModelConfig):
             config, params = without_exits(config, params)
         elif options.without_exits and isinstance(config, EncoderConfig) and config.exits:
             config, params = attach_task_exits(config, params, ())
 
-        tokenizer = load_tokenizer(options.source, config.vocab_size)
         hf.export(
             config, params, options.target, tokenizer, source=options.source, overwrite=options.overwrite
         )

@@ -5,10 +5,10 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
-from elastic_lm.cli.belonging import add_force, check_belongs, check_table, parts_of
+from elastic_lm.cli.belonging import add_force, check_belongs, parts_of
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import (
     DEFAULT_COLOUR,
@@ -16,17 +16,23 @@ from elastic_lm.cli.parser import (
     CommandOptions,
     add_colour,
     add_model,
-    listed,
     metrics,
     require_colour,
     require_flag,
 )
-from elastic_lm.config.checks import AT_LEAST_1, require, require_choice, require_each
+from elastic_lm.cli.width_flags import (
+    SubnetText,
+    add_width,
+    check_same_part,
+    check_width,
+    chooser,
+    subnet_line,
+)
+from elastic_lm.config.checks import AT_LEAST_1, require_choice, require_each
 from elastic_lm.config.data import is_json_lines
 from elastic_lm.config.decoding import MAX_NEW_TOKENS, WINDOW, Missing
 from elastic_lm.config.exit_policy import DEFAULT_METRIC
-from elastic_lm.config.subnet import BUDGET_KINDS, Budget, Subnet
-from elastic_lm.cost.counted import Workload
+from elastic_lm.config.subnet import Budget, Subnet
 
 if TYPE_CHECKING:
     from elastic_lm.config.model import ModelConfig
@@ -35,7 +41,6 @@ if TYPE_CHECKING:
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.depth.policies import ConfidenceExit
     from elastic_lm.report.colour import Colours
-    from elastic_lm.width.chooser import SubnetChooser
 
 HELP = """\
 Continues prompts; every token reports the depth that it needed.
@@ -50,8 +55,9 @@ elastic-lm generate --model ckpt --budget latency_ms=4 --latency-table latency.j
 
 A prompts file has one prompt per line, or JSON lines with a `prompt` field, and may be packed (.gz); its
 prompts run as one batch. Without --thresholds every token uses the full depth. --budget runs a sub-network
-of a model that was trained with --config flextron. Control characters in what is printed are shown, like
-\\x1b, unless --raw is given, also where the output is a file; JSON has escapes of its own.
+of a model that was trained with --config flextron, --subnet one that is named. Control characters in what
+is printed are shown, like \\x1b, unless --raw is given, also where the output is a file; JSON has escapes of
+its own.
 """
 
 # Options that become fields of `decode.settings.Settings` and of `decode.options.DecodeOptions`.
@@ -72,6 +78,7 @@ class Options(CommandOptions):
     thresholds: str | None = None  # file of an exit policy
     threshold: float | None = None  # one for every exit instead
     metric: str | None = None  # with threshold; None = DEFAULT_METRIC
+    subnet: SubnetText | None = None  # a part of the model
     budget: Budget | None = None  # what the model that runs may cost
     latency_table: str | None = None  # with a budget of milliseconds
     context: int | None = None  # with a budget of FLOPs or bytes
@@ -102,7 +109,7 @@ class Options(CommandOptions):
         require_choice("--missing", self.missing, get_args(Missing))
         self._check_unprompted()
         self._check_exits()
-        self._check_budget()
+        check_width(self.subnet, self.budget, self.latency_table, self.context, "--context")
 
     def _check_unprompted(self) -> None:
         """What goes with --unprompted."""
@@ -137,30 +144,13 @@ class Options(CommandOptions):
         if self.missing == "propagate":
             raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
 
-    def _check_budget(self) -> None:
-        """What goes with each kind of budget."""
-        kind = self.budget.kind if self.budget else None
-        if self.context is not None and kind not in ("flops", "memory_bytes"):
-            raise ValueError(
-                f"--context {self.context}: is read for --budget flops=N or memory_bytes=N; add one"
-            )
-        if self.latency_table and kind != "latency_ms":
-            raise ValueError(
-                f"--latency-table {self.latency_table}: is read for --budget latency_ms=N; add that"
-            )
-        if self.budget and kind == "latency_ms" and not self.latency_table:
-            raise ValueError(
-                f"--budget latency_ms={self.budget.amount:g}: needs --latency-table FILE; write one: "
-                "elastic-lm latency build --model DIR"
-            )
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add_model(parser)
     _add_prompts(parser)
     _add_exits(parser)
-    _add_budget(parser)
+    add_width(parser, "--context")
     _add_sampling(parser)
     _add_output(parser)
 
@@ -193,15 +183,6 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
     add("--missing", choices=get_args(Missing), help=missing)
 
 
-def _add_budget(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    budget = f"what the model that runs may cost: {listed(BUDGET_KINDS)}"
-    add("--budget", type=budget_of, metavar="KIND=N", help=budget)
-    add("--latency-table", metavar="FILE", help="with --budget latency_ms=N: from `latency build`")
-    context = "with --budget flops=N or memory_bytes=N: positions before the decoded token "
-    add("--context", type=int, metavar="N", help=f"{context}(default: {Workload.context})")
-
-
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--temperature", type=float, help="0 = always the likeliest token (default: 0)")
@@ -221,21 +202,6 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add_colour(parser)
 
 
-def budget_of(text: str) -> Budget:
-    """A budget written as KIND=AMOUNT, as a flag's type."""
-    kind, _, amount = text.partition("=")
-    if kind not in BUDGET_KINDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KIND=AMOUNT, KIND one of {listed(BUDGET_KINDS)}")
-    try:
-        number = float(amount)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{amount!r} in {text!r} is not a number") from None
-    try:
-        return Budget(**{kind: number})
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def run(options: Options) -> None:
     """Continues the prompts, or lets the model begin by itself."""
     from elastic_lm.files.atomic import prepare_output
@@ -252,7 +218,7 @@ def run(options: Options) -> None:
     runs = sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(sampler.config)
     if isinstance(sampler.runs, Budget):
         print(f"{options.budget}: widths are chosen token by token", file=sys.stderr)
-    elif options.budget:
+    elif options.budget or options.subnet:
         print(subnet_line(sampler.config, runs), file=sys.stderr)
 
     settings, count = options.given(SETTINGS), options.max_new_tokens
@@ -293,9 +259,32 @@ def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
         how["preview"] = load_preview(options.preview, model.config)[0]
         check_head(how["preview"], model.config, params, options.preview)
     if options.budget:
-        elastic = chooser(folder, model.config, options.budget, options, parts)
+        elastic = chooser(
+            folder,
+            model.config,
+            options.budget,
+            latency_table=options.latency_table,
+            context=options.context,
+            flag="--context",
+            parts=parts,
+            force=options.force,
+        )
         how |= {"budget": options.budget, "elastic": elastic}
-    return Sampler(model, params, tokenizer, options=DecodeOptions(**how)), tokenizer
+    if options.subnet:
+        how["subnet"] = options.subnet.of(model.config)
+    sampler = Sampler(model, params, tokenizer, options=DecodeOptions(**how))
+    if policy and options.thresholds:
+        runs = sampler.runs if isinstance(sampler.runs, Subnet) else None
+        kept = policy.guarantee is None or not policy.guarantee.achieved or options.lossless
+        check_same_part(
+            options.thresholds,
+            policy.calibrated_on,
+            runs,
+            model.config,
+            promise=not kept,
+            force=options.force,
+        )
+    return sampler, tokenizer
 
 
 def exit_policy(config: "ModelConfig", options: Options) -> "ConfidenceExit | None":
@@ -339,53 +328,6 @@ def for_this_model(
         promise="its guarantee is about that model alone" if guaranteed else "",
     )
     return policy.for_any_weights()
-
-
-def chooser(
-    folder: str, config: "ModelConfig", budget: Budget, options: Options, parts: Mapping[str, str]
-) -> "SubnetChooser":
-    """The choices of a checkpoint, with the latency table or the context that the options name.
-
-    Args:
-      folder: of the model.
-      config: the model.
-      budget: what it may cost.
-      options: of the command.
-      parts: fingerprints of the model, which a latency table is compared with.
-
-    Raises:
-      ValueError: a context is named, and the checkpoint's routers were trained for another one.
-    """
-    from elastic_lm.cost.latency_table import LatencyTable
-    from elastic_lm.width.chooser import SubnetChooser
-
-    found = SubnetChooser.load(folder, config)
-    if options.latency_table:
-        table = LatencyTable.load(options.latency_table)
-        with_table = found.with_latency(table, options.latency_table)
-        check_table(table, options.latency_table, folder, parts, options.force)
-        return with_table
-    if options.context is None:
-        return found
-    by_routers = found.routers is not None and found.routers.table.kind == budget.kind
-    require(
-        not by_routers,
-        "--context",
-        options.context,
-        "the routers of this model keep to the context that they were trained for; leave it out",
-    )
-    return dataclasses.replace(found, workload=Workload(context=options.context))
-
-
-def subnet_line(config: "ModelConfig", subnet: Subnet) -> str:
-    """How much of a model a sub-network is, in one line."""
-
-    def sizes(of: Subnet) -> tuple[int, int, int]:
-        heads = sum(h * g for h, g in zip(of.heads, of.groups, strict=True))
-        return len(of.layers), sum(of.mlp), heads
-
-    pairs = zip(sizes(subnet), sizes(Subnet.full(config)), ("layers", "neurons", "heads"), strict=True)
-    return "runs " + ", ".join(f"{kept} of {whole} {unit}" for kept, whole, unit in pairs)
 
 
 def unprompted(

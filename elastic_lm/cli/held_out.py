@@ -15,6 +15,7 @@ from elastic_lm.config.data import TEXT_SUFFIXES, DataConfig, DataSource, is_jso
 from elastic_lm.quickstart.options import HELD_OUT_TOKENS
 
 if TYPE_CHECKING:
+    from elastic_lm.config.subnet import Subnet
     from elastic_lm.data.batch import Batch
     from elastic_lm.data.stdlib import Split
     from elastic_lm.data.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from elastic_lm.models.decoder import Decoder, Params
 
 ROWS = 8  # rows per batch
+SEQ_LEN = 256  # tokens per row
 PROMPT_TOKENS = 32  # of a row that is continued
 
 
@@ -33,11 +35,11 @@ class HeldOutOptions(CommandOptions):
     model: str | None = None  # folder; None = the embedded model
     data: tuple[str, ...] = ()  # text files and folders, or JSON lines; () = the Python standard library
     tokens: int = HELD_OUT_TOKENS  # most tokens to read
-    seq_len: int = 256  # tokens per row
+    seq_len: int | None = SEQ_LEN  # tokens per row
 
     def __post_init__(self) -> None:
         for flag, value in (("--tokens", self.tokens), ("--seq-len", self.seq_len)):
-            require_flag(value >= 1, flag, value, "must be at least 1")
+            require_flag(value is None or value >= 1, flag, value, "must be at least 1")
         kinds = set(map(is_json_lines, self.data))
         require_flag(len(kinds) < 2, "--data", " ".join(self.data), "give text files or JSON lines, not both")
 
@@ -62,28 +64,37 @@ class ContinuedOptions(HeldOutOptions):
         require_flag(self.new_tokens >= 1, "--new-tokens", self.new_tokens, "must be at least 1")
 
 
-def add_held_out(parser: argparse.ArgumentParser, purpose: str) -> None:
+def add_held_out(
+    parser: argparse.ArgumentParser, purpose: str, *rows: str, seq_len: str | None = None
+) -> None:
     """Adds the flags of `HeldOutOptions`.
 
     Args:
       parser: of the command.
       purpose: what the command uses the text for.
+      rows: other names of --seq-len.
+      seq_len: another help text of --seq-len.
     """
     add_model(parser)
     add_data(parser, purpose)
     add, defaults = parser.add_argument, HeldOutOptions
     add("--tokens", type=int, metavar="N", help=f"tokens to read of it (default: {defaults.tokens})")
-    add("--seq-len", type=int, metavar="T", help=f"tokens per row (default: {defaults.seq_len})")
+    shown = seq_len or f"tokens per row (default: {defaults.seq_len})"
+    add("--seq-len", *rows, type=int, metavar="T", help=shown)
 
 
-def add_continued(parser: argparse.ArgumentParser, purpose: str) -> None:
+def add_continued(
+    parser: argparse.ArgumentParser, purpose: str, *rows: str, seq_len: str | None = None
+) -> None:
     """Adds the flags of `ContinuedOptions`.
 
     Args:
       parser: of the command.
       purpose: what the command uses the text for.
+      rows: other names of --seq-len.
+      seq_len: another help text of --seq-len.
     """
-    add_held_out(parser, purpose)
+    add_held_out(parser, purpose, *rows, seq_len=seq_len)
     add, defaults = parser.add_argument, ContinuedOptions
     count = (
         "texts generated with the thresholds, whose agreement is told beside that on given text; 0 = none "
@@ -113,12 +124,13 @@ def held_out_batches(
     from elastic_lm.data import pipeline
     from elastic_lm.data.batch import Batch
 
-    paths, count = options.data, -(-options.tokens // (options.seq_len * ROWS))
+    seq_len = options.seq_len or SEQ_LEN
+    paths, count = options.data, -(-options.tokens // (seq_len * ROWS))
     data = DataConfig(
         source=options.source,
         paths=paths,
         eval_paths=paths,
-        seq_len=options.seq_len,
+        seq_len=seq_len,
         batch_size=ROWS,
     )
     if independent:
@@ -160,7 +172,7 @@ def with_prompts(
     Returns:
       (at most `options.continuations` prompts of equal length, batches).
     """
-    length = min(PROMPT_TOKENS, options.seq_len, max(1, max_len // 3))
+    length = min(PROMPT_TOKENS, options.seq_len or PROMPT_TOKENS, max(1, max_len // 3))
     prompts: list[list[int]] = []
     read, batches = [], iter(batches)
     while len(prompts) < options.continuations and (batch := next(batches, None)) is not None:
@@ -185,6 +197,7 @@ def generated_text(
     policy: "ConfidenceExit",
     prompts: list[list[int]],
     options: ContinuedOptions,
+    subnet: "Subnet | None" = None,
 ) -> "GeneratedText | None":
     """What a policy's own text is like; None where no prompt is continued, or no exit is ever used.
 
@@ -194,6 +207,7 @@ def generated_text(
       policy: for these exits.
       prompts: from `with_prompts`.
       options: how many tokens.
+      subnet: the part of the model that runs; None = all of it.
     """
     from elastic_lm.decode import generated
     from elastic_lm.decode.sampler import Sampler
@@ -201,7 +215,7 @@ def generated_text(
     if not prompts or min(policy.thresholds) > 1:
         return None
     new_tokens = min(options.new_tokens, model.config.max_len - len(prompts[0]))
-    return generated.measure(Sampler(model, params, exit=policy), prompts, new_tokens)
+    return generated.measure(Sampler(model, params, exit=policy, subnet=subnet), prompts, new_tokens)
 
 
 def generated_line(found: "GeneratedText") -> str:

@@ -394,7 +394,9 @@ def _index(field: str, size: int, choices: Ints) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a sub-network may cost; exactly one field is set.
+    """What a sub-network may cost; exactly one field is set, to an amount or to a share like "70%".
+
+    A share is one of what the whole model costs in the same unit.
 
     Example:
       ```python
@@ -402,20 +404,29 @@ class Budget:
 
       budget = el.Budget(parameters=1e6)
       assert (budget.kind, budget.amount) == ("parameters", 1e6)
+      assert el.Budget(parameters="70%").of(2e6) == el.Budget(parameters=1.4e6)
       ```
     """
 
-    latency_ms: float | None = None  # milliseconds, of what the latency table measured
-    parameters: float | None = None  # stored numbers
-    flops: float | None = None  # floating point operations
-    memory_bytes: float | None = None  # bytes of parameters and caches
+    latency_ms: float | str | None = None  # milliseconds, of what the latency table measured
+    parameters: float | str | None = None  # stored numbers
+    flops: float | str | None = None  # floating point operations
+    memory_bytes: float | str | None = None  # bytes of parameters and caches
 
     def __post_init__(self) -> None:
-        require_types(self, "budget.")
         given = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
+        for name, value in given.items():
+            if not isinstance(value, str):
+                require_type(f"budget.{name}", value, float)
         names = ", ".join(f.name for f in dataclasses.fields(self))
         require(len(given) == 1, "budget", given, f"set exactly one of {names}")
-        require(0 < self.amount < math.inf, f"budget.{self.kind}", self.amount, "must be positive and finite")
+
+        field, value = f"budget.{self.kind}", self.given
+        if isinstance(value, str):
+            right = 0 < (self.share or 0) <= 1
+            require(right, field, value, "must be a number, or a share of the whole model like '70%'")
+        else:
+            require(0 < value < math.inf, field, float(value), "must be positive and finite")
 
     @property
     def kind(self) -> str:
@@ -423,9 +434,39 @@ class Budget:
         return next(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)
 
     @property
+    def given(self) -> float | str:
+        """Its value as it was given: an amount, or a share like "70%"."""
+        return getattr(self, self.kind)
+
+    @property
+    def share(self) -> float | None:
+        """The share of the whole model's cost, e.g. 0.7 for "70%"; None = an amount was given."""
+        if not isinstance(self.given, str):
+            return None
+        number, sign, rest = self.given.strip().partition("%")
+        try:
+            return float(number) / 100 if sign and not rest else math.nan
+        except ValueError:
+            return math.nan
+
+    @property
     def amount(self) -> float:
-        """Its value."""
-        return float(getattr(self, self.kind))
+        """The amount, in the unit of `kind`.
+
+        Raises:
+          ValueError: it is a share, and what the whole model costs is not known here; see `of`.
+        """
+        given, fix = self.given, "is a share; budget.of(what the whole model costs) is the amount"
+        require(not isinstance(given, str), f"budget.{self.kind}", given, fix)
+        return float(given)
+
+    def of(self, whole: float) -> "Budget":
+        """The same budget as an amount.
+
+        Args:
+          whole: what the whole model costs, in the unit of `kind`.
+        """
+        return self if self.share is None else Budget(**{self.kind: self.share * whole})
 
 
 BUDGET_KINDS = tuple(field.name for field in dataclasses.fields(Budget))

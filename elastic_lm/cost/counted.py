@@ -263,12 +263,15 @@ class CostTable:
         whole = sum(a[-1][-1] + m[-1] for a, m in zip(self.attention, self.mlp, strict=True))
         return self.fixed + least, self.fixed + whole
 
-    def check(self, budget: Budget, menu: Menu) -> None:
+    def check(self, budget: Budget, menu: Menu) -> Budget:
         """Checks that a budget can be met.
 
         Args:
-          budget: what may be spent.
+          budget: what may be spent, an amount or a share of what the whole model costs.
           menu: what may be chosen.
+
+        Returns:
+          The budget as an amount.
 
         Raises:
           ValueError: it is of another kind than the table, or below the least that the menu can cost.
@@ -277,13 +280,15 @@ class CostTable:
             budget.kind == self.kind, "budget", budget.kind, f"this table holds {self.kind}; build one for it"
         )
         least, whole = self.range(menu)
+        found = budget.of(whole)
         require(
-            budget.amount >= least,
+            found.amount >= least,
             f"budget.{self.kind}",
-            budget.amount,
+            budget.given,
             f"the cheapest sub-network of this menu costs {least:.6g} (the whole model {whole:.6g}): raise "
             "the budget, or make the model elastic with a menu of smaller choices",
         )
+        return found
 
 
 def counted_table(config: ModelConfig, menu: Menu, kind: str, workload: Workload = Workload()) -> CostTable:

@@ -7,6 +7,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.task import TaskConfig
     from elastic_lm.data.batch import Batch
     from elastic_lm.data.chat_template import ChatTemplate
+    from elastic_lm.data.ordered import windows
     from elastic_lm.data.pipeline import eval_batches, train_batches
     from elastic_lm.data.stdlib import stdlib_files
     from elastic_lm.data.tokenizer import Tokenizer, train_bpe
@@ -21,6 +22,7 @@ __all__ = [
     "stdlib_files",
     "train_batches",
     "train_bpe",
+    "windows",
 ]
 
 

@@ -291,13 +291,17 @@ def _provenance(
     config: ModelConfig, params: Params, policy: ConfidenceExit, model: str, data: str, tokenizer: str
 ) -> dict[str, Any]:
     """Where a policy comes from; `policy.provenance` holds its counts of tokens."""
-    digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
     shape = {field: getattr(config, field) for field in MODEL_SHAPE}
     parts = {"weights": weights_fingerprint(params), "tokenizer": tokenizer}
     return {
-        "model": {"path": model, "config_sha256": digest, **shape, **parts},
+        "model": {"path": model, "config_sha256": config_digest(config), **shape, **parts},
         "data": {"description": data, **policy.provenance},
         "guarantee": policy.guarantee.statement if policy.guarantee else NO_GUARANTEE,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
     }
+
+
+def config_digest(config: ModelConfig) -> str:
+    """The SHA-256 digest of a model's config, in hexadecimal."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()

@@ -141,7 +141,7 @@ class SubnetChooser:
             routers read states, so that no sub-network is fixed.
         """
         table = self.costs(budget.kind)
-        table.check(budget, self.menu)
+        budget = table.check(budget, self.menu)
         if budget.amount >= table.range(self.menu)[1]:
             return Subnet.full(self.config)
 
@@ -176,7 +176,8 @@ class SubnetChooser:
                 table.range(self.menu),
                 "the routers were fitted to another latency table; train them with this one",
             )
-        if budget.kind == fitted.kind and budget.amount >= fitted.range(self.menu)[1]:
+        whole = fitted.range(self.menu)[1]
+        if budget.kind == fitted.kind and budget.of(whole).amount >= whole:
             return False
         check_router_budget(self.routers, budget)
         return True
@@ -253,15 +254,18 @@ def budget_inputs(routers: Routers, budget: Budget) -> dict[str, Any]:
     Raises:
       ValueError: the routers cannot keep the budget.
     """
-    check_router_budget(routers, budget)
+    amount = check_router_budget(routers, budget).amount
     anchors = routers.shape.anchors
-    share = budget.amount / routers.table.range(routers.shape.menu)[1]
+    share = amount / routers.table.range(routers.shape.menu)[1]
     tilt = np.interp(share, anchors, routers.tilts)
     return {"code": budget_code(jnp.float32(share), anchors), "tilt": jnp.float32(tilt)}
 
 
-def check_router_budget(routers: Routers, budget: Budget) -> None:
+def check_router_budget(routers: Routers, budget: Budget) -> Budget:
     """Checks that routers that read states can keep a budget.
+
+    Returns:
+      The budget as an amount.
 
     Raises:
       ValueError: it is of another kind than their tilts were fitted for, or below what they were trained for.
@@ -270,18 +274,19 @@ def check_router_budget(routers: Routers, budget: Budget) -> None:
     require(
         budget.kind == table.kind,
         f"budget.{budget.kind}",
-        budget.amount,
+        budget.given,
         f"these routers were fitted to budgets of {table.kind}; ask for that, or train others",
     )
-    table.check(budget, menu)
+    found = table.check(budget, menu)
 
     least = routers.shape.anchors[0] * table.range(menu)[1]
     require(
-        budget.amount >= least * (1 - 1e-6),  # a budget that is this share of the whole, but for rounding
+        found.amount >= least * (1 - 1e-6),  # a budget that is this share of the whole, but for rounding
         f"budget.{budget.kind}",
-        budget.amount,
+        budget.given,
         f"these routers were trained for {least:.6g} and more; train others with a lower method.budgets",
     )
+    return found
 
 
 # Static: the config. Traced: everything else.

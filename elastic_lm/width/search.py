@@ -501,7 +501,7 @@ def random_subnets(
     if space.fits(space.whole):
         return [space.subnet(space.whole)] * count
 
-    low, nearest = (1 - tolerance) * budget.amount, -math.inf
+    low, nearest = (1 - tolerance) * space.amount, -math.inf
     found: dict[Subnet, None] = {}
     for _ in range(ATTEMPTS * count):
         genes = space.repaired(space.draw(rng), rng, low)
@@ -512,7 +512,7 @@ def random_subnets(
             break
     if not found:
         raise ValueError(
-            f"tolerance={tolerance!r}: no subnet drawn costs {low:.6g} to {budget.amount:.6g}, the nearest "
+            f"tolerance={tolerance!r}: no subnet drawn costs {low:.6g} to {space.amount:.6g}, the nearest "
             f"{nearest:.6g}; raise it"
         )
     return list(itertools.islice(itertools.cycle(found), count))
@@ -552,9 +552,9 @@ def uniform_subnet(config: ModelConfig, menu: Menu, table: CostTable, budget: Bu
     choices = itertools.product(mlp, attention, range(len(menu.dropped) + 1))
     uniform = [((a, f) * config.n_layers) + (n,) for f, a, n in choices]
     least = min(map(space.costs.total, uniform))
-    if least > budget.amount:
+    if least > space.amount:
         raise ValueError(
-            f"budget.{budget.kind}={budget.amount!r}: the cheapest uniform sub-network costs {least:.6g}: "
+            f"budget.{budget.kind}={budget.given!r}: the cheapest uniform sub-network costs {least:.6g}: "
             "raise the budget, or take greedy or knapsack"
         )
     return space.subnet(max(filter(space.fits, uniform), key=space.costs.total))

@@ -106,8 +106,7 @@ class Space:
             least possible.
         """
         check_shape("table", table.attention, table.mlp, config, menu)
-        table.check(budget, menu)
-        self.config, self.menu, self.amount = config, menu, budget.amount
+        self.config, self.menu, self.amount = config, menu, table.check(budget, menu).amount
         self.sizes = menu.sizes(config)
         costs = modules(table.attention, table.mlp)
         self.costs = ModuleSum(table.fixed, costs, (0.0,) * config.n_layers, menu.dropped)

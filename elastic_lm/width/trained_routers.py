@@ -277,7 +277,8 @@ class Routers:
             self.shape.reads,
             "these routers choose for every token, no sub-network is fixed by a budget; train others",
         )
-        share = budget.amount / self.table.range(self.shape.menu)[1]
+        whole = self.table.range(self.shape.menu)[1]
+        share = budget.of(whole).amount / whole
         code = budget_code(jnp.asarray([share]), self.shape.anchors)
         layers, dropped = self.shape.all_logits(self.params, code)
         assert layers is not None

@@ -246,10 +246,10 @@ def test_numbers_in_scientific_notation_are_no_flags() -> None:
 def test_a_text_of_one_token_has_no_bytes_to_count(
     model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "a.txt"
-    file.write_text("a")
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n')
     assert run("evaluate", "--model", model, "--data", file, "--seq-len", 8, "--tokens", 8) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[2] == "-"
+    assert capsys.readouterr().out.splitlines()[2].split()[3] == "-"
 
 
 def test_generate_prints_prompt_and_continuation(
