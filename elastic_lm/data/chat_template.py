@@ -79,7 +79,9 @@ class ChatTemplate:
             return self.texts[TOOL_USE]
         if DEFAULT not in self.texts:
             names = ", ".join(sorted(self.texts))
-            raise ValueError(f"chat_template=None: the tokenizer has several and no default; name one of {names}")
+            raise ValueError(
+                f"chat_template=None: the tokenizer has several and no default; name one of {names}"
+            )
         return self.texts[DEFAULT]
 
     def render(
@@ -109,7 +111,9 @@ class ChatTemplate:
         """
         source = self.text(chat_template, tools)
         both = add_generation_prompt and continue_final_message
-        require(not both, "continue_final_message", True, "goes without add_generation_prompt; give one of them")
+        require(
+            not both, "continue_final_message", True, "goes without add_generation_prompt; give one of them"
+        )
         chat = plain_messages(messages)
         if continue_final_message:
             _tag_end(chat)
@@ -260,7 +264,9 @@ def _tag_end(chat: list[dict[str, Any]]) -> None:
     if isinstance(content, str):
         chat[-1]["content"] = content + TAG
         return
-    texts = [block for block in content or () if isinstance(block, dict) and isinstance(block.get("text"), str)]
+    texts = [
+        block for block in content or () if isinstance(block, dict) and isinstance(block.get("text"), str)
+    ]
     require(bool(texts), "continue_final_message", True, "the last message has no text; give it one")
     texts[-1]["text"] += TAG
 

@@ -197,7 +197,12 @@ def test_templates_leave_the_callers_messages_alone() -> None:
 
 
 REFUSED = [
-    ("{{ raise_exception('roles must alternate') }}", TALK, {}, "refuses these messages: roles must alternate"),
+    (
+        "{{ raise_exception('roles must alternate') }}",
+        TALK,
+        {},
+        "refuses these messages: roles must alternate",
+    ),
     ("{% if %}", TALK, {}, "not valid Jinja: line 1"),
     ("{{ 1 + messages }}", TALK, {}, r"fails on these messages \(TypeError"),
     ("{{ messages[0].a.b }}", TALK, {}, "refuses these messages: .*has no attribute 'a'"),
@@ -220,7 +225,9 @@ def test_a_tokenizer_without_a_template_says_so(tmp_path: Path) -> None:
     ours = Tokenizer.load(save_tokenizer(tmp_path / "none", None))
     with pytest.raises(ValueError, match=r"the tokenizer has none, .*put a chat_template.jinja beside it"):
         ours.apply_chat_template(TALK)
-    assert ours.apply_chat_template(TALK, chat_template=CHATML, tokenize=False).startswith("<|im_start|>system")
+    assert ours.apply_chat_template(TALK, chat_template=CHATML, tokenize=False).startswith(
+        "<|im_start|>system"
+    )
     with pytest.raises(ValueError, match="must be a template, or a list"):
         _ = Tokenizer.load(save_tokenizer(tmp_path / "bad", {"default": CHATML})).chat_template
     with pytest.raises(ValueError, match="name one of b"):
