@@ -126,6 +126,7 @@ class ModelConfig:
     norm_width: int = 0  # channels a norm averages over where the others are masked to 0; 0 = d_model
     windows: tuple[int, ...] = ()  # sliding window per layer in tokens, 0 = full; () = all full
     attn_scale: float = 0.0  # multiplies q.k; 0 = head_dim ** -0.5
+    query_growth: float = 0.0  # queries are multiplied by 1 + this * ln(1 + p // rope.original_max_len)
     attn_softcap: float = 0.0  # attention logits pass c * tanh(x / c); 0 = off
     final_softcap: float = 0.0  # the same for vocabulary logits; 0 = off
     embed_scale: float = 1.0  # multiplies token embeddings (Gemma: sqrt(d_model))
@@ -166,7 +167,8 @@ class ModelConfig:
             self.windows,
             f"needs one entry per layer ({self.n_layers}) or none",
         )
-        require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
+        numbers = ("norm_eps", "query_growth", "attn_softcap", "final_softcap")
+        require_each(self, "", numbers, *NOT_NEGATIVE)
         self._check_rotation()
         self._check_norms_and_scales()
         tokens = all(is_whole(w) for w in self.windows)
@@ -205,6 +207,10 @@ class ModelConfig:
         for field, rope in (("rope", self.rope), ("local_rope", local)):
             if rope is not None and self.position == "rope":
                 self._check_rope(field, rope)
+
+        reads = bool(self.rope.original_max_len) and self.position == "rope"
+        fix = "needs position='rope' and rope.original_max_len"
+        require(reads or not self.query_growth, "query_growth", self.query_growth, fix)
 
     def _check_rope(self, field: str, rope: RopeConfig) -> None:
         beyond = rope.scaling == "dynamic" and 0 < rope.original_max_len < self.max_len

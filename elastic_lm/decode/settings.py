@@ -339,4 +339,11 @@ def _check_prompt(config: ModelConfig, row: int, ids: Sequence[int], max_new_tok
             f"prompt {row} has {len(ids)} tokens and max_new_tokens={max_new_tokens}, together more than "
             f"the model's max_len={config.max_len}: shorten the prompt or emit fewer tokens"
         )
+    switch = config.recomputed_from
+    if len(ids) <= switch < len(ids) + max_new_tokens - 1:
+        raise ValueError(
+            f"prompt {row} has {len(ids)} tokens and max_new_tokens={max_new_tokens}, which would pass "
+            f"rope.original_max_len={switch}, where LongRoPE rotates the whole text anew: emit at most "
+            f"{switch - len(ids) + 1} tokens, and go on from the longer text in a call of its own"
+        )
     check_ids(f"prompt {row}", ids, config.vocab_size)

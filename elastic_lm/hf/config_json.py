@@ -9,6 +9,8 @@ from elastic_lm.config.checks import LARGEST_INT, is_whole, require, require_lay
 from elastic_lm.config.model import DTYPES, Activation, ExitConfig, ModelConfig
 from elastic_lm.config.parse import from_dict, to_dict
 from elastic_lm.hf.family import ACTIVATIONS, REQUIRED, Family, Field, typed
+from elastic_lm.hf.keys import ReadKeys, refuse_unread
+from elastic_lm.hf.multimodal import text_config
 from elastic_lm.hf.registry import find_family
 from elastic_lm.hf.rope import rope_to_hf
 from elastic_lm.hf.tensors import tensor_names
@@ -23,7 +25,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
     """Describes the model of a parsed config.json.
 
     Args:
-      hf: config.json of a supported family, in the style of transformers 4 or 5.
+      hf: config.json of a supported family, in the style of transformers 4 or 5. Of a model of images and
+        text, the part that describes the text is read.
 
     Returns:
       The config, of the family's class. `dtype` and `param_dtype` are those of the file (float32 if it
@@ -31,7 +34,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
 
     Raises:
       ValueError: the model_type is not supported, a key is missing or has a value of the wrong type,
-        or the file asks for a feature that has no counterpart here; names the key and its value.
+        or the file asks for a feature that has no counterpart here, or has a key that nothing here reads and
+        that may change what the model computes; names the key and its value.
 
     Example:
       ```python
@@ -42,12 +46,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> Config:
       assert (config.d_model, config.n_layers) == (64, 4)
       ```
     """
+    hf = text_config(hf)
     family = find_family(hf.get("model_type"))
+    hf = ReadKeys(hf)
     _refuse(family, hf)
     try:
-        return _read_model(family, hf)
+        config = _read_model(family, hf)
     except ValueError as error:
         raise ValueError(_in_their_words(family, str(error))) from error
+    refuse_unread(family.model_type, hf, family.ignored)
+    return config
 
 
 def _read_model(family: Family, hf: Mapping[str, Any]) -> Config:
@@ -262,7 +270,15 @@ def _comparable(config: Config) -> dict[str, Any]:
         return values
     values["windows"] = [config.window(i) for i in range(config.n_layers)]
     values["attn_scale"] = config.query_scale
-    values["rope"] = config.position == "rope" and rope_to_hf(
-        config.rope, config.max_len, fraction_key="partial_rotary_factor"
-    )
+    ropes = [_comparable_rope(config, layer) for layer in range(config.n_layers)]
+    values["rope"] = ropes[0] if config.layers_rotate_alike else ropes
+    del values["local_rope"], values["rotated"]
     return values
+
+
+def _comparable_rope(config: ModelConfig, layer: int) -> dict[str, Any] | None:
+    rope = config.rope_of(layer)
+    if rope is None:
+        return None
+    entries = rope_to_hf(rope, config.max_len, fraction_key="partial_rotary_factor")
+    return entries | {"interleaved": rope.interleaved}

@@ -43,8 +43,9 @@ class TensorFiles:
       files: tensor name -> file that holds it.
     """
 
-    def __init__(self, files: dict[str, Path]) -> None:
+    def __init__(self, files: dict[str, Path], stored: dict[str, str] | None = None) -> None:
         self.files = files
+        self._stored = stored or {}
         self._open: dict[Path, Any] = {}
 
     @classmethod
@@ -75,6 +76,14 @@ class TensorFiles:
             tensors.add(path)
         return tensors
 
+    def under(self, names: dict[str, str]) -> "TensorFiles":
+        """Some of the tensors under other names.
+
+        Args:
+          names: {name: name in the files}.
+        """
+        return TensorFiles({name: self.files[stored] for name, stored in names.items()}, names)
+
     def add(self, path: Path) -> None:
         """Includes every tensor of `path`."""
         self.files |= dict.fromkeys(self._handle(path, "its tensors").keys(), path)
@@ -95,14 +104,16 @@ class TensorFiles:
                 f"{self.files[name]}: tensor {name!r} has dtype {dtype}; only {', '.join(FLOATS)} are "
                 "supported. Dequantise the checkpoint and save it again"
             )
-        values = self._handle(self.files[name], f"tensor {name!r}").get_tensor(name)
+        values = self._handle(self.files[name], f"tensor {name!r}").get_tensor(
+            self._stored.get(name, name)
+        )
         check_tensor(f"{self.files[name]}: tensor {name!r}", values)
         return values
 
     def _slice(self, name: str) -> Any:
         path = self.files[name]
         try:
-            return self._handle(path, f"tensor {name!r}").get_slice(name)
+            return self._handle(path, f"tensor {name!r}").get_slice(self._stored.get(name, name))
         except SafetensorError as error:
             raise ValueError(
                 f"{path}: tensor {name!r} is missing, though {INDEX} says that it is in this file; {AGAIN}"

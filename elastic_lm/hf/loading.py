@@ -20,6 +20,7 @@ from elastic_lm.hf.config_json import NO_TOKEN, config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
 from elastic_lm.hf.gguf import GGUFTensors, config_entries
+from elastic_lm.hf.multimodal import text_tensors
 from elastic_lm.hf.registry import find_family
 from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
@@ -86,7 +87,7 @@ def load(
     _check_folder(folder)
     config = _read_config(folder, dtype)
     exits = [folder / EXITS_FILE] if getattr(config, "exits", ()) else []
-    tensors = GGUFTensors(folder) if is_gguf(folder) else TensorFiles.of_folder(folder, exits)
+    tensors = GGUFTensors(folder) if is_gguf(folder) else text_tensors(TensorFiles.of_folder(folder, exits))
     _check_layers(folder, config, tensors)
     config = _complete(config, tensors)
     config = _resolve_tying(config, tensors)

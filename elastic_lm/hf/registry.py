@@ -1,22 +1,38 @@
 """The supported families by `model_type`."""
 
-import difflib
 from typing import Any
 
+from elastic_lm.hf.families.arcee import ARCEE
 from elastic_lm.hf.families.bert import BERT
+from elastic_lm.hf.families.cohere import COHERE, COHERE2
 from elastic_lm.hf.families.distilbert import DISTILBERT
+from elastic_lm.hf.families.ernie import ERNIE
+from elastic_lm.hf.families.gemma import GEMMA
 from elastic_lm.hf.families.gemma2 import GEMMA2
+from elastic_lm.hf.families.gemma3 import GEMMA3
 from elastic_lm.hf.families.gpt2 import GPT2
 from elastic_lm.hf.families.gpt_neox import GPT_NEOX
+from elastic_lm.hf.families.granite import GRANITE
+from elastic_lm.hf.families.helium import HELIUM
 from elastic_lm.hf.families.llama import LLAMA
+from elastic_lm.hf.families.ministral import MINISTRAL, MINISTRAL3
 from elastic_lm.hf.families.mistral import MISTRAL
 from elastic_lm.hf.families.nemotron import NEMOTRON
+from elastic_lm.hf.families.olmo import OLMO2, OLMO3
+from elastic_lm.hf.families.phi3 import PHI3
 from elastic_lm.hf.families.qwen import QWEN2, QWEN3
 from elastic_lm.hf.families.roberta import ROBERTA
+from elastic_lm.hf.families.seed_oss import SEED_OSS
+from elastic_lm.hf.families.smollm3 import SMOLLM3
 from elastic_lm.hf.families.t5 import T5
 from elastic_lm.hf.family import Family
+from elastic_lm.hf.relatives import RELATIVES
 
-DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GPT2, GPT_NEOX, NEMOTRON)
+DECODERS = (
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GPT2, GPT_NEOX, NEMOTRON),
+    *(GEMMA, GEMMA3, SMOLLM3, OLMO2, OLMO3, PHI3, GRANITE, COHERE, COHERE2),
+    *(ARCEE, ERNIE, SEED_OSS, HELIUM, MINISTRAL, MINISTRAL3),
+)
 ENCODERS = (BERT, DISTILBERT, ROBERTA)
 FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS, T5)}
 
@@ -25,10 +41,11 @@ def find_family(model_type: Any) -> Family:
     """The family of a `model_type`.
 
     Raises:
-      ValueError: it is not supported; the message lists what is and suggests the closest.
+      ValueError: it is not supported; the message lists what is, and names the closest relative.
     """
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = difflib.get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.5)
-    hint = f"; the closest is {near[0]!r}" if near else ""
+    # Names that are spelled alike are no relatives: mamba is no llama.
+    closest, besides = RELATIVES.get(str(model_type), ("", ""))
+    hint = f"; the closest is {closest!r}, which has no {besides}" if closest in FAMILIES else ""
     raise ValueError(f"model_type={model_type!r} is not supported{hint}. Supported: {', '.join(FAMILIES)}")

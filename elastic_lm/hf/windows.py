@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from elastic_lm.config.checks import require
-from elastic_lm.hf.family import number
+from elastic_lm.hf.family import number, typed
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -27,6 +27,21 @@ def read_window(hf: Mapping[str, Any], default: int) -> int:
     window = number(hf, "sliding_window", 0)
     require(window == int(window), "sliding_window", window, "must be a whole number of tokens")
     return int(window)
+
+
+def read_pattern(hf: Mapping[str, Any], default: int) -> int:
+    """The file's `sliding_window_pattern`: every so many layers, one has full attention.
+
+    Args:
+      hf: parsed config.json; `layer_types` says the same in newer files.
+      default: layers where the key is missing.
+
+    Raises:
+      ValueError: it is not a whole number of at least 1.
+    """
+    period = typed(hf, "sliding_window_pattern", int, default)
+    require(period >= 1, "sliding_window_pattern", period, "must be at least 1")
+    return period
 
 
 def _read_kinds(hf: Mapping[str, Any]) -> list[str]:

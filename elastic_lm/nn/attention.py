@@ -117,6 +117,8 @@ class Attention(nn.Module):
         if c.rotates:
             rotation = context.rotation_of(c)
             q, k = (apply_rope(x, rotation, c.rope.interleaved) for x in (q, k))
+        if c.query_growth:
+            q = grown(c, q, context.positions)
 
         new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), context.positions, context.segments)
         out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap)
@@ -134,6 +136,13 @@ def norm_heads(config: ModelConfig, norm: Callable[[jax.Array], jax.Array], x_BT
         return norm(x_BTNH)
     b, t, n, h = x_BTNH.shape
     return norm(x_BTNH.reshape(b, t, n * h)).reshape(x_BTNH.shape)
+
+
+def grown(config: ModelConfig, q_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Queries times 1 + b ln(1 + p // L) at position p: sharper beyond the pretrained context (Llama 4)."""
+    stretches = positions_BT // config.rope.original_max_len
+    growth_BT = 1.0 + config.query_growth * jnp.log1p(stretches.astype(jnp.float32))
+    return q_BTNH * growth_BT[..., None, None].astype(q_BTNH.dtype)
 
 
 def text_lengths(positions_BT: jax.Array, lengths_BT: jax.Array | None, *, cached: bool) -> jax.Array | None:

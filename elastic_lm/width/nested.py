@@ -27,7 +27,7 @@ import numpy as np
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Ints
 from elastic_lm.models.decoder import Params
-from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, attend, norm_heads
+from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, attend, grown, norm_heads
 from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.linear import linear
 from elastic_lm.nn.mlp import MLP
@@ -101,7 +101,9 @@ def _nested_attention(
     def block(i: int) -> jax.Array:
         queries, out = params[f"queries_{i}"], params[f"out_{i}"]
         q = linear(x_BTD, queries["kernel"], queries.get("bias")).reshape(b, t, -1, c.head_dim)
-        heads = attend(rotated("q_norm", q), new, context, scale=c.query_scale, softcap=c.attn_softcap)
+        q = rotated("q_norm", q)
+        q = grown(c, q, context.positions) if c.query_growth else q
+        heads = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap)
         return linear(heads.reshape(b, t, -1), out["kernel"], out.get("bias"))
 
     count = sum(name.startswith("out_") for name in params)

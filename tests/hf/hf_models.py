@@ -44,6 +44,20 @@ def _rope(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **values}}
 
 
+SMALL = {"hidden_size": 16, "num_key_value_heads": 2, "pad_token_id": None}
+LAYERED = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 4,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.5, 3.0, 8.0],
+}
+
 # The form of each family that its golden file records.
 GOLDEN: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "eos_token_id": [3, 5]},
@@ -68,7 +82,68 @@ GOLDEN: dict[str, dict[str, Any]] = {
     "gpt2": {"bos_token_id": 1, "eos_token_id": 1, "n_inner": 40},
     "gpt_neox": _rope("default", partial_rotary_factor=0.25),
     "nemotron": {"num_key_value_heads": 2, "head_dim": 12},
+    "gemma": {**SMALL, "head_dim": 8},
+    "gemma3_text": {
+        **SMALL,
+        **LAYERED,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 10,
+        "final_logit_softcapping": 5.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+    "smollm3": {
+        **SMALL,
+        "num_hidden_layers": 3,
+        "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    },
+    "olmo2": SMALL,
+    "olmo3": {
+        **SMALL,
+        **LAYERED,
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
+    "phi3": {
+        "num_key_value_heads": 2,
+        "pad_token_id": None,
+        "sliding_window": 5,
+        "original_max_position_embeddings": 40,
+        "rope_parameters": LONGROPE,
+    },
+    "granite": {
+        **SMALL,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 1.7,
+    },
+    "cohere": {**SMALL, "logit_scale": 0.3},
+    "cohere2": {**SMALL, **LAYERED, "logit_scale": 0.3, **_rope("default")},
+    "arcee": SMALL,
+    "ernie4_5": {**SMALL, "head_dim": 8, "use_bias": True},
+    "seed_oss": {**SMALL, "head_dim": 8},
+    "helium": {**SMALL, "head_dim": 4, "attention_bias": True},
+    "ministral": {**SMALL, **LAYERED, "head_dim": 4},
+    "ministral3": {
+        **SMALL,
+        "head_dim": 8,
+        "rope_parameters": {
+            **YARN,
+            "original_max_position_embeddings": 4,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.3,
+        },
+    },
 }
+TOKENS = {"phi3": (1, 48)}  # of golden files that need others than SHAPE
 
 # Further forms, compared where transformers is installed: name -> (model_type, changes to GOLDEN).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -119,6 +194,51 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "head_dim": 8},
     ),
     "nemotron-whole": ("nemotron", _rope("linear", factor=2.0, partial_rotary_factor=1.0)),
+    "gemma-untied": ("gemma", {"tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 1}),
+    "gemma3_text-plain": (
+        "gemma3_text",
+        {
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma3_text-default": ("gemma3_text", {"num_hidden_layers": 7, "layer_types": None, "rope_parameters": None}),
+    "smollm3-default": (
+        "smollm3",
+        {
+            "num_hidden_layers": 5,
+            "no_rope_layers": None,
+            "use_sliding_window": False,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "olmo2-biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "olmo3-default": ("olmo3", {"num_hidden_layers": 4, "layer_types": None, "rope_parameters": None}),
+    "phi3-long": ("phi3", {"original_max_position_embeddings": 8}),
+    "phi3-boundary": ("phi3", {"original_max_position_embeddings": 12}),
+    "phi3-attention": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {**LONGROPE, "attention_factor": 1.3},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3-whole": ("phi3", {"sliding_window": None, **_rope("default")}),
+    "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True, "logits_scaling": 13.0}),
+    "cohere-untied": ("cohere", {"tie_word_embeddings": False, "attention_bias": True, **_rope("linear", factor=2.0)}),
+    "cohere2-default": ("cohere2", {"num_hidden_layers": 5, "layer_types": None}),
+    "arcee-biases": ("arcee", {"attention_bias": True, "mlp_bias": True, "head_dim": 8}),
+    "arcee-silu": ("arcee", {"hidden_act": "silu"}),
+    "ernie4_5-plain": ("ernie4_5", {"use_bias": False, "tie_word_embeddings": False}),
+    "seed_oss-biases": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "seed_oss-plain": ("seed_oss", {"attention_bias": False}),
+    "helium-biases": ("helium", {"mlp_bias": True, "tie_word_embeddings": True}),
+    "ministral-default": ("ministral", {"layer_types": None}),
+    "ministral3-window": ("ministral3", {"sliding_window": 5, **_rope("default")}),
 }
 
 

@@ -149,10 +149,18 @@ def test_wrong_shapes_and_dtypes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "qwen2_moe"}, ("'qwen2_moe'", "closest is 'qwen2'", "gpt_neox, nemotron")),
-        ({"model_type": "mamba"}, ("'mamba'", "Supported: llama")),
+        ({"model_type": "qwen2_moe"}, ("'qwen2_moe'", "closest is 'qwen2', which has no experts", "gpt_neox, nem")),
+        ({"model_type": "mamba"}, ("'mamba' is not supported. Supported: llama",)),
+        ({"model_type": "apertus"}, ("'apertus' is not supported. Supported: llama",)),
         ({"model_type": None}, ("model_type=None", "Supported: llama")),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, ("rope_scaling", "'longrope'", "yarn")),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 2}}, ("rope_scaling", "'mrope'", "yarn")),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, ("rope_scaling", "short_factor is missing")),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, ("mrope_section=[1]",)),
+        ({"no_rope_layers": [1, 0]}, ("no_rope_layers=[1, 0]", "'llama'", "remove the key")),
+        ({"residual_multiplier": 0.2}, ("residual_multiplier=0.2", "own model_type")),
+        ({"clip_qkv": 8.0}, ("clip_qkv=8.0",)),
+        ({"sliding_window": 4096}, ("sliding_window=4096",)),
+        ({"use_qk_norm": True}, ("use_qk_norm=True",)),
         ({"rope_scaling": {"type": "linear"}}, ("rope_scaling", "factor")),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, ("low_freq_factor is missing",)),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ("rope_parameters", "flat")),
@@ -207,7 +215,7 @@ def test_unsupported_settings(folder: Path, changes: dict[str, Any], words: tupl
             ("use_sliding_window",),
         ),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types", "remove")),
-        ("nemotron", {"rope_scaling": {"type": "su", "factor": 2.0}}, ("'su'", "supported")),
+        ("nemotron", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, ("'ntk'", "supported")),
     ],
 )
 def test_unsupported_settings_of_one_family(
@@ -292,7 +300,7 @@ CONFIG = ModelConfig(vocab_size=16, d_model=8, n_layers=2, n_heads=2, d_mlp=8)
         ({"family": "gpt2"}, ("norm='rmsnorm'", "gated=True", "position='rope'")),
         ({"family": "gemma2", "attn_scale": 0.3}, ("attn_scale=0.3",)),
         ({"family": "llama", "qkv_bias": True}, ("qkv_bias=True",)),
-        ({"family": "lama"}, ("'lama'", "closest is 'llama'")),
+        ({"family": "lama"}, ("'lama' is not supported. Supported: llama",)),
     ],
 )
 def test_models_that_a_family_cannot_express(

@@ -24,7 +24,8 @@ FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 
 # Families whose head width does not follow from the model's can be cut in every direction.
 CUTS = {name: {"mlp": 0.4, "heads": 0.5, "groups": 0.5} for name in GOLDEN}
-CUTS |= {"gpt2": {"mlp": 0.4}, "gpt_neox": {"mlp": 0.4}}
+CUTS |= dict.fromkeys(("gpt2", "gpt_neox", "phi3", "cohere2", "helium"), {"mlp": 0.4})
+CUTS |= dict.fromkeys(("olmo2", "olmo3"), {"mlp": 0.4})  # whose heads are normalised together
 WIDTHS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "nemotron"), 0.5)  # of the model
 
 

@@ -73,6 +73,7 @@ DISTILBERT = Family(
     read=_read,
     write=_write,
     refuse=REFUSE,
+    ignored={"sinusoidal_pos_embds": None},  # the table is in the weights, whatever filled it
     config_class=EncoderConfig,
     complete=_complete,
     copies={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},

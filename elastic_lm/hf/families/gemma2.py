@@ -71,4 +71,5 @@ GEMMA2 = Family(
     read=_read,
     write=_write,
     refuse=(("use_bidirectional_attention", (None, False)),),
+    ignored={"hidden_act": None},
 )

@@ -50,4 +50,5 @@ NEMOTRON = Family(
     eos_default=3,
     read=_read,
     write=_write,
+    ignored={"rope_percent": None},  # says what partial_rotary_factor says
 )

@@ -32,7 +32,8 @@ QK_NORM = {
 
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    window = read_window(hf, 4096) if typed(hf, "use_sliding_window", bool, False) else 0
+    window = read_window(hf, 4096)
+    window = window if typed(hf, "use_sliding_window", bool, False) else 0
     first = typed(hf, "max_window_layers", int, 28)
     windows = layered_windows(hf, values["n_layers"], window, lambda layer: layer >= first)
     return read_rope(hf, values) | {"windows": windows}

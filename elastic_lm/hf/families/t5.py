@@ -126,6 +126,7 @@ T5 = Family(
     eos_default=1,
     read=_read,
     write=_write,
+    ignored={"dense_act_fn": None, "is_gated_act": None, "n_positions": None},
     config_class=EncoderDecoderConfig,
     varying=_stacks,
     complete=_complete,

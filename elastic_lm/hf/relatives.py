@@ -1,0 +1,33 @@
+"""Model types that are not supported, and what tells them from the supported type that is most like them."""
+
+# type: (the closest supported type, what the type has besides). Without an entry there is no relative.
+RELATIVES: dict[str, tuple[str, str]] = {
+    "deepseek_v2": ("llama", "experts and compressed keys and values"),
+    "deepseek_v3": ("llama", "experts and compressed keys and values"),
+    "exaone4": ("olmo3", "layers without rotation and heads that are normalised one by one"),
+    "gemma3n": ("gemma3_text", "several streams and embeddings per layer"),
+    "gemma4": ("gemma3_text", "embeddings per layer and keys that layers share"),
+    "glm": ("llama", "interleaved partial rotation and fused kernels"),
+    "glm4": ("gemma2", "interleaved partial rotation and fused kernels"),
+    "gpt_neox_japanese": ("gpt_neox", "a bias on one attention output alone"),
+    "gpt_oss": ("mistral", "experts and attention sinks"),
+    "granitemoe": ("granite", "experts"),
+    "llama4": ("llama", "experts and layers with chunks of attention"),
+    "llama4_text": ("llama", "experts and layers with chunks of attention"),
+    "mistral4": ("mistral", "experts and compressed keys and values"),
+    "mixtral": ("mistral", "experts"),
+    "nemotron_h": ("nemotron", "state-space layers"),
+    "olmo": ("llama", "norms without scales and clipped projections"),
+    "olmoe": ("olmo2", "experts"),
+    "phi3small": ("phi3", "block-sparse attention"),
+    "phi4_multimodal": ("phi3", "adapters and encoders of images and speech"),
+    "phimoe": ("phi3", "experts"),
+    "qwen2_5_vl": ("qwen2", "a vision tower and rotation in three dimensions"),
+    "qwen2_moe": ("qwen2", "experts"),
+    "qwen2_vl": ("qwen2", "a vision tower and rotation in three dimensions"),
+    "qwen3_moe": ("qwen3", "experts"),
+    "qwen3_next": ("qwen3", "experts and linear attention"),
+    "qwen3_vl": ("qwen3", "a vision tower and rotation in three dimensions"),
+    "recurrent_gemma": ("gemma2", "recurrent layers"),
+    "vaultgemma": ("gemma2", "no norms after attention and MLP"),
+}
