@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from elastic_lm.config.checks import (
     AT_LEAST_1,
     NOT_NEGATIVE,
+    POSITIVE,
     is_whole,
     require,
     require_choice,
@@ -25,7 +26,7 @@ from elastic_lm.config.rope import RopeConfig
 
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-Position = Literal["rope", "learned"]
+Position = Literal["rope", "learned", "alibi"]
 ExitKind = Literal["embedding", "norm", "linear", "mlp", "block"]
 ExitInit = Literal["copy", "random", "fit"]
 
@@ -104,13 +105,17 @@ class ModelConfig:
     norm_offset: float = 0.0  # added to the stored scale (1 for Gemma and Nemotron)
     sandwich_norm: bool = False  # also normalise what attention and MLP return (Gemma 2)
     parallel_residual: bool = False  # attention and MLP both read the layer's input (NeoX)
+    shared_norm: bool = False  # parallel_residual: attention and MLP read the same norm of it (GPT-J)
     activation: Activation = "silu"  # MLP non-linearity
     gated: bool = True  # MLP is act(gate) * up instead of act(up)
     qkv_bias: bool = False  # biases on query, key and value projections
     out_bias: bool = False  # bias on attention's output projection
     mlp_bias: bool = False  # biases on the MLP's projections
+    head_bias: bool = False  # biases on the vocabulary heads, which own their kernels (GPT-J, Phi)
     qk_norm: bool = False  # RMS-normalise each query and key head (Qwen 3)
-    position: Position = "rope"  # rotary, or a learned table added to the embedding
+    position: Position = "rope"  # rotary, a learned table added to the embedding, or a bias of attention
+    position_offset: int = 0  # rows of the learned table before that of position 0 (OPT: 2)
+    alibi_scale: float = 1.0  # position == "alibi": multiplies the slopes (Falcon: head_dim ** -0.5)
     rope: RopeConfig = dataclasses.field(default=RopeConfig())  # used when position == "rope"
     layer_mlp: tuple[int, ...] = ()  # d_mlp of every layer, the largest is d_mlp; () = all the same
     layer_heads: tuple[int, ...] = ()  # n_heads of every layer, likewise
@@ -122,6 +127,7 @@ class ModelConfig:
     attn_softcap: float = 0.0  # attention logits pass c * tanh(x / c); 0 = off
     final_softcap: float = 0.0  # the same for vocabulary logits; 0 = off
     embed_scale: float = 1.0  # multiplies token embeddings (Gemma: sqrt(d_model))
+    embed_norm: bool = False  # normalise the embeddings before the first layer (BLOOM)
     tied: bool = False  # the vocabulary head is the embedding table
     exits: tuple[ExitConfig, ...] = ()  # early exits in increasing depth
     dtype: str = "float32"  # dtype of activations
@@ -166,6 +172,7 @@ class ModelConfig:
             "rope.scaling='dynamic' is computed",
         )
         require_each(self, "", ("norm_eps", "attn_softcap", "final_softcap"), *NOT_NEGATIVE)
+        self._check_partners()
         tokens = all(is_whole(w) for w in self.windows)
         require(tokens, "windows", self.windows, "must be tokens, or 0 for full")
         require_ids("eos_ids", self.eos_ids, low=-1)  # old configs write -1 for none
@@ -178,6 +185,33 @@ class ModelConfig:
             "exits",
             tuple(layers),
             f"the model has only n_layers={self.n_layers}",
+        )
+
+    def _check_partners(self) -> None:
+        """Refuses settings that have no meaning without, or beside, another one."""
+        require(
+            not self.shared_norm or self.parallel_residual,
+            "shared_norm",
+            self.shared_norm,
+            "is of parallel branches; set parallel_residual=True",
+        )
+        require(
+            not self.head_bias or not self.tied,
+            "tied",
+            self.tied,
+            "a vocabulary head with a bias (head_bias=True) owns its kernel; set tied=False",
+        )
+        whole = is_whole(self.position_offset)
+        require(whole, "position_offset", self.position_offset, "must be a number of rows, or 0 for none")
+        require_each(self, "", ("alibi_scale",), *POSITIVE)
+        for field, of in (("position_offset", "learned"), ("alibi_scale", "alibi")):
+            read = self.position == of or getattr(self, field) == getattr(type(self), field)
+            require(read, field, getattr(self, field), f"is not read with position={self.position!r}")
+        require(
+            self.position != "alibi" or not (self.layer_heads or self.layer_kv_heads),
+            "layer_heads",
+            self.layer_heads,
+            "layers of a model with position='alibi' have the same heads, each with its own slope",
         )
 
     def _check_layer_sizes(self) -> None:

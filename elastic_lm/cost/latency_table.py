@@ -33,7 +33,7 @@ CHOICES = ("mlp", "heads", "groups")  # fields of a menu that a table has costs 
 # Fields of `ModelConfig` that change what is computed, but not how long it takes.
 TIMELESS = (
     "exits", "family", "bos_id", "eos_ids", "max_len", "rope", "elastic_groups", "norm_eps", "norm_offset",
-    "attn_scale", "embed_scale",
+    "attn_scale", "embed_scale", "position_offset", "alibi_scale",
 )  # fmt: skip
 
 

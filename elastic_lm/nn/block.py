@@ -2,7 +2,7 @@
 
     a = x + attn(norm(x))                     what the layer's MLP output is added to
     y = a + mlp(norm(a))                      the layer's output
-    y = a + mlp(norm(x))                      with a parallel residual (GPT-NeoX)
+    y = a + mlp(norm(x))                      with a parallel residual (GPT-NeoX), whose two norms may be one
 
 Sandwich norms (Gemma 2) normalise the outputs of attention and MLP too, before they are added.
 """
@@ -53,7 +53,8 @@ class Block(nn.Module):
         c = self.config
         self.attn_norm = make_norm(c, "attn_norm")
         self.attn = Attention(c, name="attn")
-        self.mlp_norm = make_norm(c, "mlp_norm")
+        if not c.shared_norm:
+            self.mlp_norm = make_norm(c, "mlp_norm")
         self.mlp = MLP(c, name="mlp")
         if c.sandwich_norm:
             self.post_attn_norm = make_norm(c, "post_attn_norm")
@@ -90,12 +91,13 @@ class Block(nn.Module):
         Returns:
           As `__call__`.
         """
-        attended, new_kv = attention(self.attn_norm(x_BTD))
-        if self.config.sandwich_norm:
+        c, normed = self.config, self.attn_norm(x_BTD)
+        attended, new_kv = attention(normed)
+        if c.sandwich_norm:
             attended = self.post_attn_norm(attended)
         residual = x_BTD + attended
 
-        mlp_input = self.mlp_norm(x_BTD if self.config.parallel_residual else residual)
+        mlp_input = normed if c.shared_norm else self.mlp_norm(x_BTD if c.parallel_residual else residual)
         hidden = self.add_mlp(residual, mlp(mlp_input))
         return Tap(hidden, residual, mlp_input, entering=x_BTD), new_kv
 
