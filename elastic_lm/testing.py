@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.decoder import BEFORE_LAYERS, Decoder, Params
 from elastic_lm.models.registry import Config, abstract_params
 
 __all__ = [
@@ -183,7 +183,7 @@ def truncated(config: ModelConfig, params: Params, layer: int) -> tuple[ModelCon
     own = params[exit_config.name]
     small = dataclasses.replace(config.with_layers(range(layer)), tied=False)
     head = final_head(config, params) if exit_config.tied else own["head"]
-    names = ["embed", "positions", *(f"layers_{i}" for i in range(layer))]
+    names = [*BEFORE_LAYERS, *(f"layers_{i}" for i in range(layer))]
     kept = {name: params[name] for name in names if name in params}
     return small, {**kept, "final_norm": own["norm"], "head": head}
 

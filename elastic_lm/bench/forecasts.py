@@ -24,9 +24,10 @@ from elastic_lm.data.text_parts import whole_rows
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.schedule import KnownText, Schedule, foresee
 from elastic_lm.depth.observations import observe
-from elastic_lm.depth.previewing import head_kernel
+from elastic_lm.depth.previewing import vocab_head
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.nn.preview import HeadPreview, preview_logits
+from elastic_lm.nn.vocab_head import Head
 
 Continued = tuple[list[int], list[int]]  # a prompt and its continuation, token ids
 
@@ -228,8 +229,8 @@ def gather_evidence(
     sure = {}
     if previews:
         inputs = np.concatenate([np.asarray(head_inputs(config, params, batch)) for batch in batches])
-        kernel = head_kernel(config.with_exits(()), params)
-        sure = {target: _sure(preview, inputs[:, first:], kernel) for target, preview in previews.items()}
+        head = vocab_head(config.with_exits(()), params)
+        sure = {target: _sure(preview, inputs[:, first:], head) for target, preview in previews.items()}
     shape_PTE = (len(whole), whole.shape[1] - 1 - first, len(config.exits))
     return Evidence(seen.confidence.reshape(shape_PTE), seen.agrees.reshape(shape_PTE), sure)
 
@@ -247,13 +248,13 @@ def head_inputs(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
     return jnp.stack([*at_exits, decoder.final_features(taps[config.n_layers].hidden)], axis=2)
 
 
-def _sure(preview: HeadPreview, features_PTED: np.ndarray, kernel_VD: jax.Array) -> np.ndarray:
+def _sure(preview: HeadPreview, features_PTED: np.ndarray, head: Head) -> np.ndarray:
     """[P, T, E] bool: where a preview can be relied on."""
-    rows = [np.asarray(_gaps(preview, row, kernel_VD)) for row in features_PTED]
+    rows = [np.asarray(_gaps(preview, row, head)) for row in features_PTED]
     return np.stack(rows) >= float(preview.margin)
 
 
 @jax.jit
-def _gaps(preview: HeadPreview, features: jax.Array, kernel_VD: jax.Array) -> jax.Array:
+def _gaps(preview: HeadPreview, features: jax.Array, head: Head) -> jax.Array:
     """[T, E] float32; everything is traced."""
-    return preview_logits(preview, features, kernel_VD).gap
+    return preview_logits(preview, features, head).gap

@@ -130,10 +130,10 @@ def score_tokens(
         tap, new_kv = _run_slices(part, part.subnet, whole, tokens_BT, hidden)
 
     if part.exit is None:
-        features, kernel, temperature = decoder.final_features(tap.hidden), decoder.final_kernel(), 1.0
+        features, head, temperature = decoder.final_features(tap.hidden), decoder.final_head(), 1.0
     else:
         index = [e.layer for e in config.exits].index(part.exit)
-        features, kernel = decoder.exit_features(index, tap, positions), decoder.exit_kernel(index)
+        features, head = decoder.exit_features(index, tap, positions), decoder.exit_head(index)
         temperature = config.exits[index].temperature
 
     following = jnp.roll(tokens_BT, -1, axis=1)
@@ -143,7 +143,7 @@ def score_tokens(
 
     def read_columns(columns: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         features, following = columns
-        logits = vocab_logits(config, features, kernel, temperature)
+        logits = vocab_logits(config, features, head, temperature)
         target = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
         return target - jax.nn.logsumexp(logits, axis=-1), logit_scores(logits, scoring)
 

@@ -30,7 +30,7 @@ from elastic_lm.config.subnet import Subnet
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.results import TextTokenizer
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.decoder import BEFORE_LAYERS, Decoder, Params
 from elastic_lm.models.encoder import Encoder, exit_name
 from elastic_lm.models.exits import without_exits
 from elastic_lm.models.task_heads import exit_encoder
@@ -221,7 +221,7 @@ def exit_model(config: ModelConfig, params: Params, layer: int) -> tuple[Decoder
 
     own = params[exit_config.name]
     whole_head = {"kernel": params["embed"]["table"]} if config.tied else params["head"]
-    names = ("embed", "positions", *(f"layers_{i}" for i in range(layer)))
+    names = (*BEFORE_LAYERS, *(f"layers_{i}" for i in range(layer)))
     small = {name: params[name] for name in names if name in params}
     small |= {"final_norm": own["norm"], "head": whole_head if exit_config.tied else own["head"]}
     # Not tied even if the whole model is: the head is named, and may be the exit's own.

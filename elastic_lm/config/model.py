@@ -26,7 +26,7 @@ from elastic_lm.config.rope import RopeConfig
 
 NormKind = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-Position = Literal["rope", "learned"]
+Position = Literal["rope", "learned", "alibi"]
 ExitKind = Literal["embedding", "norm", "linear", "mlp", "block"]
 ExitInit = Literal["copy", "random", "fit"]
 
@@ -113,9 +113,12 @@ class ModelConfig:
     qkv_bias: bool = False  # biases on query, key and value projections
     out_bias: bool = False  # bias on attention's output projection
     mlp_bias: bool = False  # biases on the MLP's projections
+    head_bias: bool = False  # biases on the vocabulary heads, which own their kernels (GPT-J, Phi)
     qk_norm: bool = False  # RMS-normalise each query and key head (Qwen 3)
     qk_norm_whole: bool = False  # qk_norm: all heads of a token at once, instead of each (OLMo 2)
-    position: Position = "rope"  # rotary, or a learned table added to the embedding
+    position: Position = "rope"  # rotary, a learned table added to the embedding, or a bias of attention
+    position_offset: int = 0  # rows of the learned table before that of position 0 (OPT: 2)
+    alibi_scale: float = 1.0  # position == "alibi": multiplies the slopes (Falcon: head_dim ** -0.5)
     rope: RopeConfig = dataclasses.field(default=RopeConfig())  # used when position == "rope"
     local_rope: RopeConfig | None = None  # of layers with a sliding window (Gemma 3); None = `rope`
     rotated: tuple[bool, ...] = ()  # whether each layer rotates (SmolLM3: not all); () = all do
@@ -132,6 +135,7 @@ class ModelConfig:
     embed_scale: float = 1.0  # multiplies token embeddings (Gemma: sqrt(d_model))
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream (Granite)
     logit_scale: float = 1.0  # multiplies vocabulary logits, before a softcap (Granite, Cohere)
+    embed_norm: bool = False  # normalise the embeddings before the first layer (BLOOM)
     tied: bool = False  # the vocabulary head is the embedding table
     exits: tuple[ExitConfig, ...] = ()  # early exits in increasing depth
     dtype: str = "float32"  # dtype of activations
@@ -171,6 +175,7 @@ class ModelConfig:
         require_each(self, "", numbers, *NOT_NEGATIVE)
         self._check_rotation()
         self._check_norms_and_scales()
+        self._check_partners()
         tokens = all(is_whole(w) for w in self.windows)
         require(tokens, "windows", self.windows, "must be tokens, or 0 for full")
         require_ids("eos_ids", self.eos_ids, low=-1)  # old configs write -1 for none
@@ -243,6 +248,33 @@ class ModelConfig:
             "qk_norm_whole",
             self.qk_norm_whole,
             "normalises all heads of a layer at once: layers must have the same heads",
+        )
+
+    def _check_partners(self) -> None:
+        """Refuses settings that have no meaning without, or beside, another one."""
+        require(
+            not self.shared_norm or self.parallel_residual,
+            "shared_norm",
+            self.shared_norm,
+            "is of parallel branches; set parallel_residual=True",
+        )
+        require(
+            not self.head_bias or not self.tied,
+            "tied",
+            self.tied,
+            "a vocabulary head with a bias (head_bias=True) owns its kernel; set tied=False",
+        )
+        whole = is_whole(self.position_offset)
+        require(whole, "position_offset", self.position_offset, "must be a number of rows, or 0 for none")
+        require_each(self, "", ("alibi_scale",), *POSITIVE)
+        for field, of in (("position_offset", "learned"), ("alibi_scale", "alibi")):
+            read = self.position == of or getattr(self, field) == getattr(type(self), field)
+            require(read, field, getattr(self, field), f"is not read with position={self.position!r}")
+        require(
+            self.position != "alibi" or not (self.layer_heads or self.layer_kv_heads),
+            "layer_heads",
+            self.layer_heads,
+            "layers of a model with position='alibi' have the same heads, each with its own slope",
         )
 
     def _check_layer_sizes(self) -> None:

@@ -163,6 +163,8 @@ class Subnet:
                 f"subnet.heads[{j}]", self.heads[j], heads // groups, 0, f"heads per group of layer {i}"
             )
             _check_size(f"subnet.groups[{j}]", self.groups[j], groups, 0, f"key/value groups of layer {i}")
+            _check_slopes(config, f"subnet.heads[{j}]", self.heads[j], self.heads[j] == heads // groups)
+            _check_slopes(config, f"subnet.groups[{j}]", self.groups[j], self.groups[j] == groups)
         _check_size("subnet.d_model", self.d_model, config.d_model, unit, "channels of the model")
 
     def sliced(self, config: ModelConfig) -> ModelConfig:
@@ -229,6 +231,12 @@ def _check_size(field: str, size: int, full: int, unit: int, of: str) -> None:
     require(fits, field, size, f"must be a multiple of elastic_groups={unit} of the {full} {of}")
 
 
+def _check_slopes(config: ModelConfig, field: str, value: object, whole: bool) -> None:
+    """Refuses to cut heads whose slopes follow from their number and from how many there are."""
+    fix = "heads of a model with position='alibi' have slopes of their own and are not cut; keep all of them"
+    require(whole or config.position != "alibi", field, value, fix)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """A menu in numbers; entry i of a per-layer field holds the choices of layer i, in increasing order."""
@@ -281,6 +289,9 @@ class Menu:
         if config.qk_norm_whole:
             for field in ("heads", "groups"):
                 _require_all_heads(f"menu.{field}", min(getattr(self, field)), 1.0)
+        for field in ("heads", "groups"):
+            shares = getattr(self, field)
+            _check_slopes(config, f"menu.{field}", shares, shares == (1.0,))
         unit = max(config.elastic_groups, 1)
         sizes = [config.sizes(i) for i in range(config.n_layers)]
 

@@ -87,10 +87,11 @@ def base_cost(config: ModelConfig, workload: Workload = Workload()) -> Cost:
     """
     c, d = config, config.d_model
     table = c.vocab_size * d
-    looked_up = table + (c.max_len * d if c.position == "learned" else 0)
-    norm, head = _norm(c), table
+    looked_up = table + ((c.position_offset + c.max_len) * d if c.position == "learned" else 0)
+    norm = _norm(c) * (2 if c.embed_norm else 1)
+    head, bias = table, c.vocab_size if c.head_bias else 0
     exits = sum(_exit_parameters(c, e) for e in c.exits)
-    held = looked_up + norm + (0 if c.tied else head) + exits
+    held = looked_up + norm + (0 if c.tied else head + bias) + exits
 
     read = (2 if c.position == "learned" else 1) * workload.batch * d  # the rows of the newest tokens
     blocks = sum(_cache(c, c.sizes(e.layer - 1)[2]) for e in c.exits if e.kind == "block")
@@ -98,7 +99,7 @@ def base_cost(config: ModelConfig, workload: Workload = Workload()) -> Cost:
     return Cost(
         parameters=held,
         flops=2 * head * workload.batch,
-        read_bytes=(read + norm + head) * size,
+        read_bytes=(read + norm + head + bias) * size,
         memory_bytes=held * size + blocks * workload.batch * workload.context * BYTES[c.dtype],
     )
 
@@ -193,7 +194,7 @@ def _exit_parameters(config: ModelConfig, e: ExitConfig) -> int:
     if e.kind == "block":
         body += _layer(c, i, Workload()).parameters
     gate = e.gate * c.d_model + 2 * e.gate + 1 if e.gate else 0
-    return body + gate + (0 if e.tied else c.vocab_size * c.d_model)
+    return body + gate + (0 if e.tied else c.vocab_size * (c.d_model + c.head_bias))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,7 +173,7 @@ def _previewed(
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Logits by a preview, or for unsure rows of `certain_B` by `whole`; and which can be relied on."""
-    found = preview_logits(preview, features_B1D, segment.decoder.final_kernel())
+    found = preview_logits(preview, features_B1D, segment.decoder.final_head())
     previewed_BV = softcapped(segment.config, found.logits, temperature)[:, 0]
     sure_B = found.gap[:, 0] >= preview.margin
 

@@ -219,7 +219,7 @@ class EETuning(EETuningConfig, Method[Batch]):
         return chunked_cross_entropy(
             self.config,
             features,
-            decoder.exit_kernel(index),
+            decoder.exit_head(index),
             batch,
             temperature=self.config.exits[index].temperature,
             confidence_weighted=self.dynamic_token_weights,
@@ -313,8 +313,8 @@ class JointTraining(JointTrainingConfig, EETuning):
         for i, e in exits.items():
             of_exit = functools.partial(features_of, i)
             features[i] = (jax.checkpoint(of_exit) if self.remat else of_exit)(params, taps[e.layer])
-        own = {i: decoder.exit_kernel(i) for i, e in exits.items() if not e.tied}
-        learned = (decoder.final_kernel(), own), (final, features)
+        own = {i: decoder.exit_head(i) for i, e in exits.items() if not e.tied}
+        learned = (decoder.final_head(), own), (final, features)
         given = self.exit_weights(step), (batch.targets, batch.weights)
 
         total, tokens = losses_over_chunks(self._piece, learned, given, self.loss_chunk)
@@ -328,8 +328,8 @@ class JointTraining(JointTrainingConfig, EETuning):
 
     def _piece(self, learned: Any, given: Any) -> tuple[jax.Array, dict[str, Any]]:
         """Sum over a chunk's tokens of L_final + sum_l w_l L_l; cross-entropies and what is right."""
-        ((kernel_VD, own), (final_BTD, features)), (weights, (targets, counted)) = learned, given
-        full_BTV = vocab_logits(self.config, final_BTD, kernel_VD)
+        ((head, own), (final_BTD, features)), (weights, (targets, counted)) = learned, given
+        full_BTV = vocab_logits(self.config, final_BTD, head)
         full = token_losses(full_BTV, targets)
         total = jnp.sum(full.loss * counted)
         tokens = {"final": (full.cross_entropy, full.correct)}
@@ -339,15 +339,15 @@ class JointTraining(JointTrainingConfig, EETuning):
         for i, features_BTD in features.items():
             exit_loss = eagerly(functools.partial(self._exit_piece, i))
             loss, tokens[self.config.exits[i].name] = exit_loss(
-                (own.get(i, kernel_VD), features_BTD), (teacher_BTV, targets, counted)
+                (own.get(i, head), features_BTD), (teacher_BTV, targets, counted)
             )
             total += weights[i] * loss
         return total, tokens
 
     def _exit_piece(self, index: int, learned: Any, given: Any) -> tuple[jax.Array, Any]:
         """Sum over a chunk's tokens of one exit's L_l; its cross-entropies and where it is right."""
-        (kernel_VD, features_BTD), (teacher_BTV, targets, counted) = learned, given
-        logits = vocab_logits(self.config, features_BTD, kernel_VD, self.config.exits[index].temperature)
+        (head, features_BTD), (teacher_BTV, targets, counted) = learned, given
+        logits = vocab_logits(self.config, features_BTD, head, self.config.exits[index].temperature)
         found = token_losses(logits, targets, confidence_weighted=self.dynamic_token_weights)
         loss = found.loss
         if self.distil:

@@ -26,6 +26,7 @@ from elastic_lm.depth.confidence import Evidence, confidence_by_index, metric_in
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.models.finite import overflow_error
 from elastic_lm.nn.block import Tap
+from elastic_lm.nn.vocab_head import Head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +267,7 @@ def observe_batch(
     features = [decoder.exit_features(i, taps[e.layer], batch.positions, batch.segments) for i, e in exits]
     evidence = [_evidence(decoder, i, taps[e.layer], features[i], metric) for i, e in exits]
     features.append(decoder.final_features(taps[config.n_layers].hidden))
-    kernels = [*(decoder.exit_kernel(i) for i, _ in exits), decoder.final_kernel()]
+    heads = [*(decoder.exit_head(i) for i, _ in exits), decoder.final_head()]
 
     # Logits of all columns would be [B, T, V] per depth; `map` holds those of one chunk at a time.
     b, t = batch.tokens.shape
@@ -279,7 +280,7 @@ def observe_batch(
     def one(piece: tuple[list[jax.Array], list[Evidence], jax.Array]) -> TokenScalars:
         features, evidence, targets = piece
         return _chunk_scalars(
-            config, features=features, kernels=kernels, evidence=evidence, targets=targets, metric=metric
+            config, features=features, heads=heads, evidence=evidence, targets=targets, metric=metric
         )
 
     stacked = jax.lax.map(one, jax.tree.map(chunks, (features, evidence, batch.targets)))
@@ -298,7 +299,7 @@ def _chunk_scalars(
     config: ModelConfig,
     *,
     features: Sequence[jax.Array],
-    kernels: Sequence[jax.Array],
+    heads: Sequence[Head],
     evidence: Sequence[Evidence],
     targets: jax.Array,
     metric: jax.Array,
@@ -306,8 +307,8 @@ def _chunk_scalars(
     """Scalars of one chunk of columns, one depth after the other; the full model comes last."""
     best, nats, confidence = [], [], []
     temperatures = [*(e.temperature for e in config.exits), 1.0]
-    for i, (x, kernel) in enumerate(zip(features, kernels, strict=True)):
-        logits = vocab_logits(config, x, kernel, temperatures[i])
+    for i, (x, head) in enumerate(zip(features, heads, strict=True)):
+        logits = vocab_logits(config, x, head, temperatures[i])
         best.append(jnp.argmax(logits, axis=-1))
         target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         nats.append(jax.nn.logsumexp(logits, axis=-1) - target)

@@ -12,7 +12,7 @@ import numpy as np
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import parse_json
-from elastic_lm.depth.previewing import PreviewReport, head_kernel
+from elastic_lm.depth.previewing import PreviewReport, vocab_head
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_tensor
 from elastic_lm.nn.preview import HeadPreview, head_fingerprint
@@ -147,7 +147,7 @@ def check_head(preview: HeadPreview, config: ModelConfig, params: Params, name: 
     Raises:
       ValueError: the fingerprints of the heads differ; a preview without one is let through.
     """
-    due = head_fingerprint(head_kernel(config, params)) if preview.head else ""
+    due = head_fingerprint(vocab_head(config, params)) if preview.head else ""
     fix = (
         f"is of another model's vocabulary head, this one's is {due!r}; fit a preview for this model: "
         "elastic-lm preview"

@@ -29,7 +29,6 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Arrays, Batch, as_batches
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.finite import is_finite, overflow_error
-from elastic_lm.nn.linear import linear
 from elastic_lm.nn.preview import (
     HeadPreview,
     by_block,
@@ -37,6 +36,7 @@ from elastic_lm.nn.preview import (
     preview_logits,
     preview_scores,
 )
+from elastic_lm.nn.vocab_head import Head
 
 RANKS = (64, 96, 128, 192)  # candidates, as far as they are below D
 BLOCKS = (256, 512, 1024)  # candidates for the number of blocks
@@ -158,26 +158,28 @@ def fit_previews(
     if len(kept) < 64:
         raise ValueError(f"batches: {len(kept)} held-out tokens are too few to calibrate on; give more text")
 
-    kernel = head_kernel(config, params)
+    head = vocab_head(config, params)
     below = [rank for rank in ranks if rank < config.d_model] or [config.d_model - 1]
-    down, up = directions(np.asarray(kernel, np.float64), moment)
-    head = head_fingerprint(kernel)
+    down, up = directions(np.asarray(head.kernel, np.float64), moment)
+    fingerprint = head_fingerprint(head)
 
     half = len(kept) // 2
     choosing, measuring = kept[:half], kept[half:]
     best: dict[float, tuple[float, HeadPreview]] = {}
     for rank in below:
-        widest = make_preview(down, up, rank, kernel.dtype, blocks=max(blocks), block=block)
-        gaps, rights = trial(widest, choosing, kernel, tuple(blocks))
+        widest = make_preview(down, up, rank, head.kernel.dtype, blocks=max(blocks), block=block)
+        gaps, rights = trial(widest, choosing, head, tuple(blocks))
         for count, gap, right in zip(blocks, gaps, rights, strict=True):
             for agreement in agreements:
                 margin = least_margin(gap, right, agreement)
-                preview = dataclasses.replace(widest, blocks=count, margin=jnp.float32(margin), head=head)
-                cost = _bytes(preview, kernel, float(np.mean(gap < margin)), SCATTERED)
+                preview = dataclasses.replace(
+                    widest, blocks=count, margin=jnp.float32(margin), head=fingerprint
+                )
+                cost = _bytes(preview, head, float(np.mean(gap < margin)), SCATTERED)
                 if agreement not in best or cost < best[agreement][0]:
                     best[agreement] = cost, preview
     return {
-        agreement: (preview, _report(preview, kernel, *outcomes(preview, measuring, kernel)))
+        agreement: (preview, _report(preview, head, *outcomes(preview, measuring, head)))
         for agreement, (_, preview) in best.items()
     }
 
@@ -196,17 +198,17 @@ def measure_preview(
       batches: packed batches, or dicts of their fields; targets are not read.
       preview: of this model.
     """
-    kernel = head_kernel(config, params)
+    head = vocab_head(config, params)
     parts = []
     for batch in as_batches(batches):
         features, _ = _batch_features(config.with_exits(()), params, batch)
-        parts.append(outcomes(preview, _counted(features, batch), kernel))
+        parts.append(outcomes(preview, _counted(features, batch), head))
     gap, right, variation = map(np.concatenate, zip(*parts, strict=True))
-    return _report(preview, kernel, gap, right, variation)
+    return _report(preview, head, gap, right, variation)
 
 
 def _report(
-    preview: HeadPreview, kernel: jax.Array, gap: np.ndarray, right: np.ndarray, variation: np.ndarray
+    preview: HeadPreview, head: Head, gap: np.ndarray, right: np.ndarray, variation: np.ndarray
 ) -> PreviewReport:
     """What a preview does on the tokens that these `outcomes` are of."""
     unsure = gap < float(preview.margin)
@@ -216,7 +218,7 @@ def _report(
         margin=float(preview.margin),
         agreement=float(np.mean(right | unsure)),
         whole=float(np.mean(unsure)),
-        bytes=_bytes(preview, kernel, float(np.mean(unsure))),
+        bytes=_bytes(preview, head, float(np.mean(unsure))),
         variation=float(np.mean(np.where(unsure, 0.0, variation))),
         tokens=len(gap),
     )
@@ -316,37 +318,37 @@ def _counted(features: jax.Array, batch: Batch) -> np.ndarray:
     return np.asarray(features)[np.asarray(batch.weights).reshape(-1) > 0]
 
 
-def head_kernel(config: ModelConfig, params: Params) -> jax.Array:
-    """The vocabulary head [V, D] that a preview is of."""
-    return Decoder(config).bind({"params": params}).final_kernel()
+def vocab_head(config: ModelConfig, params: Params) -> Head:
+    """The vocabulary head that a preview is of."""
+    return Decoder(config).bind({"params": params}).final_head()
 
 
 def trial(
-    preview: HeadPreview, features: np.ndarray, kernel: jax.Array, blocks: tuple[int, ...]
+    preview: HeadPreview, features: np.ndarray, head: Head, blocks: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gaps, and whether the largest logit is the right one, for several numbers of blocks at once.
 
     Args:
       preview: with the largest of these numbers of blocks.
       features: [N, D].
-      kernel: the whole head.
+      head: the whole head.
       blocks: candidates for k.
 
     Returns:
       (gaps [len(blocks), N], [len(blocks), N] bool), as `outcomes` gives them for each number.
     """
-    parts = _by_chunk(lambda x: _trial_chunk(preview, x, kernel, blocks), features)
+    parts = _by_chunk(lambda x: _trial_chunk(preview, x, head, blocks), features)
     gap, right = (np.concatenate(column, axis=1)[:, : len(features)] for column in zip(*parts, strict=True))
     return gap, right
 
 
 @functools.partial(jax.jit, static_argnames="blocks")
 def _trial_chunk(
-    preview: HeadPreview, features_ND: jax.Array, kernel_VD: jax.Array, blocks: tuple[int, ...]
+    preview: HeadPreview, features_ND: jax.Array, head: Head, blocks: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """`trial` of a chunk. The whole head is read anyway, so that the kept rows need not be gathered."""
-    whole_NV = linear(features_ND, kernel_VD, dtype=jnp.float32)
-    scores_NV, hopeful_NV, rho_N1 = preview_scores(preview, features_ND)
+    whole_NV = head.logits(features_ND)
+    scores_NV, hopeful_NV, rho_N1 = preview_scores(preview, head, features_ND)
     largest = jnp.max(by_block(hopeful_NV, preview.block), axis=-1)
     top, index = jax.lax.top_k(largest, min(preview.blocks, largest.shape[1]))
 
@@ -367,10 +369,10 @@ def _trial_chunk(
 
 
 def outcomes(
-    preview: HeadPreview, features: np.ndarray, kernel: jax.Array
+    preview: HeadPreview, features: np.ndarray, head: Head
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per token: gap, whether the largest logit is the right one, and the total variation distance."""
-    parts = _by_chunk(lambda x: _outcome(preview, x, kernel), features)
+    parts = _by_chunk(lambda x: _outcome(preview, x, head), features)
     gap, right, variation = (np.concatenate(column)[: len(features)] for column in zip(*parts, strict=True))
     return gap, right, variation
 
@@ -383,18 +385,18 @@ def _by_chunk(run: Callable[[np.ndarray], Any], features: np.ndarray) -> list[An
 
 @jax.jit
 def _outcome(
-    preview: HeadPreview, features_ND: jax.Array, kernel_VD: jax.Array
+    preview: HeadPreview, features_ND: jax.Array, head: Head
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    found = preview_logits(preview, features_ND, kernel_VD)
-    whole = linear(features_ND, kernel_VD, dtype=jnp.float32)
+    found = preview_logits(preview, features_ND, head)
+    whole = head.logits(features_ND)
     right = jnp.argmax(found.logits, axis=-1) == jnp.argmax(whole, axis=-1)
     distance = jnp.abs(jax.nn.softmax(found.logits) - jax.nn.softmax(whole))
     return found.gap, right, jnp.sum(distance, axis=-1) / 2
 
 
-def _bytes(preview: HeadPreview, kernel: jax.Array, whole: float, scattered: float = 1.0) -> float:
+def _bytes(preview: HeadPreview, head: Head, whole: float, scattered: float = 1.0) -> float:
     """Share of the head's bytes that a token reads at batch 1, or with `scattered` of the time of as many."""
-    vocab_size, width = kernel.shape
+    vocab_size, width = head.kernel.shape
     exact = min(preview.blocks * preview.block, vocab_size)
     own = preview.up.size + preview.down.size + scattered * exact * width
     return own / (vocab_size * width) + whole

@@ -229,13 +229,13 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
         if not 0 < self.candidates < vocab:
             return taps
         count = min(max(1, (self.candidates - self._drawn()) // rows), vocab)
-        kernel_VD = Decoder(self.config).bind({"params": frozen}).final_kernel()
+        head = Decoder(self.config).bind({"params": frozen}).final_head()
 
         def of_row(features_TD: jax.Array) -> jax.Array:
             # A row whose length is no multiple of a chunk is filled up with its last column, which adds none.
             filled = jnp.pad(features_TD, [(0, -len(features_TD) % self.loss_chunk), (0, 0)], mode="edge")
             chunks = filled.reshape(-1, self.loss_chunk, filled.shape[1])
-            near = jax.lax.map(lambda x: nearness(vocab_logits(self.config, x[None], kernel_VD)[0]), chunks)
+            near = jax.lax.map(lambda x: nearness(vocab_logits(self.config, x[None], head)[0]), chunks)
             return likeliest(jnp.max(near, axis=0)[None], count)[0]
 
         # Logits of one row and one chunk of columns at a time.
@@ -272,26 +272,26 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
             decoder.exit_gate(i, jax.lax.stop_gradient(x)) if exits[i].gate else None
             for i, x in enumerate(features)
         ]
-        own = [None if e.tied else decoder.exit_kernel(i) for i, e in enumerate(exits)]
-        teacher_VD, offsets = decoder.final_kernel(), None
+        own = [None if e.tied else decoder.exit_head(i) for i, e in enumerate(exits)]
+        teacher_head, offsets = decoder.final_head(), None
         if taps.likeliest is not None:
             key = jax.random.fold_in(jax.random.key(self.seed), step)
             part = columns(taps.likeliest, self.config.vocab_size, self._drawn(), key)
-            teacher_VD, offsets = teacher_VD[part.ids], part.offsets
-            own = [None if kernel is None else kernel[part.ids] for kernel in own]
+            teacher_head, offsets = teacher_head.rows(part.ids), part.offsets
+            own = [None if head is None else head.rows(part.ids) for head in own]
 
         # Logits exist for one chunk of columns only: the teacher's, once for all exits, and those of an exit.
         def divergence(learned: tuple[Any, Any], given: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-            (own, features), ((teacher_VD, offsets), (teacher_BTD, weights)) = learned, given
-            teacher = vocab_logits(self.config, teacher_BTD, teacher_VD)
+            (own, features), ((teacher_head, offsets), (teacher_BTD, weights)) = learned, given
+            teacher = vocab_logits(self.config, teacher_BTD, teacher_head)
             total, tokens = jnp.zeros((), jnp.float32), []
-            for e, x, kernel in zip(exits, features, own, strict=True):
+            for e, x, head in zip(exits, features, own, strict=True):
                 imitate = eagerly(functools.partial(self._imitate, e))
-                loss, found = imitate((kernel, x), (teacher_VD, offsets, teacher, weights))
+                loss, found = imitate((head, x), (teacher_head, offsets, teacher, weights))
                 total, tokens = total + loss, [*tokens, found]
             return total, tokens
 
-        given = (teacher_VD, offsets), (taps.features, taps.weights)
+        given = (teacher_head, offsets), (taps.features, taps.weights)
         total, tokens = losses_over_chunks(
             divergence, (own, features), jax.lax.stop_gradient(given), self.loss_chunk
         )
@@ -310,9 +310,9 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
 
     def _imitate(self, e: ExitConfig, learned: Any, given: Any) -> tuple[jax.Array, Any]:
         """sum_t weight_t L_t of one exit over a chunk of columns, L [B, T], and where it is right [B, T]."""
-        (kernel_VD, features_BTD), (teacher_VD, offsets_V, teacher_BTV, weights_BT) = learned, given
-        kernel_VD = teacher_VD if kernel_VD is None else kernel_VD
-        student = vocab_logits(self.config, features_BTD, kernel_VD, e.temperature)
+        (head, features_BTD), (teacher_head, offsets_V, teacher_BTV, weights_BT) = learned, given
+        head = teacher_head if head is None else head
+        student = vocab_logits(self.config, features_BTD, head, e.temperature)
         # Every exit shares the arg max of the full model; one of its own would take as long as the softmax.
         choice_BT = jnp.argmax(teacher_BTV, axis=-1)
         chosen = jnp.take_along_axis(student, choice_BT[..., None], axis=-1)[..., 0]

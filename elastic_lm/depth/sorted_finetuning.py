@@ -248,8 +248,8 @@ class SortedFineTuning(SortedFineTuningConfig, Method[Batch]):
 
         def sums(params: Params, hidden_BTD: jax.Array) -> TokenSums:
             decoder = Decoder(self.config).bind({"params": params})
-            features, kernel = decoder.final_features(hidden_BTD), decoder.final_kernel()
-            return chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
+            features, head = decoder.final_features(hidden_BTD), decoder.final_head()
+            return chunked_cross_entropy(self.config, features, head, batch, chunk=self.loss_chunk)
 
         def nothing(params: Params, hidden_BTD: jax.Array) -> TokenSums:
             return TokenSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))

@@ -145,6 +145,8 @@ def _refuse(family: Family, hf: Mapping[str, Any]) -> None:
 def _read_field(family: Family, field: Field, hf: Mapping[str, Any]) -> Any:
     """Value of one field, or None where our own default applies."""
     value = hf.get(field.theirs, field.default)
+    if field.alias and hf.get(field.alias) is not None:
+        field, value = dataclasses.replace(field, theirs=field.alias), hf[field.alias]
     if value is REQUIRED or (value is None and field.default is REQUIRED):
         raise ValueError(f"{field.theirs} is missing; add it")
     hint = next(f for f in dataclasses.fields(family.config_class) if f.name == field.ours).type

@@ -94,12 +94,14 @@ class Field:
       default: value where the key is missing; `REQUIRED` refuses that. `null` in the file means
         our own default.
       off: value of ours that is written as `null`.
+      alias: another key, which counts where the file has it.
     """
 
     ours: str
     theirs: str
     default: Any = REQUIRED
     off: Any = None
+    alias: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Family:
         that they may have; None = any. Keys that hold for all families are in `hf.keys`.
       config_class: describes the family's models, and with that says which kind they are (`models.registry`).
       varying: config -> parameters outside the layers whose tensors depend on it, as in `root`.
+      varying_layers: the same of one layer, as in `layers`.
       complete: (config, names of the folder's tensors, without `prefix`) -> the config with what only
         the tensors tell.
       copies: tensors that a checkpoint may hold beside the one they repeat, or in its place, by name:
@@ -147,6 +150,7 @@ class Family:
     ignored: Mapping[str, tuple[Any, ...] | None] = dataclasses.field(default_factory=dict)
     config_class: type = ModelConfig
     varying: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
+    varying_layers: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     complete: Callable[[Any, Collection[str]], Any] = lambda config, names: config
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     inside: tuple[str, ...] = ()

@@ -131,3 +131,23 @@ FUSED_GATE_UP = Layout(
     join=lambda tensors, shape: tensors[0].reshape(shape),
     split=lambda config, leaf: [leaf.reshape(-1, *leaf.shape[2:])],
 )
+
+def interleaved_qkv(rotary_dim: int) -> Layout:
+    """`QKV` of a family that rotates neighbouring dimensions of a head, where we rotate its halves.
+
+    Args:
+      rotary_dim: leading dimensions of queries and keys that are rotated, even.
+    """
+    halves = np.arange(rotary_dim).reshape(-1, 2).T.reshape(-1)  # 0 2 4 ... 1 3 5 ...
+
+    def join(tensors: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
+        leaf = _join_qkv(tensors, shape)  # a copy
+        leaf[:, :-1, :rotary_dim] = leaf[:, :-1, halves]
+        return leaf
+
+    def split(config: Config, leaf: np.ndarray) -> list[np.ndarray]:
+        theirs = leaf.copy()
+        theirs[:, :-1, halves] = leaf[:, :-1, :rotary_dim]
+        return _split_qkv(config, theirs)
+
+    return Layout(_qkv_shapes, join, split)

@@ -15,7 +15,6 @@ where <layer> counts the layers below the exit (`ExitConfig.layer`).
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -81,9 +80,13 @@ def bindings(config: Config) -> list[Binding]:
       ValueError: the family has no tensor for a parameter.
     """
     family = find_family(config.family)
-    root = {**family.root, **family.varying(config)}
+    family = dataclasses.replace(
+        family,
+        root={**family.root, **family.varying(config)},
+        layers={**family.layers, **family.varying_layers(config)},
+    )
     leaves, _ = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract_params(config)))
-    return [_bind(config, family, root, tuple(key.key for key in path), leaf) for path, leaf in leaves]
+    return [_bind(config, family, tuple(key.key for key in path), leaf) for path, leaf in leaves]
 
 
 def tensor_names(config: Config) -> set[str]:
@@ -96,10 +99,8 @@ def tensor_names(config: Config) -> set[str]:
     return {name.removeprefix(prefix) for binding in bindings(config) for name in binding.names}
 
 
-def _bind(
-    config: Config, family: Family, root: Mapping[str, Tensor], path: tuple[str, ...], leaf: Any
-) -> Binding:
-    prefix, tensor = _lookup(family, root, path)
+def _bind(config: Config, family: Family, path: tuple[str, ...], leaf: Any) -> Binding:
+    prefix, tensor = _lookup(family, path)
     if tensor is None:
         raise ValueError(
             f"parameter {'/'.join(path)} {leaf.shape} has no tensor in family={family.model_type!r}; "
@@ -111,12 +112,12 @@ def _bind(
     return Binding(path, leaf.shape, names, shapes, tensor.layout, alias)
 
 
-def _lookup(family: Family, root: Mapping[str, Tensor], path: tuple[str, ...]) -> tuple[str, Tensor | None]:
+def _lookup(family: Family, path: tuple[str, ...]) -> tuple[str, Tensor | None]:
     """Prefix of the names and the table's entry for the parameter at `path`."""
     if layer := LAYER.fullmatch(path[0]):
         return family.layer.format(layer[1]), family.layers.get("/".join(path[1:]))
     if not (exit_ := EXIT.fullmatch(path[0])):
-        return "", root.get("/".join(path))
+        return "", family.root.get("/".join(path))
     prefix = EXIT_PREFIX.format(exit_[1])
     if path[1] == "block":
         return prefix + "block.", family.layers.get("/".join(path[2:]))

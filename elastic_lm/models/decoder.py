@@ -2,8 +2,8 @@
 
     h_0 = embed(tokens)
     h_l = layer_l(h_{l-1})                                       l = 1 .. L
-    logits   = softcap(W_vocab norm(h_L))
-    logits_l = softcap(W_l features_l(h_l)) / temperature_l      for every exit after a layer l
+    logits   = softcap(head(norm(h_L)))
+    logits_l = softcap(head_l(features_l(h_l))) / temperature_l  for every exit after a layer l
 
 Parameters have one canonical form, with one sub-tree per layer (`layers_0`, `layers_1`, ...). Decoding runs
 its layers one after another, since every segment between two exits has a condition of its own, and since a
@@ -25,10 +25,10 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, text_lengths
 from elastic_lm.nn.block import Block, Tap, make_norm
-from elastic_lm.nn.exit_head import Exit, VocabHead
-from elastic_lm.nn.linear import linear
+from elastic_lm.nn.exit_head import Exit
 from elastic_lm.nn.partition import partitioned
 from elastic_lm.nn.rope import scanned_rotations, shared_rotations
+from elastic_lm.nn.vocab_head import Head, VocabHead
 
 Params = dict[str, Any]
 
@@ -73,7 +73,10 @@ class Decoder(nn.Module):
         c = self.config
         self.embedding = Embedding(c.vocab_size, c.d_model, ("vocab", "embed"), c.param_dtype, name="embed")
         if c.position == "learned":
-            self.positions = Embedding(c.max_len, c.d_model, (None, "embed"), c.param_dtype, name="positions")
+            rows = c.position_offset + c.max_len
+            self.positions = Embedding(rows, c.d_model, (None, "embed"), c.param_dtype, name="positions")
+        if c.embed_norm:
+            self.embed_norm = make_norm(c, "embed_norm")
         self.layers = [Block(c.layer(i), name=f"layers_{i}") for i in range(c.n_layers)]
         self.exits = [Exit(c, e, name=e.name) for e in c.exits]
         self.final_norm = make_norm(c, "final_norm")
@@ -152,14 +155,14 @@ class Decoder(nn.Module):
         return taps
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Token embeddings [B, T, D], scaled, plus learned positions if the model has them."""
+        """Token embeddings [B, T, D], scaled, plus learned positions, normalised, if the model does that."""
         c = self.config
         hidden = self.embedding()[tokens_BT].astype(c.dtype)
         if c.embed_scale != 1.0:
             hidden = hidden * jnp.asarray(c.embed_scale, c.dtype)
         if c.position == "learned":
-            hidden = hidden + self.positions()[positions_BT].astype(c.dtype)
-        return hidden
+            hidden = hidden + self.positions()[positions_BT + c.position_offset].astype(c.dtype)
+        return self.embed_norm(hidden) if c.embed_norm else hidden
 
     def run_layers(
         self,
@@ -304,11 +307,11 @@ class Decoder(nn.Module):
     def exit_logits(self, index: int, features_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 logits of exit `index` (static), divided by its temperature."""
         temperature = self.config.exits[index].temperature
-        return vocab_logits(self.config, features_BTD, self.exit_kernel(index), temperature)
+        return vocab_logits(self.config, features_BTD, self.exit_head(index), temperature)
 
-    def exit_kernel(self, index: int) -> jax.Array:
-        """Vocabulary head [V, D] that exit `index` (static) reads."""
-        return self.final_kernel() if self.config.exits[index].tied else self.exits[index].head()
+    def exit_head(self, index: int) -> Head:
+        """Vocabulary head that exit `index` (static) reads."""
+        return self.final_head() if self.config.exits[index].tied else self.exits[index].head()
 
     def final_features(self, hidden_BTD: jax.Array) -> jax.Array:
         """Features [B, T, D] of the full model from the last layer's output."""
@@ -316,11 +319,11 @@ class Decoder(nn.Module):
 
     def final_logits(self, features_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 logits of the full model."""
-        return vocab_logits(self.config, features_BTD, self.final_kernel())
+        return vocab_logits(self.config, features_BTD, self.final_head())
 
-    def final_kernel(self) -> jax.Array:
-        """Vocabulary head [V, D] of the full model."""
-        return self.embedding() if self.config.tied else self.head()
+    def final_head(self) -> Head:
+        """Vocabulary head of the full model."""
+        return Head(self.embedding()) if self.config.tied else self.head()
 
     def key_values(
         self, hidden_BTD: jax.Array, positions_BT: jax.Array, start: int, stop: int
@@ -378,11 +381,9 @@ def default_positions(like_BT: jax.Array, positions_BT: jax.Array | None) -> jax
     return jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
 
 
-def vocab_logits(
-    config: ModelConfig, features: jax.Array, kernel_VD: jax.Array, temperature: float = 1.0
-) -> jax.Array:
-    """Float32 logits [..., V] = softcap(features kernel^T) / temperature."""
-    return softcapped(config, linear(features, kernel_VD, dtype=jnp.float32), temperature)
+def vocab_logits(config: ModelConfig, features: jax.Array, head: Head, temperature: float = 1.0) -> jax.Array:
+    """Float32 logits [..., V] = softcap(head(features)) / temperature."""
+    return softcapped(config, head.logits(features), temperature)
 
 
 def softcapped(config: ModelConfig, logits: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -394,6 +395,8 @@ def softcapped(config: ModelConfig, logits: jax.Array, temperature: float = 1.0)
 
 
 LAYER = re.compile(r"layers_(\d+)")  # key of a layer's parameters
+BEFORE_LAYERS = ("embed", "positions", "embed_norm")  # keys of what makes the state that enters them
+OUTSIDE = (*BEFORE_LAYERS, "final_norm", "head")  # keys of a model's parameters besides layers and exits
 
 
 def stack_layers(params: Params) -> Params:

@@ -23,8 +23,8 @@ from elastic_lm.models.encoder import default_mask, mean_state
 from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, seen_by_all
 from elastic_lm.nn.block import make_norm
 from elastic_lm.nn.encoder_decoder import Layer
-from elastic_lm.nn.exit_head import VocabHead
-from elastic_lm.nn.linear import Linear, linear
+from elastic_lm.nn.linear import Linear
+from elastic_lm.nn.vocab_head import Head, VocabHead
 
 
 class EncoderDecoder(nn.Module):
@@ -140,8 +140,8 @@ class EncoderDecoder(nn.Module):
         c = self.config
         if c.scaled_head:
             hidden_BTD = hidden_BTD * jnp.asarray(c.d_model**-0.5, hidden_BTD.dtype)
-        kernel_VD = self.embedding() if c.tied else self.head()
-        return linear(hidden_BTD, kernel_VD, dtype=jnp.float32)
+        head = Head(self.embedding()) if c.tied else self.head()
+        return head.logits(hidden_BTD)
 
     def encoder_logits(self, hidden_BSD: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
         """Class logits of a source from the mean of the encoder's output, before anything is decoded.

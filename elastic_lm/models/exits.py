@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ExitConfig, ModelConfig
-from elastic_lm.models.decoder import Params
+from elastic_lm.models.decoder import OUTSIDE, Params
 from elastic_lm.models.registry import abstract_params
 
 
@@ -172,7 +172,7 @@ def extract(config: ModelConfig, params: Params, n: int) -> tuple[ModelConfig, P
     if not 1 <= n <= config.n_layers:
         raise ValueError(f"n={n}: the model has {config.n_layers} layers; keep between 1 and all of them")
     small = config.with_layers(range(n))
-    names = ["embed", "positions", *(f"layers_{i}" for i in range(n)), "final_norm", "head"]
+    names = [*OUTSIDE, *(f"layers_{i}" for i in range(n))]
     kept = {name: params[name] for name in names if name in params}
     if "layers" in params:
         kept["layers"] = jax.tree.map(lambda leaf: leaf[:n], params["layers"])

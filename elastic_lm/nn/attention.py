@@ -3,6 +3,8 @@
     q, k, v = W_qkv x                                   G query heads per key/value head
     out     = W_out concat_h softmax(scale q_h k^T) v   over the keys that `visible` shows to a query
 
+ALiBi (Press et al. 2022) adds -m_h times the distance of query and key to the logits of head h.
+
 Every key carries its position, and a query sees the keys at positions up to its own. Causality, padding and
 stale cache entries all follow from this rule, so that no masks are passed around.
 """
@@ -15,6 +17,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from elastic_lm.config.model import ModelConfig
@@ -121,7 +124,8 @@ class Attention(nn.Module):
             q = grown(c, q, context.positions)
 
         new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), context.positions, context.segments)
-        out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap)
+        slopes_N = alibi_slopes(c) if c.position == "alibi" else None
+        out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap, slopes_N=slopes_N)
         out = out if gate_BTN is None else out * gate_BTN[..., None]
 
         out = out.reshape(b, t, math.prod(out.shape[2:]))
@@ -160,7 +164,13 @@ def text_lengths(positions_BT: jax.Array, lengths_BT: jax.Array | None, *, cache
 
 
 def attend(
-    q_BTNH: jax.Array, new: KeyValues, context: AttentionContext, *, scale: float, softcap: float = 0.0
+    q_BTNH: jax.Array,
+    new: KeyValues,
+    context: AttentionContext,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    slopes_N: np.ndarray | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v over `context.past` and `new`, which are not concatenated.
 
@@ -172,6 +182,7 @@ def attend(
       context: positions of the queries, and what they see.
       scale: multiplies q.k; static.
       softcap: logits pass softcap * tanh(x / softcap); 0 = off; static.
+      slopes_N: from `alibi_slopes`, or None; static.
 
     Returns:
       [B, T, N, H] in the dtype of `q_BTNH`; probabilities are float32.
@@ -190,6 +201,9 @@ def attend(
         s = softcap * jnp.tanh(s / softcap) if softcap else s
         s = s.reshape(b, -1, group_size, t, part.k.shape[2])
         s = s if context.biases is None else s + context.biases[i].reshape(s.shape[1:])
+        if slopes_N is not None:
+            nearness_BTS = part.positions[:, None, :] - context.positions[:, :, None]
+            s += slopes_N.reshape(-1, group_size, 1, 1) * nearness_BTS[:, None, None].astype(jnp.float32)
         # The least float32, not -inf: a query that sees nothing, as in padding, must not give NaN.
         seen_BTS = visible(context, part)
         logits.append(jnp.where(seen_BTS[:, None, None], s, jnp.finfo(jnp.float32).min))
@@ -241,6 +255,18 @@ def _products(
         return jnp.stack([one(x_BKMI[:, :, i], keys_BKSH) for i in range(m)], axis=2)
 
     return jax.lax.platform_dependent(x_BKMI, keys_BKSH, cpu=one_by_one, default=together)
+
+
+def alibi_slopes(config: ModelConfig) -> np.ndarray:
+    """[N] float32 slopes m_h, times the model's scale: 2^(-8 i / N), i = 1 .. N, where N is a power of two.
+
+    For other N, the slopes of the power of two below come first, and then every other one of those of the
+    power above.
+    """
+    below = 2 ** int(math.log2(config.n_heads))
+    exponents = np.concatenate([np.arange(1, below + 1) / below, np.arange(1, 2 * below, 2) / (2 * below)])
+    slopes = np.exp2(-8 * exponents[: config.n_heads])
+    return (config.alibi_scale * slopes).astype(np.float32)
 
 
 def visible(context: AttentionContext, keys: KeyValues) -> jax.Array:

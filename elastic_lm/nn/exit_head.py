@@ -13,7 +13,7 @@ from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import layer_norm, rms_norm
-from elastic_lm.nn.partition import partitioned
+from elastic_lm.nn.vocab_head import VocabHead
 
 
 class Exit(nn.Module):
@@ -109,18 +109,6 @@ def unit_norm(config: ModelConfig, hidden_BTD: jax.Array) -> jax.Array:
     if config.norm == "rmsnorm":
         return rms_norm(hidden_BTD, ones, config.norm_eps, config.norm_width)
     return layer_norm(hidden_BTD, ones, jnp.zeros_like(ones), config.norm_eps, config.norm_width)
-
-
-class VocabHead(nn.Module):
-    """Owns the [V, D] kernel of a vocabulary projection; `linear(features, kernel)` gives logits."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        c = self.config
-        init = partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
-        return self.param("kernel", init, (c.vocab_size, c.d_model), c.param_dtype)
 
 
 class Gate(nn.Module):

@@ -1,12 +1,13 @@
 """A preview of a vocabulary head: all logits from a few numbers, exact ones for the rows that matter.
 
-With W the head [V, D] and f its input, coordinates c = P f that were chosen by data (`depth.previewing`) are
-uncorrelated, have variance 1, and are ordered by what they add to the logits. The first r of them give
+With W the head's kernel [V, D], b its bias, 0 for most models, and f its input, coordinates c = P f that were
+chosen by data (`depth.previewing`) are uncorrelated, have variance 1, and are ordered by what they add to the
+logits. The first r of them give
 
-    s = U c_{1..r}                                  previewed logits of all rows; U [V, r]
+    s = U c_{1..r} + b                              previewed logits of all rows; U [V, r]
     rho = |c_{r+1..D}| / sqrt(D - r)                how large the part is that they leave out, about 1
     K = rows of the k blocks of b consecutive rows with the largest  max_block (s_v + rho sigma_v)
-    z_v = W_v f  for v in K,   z_v = s_v  for the others
+    z_v = W_v f + b_v  for v in K,   z_v = s_v  for the others
     sure = (max_K z - the k-th of these maxima) / rho >= m
 
 with sigma_v the standard deviation of what U leaves out in row v. No row outside K can be the largest unless
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elastic_lm.nn.linear import linear
+from elastic_lm.nn.vocab_head import Head
 
 SAMPLED_ROWS = 16  # of a head, that its fingerprint reads
 TINY = 1e-12  # keeps a preview of all coordinates, which leaves nothing out, from dividing by 0
@@ -40,7 +42,7 @@ class HeadPreview:
       margin: [] float32, m; -infinity = always sure, infinity = never.
       blocks: k.
       block: b.
-      head: `head_fingerprint` of W; "" = of a head that was not recorded.
+      head: `head_fingerprint` of W and b; "" = of a head that was not recorded.
 
     Example:
       ```python
@@ -82,29 +84,32 @@ class Previewed:
     gap: jax.Array
 
 
-def preview_logits(preview: HeadPreview, features: jax.Array, kernel_VD: jax.Array) -> Previewed:
+def preview_logits(preview: HeadPreview, features: jax.Array, head: Head) -> Previewed:
     """All logits, exact for the blocks of rows whose previewed ones are largest.
 
     Args:
       preview: of the head.
       features: [..., D] input of the head.
-      kernel_VD: the whole head.
+      head: the whole head.
 
     Returns:
       Previewed; a token is sure where its gap is at least the preview's margin.
     """
-    vocab_size, block = kernel_VD.shape[0], preview.block
+    vocab_size, block = head.kernel.shape[0], preview.block
     x_ND = features.reshape(-1, features.shape[-1])
     n = len(x_ND)
 
-    scores_NV, hopeful_NV, rho_N1 = preview_scores(preview, x_ND)
+    scores_NV, hopeful_NV, rho_N1 = preview_scores(preview, head, x_ND)
     largest = jnp.max(by_block(hopeful_NV, block), axis=-1)
     top, index = jax.lax.top_k(largest, min(preview.blocks, largest.shape[1]))
 
     # Rows behind the end of a vocabulary that is no multiple of a block are dropped when they are written.
     rows = (index[..., None] * block + jnp.arange(block)).reshape(n, -1)
-    kept = kernel_VD[jnp.minimum(rows, vocab_size - 1)].astype(features.dtype)
-    exact = jnp.einsum("nkd,nd->nk", kept, x_ND, preferred_element_type=jnp.float32)
+    kept = head.rows(jnp.minimum(rows, vocab_size - 1))
+    exact = jnp.einsum(
+        "nkd,nd->nk", kept.kernel.astype(features.dtype), x_ND, preferred_element_type=jnp.float32
+    )
+    exact = exact if kept.bias is None else exact + kept.bias.astype(exact.dtype)
     exact = jnp.where(rows < vocab_size, exact, -jnp.inf)
     logits = scores_NV.at[jnp.arange(n)[:, None], rows].set(exact, mode="drop")
 
@@ -113,10 +118,13 @@ def preview_logits(preview: HeadPreview, features: jax.Array, kernel_VD: jax.Arr
     return Previewed(logits.reshape(*lead, vocab_size), gap.reshape(lead))
 
 
-def preview_scores(preview: HeadPreview, x_ND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def preview_scores(
+    preview: HeadPreview, head: Head, x_ND: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Previewed logits s [N, V], s + rho sigma [N, V], and rho [N, 1], float32."""
     coordinates = linear(x_ND, preview.down, dtype=jnp.float32)
-    scores_NV = linear(coordinates[:, : preview.rank].astype(x_ND.dtype), preview.up, dtype=jnp.float32)
+    leading_NR = coordinates[:, : preview.rank].astype(x_ND.dtype)
+    scores_NV = linear(leading_NR, preview.up, head.bias, dtype=jnp.float32)
     rest_ND = jnp.square(coordinates[:, preview.rank :])
     rest_N1 = jnp.sum(rest_ND, axis=-1, keepdims=True) / max(rest_ND.shape[1], 1)
     rho_N1 = jnp.sqrt(rest_N1 + TINY)
@@ -130,12 +138,13 @@ def by_block(x_NV: jax.Array, block: int) -> jax.Array:
     return padded.reshape(n, -1, block)
 
 
-def head_fingerprint(kernel_VD: jax.Array) -> str:
+def head_fingerprint(head: Head) -> str:
     """16 hexadecimal digits that tell one vocabulary head from another, from its size and a few of its rows.
 
     The rows are rounded to bfloat16, so that a model which is loaded in another dtype has the same head.
     """
-    rows = np.linspace(0, kernel_VD.shape[0] - 1, SAMPLED_ROWS).astype(np.int32)
-    digest = hashlib.sha256(repr(kernel_VD.shape).encode())
-    digest.update(np.asarray(kernel_VD[rows].astype(jnp.bfloat16)).tobytes())
+    rows = jnp.asarray(np.linspace(0, head.kernel.shape[0] - 1, SAMPLED_ROWS).astype(np.int32))
+    digest = hashlib.sha256(repr(head.kernel.shape).encode())
+    for leaf in jax.tree.leaves(head.rows(rows)):
+        digest.update(np.asarray(leaf.astype(jnp.bfloat16)).tobytes())
     return digest.hexdigest()[:16]

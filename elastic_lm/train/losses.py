@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import vocab_logits
+from elastic_lm.nn.vocab_head import Head
 
 LOSS_CHUNK = 256  # columns of logits in memory at once, unless a run says otherwise
 
@@ -102,7 +103,7 @@ def token_losses(
 def chunked_cross_entropy(
     config: ModelConfig,
     features_BTD: jax.Array,
-    kernel_VD: jax.Array,
+    head: Head,
     batch: Batch,
     *,
     temperature: float = 1.0,
@@ -117,7 +118,7 @@ def chunked_cross_entropy(
     Args:
       config: static; its final softcap is applied.
       features_BTD: input of the vocabulary head.
-      kernel_VD: vocabulary head.
+      head: vocabulary head.
       batch: targets and weights.
       temperature: logits are divided by it; static.
       confidence_weighted: multiply each token's loss by the detached max probability (EE-Tuning's
@@ -130,7 +131,7 @@ def chunked_cross_entropy(
 
     def one(xs: tuple[jax.Array, jax.Array, jax.Array]) -> TokenSums:
         features, targets, weights = xs
-        logits = vocab_logits(config, features, kernel_VD, temperature)
+        logits = vocab_logits(config, features, head, temperature)
         return token_sums(logits, targets, weights, confidence_weighted=confidence_weighted)
 
     return sum_over_chunks(one, (features_BTD, batch.targets, batch.weights), chunk)

@@ -72,7 +72,7 @@ class Pretraining(PretrainingConfig, Method[Batch]):
         depth = self.config.n_layers
         hidden = decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)[depth].hidden
 
-        features, kernel = decoder.final_features(hidden), decoder.final_kernel()
-        sums = chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
+        features, head = decoder.final_features(hidden), decoder.final_head()
+        sums = chunked_cross_entropy(self.config, features, head, batch, chunk=self.loss_chunk)
         count = jnp.maximum(sums.weight, 1.0)
         return sums.loss / count, {"loss": sums.loss / count, "accuracy": sums.correct / count}

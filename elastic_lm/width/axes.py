@@ -38,6 +38,7 @@ WIDTHS: dict[str, tuple[str | None, ...]] = {
     "embed/table": (None, "channels"),
     "positions/table": (None, "channels"),
     "head/kernel": (None, "channels"),
+    "head/bias": (None,),
     "qkv/kernel": ("qkv_heads", None, None, "channels"),
     "qkv/bias": ("qkv_heads", None, None),
     "out/kernel": ("channels", "head_outputs"),

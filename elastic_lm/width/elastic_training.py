@@ -44,6 +44,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.nn.vocab_head import Head
 from elastic_lm.train.losses import (
     LOSS_CHUNK,
     Metrics,
@@ -269,8 +270,8 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
         Returns:
           TokenSums of float32 scalars.
         """
-        features, kernel = self._features(params, subnet, batch), self._kernel(params)
-        return chunked_cross_entropy(self.config, features, kernel, batch, chunk=self.loss_chunk)
+        features, head = self._features(params, subnet, batch), self._head(params)
+        return chunked_cross_entropy(self.config, features, head, batch, chunk=self.loss_chunk)
 
     @property
     def _has_frozen_teacher(self) -> bool:
@@ -282,20 +283,20 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
         """(sums of the whole model, cross-entropy and KL summed over subnets and tokens)."""
         # States before the vocabulary heads, of the whole model, of its subnets and of the teacher. `map`
         # runs one subnet after the other by one program.
-        kernel = self._kernel(params)
+        head = self._head(params)
         full = self._full_features(params, batch)
         each = jax.lax.map(lambda subnet: self._features(params, subnet, batch), subnets)
-        teacher_kernel, taught = kernel, None
+        teacher_head, taught = head, None
         if self._has_frozen_teacher:
             original = jax.lax.stop_gradient(frozen[TEACHER])
-            teacher_kernel, taught = self._kernel(original), self._full_features(original, batch)
+            teacher_head, taught = self._head(original), self._full_features(original, batch)
 
         # The backward pass computes a student's logits again, so that those of one subnet exist at a time.
         @jax.checkpoint
         def student(
             features: jax.Array, teacher: jax.Array | None, targets: jax.Array, weights: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            logits = vocab_logits(self.config, features, kernel)
+            logits = vocab_logits(self.config, features, head)
             entropy = token_sums(logits, targets, weights).loss
             if teacher is None:
                 return entropy, jnp.zeros_like(entropy)
@@ -303,8 +304,8 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
 
         def one(piece: Any) -> tuple[TokenSums, jax.Array, jax.Array]:
             full, taught, each, targets, weights = piece
-            logits = vocab_logits(self.config, full, kernel)
-            teacher = logits if taught is None else vocab_logits(self.config, taught, teacher_kernel)
+            logits = vocab_logits(self.config, full, head)
+            teacher = logits if taught is None else vocab_logits(self.config, taught, teacher_head)
             held = jax.lax.stop_gradient(teacher) if self.distil else None
             losses = [student(features, held, targets, weights) for features in each]
             entropy, divergence = (sum(sums, jnp.zeros(())) for sums in zip(*losses, strict=True))
@@ -335,9 +336,9 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
         taps = decoder.taps(batch.tokens, (depth,), batch.positions, batch.segments)
         return decoder.final_features(taps[depth].hidden)
 
-    def _kernel(self, params: Params) -> jax.Array:
-        """[V, D] of the vocabulary head."""
-        return Decoder(self.config).bind({"params": params}).final_kernel()
+    def _head(self, params: Params) -> Head:
+        """The vocabulary head."""
+        return Decoder(self.config).bind({"params": params}).final_head()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -319,7 +319,9 @@ def permute(
     # The MLP beside an exit's affine map is never cut, so that its neurons stay in their order.
     linear = [e.name for e in config.exits if e.kind == "linear"]
     neurons = {owner: scores for owner, scores in importance.neurons.items() if owner not in linear}
-    ranked = dataclasses.replace(importance, neurons=neurons)
+    # A head's ALiBi slope follows from its place.
+    heads = {} if config.position == "alibi" else importance.heads
+    ranked = dataclasses.replace(importance, neurons=neurons, heads=heads)
 
     def permuted(name: str, tree: Params) -> Params:
         if name.startswith("exit_") and "block" in tree:

@@ -189,16 +189,16 @@ class Picking:
         """([B] sums of every row, [B] KL to the logits of `taught`)."""
         config = self.shape.config
         decoder = Decoder(config).bind({"params": params})
-        kernel = decoder.final_kernel()
+        head = decoder.final_head()
         rows = jax.vmap(token_sums)
 
         def one(piece: Any) -> tuple[TokenSums, jax.Array]:
             features, teacher, targets, weights = piece
-            logits = vocab_logits(config, features, kernel)
+            logits = vocab_logits(config, features, head)
             sums = rows(logits, targets, weights)
             if teacher is None:
                 return sums, jnp.zeros_like(sums.loss)
-            losses = imitation_loss("kl", vocab_logits(config, teacher, kernel), logits)
+            losses = imitation_loss("kl", vocab_logits(config, teacher, head), logits)
             return sums, jnp.sum(weights * losses, axis=1)
 
         teacher = None if taught is None else decoder.final_features(taught)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Subnet
-from elastic_lm.models.decoder import Params
+from elastic_lm.models.decoder import OUTSIDE, Params
 from elastic_lm.width.axes import (
     Edit,
     dimensions,
@@ -68,7 +68,7 @@ def slice_params(config: ModelConfig, params: Params, subnet: Subnet) -> tuple[M
 
     # Outside the layers there are only channels, which all layers keep alike.
     channels = edits[subnet.layers[0]]
-    outside = [name for name in ("embed", "positions", "final_norm", "head") if name in params]
+    outside = [name for name in OUTSIDE if name in params]
     small = {name: edit_params(params[name], channels, (name,)) for name in outside}
 
     for j, i in enumerate(subnet.layers):

@@ -31,6 +31,7 @@ from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.finite import NotFiniteError
 from elastic_lm.models.registry import init_params
 from elastic_lm.nn.preview import preview_logits
+from elastic_lm.nn.vocab_head import Head
 from elastic_lm.testing import random_tokens, tiny_config
 
 NEW = 24
@@ -65,7 +66,7 @@ def test_directions_have_the_least_squared_error_of_all_logits(decaying):
 def test_kept_rows_are_exact_and_the_others_previewed(decaying):
     features, kernel = decaying
     preview = preview_of(features, kernel, 6)
-    found = preview_logits(preview, jnp.asarray(features[:200]), jnp.asarray(kernel))
+    found = preview_logits(preview, jnp.asarray(features[:200]), Head(jnp.asarray(kernel)))
     scores = features[:200] @ np.asarray(preview.down)[:6].T @ np.asarray(preview.up).T
     whole = features[:200] @ kernel.T
     exact = np.isclose(found.logits, whole, atol=1e-4)
@@ -79,7 +80,7 @@ def test_the_gap_is_in_standard_deviations_of_the_errors(decaying):
     preview = preview_of(features, kernel, 6)
     errors = features @ kernel.T - features @ np.asarray(preview.down)[:6].T @ np.asarray(preview.up).T
     np.testing.assert_allclose(preview.spread, np.sqrt(np.mean(errors**2, axis=0)), rtol=1e-3)
-    found = preview_logits(preview, jnp.asarray(features), jnp.asarray(kernel))
+    found = preview_logits(preview, jnp.asarray(features), Head(jnp.asarray(kernel)))
     wrong = np.argmax(found.logits, axis=1) != np.argmax(features @ kernel.T, axis=1)
     gap = np.asarray(found.gap)
     assert 0 < wrong.mean() < 0.2
@@ -88,7 +89,9 @@ def test_the_gap_is_in_standard_deviations_of_the_errors(decaying):
 
 def test_a_preview_of_all_coordinates_is_the_head(decaying):
     features, kernel = decaying
-    found = preview_logits(preview_of(features, kernel, D), jnp.asarray(features[:20]), jnp.asarray(kernel))
+    found = preview_logits(
+        preview_of(features, kernel, D), jnp.asarray(features[:20]), Head(jnp.asarray(kernel))
+    )
     np.testing.assert_allclose(found.logits, features[:20] @ kernel.T, atol=1e-3)
     assert np.isfinite(found.gap).all()
 
@@ -109,10 +112,12 @@ def test_the_calibration_counts_as_right_what_decoding_gets_right(decaying, rank
     """For every number of blocks, also where a row that was not kept has the largest logit."""
     features, kernel = decaying
     blocks = (1, 3, 16)
-    gaps, rights = trial(preview_of(features, kernel, rank, blocks=16), features, jnp.asarray(kernel), blocks)
+    gaps, rights = trial(
+        preview_of(features, kernel, rank, blocks=16), features, Head(jnp.asarray(kernel)), blocks
+    )
     for count, gap, right in zip(blocks, gaps, rights, strict=True):
         preview = preview_of(features, kernel, rank, blocks=count)
-        decoded_gap, decoded_right, _ = outcomes(preview, features, jnp.asarray(kernel))
+        decoded_gap, decoded_right, _ = outcomes(preview, features, Head(jnp.asarray(kernel)))
         np.testing.assert_array_equal(right, decoded_right)
         np.testing.assert_allclose(gap, decoded_gap, rtol=1e-3, atol=1e-3)
 

@@ -29,6 +29,15 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 GPT2_SIZES = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+NEO_SIZES = {"vocab_size": 48, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+BLOOM_SIZES = {"vocab_size": 48, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+OWN_SIZES: dict[str, dict[str, Any]] = {  # of families with other names for sizes than SIZES
+    "bloom": BLOOM_SIZES,
+    "gpt2": GPT2_SIZES,
+    "gpt_bigcode": GPT2_SIZES,
+    "gpt_neo": {**NEO_SIZES, "max_position_embeddings": 64},
+    "gptj": GPT2_SIZES,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -142,6 +151,15 @@ GOLDEN: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.3,
         },
     },
+    "bloom": {},
+    "falcon": {"ffn_hidden_size": 40},  # 7B's form
+    "gpt_bigcode": {"n_inner": 40},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5, "intermediate_size": 40},
+    "gptj": {"rotary_dim": 4, "n_inner": 40},
+    "opt": {"ffn_dim": 40},
+    "phi": _rope("default", partial_rotary_factor=0.5),
+    "stablelm": {"num_key_value_heads": 2, "use_parallel_residual": True, "use_qkv_bias": True},
+    "starcoder2": {"num_key_value_heads": 2, "sliding_window": 5},
 }
 TOKENS = {"phi3": (1, 48)}  # of golden files that need others than SHAPE
 
@@ -239,7 +257,48 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "helium-biases": ("helium", {"mlp_bias": True, "tie_word_embeddings": True}),
     "ministral-default": ("ministral", {"layer_types": None}),
     "ministral3-window": ("ministral3", {"sliding_window": 5, **_rope("default")}),
+    "bloom-untied": ("bloom", {"n_head": 8, "n_layer": 3, "tie_word_embeddings": False}),
+    "bloom-six-heads": ("bloom", {"n_head": 6, "hidden_size": 48}),
+    "falcon-grouped": (  # 40B's form
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
+    ),
+    "falcon-grouped-one-norm": (  # 11B's form
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-alibi": (  # RW-1B's form
+        "falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_attention_heads": 8},
+    ),
+    "falcon-multi-head": ("falcon", {"multi_query": False, "activation": "gelu_new", "bias": True}),
+    "gpt_bigcode-multi-head": ("gpt_bigcode", {"multi_query": False, "tie_word_embeddings": False}),
+    "gpt_neo-untied": (
+        "gpt_neo",
+        {"attention_types": [[["local"], 2]], "tie_word_embeddings": False, "intermediate_size": None},
+    ),
+    "gpt_neo-global": ("gpt_neo", {"attention_types": [[["global"], 2]], "activation_function": "relu"}),
+    "gptj-whole": ("gptj", {"rotary_dim": 8, "n_inner": None, "activation_function": "gelu"}),
+    "gptj-odd": ("gptj", {"rotary_dim": 2, "n_embd": 28}),
+    "opt-no-biases": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    "opt-untied": ("opt", {"tie_word_embeddings": False}),
+    "phi-grouped": (
+        "phi",
+        {"num_key_value_heads": 2, **_rope("linear", factor=2.0, partial_rotary_factor=0.25)},
+    ),
+    "stablelm-sequential": (
+        "stablelm",
+        {"use_parallel_residual": False, "use_qkv_bias": False, "tie_word_embeddings": True},
+    ),
+    "starcoder2-no-biases": (
+        "starcoder2",
+        {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False},
+    ),
 }
+
+
+# How transformers computes attention. Its eager form adds Falcon's ALiBi twice.
+ATTENTION = {"falcon": "sdpa"}
 
 
 def random_model(model_type: str, changes: dict[str, Any], seed: int = 0) -> Any:
@@ -247,13 +306,14 @@ def random_model(model_type: str, changes: dict[str, Any], seed: int = 0) -> Any
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = GPT2_SIZES if model_type == "gpt2" else SIZES
+    sizes = OWN_SIZES.get(model_type, SIZES)
     values = {"bos_token_id": 1, "eos_token_id": 2, **sizes, **GOLDEN[model_type], **changes}
     # Some config classes fill in the mapping they are given.
     values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
     config = AutoConfig.for_model(model_type, **values)
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    attention = ATTENTION.get(model_type, "eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.25, generator=generator)
@@ -267,8 +327,9 @@ def load_theirs(folder: Path, dtype: str = "float32") -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    attention = ATTENTION.get(json.loads((folder / "config.json").read_text())["model_type"], "eager")
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention, output_loading_info=True
     )
     assert not report["missing_keys"], report
     assert not report["unexpected_keys"], report
