@@ -31,6 +31,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.decode.seq2seq import TextToText
     from elastic_lm.depth.guarantee import RiskControl
     from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, StaticExit
+    from elastic_lm.files.compilation_cache import use_compilation_cache
     from elastic_lm.models.decoder import Decoder
     from elastic_lm.models.encoder import Encoder
     from elastic_lm.models.encoder_decoder import EncoderDecoder
@@ -92,6 +93,7 @@ __all__ = [
     "slice_params",
     "testing",
     "train",
+    "use_compilation_cache",
     "width",
 ]
 

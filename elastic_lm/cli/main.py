@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from elastic_lm.cli import signals
-from elastic_lm.cli.parser import Parser, add_command
+from elastic_lm.cli.parser import Parser, Version, add_command
+from elastic_lm.files import compilation_cache
 from elastic_lm.files.shortage import lacks_memory
 
 # Modules of this folder, in the order of the help.
@@ -47,7 +48,8 @@ A typical session on a model of your own:
 EPILOG = """\
 Exit status: 0 done, 1 all that was asked for, or a run of a sweep, failed, 2 the input was refused, 70 an unexpected error (please
 report it), 130 interrupted, 141 nobody reads the output, 143 terminated.
-ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from.
+ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from. Compiled programs are kept
+in the user's cache folder, in ELASTIC_LM_CACHE=FOLDER, or not at all with ELASTIC_LM_CACHE=off.
 """
 
 REFUSED, UNEXPECTED, INTERRUPTED = 2, 70, 130  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
@@ -69,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _main(argv)
     signals.listen()
+    compilation_cache.set_environment()
     signals.finish(_main(sys.argv[1:]))
 
 
@@ -107,6 +110,9 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     """The top parser and the parser of every command."""
     parser = Parser(prog="elastic-lm", description=DESCRIPTION, epilog=EPILOG)
     parser.set_defaults(debug=False)
+    parser.add_argument(
+        "--version", action=Version, nargs=0, help="show the version, and those of jax and others"
+    )
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
     commands: dict[str, Parser] = {}
     for name in COMMANDS:

@@ -54,6 +54,17 @@ class Parser(argparse.ArgumentParser):
         return names + [name for each in choices for parser in each.values() for name in parser._options()]
 
 
+class Version(argparse.Action):
+    """Prints the version of the package and of what it runs on, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from elastic_lm import __version__
+        from elastic_lm.report.machine import versions
+
+        others = ", ".join(f"{name} {v}" for name, v in versions().items() if name != "elastic-lm")
+        parser.exit(0, f"elastic-lm {__version__} ({others})\n")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommandOptions:
     """What a command is asked to do; every command has a subclass whose fields are named as its flags."""
