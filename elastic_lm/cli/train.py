@@ -22,11 +22,13 @@ elastic-lm train --gin_file configs/ee_tuning.gin --gin_param TrainConfig.lr=3e-
 elastic-lm train --config configs/ee_tuning.py --sweep train.seed=0,1,2 --workdir runs/seeds
 
 `--config path:argument` hands the argument to the file's get_config; every key of the config can be
-overridden with --config.section.key=value, or with a blank for the equals sign; --config.exits[0].layer=2 sets
-one entry of a list. Unknown keys are refused with a suggestion. The workdir holds checkpoints, metrics.jsonl,
-config.json (which repeats the run, as --config) and, at the end, model/. SIGTERM saves a checkpoint and ends
-with status 0. --sweep trains one run per value, each in a folder of the workdir, and ends with a table
-(sweep.json); several make every combination. A run that fails does not stop the others; the status is 1 then.
+overridden with --config.section.key=value, or with a blank for the equals sign. Unknown keys are refused
+with a suggestion. --config.exits[0].layer=2 sets one entry of a list. The workdir holds checkpoints,
+metrics.jsonl, run_config.json (as --config it repeats the run) and, at the end, model/. SIGTERM saves a
+checkpoint and ends with status 0.
+
+--sweep trains one run per value, each in a folder of the workdir, and ends with a table (sweep.json); several
+make every combination. A run that fails does not stop the others; the status is 1 then.
 """
 FAILED = 1  # exit status where a run of a sweep failed
 
@@ -36,9 +38,7 @@ class Options(CommandOptions):
     """What is trained, and where."""
 
     workdir: str  # folder for checkpoints and metrics
-    config: str | None = (
-        None  # a Python file with get_config, and :ARGUMENT where it takes one; or a config.json
-    )
+    config: str | None = None  # a Python file with get_config, with :ARGUMENT; or a run_config.json
     gin_file: tuple[str, ...] = ()  # gin files instead of a config
     gin_param: tuple[str, ...] = ()  # bindings that are read after them
     sweep: tuple[str, ...] = ()  # KEY=VALUE,VALUE each
@@ -58,7 +58,7 @@ class Options(CommandOptions):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`; `main` puts arguments that no flag takes into `overrides`."""
     add = parser.add_argument
-    add("--config", metavar="FILE[:ARG]", help="a file with get_config, or the config.json of a run")
+    add("--config", metavar="FILE[:ARG]", help="a file with get_config, or the run_config.json of a run")
     text = "a gin file instead; repeat it for several, of which later ones win"
     add("--gin_file", action="append", metavar="FILE", help=text)
     text = "a gin binding like TrainConfig.lr=1e-3; may be repeated"

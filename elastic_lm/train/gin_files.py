@@ -1,8 +1,8 @@
 """Runs from gin files: `TrainConfig.lr = 3e-4` binds the same dataclasses that a Python recipe makes.
 
 All dataclasses of a run are configurables under their own names (`el.TrainConfig` in full), the options of
-every method among them. A file says `RunConfig.method = @EETuningConfig()` and lists `exits`; `data`, `train`,
-`mesh` and `log` are there without a word. Where `TaskConfig` is bound, the run is a `TaskRun`.
+every method among them. A file says `RunConfig.method = @EETuningConfig()` and lists `exits`; the sections
+`data`, `train`, `mesh` and `log` need not be named. Where `TaskConfig` is bound, the run is a `TaskRun`.
 """
 
 import contextlib

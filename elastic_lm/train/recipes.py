@@ -18,9 +18,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
 
     Args:
       path: a Python file with `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict
-        or dict of their sections; what follows a colon is passed to it as `arg`. Or the config.json of a run.
-      overrides: "train.lr=3e-4", or the same with "--config." in front, and then also with the value as a text
-        of its own. Values are Python literals, true, false, none, or else strings; references of a ConfigDict
+        or dict of their sections; what follows a colon is passed to it as `arg`. Or the run_config.json that a
+        run has left.
+      overrides: "train.lr=3e-4", or the same with "--config." in front; then the value may be a text of its own
+        instead. Values are Python literals, true, false, none, or else strings; references of a ConfigDict
         follow them.
 
     Returns:
@@ -61,7 +62,7 @@ def recipe_path(path: str) -> tuple[Path, str]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is neither a recipe nor the config.json of a run.
+      ValueError: it is neither a recipe nor the run_config.json of a run.
     """
     name, colon, argument = path.partition(".py:")
     return config_file(f"{name}.py" if colon else path), argument
@@ -72,7 +73,7 @@ def config_file(path: str) -> Path:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is neither a recipe nor the config.json of a run.
+      ValueError: it is neither a recipe nor the run_config.json of a run.
     """
     file = Path(path)
     if file.suffix != ".py" and Path(f"{path}.py").is_file():
@@ -83,7 +84,7 @@ def config_file(path: str) -> Path:
         raise ValueError(f"config file {file}: a gin file is given with --gin_file")
     if file.suffix not in SUFFIXES:
         raise ValueError(
-            f"config file {file}: a config is a Python file, whose name ends in .py, or the config.json "
+            f"config file {file}: a config is a Python file, whose name ends in .py, or the run_config.json "
             "of a run"
         )
     return file
@@ -111,13 +112,13 @@ def _run_recipe(file: Path, argument: str) -> Any:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The sections in the config.json of a run."""
+    """The sections in the run_config.json of a run."""
     try:
         values = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"config file {file}: is not JSON ({error}); give the config.json of a run"
+            f"config file {file}: is not JSON ({error}); give the run_config.json of a run"
         ) from error
     if not isinstance(values, dict) or "train" not in values:
-        raise ValueError(f"config file {file}: describes no run; give the config.json of one")
+        raise ValueError(f"config file {file}: describes no run; give the run_config.json of one")
     return values

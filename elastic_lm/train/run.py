@@ -90,7 +90,7 @@ def fit(
       workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/.
       stop: asked after every step but the last: whether to save and stop there; None = never.
       writers: receive the numbers of the run, beside those that `log.writers` names; each has
-        `write(step, values)` and `close()`.
+        `write(step, values)` and `close()`, which is called at the end. The first process alone writes.
       origin: where the config comes from, to be recorded.
 
     Returns:
