@@ -227,7 +227,7 @@ def _refuse(error: Exception, where: str) -> NoReturn:
         message = f"%{match['name']} is bound nowhere; write {match['name']} = VALUE"
     elif isinstance(error, TypeError) and (call := re.search(r"In call to configurable '(\w+)'", text)):
         message = f"{message.replace('.__init__()', '').replace('()', '')}; bind {call[1]}.NAME"
-    elif type(error).__mro__[1] is ValueError and "In call to configurable" in text:
+    elif isinstance(error, ValueError) and "In call to configurable" in text:
         raise ValueError(message) from error  # of the dataclasses, which say what to do
     raise ValueError(f"{where}: {message}") from error
 

@@ -42,6 +42,9 @@ class Origin:
     operative_gin: str = ""
 
 
+UNKNOWN = Origin()
+
+
 def save_record(config: RunConfig | TaskRun, origin: Origin, mesh: Mesh, start: int, workdir: Path) -> None:
     """Writes the config of a run, complete or not at all, and adds this start to those before.
 
