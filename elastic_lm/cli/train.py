@@ -36,7 +36,7 @@ Recipes of the package, which lie in {recipe_folder()}:
 Or give a Python file of yours. `--config name:argument` hands the argument to the file's get_config; every
 key of the config can be overridden with --config.section.key=value, or with a blank for the equals sign;
 --config.exits[0].layer=2 sets one entry of a list. Unknown keys are refused with a suggestion. The workdir
-holds checkpoints, metrics.jsonl, config.json (which repeats the run, as --config) and, at the end, model/.
+holds checkpoints, metrics.jsonl, run_config.json (which repeats the run, as --config) and, at the end, model/.
 SIGTERM saves a checkpoint and ends with status 0. --sweep trains one run per value, each in a folder of the
 workdir, and ends with a table (sweep.json); several make every combination. A run that fails does not stop the
 others; the status is 1 then.
@@ -49,7 +49,7 @@ class Options(CommandOptions):
     """What is trained, and where."""
 
     workdir: str  # folder for checkpoints and metrics
-    # A recipe or a Python file with get_config, and :ARGUMENT where it takes one; or a run's config.json.
+    # A recipe or a Python file with get_config, and :ARGUMENT where it takes one; or a run_config.json.
     config: str | None = None
     gin_file: tuple[str, ...] = ()  # gin files instead of a config
     gin_param: tuple[str, ...] = ()  # bindings that are read after them
@@ -70,7 +70,7 @@ class Options(CommandOptions):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`; `main` puts arguments that no flag takes into `overrides`."""
     add = parser.add_argument
-    text = "a recipe of the package, a file with get_config, or the config.json of a run"
+    text = "a recipe of the package, a file with get_config, or the run_config.json of a run"
     add("--config", metavar="RECIPE|FILE[:ARG]", help=text)
     text = "a gin file instead; repeat it for several, of which later ones win"
     add("--gin_file", action="append", metavar="FILE", help=text)

@@ -20,8 +20,9 @@ class LogConfig:
       ```
     """
 
-    # jsonl, tensorboard, wandb or module:Class; None = jsonl, and tensorboard where it is installed
-    writers: tuple[str, ...] | None = None
+    writers: tuple[str, ...] | None = (
+        None  # of jsonl, tensorboard, wandb, module:Class; None = the first two, if installed
+    )
     project: str = ""  # wandb: project of the run; "" = as WANDB_PROJECT says
     name: str = ""  # wandb: name of the run; "" = that of the workdir
 
@@ -41,5 +42,5 @@ class LogConfig:
                 used or not value,
                 f"log.{field}",
                 value,
-                "is read by the writer wandb; name it in log.writers",
+                "is read by the writer wandb alone; name it in log.writers",
             )

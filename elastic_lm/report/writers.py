@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines on disk, the terminal, TensorBoard, Weights & Biases, or a user's own."""
+"""Where a run's numbers go: JSON lines on disk, the terminal, TensorBoard, Weights & Biases, a user's own."""
 
 import importlib
 import importlib.util
@@ -109,7 +109,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Logs to Weights & Biases; needs `pip install elastic-lm[wandb]`. A run that is resumed goes on there too."""
+    """Logs to Weights & Biases, where a resumed run goes on; needs `pip install elastic-lm[wandb]`."""
 
     ID_FILE = "wandb_id.txt"
 

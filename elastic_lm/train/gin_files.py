@@ -1,8 +1,8 @@
 """Runs from gin files: `TrainConfig.lr = 3e-4` binds the same dataclasses that a Python recipe makes.
 
 All dataclasses of a run are configurables under their own names (`el.TrainConfig` in full), the options of
-every method among them. A file says `RunConfig.method = @EETuningConfig()` and lists `exits`; `data`, `train`,
-`mesh` and `log` are there without a word. Where `TaskConfig` is bound, the run is a `TaskRun`.
+every method among them. A file says `RunConfig.method = @EETuningConfig()` and lists `exits`; the sections
+`data`, `train`, `mesh` and `log` need not be named. Where `TaskConfig` is bound, the run is a `TaskRun`.
 """
 
 import contextlib
@@ -216,7 +216,7 @@ def _refuse(error: Exception, where: str) -> NoReturn:
         message = f"%{match['name']} is bound nowhere; write {match['name']} = VALUE"
     elif isinstance(error, TypeError) and (call := re.search(r"In call to configurable '(\w+)'", text)):
         message = f"{message.replace('.__init__()', '').replace('()', '')}; bind {call[1]}.NAME"
-    elif type(error).__mro__[1] is ValueError and "In call to configurable" in text:
+    elif isinstance(error, ValueError) and "In call to configurable" in text:
         raise ValueError(message) from error  # of the dataclasses, which say what to do
     raise ValueError(f"{where}: {message}") from error
 

@@ -55,11 +55,8 @@ def override(config: Any, key: str, text: str) -> None:
         holders.append(value)
 
     last = path[-1]
-    if isinstance(last, int) or not _has_keys(value):
-        before = _inner(value, last, key)
-    else:
-        before = value.get(last)
-    new = parsed(text, before)
+    is_new = isinstance(last, str) and _has_keys(value) and last not in value
+    new = parsed(text, None if is_new else _inner(value, last, key))
 
     # Tuples cannot be changed: each is replaced in what holds it.
     for holder, part in reversed(list(zip(holders, path, strict=True))):

@@ -20,7 +20,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
     Args:
       path: the name of a recipe that comes with the package, like "ee_tuning", or a Python file with
         `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict
-        or dict of their sections; what follows a colon is passed to it as `arg`. Or the config.json of a run.
+        or dict of their sections; what follows a colon is passed to it as `arg`. Or the run_config.json of a run.
       overrides: "train.lr=3e-4", or the same with "--config." in front, and then also with the value as a text
         of its own. Values are Python literals, true, false, none, or else strings; references of a ConfigDict
         follow them.
@@ -63,7 +63,7 @@ def recipe_path(path: str) -> tuple[Path, str]:
 
     Raises:
       FileNotFoundError: there is no such file, and no such recipe in the package.
-      ValueError: it is neither a recipe nor the config.json of a run.
+      ValueError: it is neither a recipe nor the run_config.json of a run.
     """
     name, argument = split_argument(path)
     file = find_recipe(name)
@@ -71,7 +71,7 @@ def recipe_path(path: str) -> tuple[Path, str]:
         raise ValueError(f"config file {file}: a gin file is given with --gin_file")
     if file.suffix not in SUFFIXES:
         raise ValueError(
-            f"config file {file}: a config is a Python file, whose name ends in .py, or the config.json "
+            f"config file {file}: a config is a Python file, whose name ends in .py, or the run_config.json "
             "of a run"
         )
     return file, argument
@@ -99,13 +99,13 @@ def _run_recipe(file: Path, argument: str) -> Any:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """The sections in the config.json of a run."""
+    """The sections in the run_config.json of a run."""
     try:
         values = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"config file {file}: is not JSON ({error}); give the config.json of a run"
+            f"config file {file}: is not JSON ({error}); give the run_config.json of a run"
         ) from error
     if not isinstance(values, dict) or "train" not in values:
-        raise ValueError(f"config file {file}: describes no run; give the config.json of one")
+        raise ValueError(f"config file {file}: describes no run; give the run_config.json of one")
     return values

@@ -1,8 +1,8 @@
-"""What is saved with a run so that it can be repeated: its config, and every start with its machine and command.
+"""What is saved with a run so that it can be repeated.
 
-config.json     every option; `elastic-lm train --config DIR/config.json` repeats the run
-starts.jsonl    one line per start: command, versions, devices, mesh, commit of the config
-operative.gin   every value that was read, where the config was gin's
+run_config.json  every option; `elastic-lm train --config DIR/run_config.json` repeats the run
+starts.jsonl     one line per start: command, versions, devices, mesh, commit of the config
+operative.gin    every value that was read, where the config was gin's
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.report.machine import hardware, versions
 from elastic_lm.train.config import RunConfig, TaskRun
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE = "run_config.json"
 STARTS_FILE = "starts.jsonl"
 GIN_FILE = "operative.gin"
 GIT_SECONDS = 10
@@ -40,6 +40,9 @@ class Origin:
 
     files: tuple[str, ...] = ()
     operative_gin: str = ""
+
+
+UNKNOWN = Origin()
 
 
 def save_record(config: RunConfig | TaskRun, origin: Origin, mesh: Mesh, start: int, workdir: Path) -> None:
@@ -71,7 +74,8 @@ def opening(mesh: Mesh, trainable: Params, frozen: Params) -> str:
     """
     train, stay = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trainable, frozen))
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    return f"{train:,} of {train + stay:,} parameters train on {devices(mesh)}; mesh: {axes}; jax {jax.__version__}"
+    what = f"{train:,} of {train + stay:,} parameters train"
+    return f"{what} on {devices(mesh)}; mesh: {axes}; jax {jax.__version__}"
 
 
 def devices(mesh: Mesh) -> str:

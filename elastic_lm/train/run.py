@@ -33,7 +33,7 @@ from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
 from elastic_lm.train.optim import learning_rate, make_optimizer
 from elastic_lm.train.prepared import Prepared
-from elastic_lm.train.record import Origin, opening, save_record
+from elastic_lm.train.record import UNKNOWN, Origin, opening, save_record
 from elastic_lm.train.state import TrainState, cast_params, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 from elastic_lm.train.tasks.run import prepare_task
@@ -49,7 +49,7 @@ def fit(
     *,
     stop: Callable[[], bool] | None = None,
     writers: Sequence[Writer] = (),
-    origin: Origin = Origin(),  # noqa: B008 - frozen
+    origin: Origin = UNKNOWN,
 ) -> tuple[ModelConfig, Params, dict[str, float]]: ...
 
 
@@ -60,7 +60,7 @@ def fit(
     *,
     stop: Callable[[], bool] | None = None,
     writers: Sequence[Writer] = (),
-    origin: Origin = Origin(),  # noqa: B008 - frozen
+    origin: Origin = UNKNOWN,
 ) -> tuple[EncoderConfig | EncoderDecoderConfig, Params, dict[str, float]]: ...
 
 
@@ -71,7 +71,7 @@ def fit(
     *,
     stop: Callable[[], bool] | None = None,
     writers: Sequence[Writer] = (),
-    origin: Origin = Origin(),  # noqa: B008 - frozen
+    origin: Origin = UNKNOWN,
 ) -> tuple[Config, Params, dict[str, float]]: ...
 
 
@@ -81,7 +81,7 @@ def fit(
     *,
     stop: Callable[[], bool] | None = None,
     writers: Sequence[Writer] = (),
-    origin: Origin = Origin(),  # noqa: B008 - frozen
+    origin: Origin = UNKNOWN,
 ) -> tuple[Config, Params, dict[str, float]]:
     """Trains what `config` describes; run again after a stop, it continues where it was.
 
@@ -90,7 +90,7 @@ def fit(
       workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/.
       stop: asked after every step but the last: whether to save and stop there; None = never.
       writers: receive the numbers of the run, beside those that `log.writers` names; each has
-        `write(step, values)` and `close()`.
+        `write(step, values)` and `close()`, which is called at the end. The first process alone writes.
       origin: where the config comes from, to be recorded.
 
     Returns:

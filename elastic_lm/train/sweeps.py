@@ -1,7 +1,7 @@
 """Sweeps: one run for every combination of values, one after the other, and a table of what they gave.
 
-The runs are those of `fit`, each in a folder of its own. They share compiled programs: what does not depend on
-the values that differ, such as a seed of the data, is compiled once.
+The runs are those of `fit`, each in a folder of its own. They share compiled programs: what does not depend
+on the values that differ, such as a seed of the data, is compiled once.
 """
 
 import contextlib
@@ -132,7 +132,13 @@ def run_sweep(
     """
     fix = "holds a single run; choose another for the sweep"
     require(not (workdir / RUN_FILE).is_file(), "workdir", str(workdir), fix)
-    with only_process(workdir / LOCK_FILE, workdir, "choose another workdir"), _compiled_once(workdir):
+    first = jax.process_index() == 0
+    lock = (
+        only_process(workdir / LOCK_FILE, workdir, "choose another workdir")
+        if first
+        else contextlib.nullcontext()
+    )
+    with lock, _compiled_once(workdir):
         outcomes = _done_before(members, workdir)
         for i, member in enumerate(members):
             where = f"run {i + 1} of {len(members)}, {member.name}"
@@ -166,8 +172,8 @@ def table(members: Sequence[Member], outcomes: Mapping[str, Outcome]) -> list[di
       outcomes: by the names of the runs; those that failed, or are missing, count for nothing.
 
     Returns:
-      [{"values": of the other keys, "runs": number, "metrics": {name: {"mean", "sd"}}}]; the standard deviation
-      is that of a sample, None of a single run.
+      [{"values": of the other keys, "runs": number, "metrics": {name: {"mean", "sd"}}}]; the standard
+      deviation is that of a sample, None of a single run.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Mapping[str, float]]] = {}
     for member in members:
@@ -212,6 +218,8 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _save(members: Sequence[Member], outcomes: Mapping[str, Outcome], workdir: Path) -> None:
+    if jax.process_index():
+        return
     runs = [
         {
             "name": member.name,

@@ -535,11 +535,45 @@ def task(
 
 
 TRAIN = [
-    Case("train", "required: --config, --workdir"),
+    Case("train", "required: --workdir"),
     Case("train --config c.py", "required: --workdir"),
+    Case("train --workdir w", "nothing to train: give --config FILE, or --gin_file FILE"),
     Case("train --config nowhere.py --workdir w", "config file nowhere.py does not exist"),
     Case("train --config th.json --workdir w", "config file th.json does not exist"),
-    Case("train --config th.json --workdir w", "th.json: a config is a Python file", files={"th.json": "{}"}),
+    Case("train --config th.json --workdir w", "th.json: describes no run", files={"th.json": "{}"}),
+    Case("train --config th.json --workdir w", "th.json: is not JSON", files={"th.json": "{"}),
+    Case("train --config th.json --workdir w", "th.json: describes no run", files={"th.json": "[]"}),
+    Case("train --config c.txt --workdir w", "c.txt: a config is a Python file", files={"c.txt": "{}"}),
+    Case(
+        "train --config c.gin --workdir w", "c.gin: a gin file is given with --gin_file", files={"c.gin": ""}
+    ),
+    # Gin.
+    Case("train --gin_file none.gin --workdir w", "gin file none.gin does not exist"),
+    Case("train --gin_file c.gin --config c.py --workdir w", "--gin_file c.gin … leave one out"),
+    Case("train --gin_param A.b=1 --config c.py --workdir w", "--gin_param A.b=1 … leave one out"),
+    Case(
+        "train --gin_file c.gin --config.train.lr=1 --workdir w",
+        "--config.train.lr=1 is not an override of a gin file: write --gin_param",
+    ),
+    Case(
+        "train --gin_param TrainConfig.lrr=1 --workdir w",
+        "TrainConfig has no parameter lrr: did you mean lr?",
+    ),
+    Case(
+        "train --gin_file c.gin --workdir w",
+        "c.gin line 1: there is no TrianConfig: did you mean TrainConfig?",
+        files={"c.gin": "TrianConfig.lr = 1.0\n"},
+    ),
+    Case(
+        "train --gin_file c.gin --workdir w",
+        "c.gin line 1: … fix the line",
+        files={"c.gin": "TrainConfig.lr = \n"},
+    ),
+    Case(
+        "train --gin_file c.gin --workdir w",
+        "model=None: describe a model, or name a checkpoint",
+        files={"c.gin": "TrainConfig.lr = 1.0\n"},
+    ),
     Case("train --config . --workdir w", "config file . does not exist"),
     config("", "config file c.py has no function get_config: define"),
     config("get_config = 5", "config file c.py has no function get_config: define"),
@@ -580,6 +614,17 @@ TRAIN = [
     override("--steps 2", "'--steps' is not an override: write --config.section.key=value"),
     override("--config.train.steps", "'--config.train.steps' is not an override"),
     override("frob", "'frob' is not an override"),
+    override("--config.train.lr --config.train.steps=2", "'--config.train.lr' is not an override"),
+    override("--config.train.steps 0", "train.steps=0: must be at least 1"),
+    set_to("exits[0].layer", "2", "exits[0].layer: exits has 0 entries"),
+    set_to("data.paths[1]", "t.txt", "data.paths[1]: data.paths has 1 entries, counted from 0"),
+    set_to("seed", "-1", "seed=-1: must be in [0, 2**32)"),
+    set_to("log.writers", "csv", "log.writers[0]='csv': must be one of jsonl, tensorboard, wandb"),
+    set_to("log.writers", "none_such:X", "log.writers[0]='none_such:X': none_such cannot be imported"),
+    override("--sweep train.seed", "--sweep='train.seed': write KEY=VALUE,VALUE"),
+    override("--sweep train.seed=0,0", "--sweep='train.seed=0,0': names 0 twice"),
+    override("--sweep train.steps=3,0", "train.steps=0: must be at least 1"),
+    override("--sweep train.stepz=3", "unknown key train.stepz=3: did you mean train.steps?"),
     set_to("train.stepz", "2", "unknown key train.stepz=2: did you mean train.steps?"),
     set_to("trian.steps", "2", "unknown key trian"),
     set_to("train.steps.more", "2", "train.steps.more: steps has no keys of its own"),
@@ -630,7 +675,7 @@ TRAIN = [
         "data.paths",
         "('t.txt.gz',)",
         "t.txt.gz is not a complete gzip file",
-        files={"t.txt.gz": gzip.compress(b"abc" * 99)[:-9]},
+        files={"t.txt.gz": gzip.compress(b"abc" * 99, mtime=0)[:-9]},
     ),
     set_to(
         "data.paths",

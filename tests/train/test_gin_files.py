@@ -113,7 +113,7 @@ def test_the_dataclasses_are_the_same_classes() -> None:
         ("include 'none.gin'", r"line 2: .*none\.gin"),
         (
             "EETuningConfig.weights = (1.0,)",
-            r"EETuningConfig\.weights=\(1\.0,\): nothing reads it: this RunConfig with method\.name='pretraining'",
+            r"EETuningConfig\.weights=\(1\.0,\): nothing reads it: this RunConfig with .*'pretraining'",
         ),
         ("other/TrainConfig.lr = 1.0", r"other/TrainConfig\.lr=1\.0: nothing reads it"),
         ("RunConfig.exits = (@ExitConfig(),)", r"ExitConfig missing 1 .*: 'layer'; bind ExitConfig\.NAME"),
