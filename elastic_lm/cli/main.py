@@ -26,6 +26,7 @@ COMMANDS = (
     "preview",
     "latency",
     "generate",
+    "chat",
     "evaluate",
     "cascade",
     "bench",
