@@ -164,7 +164,7 @@ class TextFiles:
 
 
 class JsonLines:
-    """Records, mostly a JSON object per line, with the text under one key or prompt and response under two."""
+    """Records, such as lines of JSON, with the text under one key or the prompt and response under two."""
 
     def __init__(self, files: Sequence[Path], text_field: str, prompt_field: str = "") -> None:
         """Finds the lines; a line that is no JSON object with these keys raises ValueError when it is read.
