@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+CONTEXT = 16  # tokens before a text that it is decoded after; some tokens read otherwise at the very start
+
 if TYPE_CHECKING:
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.decode.results import Sample
@@ -75,13 +77,14 @@ class Printer:
         from elastic_lm.decode.results import sample_spans
 
         print(self._safe(before), end="", flush=True)
-        shown, sample = 0, None
+        # Every look decodes the text anew, so that a long conversation is left out of it.
+        context, shown, sample = prompt[-CONTEXT:], 0, None
         for sample in samples:
             if len(sample.text) == shown:
                 continue
             parts = [(sample.text[shown:], 0)]
             if self._colours:
-                parts = _after(sample_spans(self._tokenizer, prompt, sample), shown)
+                parts = _after(sample_spans(self._tokenizer, context, sample), shown)
             print(self._painted(parts), end="", flush=True)
             shown = len(sample.text)
         print(flush=True)

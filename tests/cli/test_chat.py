@@ -29,7 +29,7 @@ NEW = 6
 
 def make(folder: Path, template: str | None) -> str:
     config = tiny_config(exits=(1,), n_layers=2, vocab_size=320, max_len=256)
-    save_model(folder, config, init_params(config, jax.random.key(1)))
+    save_model(folder, config, init_params(config, jax.random.key(1)), None)
     tokenizer = train_bpe(["user assistant system What is it? Hello there, and so on" * 3], 300)
     tokenizer.backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.save(folder)
