@@ -26,7 +26,9 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.task import TaskConfig
     from elastic_lm.cost.latency_table import LatencyTable
     from elastic_lm.data.tokenizer import Tokenizer
+    from elastic_lm.decode.chat import Chat
     from elastic_lm.decode.options import DecodeOptions
+    from elastic_lm.decode.prefix import PrefixCache
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.decode.seq2seq import TextToText
     from elastic_lm.depth.guarantee import RiskControl
@@ -50,6 +52,7 @@ __all__ = [
     "Budget",
     "Cascade",
     "CascadeRule",
+    "Chat",
     "ConfidenceExit",
     "DataConfig",
     "DecayedExit",
@@ -66,6 +69,7 @@ __all__ = [
     "Menu",
     "MeshConfig",
     "ModelConfig",
+    "PrefixCache",
     "RiskControl",
     "RopeConfig",
     "RunConfig",

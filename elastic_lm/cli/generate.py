@@ -37,7 +37,7 @@ from elastic_lm.config.subnet import Budget, Subnet
 if TYPE_CHECKING:
     from elastic_lm.config.model import ModelConfig
     from elastic_lm.data.tokenizer import Tokenizer
-    from elastic_lm.decode.results import Sample
+    from elastic_lm.decode.results import Sample, SampleStatistics
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.depth.policies import ConfidenceExit
     from elastic_lm.report.colour import Colours
@@ -50,6 +50,8 @@ elastic-lm generate --model ckpt --thresholds thresholds.json --prompts-file in.
 elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --temperature 0.8
 elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --lossless
 elastic-lm generate --model ckpt --prompts-file chats.jsonl --lossless --lookup
+elastic-lm generate --model chat-model --chat --prompt "What is the capital of France?" --stream
+elastic-lm generate --model ckpt --prompt "Once" --n 4 --temperature 1 --logprobs --json out.jsonl
 elastic-lm generate --model ckpt --unprompted 200 --temperature 1 --json own.jsonl
 elastic-lm generate --model ckpt --budget latency_ms=4 --latency-table latency.json --prompt "Once"
 
@@ -73,6 +75,9 @@ class Options(CommandOptions):
     model: str | None = None  # folder; None = the embedded model
     prompt: tuple[str, ...] = ()
     prompts_file: str | None = None  # one prompt per line, or JSON lines
+    chat: bool = False  # prompts are what a user says to a chat model
+    system: str | None = None  # with chat: what stands before
+    n: int | None = None  # continuations per prompt
     unprompted: int = 0  # texts that the model begins by itself
     max_new_tokens: int = MAX_NEW_TOKENS
     thresholds: str | None = None  # file of an exit policy
@@ -98,6 +103,8 @@ class Options(CommandOptions):
     force: bool = False  # thresholds or a latency table of other weights are taken without a word
     missing: Missing = get_args(Missing)[0]
     stream: bool = False
+    logprobs: bool = False  # with json: log-probabilities of tokens
+    top_logprobs: int = 0  # and of so many likeliest ones
     json: str | None = None  # file for JSON lines; - = stdout
     raw: bool = False  # control characters in texts are printed as they are
     color: Colour = DEFAULT_COLOUR
@@ -108,6 +115,7 @@ class Options(CommandOptions):
         require_flag(self.window >= 1, "--window", self.window, "must be at least 1")
         require_choice("--missing", self.missing, get_args(Missing))
         self._check_unprompted()
+        self._check_samples()
         self._check_exits()
         check_width(self.subnet, self.budget, self.latency_table, self.context, "--context")
 
@@ -123,6 +131,27 @@ class Options(CommandOptions):
             raise ValueError(f"--unprompted {count}: writes many texts at once; leave --stream out")
         if not self.temperature and count > 1:
             raise ValueError(f"--unprompted {count}: greedy texts are all the same; give --temperature 1")
+
+    def _check_samples(self) -> None:
+        """What goes with --chat, --n and --logprobs."""
+        if self.system is not None and not self.chat:
+            raise ValueError(f"--system {self.system}: goes with --chat; add it")
+        if self.chat and self.unprompted:
+            raise ValueError(f"--unprompted {self.unprompted}: the model begins by itself; leave --chat out")
+        if self.n is not None:
+            require_flag(self.n >= 1, "--n", self.n, "must be at least 1")
+            alone = not self.stream and not self.unprompted
+            require_flag(alone, "--n", self.n, "goes without --stream and --unprompted; leave them out")
+            varied = self.n == 1 or bool(self.temperature)
+            require_flag(varied, "--n", self.n, "greedy samples are all the same; give --temperature 1")
+        require_flag(self.top_logprobs >= 0, "--top-logprobs", self.top_logprobs, "must be at least 0")
+        wanted = self.logprobs or self.top_logprobs
+        if wanted and (self.json is None or self.stream or self.unprompted):
+            name = "--logprobs" if self.logprobs else f"--top-logprobs {self.top_logprobs}"
+            raise ValueError(
+                f"{name}: stand in the JSON lines of prompts; give --json FILE, and leave --stream and "
+                "--unprompted out"
+            )
 
     def _check_exits(self) -> None:
         """What goes with thresholds, and what goes with --lossless."""
@@ -149,9 +178,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add_model(parser)
     _add_prompts(parser)
-    _add_exits(parser)
+    add_exits(parser)
     add_width(parser, "--context")
-    _add_sampling(parser)
+    add_sampling(parser)
     _add_output(parser)
 
 
@@ -159,12 +188,15 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", action="append", metavar="TEXT", help="may be given several times")
     add("--prompts-file", metavar="FILE", help="one prompt per line, or .jsonl")
+    add("--chat", action="store_true", help="prompts are what a user says: the chat template is applied")
+    add("--system", metavar="TEXT", help="with --chat: says first how the model is to answer")
+    add("--n", type=int, metavar="N", help="continuations per prompt, each with a seed of its own")
     unprompted = "N texts from the model's first token on instead, as JSON lines, e.g. to calibrate on"
     add("--unprompted", type=int, metavar="N", help=unprompted)
     add("--max-new-tokens", type=int, metavar="N", help=f"default: {Options.max_new_tokens}")
 
 
-def _add_exits(parser: argparse.ArgumentParser) -> None:
+def add_exits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--thresholds", metavar="FILE", help="from `calibrate` or `quickstart`")
     add("--threshold", type=float, metavar="C", help="one confidence for every exit instead (0 exits always)")
@@ -183,7 +215,7 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
     add("--missing", choices=get_args(Missing), help=missing)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--temperature", type=float, help="0 = always the likeliest token (default: 0)")
     add("--top-k", type=int, metavar="K", help="0 = all (default: 0)")
@@ -198,12 +230,16 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--stream", action="store_true", help="print while generating (one prompt)")
     add("--json", metavar="FILE", help="JSON lines: prompt, text, tokens, exit_layers, stats; - = stdout")
+    add("--logprobs", action="store_true", help="with --json: log-probability of every token")
+    add("--top-logprobs", type=int, metavar="K", help="with --json: and of the K likeliest (default: 0)")
     add("--raw", action="store_true", help="print control characters of texts as they are")
     add_colour(parser)
 
 
 def run(options: Options) -> None:
     """Continues the prompts, or lets the model begin by itself."""
+    from elastic_lm.cli import conversation
+    from elastic_lm.decode.chat import end_tokens
     from elastic_lm.files.atomic import prepare_output
     from elastic_lm.report import colour
 
@@ -222,19 +258,36 @@ def run(options: Options) -> None:
         print(subnet_line(sampler.config, runs), file=sys.stderr)
 
     settings, count = options.given(SETTINGS), options.max_new_tokens
+    asked: list[Any] = list(prompts)
+    if options.chat:
+        name = options.model or "the embedded model"
+        asked = [conversation.prompt_ids(tokenizer, name, prompt, options.system) for prompt in prompts]
+        settings["stop_tokens"] = end_tokens(tokenizer)
     if options.stream:
-        stream(sampler, prompts[0], count, settings, raw=options.raw)
+        colours = colour.terminal_colours(sys.stdout, options.color)
+        before = "" if options.chat else prompts[0]
+        printed = conversation.Printer(tokenizer, len(runs.layers), colours, raw=options.raw)
+        ids = asked[0] if options.chat else tokenizer.encode(prompts[0], bos=True)
+        text = printed.stream(before, ids, sampler.stream_samples(ids, count, **settings)).text
+        conversation.hint(tokenizer, options.chat, [text])
         return
     if options.unprompted:
         samples = unprompted(sampler, tokenizer, options.unprompted, count, settings)
         write_json(options.json or "-", [""] * options.unprompted, samples)
         return
-    samples = sampler.sample(prompts, count, **settings)
+    settings |= {"logprobs": options.logprobs, "top_logprobs": options.top_logprobs}
+    samples = sampler.sample(asked, count, **settings | ({} if options.n is None else {"n": options.n}))
+    if options.n is not None:
+        samples = [sample for group in samples for sample in group]
+        prompts, asked = ([one for one in each for _ in range(options.n)] for each in (prompts, asked))
     if options.json:
         write_json(options.json, prompts, samples)
     if options.json != "-":
         colours = colour.terminal_colours(sys.stdout, options.color)
-        show(tokenizer, len(runs.layers), prompts, samples, colours, raw=options.raw)
+        ids = [tokenizer.encode(one, bos=True) if isinstance(one, str) else one for one in asked]
+        shown = [""] * len(prompts) if options.chat else prompts
+        show(tokenizer, len(runs.layers), shown, ids, samples, colours, raw=options.raw)
+    conversation.hint(tokenizer, options.chat, [sample.text for sample in samples])
 
 
 def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
@@ -406,22 +459,11 @@ def _prompt(file: str, number: int, line: str) -> str:
     return prompt
 
 
-def stream(
-    sampler: "Sampler", prompt: str, max_new_tokens: int, settings: dict[str, Any], *, raw: bool = False
-) -> None:
-    """Prints a prompt and its continuation while it is generated; `raw` = control characters as they are."""
-    from elastic_lm.report.terminal import shown
-
-    print(prompt if raw else shown(prompt), end="", flush=True)
-    for piece in sampler.stream(prompt, max_new_tokens, **settings):
-        print(piece if raw else shown(piece), end="", flush=True)
-    print()
-
-
 def show(
     tokenizer: "Tokenizer",
     n_layers: int,
     prompts: Sequence[str],
+    ids: Sequence[Sequence[int]],
     samples: "Sequence[Sample]",
     colours: "Colours | None",
     *,
@@ -432,7 +474,8 @@ def show(
     Args:
       tokenizer: of the model.
       n_layers: of what ran.
-      prompts: as they were given.
+      prompts: as they were given; "" = not printed.
+      ids: of what the samples continue.
       samples: their continuations.
       colours: of the terminal; None = plain text.
       raw: control characters are printed as they are.
@@ -442,20 +485,15 @@ def show(
     from elastic_lm.report.terminal import shown
 
     safe = str if raw else shown
-    for prompt, sample in zip(prompts, samples, strict=True):
+    for prompt, before, sample in zip(prompts, ids, samples, strict=True):
         text = safe(sample.text)
         if colours:
-            parts = sample_spans(tokenizer, tokenizer.encode(prompt, bos=True), sample)
+            parts = sample_spans(tokenizer, before, sample)
             text = to_ansi([(safe(part), depth) for part, depth in parts], n_layers, colours)
         print(safe(prompt) + text)
 
     stats = samples[0].stats
-    counts = ", ".join(f"{n} after {depth} layers" for depth, n in stats.exit_counts.items())
-    print(
-        f"{stats.tokens} tokens, {stats.tokens_per_s:.1f}/s (compilation included), "
-        f"mean {stats.mean_layers:.2f} of {n_layers} layers: {counts}",
-        file=sys.stderr,
-    )
+    print(stats_line(stats, n_layers), file=sys.stderr)
     if stats.drafted:
         print(
             f"{stats.drafted} drafted tokens, {stats.acceptance:.1%} accepted, {stats.wasted} wasted, "
@@ -465,12 +503,23 @@ def show(
         )
 
 
+def stats_line(stats: "SampleStatistics", n_layers: int) -> str:
+    """Tokens, their speed and their depths, in one line."""
+    counts = ", ".join(f"{n} after {depth} layers" for depth, n in stats.exit_counts.items())
+    return (
+        f"{stats.tokens} tokens, {stats.tokens_per_s:.1f}/s (compilation included), "
+        f"mean {stats.mean_layers:.2f} of {n_layers} layers: {counts}"
+    )
+
+
 def write_json(path: str, prompts: Sequence[str], samples: "Sequence[Sample]") -> None:
     """Writes one JSON object per prompt: prompt, text, tokens, exit_layers, stats; - = stdout."""
     from elastic_lm.files.atomic import write_text_whole
 
-    pairs = zip(prompts, samples, strict=True)
-    lines = [json.dumps({"prompt": prompt, **dataclasses.asdict(sample)}) + "\n" for prompt, sample in pairs]
+    pairs = zip(prompts, map(dataclasses.asdict, samples), strict=True)
+    # What was not asked for is left out.
+    asked = [(prompt, {k: v for k, v in fields.items() if v is not None}) for prompt, fields in pairs]
+    lines = [json.dumps({"prompt": prompt, **fields}) + "\n" for prompt, fields in asked]
     if path == "-":
         sys.stdout.writelines(lines)
     else:

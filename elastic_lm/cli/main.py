@@ -27,6 +27,7 @@ COMMANDS = (
     "preview",
     "latency",
     "generate",
+    "chat",
     "evaluate",
     "cascade",
     "bench",

@@ -39,6 +39,8 @@ class _Process:
     listens = False  # signals come here
     ending = False  # one that ends the process has come
     stop: threading.Event | None = None  # what the first SIGTERM sets instead
+    pause: threading.Event | None = None  # what the first Ctrl-C sets instead, while something can be ended
+    pauses = False  # there are such times in this command
     saves: list[Callable[[], None]] = []  # noqa: RUF012 - there is one of it
 
 
@@ -77,6 +79,22 @@ def stop_on_sigterm() -> Callable[[], bool]:
         return stop.is_set()
 
     return asked
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Lets the first Ctrl-C in the block ask for its end, where it would end the process; a second one does.
+
+    Yields:
+      Whether it has come.
+    """
+    pause = threading.Event()
+    _Process.pauses = _Process.listens
+    _Process.pause = pause
+    try:
+        yield pause.is_set
+    finally:
+        _Process.pause = None
 
 
 @contextlib.contextmanager
@@ -137,6 +155,8 @@ def finish(status: int) -> NoReturn:
 
 def _note(number: int, _: object) -> None:
     """Runs in the main thread, sooner or later: a command that has come to its end meanwhile waits for it."""
+    if number == signal.SIGINT and _Process.pauses:
+        return  # whether it ends the process is for the thread below to say
     _Process.ending = _Process.ending or number != signal.SIGTERM or _Process.stop is None
 
 
@@ -149,6 +169,10 @@ def _watch(reader: int) -> None:
         stop = _Process.stop
         if number == signal.SIGTERM and stop is not None and not stop.is_set():
             stop.set()
+            continue
+        pause = _Process.pause
+        if number == signal.SIGINT and pause is not None and not pause.is_set():
+            pause.set()
             continue
         _end(number)
 

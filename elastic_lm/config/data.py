@@ -12,13 +12,16 @@ from elastic_lm.config.checks import (
     require_types,
 )
 
-DataSource = Literal["stdlib", "text", "jsonl", "instruction"]
+DataSource = Literal["stdlib", "text", "jsonl", "instruction", "messages", "alpaca"]
 
 Packing = Literal["concat", "first_fit"]
 
 # How files end that are found in folders; files that are named themselves may end in anything.
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".py", ".py.gz", ".md", ".md.gz")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+
+PARQUET_SUFFIX = ".parquet"
+RECORD_SUFFIXES = (*JSONL_SUFFIXES, PARQUET_SUFFIX)  # files of records
 
 
 def is_json_lines(path: object) -> bool:
@@ -39,12 +42,16 @@ class DataConfig:
       ```
     """
 
-    source: DataSource = "stdlib"  # the interpreter's own library, text files, or JSON lines
-    paths: tuple[str, ...] = ()  # training files or folders; unused by stdlib
+    # The interpreter's own library, text files, or records (JSON lines, JSON arrays, Parquet): of texts, of
+    # prompts with responses, of chats, or of Alpaca's instruction, input and output. Of the last three, only
+    # what is answered is learned.
+    source: DataSource = "stdlib"
+    paths: tuple[str, ...] = ()  # training files, folders or patterns such as *.jsonl; unused by stdlib
     eval_paths: tuple[str, ...] = ()  # held-out files or folders; unused by stdlib (its test split)
     text_field: str = "text"  # jsonl: key of the text
     prompt_field: str = "prompt"  # instruction: key of what is read but not learned
     response_field: str = "response"  # instruction: key of what is learned
+    messages_field: str = "messages"  # messages: key of the list of messages
     tokenizer: str = ""  # folder or tokenizer.json; "" = that of train.init_from, or train a BPE
     seq_len: int = 256  # tokens per row
     batch_size: int = 16  # rows per optimizer step, over all devices

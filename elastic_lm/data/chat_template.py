@@ -55,7 +55,8 @@ class ChatTemplate:
       ```python
       from elastic_lm.data import ChatTemplate
 
-      template = ChatTemplate({"default": "{% for m in messages %}<{{ m.role }}>{{ m.content }}\\n{% endfor %}"})
+      text = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\\n{% endfor %}"
+      template = ChatTemplate({"default": text})
       assert template.render([{"role": "user", "content": "Hello"}]) == "<user>Hello\\n"
       ```
     """
@@ -67,7 +68,7 @@ class ChatTemplate:
         """The template that is used.
 
         Args:
-          template: a name, or a template itself; None = the one for tools where there are any, or the default.
+          template: a name, or a template itself; None = the default, or with tools the one for them.
           tools: that the model may call, or None.
 
         Raises:
@@ -79,9 +80,7 @@ class ChatTemplate:
             return self.texts[TOOL_USE]
         if DEFAULT not in self.texts:
             names = ", ".join(sorted(self.texts))
-            raise ValueError(
-                f"chat_template=None: the tokenizer has several and no default; name one of {names}"
-            )
+            raise ValueError(f"chat_template=None: there are several and no default; name one of {names}")
         return self.texts[DEFAULT]
 
     def render(
@@ -111,9 +110,8 @@ class ChatTemplate:
         """
         source = self.text(chat_template, tools)
         both = add_generation_prompt and continue_final_message
-        require(
-            not both, "continue_final_message", True, "goes without add_generation_prompt; give one of them"
-        )
+        fix = "goes without add_generation_prompt; give one of them"
+        require(not both, "continue_final_message", True, fix)
         chat = plain_messages(messages)
         if continue_final_message:
             _tag_end(chat)
@@ -138,10 +136,9 @@ class ChatTemplate:
         """
         source = self.text(None, tools)
         marked = self._run(source, True, plain_messages(messages), tools, None, False, variables)
-        spans, starts, removed = [], [], 0
-        for found in MARKS.finditer(marked):
-            place = found.start() - removed
-            removed += 1
+        spans, starts = [], []
+        for marks, found in enumerate(MARKS.finditer(marked)):
+            place = found.start() - marks
             if found.group() == OPEN:
                 starts.append(place)
             elif starts:
@@ -264,9 +261,8 @@ def _tag_end(chat: list[dict[str, Any]]) -> None:
     if isinstance(content, str):
         chat[-1]["content"] = content + TAG
         return
-    texts = [
-        block for block in content or () if isinstance(block, dict) and isinstance(block.get("text"), str)
-    ]
+    blocks = [block for block in content or () if isinstance(block, dict)]
+    texts = [block for block in blocks if isinstance(block.get("text"), str)]
     require(bool(texts), "continue_final_message", True, "the last message has no text; give it one")
     texts[-1]["text"] += TAG
 
@@ -282,7 +278,7 @@ def _until_tag(text: str) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: what the assistant says; marked where spans are asked for."""
+    """`{% generation %} ... {% endgeneration %}`: what the assistant says."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 

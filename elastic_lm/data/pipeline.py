@@ -9,7 +9,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES, DataConfig
+from elastic_lm.config.data import RECORD_SUFFIXES, TEXT_SUFFIXES, DataConfig
+from elastic_lm.data.conversations import (
+    Alpaca,
+    Conversation,
+    Conversations,
+    encode_conversation,
+    for_tokenizer,
+)
 from elastic_lm.data.sources import Document, JsonLines, TextFiles, find_files
 from elastic_lm.data.stdlib import Split, stdlib_files
 from elastic_lm.data.tokenizer import Tokenizer
@@ -20,7 +27,7 @@ FIELDS = ("tokens", "targets", "weights")
 TOKEN_BYTES = 20  # of a token of a batch: five numbers of four bytes
 
 
-def documents(config: DataConfig, split: Split) -> TextFiles | JsonLines:
+def documents(config: DataConfig, split: Split) -> TextFiles | JsonLines | Conversations | Alpaca:
     """The documents of one split.
 
     Args:
@@ -28,7 +35,8 @@ def documents(config: DataConfig, split: Split) -> TextFiles | JsonLines:
       split: "train" reads `paths`, the others `eval_paths`; stdlib has three splits of its own.
 
     Returns:
-      A random-access sequence of `Document`; text files give one per piece of about `span` bytes.
+      A random-access sequence of `Document`; text files give one per piece of about `span` bytes. Of chats
+      one of `Conversation`.
 
     Raises:
       FileNotFoundError: a file or folder does not exist.
@@ -42,7 +50,11 @@ def documents(config: DataConfig, split: Split) -> TextFiles | JsonLines:
         raise ValueError(f"data.eval_paths=(): name held-out files for the {split} split")
     if config.source == "text":
         return TextFiles(find_files(paths, TEXT_SUFFIXES), config.span)
-    files = find_files(paths, JSONL_SUFFIXES)
+    files = find_files(paths, RECORD_SUFFIXES)
+    if config.source == "messages":
+        return Conversations(files, config.messages_field)
+    if config.source == "alpaca":
+        return Alpaca(files)
     if config.source == "jsonl":
         return JsonLines(files, config.text_field)
     return JsonLines(files, config.response_field, config.prompt_field)
@@ -72,7 +84,7 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset
       assert batch["tokens"].shape == (2, 32)
       ```
     """
-    source = documents(config, "train")
+    source = _source(config, tokenizer, "train")
     rows = grain.MapDataset.source(source).seed(config.seed or 0).shuffle().repeat()
     rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))
     return rows.batch(config.batch_size, drop_remainder=True).map(_as_batch)
@@ -88,7 +100,7 @@ def check_learnable(config: DataConfig, tokenizer: Tokenizer) -> None:
     Raises:
       ValueError: every document is too short, or is a prompt that fills seq_len.
     """
-    source = documents(config, "train")
+    source = _source(config, tokenizer, "train")
     learned = (encode(config, tokenizer, source[i])["weights"].any() for i in range(len(source)))
     if not any(learned):
         raise ValueError(
@@ -124,24 +136,42 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, split: Split = "test"
       assert batch["weights"].shape == (2, 32)
       ```
     """
-    rows = grain.MapDataset.source(documents(config, split)).shuffle(seed=0)
+    rows = grain.MapDataset.source(_source(config, tokenizer, split)).shuffle(seed=0)
     rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
     return rows.batch(config.batch_size, batch_fn=fill).map(_as_batch)
 
 
-def encode(config: DataConfig, tokenizer: Tokenizer, document: Document) -> dict[str, np.ndarray]:
+def _source(config: DataConfig, tokenizer: Tokenizer, split: Split) -> Any:
+    """`documents`, of which chats are rows that the tokenizer's template can show."""
+    source = documents(config, split)
+    if isinstance(source, TextFiles | JsonLines):
+        return source
+    return for_tokenizer(source, tokenizer)
+
+
+def encode(
+    config: DataConfig, tokenizer: Tokenizer, document: Document | Conversation
+) -> dict[str, np.ndarray]:
     """Inputs, the token that follows each, and whether that token is learned.
 
     Args:
       config: cuts documents to seq_len where rows keep documents whole.
       tokenizer: gives ids; beginning and ending ids go where the document begins and ends.
-      document: the text.
+      document: the text, or a chat, whose template writes all special tokens.
 
     Returns:
       {"tokens", "targets"}: int32 and {"weights"}: float32, one entry per predicted token; weights
       are 0 where the predicted token belongs to the prompt.
     """
+    if isinstance(document, Conversation):
+        ids, learned = encode_conversation(tokenizer, document)
+        if config.packing == "first_fit":
+            ids, learned = ids[: config.seq_len + 1], learned[: config.seq_len + 1]
+        tokens = np.asarray(ids, np.int32)
+        weights = np.asarray(learned[1:], np.float32)
+        return {"tokens": tokens[:-1], "targets": tokens[1:], "weights": weights}
+
     ids = tokenizer.encode(document.prompt, bos=document.starts) if document.prompt or document.starts else []
     read = max(len(ids), 1)  # the first token of all has nothing before it and is never predicted
     ids = ids + tokenizer.encode(document.text)
@@ -171,6 +201,9 @@ def file_texts(config: DataConfig, split: Split = "train") -> list[str]:
       ValueError: see `documents`.
     """
     source = documents(config, split)
+    if isinstance(source, Conversations | Alpaca):
+        contents = (str(one.get("content") or "") for i in range(len(source)) for one in source[i].messages)
+        return list(contents)
     return [source[i].prompt + source[i].text for i in range(len(source))]
 
 

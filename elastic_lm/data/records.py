@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config.data import JSONL_SUFFIXES
-from elastic_lm.data.sources import find_files, json_lines, read_text
-from elastic_lm.files.text_files import check_whole, parse_object
+from elastic_lm.config.data import RECORD_SUFFIXES
+from elastic_lm.data.sources import find_files, read_text, record_at, record_places
+from elastic_lm.files.text_files import check_whole
 
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 # How missing values are written, in any case, with a sign or not; "none" may be the name of a class.
@@ -28,18 +28,19 @@ class Records:
         """Finds the records; a line that is no JSON object raises ValueError when it is read.
 
         Args:
-          paths: files (.jsonl, .csv, .tsv, each also .gz; any other name is read as JSON lines) or folders
-            with such files. The first row of a table names its fields.
+          paths: files (.jsonl, .json, .csv, .tsv, each also .gz, .parquet; any other name is read as JSON
+            lines or a JSON array), folders with such files, or patterns of their names. The first row of a
+            table names its fields.
 
         Raises:
           FileNotFoundError: a path does not exist, or a folder has no such file.
           ValueError: a file is empty or not a gzip file, or a table has no rows or repeats a name.
         """
-        files = find_files(paths, (*JSONL_SUFFIXES, *TABLE_SUFFIXES))
+        files = find_files(paths, (*RECORD_SUFFIXES, *TABLE_SUFFIXES))
         self._rows: list[Any] = []
         for file in files:
             table = file.name.lower().endswith(TABLE_SUFFIXES)
-            self._rows += _table(file) if table else json_lines(file)
+            self._rows += _table(file) if table else record_places(file)
         if not self._rows:
             raise ValueError(f"{', '.join(map(str, files))}: no records in it")
 
@@ -48,11 +49,7 @@ class Records:
 
     def __getitem__(self, index: Any) -> tuple[str, Record]:
         row = self._rows[index]
-        if isinstance(row[1], dict):
-            return row
-        file, number, start, stop = row
-        where = f"{file} line {number}"
-        return where, parse_object(where, read_text(file).data[start:stop])
+        return row if isinstance(row[1], dict) else record_at(row)
 
 
 def text_of(where: str, record: Record, field: str) -> str:

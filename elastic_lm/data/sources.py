@@ -1,6 +1,7 @@
 """Random-access sources of documents: text files, JSON lines, and prompts with responses."""
 
 import functools
+import glob
 import mmap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from elastic_lm.data import json_arrays, parquet
 from elastic_lm.files.local import local_path
 from elastic_lm.files.text_files import Bytes, check_whole, is_packed, open_bytes, parse_object, text_start
 
@@ -30,22 +32,41 @@ class Document(NamedTuple):
     name: str
 
 
+class RecordPlace(NamedTuple):
+    """Where a record stands.
+
+    Attributes:
+      file: that it is in.
+      what: "line", "record" of an array, or "row" of a table.
+      number: of the line or record, from 1; of the row, from 0.
+      start: first byte.
+      stop: one past the last byte.
+    """
+
+    file: Path
+    what: str
+    number: int
+    start: int
+    stop: int
+
+
 def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Path]:
     """Files named by `paths`, and those with one of `suffixes` in the folders among them.
 
     Args:
-      paths: files, of any name, and folders, read at any depth.
+      paths: files, of any name, folders, read at any depth, and patterns of names such as data/*.jsonl, in
+        which ** stands for any folders.
       suffixes: how the names of files in folders end.
 
     Returns:
-      The files in the order of `paths`, sorted within a folder.
+      The files in the order of `paths`, sorted within a folder or a pattern.
 
     Raises:
       FileNotFoundError: a path does not exist, or a folder has no such file.
       ValueError: a path names another machine.
     """
     files: list[Path] = []
-    for path in map(local_path, paths):
+    for path in (one for given in paths for one in _matching(local_path(given))):
         if path.is_file():
             files.append(path)
             continue
@@ -56,6 +77,20 @@ def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Pat
             raise FileNotFoundError(f"data path {path}: {reason}")
         files.extend(found)
     return files
+
+
+def _matching(path: Path) -> list[Path]:
+    """What a pattern stands for; a path that is there, or that is no pattern, as it is.
+
+    Raises:
+      FileNotFoundError: nothing matches.
+    """
+    if not glob.has_magic(str(path)) or path.exists():
+        return [path]
+    found = sorted(Path(one) for one in glob.glob(str(path.expanduser()), recursive=True))
+    if not found:
+        raise FileNotFoundError(f"data path {path}: no file matches this pattern")
+    return found
 
 
 class TextBytes(NamedTuple):
@@ -129,13 +164,13 @@ class TextFiles:
 
 
 class JsonLines:
-    """One JSON object per line, with the text under one key or the prompt and response under two."""
+    """Records, such as lines of JSON, with the text under one key or the prompt and response under two."""
 
     def __init__(self, files: Sequence[Path], text_field: str, prompt_field: str = "") -> None:
         """Finds the lines; a line that is no JSON object with these keys raises ValueError when it is read.
 
         Args:
-          files: JSON lines, plain or .gz; blank lines are skipped.
+          files: JSON lines or a JSON array, plain or .gz, or Parquet; blank lines are skipped.
           text_field: key of what is learned.
           prompt_field: key of what is read before it, not learned; "" = none.
 
@@ -143,18 +178,43 @@ class JsonLines:
           ValueError: see `read_text`.
         """
         self._fields = (prompt_field, text_field) if prompt_field else (text_field,)
-        self._lines = [line for file in files for line in json_lines(file)]
+        self._lines = [place for file in files for place in record_places(file)]
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: Any) -> Document:
-        file, number, start, stop = self._lines[index]
-        where = f"{file} line {number}"
-        record = parse_object(where, read_text(file).data[start:stop])
+        where, record = record_at(self._lines[index])
         values = [_text(where, record, field) for field in self._fields]
         prompt, text = values if len(values) == 2 else ("", values[0])
         return Document(prompt, text, True, True, where)
+
+
+def record_places(file: Path) -> list[RecordPlace]:
+    """Where the records of a file stand: Parquet, a JSON array, or JSON lines.
+
+    Raises:
+      ValueError: see `read_text` and `json_lines`; or it is no complete file of its kind.
+    """
+    if parquet.is_parquet(file):
+        return [RecordPlace(file, "row", i, 0, 0) for i in range(parquet.row_count(file))]
+    text = read_text(file)
+    if json_arrays.is_array(text.data, text.start):
+        places = json_arrays.array_places(file, text.data, text.start)
+        return [RecordPlace(file, "record", *place) for place in places]
+    return [RecordPlace(file, "line", *rest) for _, *rest in json_lines(file)]
+
+
+def record_at(place: RecordPlace) -> tuple[str, dict[str, Any]]:
+    """(where it stands, for messages; its fields) of a record.
+
+    Raises:
+      ValueError: it is no JSON object; names it.
+    """
+    where = f"{place.file} {place.what} {place.number}"
+    if place.what == "row":
+        return where, parquet.row(place.file, place.number)
+    return where, parse_object(where, read_text(place.file).data[place.start : place.stop])
 
 
 def _text(where: str, record: dict[str, Any], field: str) -> str:

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.decode import cache, exit_balance, lookup
+from elastic_lm.decode import cache, exit_balance, logprobs, lookup
 from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.exit_check import check_exit, looks
-from elastic_lm.decode.lossless import deep_tokens, drafting_room, look_deep, verify
+from elastic_lm.decode.lossless import deep_logprobs, deep_tokens, drafting_room, look_deep, verify
 from elastic_lm.decode.propagate import propagate
 from elastic_lm.decode.sampling import sample
 from elastic_lm.decode.segment import PREVIEW, Segment, TickOutput
@@ -197,6 +197,7 @@ def _emit(state: DecodeState, emissions: Emissions, controls: Controls, *, drawn
         # is compiled once and not once per segment.
         drawn_B = jax.lax.cond(jnp.any(undrawn_B), draw, lambda: jnp.zeros_like(state.length))
         tokens_B = jnp.where(undrawn_B, drawn_B, tokens_B)
+        state = logprobs.emitted(state, emissions.logits, tokens_B, undrawn_B)
 
     state = emit(state, emissions.rows, tokens_B, emissions.depth, controls.stop_tokens)
     return retire(state, controls.lossless)
@@ -234,6 +235,8 @@ def _run_segment(
 
     if output.deep is not None:
         drawn_BW = deep_tokens(output.deep)
+        if state.logprobs is not None:
+            state = logprobs.verified(state, controls, deep_logprobs(output.deep), begin_B, target_B)
         state, rejected_B = verify(state, controls, drawn_BW, begin_B, target_B, fires)
         # The deep tick may have reached the position at which an exit was confident in this very iteration.
         # That row then emits the full model's token instead of a draft.
@@ -408,6 +411,7 @@ def _tick(
                 tokens_BS=state.tokens,
                 sampling=controls.sampling,
                 window=_window(state),
+                top=logprobs.likeliest(state),
             )
             output = TickOutput(deep=deep)
         return SegmentState(caches, None, None), output
@@ -454,7 +458,9 @@ def _no_output(segment: Segment, state: DecodeState) -> TickOutput:
     if not segment.is_last:
         return TickOutput(jnp.zeros((b, 1, config.d_model), config.dtype), jnp.zeros((b,), jnp.float32))
     if segment.mode == "verify":
-        return TickOutput(deep=jnp.zeros((b, _window(state) + 1), jnp.int32))
+        top = logprobs.likeliest(state)
+        more = () if top is None else (2 + 2 * top,)
+        return TickOutput(deep=jnp.zeros((b, _window(state) + 1, *more), jnp.int32))
     return TickOutput(jnp.zeros((b, 1, config.d_model), config.dtype))
 
 

@@ -27,6 +27,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.decode.logprobs import packed
 from elastic_lm.decode.sampling import BROKEN, Sampling, sample
 from elastic_lm.decode.state import COPIED, FREE, Controls, DecodeState, ends
 from elastic_lm.models.decoder import Decoder
@@ -41,6 +42,7 @@ def look_deep(
     tokens_BS: jax.Array,
     sampling: Sampling,
     window: int,
+    top: int | None = None,
 ) -> jax.Array:
     """The tokens that the full model draws at T <= W positions.
 
@@ -52,31 +54,45 @@ def look_deep(
       tokens_BS: int32 tokens of the rows.
       sampling: how the rows draw.
       window: W, static.
+      top: likeliest tokens whose log-probabilities are computed, beside those of the drawn ones; None = none
+        are, static.
 
     Returns:
       [B, W + 1] int32: the token drawn after each position, padded to W (`deep_tokens`), then the one drawn
-      after the newest position (`newest_token`).
+      after the newest position (`newest_token`). With log-probabilities [B, W + 1, 1 + C], in which their
+      bits follow each token (`deep_logprobs`).
     """
     b, t, _ = features_BTD.shape
     logits = decoder.final_logits(features_BTD)
 
     # Every position draws as a row of its own, with its row's tokens, settings and seed.
     tokens, settings = jax.tree.map(lambda x: jnp.repeat(x, t, axis=0), (tokens_BS, sampling))
-    drawn = sample(logits.reshape(b * t, -1), tokens, positions_BT.reshape(-1) + 1, settings).reshape(b, t)
+    drawn = sample(logits.reshape(b * t, -1), tokens, positions_BT.reshape(-1) + 1, settings)
+    if top is None:
+        drawn = drawn.reshape(b, t)
+    else:
+        bits = packed(logits.reshape(b * t, -1), drawn, top)
+        drawn = jnp.concatenate([drawn[:, None], bits], axis=-1).reshape(b, t, -1)
 
     # One array and not two: XLA copies the caches of a conditional that returns two arrays beside them.
-    newest = jnp.take_along_axis(drawn, newest_B[:, None], axis=1)
-    return jnp.concatenate([jnp.pad(drawn, [(0, 0), (0, window - t)]), newest], axis=1)
+    newest = jnp.take_along_axis(drawn, newest_B.reshape(b, *[1] * (drawn.ndim - 1)), axis=1)
+    padding = [(0, 0), (0, window - t), (0, 0)][: drawn.ndim]
+    return jnp.concatenate([jnp.pad(drawn, padding), newest], axis=1)
 
 
 def deep_tokens(deep: jax.Array) -> jax.Array:
     """[B, W] int32: the tokens of the full model, from `look_deep`; 0 after the positions that ran."""
-    return deep[:, :-1]
+    return deep[:, :-1] if deep.ndim == 2 else deep[:, :-1, 0]
 
 
 def newest_token(deep: jax.Array) -> jax.Array:
     """[B] int32: the full model's token after each row's newest position, from `look_deep`."""
-    return deep[:, -1]
+    return deep[:, -1] if deep.ndim == 2 else deep[:, -1, 0]
+
+
+def deep_logprobs(deep: jax.Array) -> jax.Array:
+    """[B, W, C] int32: bits of log-probabilities at the same positions as `deep_tokens`, from `look_deep`."""
+    return deep[:, :-1, 1:]
 
 
 def drafting_room(state: DecodeState, controls: Controls, window: int) -> jax.Array:

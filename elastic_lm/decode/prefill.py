@@ -44,6 +44,7 @@ def prefill(
     capacity: int,
     window: int,
     lookup: bool = False,
+    copies: int = 1,
 ) -> DecodeState:
     """Builds the decode state of a batch of prompts.
 
@@ -57,6 +58,7 @@ def prefill(
       capacity: positions per cache; static; at least max(limit_B) + window.
       window: pending positions per row, W; static.
       lookup: lossless rows draft from their own text; static.
+      copies: rows that each prompt becomes, one after the other; static.
 
     Returns:
       DecodeState ready for `loop.run`.
@@ -70,15 +72,22 @@ def prefill(
     for j, (start, stop) in enumerate(segments(config)):
         tap, new_kv = decoder.run_layers(hidden, positions, start, stop, lengths_BT=length_B[:, None])
         hidden = tap.hidden
-        caches += [cache.from_prefill(kv, capacity) for kv in new_kv]
+        caches += [cache.from_prefill(_copied(kv, copies), capacity) for kv in new_kv]
         if stop < config.n_layers:
             _, exit_kv = decoder.exit_state(j, tap, positions, lengths_BT=length_B[:, None])
+            exit_kv = _copied(exit_kv, copies)
             exit_caches.append(None if exit_kv is None else cache.from_prefill(exit_kv, capacity))
 
-    return _decode_state(
+    tokens_BP, length_B, limit_B = _copied((tokens_BP, length_B, limit_B), copies)
+    return decode_state(
         config, tokens_BP, length_B, limit_B, draft,
         caches=caches, exit_caches=exit_caches, capacity=capacity, window=window, lookup=lookup,
     )  # fmt: skip
+
+
+def _copied(tree: Any, copies: int) -> Any:
+    """Every row of a tree of [B, ...] arrays so many times, one after the other."""
+    return tree if copies == 1 else jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), tree)
 
 
 def prefill_from_state(
@@ -106,13 +115,13 @@ def prefill_from_state(
         all_kv += decoder.run_layers(hidden, positions, start, config.n_layers, lengths_BT=lengths)[1]
 
     caches = [cache.from_prefill(kv, capacity) for kv in all_kv]
-    return _decode_state(
+    return decode_state(
         config, tokens_BP, length_B, limit_B, draft,
         caches=caches, exit_caches=[], capacity=capacity, window=window,
     )  # fmt: skip
 
 
-def _decode_state(
+def decode_state(
     config: ModelConfig,
     tokens_BP: jax.Array,
     length_B: jax.Array,

@@ -12,6 +12,8 @@ import numpy as np
 
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.decode import logprobs
+from elastic_lm.decode.logprobs import Ranked
 from elastic_lm.decode.sampling import BROKEN
 from elastic_lm.decode.segment import PREVIEW
 from elastic_lm.decode.served import Served
@@ -106,6 +108,11 @@ class Sample:
         do not count, and a token that was copied from the text has 0. Those of a lossless row depend on the
         other rows of its batch, unlike its tokens.
       stats: what the call cost; the rows of a batch share it.
+      logprobs: natural log-probability of each emitted token under the distribution that it was taken from,
+        before temperature, penalties and truncation: that of the exit at which it left, or of the full model.
+        Tokens that the full model has verified are its own. None = not asked for.
+      top_logprobs: (token id, log-probability) of the likeliest tokens at each place, likeliest first; None =
+        not asked for.
 
     Example:
       ```python
@@ -125,6 +132,8 @@ class Sample:
     tokens: list[int]
     exit_layers: list[int]
     stats: SampleStatistics
+    logprobs: list[float] | None = None
+    top_logprobs: list[Ranked] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,10 +259,10 @@ def collect(
     Raises:
       NotFiniteError: a token could not be drawn, because its logits were not finite.
     """
-    rows = jax.device_get((state.tokens, state.exit_layers, state.length))
+    rows = jax.device_get((state.tokens, state.exit_layers, state.length, state.logprobs))
     counters = (state.ticks, state.drafted, state.accepted, state.copied, state.verifications)
     ticks, drafted, accepted, copied, verifications = jax.device_get(counters)
-    tokens, depths, lengths = rows
+    tokens, depths, lengths, bits = rows
     check_drawn(prompts, tokens, lengths, model)
     seconds = time.perf_counter() - started
 
@@ -283,10 +292,24 @@ def collect(
         copied=int(copied.sum()),
         verifications=int(verifications.sum()),
     )
-    return [
+    samples = [
         Sample(detokenizer.text(prompt, ids), ids, layers, stats)
         for prompt, ids, layers in zip(prompts, emitted, exit_layers, strict=True)
     ]
+    if bits is None:
+        return samples
+    return [
+        _with_logprobs(sample, row[len(prompt) : len(prompt) + len(sample.tokens)])
+        for sample, prompt, row in zip(samples, prompts, bits, strict=True)
+    ]
+
+
+def _with_logprobs(sample: Sample, bits_TC: np.ndarray) -> Sample:
+    """A sample with what the loop has kept about its tokens."""
+    values, ranked = logprobs.read(bits_TC)
+    return dataclasses.replace(
+        sample, logprobs=values, top_logprobs=ranked if bits_TC.shape[-1] > 1 else None
+    )
 
 
 def check_drawn(

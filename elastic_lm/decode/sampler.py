@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import is_whole, require, require_at_least_1, require_type
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.cache import cache_bytes
+from elastic_lm.decode.logprobs import with_room
 from elastic_lm.decode.lossless import final_length
 from elastic_lm.decode.options import DecodeKeywords, DecodeOptions, check_choice, make_options
 from elastic_lm.decode.prefill import PromptState
+from elastic_lm.decode.prefix import PrefixCache
 from elastic_lm.decode.results import (
     Detokenizer,
     Sample,
@@ -32,11 +34,13 @@ from elastic_lm.decode.served import Served, ServedModels, compilations, jit_pre
 from elastic_lm.decode.settings import (
     Settings,
     bucket,
+    for_copies,
     is_several,
     make_controls,
     make_settings,
     pad_prompts,
     per_row,
+    repeated,
     token_ids,
 )
 from elastic_lm.decode.state import Controls, DecodeState, Mode
@@ -75,6 +79,10 @@ class Call:
       lossless: [B] bool rows that are verified.
       mode: of the loop.
       detokenizer: turns the emitted tokens into text.
+      copies: rows of each prompt, one after the other.
+      prefix: what the call goes on from, and leaves to the next one; None = nothing.
+      top: likeliest tokens per place whose log-probabilities are kept, beside those of the emitted ones; None
+        = none are kept.
       measuring: seconds in which the costs of ticks were measured, which no later call needs.
     """
 
@@ -85,6 +93,9 @@ class Call:
     lossless: np.ndarray
     mode: Mode
     detokenizer: Detokenizer
+    copies: int = 1
+    prefix: PrefixCache | None = None
+    top: int | None = None
     measuring: float = 0.0
 
 
@@ -182,6 +193,21 @@ class Sampler:
             return getattr(self.options, name)
 
     @overload
+    def sample(
+        self, prompt: Prompt, max_new_tokens: int = ..., *, n: int, **settings: Any
+    ) -> list[Sample]: ...
+
+    @overload
+    def sample(
+        self, prompt: list[str], max_new_tokens: int = ..., *, n: int, **settings: Any
+    ) -> list[list[Sample]]: ...
+
+    @overload
+    def sample(
+        self, prompt: list[list[int]], max_new_tokens: int = ..., *, n: int, **settings: Any
+    ) -> list[list[Sample]]: ...
+
+    @overload
     def sample(self, prompt: Prompt, max_new_tokens: int = ..., **settings: Any) -> Sample: ...
 
     @overload
@@ -195,31 +221,43 @@ class Sampler:
         prompt: Any,
         max_new_tokens: int = MAX_NEW_TOKENS,
         *,
+        n: int | None = None,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
         exit: Any = SAME,
         lossless: bool | Sequence[bool] | None = None,
         budget: Budget | None = None,
         subnet: Subnet | None = None,
         prompt_state: PromptState | None = None,
+        prefix: PrefixCache | None = None,
         **settings: Any,
-    ) -> Sample | list[Sample]:
+    ) -> Sample | list[Sample] | list[list[Sample]]:
         """Generates a continuation of one prompt, or of every prompt of a list as one batch.
 
         Args:
           prompt: text or token ids; or a list of either.
           max_new_tokens: tokens to emit per row at most.
-          exit: another policy than the sampler's for this call, or one per row; None = full depth. All
+          n: continuations of every prompt, which is processed once for all of them; needs a temperature.
+            Sample k of prompt i draws with seed + i n + k, or with k more than the i-th of several seeds, and
+            is what that seed gives alone. None = one, which is returned by itself.
+          logprobs: `Sample.logprobs` of every emitted token are computed, too. Whether they are, and the
+            number of the likeliest tokens, is static.
+          top_logprobs: and `Sample.top_logprobs` of so many likeliest tokens at each place.
+          exit: another policy than the sampler's for this call, or one per prompt; None = full depth. All
             policies of one batch share a metric.
           lossless: another choice than the sampler's for this call, or one per row.
           budget: another budget than the sampler's for this call.
           subnet: another sub-network for this call, instead of a budget; `Subnet.full` = the whole model.
           prompt_state: what the first layers of the model that runs, which has no exits, have computed for
             the padded prompts.
+          prefix: keys and values that are kept from call to call; those of the longest beginning that the
+            prompt shares with the last call's text are not computed again. For calls of one row.
           **settings: how tokens are drawn and where text ends, one value or one per row: `temperature`
             (0 = greedy), `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`; for all rows `stop`
             (strings), `stop_tokens` (ids), `ignore_eos`. See `decode.settings.Settings`.
 
         Returns:
-          One `Sample`, or a list of them in the order of the prompts.
+          One `Sample`, or a list of them in the order of the prompts; with `n`, a list of n in place of each.
 
         Raises:
           ValueError: an empty or too long prompt, an unknown setting, a value out of range, a budget or
@@ -247,6 +285,9 @@ class Sampler:
         """
         prompts, single = self._encode(prompt)
         started = time.perf_counter()
+        copies = 1 if n is None else n
+        require_type("n", copies, int)
+        require_at_least_1("n", copies)
         call = self._call(
             prompts,
             exit=exit,
@@ -254,6 +295,9 @@ class Sampler:
             budget=budget,
             subnet=subnet,
             settings=make_settings(settings),
+            copies=copies,
+            prefix=prefix,
+            top=self._likeliest(logprobs, top_logprobs),
         )
         call, state, controls = self._prefill(call, max_new_tokens, prompt_state)
 
@@ -263,7 +307,12 @@ class Sampler:
             model = call.served
             final = model.run(model.config, model.params, state, controls, ENDLESS, call.mode)
 
-        samples = collect(final, prompts, call.detokenizer, started + call.measuring, call.served)
+        if prefix is not None:
+            prefix.keep(call.served, final, len(prompts[0]), call.mode)
+        samples = collect(final, call.prompts, call.detokenizer, started + call.measuring, call.served)
+        if n is not None:
+            grouped = [samples[i : i + n] for i in range(0, len(samples), n)]
+            return grouped[0] if single else grouped
         return samples[0] if single else samples
 
     def stream(
@@ -275,6 +324,7 @@ class Sampler:
         lossless: bool | None = None,
         budget: Budget | None = None,
         subnet: Subnet | None = None,
+        prefix: PrefixCache | None = None,
         **settings: Any,
     ) -> Iterator[str]:
         """Generates a continuation of one prompt and yields its text piece by piece.
@@ -289,6 +339,7 @@ class Sampler:
           lossless: another choice than the sampler's.
           budget: another budget than the sampler's.
           subnet: another sub-network, instead of a budget; `Subnet.full` = the whole model.
+          prefix: as in `sample`; what there is by then is kept even if the iterator is closed early.
           **settings: as in `sample`.
 
         Yields:
@@ -309,7 +360,65 @@ class Sampler:
               print(piece, end="", flush=True)
           ```
         """
+        reached = self.stream_samples(
+            prompt,
+            max_new_tokens,
+            exit=exit,
+            lossless=lossless,
+            budget=budget,
+            subnet=subnet,
+            prefix=prefix,
+            **settings,
+        )
+        shown = ""
+        for sample in reached:
+            if len(sample.text) > len(shown):
+                yield sample.text[len(shown) :]
+                shown = sample.text
+
+    def stream_samples(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        *,
+        exit: Any = SAME,
+        lossless: bool | None = None,
+        budget: Budget | None = None,
+        subnet: Subnet | None = None,
+        prefix: PrefixCache | None = None,
+        **settings: Any,
+    ) -> Iterator[Sample]:
+        """`stream` with depths: yields again and again all that there is so far.
+
+        Args:
+          prompt: as in `stream`, like the other arguments.
+          max_new_tokens: see `stream`.
+          exit: see `stream`.
+          lossless: see `stream`.
+          budget: see `stream`.
+          subnet: see `stream`.
+          prefix: see `stream`.
+          **settings: see `sample`.
+
+        Yields:
+          Samples whose text no later token can change; the last one is what `sample` returns.
+
+        Raises:
+          ValueError: as in `sample`.
+
+        Example:
+          ```python
+          import elastic_lm as el
+
+          model, params = el.load(el.embedded_model())
+          sampler = el.Sampler(model, params, el.Tokenizer.load(el.embedded_model()))
+
+          for sample in sampler.stream_samples("import os\\n", max_new_tokens=16):
+              print(len(sample.text), sample.exit_layers)
+          ```
+        """
         prompts, _ = self._encode(prompt)
+        started = time.perf_counter()
         call = self._call(
             prompts,
             exit=exit,
@@ -317,19 +426,25 @@ class Sampler:
             budget=budget,
             subnet=subnet,
             settings=make_settings(settings),
+            prefix=prefix,
         )
         call, state, controls = self._prefill(call, max_new_tokens)
 
-        shown = ""
         for reached in self._advance(call, state, controls):
-            sample = collect(reached, prompts, call.detokenizer, 0.0, call.served)[0]
+            sample = collect(reached, prompts, call.detokenizer, started + call.measuring, call.served)[0]
             running = bool(np.any(reached.alive))
-            final = sample.text
             if running:
-                final = call.detokenizer.settled(prompts[0], sample.tokens, final)
-            if len(final) > len(shown):
-                yield final[len(shown) :]
-                shown = final
+                settled = call.detokenizer.settled(prompts[0], sample.tokens, sample.text)
+                sample = dataclasses.replace(sample, text=settled)
+            try:
+                yield sample
+            except GeneratorExit:
+                running = False  # nobody wants the rest
+                raise
+            finally:
+                # Until the next iterations are asked for, nothing else holds the caches.
+                if prefix is not None and not running:
+                    prefix.keep(call.served, reached, len(prompts[0]), call.mode)
 
     @staticmethod
     def compilations() -> int:
@@ -364,9 +479,20 @@ class Sampler:
         budget: Budget | None = None,
         subnet: Subnet | None = None,
         settings: Settings = GREEDY,
+        copies: int = 1,
+        prefix: PrefixCache | None = None,
+        top: int | None = None,
     ) -> Call:
         """Checks everything but the prompts, and slices the sub-network; arguments as in `sample`."""
+        settings = for_copies(settings, len(prompts), copies)
+        exit, lossless = (
+            repeated(name, value, len(prompts), copies)
+            for name, value in (("exit", exit), ("lossless", lossless))
+        )
+        prompts = [ids for ids in prompts for _ in range(copies)]
         batch = len(prompts)
+        one = prefix is None or batch == 1
+        require(one, "prefix", prefix, f"holds one text, and this call has {batch} rows; leave it out")
         policies = self._policies(exit, batch)
         verified_B = self._verified(lossless, batch)
         detokenizer = make_detokenizer(self.tokenizer, self.config.eos_ids, settings)
@@ -383,7 +509,21 @@ class Sampler:
             lossless=verified_B,
             mode="verify" if verified_B.any() else self.options.missing,
             detokenizer=detokenizer,
+            copies=copies,
+            prefix=prefix,
+            top=top,
         )
+
+    def _likeliest(self, logprobs: bool, top_logprobs: int) -> int | None:
+        """The number of the likeliest tokens whose log-probabilities are kept; None = none are."""
+        require_type("logprobs", logprobs, bool)
+        right = is_whole(top_logprobs, 0, self.config.vocab_size)
+        require(right, "top_logprobs", top_logprobs, f"must be from 0 to {self.config.vocab_size}")
+        if not logprobs and not top_logprobs:
+            return None
+        whole = self.options.preview is None
+        require(whole, "logprobs", True, "need the whole vocabulary head; use a sampler without a preview")
+        return int(top_logprobs)
 
     def _policies(self, exit: Any, batch: int) -> list[ExitPolicy | None]:
         """One checked policy per row."""
@@ -475,12 +615,16 @@ class Sampler:
           that they chose for these prompts.
         """
         options, prompts = self.options, call.prompts
-        tokens, lengths = pad_prompts(self.config, prompts, max_new_tokens)
+        # Routers may choose other widths for every row, so that they see all of them.
+        copies = call.copies if call.served.budget is None else 1
+        tokens, lengths = pad_prompts(self.config, prompts[::copies], max_new_tokens)
         model = call.served.for_prompts(tokens, lengths)
 
         # Ticks write whole windows, so the caches have room for one behind the last token.
         longest = max(map(len, prompts)) + max_new_tokens
         capacity = bucket(max(longest + options.window, tokens.shape[1]))
+        if call.prefix is not None:
+            capacity = max(capacity, call.prefix.capacity(model))
         needed = cache_bytes(model.config, len(prompts), capacity)
         require_memory("max_new_tokens", max_new_tokens, needed, "the caches")
         controls = make_controls(
@@ -508,15 +652,27 @@ class Sampler:
             if options.lookup and options.draft is None:
                 # Before the call has a state of its own, so that no more caches are alive than need be.
                 started = time.perf_counter()
-                controls = tick_costs(model, prefill, controls, tokens.shape).put(controls)
+                shape = len(prompts), tokens.shape[1]
+                controls = tick_costs(model, prefill, controls, shape).put(controls)
                 measuring = time.perf_counter() - started
-            state = prefill(*arrays)
+            begun = None
+            if call.prefix is not None:
+                begun = call.prefix.begin(
+                    model, prompts[0], tokens, arrays[2], arrays[3], **shapes, lookup=options.lookup
+                )
+            if begun is None:
+                # Without copies the keyword is left out, because it would be another program to JAX.
+                begun = prefill(*arrays, copies=copies) if copies > 1 else prefill(*arrays)
+            state = begun
         else:
             require(not model.config.exits, "exit", model.config.exits, "prompt states go on without exits")
             require(
                 not options.lookup, "lookup", True, "prompt states go on without it; leave one of them out"
             )
+            require(call.prefix is None, "prefix", call.prefix, "goes without prompt states; leave it out")
             state = jit_prefill_from_state(model.config, model.params, prompt_state, *arrays, **shapes)
+        if call.top is not None:
+            state = with_room(state, call.top)
         return dataclasses.replace(call, served=model, measuring=measuring), state, controls
 
     def _advance(self, call: Call, state: DecodeState, controls: Controls) -> Iterator[DecodeState]:

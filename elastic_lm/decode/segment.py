@@ -66,8 +66,8 @@ class TickOutput:
       features: [B, 1, D] input of the vocabulary head that follows the segment.
       state_confidence: [B] float32 confidence by a metric of states, 0 where the metric reads none; only for
         segments with an exit.
-      deep: [B, W + 1] int32, the tokens that `lossless.look_deep` draws; only for the last segment of a loop
-        that verifies, which needs no `features`.
+      deep: [B, W + 1] or [B, W + 1, 1 + C] int32, the tokens that `lossless.look_deep` draws; only for the
+        last segment of a loop that verifies, which needs no `features`.
     """
 
     features: jax.Array | None = None

@@ -26,8 +26,8 @@ from elastic_lm.width.slicing import slice_params
 
 
 def _jit_prefill(function: Callable[..., Any]) -> Any:
-    """Static: the config, the capacity, the window, whether rows look up. Traced: everything else."""
-    return jax.jit(function, static_argnames=("config", "capacity", "window", "lookup"))
+    """Static: the config, the capacity, the window, whether rows look up, the copies. Traced: all else."""
+    return jax.jit(function, static_argnames=("config", "capacity", "window", "lookup", "copies"))
 
 
 def _jit_run(function: Callable[..., Any]) -> Any:

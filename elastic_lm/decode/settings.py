@@ -172,6 +172,49 @@ def per_row(name: str, value: object, batch: int) -> np.ndarray:
     return np.broadcast_to(values, (batch,)).copy()
 
 
+def for_copies(settings: Settings, prompts: int, copies: int) -> Settings:
+    """The settings of rows of which each prompt has several.
+
+    Args:
+      settings: one value for all prompts, or one per prompt.
+      prompts: how many there are.
+      copies: rows of each, one after the other.
+
+    Returns:
+      The settings; copy k of a prompt draws with its seed + k where each prompt has a seed, and row i of all
+      with seed + i where there is one.
+
+    Raises:
+      ValueError: a sequence does not have one entry per prompt, or copies would be the same.
+    """
+    if copies == 1:
+        return settings
+    require_whole("seed", settings.seed, 2**32 - 1)
+    values = {}
+    for name in NUMBERS:
+        given = np.asarray(getattr(settings, name))
+        if given.ndim:
+            values[name] = np.repeat(per_row(name, given, prompts), copies).tolist()
+    if "seed" in values:
+        values["seed"] = [(seed + i % copies) % 2**32 for i, seed in enumerate(values["seed"])]
+    greedy = bool(np.any(np.asarray(settings.temperature) == 0))
+    require(not greedy, "n", copies, "greedy samples are all the same; give temperature=1")
+    return dataclasses.replace(settings, **values)
+
+
+def repeated(name: str, value: Any, prompts: int, copies: int) -> Any:
+    """One value for all prompts as it is; of one per prompt, each so many times.
+
+    Raises:
+      ValueError: a sequence does not have one entry per prompt.
+    """
+    several = is_several(value) or (isinstance(value, np.ndarray | jax.Array) and value.ndim > 0)
+    if copies == 1 or not several:
+        return value
+    require(len(value) == prompts, name, value, f"give one, or one per prompt ({prompts})")
+    return [one for one in value for _ in range(copies)]
+
+
 def make_controls(
     config: ModelConfig,
     prompts: Sequence[Sequence[int]],

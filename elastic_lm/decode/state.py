@@ -125,6 +125,7 @@ class DecodeState:
       verifications: [B] int32, how often the deepest segment ran over positions of the row.
       lookup: what rows propose from their own text; None where they do not.
       ticks: [J + 1] int32, how often each segment ran.
+      logprobs: [B, S, C] int32, log-probabilities of emitted tokens (`decode.logprobs`); None = unasked.
     """
 
     tokens: jax.Array
@@ -145,6 +146,7 @@ class DecodeState:
     verifications: jax.Array
     lookup: Lookup | None
     ticks: jax.Array
+    logprobs: jax.Array | None = None
 
 
 @flax.struct.dataclass

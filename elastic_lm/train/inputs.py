@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES
+from elastic_lm.config.data import RECORD_SUFFIXES, TEXT_SUFFIXES
 from elastic_lm.config.parse import to_dict
 from elastic_lm.data.records import TABLE_SUFFIXES
 from elastic_lm.data.sources import find_files
@@ -149,11 +149,11 @@ def _data_files(config: RunConfig | TaskRun) -> dict[str, dict[str, Any]]:
     """Data files of a run, for training and for evaluation; the standard library counts as one."""
     if isinstance(config, TaskRun):
         paths = (*config.task.paths, *config.task.eval_paths)
-        return {str(path): _entry(path) for path in find_files(paths, (*JSONL_SUFFIXES, *TABLE_SUFFIXES))}
+        return {str(path): _entry(path) for path in find_files(paths, (*RECORD_SUFFIXES, *TABLE_SUFFIXES))}
 
     data = config.data
     if data.source != "stdlib":
-        suffixes = TEXT_SUFFIXES if data.source == "text" else JSONL_SUFFIXES
+        suffixes = TEXT_SUFFIXES if data.source == "text" else RECORD_SUFFIXES
         paths = (*data.paths, *data.eval_paths)
         return {str(path): _entry(path) for path in find_files(paths, suffixes)}
 

@@ -23,6 +23,7 @@ from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.cli import (
     bench,
     calibrate,
+    chat,
     convert,
     evaluate,
     export,
@@ -56,6 +57,7 @@ LEAVES: tuple[ModuleType, ...] = (
     calibrate,
     latency,
     generate,
+    chat,
     evaluate,
     fit,
     run,
