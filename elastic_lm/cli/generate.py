@@ -234,7 +234,8 @@ def run(options: Options) -> None:
         write_json(options.json, prompts, samples)
     if options.json != "-":
         colours = colour.terminal_colours(sys.stdout, options.color)
-        show(tokenizer, len(runs.layers), prompts, samples, colours, raw=options.raw)
+        exits = [new.layer for _, new in runs.exits(sampler.config)]
+        show(tokenizer, len(runs.layers), prompts, samples, colours, exits=exits, raw=options.raw)
 
 
 def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
@@ -425,6 +426,7 @@ def show(
     samples: "Sequence[Sample]",
     colours: "Colours | None",
     *,
+    exits: Sequence[int] = (),
     raw: bool = False,
 ) -> None:
     """Prints each prompt with its continuation, and one line of statistics on stderr.
@@ -435,6 +437,7 @@ def show(
       prompts: as they were given.
       samples: their continuations.
       colours: of the terminal; None = plain text.
+      exits: layers of the exits of what ran.
       raw: control characters are printed as they are.
     """
     from elastic_lm.decode.results import sample_spans
@@ -446,7 +449,7 @@ def show(
         text = safe(sample.text)
         if colours:
             parts = sample_spans(tokenizer, tokenizer.encode(prompt, bos=True), sample)
-            text = to_ansi([(safe(part), depth) for part, depth in parts], n_layers, colours)
+            text = to_ansi([(safe(p), depth) for p, depth in parts], n_layers, colours, exits=exits)
         print(safe(prompt) + text)
 
     stats = samples[0].stats
