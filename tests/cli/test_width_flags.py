@@ -20,8 +20,8 @@ from elastic_lm.testing import all_logits, random_tokens, tiny_config
 from elastic_lm.width.chooser import SubnetChooser
 from elastic_lm.width.slicing import slice_params
 
-CONFIG = tiny_config(exits=(1, 3), n_heads=6, n_kv_heads=2, head_dim=8, vocab_size=300, elastic_groups=16)
-MENU = Menu(mlp=(0.25, 0.5, 1.0), heads=(1 / 3, 2 / 3, 1.0))
+CONFIG = tiny_config(exits=(1, 3), n_heads=8, n_kv_heads=2, head_dim=8, vocab_size=300, elastic_groups=16)
+MENU = Menu(mlp=(0.25, 0.5, 1.0), heads=(0.25, 0.5, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -113,41 +113,52 @@ def test_an_export_is_a_plain_smaller_model(
     np.testing.assert_allclose(found, ours[4], rtol=1e-4, atol=1e-4 * np.abs(ours[4]).max())
 
 
+def test_heads_that_transformers_may_refuse_are_told(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = ("--subnet", "heads=75%")  # 6 of 8 heads, and 32 channels
+    assert run("export", "--from", model, "--to", tmp_path / "odd", *part) == 0
+    assert "warning: d_model=32 is no multiple of its 6 heads" in capsys.readouterr().err
+    assert el.load(tmp_path / "odd")[0].config.n_heads == 6
+
+
 def test_evaluate_measures_parts_as_their_slices(
     model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     part = tmp_path / "part.json"
-    half = Subnet.uniform(CONFIG, mlp=0.5, layers=(0, 2, 3))
+    half = Subnet.uniform(CONFIG, mlp=0.5, layers=(0, 2))
     part.write_text(json.dumps({"subnet": dataclasses.asdict(half)}))
     sizes = ("--data", text, "--tokens", 200, "--context", 32)
-    named = ("--subnet", "mlp=50%", "layers=0,2-3", "--subnet", part, "--budget", "parameters=70%")
+    named = ("--subnet", "mlp=50%", "layers=0,2", "--subnet", part, "--budget", "parameters=70%")
     assert run("evaluate", "--model", model, *sizes, *named, "--json", "-") == 0
     found = json.loads(capsys.readouterr().out)["subnets"]
     assert found[0]["depths"] == found[1]["depths"]
-    assert [row["layers"] for row in found[0]["depths"]] == [1, 3]  # the exit after its last layer is none
+    # After the last layer there is the head, and no exit.
+    assert [row["layers"] for row in found[0]["depths"]] == [1, 2]
     assert found[0]["tokens"] == 200 - -(-200 // 32)
 
     small = tmp_path / "small"
-    assert run("export", "--from", model, "--to", small, "--subnet", "mlp=50%", "layers=0,2-3") == 0
+    assert run("export", "--from", model, "--to", small, "--subnet", "mlp=50%", "layers=0,2") == 0
+    capsys.readouterr()
     assert run("evaluate", "--model", small, *sizes, "--json", "-") == 0
     alone = json.loads(capsys.readouterr().out)["depths"]
     assert alone[-1]["nats_per_token"] == pytest.approx(found[0]["depths"][-1]["nats_per_token"], rel=1e-6)
 
     assert run("evaluate", "--model", model, *sizes, *named) == 0
-    assert "sub-network of 3 layers, " in capsys.readouterr().out
+    assert "sub-network of 2 layers, " in capsys.readouterr().out
 
 
 def test_thresholds_of_a_part_are_used_with_that_part(
     model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, part = tmp_path / "thresholds.json", ("--subnet", "mlp=50%", "layers=0,2-3")
+    file, part = tmp_path / "thresholds.json", ("--subnet", "mlp=50%", "layers=0,2")
     sizes = ("--data", text, "--tokens", 1000, "--seq-len", 32, "--continuations", 0)
     assert run("calibrate", "--model", model, *sizes, *part, "--target", 0.5, "--out", file) == 0
     policy = ConfidenceExit.load(file)
     assert policy.layers == (1, 3)  # the whole model's
     assert policy.thresholds[1] > 1  # after the part's last layer there is no exit
     assert policy.calibrated_on["n_layers"] == 4
-    assert max(point.mean_layers for point in policy.curve) <= 3
+    assert max(point.mean_layers for point in policy.curve) <= 2
     assert len(policy.curve[0].shares) == 3
 
     written = ("--model", model, "--prompt", "def f(", "--max-new-tokens", 3, "--thresholds", file)
@@ -155,7 +166,7 @@ def test_thresholds_of_a_part_are_used_with_that_part(
     assert run("generate", *written, *part, "--json", "-") == 0
     printed = capsys.readouterr()
     assert "warning" not in printed.err
-    assert max(json.loads(printed.out)["exit_layers"]) <= 3
+    assert max(json.loads(printed.out)["exit_layers"]) <= 2
     assert run("generate", *written) == 0
     assert "was calibrated on a sub-network, not on what runs" in capsys.readouterr().err
     assert run("evaluate", "--model", model, *sizes, *part, "--thresholds", file, "--json", "-") == 0
