@@ -41,6 +41,8 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.models.registry import init_params
     from elastic_lm.models.task_heads import attach_task_exits, attach_task_head
     from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
+    from elastic_lm.train.recipes import load_config
+    from elastic_lm.train.run import fit
     from elastic_lm.width.chooser import SubnetChooser
     from elastic_lm.width.slicing import slice_params
 
@@ -90,9 +92,11 @@ __all__ = [
     "depth",
     "embedded_model",
     "evaluate",
+    "fit",
     "hf",
     "init_params",
     "load",
+    "load_config",
     "measure_cascade",
     "slice_params",
     "testing",

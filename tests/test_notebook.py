@@ -1,6 +1,7 @@
 """Notebooks run from top to bottom on the tiny setting, and stay notebooks: no layers defined in them."""
 
 import ast
+import importlib.util
 import pathlib
 import re
 import types
@@ -30,6 +31,46 @@ def test_notebook_runs(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
     kinds = {kind for o in outputs if "data" in o for kind in o["data"]}
     assert {"text/html", "image/png"} <= kinds
+
+
+@pytest.fixture(scope="module")
+def maker() -> types.ModuleType:
+    """The script that runs the notebooks and keeps their outputs."""
+    spec = importlib.util.spec_from_file_location("make_notebooks", NOTEBOOKS[0].parent / "make_notebooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_saved_outputs_are_those_of_the_cells(path: pathlib.Path, maker: types.ModuleType) -> None:
+    notebook = read(path)
+    assert not maker.out_of_date(notebook), "run python colab/make_notebooks.py"
+    assert path.stat().st_size < maker.LIMIT
+    kinds = {kind for cell in notebook.cells for o in cell.get("outputs", ()) for kind in o.get("data", ())}
+    assert {"text/html", "image/png"} <= kinds
+
+    changed = read(path)
+    changed.cells[-1]["source"] += "\n"
+    assert maker.out_of_date(changed) == "its cells have changed since it was run"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_opens_on_a_gpu_with_forms(path: pathlib.Path) -> None:
+    notebook = read(path)
+    assert notebook.metadata["accelerator"] == "GPU"
+    assert notebook.metadata["colab"]["gpuType"] == "T4"
+    code = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
+    forms = [cell for cell in code if cell["source"].startswith("# @title ")]
+    assert all(cell["metadata"]["cellView"] == "form" for cell in forms)
+    assert sum(cell["source"].count("  # @param {") for cell in forms) >= 3
+    assert "files.download(" in code[-1]["source"]
+    # pip may bring no other jax than the one that is there.
+    installs = [line for line in code[0]["source"].splitlines() if "%pip install" in line]
+    assert len(installs) == 2
+    assert all('"jax=={jax_version}"' in line for line in installs)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -47,11 +47,12 @@ def draw_text(folder: Path) -> None:
     n_layers = model.config.n_layers
     ids = tokenizer.encode(prompt, bos=True)
     spans = el.evaluate.spans(tokenizer.decode, sample.tokens, sample.exit_layers, prompt=ids)
-    legend = el.evaluate.legend([e.layer for e in model.config.exits], n_layers)
+    exits = [e.layer for e in model.config.exits]
+    legend = el.evaluate.legend(exits, n_layers)
     console = Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor")
     console.print(Text(prompt, style="dim"), end="")
     for part in (spans, [("\n\n", n_layers)], legend):
-        console.print(Text.from_ansi(el.evaluate.to_ansi(part, n_layers)), end="")
+        console.print(Text.from_ansi(el.evaluate.to_ansi(part, n_layers, exits=exits)), end="")
     picture = console.export_svg(title="colour = layers that a token needed")
     # The fonts of the page that shows it, instead of some from another host.
     (HERE / "text.svg").write_text(re.sub(r" *@font-face {.*?}\n", "", picture, flags=re.DOTALL))

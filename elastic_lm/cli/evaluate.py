@@ -40,9 +40,9 @@ elastic-lm evaluate --model runs/exits/model --thresholds thresholds.json --json
 elastic-lm evaluate --model runs/elastic/model --budget parameters=70% --budget parameters=50%
 
 A text file is read in order, --context tokens at once (default: as many as the model takes, {READ_TOKENS} at
-most), and every --stride tokens anew (default: --context). This is how published perplexities are computed; a
-smaller stride gives more context to every token. The lines of a .jsonl are texts of their own, which are mixed
-and packed into rows, and so is the Python library.
+most), and every --stride tokens anew (default: --context), as published perplexities are computed. A smaller
+stride gives more context to every token. The lines of a .jsonl are texts of their own, which are mixed and
+packed into rows, and so is the Python library.
 
 With thresholds, a few prompts of the text are continued too (--continuations): text that a model writes
 itself may agree less with the full model than given text.

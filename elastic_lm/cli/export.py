@@ -2,10 +2,15 @@
 
 import argparse
 import dataclasses
+import sys
+from typing import TYPE_CHECKING
 
 from elastic_lm.cli.model_folder import load_tokenizer, parameter_count, writing_target
 from elastic_lm.cli.parser import add_dtype, require_dtype
 from elastic_lm.cli.width_flags import WidthOptions, add_width, chosen_subnet
+
+if TYPE_CHECKING:
+    from elastic_lm.config.model import ModelConfig
 
 HELP = """\
 Elastic checkpoint -> Hugging Face folder that `transformers` and vLLM load.
@@ -70,6 +75,7 @@ def run(options: Options) -> None:
             subnet = chosen_subnet(options, options.source, config, params, tokenizer)
             if subnet is not None:
                 config, params = slice_params(config, params, subnet)
+                warn_of_heads(config)
         if options.without_exits and isinstance(config, ModelConfig):
             config, params = without_exits(config, params)
         elif options.without_exits and isinstance(config, EncoderConfig) and config.exits:
@@ -83,3 +89,11 @@ def run(options: Options) -> None:
     exits = f" and {count} exits" if count else ""
     size = f"{parameter_count(params)} parameters{exits}"
     print(f"{options.source} -> {options.target}: {config.family}, {size}")
+
+
+def warn_of_heads(config: "ModelConfig") -> None:
+    """Says where transformers may refuse the sizes of a sub-network, although the folder says all of them."""
+    if config.d_model % config.n_heads:
+        sizes = f"d_model={config.d_model} is no multiple of its {config.n_heads} heads"
+        fix = "transformers refuses that in some families, such as llama; choose another share of heads"
+        print(f"warning: {sizes}: {fix}", file=sys.stderr)

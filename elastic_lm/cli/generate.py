@@ -286,7 +286,8 @@ def run(options: Options) -> None:
         colours = colour.terminal_colours(sys.stdout, options.color)
         ids = [tokenizer.encode(one, bos=True) if isinstance(one, str) else one for one in asked]
         shown = [""] * len(prompts) if options.chat else prompts
-        show(tokenizer, len(runs.layers), shown, ids, samples, colours, raw=options.raw)
+        exits = [new.layer for _, new in runs.exits(sampler.config)]
+        show(tokenizer, len(runs.layers), shown, ids, samples, colours, exits=exits, raw=options.raw)
     conversation.hint(tokenizer, options.chat, [sample.text for sample in samples])
 
 
@@ -467,6 +468,7 @@ def show(
     samples: "Sequence[Sample]",
     colours: "Colours | None",
     *,
+    exits: Sequence[int] = (),
     raw: bool = False,
 ) -> None:
     """Prints each prompt with its continuation, and one line of statistics on stderr.
@@ -478,6 +480,7 @@ def show(
       ids: of what the samples continue.
       samples: their continuations.
       colours: of the terminal; None = plain text.
+      exits: layers of the exits of what ran.
       raw: control characters are printed as they are.
     """
     from elastic_lm.decode.results import sample_spans
@@ -489,7 +492,7 @@ def show(
         text = safe(sample.text)
         if colours:
             parts = sample_spans(tokenizer, before, sample)
-            text = to_ansi([(safe(part), depth) for part, depth in parts], n_layers, colours)
+            text = to_ansi([(safe(p), depth) for p, depth in parts], n_layers, colours, exits=exits)
         print(safe(prompt) + text)
 
     stats = samples[0].stats

@@ -13,6 +13,7 @@ PLACES = ("", "prompt_", "encoder_")  # where the logits are from; see `cascade.
 POOLED = tuple(f"{place}{kind}{end}" for place in PLACES[:2] for end in ("", "_min") for kind in KINDS)
 SCORES = (*POOLED, *(f"{PLACES[2]}{kind}" for kind in KINDS), "random")  # all that models of ours give
 DEFAULT_SCORE = KINDS[0]
+FITTED_SCORE = "max_prob"  # that the command takes of our models: never far behind the best in our study
 
 TEMPERATURE = 1.0  # of an energy
 Centre = Literal["none", "mean"]  # what the logits of an energy are measured from

@@ -12,6 +12,7 @@ from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
 
 FEWEST_ROUNDS = 5  # that a median is taken of, where the time allows it
+FEWEST_FOR_SPREAD = 3
 Tell = Callable[[str, float, float | None], None]  # what, done, total
 
 
@@ -54,7 +55,18 @@ class Generation:
 
     def speedup(self, full: "Generation") -> float:
         """How much faster than `full` this was, which took turns with it; median over rounds of the ratio."""
-        return statistics.median(a / b for a, b in zip(full.seconds, self.seconds, strict=True))
+        return statistics.median(self._ratios(full))
+
+    def spread(self, full: "Generation") -> float:
+        """Half of what the middle half of the rounds' speed-ups spans; 0 where there are too few."""
+        ratios = self._ratios(full)
+        if len(ratios) < FEWEST_FOR_SPREAD:
+            return 0.0
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return (high - low) / 2
+
+    def _ratios(self, full: "Generation") -> list[float]:
+        return [a / b for a, b in zip(full.seconds, self.seconds, strict=True)]
 
 
 def generate(

@@ -23,6 +23,7 @@ from elastic_lm.report.plots import SpeedPoint, quality_speed
 from elastic_lm.report.terminal import shown
 
 MISSED = 0.1  # of the disagreements that a target allows, so many more are within what text varies
+STYLE = "<style>:root { color-scheme: light dark } body { font-family: sans-serif; max-width: 60em }</style>"
 NEAR = 0.99  # agreement from which on a setting is preferred to faster ones
 
 
@@ -42,6 +43,7 @@ class Target:
       predicted: speed-up by the bytes of weights that a token reads, beside the measured one.
       repeats: share of runs of 4 generated tokens that occurred before in their text.
       degenerate: why the generated text speaks against this setting; "" = it does not.
+      spread: half of what the middle half of the rounds' speed-ups spans.
     """
 
     target_agreement: float
@@ -55,6 +57,7 @@ class Target:
     predicted: float = 1.0
     repeats: float = 0.0
     degenerate: str = ""
+    spread: float = 0.0
 
     @property
     def name(self) -> str:
@@ -82,6 +85,7 @@ class Report:
       model: where the model came from, its size and exits.
       plan: what was forecast before anything was tuned; None for the model that comes with the package.
       timed: prompts, new tokens per prompt, and rounds in which all settings took turns.
+      measured_on: the model, the workload and the device in one line, for pictures.
     """
 
     seconds_total: float
@@ -92,6 +96,7 @@ class Report:
     model: dict[str, Any]
     plan: dict[str, Any] | None = None
     timed: dict[str, int] = dataclasses.field(default_factory=dict)
+    measured_on: str = ""
 
     def fastest(self, target: float) -> Target | None:
         """The fastest setting that keeps a target agreement; None = full depth, within what timing varies.
@@ -169,7 +174,7 @@ def show_table(report: Report, targets: Sequence[float], console: Console) -> No
             f"{row.mean_layers:.2f}",
             f"{row.tokens_per_s:.0f}",
             f"{row.predicted:.2f}x",
-            f"{row.speedup:.2f}x",
+            f"{row.speedup:.2f}x" + (f" ± {row.spread:.2f}" if row.spread else ""),
         )
     console.print(table)
     for row in report.targets:
@@ -213,7 +218,7 @@ def show_text(
     """
     parts = sample_spans(tokenizer, prompt, sample)
     parts = [(shown(part), depth) for part, depth in parts]
-    text = shown(tokenizer.decode(prompt)) + render.to_ansi(parts, n_layers, colours)
+    text = shown(tokenizer.decode(prompt)) + render.to_ansi(parts, n_layers, colours, exits=depths)
     return f"{text}\n\n{render.to_ansi(render.legend(depths, n_layers), n_layers, colours)}"
 
 
@@ -221,8 +226,8 @@ def save_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     samples: Mapping[str, Sequence[Sample]],
+    report: Report,
     depths: Sequence[int],
-    n_layers: int,
     path: Path,
 ) -> None:
     """Writes an HTML page with every prompt continued in every way, coloured by depth.
@@ -231,22 +236,48 @@ def save_texts(
       tokenizer: of the model.
       prompts: token ids of each.
       samples: name of a setting -> one continuation per prompt.
+      report: what was measured.
       depths: layers of every exit and of the full model, for the legend.
-      n_layers: layers of the full model.
       path: the file; replaced where it exists.
     """
-    blocks = [render.to_html(render.legend(depths, n_layers), n_layers)]
+    n_layers = report.full_depth_layers
+    speeds = {row.name: row for row in report.targets}
+    blocks = [
+        "<h1>Text by exit depth</h1>",
+        f"<p>{html.escape(report.measured_on)}</p>" if report.measured_on else "",
+        "<p>Plain text took all layers. A colour marks tokens that left earlier:</p>",
+        render.to_html(render.legend(depths, n_layers), n_layers),
+    ]
     for i, prompt in enumerate(prompts):
         blocks.append(f"<h2>Prompt {i + 1}</h2><pre>{html.escape(tokenizer.decode(prompt))}</pre>")
         for name, rows in samples.items():
             parts = sample_spans(tokenizer, prompt, rows[i])
-            blocks.append(f"<h3>{html.escape(name)}</h3>" + render.to_html(parts, n_layers))
-    page = '<!doctype html><meta charset="utf-8"><title>Text by exit depth</title>\n' + "\n".join(blocks)
-    write_text_whole(path, page + "\n")
+            line = early_line(rows[i].exit_layers, n_layers, speeds.get(name))
+            blocks.append(f"<h3>{html.escape(name)}</h3><p>{line}</p>")
+            blocks.append(render.to_html(parts, n_layers, exits=depths))
+    head = f'<!doctype html><meta charset="utf-8"><title>Text by exit depth</title>\n{STYLE}'
+    write_text_whole(path, "\n".join([head, *blocks, ""]))
+
+
+def early_line(exit_layers: Sequence[int], n_layers: int, row: Target | None) -> str:
+    """How many tokens of one text left early, and how fast the setting was over all texts.
+
+    Args:
+      exit_layers: of every token of the text.
+      n_layers: layers of the full model.
+      row: what was measured of the setting; None = it is full depth.
+    """
+    tokens, early = len(exit_layers), sum(layers < n_layers for layers in exit_layers)
+    share, mean = early / max(tokens, 1), sum(exit_layers) / max(tokens, 1)
+    line = f"{early} of {tokens} tokens left early ({share:.0%}), mean {mean:.1f} of {n_layers} layers"
+    if row is None:
+        return line
+    spread = f" ± {row.spread:.2f}" if row.spread else ""
+    return f"{line}; all texts {row.speedup:.2f}{spread} times as fast as full depth"
 
 
 def save_curve(report: Report, path: Path) -> None:
-    """Draws speed-up over agreement, one point per target.
+    """Draws speed-up over agreement, one point per target, with the spread of the rounds.
 
     Args:
       report: what was measured.
@@ -254,6 +285,7 @@ def save_curve(report: Report, path: Path) -> None:
     """
     curves: dict[str, list[SpeedPoint]] = {}
     for row in report.targets:
-        label = f"{100 * row.target_agreement:g} %\n{row.mean_layers:.1f} layers"
-        curves.setdefault(row.dial, []).append(SpeedPoint(row.agreement, row.speedup, label))
-    quality_speed(curves, path)
+        label = f"target {100 * row.target_agreement:g} %\n{row.mean_layers:.1f} layers"
+        point = SpeedPoint(row.agreement, row.speedup, label, row.spread)
+        curves.setdefault(row.dial, []).append(point)
+    quality_speed(curves, path, measured_on=report.measured_on)

@@ -43,6 +43,7 @@ from elastic_lm.quickstart.options import Options
 from elastic_lm.quickstart.pace import Pace
 from elastic_lm.quickstart.settings import Setting, exits_speedup, lookup_pays, preview_speedup
 from elastic_lm.report import colour as render
+from elastic_lm.report.machine import device_line
 from elastic_lm.report.progress import Progress
 from elastic_lm.report.terminal import shown
 
@@ -414,6 +415,7 @@ def _row(
         predicted=found.tokens_per_pass if setting.predicted is None else setting.predicted,
         repeats=text.repeats,
         degenerate="" if setting.dial == "lookup" else text.degenerate(setting.target),
+        spread=found.spread(generations[FULL]),
     )
 
 
@@ -446,6 +448,10 @@ def _report(
             "new_tokens": options.new_tokens,
             "rounds": len(full.seconds),
         },
+        measured_on=(
+            f"{Path(model.name).name} ({config.n_layers} layers), batch 1, "
+            f"{len(full.samples)} x {options.new_tokens} tokens, {len(full.seconds)} rounds, {device_line()}"
+        ),
     )
 
 
@@ -467,8 +473,7 @@ def _write(
             found = PreviewReport(**result.plan["previews"][str(setting.target)])
             save_preview(setting.preview, found, next_step.preview_file(options.out, setting.target))
     texts = {s.name: generations[s.name].samples for s in settings}
-    n_layers = model.decoder.config.n_layers
-    report.save_texts(model.tokenizer, prompts, texts, model.depths, n_layers, out / "text.html")
+    report.save_texts(model.tokenizer, prompts, texts, result, model.depths, out / "text.html")
 
 
 def _show(

@@ -1,38 +1,81 @@
 """Text coloured by the depth at which each token left the model: terminal escapes and HTML.
 
-One scale serves both: green left early, yellow half-way, red needed the full depth.
+Tokens of full depth are plain text. Those that left early stand on a colour: dark blue after the first of
+the model's exits, yellow after its last one, and between them the straight line in CIELAB, along which equal
+steps look equally large. Lightness and the blue-yellow contrast change together, so that readers who do not
+tell red from green, or blue from yellow, tell neighbouring exits apart. All colours lie between black and
+white in lightness, and differ from a page of either.
 """
 
 import html
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal, TextIO, cast
 
 from rich.color import Color
 from rich.console import COLOR_SYSTEMS, Console
 from rich.style import Style
 
-RAMP = ((26, 152, 80), (217, 165, 33), (215, 48, 39))  # shallow, middle, full depth
+FIRST, LAST = (34.0, 6.0, -42.0), (80.0, 4.0, 62.0)  # CIELAB of the first exit and of the last one
+WHITE_POINT = (0.95047, 1.0, 1.08883)  # XYZ of D65
 
 Span = tuple[str, int]  # text, and the depth it was decided at
+Rgb = tuple[int, int, int]  # 0 .. 255 each
 Colours = Literal["standard", "256", "truecolor"]  # what a terminal shows: 16 colours, 256, or 24 bits
 
 
-def depth_colour(depth: int, n_layers: int) -> tuple[int, int, int]:
-    """Colour of a token, on the scale from green over yellow to red.
+def depth_colour(depth: int, exits: Sequence[int]) -> Rgb:
+    """Colour that a token stands on, by the rank of its exit among those that exist.
 
     Args:
       depth: layers it used.
-      n_layers: layers of the full model, where the scale is red.
+      exits: layers of the exits below full depth, in increasing order; a depth between two counts as the
+        deeper one.
 
     Returns:
       (red, green, blue), 0 .. 255 each.
     """
-    place = min(max(depth / n_layers, 0.0), 1.0) * (len(RAMP) - 1)
-    low = min(int(place), len(RAMP) - 2)
-    share = place - low
-    red, green, blue = (round(x + (y - x) * share) for x, y in zip(RAMP[low], RAMP[low + 1], strict=True))
+    rank = sum(layer < depth for layer in exits)
+    share = min(rank / max(len(exits) - 1, 1), 1.0)
+    return _rgb(*(first + (last - first) * share for first, last in zip(FIRST, LAST, strict=True)))
+
+
+def text_colour(background: Rgb) -> Rgb:
+    """Black or white, whichever has the greater contrast on a background; it is above 4.5 to 1."""
+    # The contrasts are (L + 0.05) / 0.05 with black and 1.05 / (L + 0.05) with white (WCAG 2).
+    return (0, 0, 0) if luminance(background) > (1.05 * 0.05) ** 0.5 - 0.05 else (255, 255, 255)
+
+
+def luminance(colour: Rgb) -> float:
+    """Relative luminance of an sRGB colour, from 0 for black to 1 for white."""
+    red, green, blue = (_linear(value / 255) for value in colour)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _linear(value: float) -> float:
+    return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+
+
+def _rgb(lightness: float, a: float, b: float) -> Rgb:
+    """The sRGB colour of a CIELAB one."""
+    y = (lightness + 16) / 116
+    x, y, z = (
+        white * (f**3 if f > 6 / 29 else 3 * (6 / 29) ** 2 * (f - 4 / 29))
+        for white, f in zip(WHITE_POINT, (y + a / 500, y, y - b / 200), strict=True)
+    )
+    linear = (
+        3.2404542 * x - 1.5371385 * y - 0.4985314 * z,
+        -0.9692660 * x + 1.8760108 * y + 0.0415560 * z,
+        0.0556434 * x - 0.2040259 * y + 1.0572252 * z,
+    )
+    each = (12.92 * v if v <= 0.0031308 else 1.055 * v ** (1 / 2.4) - 0.055 for v in linear)
+    red, green, blue = (round(255 * min(max(v, 0.0), 1.0)) for v in each)
     return red, green, blue
+
+
+def _exits(parts: Sequence[Span], n_layers: int, exits: Collection[int]) -> list[int]:
+    """Layers of the exits below full depth: those that are named, and those that occur."""
+    return sorted(layer for layer in {*exits, *(depth for _, depth in parts)} if layer < n_layers)
 
 
 def spans(
@@ -93,14 +136,22 @@ def _pieces(prefix: Callable[[int], str], count: int) -> Iterator[str]:
             shown = text
 
 
-def to_ansi(parts: Iterable[Span], n_layers: int, colours: Colours | None = "truecolor") -> str:
-    """Terminal text, each span in the colour of its depth.
+def to_ansi(
+    parts: Iterable[Span],
+    n_layers: int,
+    colours: Colours | None = "truecolor",
+    *,
+    exits: Collection[int] = (),
+) -> str:
+    """Terminal text, each span that left early on the colour of its depth.
 
     Args:
       parts: from `spans` or `legend`.
-      n_layers: layers of the full model.
+      n_layers: layers of the full model, whose spans are plain.
       colours: what the terminal shows, from `terminal_colours`; the nearest of its colours are taken. None =
         plain text.
+      exits: layers of the model's exits, among which colours are shared out; those that occur in `parts`
+        count too.
 
     Returns:
       Text with escapes for colours.
@@ -109,22 +160,31 @@ def to_ansi(parts: Iterable[Span], n_layers: int, colours: Colours | None = "tru
       ```python
       from elastic_lm.evaluate import to_ansi
 
-      print(to_ansi([("easy ", 3), ("hard", 12)], n_layers=12))
+      print(to_ansi([("easy ", 3), ("hard", 12)], n_layers=12, exits=(3, 6)))
       ```
     """
+    parts = list(parts)
+    exits = _exits(parts, n_layers, exits)
     system = COLOR_SYSTEMS[colours] if colours else None
-    styles = [(text, Style(color=Color.from_rgb(*depth_colour(depth, n_layers)))) for text, depth in parts]
+
+    def style(depth: int) -> Style:
+        if depth >= n_layers:
+            return Style()
+        colour = depth_colour(depth, exits)
+        return Style(color=Color.from_rgb(*text_colour(colour)), bgcolor=Color.from_rgb(*colour))
 
     # Printing by a rich console would change the text: it expands tabs and removes carriage returns.
-    return "".join(style.render(text, color_system=system) for text, style in styles)
+    return "".join(style(depth).render(text, color_system=system) for text, depth in parts)
 
 
-def to_html(parts: Iterable[Span], n_layers: int) -> str:
-    """A <pre> element, each span on the colour of its depth, with the depth as tooltip.
+def to_html(parts: Iterable[Span], n_layers: int, *, exits: Collection[int] = ()) -> str:
+    """A <pre> element, each span that left early on the colour of its depth, with the depth as tooltip.
 
     Args:
       parts: from `spans` or `legend`; the text is escaped.
-      n_layers: layers of the full model.
+      n_layers: layers of the full model, whose spans are plain.
+      exits: layers of the model's exits, among which colours are shared out; those that occur in `parts`
+        count too.
 
     Returns:
       HTML.
@@ -136,14 +196,22 @@ def to_html(parts: Iterable[Span], n_layers: int) -> str:
       to_html([("easy ", 3), ("hard", 12)], n_layers=12)  # in a notebook: IPython.display.HTML(...)
       ```
     """
-    body = "".join(_html_span(text, depth, n_layers) for text, depth in parts)
+    parts = list(parts)
+    exits = _exits(parts, n_layers, exits)
+    body = "".join(_html_span(text, depth, n_layers, exits) for text, depth in parts)
     return f'<pre style="white-space: pre-wrap; line-height: 1.5">{body}</pre>'
 
 
-def _html_span(text: str, depth: int, n_layers: int) -> str:
-    colour = "rgba({}, {}, {}, 0.35)".format(*depth_colour(depth, n_layers))
-    title = f"{depth} of {n_layers} layers"
-    return f'<span style="background: {colour}" title="{title}">{html.escape(text)}</span>'
+def _html_span(text: str, depth: int, n_layers: int, exits: Sequence[int]) -> str:
+    look = ""
+    if depth < n_layers:
+        colour = depth_colour(depth, exits)
+        look = f' style="background: {_hex(colour)}; color: {_hex(text_colour(colour))}"'
+    return f'<span{look} title="{depth} of {n_layers} layers">{html.escape(text)}</span>'
+
+
+def _hex(colour: Rgb) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
 def legend(depths: Sequence[int], n_layers: int) -> list[Span]:
@@ -163,8 +231,8 @@ def legend(depths: Sequence[int], n_layers: int) -> list[Span]:
       print(to_ansi(legend([3, 6], n_layers=12), n_layers=12))
       ```
     """
-    marks = [(f"■ {depth} layers", depth) for depth in sorted({*depths, n_layers})]
-    gaps = [("   ", n_layers)] * len(marks)
+    marks = [(f" {depth} layers ", depth) for depth in sorted({*depths, n_layers})]
+    gaps = [("  ", n_layers)] * len(marks)
     return list(itertools.chain.from_iterable(zip(marks, gaps, strict=True)))[:-1]
 
 

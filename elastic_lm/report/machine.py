@@ -33,6 +33,17 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def device_line() -> str:
+    """The device that programs run on, for pictures: its kind, and of a CPU the name and the cores."""
+    import jax  # late: see above
+
+    first = jax.devices()[0]
+    if first.platform != "cpu":
+        count = jax.device_count()
+        return f"{count} x {first.device_kind}" if count > 1 else str(first.device_kind)
+    return f"{_cpu_name()}, {usable_cores()} cores"
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that matter to speed."""
     found = {"python": platform.python_version()}

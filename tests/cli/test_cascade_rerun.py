@@ -287,7 +287,7 @@ def test_a_service_that_was_down(folder: pathlib.Path, service: str, tmp_path: p
         ("ordered", "turned", ("--tolerance", "1"), "record 1: label='no': --tolerance 1 compares numbers"),
         ("ordered", "unnamed", (), "--swift: its classes are no, yes, and those of --super are 0, 1"),
         ("unnamed", "unnamed", (), "record 1: label='no': is no class of the models, which know 0, 1"),
-        ("regression", "ordered", (), "is a regression, and has no energy"),
+        ("regression", "ordered", (), "is a regression, and has no max_prob"),
         ("nowhere", "ordered", (), "no such folder. A model of the Hub is named ORG/NAME"),
     ],
 )

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from elastic_lm.report import plots
@@ -33,6 +35,32 @@ def test_quality_speed(tmp_path: Path, drawn: list[Figure]) -> None:
     assert axes.get_ylabel() == "speed-up against full depth"
     assert [text.get_text() for text in axes.texts] == ["90 %", "99 %", "90 %"]
     assert axes.get_legend() is not None
+    # The vertical axis comes first in the title, as in "y against x".
+    assert axes.get_title().index("speed-up") < axes.get_title().index("agreement")
+    bars = next(c for c in axes.containers if isinstance(c, ErrorbarContainer))
+    (segment, *_) = bars.lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx([1.9, 2.1])
+
+
+def test_labels_lie_inside_and_over_nothing(tmp_path: Path, drawn: list[Figure]) -> None:
+    near = [(0.950, 1.136), (0.955, 1.138), (0.960, 1.125), (0.99, 1.01), (0.995, 0.99), (0.9, 1.4)]
+    points = [plots.SpeedPoint(a, s, f"target {100 * a:g} %\n9.1 layers", 0.02) for a, s in near]
+    plots.quality_speed({"exits": points}, tmp_path / "curve.png", measured_on="a model, a CPU of 2 cores")
+    axes = drawn[0].axes[0]
+    assert drawn[0].get_suptitle() == "Early exits: speed-up against agreement"
+    assert axes.get_title() == "a model, a CPU of 2 cores"
+
+    canvas = FigureCanvasAgg(drawn[0])
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
+    inside = axes.get_window_extent(canvas.get_renderer())
+    assert len(boxes) == len(points)
+    for i, box in enumerate(boxes):
+        assert inside.contains(*box.min)
+        assert inside.contains(*box.max)
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+        for point in points:
+            assert not box.contains(*axes.transData.transform((100 * point.agreement, point.speedup)))
 
 
 def test_exit_depths(tmp_path: Path, drawn: list[Figure]) -> None:

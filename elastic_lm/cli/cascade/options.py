@@ -9,6 +9,7 @@ from elastic_lm.config.cascade import (
     ANSWER_TOKENS,
     BATCH_SIZE,
     DEFAULT_SCORE,
+    FITTED_SCORE,
     KINDS,
     RETRIES,
     SCORES,
@@ -50,7 +51,7 @@ class PairOptions(CommandOptions):
     labels: str | None = None  # encoder-decoders: the only answers, with commas between them
     retry_failed: bool = False  # records that failed before are answered again
 
-    score: str | None = None  # name of the Swift's score; None = the rule's, or DEFAULT_SCORE
+    score: str | None = None  # name of the Swift's score; None = the rule's, or see `scored_by`
     temperature: float | None = None  # of the energy; None = the rule's, or Scoring.temperature
     centre: Centre | None = None  # None = the rule's, or Scoring.centre
     seed: int = 0  # of random scores, and of the halves of a guarantee
@@ -64,10 +65,8 @@ class PairOptions(CommandOptions):
         require_at_least_1("--batch-size", self.batch_size)
         require_seed(self.seed)
         require_not_negative("--super-cost", self.super_cost)
-        # Services and answerers by name may give scores of their own.
-        ours = self.swift is None or not (is_url(self.swift) or answerer_name(self.swift)[0])
         require(
-            self.score is None or not ours or self.score in SCORES,
+            self.score is None or not self.swift_is_ours or self.score in SCORES,
             "--score",
             self.score,
             f"must be one of {', '.join(SCORES)}",
@@ -76,6 +75,11 @@ class PairOptions(CommandOptions):
         require_choice("--style", self.style, get_args(Style))
         if self.centre is not None:
             require_choice("--centre", self.centre, get_args(Centre))
+
+    @property
+    def swift_is_ours(self) -> bool:
+        """Whether the Swift is a model of ours; others may give scores of their own."""
+        return self.swift is None or not (is_url(self.swift) or answerer_name(self.swift)[0])
 
     @property
     def swift_name(self) -> str:
@@ -89,8 +93,13 @@ class PairOptions(CommandOptions):
 
     @property
     def scored_by(self) -> str:
-        """Name of the score that is read of the Swift where no rule names one."""
-        return self.score or DEFAULT_SCORE
+        """Name of the score that is read of the Swift where no rule names one.
+
+        Of our models it is the largest probability, unless something is said of the energy.
+        """
+        about_energy = self.temperature is not None or self.centre is not None
+        ours = self.swift_is_ours and not about_energy
+        return self.score or (FITTED_SCORE if ours else DEFAULT_SCORE)
 
     def chosen(self, field: str) -> Any:
         """The value of a field, or None where it is the default, which every model can live with."""
@@ -167,7 +176,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    kinds = ", ".join(f"{kind} (default)" if kind == DEFAULT_SCORE else kind for kind in KINDS)
+    kinds = ", ".join(f"{kind} (default)" if kind == FITTED_SCORE else kind for kind in KINDS)
     names = f"{kinds}; _min, prompt_: of sequences; random; encoder_: of the head on an encoder-decoder's "
     add("--score", help=f"{names}encoder, before it decodes")
     add("--temperature", type=float, metavar="T", help=f"of the energy (default: {TEMPERATURE:g})")

@@ -107,5 +107,5 @@ def chosen_rule(options: Options) -> "CascadeRule":
     if options.rule is not None:
         return CascadeRule.load(options.rule)
     assert options.threshold is not None
-    how = options.given(("score", "temperature", "centre"))
-    return CascadeRule(options.threshold, **how, seed=options.seed)
+    how = options.given(("temperature", "centre"))
+    return CascadeRule(options.threshold, options.scored_by, **how, seed=options.seed)
