@@ -107,7 +107,8 @@ def run(options: Options) -> None:
     runs = sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(sampler.config)
     settings = decoding.given(generate.SETTINGS)
     colours = colour.terminal_colours(sys.stdout, options.color)
-    printer = Printer(tokenizer, len(runs.layers), colours, raw=options.raw)
+    exits = [new.layer for _, new in runs.exits(sampler.config)]
+    printer = Printer(tokenizer, len(runs.layers), colours, exits=exits, raw=options.raw)
 
     def begin(system: str | None) -> Chat:
         return Chat(sampler, system=system, max_new_tokens=options.max_new_tokens, **settings)

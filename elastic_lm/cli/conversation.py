@@ -51,7 +51,13 @@ class Printer:
     """Prints text while it is generated, in the colours of depth."""
 
     def __init__(
-        self, tokenizer: "Tokenizer", n_layers: int, colours: "Colours | None", *, raw: bool = False
+        self,
+        tokenizer: "Tokenizer",
+        n_layers: int,
+        colours: "Colours | None",
+        *,
+        exits: Sequence[int] = (),
+        raw: bool = False,
     ) -> None:
         """Prints nothing yet.
 
@@ -59,9 +65,11 @@ class Printer:
           tokenizer: of the model.
           n_layers: of what runs.
           colours: of the terminal; None = plain text.
+          exits: layers of the exits of what runs.
           raw: control characters are printed as they are.
         """
-        self._tokenizer, self._n_layers, self._colours, self._raw = tokenizer, n_layers, colours, raw
+        self._tokenizer, self._n_layers, self._colours = tokenizer, n_layers, colours
+        self._exits, self._raw = exits, raw
 
     def stream(self, before: str, prompt: Sequence[int], samples: "Iterable[Sample]") -> "Sample":
         """Prints a text, then what samples have more and more of, then the end of the line.
@@ -95,7 +103,9 @@ class Printer:
         from elastic_lm.report.colour import to_ansi
 
         safe = [(self._safe(text), depth) for text, depth in parts]
-        return to_ansi(safe, self._n_layers, self._colours) if self._colours else safe[0][0]
+        if self._colours is None:
+            return safe[0][0]
+        return to_ansi(safe, self._n_layers, self._colours, exits=self._exits)
 
     def _safe(self, text: str) -> str:
         from elastic_lm.report.terminal import shown

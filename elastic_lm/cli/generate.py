@@ -257,6 +257,7 @@ def run(options: Options) -> None:
     elif options.budget or options.subnet:
         print(subnet_line(sampler.config, runs), file=sys.stderr)
 
+    exits = [new.layer for _, new in runs.exits(sampler.config)]
     settings, count = options.given(SETTINGS), options.max_new_tokens
     asked: list[Any] = list(prompts)
     if options.chat:
@@ -266,7 +267,7 @@ def run(options: Options) -> None:
     if options.stream:
         colours = colour.terminal_colours(sys.stdout, options.color)
         before = "" if options.chat else prompts[0]
-        printed = conversation.Printer(tokenizer, len(runs.layers), colours, raw=options.raw)
+        printed = conversation.Printer(tokenizer, len(runs.layers), colours, exits=exits, raw=options.raw)
         ids = asked[0] if options.chat else tokenizer.encode(prompts[0], bos=True)
         text = printed.stream(before, ids, sampler.stream_samples(ids, count, **settings)).text
         conversation.hint(tokenizer, options.chat, [text])
@@ -286,7 +287,6 @@ def run(options: Options) -> None:
         colours = colour.terminal_colours(sys.stdout, options.color)
         ids = [tokenizer.encode(one, bos=True) if isinstance(one, str) else one for one in asked]
         shown = [""] * len(prompts) if options.chat else prompts
-        exits = [new.layer for _, new in runs.exits(sampler.config)]
         show(tokenizer, len(runs.layers), shown, ids, samples, colours, exits=exits, raw=options.raw)
     conversation.hint(tokenizer, options.chat, [sample.text for sample in samples])
 
