@@ -26,6 +26,8 @@ from elastic_lm.nn.norm import Norm
 from elastic_lm.nn.rope import Rotation, apply_rope, rotation_at
 
 HIDDEN_POSITION = jnp.iinfo(jnp.int32).max  # position of a key that no query may see
+LONG = 1024  # queries per row up to which all logits are held at once
+CHUNK = 256  # queries per row whose logits are held at once, where there are more
 FEW_QUERIES = 8  # most queries per key/value head that are a matrix-vector product each on CPU
 _LOGITS, _VALUES = "bkmh,bksh->bkms", "bkms,bksh->bkmh"
 NewKeyValues = tuple[jax.Array, jax.Array]  # keys and values of new tokens, [B, K, T, H] each
@@ -172,9 +174,10 @@ def attend(
     softcap: float = 0.0,
     slopes_N: np.ndarray | None = None,
 ) -> jax.Array:
-    """softmax(scale q k^T + bias) v over `context.past` and `new`, which are not concatenated.
+    """softmax(scale q k^T + bias) v over `context.past` and `new`.
 
-    Concatenating a cache with one new token would copy the cache in every step.
+    Of long texts, whose logits would need [B, N, T, S] numbers, a few queries are processed at a time, and
+    once more for the gradient, so that memory grows with T and not with its square.
 
     Args:
       q_BTNH: queries, already rotated.
@@ -187,6 +190,40 @@ def attend(
     Returns:
       [B, T, N, H] in the dtype of `q_BTNH`; probabilities are float32.
     """
+    run = functools.partial(_attend, scale=scale, softcap=softcap, slopes_N=slopes_N)
+    t = q_BTNH.shape[1]
+    if t <= LONG or context.biases is not None:
+        return run(q_BTNH, new, context)
+
+    def chunks(x: jax.Array, fill: int) -> jax.Array:
+        """[B, T, ...] to [T / CHUNK, B, CHUNK, ...]."""
+        widths = [(0, 0), (0, -t % CHUNK), *[(0, 0)] * (x.ndim - 2)]
+        x = jnp.pad(x, widths, constant_values=fill)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
+
+    # Queries that fill up the last chunk stand before every key, and see none.
+    segments = None if context.segments is None else chunks(context.segments, 0)
+    each = chunks(q_BTNH, 0), chunks(context.positions, -1), segments
+
+    @jax.checkpoint
+    def chunk(queries: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+        q_BTNH, positions, segments = queries
+        return run(q_BTNH, new, context.replace(positions=positions, segments=segments))
+
+    out = jnp.moveaxis(jax.lax.map(chunk, each), 0, 1)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :t]
+
+
+def _attend(
+    q_BTNH: jax.Array,
+    new: KeyValues,
+    context: AttentionContext,
+    *,
+    scale: float,
+    softcap: float,
+    slopes_N: np.ndarray | None,
+) -> jax.Array:
+    """`attend` with all logits at once. Past and new keys are not concatenated, as that would copy a cache."""
     b, t, n, h = q_BTNH.shape
     group_size = n // new.k.shape[1]
     parts = [new] if context.past is None else [context.past, new]
