@@ -223,7 +223,7 @@ def _attend(
     softcap: float,
     slopes_N: np.ndarray | None,
 ) -> jax.Array:
-    """`attend` with all logits at once. Past and new keys are not concatenated, as that would copy a cache."""
+    """`attend` with all logits at once. Past and new keys are not concatenated: that would copy a cache."""
     b, t, n, h = q_BTNH.shape
     group_size = n // new.k.shape[1]
     parts = [new] if context.past is None else [context.past, new]
