@@ -217,7 +217,9 @@ def _check_layers(config: ModelConfig, layers: Ints) -> None:
 
 def _require_all_heads(field: str, found: float, whole: float) -> None:
     """Refuses to cut heads that are normalised together: the others would be other ones without them."""
-    fix = f"qk_norm_whole=True normalises all heads of a layer at once; keep {whole}, and cut neurons or layers"
+    fix = (
+        f"qk_norm_whole=True normalises all heads of a layer at once; keep {whole}, and cut neurons or layers"
+    )
     require(found == whole, field, found, fix)
 
 

@@ -130,9 +130,7 @@ class Attention(nn.Module):
         return out, (new.k, new.v)
 
 
-def norm_heads(
-    config: ModelConfig, norm: Callable[[jax.Array], jax.Array], x_BTNH: jax.Array
-) -> jax.Array:
+def norm_heads(config: ModelConfig, norm: Callable[[jax.Array], jax.Array], x_BTNH: jax.Array) -> jax.Array:
     """Queries or keys normalised: every head, or all heads of a token at once (`qk_norm_whole`)."""
     if not config.qk_norm_whole:
         return norm(x_BTNH)
@@ -147,9 +145,7 @@ def grown(config: ModelConfig, q_BTNH: jax.Array, positions_BT: jax.Array) -> ja
     return q_BTNH * growth_BT[..., None, None].astype(q_BTNH.dtype)
 
 
-def text_lengths(
-    positions_BT: jax.Array, lengths_BT: jax.Array | None, *, cached: bool
-) -> jax.Array | None:
+def text_lengths(positions_BT: jax.Array, lengths_BT: jax.Array | None, *, cached: bool) -> jax.Array | None:
     """Lengths for `rope.rotation_at`: those that are given, or what positions tell.
 
     After a cache, new positions belong to the text that they continue. Some of them may lie beyond its end,
