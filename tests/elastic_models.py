@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from elastic_lm.config.model import ExitConfig, ModelConfig
+from elastic_lm.config.rope import RopeConfig
 from elastic_lm.models.decoder import Params
 from elastic_lm.testing import all_logits, random_params, random_tokens, tiny_config
 
@@ -29,6 +30,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "nemotron": {"norm": "layernorm", "norm_offset": 1.0, "activation": "relu2", "gated": False},
     "layernorm sandwich": {"norm": "layernorm", "norm_offset": 1.0, "sandwich_norm": True},
     "qwen3": {"elastic_groups": 8, "qk_norm": True},
+    "cohere": {
+        "elastic_groups": 8,
+        "norm": "layernorm",
+        "norm_bias": False,
+        "parallel_residual": True,
+        "shared_norm": True,
+        "residual_scale": 0.5,
+        "logit_scale": 0.5,
+        "windows": (0, 4),
+        "rotated": (False, True),
+        "rope": RopeConfig(interleaved=True),
+    },
     "of many sizes": {
         "elastic_groups": 8,
         "n_layers": 3,

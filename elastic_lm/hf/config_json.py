@@ -283,4 +283,5 @@ def _comparable_rope(config: ModelConfig, layer: int) -> dict[str, Any] | None:
     if rope is None:
         return None
     entries = rope_to_hf(rope, config.max_len, fraction_key="partial_rotary_factor")
-    return entries | {"interleaved": rope.interleaved}
+    grows_from = rope.original_max_len if config.query_growth else 0
+    return entries | {"interleaved": rope.interleaved, "grows_from": grows_from}

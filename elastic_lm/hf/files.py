@@ -104,9 +104,7 @@ class TensorFiles:
                 f"{self.files[name]}: tensor {name!r} has dtype {dtype}; only {', '.join(FLOATS)} are "
                 "supported. Dequantise the checkpoint and save it again"
             )
-        values = self._handle(self.files[name], f"tensor {name!r}").get_tensor(
-            self._stored.get(name, name)
-        )
+        values = self._handle(self.files[name], f"tensor {name!r}").get_tensor(self._stored.get(name, name))
         check_tensor(f"{self.files[name]}: tensor {name!r}", values)
         return values
 

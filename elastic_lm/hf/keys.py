@@ -15,7 +15,8 @@ SHOWN = 60  # characters of a value in a message
 # Keys that say how a model was made, trained, stored or sampled from, whatever their values.
 HARMLESS = re.compile(
     r"""_.* | .*token_ids? | .*token_index | .*dropout | .*dropout_(prob|rate|p) | .*_pdrop | .*layerdrop
-    | initializer_.* | init_std | summary_.* | classifier_.* | .*_loss_coef | unsloth_.* | .*_version | transformers\.js.*
+    | initializer_.* | init_std | summary_.* | classifier_.* | .*_loss_coef | unsloth_.* | .*_version
+    | transformers\.js.*
     | architectures | model_type | torch_dtype | dtype | auto_map | elastic | quantization_config
     | use_cache | use_flash_attn.* | .*attn_implementation | cache_implementation | deterministic_flash_attn
     | gradient_checkpointing | pretraining_tp | chunk_size_feed_forward | torchscript | use_bfloat16
@@ -106,6 +107,6 @@ def refuse_unread(model_type: str, hf: ReadKeys, ignored: Mapping[str, tuple[Any
             continue
         shown = repr(value) if len(repr(value)) <= SHOWN else f"{repr(value)[:SHOWN]}..."
         raise ValueError(
-            f"{key}={shown}: model_type {model_type!r} does not read this key here, and it may change what the "
-            "model computes; use the model's own model_type, or remove the key if it changes nothing"
+            f"{key}={shown}: model_type {model_type!r} does not read this key here, and it may change what "
+            "the model computes; use the model's own model_type, or remove the key if it changes nothing"
         )

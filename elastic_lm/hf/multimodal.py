@@ -12,7 +12,15 @@ from elastic_lm.hf.files import TensorFiles
 
 # model_type of a folder whose decoder is read: that of its text, where the file does not say.
 TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
-SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings", "elastic")
+SHARED = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "tie_word_embeddings",
+    "elastic",
+)
 
 PREFIXES = {
     "language_model.model.": "model.",

@@ -2,6 +2,7 @@
 
 # type: (the closest supported type, what the type has besides). Without an entry there is no relative.
 RELATIVES: dict[str, tuple[str, str]] = {
+    "big_bird": ("bert", "sparse attention"),
     "deepseek_v2": ("llama", "experts and compressed keys and values"),
     "deepseek_v3": ("llama", "experts and compressed keys and values"),
     "exaone4": ("olmo3", "layers without rotation and heads that are normalised one by one"),
@@ -14,6 +15,9 @@ RELATIVES: dict[str, tuple[str, str]] = {
     "granitemoe": ("granite", "experts"),
     "llama4": ("llama", "experts and layers with chunks of attention"),
     "llama4_text": ("llama", "experts and layers with chunks of attention"),
+    "longformer": ("roberta", "local attention"),
+    "longt5": ("t5", "local attention"),
+    "megatron-bert": ("bert", "norms before attention and MLP"),
     "mistral4": ("mistral", "experts and compressed keys and values"),
     "mixtral": ("mistral", "experts"),
     "nemotron_h": ("nemotron", "state-space layers"),
@@ -29,5 +33,8 @@ RELATIVES: dict[str, tuple[str, str]] = {
     "qwen3_next": ("qwen3", "experts and linear attention"),
     "qwen3_vl": ("qwen3", "a vision tower and rotation in three dimensions"),
     "recurrent_gemma": ("gemma2", "recurrent layers"),
+    "rembert": ("bert", "embeddings of another width than the model"),
+    "switch_transformers": ("t5", "experts"),
     "vaultgemma": ("gemma2", "no norms after attention and MLP"),
+    "xlm-roberta-xl": ("roberta", "norms before attention and MLP"),
 }

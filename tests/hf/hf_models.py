@@ -215,7 +215,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "head_dim": 8},
     ),
     "nemotron-whole": ("nemotron", _rope("linear", factor=2.0, partial_rotary_factor=1.0)),
-    "gemma-untied": ("gemma", {"tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 1}),
+    "gemma-untied": (
+        "gemma",
+        {"tie_word_embeddings": False, "attention_bias": True, "num_key_value_heads": 1},
+    ),
     "gemma3_text-plain": (
         "gemma3_text",
         {
@@ -224,7 +227,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "full_attention", "sliding_attention"],
         },
     ),
-    "gemma3_text-default": ("gemma3_text", {"num_hidden_layers": 7, "layer_types": None, "rope_parameters": None}),
+    "gemma3_text-default": (
+        "gemma3_text",
+        {"num_hidden_layers": 7, "layer_types": None, "rope_parameters": None},
+    ),
     "smollm3-default": (
         "smollm3",
         {
@@ -236,7 +242,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_bias": True,
         },
     ),
-    "olmo2-biases": ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "olmo2-biases": (
+        "olmo2",
+        {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
     "olmo3-default": ("olmo3", {"num_hidden_layers": 4, "layer_types": None, "rope_parameters": None}),
     "phi3-long": ("phi3", {"original_max_position_embeddings": 8}),
     "phi3-boundary": ("phi3", {"original_max_position_embeddings": 12}),
@@ -250,7 +259,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3-whole": ("phi3", {"sliding_window": None, **_rope("default")}),
     "granite-biases": ("granite", {"attention_bias": True, "mlp_bias": True, "logits_scaling": 13.0}),
-    "cohere-untied": ("cohere", {"tie_word_embeddings": False, "attention_bias": True, **_rope("linear", factor=2.0)}),
+    "cohere-untied": (
+        "cohere",
+        {"tie_word_embeddings": False, "attention_bias": True, **_rope("linear", factor=2.0)},
+    ),
     "cohere2-default": ("cohere2", {"num_hidden_layers": 5, "layer_types": None}),
     "arcee-biases": ("arcee", {"attention_bias": True, "mlp_bias": True, "head_dim": 8}),
     "arcee-silu": ("arcee", {"hidden_act": "silu"}),
@@ -259,7 +271,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss-plain": ("seed_oss", {"attention_bias": False}),
     "helium-biases": ("helium", {"mlp_bias": True, "tie_word_embeddings": True}),
     "ministral-default": ("ministral", {"layer_types": None}),
-    "ministral3-window": ("ministral3", {"sliding_window": 5, **_rope("default")}),
+    "ministral3-window": (
+        "ministral3",
+        {
+            "sliding_window": 5,
+            **_rope("default", llama_4_scaling_beta=0.3, original_max_position_embeddings=4),
+        },
+    ),
     "bloom-untied": ("bloom", {"n_head": 8, "n_layer": 3, "tie_word_embeddings": False}),
     "bloom-six-heads": ("bloom", {"n_head": 6, "hidden_size": 48}),
     "falcon-grouped": (  # 40B's form

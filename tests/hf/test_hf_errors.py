@@ -149,12 +149,18 @@ def test_wrong_shapes_and_dtypes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "qwen2_moe"}, ("'qwen2_moe'", "closest is 'qwen2', which has no experts", "gpt_neox, nem")),
+        (
+            {"model_type": "qwen2_moe"},
+            ("'qwen2_moe'", "closest is 'qwen2', which has no experts", "gpt_neox, nem"),
+        ),
         ({"model_type": "mamba"}, ("'mamba' is not supported. Supported: llama",)),
         ({"model_type": "apertus"}, ("'apertus' is not supported. Supported: llama",)),
         ({"model_type": None}, ("model_type=None", "Supported: llama")),
         ({"rope_scaling": {"rope_type": "mrope", "factor": 2}}, ("rope_scaling", "'mrope'", "yarn")),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, ("rope_scaling", "short_factor is missing")),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2}},
+            ("rope_scaling", "short_factor is missing"),
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, ("mrope_section=[1]",)),
         ({"no_rope_layers": [1, 0]}, ("no_rope_layers=[1, 0]", "'llama'", "remove the key")),
         ({"residual_multiplier": 0.2}, ("residual_multiplier=0.2", "own model_type")),

@@ -24,8 +24,9 @@ FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 
 # Families whose head width does not follow from the model's can be cut in every direction.
 CUTS = {name: {"mlp": 0.4, "heads": 0.5, "groups": 0.5} for name in GOLDEN}
-CUTS |= dict.fromkeys(("gpt2", "gpt_neox", "phi3", "cohere2", "helium"), {"mlp": 0.4})
-CUTS |= dict.fromkeys(("olmo2", "olmo3"), {"mlp": 0.4})  # whose heads are normalised together
+FOLLOWS = ("gpt2", "gpt_neox", "phi3", "cohere2", "helium")
+TOGETHER = ("olmo2", "olmo3")  # whose heads are normalised together
+CUTS |= {name: {"mlp": 0.4} for name in (*FOLLOWS, *TOGETHER)}
 WIDTHS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "nemotron"), 0.5)  # of the model
 
 

@@ -1,4 +1,4 @@
-"""Layers that rotate differently: stacked, switched, gated and nested, they compute what they do one by one."""
+"""Layers that rotate differently compute, stacked, switched, gated and nested, what they do one by one."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from elastic_models import assert_close, make
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.config.rope import RopeConfig
 from elastic_lm.config.subnet import Menu, Subnet
-from elastic_lm.models.decoder import Decoder, stack_layers
+from elastic_lm.data.batch import Batch
+from elastic_lm.models.decoder import Decoder, Params, stack_layers
 from elastic_lm.testing import random_tokens
 from elastic_lm.width.gated import Picks, gated_hidden
 from elastic_lm.width.importance import permute, rank
@@ -45,6 +46,16 @@ def test_every_form_of_a_layer_rotates_as_the_layer_does(case: str) -> None:
     for remat in (False, True):
         found = Decoder(config, remat=remat).apply({"params": stacked}, tokens).logits
         assert_close(found, expected)
+
+    def loss(params: Params, remat: bool) -> jax.Array:
+        return jnp.mean(jnp.square(Decoder(config, remat=remat).apply({"params": params}, tokens).logits))
+
+    one_by_one = stack_layers(jax.grad(loss)(params, False))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5),
+        jax.grad(loss)(stacked, True),
+        one_by_one,
+    )
 
     def logits(hidden: jax.Array) -> jax.Array:
         decoder = Decoder(config).bind({"params": params})
@@ -96,8 +107,6 @@ def test_heads_that_are_normalised_together_are_not_cut() -> None:
 
     # Ranking leaves their order as it is, and changes no output.
     tokens = random_tokens(config, 2, 9)
-    from elastic_lm.data.batch import Batch
-
     ones = jnp.ones(tokens.shape, jnp.int32)
     positions = jnp.tile(jnp.arange(tokens.shape[1]), (2, 1))
     importance = rank(config, params, [Batch(tokens, tokens, jnp.ones(tokens.shape), positions, ones)])

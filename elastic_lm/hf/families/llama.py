@@ -69,6 +69,16 @@ def replace_fields(fields: tuple[Field, ...], *changed: Field) -> tuple[Field, .
     return tuple(by_name.get(field.ours, field) for field in fields)
 
 
+def padding(config: ModelConfig, default: int) -> dict[str, Any]:
+    """A config.json's word that no token pads, where transformers would take one outside the vocabulary.
+
+    Args:
+      config: the model.
+      default: the token that pads where config.json does not say.
+    """
+    return {} if default < config.vocab_size else {"pad_token_id": None}
+
+
 def read_rope(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings of a family that rotates whole heads.
 

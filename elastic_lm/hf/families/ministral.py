@@ -1,5 +1,6 @@
 """Ministral (a window by layer) and Ministral 3 (queries that grow with their position): Mistral's layers."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from elastic_lm.hf.families.llama import (
     write_rope,
 )
 from elastic_lm.hf.family import Family, Field, number
-from elastic_lm.hf.rope import rope_from_hf
+from elastic_lm.hf.rope import ORIGINAL, rope_from_hf
 from elastic_lm.hf.windows import layer_types, layered_windows, read_window, uniform_windows
 
 GROWTH = "llama_4_scaling_beta"
@@ -48,8 +49,12 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 def _read_3(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     settings = hf.get("rope_scaling") or hf.get("rope_parameters") or ROPE
+    rope = rope_from_hf(hf, values["max_len"], default=ROPE, extra=(GROWTH,))
+    if not rope.original_max_len:
+        original = int(number(settings, ORIGINAL, values["max_len"], above=0))
+        rope = dataclasses.replace(rope, original_max_len=original)
     return {
-        "rope": rope_from_hf(hf, values["max_len"], default=ROPE, extra=(GROWTH,)),
+        "rope": rope,
         "query_growth": float(number(settings, GROWTH, 0.0)),
         "windows": uniform_windows(hf, values["n_layers"], 0),
     }
@@ -57,10 +62,9 @@ def _read_3(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_3(config: ModelConfig) -> dict[str, Any]:
     entries = write_rope(config) | {"sliding_window": config.window(0) or None}
-    for key in ("rope_parameters", "rope_scaling"):
-        if entries[key] is not None:
-            entries[key] |= {GROWTH: config.query_growth}
-    return entries
+    growth = {GROWTH: config.query_growth, ORIGINAL: config.rope.original_max_len or config.max_len}
+    settings = {k: entries[k] | growth for k in ("rope_parameters", "rope_scaling") if entries[k] is not None}
+    return entries | settings
 
 
 MINISTRAL = Family(

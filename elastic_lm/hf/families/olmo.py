@@ -1,4 +1,7 @@
-"""OLMo 2 and 3: norms after attention and MLP alone, all heads of a token normalised at once; OLMo 3 has windows."""
+"""OLMo 2 and 3: norms after attention and MLP alone, all heads of a token normalised at once.
+
+OLMo 3 has windows, and stretches the rotation of the other layers alone.
+"""
 
 from collections.abc import Mapping
 from typing import Any

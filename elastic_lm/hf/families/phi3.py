@@ -1,11 +1,11 @@
-"""Phi-3, 3.5 and 4: Llama with fused projections, LongRoPE in the long versions, partial rotation in Phi-4-mini."""
+"""Phi-3, 3.5 and 4: Llama with fused projections; LongRoPE, and partial rotation in Phi-4-mini."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.hf.families.llama import FIELDS, NORMS, ROOT, replace_fields
+from elastic_lm.hf.families.llama import FIELDS, NORMS, ROOT, padding, replace_fields
 from elastic_lm.hf.family import Family, Field, Tensor
 from elastic_lm.hf.layouts import FUSED_GATE_UP, FUSED_QKV
 from elastic_lm.hf.rope import ORIGINAL, rope_from_hf, rope_to_hf
@@ -34,7 +34,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         # Releases of transformers before 5 want nothing else in the mapping of the old style.
         entries[ORIGINAL] = config.rope.original_max_len
         del entries["rope_scaling"][ORIGINAL]
-    return entries | {"sliding_window": config.window(0) or None}
+    return entries | {"sliding_window": config.window(0) or None} | padding(config, 32000)
 
 
 PHI3 = Family(

@@ -12,6 +12,7 @@ from elastic_lm.hf.families.llama import (
     MLP,
     NORMS,
     ROOT,
+    padding,
     replace_fields,
     write_rope,
 )
@@ -52,6 +53,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "use_sliding_window": bool(window),
         "sliding_window": window or None,
         "layer_types": layer_types(config.windows, config.n_layers),
+        **padding(config, 128004),
     }
 
 
