@@ -25,6 +25,9 @@ FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 # Families whose head width does not follow from the model's can be cut in every direction.
 CUTS = {name: {"mlp": 0.4, "heads": 0.5, "groups": 0.5} for name in GOLDEN}
 CUTS |= {"gpt2": {"mlp": 0.4}, "gpt_neox": {"mlp": 0.4}}
+OF_ONE_HEAD_DIM = ("falcon", "gpt_bigcode", "gpt_neo", "gptj", "opt", "phi", "stablelm", "starcoder2")
+CUTS |= {name: {"mlp": 0.4} for name in OF_ONE_HEAD_DIM}
+CUTS["bloom"] = {"depth": 0.5}  # whose MLP is always four times as wide as the model
 WIDTHS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "nemotron"), 0.5)  # of the model
 
 
