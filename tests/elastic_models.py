@@ -12,7 +12,7 @@ from elastic_lm.testing import all_logits, random_params, random_tokens, tiny_co
 
 TOLERANCE = 2e-6  # of the largest logit, in float32
 EXITS = (ExitConfig(1, "mlp", gate=4), ExitConfig(2, "block"))
-WITH_EXITS = ("llama", "gemma", "of many sizes")
+WITH_EXITS = ("llama", "gemma", "phi", "of many sizes")
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"elastic_groups": 8, "n_layers": 3},
@@ -27,6 +27,18 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"norm": "layernorm", "gated": False, "position": "learned", "n_kv_heads": 8, **BIASES},
     "neox": {"elastic_groups": 8, "norm": "layernorm", "parallel_residual": True, "gated": False, **BIASES},
+    "phi": {
+        "elastic_groups": 8,
+        "norm": "layernorm",
+        "parallel_residual": True,
+        "shared_norm": True,
+        "gated": False,
+        "mlp_bias": True,
+        "head_bias": True,
+        "embed_norm": True,  # this and the next two as in no Phi
+        "position": "learned",
+        "position_offset": 2,
+    },
     "nemotron": {"norm": "layernorm", "norm_offset": 1.0, "activation": "relu2", "gated": False},
     "layernorm sandwich": {"norm": "layernorm", "norm_offset": 1.0, "sandwich_norm": True},
     "qwen3": {"elastic_groups": 8, "qk_norm": True},

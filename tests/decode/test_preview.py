@@ -30,7 +30,7 @@ from elastic_lm.depth.previewing import (
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.finite import NotFiniteError
 from elastic_lm.models.registry import init_params
-from elastic_lm.nn.preview import preview_logits
+from elastic_lm.nn.preview import head_fingerprint, preview_logits
 from elastic_lm.nn.vocab_head import Head
 from elastic_lm.testing import random_tokens, tiny_config
 
@@ -94,6 +94,23 @@ def test_a_preview_of_all_coordinates_is_the_head(decaying):
     )
     np.testing.assert_allclose(found.logits, features[:20] @ kernel.T, atol=1e-3)
     assert np.isfinite(found.gap).all()
+
+
+def test_a_bias_of_the_head_counts_in_what_is_kept_and_in_what_is_previewed(decaying):
+    """A row becomes the likeliest by its bias alone, and rows that are not kept have theirs."""
+    features, kernel = decaying
+    bias = np.random.default_rng(1).normal(0, 2, len(kernel)).astype(np.float32)
+    bias[7] = 100.0
+    head = Head(jnp.asarray(kernel), jnp.asarray(bias))
+    preview = preview_of(features, kernel, 6)
+    found = preview_logits(preview, jnp.asarray(features[:50]), head)
+    np.testing.assert_allclose(found.logits[:, 7], features[:50] @ kernel[7] + 100, rtol=1e-4)
+
+    scores = features[:50] @ np.asarray(preview.down)[:6].T @ np.asarray(preview.up).T + bias
+    whole = features[:50] @ kernel.T + bias
+    either = np.isclose(found.logits, whole, atol=1e-3) | np.isclose(found.logits, scores, atol=1e-3)
+    assert either.all()
+    assert head_fingerprint(head) != head_fingerprint(Head(head.kernel))
 
 
 def test_the_margin_allows_just_so_many_wrong_tokens():

@@ -72,6 +72,15 @@ LONGROPE = {
 
 # The form of each family that its golden file records.
 GOLDEN: dict[str, dict[str, Any]] = {
+    "bloom": {},
+    "falcon": {"ffn_hidden_size": 40},  # 7B's form
+    "gpt_bigcode": {"n_inner": 40},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5, "intermediate_size": 40},
+    "gptj": {"rotary_dim": 4, "n_inner": 40},
+    "opt": {"ffn_dim": 40},
+    "phi": _rope("default", partial_rotary_factor=0.5),
+    "stablelm": {"num_key_value_heads": 2, "use_parallel_residual": True, "use_qkv_bias": True},
+    "starcoder2": {"num_key_value_heads": 2, "sliding_window": 5},
     "llama": {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "eos_token_id": [3, 5]},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 5, "head_dim": 8},
     "qwen2": {
@@ -154,20 +163,48 @@ GOLDEN: dict[str, dict[str, Any]] = {
             "llama_4_scaling_beta": 0.3,
         },
     },
-    "bloom": {},
-    "falcon": {"ffn_hidden_size": 40},  # 7B's form
-    "gpt_bigcode": {"n_inner": 40},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 5, "intermediate_size": 40},
-    "gptj": {"rotary_dim": 4, "n_inner": 40},
-    "opt": {"ffn_dim": 40},
-    "phi": _rope("default", partial_rotary_factor=0.5),
-    "stablelm": {"num_key_value_heads": 2, "use_parallel_residual": True, "use_qkv_bias": True},
-    "starcoder2": {"num_key_value_heads": 2, "sliding_window": 5},
 }
 TOKENS = {"phi3": (1, 48)}  # of golden files that need others than SHAPE
 
 # Further forms, compared where transformers is installed: name -> (model_type, changes to GOLDEN).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom-untied": ("bloom", {"n_head": 8, "n_layer": 3, "tie_word_embeddings": False}),
+    "bloom-six-heads": ("bloom", {"n_head": 6, "hidden_size": 48}),
+    "falcon-grouped": (  # 40B's form
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
+    ),
+    "falcon-grouped-one-norm": (  # 11B's form
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+    "falcon-alibi": (  # RW-1B's form
+        "falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_attention_heads": 8},
+    ),
+    "falcon-multi-head": ("falcon", {"multi_query": False, "activation": "gelu_new", "bias": True}),
+    "gpt_bigcode-multi-head": ("gpt_bigcode", {"multi_query": False, "tie_word_embeddings": False}),
+    "gpt_neo-untied": (
+        "gpt_neo",
+        {"attention_types": [[["local"], 2]], "tie_word_embeddings": False, "intermediate_size": None},
+    ),
+    "gpt_neo-global": ("gpt_neo", {"attention_types": [[["global"], 2]], "activation_function": "relu"}),
+    "gptj-whole": ("gptj", {"rotary_dim": 8, "n_inner": None, "activation_function": "gelu"}),
+    "gptj-odd": ("gptj", {"rotary_dim": 2, "n_embd": 28}),
+    "opt-no-biases": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    "opt-untied": ("opt", {"tie_word_embeddings": False}),
+    "phi-grouped": (
+        "phi",
+        {"num_key_value_heads": 2, **_rope("linear", factor=2.0, partial_rotary_factor=0.25)},
+    ),
+    "stablelm-sequential": (
+        "stablelm",
+        {"use_parallel_residual": False, "use_qkv_bias": False, "tie_word_embeddings": True},
+    ),
+    "starcoder2-no-biases": (
+        "starcoder2",
+        {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False},
+    ),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama-head_dim": ("llama", {"head_dim": 12, "num_key_value_heads": 1, **_rope("default")}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
@@ -277,43 +314,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 5,
             **_rope("default", llama_4_scaling_beta=0.3, original_max_position_embeddings=4),
         },
-    ),
-    "bloom-untied": ("bloom", {"n_head": 8, "n_layer": 3, "tie_word_embeddings": False}),
-    "bloom-six-heads": ("bloom", {"n_head": 6, "hidden_size": 48}),
-    "falcon-grouped": (  # 40B's form
-        "falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
-    ),
-    "falcon-grouped-one-norm": (  # 11B's form
-        "falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
-    ),
-    "falcon-alibi": (  # RW-1B's form
-        "falcon",
-        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_attention_heads": 8},
-    ),
-    "falcon-multi-head": ("falcon", {"multi_query": False, "activation": "gelu_new", "bias": True}),
-    "gpt_bigcode-multi-head": ("gpt_bigcode", {"multi_query": False, "tie_word_embeddings": False}),
-    "gpt_neo-untied": (
-        "gpt_neo",
-        {"attention_types": [[["local"], 2]], "tie_word_embeddings": False, "intermediate_size": None},
-    ),
-    "gpt_neo-global": ("gpt_neo", {"attention_types": [[["global"], 2]], "activation_function": "relu"}),
-    "gptj-whole": ("gptj", {"rotary_dim": 8, "n_inner": None, "activation_function": "gelu"}),
-    "gptj-odd": ("gptj", {"rotary_dim": 2, "n_embd": 28}),
-    "opt-no-biases": ("opt", {"enable_bias": False, "activation_function": "gelu"}),
-    "opt-untied": ("opt", {"tie_word_embeddings": False}),
-    "phi-grouped": (
-        "phi",
-        {"num_key_value_heads": 2, **_rope("linear", factor=2.0, partial_rotary_factor=0.25)},
-    ),
-    "stablelm-sequential": (
-        "stablelm",
-        {"use_parallel_residual": False, "use_qkv_bias": False, "tie_word_embeddings": True},
-    ),
-    "starcoder2-no-biases": (
-        "starcoder2",
-        {"use_bias": False, "sliding_window": None, "tie_word_embeddings": False},
     ),
 }
 

@@ -25,8 +25,10 @@ FOLDER = Path(__file__).parents[1] / "golden" / "hf"
 # Families whose head width does not follow from the model's can be cut in every direction.
 CUTS = {name: {"mlp": 0.4, "heads": 0.5, "groups": 0.5} for name in GOLDEN}
 FOLLOWS = ("gpt2", "gpt_neox", "phi3", "cohere2", "helium")
+FOLLOWS += ("falcon", "gpt_bigcode", "gpt_neo", "gptj", "opt", "phi", "stablelm", "starcoder2")
 TOGETHER = ("olmo2", "olmo3")  # whose heads are normalised together
 CUTS |= {name: {"mlp": 0.4} for name in (*FOLLOWS, *TOGETHER)}
+CUTS["bloom"] = {"depth": 0.5}  # whose MLP is always four times as wide as the model
 WIDTHS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "nemotron"), 0.5)  # of the model
 
 

@@ -152,10 +152,16 @@ REQUIRED_KEYS = (
     "n_embd",
     "n_layer",
     "n_head",
+    "num_layers",
+    "num_heads",
+    "ffn_dim",
+    "attention_types",
 )
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "gpt_neox", "nemotron"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "gpt2", "gpt_neox", "nemotron", "gptj", "falcon", "bloom"]
+)
 def test_exits_are_carried_and_transformers_loads_the_full_model(model_type: str, tmp_path: Path) -> None:
     model = random_model(model_type, {})
     model.save_pretrained(tmp_path / "theirs")
