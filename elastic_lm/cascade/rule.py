@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import math
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from elastic_lm.config.cascade import DEFAULT_SCORE, Centre
 from elastic_lm.config.checks import SEED, require, require_types
 from elastic_lm.config.parse import load_dataclass
 from elastic_lm.files.atomic import write_text_whole
+from elastic_lm.report.machine import recorded_versions
 
 # Both stand in files.
 FORMAT = "elastic_lm routing 1"
@@ -204,5 +204,5 @@ def _when() -> dict[str, Any]:
     """Today's date, and the versions of what computed the rule."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+        "versions": recorded_versions(),
     }

@@ -121,7 +121,7 @@ def run(options: Options) -> None:
     if options.epsilon is not None:
         risk = RiskControl(options.target, options.epsilon, options.delta)
     prepare_output(options.out)
-    model, params, tokenizer, folder = load_with_tokenizer(options.model)
+    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype)
     batches, text = held_out_batches(options, tokenizer, "calibration", independent=risk is not None)
     prompts, batches = with_prompts(batches, options, model.config.max_len, tokenizer.bos_id)
     whole = parts_of(params, tokenizer)["weights"] if options.subnet or options.budget else ""

@@ -109,7 +109,7 @@ def run(options: Options) -> None:
 
     policy = ConfidenceExit.load(options.thresholds) if options.thresholds else None
     prepare_output(options.json)
-    model, params, tokenizer, folder = load_with_tokenizer(options.model)
+    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype)
     if policy:
         policy.check(model.config)
         check_belongs(

@@ -13,7 +13,7 @@ from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import (
     DEFAULT_COLOUR,
     Colour,
-    CommandOptions,
+    ModelOptions,
     add_colour,
     add_model,
     metrics,
@@ -69,10 +69,9 @@ ROWS = 32  # texts written at once where there is no prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(CommandOptions):
+class Options(ModelOptions):
     """What is generated, by what, and where it goes; None = as the sampler does where nothing is said."""
 
-    model: str | None = None  # folder; None = the embedded model
     prompt: tuple[str, ...] = ()
     prompts_file: str | None = None  # one prompt per line, or JSON lines
     chat: bool = False  # prompts are what a user says to a chat model
@@ -110,6 +109,7 @@ class Options(CommandOptions):
     color: Colour = DEFAULT_COLOUR
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_colour(self.color)
         require_each(self, "", ("max_new_tokens",), *AT_LEAST_1)
         require_flag(self.window >= 1, "--window", self.window, "must be at least 1")
@@ -301,7 +301,7 @@ def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.depth.preview_files import check_head, load_preview
 
-    model, params, tokenizer, folder = load_with_tokenizer(options.model)
+    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype)
     how: dict[str, Any] = options.given(DECODING)
     parts = parts_of(params, tokenizer) if options.thresholds or options.latency_table else {}
     policy = exit_policy(model.config, options)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from elastic_lm.cli.parser import CommandOptions, add_data, add_model, require_flag
+from elastic_lm.cli.parser import ModelOptions, add_data, add_model, require_flag
 from elastic_lm.config.data import TEXT_SUFFIXES, DataConfig, DataSource, is_json_lines
 from elastic_lm.quickstart.options import HELD_OUT_TOKENS
 
@@ -29,15 +29,15 @@ PROMPT_TOKENS = 32  # of a row that is continued
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldOutOptions(CommandOptions):
+class HeldOutOptions(ModelOptions):
     """A model, and the text that it is measured on."""
 
-    model: str | None = None  # folder; None = the embedded model
     data: tuple[str, ...] = ()  # text files and folders, or JSON lines; () = the Python standard library
     tokens: int = HELD_OUT_TOKENS  # most tokens to read
     seq_len: int | None = SEQ_LEN  # tokens per row
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag, value in (("--tokens", self.tokens), ("--seq-len", self.seq_len)):
             require_flag(value is None or value >= 1, flag, value, "must be at least 1")
         kinds = set(map(is_json_lines, self.data))

@@ -58,11 +58,12 @@ class Version(argparse.Action):
     """Prints the version of the package and of what it runs on, and ends."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from elastic_lm import __version__
+        import elastic_lm
         from elastic_lm.report.machine import versions
 
         others = ", ".join(f"{name} {v}" for name, v in versions().items() if name != "elastic-lm")
-        parser.exit(0, f"elastic-lm {__version__} ({others})\n")
+        print(f"elastic-lm {elastic_lm.__version__} ({others})")
+        parser.exit()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,17 @@ class CommandOptions:
     def given(self, names: Iterable[str]) -> dict[str, Any]:
         """The values of these fields, without those that are None, which stands for "not given"."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(CommandOptions):
+    """The model that a command reads."""
+
+    model: str | None = None  # folder; None = the embedded model
+    dtype: str | None = None  # of parameters and activations; None = as saved
+
+    def __post_init__(self) -> None:
+        require_dtype(self.dtype)
 
 
 def given_fields(cls: type, typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,9 +213,12 @@ def add_command(choices: "argparse._SubParsersAction[Parser]", name: str, module
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds --model."""
+    """Adds the flags of `ModelOptions`."""
     text = "Hugging Face folder or elastic checkpoint (default: the embedded model)"
     parser.add_argument("--model", metavar="DIR", help=text)
+    add_dtype(
+        parser, "of parameters and activations (default: as saved; of a Hugging Face folder float32 on CPU)"
+    )
 
 
 def add_data(parser: argparse.ArgumentParser, purpose: str) -> None:

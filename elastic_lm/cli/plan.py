@@ -5,12 +5,10 @@ import dataclasses
 
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import (
-    CommandOptions,
+    ModelOptions,
     add_data,
-    add_dtype,
     add_model,
     listed,
-    require_dtype,
     require_flag,
     require_share,
     shares,
@@ -34,19 +32,18 @@ FEWEST, MOST = 2048, 24_000  # tokens that are fitted on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(CommandOptions):
+class Options(ModelOptions):
     """What is planned for."""
 
-    model: str | None = None  # folder; None = the embedded model
     data: tuple[str, ...] = ()  # text files, folders or JSON lines; () = the Python standard library
     targets: tuple[float, ...] = (0.9, 0.95, 0.99)  # shares of tokens equal to the full model's
     minutes: float = 5.0  # about how long planning may take
-    dtype: str | None = None  # of parameters and activations; None = as saved
     batch_size: int = 1  # rows that are decoded together
     window: int = WINDOW  # of `generate`
     json: str | None = None  # file for the plan
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for target in self.targets:
             require_share("--targets", target)
             require_flag(
@@ -55,7 +52,6 @@ class Options(CommandOptions):
         require_flag(self.minutes > 0, "--minutes", self.minutes, "must be above 0")
         require_flag(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
         require_flag(self.window >= 2, "--window", self.window, "must be at least 2")
-        require_dtype(self.dtype)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +63,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--targets", type=shares, metavar="A,..", help=targets)
     minutes = f"about how long it may take; less text is read for fewer (default: {Options.minutes:g})"
     add("--minutes", type=float, metavar="N", help=minutes)
-    add_dtype(parser, "of parameters and activations (default: as saved)")
     rows = f"prompts that are decoded together (default: {Options.batch_size})"
     add("--batch-size", type=int, metavar="B", help=rows)
     add("--window", type=int, metavar="W", help=f"of `generate` (default: {Options.window})")

@@ -50,7 +50,7 @@ def run(options: Options) -> None:
     from elastic_lm.files.atomic import prepare_output
 
     prepare_output(options.out)
-    model, params, tokenizer, _ = load_with_tokenizer(options.model)
+    model, params, tokenizer, _ = load_with_tokenizer(options.model, options.dtype)
     batches, text = held_out_batches(options, tokenizer, "calibration")
     preview, report = fit_preview(model.config, params, batches, agreement=options.agreement)
     save_preview(preview, report, options.out)

@@ -10,6 +10,7 @@ from elastic_lm.cli.parser import (
     CommandOptions,
     add_colour,
     add_data,
+    add_dtype,
     given_fields,
     layers,
     listed,
@@ -70,6 +71,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     targets = f"agreements with the full model (default: {listed(Job.targets, ',')})"
     add("--targets", type=shares, metavar="A,A", help=targets)
     add("--metric", help=f"confidence: {metrics(gates=False)} (default: {Job.metric})")
+    add_dtype(parser, "of the model that is measured; exits are tuned in float32 (default: as saved)")
     add("--seed", type=int, help=f"of exits, shuffles and sampling (default: {Job.seed})")
     tiny = "under a minute: checks that everything works, numbers mean little"
     add("--tiny", action="store_true", help=tiny)

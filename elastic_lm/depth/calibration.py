@@ -17,7 +17,6 @@ the thresholds file says what was stated (`depth.guarantee`).
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -38,6 +37,7 @@ from elastic_lm.depth.policies import MODEL_SHAPE, CalibrationPoint, ConfidenceE
 from elastic_lm.depth.threshold_search import choose_thresholds, emitting_exit, exit_outcome
 from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models.decoder import Params
+from elastic_lm.report.machine import recorded_versions
 
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 NO_GUARANTEE = (
@@ -298,7 +298,7 @@ def _provenance(
         "data": {"description": data, **policy.provenance},
         "guarantee": policy.guarantee.statement if policy.guarantee else NO_GUARANTEE,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+        "versions": recorded_versions(),
     }
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from elastic_lm.depth.previewing import PreviewReport, vocab_head
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_tensor
 from elastic_lm.nn.preview import HeadPreview, head_fingerprint
+from elastic_lm.report.machine import recorded_versions
 
 FORMAT = "elastic_lm preview 1"
 ARRAYS = ("down", "up", "spread", "margin")
@@ -55,7 +55,7 @@ def save_preview(preview: HeadPreview, report: PreviewReport, path: str | Path) 
     arrays = {name: getattr(preview, name) for name in ARRAYS}
     provenance = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("elastic-lm", "jax", "numpy")},
+        "versions": recorded_versions(),
     }
     metadata = {
         "format": FORMAT,

@@ -30,7 +30,8 @@ def command(options: Options, row: Target | None, prompt: str) -> str:
         how = ["--model", source, "--preview", str(preview_file(out, row.target_agreement))]
     else:
         how = ["--model", source, *(("--lossless", "--lookup") if dial == "lookup" else ())]
-    return shlex.join(["elastic-lm", "generate", *how, "--prompt", prompt])
+    dtype = ["--dtype", options.dtype] if options.dtype else []
+    return shlex.join(["elastic-lm", "generate", *how, *dtype, "--prompt", prompt])
 
 
 def preview_file(out: str, target: float) -> Path:

@@ -5,7 +5,7 @@ import dataclasses
 from elastic_lm.config.checks import SEED, require_choice, require_each, require_types
 from elastic_lm.config.decoding import WINDOW
 from elastic_lm.config.exit_policy import DEFAULT_METRIC, GATE_METRIC, METRICS
-from elastic_lm.config.model import ExitConfig, ExitKind
+from elastic_lm.config.model import DTYPES, ExitConfig, ExitKind
 from elastic_lm.files.local import local_path
 
 HELD_OUT_TOKENS = 20_000  # that thresholds are fitted on, and as many others that they are tested on
@@ -36,6 +36,7 @@ class Options:
     prompt_tokens: int = 48  # tokens of each prompt
     new_tokens: int = 256  # tokens generated per prompt
     rounds: int = 7  # timed rounds; full depth and all targets take turns in each
+    dtype: str | None = None  # of the parameters and activations that are measured; None = as saved
     window: int = WINDOW  # positions whose deeper layers may be pending
     seed: int = 0  # of random exits and of the shuffle
     tiny: bool = False  # the numbers of `tiny()` are in use
@@ -53,6 +54,8 @@ class Options:
         if not self.targets:
             raise ValueError("targets=(): name at least one agreement, like 0.99")
         require_choice("metric", self.metric, METRICS)
+        if self.dtype is not None:
+            require_choice("dtype", self.dtype, DTYPES)
         if self.metric == GATE_METRIC:
             raise ValueError(
                 f"metric={self.metric!r}: reads gates, which quickstart's exits lack; choose another"

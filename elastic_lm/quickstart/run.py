@@ -156,7 +156,7 @@ def _run(options: Options, colour: str, steps: Steps, out: Path) -> report.Repor
     fit_tokens = FIT_TOKENS
     if options.hf_dir:
         with steps.step("plan", "Plan: measure what each dial would give on this model and device"):
-            model = _load_plain(source, name)
+            model = _load_plain(source, name, options.dtype)
             plan, previews, speed, options = _plan(options, model, prompts, steps)
         if not options.exits:
             layers = {row.exit_layer for row in plan.targets if row.best == "exits"}
@@ -238,6 +238,8 @@ def _tune(options: Options, source: Path, name: str, base: ModelConfig, fit_toke
     data = _data(options, "test")
     decoder, params, saved = train.tune_exits(options, source, base, data, fit_tokens)
     folders.move(saved, target, source)
+    if options.dtype:
+        decoder, params = load_decoder(target, dtype=options.dtype)
     return Model(decoder, params, _tokenizer(target, decoder), name)
 
 
@@ -276,8 +278,8 @@ def _calibrate(options: Options, model: Model, steps: Steps) -> ConfidenceExit:
     )
 
 
-def _load_plain(source: Path, name: str) -> Model:
-    decoder, params = load_decoder(source)
+def _load_plain(source: Path, name: str, dtype: str | None) -> Model:
+    decoder, params = load_decoder(source, dtype=dtype)
     return Model(decoder, params, _tokenizer(source, decoder), name)
 
 

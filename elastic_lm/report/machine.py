@@ -15,7 +15,8 @@ try:
 except ImportError:  # Windows
     resource = None
 
-PACKAGES = ("elastic-lm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "xllamacpp")
+RECORDED = ("elastic-lm", "jax", "numpy")  # versions that files of results name
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "xllamacpp")
 
 
 def hardware() -> dict[str, Any]:
@@ -46,13 +47,21 @@ def device_line() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that matter to speed."""
-    found = {"python": platform.python_version()}
+    import elastic_lm  # late: it may be importing this module
+
+    found = {"python": platform.python_version(), "elastic-lm": elastic_lm.__version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def recorded_versions() -> dict[str, str]:
+    """Versions of the packages that decide about the numbers of a calibration, for its file."""
+    found = versions()
+    return {name: found[name] for name in RECORDED}
 
 
 def memory_bytes() -> int | None:

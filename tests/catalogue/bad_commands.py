@@ -908,6 +908,8 @@ PLAN = [
     Case("plan --model {hf} --minutes nan", "--minutes nan: must be above 0"),
     Case("plan --model {hf} --batch-size 0", "--batch-size 0: must be at least 1"),
     Case("plan --model {hf} --window 1", "--window 1: must be at least 2"),
+    Case("generate --prompt a --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+    Case("quickstart --dtype int8", "argument --dtype: invalid choice: 'int8'"),
     Case("plan --model {hf} --dtype int8", "argument --dtype: invalid choice: 'int8'"),
     Case("plan --model {hf} --json file/x", "file is a file and no folder; choose another path", files=FILE),
     Case("plan --model {hf} --json .", ".: Is a directory"),

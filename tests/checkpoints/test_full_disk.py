@@ -48,10 +48,13 @@ def test_what_does_not_fit_leaves_the_old_model(
 
 
 def test_other_messages_of_libraries_are_kept() -> None:
-    def record(path: str, error: bool) -> logging.LogRecord:
+    def record(path: str, error: bool, message: str = "message") -> logging.LogRecord:
         info = (ValueError, ValueError("x"), None) if error else None
-        return logging.LogRecord("absl", logging.ERROR, path, 1, "message", (), info)
+        return logging.LogRecord("absl", logging.ERROR, path, 1, message, (), info)
 
     assert orbax_folders.is_news(record("/lib/orbax/checkpoint/saving.py", False))
     assert orbax_folders.is_news(record("/lib/other.py", True))
     assert not orbax_folders.is_news(record("/lib/orbax/checkpoint/saving.py", True))
+    no_data = "TensorStore data files not found in checkpoint path %s. This may be a sign"
+    assert not orbax_folders.is_news(record("/lib/orbax/checkpoint/layout.py", False, no_data))
+    assert orbax_folders.is_news(record("/lib/other.py", False, no_data))

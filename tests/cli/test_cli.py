@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+import elastic_lm as el
 from elastic_lm import testing
 from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import generate
@@ -539,3 +540,43 @@ def test_exit_statuses_are_in_the_help() -> None:
     text = cli.build_parsers()[0].format_help()
     for status in (cli.REFUSED, cli.UNEXPECTED, cli.INTERRUPTED):
         assert f" {status} " in text
+
+
+def test_dtype_is_that_of_parameters_and_activations(
+    model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        common = ("--model", model, "--dtype", dtype, "--data", text, "--tokens", 512, "--seq-len", 64)
+        assert run("evaluate", *common, "--json", tmp_path / "out.json") == 0
+        losses[dtype] = json.loads((tmp_path / "out.json").read_text())["depths"][-1]["nats_per_token"]
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["float32"] == pytest.approx(losses["bfloat16"], rel=0.02)
+
+    thresholds = tmp_path / "t.json"
+    assert run("calibrate", *common, "--continuations", 0, "--out", thresholds) == 0
+    capsys.readouterr()
+    generated = (
+        "generate",
+        "--model",
+        model,
+        "--thresholds",
+        thresholds,
+        "--prompt",
+        "a",
+        "--max-new-tokens",
+        2,
+    )
+    assert run(*generated, "--dtype", "bfloat16") == 0
+    assert "differ from those" not in capsys.readouterr().err
+    assert (
+        generate.make_sampler(generate.Options(model=str(model), dtype="float16"))[0].config.dtype
+        == "float16"
+    )
+
+
+def test_version_names_what_it_runs_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"elastic-lm {el.__version__} (python ")
+    assert f"jax {jax.__version__}" in line

@@ -91,6 +91,13 @@ def test_what_comes_next_is_what_is_recommended(rows: tuple[Target, ...], how: s
     assert words == f"elastic-lm generate {how} --prompt " + shlex.quote("It's a prompt")
 
 
+def test_what_was_measured_in_a_dtype_runs_in_it() -> None:
+    words = next_step.command(Options(hf_dir="own", dtype="bfloat16"), None, "a")
+    assert words == "elastic-lm generate --model own --dtype bfloat16 --prompt a"
+    with pytest.raises(ValueError, match="dtype='int8': must be one of float32"):
+        Options(dtype="int8")
+
+
 def test_every_target_gets_the_fastest_setting_that_keeps_it() -> None:
     found = result(
         row("lookup", 1.0, 1.1),
