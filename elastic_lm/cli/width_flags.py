@@ -312,7 +312,8 @@ def subnet_line(config: "ModelConfig", subnet: Subnet) -> str:
         heads = sum(h * g for h, g in zip(of.heads, of.groups, strict=True))
         return len(of.layers), sum(of.mlp), heads
 
-    pairs = list(zip(sizes(subnet), sizes(Subnet.full(config)), ("layers", "neurons", "heads"), strict=True))
+    units = ("layers", "neurons", "heads")
+    pairs: list[tuple[int, int, str]] = [*zip(sizes(subnet), sizes(Subnet.full(config)), units, strict=True)]
     if subnet.d_model != config.d_model:
         pairs.append((subnet.d_model, config.d_model, "channels"))
     return "runs " + ", ".join(f"{kept} of {whole} {unit}" for kept, whole, unit in pairs)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import re
 import shlex
 
 import pytest
@@ -12,7 +13,7 @@ from elastic_lm.cli import main as cli
 from elastic_lm.data.splitting import split_text
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.hf import exporting as hf
-from elastic_lm.quickstart import next_step, report, train
+from elastic_lm.quickstart import measure, next_step, report, train
 from elastic_lm.quickstart import run as quickstart_run
 from elastic_lm.quickstart.options import Options
 from elastic_lm.quickstart.report import Report, Target
@@ -42,7 +43,12 @@ def test_tiny_quickstart_writes_everything(
     assert set(numbers["recommended_by_target"]) == {"0.9", "0.99"}
     assert numbers["recommended"]["speedup"] >= 1
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert "4 layers" in (out / "text.html").read_text()
+    page = (out / "text.html").read_text()
+    assert "4 layers" in page
+    shares = re.findall(r"(\d+) of (\d+) tokens left early \((\d+)%\)", page)
+    assert shares
+    assert all(int(percent) == round(100 * int(early) / int(all_)) for early, all_, percent in shares)
+    assert " times as fast as full depth" in page
     printed = capsys.readouterr().out
     assert "speed-up" in printed
     assert "\x1b[38;2;" in printed
@@ -189,8 +195,16 @@ def test_a_crash_leaves_the_old_report(tmp_path: pathlib.Path, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         report.save(Report(1.0, 4, 1.0, [], {}, {}), Options(), numbers)
     with pytest.raises(KeyboardInterrupt):
-        report.save_texts(train_bpe(["some text"], 260), [], {}, [4], 4, page)
+        report.save_texts(train_bpe(["some text"], 260), [], {}, result(), [4], page)
     assert {file.read_text() for file in (numbers, page)} == {"of the run before"}
+
+
+def test_spread_is_half_of_the_middle_half_of_the_rounds() -> None:
+    full = measure.Generation([], [2.0, 2.0, 2.0, 2.0, 2.0])
+    other = measure.Generation([], [1.0, 2.0, 0.5, 1.0, 4.0])  # 2, 1, 4, 2 and 0.5 times as fast
+    assert other.speedup(full) == 2.0
+    assert other.spread(full) == pytest.approx(0.5)
+    assert measure.Generation([], [1.0, 2.0]).spread(measure.Generation([], [2.0, 2.0])) == 0.0
 
 
 def test_text_is_cut_into_disjoint_parts(tmp_path: pathlib.Path) -> None:
