@@ -63,8 +63,9 @@ class Options(CommandOptions):
         both = "and --config is given: a run has one or the other; leave one out"
         require_flag(self.config is None or not self.gin_file, "--gin_file", " ".join(self.gin_file), both)
         require_flag(self.config is None or not self.gin_param, "--gin_param", " ".join(self.gin_param), both)
-        fix = "is not an override of a gin file: write --gin_param CLASS.NAME=VALUE"
-        require_flag(not gin or not self.overrides, "", " ".join(self.overrides), fix)
+        if gin and self.overrides:
+            fix = "is not an override of a gin file: write --gin_param CLASS.NAME=VALUE"
+            raise ValueError(f"{self.overrides[0]} {fix}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -174,8 +174,7 @@ def make_writers(log: LogConfig, workdir: Path, config: Mapping[str, Any], start
     """
     names = log.writers
     if names is None:
-        there = importlib.util.find_spec("tensorboardX") is not None
-        names = ("jsonl", "tensorboard") if there else ("jsonl",)
+        names = ("jsonl", "tensorboard") if _is_installed(PACKAGES["tensorboard"]) else ("jsonl",)
 
     writers: list[Writer] = []
     try:
@@ -215,7 +214,7 @@ def _needed(name: str, field: str) -> Any:
     if name in PACKAGES:
         package = PACKAGES[name]
         fix = f'needs {package}: pip install "elastic-lm[{name}]"'
-        require(importlib.util.find_spec(package) is not None, field, name, fix)
+        require(_is_installed(package), field, name, fix)
         return package
 
     module, _, attribute = name.partition(":")
@@ -227,6 +226,12 @@ def _needed(name: str, field: str) -> Any:
         raise ValueError(f"{field}={name!r}: {module} cannot be imported: {complaint}") from error
     require(callable(found), field, name, f"{module} has no class {attribute}")
     return found
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package is there; a folder of its name, such as wandb writes, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _lines(path: Path) -> list[str]:

@@ -70,7 +70,7 @@ def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
 
     module = types.ModuleType("wandb")
     module.init = init  # pyright: ignore[reportAttributeAccessIssue]
-    module.__spec__ = importlib.util.spec_from_loader("wandb", None)
+    module.__spec__ = importlib.util.spec_from_loader("wandb", None, origin="here")
     monkeypatch.setitem(sys.modules, "wandb", module)
     return runs
 
