@@ -35,6 +35,7 @@ COMMANDS = (
     "preview",
     "latency",
     "generate",
+    "chat",
     "evaluate",
     "cascade",
     "bench",
