@@ -30,7 +30,7 @@ OTHER_FORMATS = {
     b"\xfd7zXZ": "packed by xz: unpack it first",
     b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it first",
     b"PK\x03\x04": "a zip file: unpack it first",
-    b"PAR1": "a Parquet file: write it as JSON lines first",
+    b"PAR1": "a Parquet file: end its name in .parquet, and read it as records",
     codecs.BOM_UTF16_LE: "UTF-16: convert it first, for example with `iconv -f UTF-16 -t UTF-8`",
     codecs.BOM_UTF16_BE: "UTF-16: convert it first, for example with `iconv -f UTF-16 -t UTF-8`",
 }

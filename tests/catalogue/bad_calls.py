@@ -105,6 +105,10 @@ def damaged_metrics(folder: pathlib.Path) -> None:
 SAMPLES = [
     sample("prompt=b'abc': must be text, token ids, or a list of either", b"abc"),
     sample("prompt=5: must be text", 5),
+    sample("n=0: must be at least 1", n=0),
+    sample("n=2: greedy samples are all the same; give temperature=1", n=2),
+    sample("top_logprobs=65: must be from 0 to 64", top_logprobs=65),
+    made("tokenizer=None: a chat needs an el.Tokenizer", lambda: el.Chat(sampler())),
     sample("prompt={'a': 1}: must be text", {"a": 1}),
     sample("prompt 0=b'abc': must be text, or whole numbers", [b"abc"]),
     sample("prompt 0=[1.5]: must be text, or whole numbers", [[1.5]]),

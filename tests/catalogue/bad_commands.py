@@ -69,6 +69,15 @@ def generate(flags: str, says: str, **more: Any) -> Case:
 
 GENERATE = [
     # Prompts.
+    Case("chat", "the embedded model: has no chat template … put its chat_template.jinja beside"),
+    Case("chat --model nowhere", "nowhere"),
+    Case("chat --lossless", "--lossless: nothing drafts"),
+    Case("generate --chat --prompt a", "the embedded model: has no chat template … without --chat"),
+    Case("generate --prompt a --system Be.", "--system Be.: goes with --chat; add it"),
+    Case("generate --chat --unprompted 2", "--unprompted 2: the model begins by itself; leave --chat out"),
+    Case("generate --prompt a --n 0", "--n 0: must be at least 1"),
+    Case("generate --prompt a --n 2", "--n 2: greedy samples are all the same; give --temperature 1"),
+    Case("generate --prompt a --logprobs", "--logprobs: stand in the JSON lines … give --json FILE"),
     Case("generate", "no prompt: give --prompt TEXT or --prompts-file FILE"),
     Case("generate --prompt ''", "--prompt 1 is empty: give at least one character"),
     Case("generate --prompt a --prompt ''", "--prompt 2 is empty"),
@@ -654,6 +663,7 @@ TRAIN = [
     set_to("data.seq_len", "0", "data.seq_len=0: must be at least 1"),
     set_to("data.seq_len", "128", "data.seq_len=128: above model.max_len=64; shorten it"),
     set_to("data.source", "web", "data.source='web': must be one of stdlib"),
+    set_to("data.paths", "('no*.txt',)", "data path no*.txt: no file matches this pattern"),
     set_to("data.packing", "tight", "data.packing='tight': must be one of"),
     set_to("data.paths", "()", "data.paths=(): source='text' reads files: name at least one"),
     set_to("data.paths", "5", "data.paths=5: must be a tuple: write ('5',)"),

@@ -36,6 +36,7 @@ COMMANDS = (
     "preview",
     "latency",
     "generate",
+    "chat",
     "evaluate",
     "cascade",
     "bench",
