@@ -10,6 +10,7 @@ The cells are edited in the notebooks themselves. `pip install -e ".[notebook]"`
 import argparse
 import hashlib
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import nbformat
 
 import elastic_lm
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 KEY = "elastic_lm"  # of a notebook's metadata: what its outputs come from
 LIMIT = 1_500_000  # bytes of a notebook
 
@@ -49,6 +50,8 @@ def execute(notebook: nbformat.NotebookNode) -> None:
     from nbclient import NotebookClient
 
     began = time.perf_counter()
+    # The kernel starts elsewhere, and is to find this checkout, not an installed package.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
         NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=resources).execute()

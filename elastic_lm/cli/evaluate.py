@@ -82,11 +82,17 @@ class Options(ContinuedOptions):
 
     def widths(self) -> list[WidthOptions]:
         """One for every part of the model that is measured; none = the whole model."""
-        shared = {"latency_table": self.latency_table, "budget_context": self.budget_context}
         named = [WidthOptions(subnet=subnet) for subnet in self.subnet]
-        if self.budget:
-            return named + [WidthOptions(budget=budget, **shared) for budget in self.budget]
-        WidthOptions(**shared)  # refuses what no budget reads
+        for budget in self.budget:
+            table = self.latency_table if budget.kind == "latency_ms" else None
+            context = self.budget_context if budget.kind in ("flops", "memory_bytes") else None
+            named.append(WidthOptions(budget=budget, latency_table=table, budget_context=context))
+
+        # What no budget reads is refused, as where one part alone is named.
+        if not any(width.latency_table for width in named):
+            WidthOptions(latency_table=self.latency_table)
+        if all(width.budget_context is None for width in named):
+            WidthOptions(budget_context=self.budget_context)
         return named
 
 

@@ -106,6 +106,11 @@ def place_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[str, tuple[f
     taken = [text.get_window_extent(renderer) for text in (axes.get_legend(),) if text is not None]
     points = [axes.transData.transform(point) for _, point in labels]
     paths = [line.get_path().interpolated(64).transformed(line.get_transform()) for line in axes.lines]
+    paths += [
+        path.interpolated(64).transformed(bars.get_transform())
+        for bars in axes.collections
+        for path in bars.get_paths()
+    ]
     lines = [np.asarray(path.vertices).reshape(-1, 2) for path in paths]
     covered = np.concatenate([np.asarray(points).reshape(-1, 2), *lines])
 

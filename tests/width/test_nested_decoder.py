@@ -107,6 +107,19 @@ def _subnet(chosen: dict[str, jax.Array]) -> Any:
     return dataclasses.replace(whole, heads=heads, mlp=mlp)
 
 
+def test_a_share_is_a_budget_of_routers_too() -> None:
+    chooser = with_routers()[2]
+    assert chooser.routers is not None
+    share, amount = Budget(parameters="70%"), budget(0.7)
+    assert chooser.chooses_while_decoding(share)
+    assert not chooser.chooses_while_decoding(Budget(parameters="100%"))
+    expected = budget_inputs(chooser.routers, amount)
+    for name, value in budget_inputs(chooser.routers, share).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6)
+    with pytest.raises(ValueError, match="fitted to budgets of parameters"):
+        chooser.chooses_while_decoding(Budget(flops="70%"))
+
+
 def test_errors_say_what_to_do() -> None:
     model, params, chooser = with_routers()
     with pytest.raises(ValueError, match="for every token"):
