@@ -21,6 +21,7 @@ COMMANDS = (
     "plan",
     "convert",
     "export",
+    "push",
     "train",
     "calibrate",
     "preview",
