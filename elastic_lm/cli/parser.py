@@ -190,7 +190,7 @@ def add_command(choices: "argparse._SubParsersAction[Parser]", name: str, module
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds --model."""
-    text = "Hugging Face folder or elastic checkpoint (default: the embedded model)"
+    text = "folder, .gguf file, or ORG/NAME[@REVISION] on the Hub (default: the embedded model)"
     parser.add_argument("--model", metavar="DIR", help=text)
 
 

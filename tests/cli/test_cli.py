@@ -30,6 +30,7 @@ COMMANDS = (
     "plan",
     "convert",
     "export",
+    "push",
     "train",
     "calibrate",
     "preview",
