@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         dest="source",
         required=True,
         metavar="HF_DIR",
-        help="folder, .gguf file, or name on the Hub",
+        help="folder, .gguf file, or ORG/NAME",
     )
     add("--to", dest="target", required=True, metavar="DIR", help="new checkpoint folder")
     add_dtype(parser, "default: float32 on CPU, elsewhere as stored")
