@@ -61,9 +61,14 @@ def push(
 
     Example:
       ```python
+      import tempfile
+
       import elastic_lm as el
 
-      card = el.hf.push(el.embedded_model(), "my-org/my-model", license="apache-2.0", dry_run=True)
+      config = el.testing.tiny_config(exits=(2,))
+      with tempfile.TemporaryDirectory() as folder:
+          el.hf.export(config, el.testing.random_params(config), f"{folder}/model")
+          card = el.hf.push(f"{folder}/model", "my-org/my-model", license="apache-2.0", dry_run=True)
       assert 'el.load("my-org/my-model")' in card
       ```
     """
