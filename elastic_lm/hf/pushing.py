@@ -13,10 +13,11 @@ from elastic_lm.files.local import local_path
 from elastic_lm.hf.model_card import MARK, THRESHOLDS, CardFacts, collect_facts, find_thresholds, write_card
 
 CARD = "README.md"
-# Files of an earlier push that would be read with the new ones.
+# Files of an earlier push, which would be read with the new ones.
 OURS = (
     *("*.safetensors", "*.safetensors.index.json", "params/*", NATIVE, CONFIG, checksums.FILE),
-    *("menu.json", "routers.json", "source_config.json"),
+    *("menu.json", "routers.json", "source_config.json", "generation_config.json", THRESHOLDS),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*chat_template*"),
 )
 
 
@@ -37,7 +38,7 @@ def push(
 
     The card says what the model was made from, how and on which data, which exits and widths it has, what
     was measured, and how to load it, as far as the files tell. A README.md in the folder is uploaded in its
-    place, and one on the Hub that somebody else wrote stays. Weights of an earlier push leave the branch.
+    place, and one on the Hub that somebody else wrote stays. Files of an earlier push leave the branch.
 
     Args:
       folder: a Hugging Face folder, which `export` writes, or a checkpoint of this package.
