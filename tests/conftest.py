@@ -21,6 +21,8 @@ from elastic_lm.train.config import RunConfig, TrainConfig
 MOST_RESIDENT = 2 * 2**30  # bytes of a test process between two files
 LINE = "def f{0}(x):\n    return x * {0} + {1}\n\n"
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the Hub have one of their own, in processes of their own
+
 if "XLA_FLAGS" not in os.environ:
     # Read by XLA when its first device is asked for, and by processes that inherit the environment.
     flags = ["--xla_backend_optimization_level=0"]

@@ -272,4 +272,4 @@ def environment(hub: Hub, cache: Path, **more: str) -> dict[str, str]:
 def python(script: str, env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
     """Runs a script in a fresh process: `huggingface_hub` reads its environment when it is imported."""
     command = [sys.executable, "-c", script, *args]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)

@@ -1,4 +1,4 @@
-"""`elastic-lm convert`: a Hugging Face folder becomes an elastic checkpoint."""
+"""`elastic-lm convert`: a Hugging Face folder, or a GGUF file, becomes an elastic checkpoint."""
 
 import argparse
 import dataclasses
@@ -7,10 +7,11 @@ from elastic_lm.cli.model_folder import load_tokenizer, parameter_count, writing
 from elastic_lm.cli.parser import CommandOptions, add_dtype, require_dtype
 
 HELP = """\
-Hugging Face folder -> elastic checkpoint, tensor by tensor.
+Hugging Face folder or name, or GGUF file -> elastic checkpoint, tensor by tensor.
 
 elastic-lm convert --from hf-dir --to ckpt
-elastic-lm convert --from hf-dir --to ckpt --dtype bfloat16
+elastic-lm convert --from org/name@revision --to ckpt --dtype bfloat16
+elastic-lm convert --from model.gguf --to ckpt
 """
 
 
@@ -18,7 +19,7 @@ elastic-lm convert --from hf-dir --to ckpt --dtype bfloat16
 class Options(CommandOptions):
     """What is converted."""
 
-    source: str  # Hugging Face folder
+    source: str  # Hugging Face folder, name on the Hub, or .gguf file
     target: str  # folder of the new checkpoint
     dtype: str | None = None  # of parameters and activations; None = float32 on CPU, elsewhere as stored
     overwrite: bool = False  # an earlier checkpoint at `target` is replaced
@@ -30,7 +31,13 @@ class Options(CommandOptions):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add = parser.add_argument
-    add("--from", dest="source", required=True, metavar="HF_DIR", help="config.json, *.safetensors")
+    add(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="HF_DIR",
+        help="folder, .gguf file, or ORG/NAME",
+    )
     add("--to", dest="target", required=True, metavar="DIR", help="new checkpoint folder")
     add_dtype(parser, "default: float32 on CPU, elsewhere as stored")
     add("--overwrite", action="store_true", help="replace an earlier checkpoint at --to")

@@ -82,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add = parser.add_argument
     add("action", choices=ACTIONS, metavar="build|verify")
-    add("--model", metavar="DIR", help="Hugging Face folder or elastic checkpoint (default: random weights)")
+    add("--model", metavar="DIR", help="model folder or name (default: random weights)")
     add("--table", metavar="FILE", help="verify: from `latency build` (default: build one first)")
     add("--out", metavar="FILE", help=f"the table that is built goes here (build: default {TABLE})")
     add("--batch", type=int, metavar="N", help=f"sequences decoded together (default: {Workload.batch})")

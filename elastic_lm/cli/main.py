@@ -22,6 +22,7 @@ COMMANDS = (
     "plan",
     "convert",
     "export",
+    "push",
     "train",
     "calibrate",
     "preview",

@@ -214,7 +214,7 @@ def add_command(choices: "argparse._SubParsersAction[Parser]", name: str, module
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ModelOptions`."""
-    text = "Hugging Face folder or elastic checkpoint (default: the embedded model)"
+    text = "folder, .gguf file, or ORG/NAME[@REVISION] on the Hub (default: the embedded model)"
     parser.add_argument("--model", metavar="DIR", help=text)
     add_dtype(
         parser, "of parameters and activations (default: as saved; of a Hugging Face folder float32 on CPU)"

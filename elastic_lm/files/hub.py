@@ -179,13 +179,16 @@ def _without_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_line_errors(name: str, repo: str, revision: str | None = None) -> Iterator[None]:
+def one_line_errors(
+    name: str, repo: str, revision: str | None = None, *, pushing: bool = False
+) -> Iterator[None]:
     """Gives what goes wrong with the Hub one line that names the model and says what to do.
 
     Args:
       name: the model as it was typed.
       repo: its name on the Hub.
       revision: that was asked for; None = the main branch.
+      pushing: the model is sent, not fetched.
 
     Raises:
       OSError: see `local_model`; of the disk's errors nothing is changed.
@@ -196,14 +199,31 @@ def one_line_errors(name: str, repo: str, revision: str | None = None) -> Iterat
     except Exception as error:
         if isinstance(error, OSError) and error.errno in errno.errorcode and _status(error) is None:
             raise  # the disk is full, say
-        raise _explained(error, name, repo, revision) from error
+        told = _pushing(error, name) if pushing else None
+        raise told or _explained(error, name, repo, revision) from error
+
+
+def _pushing(error: Exception, name: str) -> Exception | None:
+    """The same error in one line, where it says something else for a model that is sent."""
+    from huggingface_hub import constants, errors
+
+    hub, status = constants.ENDPOINT, _status(error) or _status(error.__cause__)
+    if status in (401, 403, 404) and not isinstance(error, errors.RevisionNotFoundError):
+        fix = f"check the name, and {LOG_IN} of a user who may write there"
+        return PermissionError(f"{name}: {hub} refuses it ({status}: {_first_line(error)}); {fix}")
+    if status is not None or isinstance(error, ValueError | errors.RevisionNotFoundError):
+        return None
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return ConnectionError(f"{name}: HF_HUB_OFFLINE is set: unset it to push")
+    what = f"{type(error).__name__}: {_first_line(error)}"
+    return ConnectionError(f"{name}: {hub} cannot be reached ({what}); check the network and HF_ENDPOINT")
 
 
 def _explained(error: BaseException, name: str, repo: str, revision: str | None) -> Exception:
     """The same error in one line."""
     from huggingface_hub import constants, errors
 
-    hub, status = constants.ENDPOINT, _status(error)
+    hub, status = constants.ENDPOINT, _status(error) or _status(error.__cause__)
     if isinstance(error, errors.LocalEntryNotFoundError) and _status(error.__cause__) is not None:
         return _explained(error.__cause__ or error, name, repo, revision)
     if isinstance(error, errors.GatedRepoError):

@@ -11,6 +11,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.hf.config_json import config_from_hf, config_to_hf
     from elastic_lm.hf.exporting import export
     from elastic_lm.hf.loading import load
+    from elastic_lm.hf.pushing import push
     from elastic_lm.hf.registry import FAMILIES
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "config_to_hf",
     "export",
     "load",
+    "push",
 ]
 
 

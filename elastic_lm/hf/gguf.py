@@ -126,6 +126,10 @@ def _biased(source: Source) -> dict[str, Any]:
     return {"attention_bias": "blk.0.attn_q.bias" in names, "mlp_bias": "blk.0.ffn_up.bias" in names}
 
 
+def _gemma1(source: Source) -> dict[str, Any]:
+    return {"hidden_act": "gelu_pytorch_tanh"}
+
+
 def _gemma(source: Source, large: int) -> dict[str, Any]:
     """The scale of queries, which no key tells: the largest model of a generation has another."""
     by_width = source.need("block_count") == large
@@ -154,7 +158,7 @@ ARCHITECTURES = {
     "llama": Architecture("llama", LAYER, interleaved=True, entries=_biased),
     "qwen2": Architecture("qwen2", LAYER),
     "qwen3": Architecture("qwen3", LAYER),
-    "gemma": Architecture("gemma", LAYER, offset=1.0, entries=lambda source: _gemma(source, large=-1)),
+    "gemma": Architecture("gemma", LAYER, offset=1.0, entries=_gemma1),
     "gemma2": Architecture("gemma2", SANDWICH, offset=1.0, entries=_gemma2, keys=(*WINDOW, *CAPS)),
     "gemma3": Architecture("gemma3_text", SANDWICH, offset=1.0, entries=_gemma3, keys=(*WINDOW, LOCAL_BASE)),
 }

@@ -16,7 +16,7 @@ class Options:
     """Every choice of a quickstart run."""
 
     out: str = "runs/quickstart"  # folder for everything that is written
-    hf_dir: str | None = None  # a Hugging Face folder instead of the embedded model
+    hf_dir: str | None = None  # a folder, or a name on the Hub, instead of the embedded model
     data: tuple[str, ...] = ()  # text files or folders; () = the interpreter's own library
     from_scratch: bool = False  # pretrain a small model instead of loading one
     pretrain_steps: int = 300  # with from_scratch

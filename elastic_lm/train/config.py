@@ -47,7 +47,7 @@ class TrainConfig:
       ```
     """
 
-    init_from: str = ""  # Hugging Face folder or elastic checkpoint to start from; "" = random
+    init_from: str = ""  # folder, name on the Hub or .gguf file to start from; "" = random
     init_layers: int = 0  # layers kept of init_from, the lowest, without its exits; 0 = everything
     param_dtype: str = ""  # of all parameters; "" = float32 for those that train, the others as loaded
     mu_dtype: str = ""  # dtype of the optimizer's mean gradient; "" = float32, as everything else of it

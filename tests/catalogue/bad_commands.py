@@ -543,6 +543,27 @@ def task(
     return Case(f"train --config c.py --workdir w {flags}", says, files=files, copies={"enc": "enc"}, **more)
 
 
+PUSH = [
+    Case("push --model {ck}", "required: --to"),
+    Case("push --model {ck} --to my-model", "name='my-model': must be ORG/NAME, as the Hub names models"),
+    Case("push --model {ck} --to a/b@c", "name='a/b@c': must be ORG/NAME, as the Hub names models"),
+    Case("push --model nowhere --to a/b", "nowhere: holds no model to push; expected config.json"),
+    Case("push --model gs://bucket/m --to a/b", "gs://bucket/m: remote paths are not supported"),
+    Case("push --model {ck} --to a/b", "a/b: HF_HUB_OFFLINE is set: unset it to push"),
+]
+
+HUB = [
+    Case(
+        "generate --prompt a --model no/such",
+        "no/such: no such folder here … HF_HUB_OFFLINE is set: unset it",
+    ),
+    Case("convert --from no/such --to new", "no/such: no such folder here … HF_HUB_OFFLINE is set: unset it"),
+    Case(
+        "convert --from a.gguf --to new", "a.gguf: is no GGUF file that can be read", files={"a.gguf": "no"}
+    ),
+    Case("convert --from b.gguf --to new", "b.gguf: no such folder"),
+]
+
 TRAIN = [
     Case("train", "required: --workdir"),
     Case("train --config c.py", "required: --workdir"),
@@ -1167,6 +1188,8 @@ CASES = [
     *MODEL_FOLDERS,
     *CONVERT,
     *EXPORT,
+    *PUSH,
+    *HUB,
     *TRAIN,
     *QUICKSTART,
     *CALIBRATE,

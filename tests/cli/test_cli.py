@@ -31,6 +31,7 @@ COMMANDS = (
     "plan",
     "convert",
     "export",
+    "push",
     "train",
     "calibrate",
     "preview",

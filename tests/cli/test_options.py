@@ -30,6 +30,7 @@ from elastic_lm.cli import (
     generate,
     latency,
     plan,
+    push,
     quickstart,
     train,
 )
@@ -53,6 +54,7 @@ LEAVES: tuple[ModuleType, ...] = (
     plan,
     convert,
     export,
+    push,
     train,
     calibrate,
     latency,
@@ -66,6 +68,7 @@ LEAVES: tuple[ModuleType, ...] = (
 REQUIRED: dict[ModuleType, dict[str, Any]] = {
     convert: {"source": "a", "target": "b"},
     export: {"source": "a", "target": "b"},
+    push: {"model": "a", "to": "b/c"},
     train: {"config": "c.py", "workdir": "w"},
     latency: {"action": "build"},
     bench: {"name": "decode"},

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 ARCHITECTURES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma2": "GEMMA2", "gemma": "GEMMA"}
-SHIFTED = ("gemma", "gemma2")  # 1 is added to the scales of their norms
+ARCHITECTURES |= {"gemma3": "GEMMA3"}
+SHIFTED = ("gemma", "gemma2", "gemma3")  # 1 is added to the scales of their norms
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -48,19 +49,22 @@ def write(
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    ropes = config["rope_parameters"]  # Gemma 3 has one for each kind of layer
+    rope = ropes.get("full_attention", ropes)
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if architecture in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config["sliding_window"])
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-        writer.add_sliding_window(config["sliding_window"])
     for key, value in (more or {}).items():
         _add(writer, f"{architecture}.{key}", value)
     for key, value in tokenizer.items():
         _add(writer, f"tokenizer.{'' if key.startswith('chat') else 'ggml.'}{key}", value)
 
-    if config["rope_parameters"]["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", _llama3_factors(config["rope_parameters"], head_dim))
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head_dim))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[architecture]], layers)
     for name, values in weights.items():
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):

@@ -13,6 +13,7 @@ from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data import labelled, pairs
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.fingerprints import weights_fingerprint
+from elastic_lm.files.hub import local_model
 from elastic_lm.models import registry
 from elastic_lm.models.sharding import check_rows, param_shardings
 from elastic_lm.train.config import TaskRun
@@ -87,7 +88,7 @@ def prepare_task(run: TaskRun, workdir: Path, mesh: Mesh) -> Prepared:
 def prepare_tokenizer(run: TaskRun, workdir: Path) -> Tokenizer:
     """The configured tokenizer, that of the initial checkpoint, or a BPE learned from both texts of pairs."""
     if source := run.task.tokenizer or run.train.init_from:
-        if not run.task.tokenizer and not Path(source).is_dir():
+        if not run.task.tokenizer and not local_model(source, weights=False).exists():
             load(source)  # says how to get a model
         return Tokenizer.load(source)
 
