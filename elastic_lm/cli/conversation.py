@@ -61,7 +61,10 @@ class Printer:
           colours: of the terminal; None = plain text.
           raw: control characters are printed as they are.
         """
-        self._tokenizer, self._n_layers, self._colours, self._raw = tokenizer, n_layers, colours, raw
+        self._tokenizer = tokenizer
+        self._n_layers = n_layers
+        self._colours: Colours | None = colours
+        self._raw = raw
 
     def stream(self, before: str, prompt: Sequence[int], samples: "Iterable[Sample]") -> "Sample":
         """Prints a text, then what samples have more and more of, then the end of the line.
@@ -95,7 +98,7 @@ class Printer:
         from elastic_lm.report.colour import to_ansi
 
         safe = [(self._safe(text), depth) for text, depth in parts]
-        return to_ansi(safe, self._n_layers, self._colours) if self._colours else safe[0][0]
+        return to_ansi(safe, self._n_layers, self._colours)
 
     def _safe(self, text: str) -> str:
         from elastic_lm.report.terminal import shown

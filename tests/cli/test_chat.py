@@ -208,7 +208,7 @@ class Chat:
 
 talking.Chat = Chat
 generate.make_sampler = lambda options: (Sampler, Tokenizer)
-sys.argv = ["elastic-lm", "chat"]
+sys.argv = ["elastic-lm", "chat", "--color", "never"]
 raise SystemExit(main.main())
 """
 
