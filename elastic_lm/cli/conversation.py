@@ -68,8 +68,11 @@ class Printer:
           exits: layers of the exits of what runs.
           raw: control characters are printed as they are.
         """
-        self._tokenizer, self._n_layers, self._colours = tokenizer, n_layers, colours
-        self._exits, self._raw = exits, raw
+        self._tokenizer = tokenizer
+        self._n_layers = n_layers
+        self._colours: Colours | None = colours
+        self._exits = exits
+        self._raw = raw
 
     def stream(self, before: str, prompt: Sequence[int], samples: "Iterable[Sample]") -> "Sample":
         """Prints a text, then what samples have more and more of, then the end of the line.
@@ -103,8 +106,6 @@ class Printer:
         from elastic_lm.report.colour import to_ansi
 
         safe = [(self._safe(text), depth) for text, depth in parts]
-        if self._colours is None:
-            return safe[0][0]
         return to_ansi(safe, self._n_layers, self._colours, exits=self._exits)
 
     def _safe(self, text: str) -> str:

@@ -229,10 +229,10 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
     fix = 'must be a list like [{"role": "user", "content": "Hello"}]'
     require(right, "messages", messages, fix)
     require(len(messages) > 0, "messages", messages, "there are none; give at least one")
-    chat = []
-    for message in messages:
+    chat, checked = [], list[Message](messages)
+    for message in checked:
         # Keys without a value are as good as missing, but templates print "None" for them.
-        own = {key: value for key, value in message.items() if value is not None}
+        own: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
         own = _plain("a message", own)
         thought = next((own[key] for key in REASONING if key in own), None)
         if thought is not None:

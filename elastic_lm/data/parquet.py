@@ -1,6 +1,7 @@
 """Parquet files as records, read by pyarrow, which comes with the extra `parquet`."""
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ def row(path: Path, index: int) -> dict[str, Any]:
 def _table(path: Path, modified: int) -> Any:
     """A file as it was at this time; its columns are held in memory."""
     try:
-        import pyarrow
-        import pyarrow.parquet
+        pyarrow: Any = importlib.import_module("pyarrow")
+        parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise ValueError(
             f'{path}: Parquet is read with pyarrow; install it: pip install "elastic-lm[parquet]"'
         ) from error
     try:
-        return pyarrow.parquet.read_table(path, memory_map=True)
+        return parquet.read_table(path, memory_map=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a complete Parquet file: {error}") from error

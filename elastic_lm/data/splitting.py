@@ -108,6 +108,7 @@ def held_out_prompts(config: DataConfig, tokenizer: Tokenizer, count: int, lengt
       ValueError: the test text has too few pieces that long.
     """
     source = pipeline.documents(config, "test")
+    assert isinstance(source, TextFiles | JsonLines)  # what `data_config` describes
     encoded = (tokenizer.encode(source[i].text, bos=True) for i in range(len(source)))
     long_enough = [ids[:length] for ids in encoded if len(ids) >= length]
     if len(long_enough) < count:

@@ -1,7 +1,7 @@
 """`Chat`: a conversation of several turns, of which each reads only what the last one did not know."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from elastic_lm.config.checks import require, require_at_least_1, require_type
@@ -157,7 +157,7 @@ class Chat:
 
     def stream_samples(
         self, text: str, max_new_tokens: int | None = None, **settings: Any
-    ) -> Iterator[Sample]:
+    ) -> Generator[Sample, None, None]:
         """`stream` with depths: yields again and again the answer as far as it is known.
 
         Args:

@@ -11,6 +11,7 @@ two; where that is more than there is room for, it begins earlier, and computes 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -208,8 +209,10 @@ def _grown(kept: Kept, *, capacity: int) -> Kept:
     return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, capacity - x.shape[2]), (0, 0)]), kept)
 
 
-_jit_extend = jax.jit(extend, static_argnames=("config", "window", "width", "lookup"), donate_argnames="kept")
-_jit_grown = jax.jit(_grown, static_argnames=("capacity",))
+_jit_extend: Any = jax.jit(
+    extend, static_argnames=("config", "window", "width", "lookup"), donate_argnames="kept"
+)
+_jit_grown: Any = jax.jit(_grown, static_argnames=("capacity",))
 
 
 def extensions() -> int:

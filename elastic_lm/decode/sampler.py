@@ -5,7 +5,7 @@ import functools
 import numbers
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import jax
@@ -387,7 +387,7 @@ class Sampler:
         subnet: Subnet | None = None,
         prefix: PrefixCache | None = None,
         **settings: Any,
-    ) -> Iterator[Sample]:
+    ) -> Generator[Sample, None, None]:
         """`stream` with depths: yields again and again all that there is so far.
 
         Args:

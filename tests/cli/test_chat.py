@@ -64,7 +64,7 @@ def test_generate_asks_by_the_template(
     model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
-    ask = ("generate", "--model", model, "--prompt", "Hello", "--max-new-tokens", NEW, "--chat")
+    ask = ("generate", "--model", model, "--prompt", "Hello", "--max-new-tokens", NEW, "--chat", "--raw")
     assert run(*ask, "--system", "Be.", "--json", out) == 0
     answer = chat_of(model, system="Be.").send("Hello")
     assert capsys.readouterr().out == answer.text + "\n"
@@ -102,7 +102,7 @@ def test_a_chat_model_that_says_nothing_gets_a_hint(
 
 def talk(monkeypatch: pytest.MonkeyPatch, text: str, *arguments: object) -> int:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    return run("chat", *arguments, "--max-new-tokens", NEW)
+    return run("chat", *arguments, "--max-new-tokens", NEW, "--raw")
 
 
 def test_lines_are_answered_in_one_conversation(
@@ -126,7 +126,7 @@ def test_answers_are_in_the_colours_of_depth(
     assert talk(monkeypatch, "Hello", "--model", model, "--threshold", 0, "--color", "always") == 0
     printed = capsys.readouterr().out
     assert "\x1b[38;2;" in printed
-    ask = ("generate", "--model", model, "--prompt", "Hello", "--max-new-tokens", NEW, "--chat")
+    ask = ("generate", "--model", model, "--prompt", "Hello", "--max-new-tokens", NEW, "--chat", "--raw")
     assert run(*ask, "--threshold", 0, "--color", "always", "--stream") == 0
     assert capsys.readouterr().out == printed
 
@@ -208,7 +208,7 @@ class Chat:
 
 talking.Chat = Chat
 generate.make_sampler = lambda options: (Sampler, Tokenizer)
-sys.argv = ["elastic-lm", "chat"]
+sys.argv = ["elastic-lm", "chat", "--color", "never"]
 raise SystemExit(main.main())
 """
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from elastic_lm.config.model import ExitConfig
@@ -12,10 +13,11 @@ from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.decode.chat import Chat
 from elastic_lm.decode.prefix import extensions
 from elastic_lm.decode.sampler import Sampler
+from elastic_lm.depth.confidence import confidence
 from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.registry import init_params
-from elastic_lm.testing import tiny_config
+from elastic_lm.testing import all_logits, random_tokens, tiny_config
 
 APPENDING = """\
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}
@@ -49,12 +51,15 @@ def talker():
     sizes = {"vocab_size": 320, "max_len": 512, "n_layers": 2}
     config = dataclasses.replace(tiny_config(**sizes), exits=(ExitConfig(1, "norm", tied=True),))
     params = init_params(config, jax.random.key(0))
-    return config, jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, params)
+    params = jax.tree.map(lambda x: 6.0 * x if x.ndim > 1 else x, params)
+    # About half of all tokens leave early.
+    logits = all_logits(config, params, random_tokens(config, 4, 32))[1]
+    half = float(np.median(confidence("max_prob", logits)))
+    return config, params, ConfidenceExit("max_prob", thresholds=(half,), layers=(1,))
 
 
 def sampler_of(talker, tokenizer: Tokenizer, **options) -> Sampler:
-    config, params = talker
-    early = ConfidenceExit("max_prob", thresholds=(0.1,), layers=(1,))
+    config, params, early = talker
     return Sampler(Decoder(config), params, tokenizer, exit=early, **options)
 
 
