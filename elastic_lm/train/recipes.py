@@ -100,6 +100,8 @@ def _run_recipe(file: Path, argument: str) -> Any:
 
     if isinstance(config, RunConfig | TaskRun):
         return to_dict(config)
+    if hasattr(config, "as_configdict"):  # a frozen one
+        config = config.as_configdict()
     if hasattr(config, "ignore_type"):
         return config
     values = config.to_dict() if hasattr(config, "to_dict") else config
