@@ -48,7 +48,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
     """
     changes = pairs(overrides)
     file, argument = recipe_path(path)
-    config = _read_json(file) if file.suffix == ".json" else _run_recipe(file, argument)
+    config: Any = _read_json(file) if file.suffix == ".json" else _run_recipe(file, argument)
     for key, text in changes:
         override(config, key, text)
 
