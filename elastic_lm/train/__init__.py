@@ -7,6 +7,7 @@ from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.data import DataConfig
+    from elastic_lm.config.log import LogConfig
     from elastic_lm.config.mesh import MeshConfig
     from elastic_lm.config.task import TaskConfig
     from elastic_lm.models.decoder import stack_layers
@@ -23,6 +24,7 @@ with _epy.lazy_api_imports(globals()):
 
 __all__ = [
     "DataConfig",
+    "LogConfig",
     "MeshConfig",
     "Method",
     "MethodConfig",

@@ -5,7 +5,7 @@ A config has one section per dataclass. `train` holds what every run has; what a
 """
 
 import dataclasses
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 from elastic_lm.config.checks import (
     AT_LEAST_1,
@@ -264,10 +264,7 @@ def _check_method(method: MethodConfig, train: TrainConfig, data: str) -> None:
     )
 
 
-AnyRun = TypeVar("AnyRun", RunConfig, TaskRun)
-
-
-def with_seeds(config: AnyRun) -> AnyRun:
+def with_seeds(config: RunConfig | TaskRun) -> RunConfig | TaskRun:
     """A run whose seeds are all set: `train.seed` follows `seed`, and the order of the data `train.seed`.
 
     Args:

@@ -11,6 +11,7 @@ from elastic_lm.train.old_configs import upgraded
 
 AnyRun = RunConfig | TaskRun
 FILE = "run.json"
+DATA_SEEDS = ("data.seed", "task.seed")
 MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "save_every", "keep")
 
 
@@ -39,7 +40,8 @@ def check_identity(config: AnyRun, workdir: Path) -> None:
     if not file.is_file():
         return
     old, new = _flat(_stored(file, config)), _flat(identity(config))
-    for key in {**new, **old}:
+    # The seed of the data comes last: it follows the other, which is what the user has set.
+    for key in sorted({**new, **old}, key=lambda key: key in DATA_SEEDS):
         if old.get(key) != new.get(key):
             raise ValueError(
                 f"{file}: the run there has {key}={old.get(key)!r}, not {new.get(key)!r}: choose another "

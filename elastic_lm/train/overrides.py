@@ -49,7 +49,7 @@ def override(config: Any, key: str, text: str) -> None:
     path = _path(key)
     holders, value = [config], config
     for depth, part in enumerate(path[:-1]):
-        if isinstance(part, str) and _has_keys(value) and (part not in value or value[part] is None):
+        if isinstance(part, str) and _has_keys(value) and (part not in value or _entry(value, part) is None):
             _set(value, part, [] if isinstance(path[depth + 1], int) else {})
         value = _inner(value, part, key)
         holders.append(value)
@@ -96,7 +96,7 @@ def _inner(value: Any, part: str | int, key: str) -> Any:
         if not _has_keys(value):
             before = key.rpartition(f".{part}")[0]
             raise ValueError(f"{key}: {before.rpartition('.')[2] or before} has no keys of its own")
-        return value[part]
+        return _entry(value, part)
     before = key.partition(f"[{part}]")[0]
     if not isinstance(value, list | tuple):
         raise ValueError(f"{key}: {before} is no list; leave [{part}] out")
@@ -105,6 +105,18 @@ def _inner(value: Any, part: str | int, key: str) -> Any:
             f"{key}: {before} has {len(value)} entries, counted from 0; name one, or set all of them"
         )
     return value[part]
+
+
+def _entry(holder: Any, part: str) -> Any:
+    """A value of a dict or ConfigDict; None for a placeholder that nobody has filled."""
+    if not hasattr(holder, "ignore_type"):
+        return holder[part]
+    from ml_collections.config_dict import RequiredValueError  # late: only a ConfigDict needs it
+
+    try:
+        return holder[part]
+    except RequiredValueError:
+        return None
 
 
 def _set(holder: Any, part: str | int, value: Any) -> None:

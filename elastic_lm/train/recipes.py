@@ -49,7 +49,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
     """
     changes = pairs(overrides)
     file, argument = recipe_path(path)
-    config = _read_json(file) if file.suffix == ".json" else _run_recipe(file, argument)
+    config: Any = _read_json(file) if file.suffix == ".json" else _run_recipe(file, argument)
     for key, text in changes:
         override(config, key, text)
 
@@ -87,6 +87,8 @@ def _run_recipe(file: Path, argument: str) -> Any:
 
     if isinstance(config, RunConfig | TaskRun):
         return to_dict(config)
+    if hasattr(config, "as_configdict"):  # a frozen one
+        config = config.as_configdict()
     if hasattr(config, "ignore_type"):
         return config
     values = config.to_dict() if hasattr(config, "to_dict") else config

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import jax
+import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
@@ -279,7 +280,7 @@ def extra_numbers(rate: optax.Schedule, step: int) -> dict[str, float]:
     """
     memory = peak_memory_bytes()
     there = {} if memory is None else {"peak_memory_gib": memory / 2**30}
-    return {"lr": float(rate(step - 1)), **there}
+    return {"lr": float(np.asarray(rate(step - 1))), **there}
 
 
 def make_writer(

@@ -258,14 +258,14 @@ def _is_finished(member: Member, folder: Path) -> bool:
 @contextlib.contextmanager
 def _compiled_once(workdir: Path) -> Iterator[None]:
     """Keeps compiled programs beside the runs, unless the user keeps them elsewhere."""
-    if jax.config.jax_compilation_cache_dir:
-        yield
-        return
     options = {
         "jax_compilation_cache_dir": str(workdir.absolute() / COMPILED),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
     before = {name: getattr(jax.config, name) for name in options}
+    if before["jax_compilation_cache_dir"]:
+        yield
+        return
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # a process that has compiled before would not look for it

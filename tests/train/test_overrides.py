@@ -110,6 +110,29 @@ def test_tuples_within_tuples_are_replaced() -> None:
     assert config.to_dict() == {"menu": ({"mlp": (0.25, 1.0)}, 3)}
 
 
+def test_placeholders_are_filled_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.py").write_text(
+        "from ml_collections import ConfigDict, config_dict\n\n\n"
+        "def get_config(arg=''):\n"
+        "    c = ConfigDict({'train': {'init_from': 'm', 'dtype': config_dict.placeholder(str)}})\n"
+        "    c.train.steps = config_dict.required_placeholder(int)\n"
+        "    c.train.warmup = 20\n"
+        "    return c\n"
+    )
+    given = ["--config.train.steps", "80", "--config.train.dtype=bfloat16"]
+    run = load_config(str(tmp_path / "recipe.py"), given)
+    assert (run.train.steps, run.train.warmup, run.train.dtype) == (80, 20, "bfloat16")
+    with pytest.raises(ValueError, match=r"recipe\.py.*RequiredValueError"):
+        load_config(str(tmp_path / "recipe.py"), given[2:])
+
+
+def test_a_frozen_config_can_be_overridden(recipe: Path) -> None:
+    text = RECIPE.replace("import ConfigDict", "import ConfigDict, FrozenConfigDict")
+    text = text.replace("return c", "del c.exits, c.method\n    return FrozenConfigDict(c)")
+    recipe.write_text(text)
+    assert load_config(str(recipe), ["train.lr=0.5"]).train.lr == 0.5
+
+
 def test_one_path_needs_no_tuple(recipe: Path) -> None:
     assert load_config(str(recipe), ["--config.data.paths=c.txt"]).data.paths == ("c.txt",)
     assert load_config(str(recipe), ["--config.data.paths", "c.txt"]).data.paths == ("c.txt",)

@@ -204,5 +204,5 @@ def test_a_run_may_go_on_with_other_writers_and_its_seed_written_elsewhere(
     fit(config, tmp_path)
     moved = dataclasses.replace(changed(config, seed=2, steps=4), seed=0, log=LogConfig(writers=("jsonl",)))
     fit(moved, tmp_path)
-    with pytest.raises(ValueError, match=r"run\.json: the run there has data\.seed=2, not 3"):
+    with pytest.raises(ValueError, match=r"run\.json: the run there has train\.seed=2, not 3"):
         fit(dataclasses.replace(config, seed=3), tmp_path)
