@@ -12,7 +12,8 @@ from typing import Any
 
 SHOWN = 60  # characters of a value in a message
 
-# Keys that say how a model was made, trained, stored or sampled from, whatever their values.
+# Keys that say how a model was made, trained, stored or sampled from, whatever their values; and sizes under
+# names that a family does not use, which the shapes of the tensors would contradict.
 HARMLESS = re.compile(
     r"""_.* | .*token_ids? | .*token_index | .*dropout | .*dropout_(prob|rate|p) | .*_pdrop | .*layerdrop
     | initializer_.* | init_std | summary_.* | classifier_.* | .*_loss_coef | unsloth_.* | .*_version
@@ -30,6 +31,7 @@ HARMLESS = re.compile(
     | no_repeat_ngram_size | encoder_no_repeat_ngram_size | bad_words_ids | num_return_sequences
     | exponential_decay_length_penalty | (begin_)?suppress_tokens | remove_invalid_values
     | force_bos_token_to_be_generated | normalize_before_sampling
+    | hidden_size | intermediate_size | num_hidden_layers
     | directionality | pooler_(fc_size|num_attention_heads|num_fc_layers|size_per_head|type)
     | tie_weights_ | sparse_pred(iction|_ignore_index) | router_jitter_noise""",
     re.VERBOSE,
