@@ -208,7 +208,7 @@ def test_a_model_with_a_biased_head_is_no_llama() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["bloom-six-heads", "falcon-alibi"])
 def test_long_texts_agree_under_alibi(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers rounds Falcon's penalties to bfloat16, which shows from 256 tokens on; BLOOM's it does not."""
+    """transformers rounds Falcon's penalties, not BLOOM's, to bfloat16, which shows from 256 tokens on."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
