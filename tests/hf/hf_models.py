@@ -30,16 +30,16 @@ SIZES = {
 }
 GPT2_SIZES = {"vocab_size": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 NEO_SIZES = {"vocab_size": 48, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+PLAIN_SIZES = {key: SIZES[key] for key in SIZES if key != "intermediate_size"}
 BLOOM_SIZES = {"vocab_size": 48, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-OWN_MLP = {key: size for key, size in SIZES.items() if key != "intermediate_size"}
 OWN_SIZES: dict[str, dict[str, Any]] = {  # of families with other names for sizes than SIZES
     "bloom": BLOOM_SIZES,
-    "falcon": OWN_MLP,
+    "falcon": PLAIN_SIZES,
+    "opt": PLAIN_SIZES,
     "gpt2": GPT2_SIZES,
     "gpt_bigcode": GPT2_SIZES,
     "gpt_neo": {**NEO_SIZES, "max_position_embeddings": 64},
     "gptj": GPT2_SIZES,
-    "opt": OWN_MLP,
 }
 LLAMA3 = {
     "rope_type": "llama3",
