@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from elastic_lm.cli.parser import CommandOptions
 
@@ -57,7 +58,7 @@ def run(options: Options) -> None:
         _push(options, folder, exported, given)
 
 
-def _push(options: Options, folder: Path, exported: Path, given: dict[str, str]) -> None:
+def _push(options: Options, folder: Path, exported: Path, given: dict[str, Any]) -> None:
     from elastic_lm import hf
     from elastic_lm.hf.model_card import find_thresholds
 

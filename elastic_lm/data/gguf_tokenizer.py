@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from elastic_lm.config.checks import require
 from elastic_lm.data.tokenizer_files import CONFIG_FILE, TEMPLATES, TOKENIZER_FILE
 from elastic_lm.files.gguf import GGUF, open_gguf
 
@@ -73,26 +74,28 @@ def tokenizer_files(file: GGUF) -> dict[str, bytes]:
         )
     tokens = [*tokens]
     types = file.value("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    fix = f"must be one for each of the {len(tokens)} tokens; download or copy the file again"
+    require(len(types) == len(tokens), f"{file.path}: token types", len(types), fix)
     while types[len(tokens) - 1] == UNUSED and FILLED_UP.fullmatch(tokens[-1]):
         tokens.pop()
 
     described = _byte_level(file, tokens) if model == "gpt2" else _sentencepiece(file, tokens, types)
-    bos = file.value("tokenizer.ggml.bos_token_id")
-    starts = bool(file.value("tokenizer.ggml.add_bos_token", _begins(file, model))) and bos is not None
+    ids = {role: file.value(f"tokenizer.ggml.{key}_token_id") for role, key in ROLES.items()}
+    roles = {role: i for role, i in ids.items() if type(i) is int and i < len(tokens)}
+    bos = roles.get("bos") if file.value("tokenizer.ggml.add_bos_token", _begins(file, model)) else None
     described |= {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(tokens, types),
-        "post_processor": _post_processor(tokens[bos] if starts else None, bos),
+        "post_processor": _post_processor(None if bos is None else tokens[bos], bos),
     }
-    roles = {role: file.value(f"tokenizer.ggml.{key}_token_id") for role, key in ROLES.items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": starts,
+        "add_bos_token": bos is not None,
         "clean_up_tokenization_spaces": False,
         "model_max_length": file.value(f"{file.architecture}.context_length"),
-        **{f"{role}_token": tokens[i] for role, i in roles.items() if i is not None and i < len(tokens)},
+        **{f"{role}_token": tokens[i] for role, i in roles.items()},
     }
     return {
         TOKENIZER_FILE: json.dumps(described, ensure_ascii=False).encode(),

@@ -181,7 +181,7 @@ def config_entries(path: Path) -> dict[str, Any]:
     return {
         "model_type": architecture.model_type,
         **sizes,
-        "vocab_size": file.shape(EMBEDDING)[0],
+        "vocab_size": file.tensors[EMBEDDING].shape[0],
         "head_dim": source.head_dim,
         "tie_word_embeddings": HEAD not in file.tensors,
         "torch_dtype": _dtype(file),
@@ -212,7 +212,7 @@ def _source(path: Path) -> tuple[Source, Architecture]:
 
 def _dtype(file: GGUF) -> str:
     """The type of most matrices; bfloat16 for quantised ones."""
-    kinds = Counter(file.kind(name) for name in file.tensors if len(file.shape(name)) > 1)
+    kinds = Counter(file.tensors[name].kind for name in file.tensors if len(file.tensors[name].shape) > 1)
     most = kinds.most_common(1)[0][0] if kinds else "F32"
     return {"F32": "float32", "F64": "float32", "F16": "float16"}.get(most, "bfloat16")
 
@@ -282,7 +282,7 @@ class GGUFTensors(TensorFiles):
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor."""
-        return self._file.shape(self._stored[name])
+        return self._file.tensors[self._stored[name]].shape
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor, as it was before it was converted.
@@ -303,7 +303,7 @@ class GGUFTensors(TensorFiles):
     @property
     def quantised(self) -> Mapping[str, int]:
         """How many tensors are of each quantised type."""
-        kinds = Counter(self._file.kind(stored) for stored in self._stored.values())
+        kinds = Counter(self._file.tensors[stored].kind for stored in self._stored.values())
         return {kind: count for kind, count in kinds.items() if kind not in (*FLOATS, "BF16")}
 
     def _names(self) -> Iterator[tuple[str, str]]:

@@ -54,8 +54,8 @@ def vocabulary(size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def bpe() -> dict[str, Any]:
-    """Tokens and merges of a tokenizer that has learned from this file."""
-    tokenizer = el.data.train_bpe([Path(__file__).read_text()], 400)
+    """Tokens and merges of a tokenizer that has learned from a file of code."""
+    tokenizer = el.data.train_bpe([Path(gguf_files.__file__).read_text()], 400)
     model = json.loads(tokenizer.backend.to_str())["model"]
     end = len(model["vocab"])
     return {"tokens": {t: i if i else end for t, i in model["vocab"].items()}, "merges": model["merges"]}
@@ -157,7 +157,7 @@ def test_byte_level_tokenizers_give_the_ids_of_transformers(pre, bpe, tmp_path):
 
     ours = el.Tokenizer.load(path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
-    for text in (TEXT, "<s>a<|turn|> <think>b</s>", Path(__file__).read_text()[:3000], " \n\n  x"):
+    for text in (TEXT, "<s>a<|turn|> <think>b</s>", Path(gguf_files.__file__).read_text()[:3000], " \n\n  x"):
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
         assert ours.decode(ours.encode(text), special=True) == text
     starts = pre in ("llama-bpe", "tekken")
