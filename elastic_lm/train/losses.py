@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,9 @@ def token_sums(
     Returns:
       TokenSums of float32 scalars.
     """
+    chex.assert_equal_shape(
+        [targets_BT, weights_BT]
+    )  # other weights would be broadcast, and sum to less or more
     found = token_losses(logits_BTV, targets_BT, confidence_weighted=confidence_weighted)
     return TokenSums(
         jnp.sum(found.loss * weights_BT),
@@ -90,6 +94,7 @@ def token_losses(
     Returns:
       TokenLosses.
     """
+    chex.assert_equal_shape_prefix([logits_BTV, targets_BT], targets_BT.ndim)
     normaliser = jax.nn.logsumexp(logits_BTV, axis=-1)
     target = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     entropy = normaliser - target
@@ -151,7 +156,9 @@ def sum_over_chunks(function: Callable[[Any], Any], arrays: Any, chunk: int) -> 
     Returns:
       A tree like that of `function`, summed over the pieces.
     """
-    t = jax.tree.leaves(arrays)[0].shape[1]
+    leaves = jax.tree.leaves(arrays)
+    chex.assert_equal_shape_prefix(leaves, 2)
+    t = leaves[0].shape[1]
     chunk = min(chunk, t)
     one = jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
     if chunk == t:
@@ -274,6 +281,7 @@ def imitation_loss(
     Returns:
       [...] float32, in nats.
     """
+    chex.assert_equal_shape([teacher_V, student_V])  # one of a single row would be compared with every row
     if objective == "kl":
         if top_k:
             teacher_V, ids = jax.lax.top_k(teacher_V, min(top_k, teacher_V.shape[-1]))
