@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from elastic_lm.cli.parser import ModelOptions, add_data, add_model, require_flag
-from elastic_lm.config.data import TEXT_SUFFIXES, DataConfig, DataSource, is_json_lines
+from elastic_lm.config.data import TEXT_SUFFIXES, DataConfig, DataSource, holds_records
 from elastic_lm.quickstart.options import HELD_OUT_TOKENS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class HeldOutOptions(ModelOptions):
         super().__post_init__()
         for flag, value in (("--tokens", self.tokens), ("--seq-len", self.seq_len)):
             require_flag(value is None or value >= 1, flag, value, "must be at least 1")
-        kinds = set(map(is_json_lines, self.data))
+        kinds = set(map(holds_records, self.data))
         require_flag(len(kinds) < 2, "--data", " ".join(self.data), "give text files or JSON lines, not both")
 
     @property
@@ -48,7 +48,7 @@ class HeldOutOptions(ModelOptions):
         """Where `DataConfig` finds the text."""
         if not self.data:
             return "stdlib"
-        return "jsonl" if is_json_lines(self.data[0]) else "text"
+        return "jsonl" if holds_records(self.data[0]) else "text"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,11 @@ def is_json_lines(path: object) -> bool:
     return str(path).lower().endswith(JSONL_SUFFIXES)
 
 
+def holds_records(path: object) -> bool:
+    """Whether a file's name says that it holds records, as JSON or Parquet."""
+    return str(path).lower().endswith(RECORD_SUFFIXES)
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes batches.

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from elastic_lm.config.data import JSONL_SUFFIXES, TEXT_SUFFIXES, DataConfig, is_json_lines
+from elastic_lm.config.data import RECORD_SUFFIXES, TEXT_SUFFIXES, DataConfig, holds_records
 from elastic_lm.data import pipeline
 from elastic_lm.data.sources import JsonLines, TextFiles, find_files, read_text
 from elastic_lm.data.stdlib import Split
@@ -84,10 +84,10 @@ def read_pieces(paths: Sequence[str]) -> list[str]:
       FileNotFoundError: a path does not exist.
       ValueError: a file is empty, or no text.
     """
-    files = find_files(paths, TEXT_SUFFIXES + JSONL_SUFFIXES)
-    texts = [f for f in files if not is_json_lines(f)]
+    files = find_files(paths, TEXT_SUFFIXES + RECORD_SUFFIXES)
+    texts = [f for f in files if not holds_records(f)]
     span = min(MOST, max(LEAST, sum(len(read_text(f).data) for f in texts) // (10 * EVERY)))
-    lines = JsonLines([f for f in files if is_json_lines(f)], "text")
+    lines = JsonLines([f for f in files if holds_records(f)], "text")
     cut = TextFiles(texts, span)
     return [cut[i].text for i in range(len(cut))] + [lines[i].text + "\n" for i in range(len(lines))]
 

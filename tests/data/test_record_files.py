@@ -9,6 +9,7 @@ import pytest
 
 from elastic_lm.data.records import Records
 from elastic_lm.data.sources import JsonLines, find_files
+from elastic_lm.data.splitting import read_pieces
 
 ROWS = [{"text": f"größe {i} 🙂", "n": i, "deep": [{"a": i}]} for i in range(20)]
 
@@ -54,6 +55,7 @@ def test_parquet_gives_its_rows(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=7)
     records = Records([tmp_path])
     assert [records[i][1] for i in range(len(records))] == ROWS
+    assert read_pieces([str(tmp_path / "a.parquet")]) == [row["text"] + "\n" for row in ROWS]
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"b.parquet is not a complete Parquet file"):
         Records([tmp_path / "b.parquet"])
