@@ -88,7 +88,7 @@ def _start(origin: Origin, mesh: Mesh, start: int) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "step": start,
-        "command": shlex.join(sys.argv),
+        "command": command(),
         "elastic_lm": vars(sys.modules["elastic_lm"])["__version__"],
         "versions": versions(),
         "hardware": hardware(),
@@ -97,6 +97,13 @@ def _start(origin: Origin, mesh: Mesh, start: int) -> dict[str, Any]:
         "config_files": list(origin.files),
         "git": commit(Path(origin.files[0]).parent) if origin.files else None,
     }
+
+
+def command() -> str:
+    """The command of this process, as it can be typed again."""
+    program, *arguments = sys.argv
+    ours = Path(program).parent.name == "elastic_lm"  # python -m elastic_lm
+    return shlex.join(["elastic-lm" if ours else program, *arguments])
 
 
 def commit(folder: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import chex
+import jax
 import pytest
 from training_runs import changed
 
@@ -192,6 +193,19 @@ def test_the_folder_of_a_single_run_is_refused(run_config: RunConfig, tmp_path: 
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a single run; choose another for the sweep"):
         run_sweep(members_of(run_config, "train.seed=0"), tmp_path)
+
+
+def test_compiled_programs_lie_beside_the_runs_unless_the_user_keeps_them_elsewhere(tmp_path: Path) -> None:
+    option = "jax_compilation_cache_dir"
+    before = getattr(jax.config, option)
+    try:
+        for kept, inside in ((None, str(tmp_path / "compiled")), (str(tmp_path), str(tmp_path))):
+            jax.config.update(option, kept)
+            with sweeps._compiled_once(tmp_path):
+                assert getattr(jax.config, option) == inside
+            assert getattr(jax.config, option) == kept
+    finally:
+        jax.config.update(option, before)
 
 
 def test_gin_bindings_are_swept_over(text_file: Path, tmp_path: Path) -> None:
