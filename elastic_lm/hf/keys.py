@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+FULL = "full_attention"  # the kind of every layer where `layer_types` says nothing
 SHOWN = 60  # characters of a value in a message
 
 # Keys that say how a model was made, trained, stored or sampled from, whatever their values; and sizes under
@@ -105,7 +106,14 @@ def refuse_unread(model_type: str, hf: ReadKeys, ignored: Mapping[str, tuple[Any
     for key, value in hf.unread().items():
         allowed = ignored.get(key, OFF.get(key, ()))
         empty = value is None or value in ("", [], {})
-        if empty or allowed is None or value in allowed or (key not in OFF and HARMLESS.fullmatch(key)):
+        plain = key == "layer_types" and isinstance(value, list) and value == [FULL] * len(value)
+        if (
+            empty
+            or plain
+            or allowed is None
+            or value in allowed
+            or (key not in OFF and HARMLESS.fullmatch(key))
+        ):
             continue
         shown = repr(value) if len(repr(value)) <= SHOWN else f"{repr(value)[:SHOWN]}..."
         raise ValueError(

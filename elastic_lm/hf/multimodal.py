@@ -12,13 +12,13 @@ from elastic_lm.hf.files import TensorFiles
 
 # model_type of a folder whose decoder is read: that of its text, where the file does not say.
 TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+TIED = "tie_word_embeddings"
 SHARED = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
     "dtype",
     "torch_dtype",
-    "tie_word_embeddings",
     "elastic",
 )
 
@@ -39,7 +39,10 @@ def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     if kind not in TEXT_TYPES or not isinstance(inner, Mapping):
         return hf
     shared = {key: hf[key] for key in SHARED if hf.get(key) is not None}
-    return {"model_type": TEXT_TYPES[kind], **shared, **{k: v for k, v in inner.items() if v is not None}}
+    own = {key: value for key, value in inner.items() if value is not None}
+    # The head belongs to the whole model, whose config decides whether it is the embedding.
+    tied = {TIED: hf[TIED]} if hf.get(TIED) is not None else {}
+    return {"model_type": TEXT_TYPES[kind], **shared, **own, **tied}
 
 
 def text_tensors(tensors: TensorFiles) -> TensorFiles:

@@ -64,7 +64,8 @@ class Model:
         tokens, depths = list(prompt), []
         layers = [*(e.layer for e in self.config.exits), self.config.n_layers]
         for _ in range(count):
-            padded = np.zeros((1, 64), np.int32)
+            # Padding counts as text, which LongRoPE rotates otherwise from some length on.
+            padded = np.zeros((1, self.config.recomputed_from or 64), np.int32)
             padded[0, : len(tokens)] = tokens
             sure, best = jax.device_get(self.newest(padded, len(tokens) - 1))
             taken = [

@@ -19,14 +19,15 @@ def test_cached_decoding_equals_recomputation(family, make_model):
     model = make_model(*attach_exits(config, params, (ExitConfig(1, "mlp"),), jax.random.key(0)))
     prompts = [np.random.default_rng(i).integers(0, config.vocab_size, 4 + 7 * i).tolist() for i in range(2)]
     new = min(16, config.max_len - 11)
-    confidences = [float(model.newest(padded(p), len(p) - 1)[0][0, 0]) for p in prompts]
+    width = config.recomputed_from or 64  # padding counts as text
+    confidences = [float(model.newest(padded(p, width), len(p) - 1)[0][0, 0]) for p in prompts]
     for threshold in (2.0, float(np.mean(confidences)), 0.0):
         outputs = model.sampler((threshold,), window=4).sample(prompts, new, ignore_eos=True)
         expected = [model.reference(p, new, (threshold,)) for p in prompts]
         assert [(o.tokens, o.exit_layers) for o in outputs] == expected
 
 
-def padded(prompt):
-    tokens = np.zeros((1, 64), np.int32)
+def padded(prompt, width):
+    tokens = np.zeros((1, width), np.int32)
     tokens[0, : len(prompt)] = prompt
     return tokens

@@ -118,13 +118,19 @@ def test_stacked_layers_slices_costs_and_files_are_those_of_the_model(name: str)
     assert relative_error(our_logits(*mask_params(config, params, subnet), tokens), sliced) < 1e-5
 
 
-def test_the_text_of_a_multimodal_gemma_3_is_read(tmp_path: Path) -> None:
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(("text_type", "stem"), [("gemma3_text", "Gemma3"), ("ministral3", "Mistral3")])
+def test_the_text_of_a_folder_with_images_is_read(text_type: str, stem: str, tmp_path: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    text = random_model("gemma3_text", {}).config.to_dict()
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision = {"image_size": 28, "patch_size": 14, **sizes}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, eos_token_id=[3, 4])
-    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    text = random_model(text_type, {}).config.to_dict() | {"final_logit_softcapping": None}
+    vision = {"image_size": 28, "patch_size": 14, **VISION}
+    vision |= {"model_type": "pixtral"} if stem == "Mistral3" else {}
+    config = getattr(transformers, f"{stem}Config")(
+        text_config=text, vision_config=vision, eos_token_id=[3, 4]
+    )
+    model = getattr(transformers, f"{stem}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.25)
@@ -132,7 +138,7 @@ def test_the_text_of_a_multimodal_gemma_3_is_read(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match=r"the text part is loaded; \d+ tensors of other parts"):
         config, params = hf.load(tmp_path / "whole")
-    assert (config.family, config.eos_ids) == ("gemma3_text", (3, 4))
+    assert config.family == text_type
     tokens = random_ids(config.vocab_size)
     assert relative_error(our_logits(config, params, tokens), their_logits(model, tokens)) < TOLERANCE
     back = export_and_reload(config, params, tmp_path / "text")
@@ -167,7 +173,11 @@ OLD_FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "rope_theta": 700.0,
             "partial_rotary_factor": 0.75,
-            "rope_scaling": {"type": "su", "short_factor": [1.0, 2.0, 3.0], "long_factor": [2.0, 4.0, 8.0]},
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0, 2.0, 3.0],
+                "long_factor": [2.0, 4.0, 8.0],
+            },
             "original_max_position_embeddings": 8,
         },
     ),
@@ -193,19 +203,17 @@ def test_files_in_the_style_of_transformers_4(name: str, tmp_path: Path) -> None
     assert relative_error(our_logits(*hf.load(tmp_path), tokens), theirs) < TOLERANCE
 
 
-def test_a_checkpoint_under_a_false_type_is_refused(tmp_path: Path) -> None:
-    """An edited model_type loads the weights and computes something else."""
-    for name, key in (
-        ("smollm3", "no_rope_layers"),
-        ("granite", "embedding_multiplier"),
-        ("seed_oss", "attention_out_bias"),
+def test_a_checkpoint_under_a_false_type_is_refused() -> None:
+    """An edited model_type would load the weights and compute something else."""
+    beside = {"layer_types": ["full_attention"] * 3, "use_sliding_window": False, "sliding_window": None}
+    for name, key, changes in (
+        ("smollm3", "no_rope_layers", beside),
+        ("granite", "attention_multiplier", {}),
+        ("seed_oss", "attention_out_bias", {"attention_out_bias": True}),
     ):
-        entries = json.loads((FOLDER / name / "config.json").read_text()) | {"model_type": "llama"}
-        with pytest.raises(
-            ValueError, match=r"'llama' does not read this key here, and it may change"
-        ) as found:
-            hf.config_from_hf(entries | ({key: True} if name == "seed_oss" else {}))
-        assert str(found.value).startswith(f"{key}=")
+        entries = json.loads((FOLDER / name / "config.json").read_text())
+        with pytest.raises(ValueError, match=rf"^{key}=.*'llama' does not read this key here, and it may"):
+            hf.config_from_hf(entries | changes | {"model_type": "llama"})
 
 
 @pytest.mark.parametrize(
