@@ -196,7 +196,7 @@ def final_head(config: ModelConfig, params: Params) -> Params:
       params: its canonical parameters.
 
     Returns:
-      {"kernel": [V, D]}, not copied.
+      {"kernel": [V, D]}, and "bias" [V] if the head has one; not copied.
 
     Example:
       ```python

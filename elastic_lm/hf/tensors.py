@@ -6,7 +6,7 @@ names of our own, in a file of their own (`elastic_exits.safetensors`):
     elastic.exits.<layer>.norm.weight, .norm.bias    the exit's normalisation
     elastic.exits.<layer>.mlp.*                      an `mlp` exit's MLP, named as in the family's layers
     elastic.exits.<layer>.block.*                    a `block` exit's layer, named as in the family's layers
-    elastic.exits.<layer>.head.weight                [V, D] vocabulary head of an untied exit
+    elastic.exits.<layer>.head.weight, .head.bias    [V, D] vocabulary head of an untied exit, and its bias
     elastic.exits.<layer>.gate.up.*, .gate.down.*    weight and bias of the two projections of a gate
     elastic.exits.<layer>.pooler.*, .head.*          of an encoder's exit: weight and bias
 
