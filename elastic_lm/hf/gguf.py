@@ -277,12 +277,12 @@ class GGUFTensors(TensorFiles):
             "attn_q": source.need("attention.head_count"),
             "attn_k": source.get("attention.head_count_kv", source.need("attention.head_count")),
         }
-        self._stored = dict(self._names())
-        super().__init__(dict.fromkeys(self._stored, path))
+        self._in_file = dict(self._names())
+        super().__init__(dict.fromkeys(self._in_file, path))
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor."""
-        return self._file.tensors[self._stored[name]].shape
+        return self._file.tensors[self._in_file[name]].shape
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor, as it was before it was converted.
@@ -290,7 +290,7 @@ class GGUFTensors(TensorFiles):
         Raises:
           ValueError: its type cannot be dequantised, or a value is NaN or infinity; names file and tensor.
         """
-        stored = self._stored[name]
+        stored = self._in_file[name]
         values = self._file.read(stored)
         part = stored.split(".")[-2]
         if self._architecture.interleaved and part in self._heads:
@@ -303,7 +303,7 @@ class GGUFTensors(TensorFiles):
     @property
     def quantised(self) -> Mapping[str, int]:
         """How many tensors are of each quantised type."""
-        kinds = Counter(self._file.tensors[stored].kind for stored in self._stored.values())
+        kinds = Counter(self._file.tensors[stored].kind for stored in self._in_file.values())
         return {kind: count for kind, count in kinds.items() if kind not in (*FLOATS, "BF16")}
 
     def _names(self) -> Iterator[tuple[str, str]]:

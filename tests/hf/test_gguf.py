@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "query_pre_attn_scalar": 8,
         "sliding_window": 4,
+        "num_hidden_layers": 2,
         "layer_types": ["sliding_attention"] * 2,
         "final_logit_softcapping": None,
         "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE | {"rope_theta": 10000.0}},
