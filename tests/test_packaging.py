@@ -15,7 +15,7 @@ import elastic_lm
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENT = re.compile(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)")
-MODULES = {"orbax-checkpoint": "orbax"}  # others are imported by their own names
+MODULES = {"orbax-checkpoint": "orbax", "absl-py": "absl"}  # others are imported by their own names
 COLAB = {  # its GPU image of June 2026
     "jax": "0.7.2",
     "flax": "0.11.2",
@@ -23,6 +23,7 @@ COLAB = {  # its GPU image of June 2026
     "orbax-checkpoint": "0.12.0",
     "grain": "0.2.17",
     "tensorstore": "0.1.84",
+    "absl-py": "1.4.0",
     "etils": "1.14.0",
     "numpy": "2.0.2",
     "scipy": "1.16.3",

@@ -1,7 +1,6 @@
 """The folders that orbax writes: names that it can read, what it leaves half-written, and its errors."""
 
 import contextlib
-import logging
 import re
 import sys
 import tempfile
@@ -18,22 +17,7 @@ from elastic_lm.files.unfinished import remove_anything, unfinished
 ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
 SETTLING = 3.0  # seconds, at most, for threads that still write after an error
 SETTLED = 15  # looks in a row, 20 ms apart, at which they have written nothing more
-NO_DATA = "TensorStore data files not found in checkpoint path"
 PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")  # of a path, that orbax or TensorStore take for something else
-
-
-def is_news(record: logging.LogRecord) -> bool:
-    """False for what orbax logs without need.
-
-    Those are tracebacks of each of its threads: what it raises then says the same once. And orbax 0.12.0 says
-    of every sound folder that it finds no data files; where arrays are missing, it raises an error as well.
-    """
-    if "orbax" not in record.pathname:
-        return True
-    return not record.exc_info and not str(record.msg).startswith(NO_DATA)
-
-
-logging.getLogger("absl").addFilter(is_news)
 
 
 @contextlib.contextmanager

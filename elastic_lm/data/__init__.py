@@ -2,6 +2,8 @@
 
 from etils import epy as _epy
 
+from elastic_lm.files import library_messages as _messages  # noqa: F401 - before grain is imported
+
 with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.data import DataConfig
     from elastic_lm.config.task import TaskConfig

@@ -5,6 +5,8 @@ A method of your own is a `Method` with a `MethodConfig`, added by `register`.
 
 from etils import epy as _epy
 
+from elastic_lm.files import library_messages as _messages  # noqa: F401 - before grain is imported
+
 with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.data import DataConfig
     from elastic_lm.config.log import LogConfig

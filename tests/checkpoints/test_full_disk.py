@@ -1,6 +1,5 @@
 """Models that the disk has no room for: the target is named, and nothing of it stays."""
 
-import logging
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm import hf
-from elastic_lm.checkpoints import native, orbax_folders
+from elastic_lm.checkpoints import native
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.models.decoder import Params
 
@@ -45,16 +44,3 @@ def test_what_does_not_fit_leaves_the_old_model(
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     chex.assert_trees_all_equal(el.load(tmp_path / "old")[1], old)
     assert capfd.readouterr().err == ""
-
-
-def test_other_messages_of_libraries_are_kept() -> None:
-    def record(path: str, error: bool, message: str = "message") -> logging.LogRecord:
-        info = (ValueError, ValueError("x"), None) if error else None
-        return logging.LogRecord("absl", logging.ERROR, path, 1, message, (), info)
-
-    assert orbax_folders.is_news(record("/lib/orbax/checkpoint/saving.py", False))
-    assert orbax_folders.is_news(record("/lib/other.py", True))
-    assert not orbax_folders.is_news(record("/lib/orbax/checkpoint/saving.py", True))
-    no_data = "TensorStore data files not found in checkpoint path %s. This may be a sign"
-    assert not orbax_folders.is_news(record("/lib/orbax/checkpoint/layout.py", False, no_data))
-    assert orbax_folders.is_news(record("/lib/other.py", False, no_data))
