@@ -447,7 +447,7 @@ class Budget:
         """
         given, fix = self.given, "is a share; budget.of(what the whole model costs) is the amount"
         require(not isinstance(given, str), f"budget.{self.kind}", given, fix)
-        return given
+        return float(given)
 
     def of(self, whole: float) -> "Budget":
         """The same budget as an amount.
