@@ -194,6 +194,10 @@ def _batches(
     """The test text, in order or packed, and its description."""
     if options.in_order:
         context = options.seq_len or min(config.max_len, READ_TOKENS)
+        if context > config.max_len:
+            raise ValueError(
+                f"held-out rows of seq_len={context}: above max_len={config.max_len}; shorten them"
+            )
         return ordered_batches(options.data, tokenizer, options.tokens, context, options.stride)
     packed = dataclasses.replace(options, seq_len=options.seq_len or SEQ_LEN)
     return held_out_batches(packed, tokenizer, "test")

@@ -439,7 +439,7 @@ class Budget:
             right = 0 < (self.share or 0) <= 1
             require(right, field, value, "must be a number, or a share of the whole model like '70%'")
         else:
-            require(0 < value < math.inf, field, float(value), "must be positive and finite")
+            require(0 < value < math.inf, field, value, "must be positive and finite")
 
     @property
     def kind(self) -> str:
@@ -449,7 +449,8 @@ class Budget:
     @property
     def given(self) -> float | str:
         """Its value as it was given: an amount, or a share like "70%"."""
-        return getattr(self, self.kind)
+        value = getattr(self, self.kind)
+        return value if isinstance(value, str) else float(value)
 
     @property
     def share(self) -> float | None:
