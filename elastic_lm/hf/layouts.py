@@ -132,6 +132,7 @@ FUSED_GATE_UP = Layout(
     split=lambda config, leaf: [leaf.reshape(-1, *leaf.shape[2:])],
 )
 
+
 def interleaved_qkv(rotary_dim: int) -> Layout:
     """`QKV` of a family that rotates neighbouring dimensions of a head, where we rotate its halves.
 

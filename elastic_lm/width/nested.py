@@ -114,9 +114,7 @@ def _nested_attention(
         q = linear(x_BTD, queries["kernel"], queries.get("bias")).reshape(b, t, -1, c.head_dim)
         q = rotated("q_norm", q)
         q = grown(c, q, context.positions) if c.query_growth else q
-        heads = attend(
-            q, new, context, scale=c.query_scale, softcap=c.attn_softcap, slopes_N=slopes_N
-        )
+        heads = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap, slopes_N=slopes_N)
         return linear(heads.reshape(b, t, -1), out["kernel"], out.get("bias"))
 
     count = sum(name.startswith("out_") for name in params)
