@@ -66,8 +66,11 @@ def sampler_of(talker, tokenizer: Tokenizer, **options) -> Sampler:
 @pytest.mark.parametrize("template", ["appending", "rewriting"])
 @pytest.mark.parametrize(
     ("options", "how"),
-    [({}, {}), ({}, {"temperature": 1.0, "seed": 3}), ({"lossless": True}, {})],
-    ids=["greedy", "drawn", "lossless"],
+    [
+        pytest.param({}, {}, id="greedy"),
+        pytest.param({}, {"temperature": 1.0, "seed": 3}, id="drawn"),
+        pytest.param({"lossless": True}, {}, id="lossless", marks=pytest.mark.long),
+    ],
 )
 def test_three_turns_equal_those_from_scratch(talker, tokenizers, template, options, how) -> None:
     sampler = sampler_of(talker, tokenizers[template], **options)

@@ -10,30 +10,30 @@ NEW = 8
 def test_samples_are_those_of_their_seeds(model, prompts, mixed) -> None:
     """The prompt is processed once, the rows share nothing else."""
     sampler = model.sampler(mixed[1])
-    groups = sampler.sample(prompts[:3], NEW, n=3, temperature=1.0, seed=7)
-    assert [len(group) for group in groups] == [3, 3, 3]
-    for i, k in itertools.product(range(3), range(3)):
-        alone = sampler.sample(prompts[i], NEW, temperature=1.0, seed=7 + 3 * i + k)
+    groups = sampler.sample(prompts[:2], NEW, n=2, temperature=1.0, seed=7)
+    assert [len(group) for group in groups] == [2, 2]
+    for i, k in itertools.product(range(2), range(2)):
+        alone = sampler.sample(prompts[i], NEW, temperature=1.0, seed=7 + 2 * i + k)
         assert groups[i][k].tokens == alone.tokens
         assert groups[i][k].exit_layers == alone.exit_layers
-    assert len({tuple(sample.tokens) for group in groups for sample in group}) > 6
+    assert len({tuple(sample.tokens) for group in groups for sample in group}) == 4
 
 
 def test_settings_of_prompts_are_those_of_all_their_samples(model, prompts, mixed) -> None:
     sampler = model.sampler(mixed[1])
     how = {"temperature": [1.0, 0.5], "top_k": [0, 5], "seed": [3, 2**32 - 1]}
     exits = [sampler.options.exit, None]
-    groups = sampler.sample(prompts[:2], NEW, n=2, exit=exits, lossless=[True, False], **how)
+    groups = sampler.sample(prompts[:2], NEW, n=2, exit=exits, **how)
     for i, k in itertools.product(range(2), range(2)):
         own = {name: values[i] for name, values in how.items()}
         own["seed"] = (own["seed"] + k) % 2**32
-        alone = sampler.sample(prompts[i], NEW, exit=exits[i], lossless=i == 0, **own)
+        alone = sampler.sample(prompts[i], NEW, exit=exits[i], **own)
         assert groups[i][k].tokens == alone.tokens
 
 
 def test_one_prompt_gives_a_list(model, prompts) -> None:
-    samples = model.sampler().sample(prompts[1], NEW, n=2, temperature=1.0, logprobs=True)
-    assert len(samples) == 2
+    samples = model.sampler().sample(prompts[1], NEW, n=4, temperature=1.0)
+    assert len(samples) == 4
     assert samples[0].tokens != samples[1].tokens
     (only,) = model.sampler().sample(prompts[1], NEW, n=1)
     assert only.tokens == model.sampler().sample(prompts[1], NEW).tokens

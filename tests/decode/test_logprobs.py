@@ -56,6 +56,7 @@ def test_verified_and_other_rows_of_a_batch(model, prompts, mixed) -> None:
     assert check(model, prompts[1:4:2], samples[1::2]) - {3}
 
 
+@pytest.mark.long
 def test_copied_tokens_have_those_of_the_full_model(make_model) -> None:
     config = tiny_config(n_layers=2)
     plain = make_model(config, random_params(config))

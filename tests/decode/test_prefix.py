@@ -39,10 +39,12 @@ def test_turns_equal_those_from_scratch(model, prompts, mixed, how) -> None:
     assert prefix.reused >= len(prompts[2]) + NEW  # what was written is kept, too
 
 
+@pytest.mark.long
 def test_lossless_turns_equal_those_from_scratch(model, prompts, mixed) -> None:
     talk(model.sampler(mixed[0], lossless=True), prompts[2])
 
 
+@pytest.mark.long
 def test_approximate_keys_and_values_are_not_kept(model, prompts, mixed) -> None:
     """With CALM's approximation, what a text has written is read again by the full model."""
     sampler, prefix = model.sampler(mixed[0], missing="propagate"), PrefixCache()
@@ -52,6 +54,7 @@ def test_approximate_keys_and_values_are_not_kept(model, prompts, mixed) -> None
     assert sampler.sample(text, NEW, prefix=prefix).tokens == sampler.sample(text, NEW).tokens
 
 
+@pytest.mark.long
 def test_windows_and_learned_positions_go_on(make_model) -> None:
     config = tiny_config(n_layers=2, exits=(1,), position="learned")
     sliding = dataclasses.replace(tiny_config(n_layers=2, exits=(1,)), windows=(8, 0))
