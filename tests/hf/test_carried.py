@@ -20,7 +20,7 @@ FURTHER = {
     "initializer_range": 0.5,
     "pad_token_id": 3,
     "use_cache": False,
-    "layer_scales": [1.0, 2.0],  # an item per layer
+    "_layer_notes": [1.0, 2.0],  # an item per layer
 }
 GENERATION = {"do_sample": True, "temperature": 0.7, "eos_token_id": [1], "transformers_version": "5.0"}
 
@@ -66,11 +66,11 @@ def test_a_folder_comes_back_with_all_its_keys(source: Path, tmp_path: Path) -> 
 
 def test_the_model_wins_over_what_it_came_from(source: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, n_layers=1, eos_ids=(5, 6))
-    with pytest.warns(UserWarning, match="layer_scales of the source would change the exported model"):
+    with pytest.warns(UserWarning, match="_layer_notes of the source would change the exported model"):
         hf.export(config, testing.random_params(config), tmp_path / "target", source=source)
     found = json.loads((tmp_path / "target" / "config.json").read_text())
     assert (found["num_hidden_layers"], found["initializer_range"]) == (1, 0.5)
-    assert "layer_scales" not in found
+    assert "_layer_notes" not in found
     generation = json.loads((tmp_path / "target" / "generation_config.json").read_text())
     assert generation == GENERATION | {"eos_token_id": [5, 6]}
     assert hf.load(tmp_path / "target")[0].eos_ids == (5, 6)
