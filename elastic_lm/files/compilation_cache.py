@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import Any
 
 from elastic_lm.files.local import local_path
 
@@ -52,14 +53,15 @@ def use_compilation_cache(folder: str | Path | None = None) -> Path | None:
     import jax  # late: the command line imports this module for its help
     from jax.experimental.compilation_cache import compilation_cache
 
-    if folder is None and jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    config: Any = jax.config
+    if folder is None and config.jax_compilation_cache_dir:
+        return Path(config.jax_compilation_cache_dir)
     programs = _default() if folder is None else _prepared(str(folder))
     compilation_cache.reset_cache()  # jax looks for a folder once, before it compiles first
-    jax.config.update("jax_compilation_cache_dir", str(programs) if programs else None)
+    config.update("jax_compilation_cache_dir", str(programs) if programs else None)
     if programs:
         for name, value in SETTINGS.items():
-            jax.config.update(name, value)
+            config.update(name, value)
     return programs
 
 
