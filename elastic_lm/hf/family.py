@@ -120,6 +120,8 @@ class Family:
       read: (config.json, fields of the config read so far) -> further fields.
       write: config -> further entries of config.json.
       refuse: (key, values it may have) for features without a counterpart here; missing is fine.
+      ignored: keys that the family's models do not compute with, which nothing here reads, with the values
+        that they may have; None = any. Keys that hold for all families are in `hf.keys`.
       config_class: describes the family's models, and with that says which kind they are (`models.registry`).
       varying: config -> parameters outside the layers whose tensors depend on it, as in `root`.
       complete: (config, names of the folder's tensors, without `prefix`) -> the config with what only
@@ -142,6 +144,7 @@ class Family:
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     write: Callable[[Any], dict[str, Any]]
     refuse: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    ignored: Mapping[str, tuple[Any, ...] | None] = dataclasses.field(default_factory=dict)
     config_class: type = ModelConfig
     varying: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     complete: Callable[[Any, Collection[str]], Any] = lambda config, names: config

@@ -56,10 +56,14 @@ def _conv_qkv_shapes(config: Config, shape: Shape) -> list[Shape]:
 
 
 def _join_conv_qkv(tensors: Sequence[np.ndarray], shape: Shape) -> np.ndarray:
+    return _join_qkv(_split_rows(tensors[0].T, shape), shape)
+
+
+def _split_rows(rows: np.ndarray, shape: Shape) -> list[np.ndarray]:
+    """Rows of queries, keys and values from all of them behind each other."""
     kv_heads, slots, width, *_ = shape
-    rows = kv_heads * width
-    borders = [(slots - 2) * rows, (slots - 1) * rows]
-    return _join_qkv(np.split(tensors[0].T, borders), shape)
+    each = kv_heads * width
+    return np.split(rows, [(slots - 2) * each, (slots - 1) * each])
 
 
 def _split_conv_qkv(config: Config, leaf: np.ndarray) -> list[np.ndarray]:
@@ -86,6 +90,13 @@ QKV = Layout(_qkv_shapes, _join_qkv, _split_qkv)
 # The same three behind each other in one Conv1D: [..., (N + 2K) * H].
 CONV_QKV = Layout(_conv_qkv_shapes, _join_conv_qkv, _split_conv_qkv)
 
+# The same three behind each other in one kernel: [(N + 2K) * H, ...] (Phi-3).
+FUSED_QKV = Layout(
+    shapes=lambda config, shape: [(sum(_qkv_rows(config)), *shape[3:])],
+    join=lambda tensors, shape: _join_qkv(_split_rows(tensors[0], shape), shape),
+    split=lambda config, leaf: [np.concatenate(_split_qkv(config, leaf))],
+)
+
 # The same in our own order, rows flattened: per head its query, key and value (GPT-NeoX).
 HEADWISE_QKV = Layout(
     shapes=lambda config, shape: [(math.prod(shape[:3]), *shape[3:])],
@@ -95,16 +106,16 @@ HEADWISE_QKV = Layout(
 
 # [N, 2, H, D] stored as key and value [N * H, D] each.
 KEY_VALUE = Layout(
-    shapes=lambda config, shape: [(shape[0] * shape[2], shape[3])] * 2,
+    shapes=lambda config, shape: [(shape[0] * shape[2], *shape[3:])] * 2,
     join=lambda tensors, shape: np.stack([t.reshape(shape[0], *shape[2:]) for t in tensors], axis=1),
-    split=lambda config, leaf: [leaf[:, i].reshape(-1, leaf.shape[3]) for i in range(2)],
+    split=lambda config, leaf: [leaf[:, i].reshape(-1, *leaf.shape[3:]) for i in range(2)],
 )
 
 # [N, H, D] stored as one kernel [N * H, D].
 HEADS = Layout(
-    shapes=lambda config, shape: [(shape[0] * shape[1], shape[2])],
+    shapes=lambda config, shape: [(shape[0] * shape[1], *shape[2:])],
     join=lambda tensors, shape: tensors[0].reshape(shape),
-    split=lambda config, leaf: [leaf.reshape(-1, leaf.shape[2])],
+    split=lambda config, leaf: [leaf.reshape(-1, *leaf.shape[2:])],
 )
 
 # [2, F, ...] stored as gate [F, ...] and up [F, ...].
@@ -112,4 +123,11 @@ GATE_UP = Layout(
     shapes=lambda config, shape: [shape[1:], shape[1:]],
     join=lambda tensors, shape: np.stack(tensors),
     split=lambda config, leaf: [leaf[0], leaf[1]],
+)
+
+# The same behind each other in one kernel: [2 F, ...] (Phi-3).
+FUSED_GATE_UP = Layout(
+    shapes=lambda config, shape: [(shape[0] * shape[1], *shape[2:])],
+    join=lambda tensors, shape: tensors[0].reshape(shape),
+    split=lambda config, leaf: [leaf.reshape(-1, *leaf.shape[2:])],
 )

@@ -17,6 +17,7 @@ class Norm(nn.Module):
       offset: added to the stored scale; 1 for checkpoints that store scale - 1.
       param_dtype: dtype of the parameters.
       live: channels to average over, in a model whose other channels are masked to 0; 0 = all.
+      use_bias: whether a layer normalisation has biases.
     """
 
     kind: NormKind
@@ -24,6 +25,7 @@ class Norm(nn.Module):
     offset: float = 0.0
     param_dtype: str = "float32"
     live: int = 0
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -35,7 +37,7 @@ class Norm(nn.Module):
             return rms_norm(x, scale, self.eps, self.live)
 
         zeros = partitioned(nn.initializers.zeros, ("norm",))
-        bias = self.param("bias", zeros, width, self.param_dtype)
+        bias = self.param("bias", zeros, width, self.param_dtype) if self.use_bias else jnp.float32(0)
         return layer_norm(x, scale, bias, self.eps, self.live)
 
 
@@ -66,7 +68,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, live
     Args:
       x: [..., D] activations of any float dtype.
       scale: [D] multiplier.
-      bias: [D] offset.
+      bias: [D] offset, or a scalar.
       eps: added to the variance.
       live: channels of `x` to average over, the others being 0; 0 = all. Static.
 
