@@ -81,7 +81,9 @@ def test_logits_and_tokens_agree_in_both_directions(name: str, tmp_path: Path) -
     hf.export(config, params, tmp_path / "ours")
     assert_same_model((config, params), hf.load(tmp_path / "ours"))
     back, report = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not report["missing_keys"], report
+    # Pegasus computes its sinusoids anew, but counts them as missing; the logits below show them.
+    missing = {name for name in report["missing_keys"] if not name.endswith("embed_positions.weight")}
+    assert not missing, report
     assert not report["unexpected_keys"], report
     np.testing.assert_array_equal(their_logits(back.eval(), pair), theirs)
     assert their_tokens(back, pair, limit=12) == their_tokens(model, pair, limit=12)
@@ -110,7 +112,8 @@ def test_forced_and_forbidden_tokens() -> None:
 def test_texts_stand_between_the_models_tokens() -> None:
     config, params = hf.load(FOLDER / "bart")
     model = el.TextToText(EncoderDecoder(config), params, Letters())
-    (of_text,), (of_ids,) = model.generate("hello"), model.generate([0, *Letters().encode("hello"), 2])
+    (of_text,) = model.generate("hello", max_new_tokens=LIMIT)
+    (of_ids,) = model.generate([0, *Letters().encode("hello"), 2], max_new_tokens=LIMIT)
     assert of_text.tokens == of_ids.tokens
     assert of_text.tokens[0] == 0
     assert of_text.text == Letters().decode([token for token in of_text.tokens[1:] if token != 2])

@@ -126,7 +126,7 @@ def test_flops_are_those_of_the_products_that_run() -> None:
 
     forms = {
         "gated": {"gated": True},
-        "map": {"embed_dim": 8, "embed_map": True},
+        "map": {"embed_map": True},
         "vectors": {"relative": "disentangled", "relative_buckets": 8, "relative_max_distance": 16},
         "convolution": {"conv_kernel": 3},
     }
