@@ -170,8 +170,8 @@ def _family(
     )
 
 
-LEARNED = {"positions": "learned", "position_offset": POSITION_ROWS, "embed_norm": True}
-SINUSOIDAL = {"positions": "sinusoidal"}
+LEARNED: dict[str, Any] = {"positions": "learned", "position_offset": POSITION_ROWS, "embed_norm": True}
+SINUSOIDAL: dict[str, Any] = {"positions": "sinusoidal"}
 
 BART = _family(
     "bart",
