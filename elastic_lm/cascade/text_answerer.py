@@ -97,12 +97,12 @@ class TextAnswerer:
         require(model.tokenizer is not None, "model.tokenizer", None, "give it a tokenizer")
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
             require_at_least_1(name, value)
-        self._ends = list(model.config.eos_ids[:1])
+        around = len(model.config.whole_text([]))
         require(
-            len(self._ends) < max_len <= model.max_len,
+            around < max_len <= model.max_len,
             "max_len",
             max_len,
-            f"must be above the {len(self._ends)} end tokens and at most the model's {model.max_len}",
+            f"must be above the {around} end tokens and at most the model's {model.max_len}",
         )
         require(
             scoring.centre == "none",
@@ -121,7 +121,7 @@ class TextAnswerer:
         # Those of `labels` alone: a head on the encoder may name other classes than the model writes.
         self.names = tuple(labels or ())
         self._model, self._max_new_tokens, self._template = model, max_new_tokens, template
-        self._longest = max_len - len(self._ends)
+        self._longest = max_len - around
         self._batch_size, self._encoder_head = batch_size, encoder_head
 
     def bucket(self, record: Record) -> int | None:
@@ -152,7 +152,7 @@ class TextAnswerer:
         assert self._model.tokenizer is not None
         source = self._template.format_map(_Fields(record))
         require(bool(source), "source", source, "is empty: give at least one character")
-        ids = [*self._model.tokenizer.encode(source)[: self._longest], *self._ends]
+        ids = self._model.config.whole_text(self._model.tokenizer.encode(source)[: self._longest])
         return bucket(len(ids)), ids
 
     def _answer_batch(self, width: int, sources: list[list[int]]) -> list[Answer]:

@@ -48,8 +48,8 @@ A typical session on a model of your own:
   elastic-lm generate --model runs/exits/model --thresholds thresholds.json --prompt "Once upon"
 """
 EPILOG = """\
-Exit status: 0 done, 1 all that was asked for, or a run of a sweep, failed, 2 the input was refused, 70 an unexpected error (please
-report it), 130 interrupted, 141 nobody reads the output, 143 terminated.
+Exit status: 0 done, 1 all that was asked for, or a run of a sweep, failed, 2 the input was refused, 70 an
+unexpected error (please report it), 130 interrupted, 141 nobody reads the output, 143 terminated.
 ELASTIC_LM_DEBUG=1 (or --debug after the command) shows where an error came from. Compiled programs are kept
 in the user's cache folder, in ELASTIC_LM_CACHE=FOLDER, or not at all with ELASTIC_LM_CACHE=off.
 """

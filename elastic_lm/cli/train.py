@@ -36,10 +36,11 @@ Recipes of the package, which lie in {recipe_folder()}:
 Or give a Python file of yours. `--config name:argument` hands the argument to the file's get_config; every
 key of the config can be overridden with --config.section.key=value, or with a blank for the equals sign;
 --config.exits[0].layer=2 sets one entry of a list. Unknown keys are refused with a suggestion. The workdir
-holds checkpoints, metrics.jsonl, run_config.json (which repeats the run, as --config) and, at the end, model/.
-SIGTERM saves a checkpoint and ends with status 0. --sweep trains one run per value, each in a folder of the
-workdir, and ends with a table (sweep.json); several make every combination. A run that fails does not stop the
-others; the status is 1 then.
+holds checkpoints, metrics.jsonl, run_config.json (as --config it repeats the run) and, at the end, model/.
+SIGTERM saves a checkpoint and ends with status 0.
+
+--sweep trains one run per value, each in a folder of the workdir, and ends with a table (sweep.json); several
+make every combination. A run that fails does not stop the others; the status is 1 then.
 """
 FAILED = 1  # exit status where a run of a sweep failed
 

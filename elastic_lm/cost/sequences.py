@@ -6,7 +6,7 @@ A layer whose query heads are N wide H, which sees min(t + 1, window) keys at po
 
 and a vocabulary head 2 V D per position that is read. Generating n tokens after a prompt of P runs the
 layers over P + n - 1 tokens and reads the head n times, cached or not. In an encoder every position sees
-all T, and a decoder that sees a source of S projects its keys and values once.
+all T, or a window in local layers, and a decoder that sees a source of S projects its keys and values once.
 
 Norms, biases, look-ups and softmaxes are not counted.
 """
@@ -65,12 +65,31 @@ def encoder_flops(config: EncoderConfig, tokens: int, layers: int | None = None)
     Args:
       config: the model.
       tokens: T, special tokens included.
-      layers: that run; None = all.
+      layers: the last ones, that run; None = all.
     """
-    d = config.d_model
-    layer = 2 * tokens * (4 * d * d + 2 * d * config.d_mlp) + 4 * d * tokens * tokens
-    head = 2 * d * config.n_labels + (2 * d * d if config.pooler != "none" else 0)
-    return layer * (config.n_layers if layers is None else layers) + head
+    d, t = config.d_model, tokens
+    count = config.n_layers if layers is None else layers
+    weights = 4 * d * d + (3 if config.gated else 2) * d * config.d_mlp
+    seen = sum(_pairs(config, i, t) for i in range(config.n_layers - count, config.n_layers))
+    whole = count * 2 * t * weights + 4 * d * seen
+
+    if config.relative == "disentangled":
+        # Vectors of distances are projected in every layer, and meet all queries and all keys.
+        vectors = 2 * config.distances
+        whole += count * (2 * vectors * 3 * d * d + 2 * 2 * d * vectors * t)
+    if count == config.n_layers:
+        whole += 2 * t * d * (config.embed_dim if config.embed_map else 0)
+        whole += 2 * t * d * d * config.conv_kernel
+
+    return whole + 2 * d * config.n_labels + (2 * d * d if config.pooler != "none" else 0)
+
+
+def _pairs(config: EncoderConfig, layer: int, tokens: int) -> int:
+    """Pairs of a query and a key that it sees, in one layer of an encoder."""
+    if not config.local(layer):
+        return tokens * tokens
+    side = min(config.window // 2, tokens - 1)
+    return tokens * (2 * side + 1) - side * (side + 1)
 
 
 def text_to_text_flops(config: EncoderDecoderConfig, source: int, emitted: int) -> int:

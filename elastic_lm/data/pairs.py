@@ -99,9 +99,8 @@ def encode_pair(
 
 
 def encode_text(model: EncoderDecoderConfig, tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
-    """Token ids of a source or target with the end token, at most `longest` of them."""
-    ends = list(model.eos_ids[:1])
-    return [*tokenizer.encode(text)[: longest - len(ends)], *ends]
+    """Token ids of a source or target between its start and end tokens, at most `longest` of them."""
+    return model.whole_text(tokenizer.encode(text)[: longest - len(model.whole_text([]))])
 
 
 def pair_of(config: TaskConfig, item: tuple[str, Record]) -> tuple[str, str]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from elastic_lm.config.checks import require, require_at_least_1, require_positive, require_type
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
+from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data.padding import filled
 from elastic_lm.decode.cache import cache_bytes
 from elastic_lm.decode.prefill import split_rows, stack_rows
@@ -158,8 +159,9 @@ class TextToText:
           model: an encoder-decoder; its config is static.
           params: canonical parameters.
           tokenizer: needed for text; token-id sources work without one and give empty text.
-          max_len: tokens of a source at most, at least 1. The model sets no limit, but attention over S
-            tokens takes 4 S^2 bytes of memory per row and head.
+          max_len: tokens of a source at most, at least 1; not more than a model with vectors of positions
+            (BART, Marian) has. Others set no limit, but attention over S tokens takes 4 S^2 bytes of memory
+            per row and head.
 
         Raises:
           ValueError: the model is of another kind, or max_len is below 1.
@@ -171,6 +173,7 @@ class TextToText:
         require_at_least_1("max_len", max_len)
         check_params(model.config, params)
         self.config = model.config
+        max_len = min(max_len, model.config.max_len or max_len)
         self.params = params
         self.tokenizer = tokenizer
         self.max_len = max_len
@@ -205,11 +208,14 @@ class TextToText:
         rows = self._encode(sources)
         require_type("max_new_tokens", max_new_tokens, int)
         require_at_least_1("max_new_tokens", max_new_tokens)
+        longest = self.config.max_len
+        fix = f"the model has {longest} positions: ask for fewer"
+        require(not longest or max_new_tokens <= longest, "max_new_tokens", max_new_tokens, fix)
         if call_settings.stop_tokens:
             check_ids("stop_tokens", call_settings.stop_tokens, self.config.vocab_size)
         detokenizer = make_detokenizer(self.tokenizer, self.config.eos_ids, call_settings)
 
-        tokens, lengths = _pad(rows)
+        tokens, lengths = self._pad(rows)
         hidden = _hidden(sources, *tokens.shape)
         request = Request(
             limit=jnp.int32(max_new_tokens),
@@ -249,8 +255,10 @@ class TextToText:
         distinct = len(set(map(tuple, targets))) == len(targets)
         require(distinct, "labels", list(labels), "two have the same tokens; each must be there once")
 
-        label_tokens, label_lengths = pad_rows(targets, len(targets), _power_of_2(max(map(len, targets))))
-        tokens, lengths = _pad(rows)
+        widest = _power_of_2(max(map(len, targets)))
+        widest = min(widest, self.config.max_len or widest)
+        label_tokens, label_lengths = pad_rows(targets, len(targets), widest)
+        tokens, lengths = self._pad(rows)
         log_probs, energy = jax.device_get(
             jit_label_scores(
                 self.config, self.params, tokens, lengths, label_tokens, label_lengths,
@@ -275,7 +283,7 @@ class TextToText:
           ValueError: an empty or too long source, or the model has no head on its encoder.
         """
         rows = self._encode(sources)
-        hidden, logits = jit_encode(self.config, self.params, *_pad(rows))
+        hidden, logits = jit_encode(self.config, self.params, *self._pad(rows))
         logits = jax.device_get(logits)
         self._check_finite(logits[: len(rows)])
         # Not strict: the arrays are padded with rows that are no sources.
@@ -351,7 +359,7 @@ class TextToText:
             emitted = emitted[: detokenizer.stops_after([], emitted)]
             n = len(emitted)
             result = Text2TextResult(
-                text=detokenizer.text([], emitted),
+                text=detokenizer.text([], emitted[n_started(self.config, emitted) :]),
                 tokens=emitted,
                 energy=scores.energy[i, :n],
                 max_prob=scores.max_prob[i, :n],
@@ -365,16 +373,21 @@ class TextToText:
         if self.tokenizer is None:
             raise ValueError("tokenizer=None: text needs one; give token ids or a tokenizer")
         require(bool(text), what, text, "is empty: give at least one character of text")
-        return [*self.tokenizer.encode(text), *self.config.eos_ids[:1]]
+        return self.config.whole_text(self.tokenizer.encode(text))
+
+    def _pad(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The rows as one array, both sides of which are rounded up to powers of two, and their lengths."""
+        width = bucket(max(map(len, rows)))
+        return pad_rows(rows, _power_of_2(len(rows)), min(width, self.config.max_len or width))
+
+
+def n_started(config: EncoderDecoderConfig, emitted: list[int]) -> int:
+    """How many tokens at the beginning of a target are none of its text: 1 where it has a start token."""
+    return int(emitted[:1] == [config.text_start_id])
 
 
 def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
-
-
-def _pad(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows as one array, both sides of which are rounded up to powers of two, and their lengths."""
-    return pad_rows(rows, _power_of_2(len(rows)), bucket(max(map(len, rows))))
 
 
 def _hidden(sources: Any, count: int, width: int) -> jax.Array | None:

@@ -124,12 +124,14 @@ def label_scores(
       hidden_BSD: what `encode` gave for the sources, or None to encode them here.
 
     Returns:
-      (log probabilities [B, C] float32, energy [B] float32 of the first target position, which is the same
-      for all labels).
+      (log probabilities [B, C] float32, energy [B] float32 of the first target position, behind a start token
+      of targets, which is the same for all labels).
     """
     model, b = _bind(config, params), source_BS.shape[0]
     source = _source_key_values(config, params, source_BS, length_B, hidden_BSD)
 
+    # Where every target has the same start token (BART), that one tells nothing of the source.
+    first = 0 if config.text_start_id is None else min(1, labels_CT.shape[1] - 1)
     first_C1 = jnp.full((labels_CT.shape[0], 1), config.decoder_start_id, jnp.int32)
     inputs_CT = jnp.concatenate([first_C1, labels_CT[:, :-1]], axis=1)
     counted_CT = jnp.arange(labels_CT.shape[1]) < label_length_C[:, None]
@@ -140,7 +142,7 @@ def label_scores(
         index_BT1 = jnp.broadcast_to(label_T, logits_BTV.shape[:2])[..., None]
         taken_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), index_BT1, axis=-1)[..., 0]
         total_B = jnp.sum(jnp.where(counted_T, taken_BT, 0.0), axis=-1)
-        return total_B, free_energy(logits_BTV[:, 0], energy_temperature)
+        return total_B, free_energy(logits_BTV[:, first], energy_temperature)
 
     # One label after the other, so that only the logits [B, T, V] of one label are in memory.
     totals_CB, energy_CB = jax.lax.map(score, (inputs_CT, labels_CT, counted_CT))
@@ -200,7 +202,11 @@ def _emit(config: EncoderDecoderConfig, state: Targets, logits_BV: jax.Array, re
     """Appends a token and its scores to the rows that are alive."""
     position = state.position + 1
     position_B = jnp.broadcast_to(position, state.length.shape)
-    token_B = sample(logits_BV, state.tokens, position_B, request.sampling)
+    allowed_BV = logits_BV
+    if config.suppressed_ids:
+        allowed_BV = logits_BV.at[:, jnp.asarray(config.suppressed_ids)].set(-jnp.inf)
+    token_B = sample(allowed_BV, state.tokens, position_B, request.sampling)
+    token_B = _forced(config, token_B, position, request.limit)
     token_B = jnp.where(state.alive, token_B, config.pad_id)
 
     scores = token_scores(logits_BV, request.energy_temperature)
@@ -218,3 +224,15 @@ def _emit(config: EncoderDecoderConfig, state: Targets, logits_BV: jax.Array, re
         alive=state.alive & ~ends_B,
         position=position,
     )
+
+
+def _forced(
+    config: EncoderDecoderConfig, token_B: jax.Array, position: jax.Array, limit: jax.Array
+) -> jax.Array:
+    """The tokens, or those that the model wants at the beginning and at the end of a target that is cut."""
+    found_B, broken_B = token_B, token_B == BROKEN
+    if config.forced_bos_id is not None:
+        token_B = jnp.where(position == 1, config.forced_bos_id, token_B)
+    if config.forced_eos_id is not None:
+        token_B = jnp.where(position >= limit, config.forced_eos_id, token_B)
+    return jnp.where(broken_B, found_B, token_B)

@@ -14,13 +14,14 @@ from elastic_lm.files.atomic import read_json
 from elastic_lm.files.gguf import is_gguf
 from elastic_lm.files.hub import local_model
 from elastic_lm.hf.config_json import config_from_hf
+from elastic_lm.hf.generation import LIMITS
 from elastic_lm.hf.gguf import config_entries
 from elastic_lm.models.registry import Config
 
 CONFIG_FILE = "config.json"
 KEPT_FILE = "source_config.json"  # the source's config.json, in a checkpoint of this package
 GENERATION_FILE = "generation_config.json"
-GENERATION_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "pad_token_id")
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "pad_token_id", *LIMITS)
 
 # Exits of an earlier export, and code that is not carried.
 DROPPED = ("elastic", "auto_map", "quantization_config")
@@ -105,8 +106,8 @@ class Carried:
         if self.generation is None:
             return ids
         found = self.generation
-        changed = {k: v for k, v in ids.items() if k in found and _listed(found[k]) != _listed(v)}
-        return found | changed
+        stated = {k: v for k, v in ids.items() if k in found or (k in LIMITS and v is not None)}
+        return found | {k: v for k, v in stated.items() if _listed(found.get(k)) != _listed(v)}
 
 
 def _same_model(entries: dict[str, Any], right: Config) -> bool:

@@ -250,8 +250,8 @@ def _refuse_many_sizes(config: ModelConfig) -> None:
 def _check_expressible(config: Config, hf: Mapping[str, Any]) -> None:
     """Reads `hf` back and refuses when something was lost on the way."""
     pooling = getattr(config, "pooling", "first")
-    fix = "no family of transformers reads the mean state; save an elastic checkpoint"
-    require(pooling == "first", "pooling", pooling, fix)
+    fix = "this family's models in transformers do not read the mean state; save an elastic checkpoint"
+    require(pooling == "first" or "classifier_pooling" in hf, "pooling", pooling, fix)
     family, again = find_family(config.family), config_from_hf(hf)
     if not isinstance(config, ModelConfig):
         again = family.complete(again, tensor_names(config))

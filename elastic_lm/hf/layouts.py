@@ -106,16 +106,16 @@ HEADWISE_QKV = Layout(
 
 # [N, 2, H, D] stored as key and value [N * H, D] each.
 KEY_VALUE = Layout(
-    shapes=lambda config, shape: [(shape[0] * shape[2], shape[3])] * 2,
+    shapes=lambda config, shape: [(shape[0] * shape[2], *shape[3:])] * 2,
     join=lambda tensors, shape: np.stack([t.reshape(shape[0], *shape[2:]) for t in tensors], axis=1),
-    split=lambda config, leaf: [leaf[:, i].reshape(-1, leaf.shape[3]) for i in range(2)],
+    split=lambda config, leaf: [leaf[:, i].reshape(-1, *leaf.shape[3:]) for i in range(2)],
 )
 
 # [N, H, D] stored as one kernel [N * H, D].
 HEADS = Layout(
-    shapes=lambda config, shape: [(shape[0] * shape[1], shape[2])],
+    shapes=lambda config, shape: [(shape[0] * shape[1], *shape[2:])],
     join=lambda tensors, shape: tensors[0].reshape(shape),
-    split=lambda config, leaf: [leaf.reshape(-1, leaf.shape[2])],
+    split=lambda config, leaf: [leaf.reshape(-1, *leaf.shape[2:])],
 )
 
 # [2, F, ...] stored as gate [F, ...] and up [F, ...].

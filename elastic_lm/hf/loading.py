@@ -19,6 +19,7 @@ from elastic_lm.files.hub import OR_NAME, local_model
 from elastic_lm.hf.config_json import NO_TOKEN, config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
+from elastic_lm.hf.generation import limits_beside
 from elastic_lm.hf.gguf import GGUFTensors, config_entries
 from elastic_lm.hf.multimodal import text_tensors
 from elastic_lm.hf.registry import find_family
@@ -37,6 +38,8 @@ BUFFERS = (
     ".EncDecAttention.relative_attention_bias.weight",  # of T5's first releases, which nothing read
     "embeddings.position_ids",
     "embeddings.token_type_ids",
+    ".embed_positions.weight",  # sinusoids (Marian), which are computed
+    "embeddings.position_embeddings.weight",  # of DeBERTas that do not read it
     ".pooler.dense.weight",  # RoBERTa's classifiers were saved with a pooler that they do not read
     ".pooler.dense.bias",
 )
@@ -132,6 +135,7 @@ def _read_config(folder: Path, dtype: str | None) -> Config:
         raise ValueError(f"{path}: {error}") from error
     family = find_family(config.family)
     ids = _generation_ids(folder / "generation_config.json")
+    ids |= limits_beside(folder / "generation_config.json", config)
     config = dataclasses.replace(config, **{field: i for field, i in ids.items() if family.has(field)})
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else config.param_dtype
@@ -159,7 +163,7 @@ def _generation_ids(path: Path) -> dict[str, Any]:
 def _check_layers(folder: Path, config: Config, tensors: TensorFiles) -> None:
     """Refuses more layers than there are tensors, before the names of all their tensors are made."""
     require(
-        config.n_layers <= len(tensors.files),
+        getattr(config, "shared_layers", False) or config.n_layers <= len(tensors.files),
         f"{folder / 'config.json'}: the number of layers",
         config.n_layers,
         f"the weights are {len(tensors.files)} tensors, and every layer has some; correct it",

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+from elastic_lm.hf.families.albert import ALBERT
 from elastic_lm.hf.families.arcee import ARCEE
+from elastic_lm.hf.families.bart import BART, MARIAN, MBART, PEGASUS
 from elastic_lm.hf.families.bert import BERT
 from elastic_lm.hf.families.bloom import BLOOM
 from elastic_lm.hf.families.cohere import COHERE, COHERE2
+from elastic_lm.hf.families.deberta import DEBERTA_V2
 from elastic_lm.hf.families.distilbert import DISTILBERT
+from elastic_lm.hf.families.electra import ELECTRA
 from elastic_lm.hf.families.ernie import ERNIE
 from elastic_lm.hf.families.falcon import FALCON
 from elastic_lm.hf.families.gemma import GEMMA
@@ -22,18 +26,20 @@ from elastic_lm.hf.families.helium import HELIUM
 from elastic_lm.hf.families.llama import LLAMA
 from elastic_lm.hf.families.ministral import MINISTRAL, MINISTRAL3
 from elastic_lm.hf.families.mistral import MISTRAL
+from elastic_lm.hf.families.modernbert import MODERNBERT
+from elastic_lm.hf.families.mpnet import MPNET
 from elastic_lm.hf.families.nemotron import NEMOTRON
 from elastic_lm.hf.families.olmo import OLMO2, OLMO3
 from elastic_lm.hf.families.opt import OPT
 from elastic_lm.hf.families.phi import PHI
 from elastic_lm.hf.families.phi3 import PHI3
 from elastic_lm.hf.families.qwen import QWEN2, QWEN3
-from elastic_lm.hf.families.roberta import ROBERTA
+from elastic_lm.hf.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from elastic_lm.hf.families.seed_oss import SEED_OSS
 from elastic_lm.hf.families.smollm3 import SMOLLM3
 from elastic_lm.hf.families.stablelm import STABLELM
 from elastic_lm.hf.families.starcoder2 import STARCODER2
-from elastic_lm.hf.families.t5 import T5
+from elastic_lm.hf.families.t5 import MT5, T5, UMT5
 from elastic_lm.hf.family import Family
 from elastic_lm.hf.relatives import RELATIVES
 
@@ -43,8 +49,12 @@ DECODERS = (
     *(ARCEE, ERNIE, SEED_OSS, HELIUM, MINISTRAL, MINISTRAL3),
     *(GPT_NEO, GPTJ, GPT_BIGCODE, STARCODER2, OPT, BLOOM, FALCON, PHI, STABLELM),
 )
-ENCODERS = (BERT, DISTILBERT, ROBERTA)
-FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS, T5)}
+ENCODERS = (
+    *(BERT, DISTILBERT, ROBERTA, XLM_ROBERTA, CAMEMBERT),
+    *(ELECTRA, DEBERTA_V2, MODERNBERT, MPNET, ALBERT),
+)
+ENCODER_DECODERS = (T5, MT5, UMT5, BART, MBART, PEGASUS, MARIAN)
+FAMILIES = {family.model_type: family for family in (*DECODERS, *ENCODERS, *ENCODER_DECODERS)}
 
 
 def find_family(model_type: Any) -> Family:

@@ -8,7 +8,7 @@ names of our own, in a file of their own (`elastic_exits.safetensors`):
     elastic.exits.<layer>.block.*                    a `block` exit's layer, named as in the family's layers
     elastic.exits.<layer>.head.weight, .head.bias    [V, D] vocabulary head of an untied exit, and its bias
     elastic.exits.<layer>.gate.up.*, .gate.down.*    weight and bias of the two projections of a gate
-    elastic.exits.<layer>.pooler.*, .head.*          of an encoder's exit: weight and bias
+    elastic.exits.<layer>.pooler.*, .head.*          of an encoder's exit: weight, bias, the pooler's norm
 
 where <layer> counts the layers below the exit (`ExitConfig.layer`).
 """
@@ -37,6 +37,8 @@ EXIT_TENSORS = {
     "head/bias": Tensor(("head.bias",)),
     "pooler/kernel": Tensor(("pooler.weight",)),
     "pooler/bias": Tensor(("pooler.bias",)),
+    "pooler/norm/scale": Tensor(("pooler.norm.weight",)),
+    "pooler/norm/bias": Tensor(("pooler.norm.bias",)),
     "gate/up/kernel": Tensor(("gate.up.weight",)),
     "gate/up/bias": Tensor(("gate.up.bias",)),
     "gate/down/kernel": Tensor(("gate.down.weight",)),

@@ -5,12 +5,14 @@
     logits   = W' f(W pool(h_L) + b) + b'              pool: the first token's state, or the mean
     logits_l = W'_l f(W_l mean(h_l) + b_l) + b'_l      for every exit after a layer l
 
-Exits read the mean state, since the first token of a lower layer has seen little of the sentence.
+Exits read the mean state, since the first token of a lower layer has seen little of the sentence. Where norms
+stand in front of the layers' parts (ModernBERT), all that reads states reads them through the final norm.
 
 Parameters have one canonical form: `embed`, `positions`, `types`, `embed_norm`, one sub-tree per layer
-(`layers_0`, `layers_1`, ...), `pooler`, `head` (the task's), `token_head` (a masked language model's) and
-`exit_<layer>` for every exit. Encoders have few layers and train in this form too, layer by layer, so that
-no second form of their parameters is needed.
+(`layers_0`, `layers_1`, ...; `layers_0` alone where all layers are one), `pooler`, `head` (the task's),
+`token_head` (a masked language model's) and `exit_<layer>` for every exit; in some families also `embed_map`,
+`relative_bias`, `distances`, `distance_norm`, `convolution` and `final_norm`. Encoders have few layers and
+train in this form too, layer by layer, so that no second form of their parameters is needed.
 """
 
 import flax.linen as nn
@@ -21,10 +23,18 @@ import jax.numpy as jnp
 from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.models.decoder import Embedding
-from elastic_lm.nn.encoder import EncoderBlock, TokenHead, encoder_norm
+from elastic_lm.nn.disentangled import Distances, distance_index
+from elastic_lm.nn.encoder import (
+    Convolution,
+    EncoderBlock,
+    EncoderContext,
+    Pooler,
+    TokenHead,
+    encoder_norm,
+    rotation_of,
+)
 from elastic_lm.nn.linear import Linear
-
-POOLERS = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+from elastic_lm.nn.relative_position import RelativeBias
 
 
 @flax.struct.dataclass
@@ -45,7 +55,10 @@ class EncoderOutput:
 
 
 class Encoder(nn.Module):
-    """A bidirectional transformer (BERT, arXiv 1810.04805; RoBERTa, 1907.11692; DistilBERT, 1910.01108).
+    """A bidirectional transformer: BERT (arXiv 1810.04805) and its relatives.
+
+    These are RoBERTa (1907.11692), DistilBERT (1910.01108), ELECTRA (2003.10555), ALBERT (1909.11942),
+    MPNet (2004.09297), DeBERTa v2 and v3 (2006.03654, 2111.09543), and ModernBERT (2412.13663).
 
     Attributes:
       config: architecture and heads; static.
@@ -67,16 +80,32 @@ class Encoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        width, dtype = c.d_model, c.param_dtype
+        width, dtype = c.embed_dim, c.param_dtype
         self.embedding = Embedding(c.vocab_size, width, ("vocab", "embed"), dtype, name="embed")
-        places = c.max_len + c.position_offset
-        self.positions = Embedding(places, width, (None, "embed"), dtype, name="positions")
+        if c.positions == "learned":
+            rows = c.max_len + c.position_offset
+            self.positions = Embedding(rows, width, (None, "embed"), dtype, name="positions")
         if c.type_vocab_size:
             self.types = Embedding(c.type_vocab_size, width, (None, "embed"), dtype, name="types")
         self.embed_norm = encoder_norm(c, "embed_norm")
-        self.layers = [EncoderBlock(c, name=f"layers_{i}") for i in range(c.n_layers)]
+        if c.embed_map:
+            self.mapping = Linear((c.d_model,), ("embed", None), True, dtype, name="embed_map")
+
+        if c.relative == "bias":
+            self.relative_bias = RelativeBias(c, both_directions=True, name="relative_bias")
+        if c.relative == "disentangled":
+            self.distances = Embedding(2 * c.distances, c.d_model, (None, "embed"), dtype, name="distances")
+            if c.relative_norm:
+                self.distance_norm = encoder_norm(c, "distance_norm")
+        blocks = 1 if c.shared_layers else c.n_layers
+        self.layers = [EncoderBlock(c, i, name=f"layers_{i}") for i in range(blocks)]
+        if c.conv_kernel:
+            self.convolution = Convolution(c, name="convolution")
+        if c.pre_norm:
+            self.final_norm = encoder_norm(c, "final_norm")
+
         if c.pooler != "none":
-            self.pooling = dense(c, width, "pooler")
+            self.pooling = Pooler(c, name="pooler")
         if c.n_labels:
             self.task_head = dense(c, c.n_labels, "head")
         self.exits = {layer: TaskExit(c, name=exit_name(layer)) for layer in c.exits}
@@ -115,11 +144,12 @@ class Encoder(nn.Module):
         # Linen creates the parameters of what runs.
         if self.is_initializing():
             for exit_ in self.exits.values():
-                exit_(mean_state(hidden, mask_BT))
+                exit_(self.mean(hidden, mask_BT))
             if self.config.mlm:
                 self.token_logits(hidden)
 
-        return EncoderOutput(hidden, pooled, logits, self.token_logits(hidden) if token_logits else None)
+        found = self.token_logits(hidden) if token_logits else None
+        return EncoderOutput(self.normed(hidden), pooled, logits, found)
 
     def states(
         self,
@@ -128,7 +158,7 @@ class Encoder(nn.Module):
         types_BT: jax.Array | None = None,
         depth: int | None = None,
     ) -> jax.Array:
-        """States [B, T, D] after the first layers, from which `run_layers` goes on.
+        """States [B, T, D] after the first layers, from which `run_layers` goes on; before a final norm.
 
         Args:
           tokens_BT: as in `__call__`.
@@ -140,7 +170,7 @@ class Encoder(nn.Module):
         return self.run_layers(hidden, mask_BT, 0, self.config.n_layers if depth is None else depth)
 
     def embed(self, tokens_BT: jax.Array, types_BT: jax.Array | None = None) -> jax.Array:
-        """Normalised sum [B, T, D] of token, position and type embeddings; arguments as in `__call__`."""
+        """Normalised sum of embeddings that enters the first layer [B, T, D]; arguments as in `__call__`."""
         c = self.config
         length = tokens_BT.shape[1]
         require(
@@ -150,11 +180,14 @@ class Encoder(nn.Module):
             f"the model reads at most max_len={c.max_len} tokens; truncate",
         )
 
-        hidden = self.embedding()[tokens_BT] + self.positions()[position_ids(c, tokens_BT)]
+        hidden = self.embedding()[tokens_BT]
+        if c.positions == "learned":
+            hidden = hidden + self.positions()[position_ids(c, tokens_BT)]
         if c.type_vocab_size:
             table = self.types()
             hidden = hidden + (table[0] if types_BT is None else table[types_BT])
-        return self.embed_norm(hidden.astype(c.dtype))
+        hidden = self.embed_norm(hidden.astype(c.dtype))
+        return self.mapping(hidden) if c.embed_map else hidden
 
     def run_layers(
         self, hidden_BTD: jax.Array, mask_BT: jax.Array | None, start: int, stop: int
@@ -179,10 +212,40 @@ class Encoder(nn.Module):
             (start, stop),
             f"must be layers in order, of n_layers={self.config.n_layers}",
         )
-        mask_BT = default_mask(hidden_BTD, mask_BT)
-        for layer in self.layers[start:stop]:
-            hidden_BTD = layer(hidden_BTD, mask_BT)
+        context = self.context(default_mask(hidden_BTD, mask_BT))
+        for i in range(start, stop):
+            entering_BTD, layer = hidden_BTD, self.layers[0 if self.config.shared_layers else i]
+            hidden_BTD = layer(entering_BTD, context)
+            if i == 0 and self.config.conv_kernel:
+                hidden_BTD = self.convolution(entering_BTD, hidden_BTD, context.mask)
         return hidden_BTD
+
+    def context(self, mask_BT: jax.Array) -> EncoderContext:
+        """What all layers know of a batch: padding (`mask_BT`, bool), and positions as they read them."""
+        c, length = self.config, mask_BT.shape[1]
+        place_T = jnp.arange(length, dtype=jnp.int32)
+        biases = distances = rotations = None
+        if c.relative == "bias":
+            biases = self.relative_bias(place_T, place_T)
+        if c.relative == "disentangled":
+            vectors = self.distances().astype(c.dtype)
+            vectors = self.distance_norm(vectors) if c.relative_norm else vectors
+            index = distance_index(length, c.relative_buckets, c.relative_max_distance)
+            distances = Distances(vectors, jnp.asarray(index))
+        if c.positions == "rope":
+            everywhere = rotation_of(c.rope_theta, c.head_dim, place_T)
+            nearby = rotation_of(c.local_rope_theta, c.head_dim, place_T)
+            # Without the barrier, XLA's CPU backend computes sines and cosines again in every layer.
+            rotations = jax.lax.optimization_barrier((everywhere, nearby))
+        return EncoderContext(mask_BT, biases, distances, rotations)
+
+    def normed(self, hidden: jax.Array) -> jax.Array:
+        """States [..., D] of any layer as heads and exits see them: through a final norm, if there is one."""
+        return self.final_norm(hidden) if self.config.pre_norm else hidden
+
+    def mean(self, hidden_BTD: jax.Array, mask_BT: jax.Array | None) -> jax.Array:
+        """`mean_state` [B, D] of states, through the final norm."""
+        return mean_state(self.normed(hidden_BTD), mask_BT)
 
     def all_logits(
         self,
@@ -203,7 +266,7 @@ class Encoder(nn.Module):
         hidden, start, logits = self.embed(tokens_BT, types_BT), 0, []
         for layer, exit_ in self.exits.items():
             hidden = self.run_layers(hidden, mask_BT, start, layer)
-            logits.append(exit_(mean_state(hidden, mask_BT)))
+            logits.append(exit_(self.mean(hidden, mask_BT)))
             start = layer
         if last:
             hidden = self.run_layers(hidden, mask_BT, start, self.config.n_layers)
@@ -214,8 +277,8 @@ class Encoder(nn.Module):
         """f(W h + b) [B, D], which task heads read; h is the first token's state or the mean (`pooling`)."""
         c = self.config
         self._require_part("pooler", c.pooler != "none")
-        state_BD = mean_state(hidden_BTD, mask_BT) if c.pooling == "mean" else hidden_BTD[:, 0]
-        return POOLERS[c.pooler](self.pooling(state_BD))
+        state_BD = self.mean(hidden_BTD, mask_BT) if c.pooling == "mean" else self.normed(hidden_BTD[:, 0])
+        return self.pooling(state_BD)
 
     def task_logits(self, pooled_BD: jax.Array) -> jax.Array:
         """[B, C] float32 outputs of the task head."""
@@ -225,7 +288,7 @@ class Encoder(nn.Module):
     def token_logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 logits of the masked language model's head."""
         self._require_part("mlm", self.config.mlm)
-        return self.token_head(hidden_BTD, self.embedding())
+        return self.token_head(self.normed(hidden_BTD), self.embedding())
 
     def _require_part(self, field: str, has_part: bool) -> None:
         require(
@@ -245,7 +308,7 @@ class TaskExit(nn.Module):
     def __call__(self, state_BD: jax.Array) -> jax.Array:
         """Returns [B, C] float32 outputs from the mean state."""
         c = self.config
-        pooled = POOLERS[c.pooler](dense(c, c.d_model, "pooler")(state_BD))
+        pooled = Pooler(c, name="pooler")(state_BD)
         return dense(c, c.n_labels, "head")(pooled.astype(jnp.float32))
 
 
@@ -273,7 +336,7 @@ def exit_name(layer: int) -> str:
 
 
 def dense(c: EncoderConfig, features: int, name: str | None = None) -> Linear:
-    """A projection of a pooled state: a pooler or a task head."""
+    """A task head: a projection of a pooled state."""
     return Linear((features,), (None, "embed"), True, c.param_dtype, name=name)
 
 

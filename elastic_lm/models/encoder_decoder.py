@@ -1,10 +1,11 @@
-"""The encoder-decoder language model (T5, arXiv 1910.10683), read top-down.
+"""The encoder-decoder language model (T5, arXiv 1910.10683; BART, 1910.13461; Marian), read top-down.
 
     source = encoder(embed(source tokens))              once
     state  = decoder(embed(target tokens), source)      all at once, or token by token (`step`)
     logits = W_vocab state
 
-Every stack ends with a norm, and its layers share the biases of distance that its first layer holds. These
+T5's stacks end with a norm, and their layers share the biases of distance that the first layer holds; in UMT5
+every layer has its own. BART's and Marian's stacks begin with vectors of positions that are added. These
 models have few layers and train in their canonical form, layer by layer, so that no second form of their
 parameters is needed.
 """
@@ -24,6 +25,8 @@ from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, s
 from elastic_lm.nn.block import make_norm
 from elastic_lm.nn.encoder_decoder import Layer
 from elastic_lm.nn.linear import Linear
+from elastic_lm.nn.partition import partitioned
+from elastic_lm.nn.relative_position import sinusoids
 from elastic_lm.nn.vocab_head import Head, VocabHead
 
 
@@ -56,6 +59,8 @@ class EncoderDecoder(nn.Module):
         self.decoder = Stack(c, decodes=True, name="decoder")
         if not c.tied:
             self.head = VocabHead(c.layer, name="head")
+        if c.logits_bias:
+            self.logits_bias = LogitsBias(c, name="logits_bias")
         if c.n_labels:
             self.encoder_head = Linear((c.n_labels,), (None, "embed"), True, c.param_dtype)
 
@@ -132,8 +137,10 @@ class EncoderDecoder(nn.Module):
         return self.logits(hidden)[:, 0], new_kv
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Token embeddings [B, T, D], of sources and targets alike."""
-        return self.embedding()[tokens_BT].astype(self.config.dtype)
+        """Token embeddings [B, T, D], of sources and targets alike; without positions."""
+        c = self.config
+        hidden = self.embedding()[tokens_BT].astype(c.dtype)
+        return hidden * jnp.asarray(c.d_model**0.5, c.dtype) if c.scaled_embedding else hidden
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """[B, T, V] float32 logits of the decoder's output."""
@@ -141,7 +148,8 @@ class EncoderDecoder(nn.Module):
         if c.scaled_head:
             hidden_BTD = hidden_BTD * jnp.asarray(c.d_model**-0.5, hidden_BTD.dtype)
         head = Head(self.embedding()) if c.tied else self.head()
-        return head.logits(hidden_BTD)
+        logits_BTV = head.logits(hidden_BTD)
+        return logits_BTV + self.logits_bias() if c.logits_bias else logits_BTV
 
     def encoder_logits(self, hidden_BSD: jax.Array, mask_BS: jax.Array | None = None) -> jax.Array:
         """Class logits of a source from the mean of the encoder's output, before anything is decoded.
@@ -168,8 +176,21 @@ class EncoderDecoder(nn.Module):
         return self.encoder_head(mean_state(hidden_BSD.astype(jnp.float32), mask_BS))
 
 
+class LogitsBias(nn.Module):
+    """Owns the bias [V] of the logits."""
+
+    config: EncoderDecoderConfig
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        zeros = partitioned(nn.initializers.zeros, ("vocab",))
+        return self.param("bias", zeros, (self.config.vocab_size,), self.config.param_dtype).astype(
+            jnp.float32
+        )
+
+
 class Stack(nn.Module):
-    """The layers of an encoder or a decoder, and the norm after them.
+    """The layers of an encoder or a decoder, and what stands before and after them.
 
     Attributes:
       config: the model; static.
@@ -182,8 +203,17 @@ class Stack(nn.Module):
     def setup(self) -> None:
         c = self.config
         count = c.n_decoder_layers if self.decodes else c.n_layers
-        self.layers = [Layer(c, self.decodes, first=i == 0, name=f"layers_{i}") for i in range(count)]
-        self.final_norm = make_norm(c.layer, "final_norm")
+        relative, every = c.positions == "relative", c.bias_per_layer
+        if c.positions == "learned":
+            rows = c.max_len + c.position_offset
+            self.positions = Embedding(rows, c.d_model, (None, "embed"), c.param_dtype, name="positions")
+        if c.embed_norm:
+            self.embed_norm = make_norm(c.layer, "embed_norm")
+        self.layers = [
+            Layer(c, self.decodes, relative and (every or i == 0), name=f"layers_{i}") for i in range(count)
+        ]
+        if c.pre_norm:
+            self.final_norm = make_norm(c.layer, "final_norm")
 
     def __call__(
         self,
@@ -199,25 +229,38 @@ class Stack(nn.Module):
         Args:
           hidden_BTD: embedded tokens.
           positions_BT: int32; a token sees those at its own position and below it.
-          place_T: int32 places in the text, between which distances are measured. They are not the positions,
-            which are equal in an encoder, where all tokens see each other.
+          place_T: int32 places in the text, which have vectors, or between which distances are measured. They
+            are not the positions, which are equal in an encoder, where all tokens see each other.
           past: cached keys and values per layer, entry s of place s; None = no cache.
           source: keys and values of the source per layer; a decoder needs them.
 
         Returns:
           (normalised state [B, T, D], new keys and values per layer).
         """
-        bias = self.layers[0].bias
-        biases = [bias(place_T, place_T)]
-        if past:
-            biases.insert(0, bias(place_T, jnp.arange(past[0].k.shape[2], dtype=jnp.int32)))
-
-        new_kv = []
+        hidden_BTD = self.enter(hidden_BTD, place_T)
+        new_kv, biases = [], None
         for i, layer in enumerate(self.layers):
+            if layer.has_bias:
+                biases = [layer.bias(place_T, place_T)]
+                if past:
+                    before = jnp.arange(past[0].k.shape[2], dtype=jnp.int32)
+                    biases.insert(0, layer.bias(place_T, before))
             context = AttentionContext(positions_BT, past=past[i] if past else None, biases=biases)
             hidden_BTD, kv = layer(hidden_BTD, context, source[i] if source else None)
             new_kv.append(kv)
-        return self.final_norm(hidden_BTD), new_kv
+        return self.final_norm(hidden_BTD) if self.config.pre_norm else hidden_BTD, new_kv
+
+    def enter(self, hidden_BTD: jax.Array, place_T: jax.Array) -> jax.Array:
+        """What enters the first layer: embeddings, with vectors of their places where the model has them."""
+        c, length = self.config, place_T.shape[0]
+        fix = f"the model reads at most max_len={c.max_len} tokens; truncate"
+        require(not c.max_len or length <= c.max_len, "tokens.shape[1]", length, fix)
+        if c.positions == "learned":
+            hidden_BTD = hidden_BTD + self.positions()[place_T + c.position_offset].astype(hidden_BTD.dtype)
+        if c.positions == "sinusoidal":
+            vectors = jnp.asarray(sinusoids(c.max_len, c.d_model))
+            hidden_BTD = hidden_BTD + vectors[place_T].astype(hidden_BTD.dtype)
+        return self.embed_norm(hidden_BTD) if c.embed_norm else hidden_BTD
 
     def source(self, hidden_BSD: jax.Array, mask_BS: jax.Array) -> list[KeyValues]:
         """Keys and values of the encoder's output for every layer of a decoder.
@@ -268,8 +311,8 @@ def draw_param(
 ) -> jax.Array:
     """A parameter of a new model, from a normal distribution with T5's deviation; norms the identity.
 
-    Embedding 1; query (D H)^-1/2, so that logits need no scale; every other kernel its inputs^-1/2;
-    biases of distance D^-1/2.
+    Where positions are vectors, the deviation is BART's, 0.02. T5's are: embedding 1; query (D H)^-1/2, so
+    that logits need no scale; every other kernel its inputs^-1/2; biases of distance D^-1/2.
 
     Args:
       config: the model; static.
@@ -279,6 +322,9 @@ def draw_param(
     """
     if path[-1] in ("scale", "bias"):
         return jnp.full(leaf.shape, float(path[-1] == "scale"), leaf.dtype)
+
+    if config.positions != "relative":
+        return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
 
     deviation = {"embed": 1.0, "relative_bias": config.d_model**-0.5}.get(path[-2], leaf.shape[-1] ** -0.5)
     noise = deviation * jax.random.normal(key, leaf.shape)

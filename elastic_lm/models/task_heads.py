@@ -11,6 +11,9 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig, TaskProblem
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.encoder import dense, exit_name
+from elastic_lm.nn.encoder import Pooler
+
+POOLER_OF = {"distilbert": "relu", "electra": "gelu", "deberta-v2": "gelu", "modernbert": "gelu"}
 
 
 def attach_task_head(
@@ -57,15 +60,15 @@ def attach_task_head(
 
     pooler = config.pooler
     if pooler == "none":
-        pooler = "relu" if config.family == "distilbert" else "tanh"
+        pooler = POOLER_OF.get(config.family, "tanh")
     new = dataclasses.replace(
         config, exits=(), n_labels=n_labels, problem=problem, labels=tuple(labels), pooler=pooler
     )
 
-    outputs = {"head": n_labels} | ({} if "pooler" in params else {"pooler": config.d_model})
+    modules = {"head": dense(new, n_labels)} | ({} if "pooler" in params else {"pooler": Pooler(new)})
     inputs = jnp.zeros((1, config.d_model))
-    keys = dict(zip(outputs, jax.random.split(key), strict=False))
-    drawn = {name: dense(new, size).init(keys[name], inputs)["params"] for name, size in outputs.items()}
+    keys = dict(zip(modules, jax.random.split(key), strict=False))
+    drawn = {name: module.init(keys[name], inputs)["params"] for name, module in modules.items()}
 
     kept = {name: tree for name, tree in params.items() if name not in map(exit_name, config.exits)}
     return new, {**kept, **nn.unbox(drawn)}

@@ -59,8 +59,8 @@ class AttentionContext:
       segments: [B, T] int32 document ids of the new tokens; None = one document per row.
       window: a token sees only the last `window` positions; 0 = all. An int is static, an array traced.
       past: the layer's cached keys and values, or None.
-      biases: [N, T, S] float32 each, added to the logits of every row: one of `past`, where there is a past,
-        and one of the new tokens. None = no biases.
+      biases: [N, T, S] float32 each, added to the logits of every row, or [B, N, T, S]: one of `past`, where
+        there is a past, and one of the new tokens. None = no biases.
       rotation: of the new tokens, if layers share one (`rope.shared_rotations`); None = each computes it.
       lengths: [B, T or 1] int32 length of the text of each new token, where positions do not tell
         (`rope.rotation_at`); None = they do.
@@ -237,7 +237,7 @@ def _attend(
         s = _products(_LOGITS, q_BKMH, part.k, jnp.float32) * scale
         s = softcap * jnp.tanh(s / softcap) if softcap else s
         s = s.reshape(b, -1, group_size, t, part.k.shape[2])
-        s = s if context.biases is None else s + context.biases[i].reshape(s.shape[1:])
+        s = s if context.biases is None else s + context.biases[i].reshape(-1, *s.shape[1:])
         if slopes_N is not None:
             nearness_BTS = part.positions[:, None, :] - context.positions[:, :, None]
             s += slopes_N.reshape(-1, group_size, 1, 1) * nearness_BTS[:, None, None].astype(jnp.float32)

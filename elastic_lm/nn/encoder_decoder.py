@@ -1,10 +1,11 @@
-"""One layer of an encoder-decoder model (T5, arXiv 1910.10683).
+"""One layer of an encoder-decoder model (T5, arXiv 1910.10683; BART, 1910.13461).
 
-    a = x + attn(norm(x))               with biases of distance
-    a = a + cross(norm(a), source)      in a decoder
-    y = a + mlp(norm(a))
+    a = x + attn(norm(x))               a = norm(x + attn(x))             in T5 with biases of distance
+    a = a + cross(norm(a), source)      a = norm(a + cross(a, source))    in a decoder
+    y = a + mlp(norm(a))                y = norm(a + mlp(a))              T5 on the left, BART on the right
 
-No attention scales its logits: new models draw small queries instead (`models.encoder_decoder.draw_param`).
+T5's attention does not scale its logits: new models draw small queries instead
+(`models.encoder_decoder.draw_param`).
 """
 
 import math
@@ -27,18 +28,18 @@ class Layer(nn.Module):
     Attributes:
       config: the model; static.
       decodes: whether the layer attends to a source, and its self-attention looks back only; static.
-      first: whether the layer holds the biases of distance that its whole stack uses; static.
+      has_bias: whether the layer holds biases of distance, its own or those of its whole stack; static.
     """
 
     config: EncoderDecoderConfig
     decodes: bool
-    first: bool
+    has_bias: bool
 
     def setup(self) -> None:
         c = self.config.layer
         self.attn_norm = make_norm(c, "attn_norm")
         self.attn = Attention(c, name="attn")
-        if self.first:
+        if self.has_bias:
             self.bias = RelativeBias(self.config, both_directions=not self.decodes, name="relative_bias")
         if self.decodes:
             self.cross_norm = make_norm(c, "cross_norm")
@@ -59,12 +60,20 @@ class Layer(nn.Module):
         Returns:
           ([B, T, D], new keys and values of self-attention).
         """
-        attended, new_kv = self.attn(self.attn_norm(x_BTD), context)
-        hidden = x_BTD + attended
+        if self.config.pre_norm:
+            attended, new_kv = self.attn(self.attn_norm(x_BTD), context)
+            hidden = x_BTD + attended
+            if self.decodes:
+                assert source is not None
+                hidden = hidden + self.cross(self.cross_norm(hidden), source)
+            return hidden + self.mlp(self.mlp_norm(hidden)), new_kv
+
+        attended, new_kv = self.attn(x_BTD, context)
+        hidden = self.attn_norm(x_BTD + attended)
         if self.decodes:
             assert source is not None
-            hidden = hidden + self.cross(self.cross_norm(hidden), source)
-        return hidden + self.mlp(self.mlp_norm(hidden)), new_kv
+            hidden = self.cross_norm(hidden + self.cross(hidden, source))
+        return self.mlp_norm(hidden + self.mlp(hidden)), new_kv
 
 
 class CrossAttention(nn.Module):
@@ -76,11 +85,10 @@ class CrossAttention(nn.Module):
     config: EncoderDecoderConfig
 
     def setup(self) -> None:
-        c = self.config
-        self.q = Linear((c.n_heads, c.head_dim), ("kv_heads", None, "embed"), param_dtype=c.param_dtype)
-        axes = ("kv_heads", None, None, "embed")
-        self.kv = Linear((c.n_heads, 2, c.head_dim), axes, param_dtype=c.param_dtype)
-        self.out = Linear((c.d_model,), ("embed", "heads"), param_dtype=c.param_dtype)
+        c, rest = self.config, (self.config.biases, self.config.param_dtype)
+        self.q = Linear((c.n_heads, c.head_dim), ("kv_heads", None, "embed"), *rest)
+        self.kv = Linear((c.n_heads, 2, c.head_dim), ("kv_heads", None, None, "embed"), *rest)
+        self.out = Linear((c.d_model,), ("embed", "heads"), *rest)
 
     def __call__(self, x_BTD: jax.Array, source: KeyValues) -> jax.Array:
         """Attends to the source.
@@ -93,7 +101,8 @@ class CrossAttention(nn.Module):
           [B, T, D].
         """
         here_BT = jnp.zeros(x_BTD.shape[:2], jnp.int32)
-        out = attend(self.q(x_BTD), source, AttentionContext(here_BT), scale=1.0)
+        scale = self.config.layer.query_scale
+        out = attend(self.q(x_BTD), source, AttentionContext(here_BT), scale=scale)
         return self.out(out.reshape(*out.shape[:2], math.prod(out.shape[2:])))
 
     def key_values(self, source_BSD: jax.Array) -> NewKeyValues:

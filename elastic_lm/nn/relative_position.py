@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.nn.partition import partitioned
 
 
 class RelativeBias(nn.Module):
-    """Owns the biases [R, N] of one stack; its first layer holds them, all its layers use them.
+    """Owns the biases [R, N] of a stack, all of whose layers use them, or of one layer (UMT5).
 
     Attributes:
       config: the model; static.
       both_directions: whether half of the buckets are for keys after the query; static.
     """
 
-    config: EncoderDecoderConfig
+    config: EncoderDecoderConfig | EncoderConfig
     both_directions: bool
 
     @nn.compact
@@ -36,6 +37,19 @@ class RelativeBias(nn.Module):
             max_distance=c.relative_max_distance,
         )
         return jnp.moveaxis(table.astype(jnp.float32)[bucket_TS], -1, 0)
+
+
+def sinusoids(places: int, width: int) -> np.ndarray:
+    """[places, width] float32 vectors of positions: sines in the first half, cosines in the second (Marian).
+
+    The wavelengths grow from 2 pi to 10,000 times that (arXiv 1706.03762, sec. 3.5).
+
+    Args:
+      places: number of positions.
+      width: of a vector, even.
+    """
+    angle = np.arange(places)[:, None] / np.power(10000.0, np.arange(0, width, 2) / width)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
 
 
 def relative_buckets(

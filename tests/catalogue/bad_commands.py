@@ -302,7 +302,10 @@ MODEL_FOLDERS = [
     hf("rms_norm_eps='small'", rms_norm_eps="small"),
     hf("rms_norm_eps=-1", rms_norm_eps=-1),
     hf("rope_theta=0", rope_theta=0, rope_parameters=None),
-    hf("rope_scaling={'rope_type': 'longrope'}: short_factor is missing", rope_scaling={"rope_type": "longrope"}),
+    hf(
+        "rope_scaling={'rope_type': 'longrope'}: short_factor is missing",
+        rope_scaling={"rope_type": "longrope"},
+    ),
     hf("rope_type='spiral' is not supported; supported", rope_scaling={"rope_type": "spiral"}),
     hf("needs a factor; add it", rope_scaling={"rope_type": "linear"}),
     hf("rope_scaling='linear': must be one flat mapping", rope_scaling="linear"),

@@ -26,7 +26,58 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"max_position_embeddings": 40, "pad_token_id": 3},
     },
     "roberta": {**SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1},
+    "xlm-roberta": {**SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1},
+    "camembert": {**SIZES, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1},
+    "electra": {**SIZES, "embedding_size": 12, "layer_norm_eps": 1e-3, "pad_token_id": 0},
+    "deberta-v2": {
+        **SIZES,
+        **{"relative_attention": True, "share_att_key": True, "pos_att_type": ["p2c", "c2p"]},
+        **{"position_buckets": 4, "max_relative_positions": 8, "norm_rel_ebd": "layer_norm"},
+        **{"position_biased_input": False, "pad_token_id": 0},
+    },
+    "modernbert": {
+        **{**SIZES, "num_hidden_layers": 3, "intermediate_size": 24},
+        **{"local_attention": 4, "global_attn_every_n_layers": 2, "pad_token_id": 3},
+        **{"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+    },
+    "mpnet": {**SIZES, "layer_norm_eps": 1e-5, "pad_token_id": 1},
+    "albert": {
+        **SIZES,
+        "num_hidden_layers": 3,
+        "embedding_size": 12,
+        "layer_norm_eps": 1e-3,
+        "pad_token_id": 0,
+    },
 }
+# Further forms: name -> (model_type, changes).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "electra-base": ("electra", {"embedding_size": 32}),
+    "deberta-v2-xl": (
+        "deberta-v2",
+        {"conv_kernel_size": 3, "conv_act": "gelu", "position_biased_input": True, "type_vocab_size": 2},
+    ),
+    "deberta-no-buckets": (
+        "deberta-v2",
+        {"position_buckets": -1, "max_relative_positions": 6, "norm_rel_ebd": "none", "conv_kernel_size": 5},
+    ),
+    "modernbert-mean": (
+        "modernbert",
+        {
+            "classifier_pooling": "mean",
+            "global_attn_every_n_layers": 3,
+            "num_hidden_layers": 5,
+            "local_attention": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 900.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+    "modernbert-global": ("modernbert", {"global_attn_every_n_layers": 1}),
+    "albert-wide": ("albert", {"embedding_size": 32, "hidden_act": "relu"}),
+    "xlm-roberta-types": ("xlm-roberta", {"type_vocab_size": 2, "pad_token_id": 2}),
+}
+LONG = {"max_position_embeddings": 200}  # longer than every window and bucket
 NAMED = {"id2label": {0: "no", 1: "perhaps", 2: "yes"}, "label2id": {"no": 0, "perhaps": 1, "yes": 2}}
 # Head -> (class of transformers, entries of config.json).
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,7 +87,13 @@ HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlm": ("AutoModelForMaskedLM", {}),
 }
 # The head of each family that its golden file records.
-GOLDEN = {"bert": "classification", "distilbert": "regression", "roberta": "mlm"}
+GOLDEN = {
+    **{"bert": "classification", "distilbert": "regression", "roberta": "mlm"},
+    **{"xlm-roberta": "classification", "camembert": "mlm", "electra": "classification"},
+    **{"deberta-v2": "classification", "modernbert": "classification", "mpnet": "mlm", "albert": "mlm"},
+}
+# Families whose models of transformers read no token types.
+NO_TYPES = ("distilbert", "mpnet", "modernbert")
 
 
 def random_encoder(model_type: str, head: str, seed: int = 0, **changes: Any) -> Any:
@@ -76,7 +133,7 @@ def random_batch(
     shape = (len(lengths), max(lengths))
     mask = np.arange(shape[1]) < np.asarray(lengths)[:, None]
     tokens = np.where(mask, draw(4, 48, shape), FAMILIES[model_type]["pad_token_id"])
-    types = np.where(mask, draw(0, 2 if model_type == "bert" else 1, shape), 0)
+    types = np.where(mask, draw(0, 2 if model_type in ("bert", "electra", "albert") else 1, shape), 0)
     return {"tokens": tokens, "mask": mask.astype(np.int64), "types": types}
 
 
@@ -86,7 +143,7 @@ def theirs(model: Any, batch: dict[str, np.ndarray], head: str) -> dict[str, np.
 
     names = {"tokens": "input_ids", "mask": "attention_mask", "types": "token_type_ids"}
     inputs = {names[key]: torch.tensor(value) for key, value in batch.items()}
-    if model.config.model_type == "distilbert":
+    if model.config.model_type in NO_TYPES:
         inputs.pop("token_type_ids")
     with torch.no_grad():
         out = model(**inputs, output_hidden_states=True)

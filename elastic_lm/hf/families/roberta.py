@@ -1,5 +1,9 @@
-"""RoBERTa: BERT's layers; positions count from padding's id + 1, task heads have their own pooler."""
+"""RoBERTa: BERT's layers; positions count from padding's id + 1, task heads have their own pooler.
 
+XLM-RoBERTa and CamemBERT are RoBERTas under other names.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -21,19 +25,19 @@ HEADS = {
 }
 
 
-def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _read(stem: str, hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     pad = values.get("pad_id", 1)
     return {
         "pad_id": pad,
         "position_offset": pad + 1,
         "max_len": values.get("max_len", 512) - pad - 1,
-        **read_heads(hf, "Roberta", pooler="tanh", base_pooler="tanh"),
+        **read_heads(hf, stem, pooler="tanh", base_pooler="tanh"),
     }
 
 
-def _write(config: EncoderConfig) -> dict[str, Any]:
+def _write(stem: str, config: EncoderConfig) -> dict[str, Any]:
     rows = config.max_len + config.position_offset
-    return {"max_position_embeddings": rows, **write_heads(config, "Roberta")}
+    return {"max_position_embeddings": rows, **write_heads(config, stem)}
 
 
 def _varying(config: EncoderConfig) -> dict[str, Tensor]:
@@ -52,8 +56,8 @@ ROBERTA = Family(
     fixed={},
     activation=("hidden_act", "gelu"),
     eos_default=None,
-    read=_read,
-    write=_write,
+    read=functools.partial(_read, "Roberta"),
+    write=functools.partial(_write, "Roberta"),
     refuse=(*REFUSE, ("hidden_act", ("gelu", None))),  # its vocabulary head has no other
     config_class=EncoderConfig,
     varying=_varying,
@@ -63,3 +67,18 @@ ROBERTA = Family(
         "lm_head.decoder.bias": "lm_head.bias",
     },
 )
+
+
+def _renamed(model_type: str, stem: str) -> Family:
+    """RoBERTa with another model_type, and another beginning of its classes' names."""
+    return dataclasses.replace(
+        ROBERTA,
+        model_type=model_type,
+        architecture=stem + "Model",
+        read=functools.partial(_read, stem),
+        write=functools.partial(_write, stem),
+    )
+
+
+XLM_ROBERTA = _renamed("xlm-roberta", "XLMRoberta")
+CAMEMBERT = _renamed("camembert", "Camembert")

@@ -104,6 +104,7 @@ def prepare_encoder_head(
     )
     require(not run.exits, "exits", run.exits, f"{holds}, which has no exits; leave them out")
 
+    check_length("max_len", task.max_len, config)
     classes = len(labels)
     require(
         config.n_labels in (0, classes),
@@ -181,6 +182,12 @@ def prepare_encoder(
     if run.exits:
         config, params = attach_task_exits(config, params, run.exits)
     return config, params
+
+
+def check_length(field: str, length: int, config: EncoderDecoderConfig) -> None:
+    """Refuses texts longer than a model with vectors of positions reads."""
+    fix = f"above the model's {config.max_len} positions; shorten it"
+    require(not config.max_len or length <= config.max_len, f"task.{field}", length, fix)
 
 
 def tuned_of(run: TaskRun) -> Tuned:

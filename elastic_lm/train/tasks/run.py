@@ -22,7 +22,7 @@ from elastic_lm.train.prepared import Prepared, check_new_model, learned_tokeniz
 from elastic_lm.train.registry import method_class
 from elastic_lm.train.step import place_batch
 from elastic_lm.train.tasks.answers import load_of
-from elastic_lm.train.tasks.models import prepare_model
+from elastic_lm.train.tasks.models import check_length, prepare_model
 
 Params = dict[str, Any]
 
@@ -114,6 +114,8 @@ def prepare_writer(
         config, params = load_of(kind, "train.init_from", train.init_from, dtype, mesh)
         weights = weights_fingerprint(params)
 
+    for field in ("max_len", "max_target"):
+        check_length(field, getattr(run.task, field), config)
     tokenizer.check_vocabulary(config.vocab_size)
     config = dataclasses.replace(config, dtype=train.dtype or config.dtype)
     return config, jax.device_put(params, param_shardings(config, mesh)), weights

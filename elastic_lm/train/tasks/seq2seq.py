@@ -87,8 +87,12 @@ class SequenceToSequence(TaskTuningConfig, Method[PairBatch]):
             require(theirs == ours, "teacher.vocab_size", theirs, f"must be the student's, {ours}")
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """(all parameters but those of a head on the encoder, that head and the teacher's parameters)."""
-        frozen = {name: tree for name, tree in params.items() if name in ("encoder_head", TEACHER)}
+        """(all parameters but those of a head on the encoder, that head and the teacher's parameters).
+
+        A bias of the logits stays as it is too: in transformers it is no parameter.
+        """
+        stay = ("encoder_head", "logits_bias", TEACHER)
+        frozen = {name: tree for name, tree in params.items() if name in stay}
         return {name: tree for name, tree in params.items() if name not in frozen}, frozen
 
     def for_evaluation(self) -> "SequenceToSequence":
@@ -123,7 +127,8 @@ class SequenceToSequence(TaskTuningConfig, Method[PairBatch]):
 
     def _sums(self, trainable: Params, frozen: Params, batch: PairBatch) -> PairSums:
         """Sums over the batch; the logits of `loss_chunk` positions per row are in memory at once."""
-        model = EncoderDecoder(self.config).bind({"params": trainable})
+        own = {name: tree for name, tree in frozen.items() if name != TEACHER}
+        model = EncoderDecoder(self.config).bind({"params": {**own, **trainable}})
         hidden = _decoded(model, batch)
         arrays = {"hidden": hidden, "target": batch.target, "weights": batch.weights}
         teacher = None
