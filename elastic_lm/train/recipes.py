@@ -19,8 +19,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig | TaskRun
 
     Args:
       path: the name of a recipe that comes with the package, like "ee_tuning", or a Python file with
-        `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict or dict of their sections;
-        what follows a colon is passed to it as `arg`. Or the run_config.json that a run has left.
+        `get_config(arg="")` that returns a `RunConfig` or `TaskRun`, or a ConfigDict or dict of their
+        sections; what follows a colon is passed to it as `arg`. Or the run_config.json that a run has left.
       overrides: "train.lr=3e-4", or the same with "--config." in front; then the value may be a text of its
         own instead. Values are Python literals, true, false, none, or else strings; references of a
         ConfigDict follow them.

@@ -303,7 +303,7 @@ MODEL_FOLDERS = [
     hf("rms_norm_eps=-1", rms_norm_eps=-1),
     hf("rope_theta=0", rope_theta=0, rope_parameters=None),
     hf(
-        "rope_scaling={'rope_type': 'longrope'}: short_factor is missing",
+        "'longrope'}: short_factor is missing",
         rope_scaling={"rope_type": "longrope"},
     ),
     hf("rope_type='spiral' is not supported; supported", rope_scaling={"rope_type": "spiral"}),

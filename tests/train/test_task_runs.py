@@ -157,7 +157,7 @@ def test_heads_without_names_count(run: TaskRun, tmp_path: Path, capsys: pytest.
     assert kept.labels == ("neg", "pos")
     chex.assert_trees_all_close(same["head"], params["head"], atol=1e-6)
     missing = TaskRun(run.task, dataclasses.replace(train, init_from=str(tmp_path / "nothing")))
-    with pytest.raises(FileNotFoundError, match=r"nothing: expected .* with `hf download"):
+    with pytest.raises(FileNotFoundError, match=r"nothing: expected .* ORG/NAME"):
         fit(dataclasses.replace(missing, task=dataclasses.replace(run.task, tokenizer="")), tmp_path / "no")
 
 
