@@ -207,7 +207,7 @@ def test_a_checkpoint_under_a_false_type_is_refused() -> None:
     """An edited model_type would load the weights and compute something else."""
     beside = {"layer_types": ["full_attention"] * 3, "use_sliding_window": False, "sliding_window": None}
     for name, key, changes in (
-        ("smollm3", "no_rope_layers", beside),
+        ("smollm3", "no_rope_layer_interval", beside),
         ("granite", "attention_multiplier", {}),
         ("seed_oss", "attention_out_bias", {"attention_out_bias": True}),
     ):
