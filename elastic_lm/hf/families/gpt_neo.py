@@ -50,7 +50,8 @@ def _kinds(hf: Mapping[str, Any], layers: int) -> list[str]:
     fix = f"must be {layers} kinds in all (num_layers), {GLOBAL!r} or {LOCAL!r}"
 
     kinds: list[str] = []
-    for item in types if isinstance(types, list | tuple) else [()]:
+    items: list[Any] = list(types) if isinstance(types, list | tuple) else [types]
+    for item in items:
         right = isinstance(item, list | tuple) and len(item) == 2 and is_whole(item[1], 1, layers)
         right = right and isinstance(item[0], list | tuple) and all(k in (GLOBAL, LOCAL) for k in item[0])
         require(right, key, hf.get(key), fix)
