@@ -39,6 +39,8 @@ BUFFERS = (
     "embeddings.position_ids",
     "embeddings.token_type_ids",
     ".embed_positions.weight",  # sinusoids (Marian), which are computed
+    "encoder.version",  # of BART's first releases
+    "decoder.version",
     "embeddings.position_embeddings.weight",  # of DeBERTas that do not read it
     ".pooler.dense.weight",  # RoBERTa's classifiers were saved with a pooler that they do not read
     ".pooler.dense.bias",
