@@ -11,7 +11,7 @@ from elastic_lm.cli import generate, signals
 from elastic_lm.cli.parser import (
     DEFAULT_COLOUR,
     Colour,
-    CommandOptions,
+    ModelOptions,
     add_colour,
     add_model,
     require_colour,
@@ -41,10 +41,9 @@ PROMPT = "> "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(CommandOptions):
+class Options(ModelOptions):
     """Who answers, and how; None = as the sampler does where nothing is said."""
 
-    model: str | None = None  # folder; None = the embedded model
     system: str | None = None  # how the model is to answer
     max_new_tokens: int = MAX_NEW_TOKENS  # of an answer
     thresholds: str | None = None  # file of an exit policy
