@@ -91,6 +91,8 @@ def test_files_give_what_the_folder_gives_and_transformers_reads(name, tmp_path)
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(due_params), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=0 if exact else 3e-7)
 
+    if architecture == "gemma":  # which transformers does not read from GGUF files
+        return
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
     tensors = GGUFTensors(path)
     for key, value in weights_of(theirs).items():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import chex
@@ -107,8 +108,9 @@ def test_gin_and_ml_collections_give_the_same_run_bit_for_bit_and_its_config_rep
 
 
 def test_every_start_is_recorded_and_what_a_step_takes_is_logged(
-    run_config: RunConfig, tmp_path: Path, capsys
+    run_config: RunConfig, tmp_path: Path, capsys, monkeypatch
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["/lib/elastic_lm/__main__.py", "train", "--config", "my config.py"])
     config = changed(run_config, eval_every=0)
     _, params, _ = fit(changed(config, steps=3), tmp_path)
     printed = capsys.readouterr().out
@@ -121,7 +123,7 @@ def test_every_start_is_recorded_and_what_a_step_takes_is_logged(
         assert start["versions"]["jax"] == jax.__version__
         assert start["mesh"] == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
         assert len(start["hardware"]["devices"]) == jax.device_count()
-        assert "pytest" in start["command"]
+        assert start["command"] == "elastic-lm train --config 'my config.py'"
         assert start["git"] is None
     assert load_config(str(tmp_path / CONFIG_FILE)) == config
 

@@ -135,7 +135,10 @@ MODERNBERT = Family(
         ("classifier_activation", ("gelu", None)),
         ("rope_scaling", (None,)),
     ),
-    ignored={"layer_norm_eps": None, "reference_compile": None, "repad_logits_with_grad": None},
+    # The window is read where a layer has one.
+    ignored=dict.fromkeys(
+        ("layer_norm_eps", "local_attention", "reference_compile", "repad_logits_with_grad")
+    ),
     config_class=EncoderConfig,
     varying=_varying,
     complete=_complete,
