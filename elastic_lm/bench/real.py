@@ -44,6 +44,7 @@ from elastic_lm.config.decoding import PREVIEW_AGREEMENT, WINDOW
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data import pipeline
 from elastic_lm.data.batch import Batch
+from elastic_lm.data.sources import Document
 from elastic_lm.data.splitting import data_config
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
@@ -102,7 +103,9 @@ def _own(options: Options, folder: Path) -> Own:
     def batches(arrays: Iterable[Any]) -> Iterable[Batch]:
         return (Batch(**each) for each in arrays)
 
-    texts = [pipeline.documents(data, "test")[i].text for i in range(len(pipeline.documents(data, "test")))]
+    documents = pipeline.documents(data, "test")
+    held_out = (documents[i] for i in range(len(documents)))
+    texts = (document.text for document in held_out if isinstance(document, Document))  # no chats
     encoded = [ids for text in texts if len(ids := tokenizer.encode(text, bos=True)) >= 64]
     chosen = [encoded[i * len(encoded) // PROMPTS] for i in range(min(PROMPTS, len(encoded)))]
     if not chosen:

@@ -9,6 +9,7 @@ Every key carries its position, and a query sees the keys at positions up to its
 stale cache entries all follow from this rule, so that no masks are passed around.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -208,7 +209,7 @@ def attend(
     @jax.checkpoint
     def chunk(queries: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         q_BTNH, positions, segments = queries
-        return run(q_BTNH, new, context.replace(positions=positions, segments=segments))
+        return run(q_BTNH, new, dataclasses.replace(context, positions=positions, segments=segments))
 
     out = jnp.moveaxis(jax.lax.map(chunk, each), 0, 1)
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :t]

@@ -115,7 +115,10 @@ def wait(process: subprocess.Popen, until: Callable[[], bool]) -> bool:
 def writes(target: Path) -> bool:
     """Whether something half-written lies beside a target, or a checkpoint in it."""
     beside = any(target.parent.glob(f".{target.name}.*-*"))
-    return beside or any(target.glob("*/*.orbax-checkpoint-tmp*")) or any(target.glob(".*.partial-*"))
+    try:
+        return beside or any(target.glob("*/*.orbax-checkpoint-tmp*")) or any(target.glob(".*.partial-*"))
+    except FileNotFoundError:  # a folder left while its files were listed
+        return True
 
 
 def moment(case: Case, process: subprocess.Popen, seconds: float, chance: random.Random) -> bool:

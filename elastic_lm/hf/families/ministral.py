@@ -61,7 +61,7 @@ def _read_3(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_3(config: ModelConfig) -> dict[str, Any]:
-    entries = write_rope(config) | {"sliding_window": config.window(0) or None}
+    entries: dict[str, Any] = write_rope(config) | {"sliding_window": config.window(0) or None}
     growth = {GROWTH: config.query_growth, ORIGINAL: config.rope.original_max_len or config.max_len}
     settings = {k: entries[k] | growth for k in ("rope_parameters", "rope_scaling") if entries[k] is not None}
     return entries | settings
