@@ -148,6 +148,7 @@ def test_evaluate_measures_parts_as_their_slices(
     assert "sub-network of 2 layers, " in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_thresholds_of_a_part_are_used_with_that_part(
     model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

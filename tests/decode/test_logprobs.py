@@ -39,6 +39,7 @@ def test_early_tokens_have_those_of_their_exits(model, prompts, mixed, temperatu
     assert check(model, prompts[:4], samples) == {1, 2, 3}
 
 
+@pytest.mark.long
 def test_verified_tokens_have_those_of_the_full_model(model, prompts, mixed) -> None:
     sampler = model.sampler(mixed[0], lossless=True)
     samples = sampler.sample(prompts[:4], NEW, top_logprobs=TOP)

@@ -75,6 +75,7 @@ def test_a_text_that_changes_is_read_from_there_on(model, prompts) -> None:
     assert prefix.reused == len(text) - 1
 
 
+@pytest.mark.long
 def test_longer_texts_get_more_room_and_nothing_is_compiled_per_turn(model, prompts) -> None:
     sampler = model.sampler()
 

@@ -54,6 +54,7 @@ def test_greedy_text_is_that_of_transformers(name: str) -> None:
     assert sampler.sample(prompt[0].tolist(), NEW, ignore_eos=True).tokens == expected
 
 
+@pytest.mark.long
 def test_longrope_decodes_on_both_sides_of_its_switch_and_refuses_to_cross_it(tmp_path: Path) -> None:
     """The golden Phi-3 with a context of 12 tokens that is not stretched."""
     folder = Path(shutil.copytree(FOLDER / "phi3", tmp_path / "phi3"))

@@ -116,6 +116,7 @@ def test_the_table_has_mean_and_spread_over_seeds(run_config: RunConfig) -> None
     assert table_lines([alone]) == ["all  (1 run)", "  loss  1"]
 
 
+@pytest.mark.long
 def test_a_run_of_a_sweep_is_the_run_that_it_would_be_alone_and_is_not_trained_again(
     recipe: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
