@@ -27,7 +27,7 @@ def test_a_gin_file_beside_every_recipe_gives_the_same_run(recipe: Path, tmp_pat
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_the_command_in_a_gin_file_works_without_the_sources(recipe: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_command_in_a_gin_file_needs_no_sources(recipe: Path, tmp_path: Path, monkeypatch) -> None:
     command = recipe.with_suffix(".gin").read_text().partition("COMMAND")[2].splitlines()[0].split()
     assert command[:2] == ["elastic-lm", "train"]
     monkeypatch.chdir(tmp_path)
