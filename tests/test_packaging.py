@@ -85,8 +85,8 @@ def test_a_wheel_works_away_from_the_sources(tmp_path: pathlib.Path) -> None:
     (wheel,) = tmp_path.glob("elastic_lm-*.whl")
     assert wheel.name.startswith(f"elastic_lm-{elastic_lm.__version__}-")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    recipes = {file.name for file in (tmp_path / "site" / "elastic_lm" / "recipes").glob("*.py")}
-    assert recipes == {file.name for file in (ROOT / "configs").glob("*.py")}
+    recipes = {file.name for file in (tmp_path / "site" / "elastic_lm" / "recipes").iterdir()}
+    assert recipes >= {file.name for file in (ROOT / "configs").glob("*.*") if file.suffix in (".py", ".gin")}
 
     script = (
         "import elastic_lm as el; from elastic_lm.files.recipes import recipe_folder; print(el.__file__);"

@@ -1,26 +1,26 @@
 """Sweeps: one run for every combination of values, one after the other, and a table of what they gave.
 
-The runs are those of `fit`, each in a folder of its own. They share compiled programs: what does not depend
-on the values that differ, such as a seed of the data, is compiled once.
+The runs are those of `fit`, each in a folder of its own. They share compiled programs, unless these are kept
+nowhere: what does not depend on the values that differ, such as a seed of the data, is compiled once.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
-import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.parse import to_dict
 from elastic_lm.files.atomic import read_json, write_text_whole
+from elastic_lm.files.compilation_cache import use_compilation_cache
 from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.identity import FILE as RUN_FILE
@@ -30,7 +30,6 @@ from elastic_lm.train.run import MODEL_FOLDER, fit
 
 FILE = "sweep.json"
 FORMAT = "elastic_lm sweep 1"
-COMPILED = "compiled"
 SEED = "seed"  # last part of the keys whose values are repetitions of one experiment
 LONGEST_NAME = 120
 OPENING, CLOSING, QUOTES = "([{", ")]}", "\"'"
@@ -102,10 +101,7 @@ def make_members(sweeps: Sequence[str], load: Load) -> list[Member]:
     """
     keys = values_of(sweeps)
     combinations = [dict(zip(keys, values, strict=True)) for values in itertools.product(*keys.values())]
-    names = [_folder(values) for values in combinations]
-    # Values that differ in what a folder cannot be called are told apart by their number.
-    names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
-    return [Member(name, values, *load(values)) for name, values in zip(names, combinations, strict=True)]
+    return [Member(_folder(values), values, *load(values)) for values in combinations]
 
 
 def run_sweep(
@@ -138,7 +134,8 @@ def run_sweep(
         if first
         else contextlib.nullcontext()
     )
-    with lock, _compiled_once(workdir):
+    use_compilation_cache()
+    with lock:
         outcomes = _done_before(members, workdir)
         for i, member in enumerate(members):
             where = f"run {i + 1} of {len(members)}, {member.name}"
@@ -158,9 +155,6 @@ def run_sweep(
                 outcomes[member.name] = Outcome({}, text)
                 say(f"{where}: failed: {text}")
             _save(members, outcomes, workdir)
-
-    if all(not outcome.error for outcome in outcomes.values()):
-        shutil.rmtree(workdir / COMPILED, ignore_errors=True)
     return outcomes
 
 
@@ -204,9 +198,11 @@ def table(members: Sequence[Member], outcomes: Mapping[str, Outcome]) -> list[di
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table as lines of text: one block per combination, one line per metric."""
+    """The table as lines of text: one block per combination with a run that was done, one line per metric."""
     lines = []
     for row in rows:
+        if not row["runs"]:
+            continue
         values = "  ".join(f"{key}={value}" for key, value in row["values"].items())
         runs = f"{row['runs']} run{'s' if row['runs'] != 1 else ''}"
         lines.append(f"{values or 'all'}  ({runs})")
@@ -255,36 +251,15 @@ def _is_finished(member: Member, folder: Path) -> bool:
     return there and read_json(folder / CONFIG_FILE) == json.loads(json.dumps(to_dict(member.config)))
 
 
-@contextlib.contextmanager
-def _compiled_once(workdir: Path) -> Iterator[None]:
-    """Keeps compiled programs beside the runs, unless the user keeps them elsewhere."""
-    options = {
-        "jax_compilation_cache_dir": str(workdir.absolute() / COMPILED),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    if before["jax_compilation_cache_dir"]:
-        yield
-        return
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # a process that has compiled before would not look for it
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
 def _is_seed(key: str) -> bool:
     return key.rpartition(".")[2] == SEED
 
 
 def _folder(values: Mapping[str, str]) -> str:
-    """The name of a run's folder: its values, without what a folder cannot be called."""
-    name = ",".join(f"{key}={value}" for key, value in values.items())
-    return re.sub(r"[^\w.,=+-]", "_", name)[:LONGEST_NAME].lstrip(".")
+    """The name of a run's folder: its values; a digest of them stands for what it cannot be called."""
+    text = ",".join(f"{key}={value}" for key, value in values.items())
+    name = re.sub(r"[^\w.,=+-]", "_", text)[:LONGEST_NAME].lstrip(".")
+    return name if name == text else f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _split(text: str) -> list[str]:

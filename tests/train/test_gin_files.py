@@ -26,6 +26,14 @@ def test_a_gin_file_beside_every_recipe_gives_the_same_run(recipe: Path, tmp_pat
     assert load_gin([tmp_path / "operative.gin"]) == theirs
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_command_in_a_gin_file_needs_no_sources(recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    command = recipe.with_suffix(".gin").read_text().partition("COMMAND")[2].splitlines()[0].split()
+    assert command[:2] == ["elastic-lm", "train"]
+    monkeypatch.chdir(tmp_path)
+    assert read_gin([command[command.index("--gin_file") + 1]])[0] == load_config(recipe.stem)
+
+
 @pytest.mark.parametrize(
     ("recipe", "params", "variant"),
     [

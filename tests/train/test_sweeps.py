@@ -10,6 +10,7 @@ from pathlib import Path
 import chex
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from training_runs import changed
 
 from elastic_lm.checkpoints.native import load_model
@@ -89,8 +90,15 @@ def test_several_sweeps_make_every_combination_in_folders_of_their_own(run_confi
 
 
 def test_folders_that_would_have_one_name_are_told_apart(run_config: RunConfig) -> None:
-    members = make_members(["data.paths=a/b,a:b,c"], lambda _: (run_config, Origin()))
-    assert [member.name for member in members] == ["data.paths=a_b-0", "data.paths=a_b-1", "data.paths=c"]
+    def names(sweep: str) -> list[str]:
+        return [member.name for member in make_members([sweep], lambda _: (run_config, Origin()))]
+
+    slash, colon, plain = names("data.paths=a/b,a:b,c")
+    assert slash.startswith("data.paths=a_b-")
+    assert colon.startswith("data.paths=a_b-")
+    assert slash != colon
+    assert plain == "data.paths=c"
+    assert names("data.paths=c,a:b") == [plain, colon]  # other values leave a run its folder
 
 
 def test_the_table_has_mean_and_spread_over_seeds(run_config: RunConfig) -> None:
@@ -114,6 +122,7 @@ def test_the_table_has_mean_and_spread_over_seeds(run_config: RunConfig) -> None
     (alone,) = table(members_of(run_config, "train.seed=4"), {"train.seed=4": Outcome({"loss": 1.0})})
     assert alone["metrics"]["loss"] == {"mean": 1.0, "sd": None}
     assert table_lines([alone]) == ["all  (1 run)", "  loss  1"]
+    assert table_lines(table(members_of(run_config, "train.seed=4"), {})) == []
 
 
 @pytest.mark.long
@@ -139,7 +148,6 @@ def test_a_run_of_a_sweep_is_the_run_that_it_would_be_alone_and_is_not_trained_a
     assert len(set(losses)) == 2
     assert saved["table"][0]["metrics"]["loss"]["mean"] == pytest.approx(sum(losses) / 2)
     assert saved["table"][0]["metrics"]["loss"]["sd"] == pytest.approx(statistics.stdev(losses))
-    assert not (tmp_path / "sweep" / "compiled").exists()
 
     trained = []
     monkeypatch.setattr(
@@ -196,17 +204,25 @@ def test_the_folder_of_a_single_run_is_refused(run_config: RunConfig, tmp_path: 
         run_sweep(members_of(run_config, "train.seed=0"), tmp_path)
 
 
-def test_compiled_programs_lie_beside_the_runs_unless_the_user_keeps_them_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", ["off", "folder"])
+def test_compiled_programs_are_kept_where_those_of_commands_are(
+    chosen: str, tmp_path: Path, monkeypatch
+) -> None:
     option = "jax_compilation_cache_dir"
     before = getattr(jax.config, option)
+    monkeypatch.setenv("ELASTIC_LM_CACHE", chosen if chosen == "off" else str(tmp_path / chosen))
     try:
-        for kept, inside in ((None, str(tmp_path / "compiled")), (str(tmp_path), str(tmp_path))):
-            jax.config.update(option, kept)
-            with sweeps._compiled_once(tmp_path):
-                assert getattr(jax.config, option) == inside
-            assert getattr(jax.config, option) == kept
+        jax.config.update(option, None)
+        run_sweep([], tmp_path / "sweep")
+        kept = getattr(jax.config, option)
+        assert kept is None if chosen == "off" else Path(kept).parent == tmp_path / chosen
+
+        jax.config.update(option, str(tmp_path))
+        run_sweep([], tmp_path / "sweep")
+        assert getattr(jax.config, option) == str(tmp_path)
     finally:
         jax.config.update(option, before)
+        compilation_cache.reset_cache()
 
 
 def test_gin_bindings_are_swept_over(text_file: Path, tmp_path: Path) -> None:
