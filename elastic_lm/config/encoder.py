@@ -148,7 +148,7 @@ class EncoderConfig:
             self.embed_map or self.embed_dim == self.d_model,
             "embed_map",
             self.embed_map,
-            f"embed_dim={self.embed_dim} is not d_model={self.d_model}: set True",
+            f"embed_dim={self.embed_dim} is not d_model={self.d_model}: set embed_dim=0, or embed_map=True",
         )
         require_each(self, "", ("rope_theta", "local_rope_theta"), *POSITIVE)
         require_each(self, "", ("global_every",), *AT_LEAST_1)

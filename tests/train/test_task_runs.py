@@ -91,7 +91,7 @@ def test_a_task_is_learned_resumed_and_taught_on(
     assert model.config == config
     chex.assert_trees_all_equal(loaded, params)
 
-    small = dataclasses.replace(ENCODER, d_model=16, n_layers=1, d_mlp=32)
+    small = dataclasses.replace(ENCODER, d_model=16, embed_dim=0, n_layers=1, d_mlp=32)
     teacher = str(tmp_path / "straight" / "model")
     taught = dataclasses.replace(
         changed(run, teacher_from=teacher, distil=1.0, temperature=2.0, steps=150, lr=1e-2), encoder=small
