@@ -119,6 +119,7 @@ class ModelConfig:
     position: Position = "rope"  # rotary, a learned table added to the embedding, or a bias of attention
     position_offset: int = 0  # rows of the learned table before that of position 0 (OPT: 2)
     alibi_scale: float = 1.0  # position == "alibi": multiplies the slopes (Falcon: head_dim ** -0.5)
+    alibi_rounded: bool = False  # position == "alibi": slopes and penalties are bfloat16 numbers (Falcon)
     rope: RopeConfig = dataclasses.field(default=RopeConfig())  # used when position == "rope"
     local_rope: RopeConfig | None = None  # of layers with a sliding window (Gemma 3); None = `rope`
     rotated: tuple[bool, ...] = ()  # whether each layer rotates (SmolLM3: not all); () = all do
@@ -267,7 +268,11 @@ class ModelConfig:
         whole = is_whole(self.position_offset)
         require(whole, "position_offset", self.position_offset, "must be a number of rows, or 0 for none")
         require_each(self, "", ("alibi_scale",), *POSITIVE)
-        for field, of in (("position_offset", "learned"), ("alibi_scale", "alibi")):
+        for field, of in (
+            ("position_offset", "learned"),
+            ("alibi_scale", "alibi"),
+            ("alibi_rounded", "alibi"),
+        ):
             read = self.position == of or getattr(self, field) == getattr(type(self), field)
             require(read, field, getattr(self, field), f"is not read with position={self.position!r}")
         require(

@@ -34,7 +34,7 @@ CHOICES = ("mlp", "heads", "groups")  # fields of a menu that a table has costs 
 TIMELESS = (
     "exits", "family", "bos_id", "eos_ids", "max_len", "rope", "elastic_groups", "norm_eps", "norm_offset",
     "attn_scale", "embed_scale", "residual_scale", "logit_scale", "local_rope",
-    "query_growth", "position_offset", "alibi_scale",
+    "query_growth", "position_offset", "alibi_scale", "alibi_rounded",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from elastic_lm.data.tokenizer import NO_TEMPLATE, Tokenizer
 from elastic_lm.decode.prefix import PrefixCache
 from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
-from elastic_lm.decode.settings import make_settings
+from elastic_lm.decode.settings import make_settings, room_behind
 
 
 class Chat:
@@ -21,7 +21,8 @@ class Chat:
     The keys and values of the beginning that it shares with the last turn are not computed again: where a
     template only appends, a turn reads what is new; where it rewrites earlier turns, such as one that leaves
     out older thoughts, it reads on from the first change. Exits, thresholds, lossless decoding and
-    sub-networks are those of the sampler.
+    sub-networks are those of the sampler. An answer ends where the model has no room for more; with LongRoPE,
+    one that would pass the original context ends there, and the next turn reads everything anew.
 
     Attributes:
       history: messages so far, the system's included, as mappings with "role" and "content". It may be
@@ -176,7 +177,7 @@ class Chat:
         sampler, known = self.sampler, len(self.history)
         wanted = self._max_new_tokens if max_new_tokens is None else max_new_tokens
         require_at_least_1("max_new_tokens", wanted)
-        room = sampler.config.max_len - len(prompt)
+        room = room_behind(sampler.config, len(prompt))
         if room < 1:
             raise ValueError(
                 f"the conversation has {len(prompt)} tokens, which leave no room for an answer within the "

@@ -8,6 +8,9 @@ first
 positions are taken over, and one pass of all layers over the positions k .. L - 2 fills in the others. The
 last token is left to the decode loop, as after any prefill. The pass is padded on the right to a power of
 two; where that is more than there is room for, it begins earlier, and computes again what is known.
+
+LongRoPE rotates a text's keys otherwise once the text is longer than the original context: nothing is taken
+over between two texts of which one is longer than that.
 """
 
 from collections.abc import Sequence
@@ -76,6 +79,7 @@ class PrefixCache:
         self.tokens: list[int] = []
         self._kept: Kept | None = None
         self._model: Served | None = None
+        self._stretched = False
 
     def capacity(self, model: Served) -> int:
         """Positions per cache; 0 where nothing of this model is kept. They never shrink."""
@@ -110,11 +114,12 @@ class PrefixCache:
           lookup: as in `prefill.prefill`.
         """
         kept, known = self._kept, self.tokens if self._model is model else []
+        alike = self._stretched == is_stretched(model.config, len(prompt))
         self.clear()
         most = min(len(known), len(prompt) - 1)
         differing = (i for i in range(most) if known[i] != prompt[i])
         self.reused = next(differing, most)
-        if kept is None or not self.reused:
+        if kept is None or not alike or not self.reused:
             self.reused = 0
             return None
 
@@ -142,6 +147,12 @@ class PrefixCache:
         known = int(done) if mode != "propagate" else min(int(done), prompt_length - 1)
         self.tokens = np.asarray(tokens)[:known].tolist()
         self._kept, self._model = Kept(state.cache, state.exit_cache), model
+        self._stretched = is_stretched(model.config, prompt_length)
+
+
+def is_stretched(config: ModelConfig, prompt_length: int) -> bool:
+    """Whether a call with a prompt of so many tokens rotates by the long factors of LongRoPE."""
+    return 0 < config.recomputed_from < prompt_length
 
 
 def extend(
@@ -177,7 +188,7 @@ def extend(
       DecodeState ready for `loop.run`.
     """
     decoder = decoder_of(config).bind({"params": params})
-    start_1 = start[None]
+    start_1, length_11 = start[None], length[None, None]
     positions = start_1[:, None] + jnp.arange(width, dtype=jnp.int32)
     hidden = decoder.embed(jax.lax.dynamic_slice_in_dim(tokens_1P, start, width, axis=1), positions)
 
@@ -186,13 +197,13 @@ def extend(
     for j, (first, stop) in enumerate(segments(config)):
         before = kept.layers[first:stop]
         past = [cache.past(layer, start_1) for layer in before]
-        tap, new_kv = decoder.run_layers(hidden, positions, first, stop, past=past)
+        tap, new_kv = decoder.run_layers(hidden, positions, first, stop, past=past, lengths_BT=length_11)
         hidden = tap.hidden
         layers += cache.write_all(before, new_kv, hidden, start_1)
         if stop < config.n_layers:
             block = kept.exits[j]
             exit_past = None if block is None else cache.past(block, start_1)
-            exit_hidden, exit_kv = decoder.exit_state(j, tap, positions, past=exit_past)
+            exit_hidden, exit_kv = decoder.exit_state(j, tap, positions, past=exit_past, lengths_BT=length_11)
             if block is not None and exit_kv is not None:
                 block = cache.write(block, exit_kv, cache.after(exit_hidden, start_1))
             exits.append(block)

@@ -245,7 +245,7 @@ class Sampler:
           top_logprobs: and `Sample.top_logprobs` of so many likeliest tokens at each place.
           exit: another policy than the sampler's for this call, or one per prompt; None = full depth. All
             policies of one batch share a metric.
-          lossless: another choice than the sampler's for this call, or one per row.
+          lossless: another choice than the sampler's for this call, or one per prompt.
           budget: another budget than the sampler's for this call.
           subnet: another sub-network for this call, instead of a budget; `Subnet.full` = the whole model.
           prompt_state: what the first layers of the model that runs, which has no exits, have computed for
@@ -307,9 +307,9 @@ class Sampler:
             model = call.served
             final = model.run(model.config, model.params, state, controls, ENDLESS, call.mode)
 
-        if prefix is not None:
-            prefix.keep(call.served, final, len(prompts[0]), call.mode)
         samples = collect(final, call.prompts, call.detokenizer, started + call.measuring, call.served)
+        if prefix is not None:  # behind what refuses logits that are not finite
+            prefix.keep(call.served, final, len(prompts[0]), call.mode)
         if n is not None:
             grouped = [samples[i : i + n] for i in range(0, len(samples), n)]
             return grouped[0] if single else grouped

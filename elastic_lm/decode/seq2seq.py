@@ -63,6 +63,9 @@ Source = str | Sequence[int] | Encoded
 class Text2TextResult:
     """One generated target of M tokens, with scores of the distributions that they were drawn from.
 
+    Tokens that the model never emits (`suppressed_ids`) have no probability in them. Where it forces a token,
+    the scores are of what it would have drawn from.
+
     Attributes:
       text: decoded target, without the end token, cut before a stop string.
       tokens: emitted token ids, up to and including the end token or the end of a stop string.

@@ -138,7 +138,8 @@ def label_scores(
 
     def score(label: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         inputs_T, label_T, counted_T = label
-        logits_BTV = model.logits(model.decode(jnp.broadcast_to(inputs_T, (b, *inputs_T.shape)), source))
+        decoded_BTD = model.decode(jnp.broadcast_to(inputs_T, (b, *inputs_T.shape)), source)
+        logits_BTV = allowed(config, model.logits(decoded_BTD))
         index_BT1 = jnp.broadcast_to(label_T, logits_BTV.shape[:2])[..., None]
         taken_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), index_BT1, axis=-1)[..., 0]
         total_B = jnp.sum(jnp.where(counted_T, taken_BT, 0.0), axis=-1)
@@ -160,6 +161,13 @@ def encode(
     model, mask_BS = _bind(config, params), _mask(source_BS, length_B)
     hidden = model.encode(source_BS, mask_BS)
     return hidden, model.encoder_logits(hidden, mask_BS)
+
+
+def allowed(config: EncoderDecoderConfig, logits: jax.Array) -> jax.Array:
+    """Float32 logits [..., V] in which the tokens that the model never emits have no probability."""
+    if not config.suppressed_ids:
+        return logits
+    return logits.at[..., jnp.asarray(config.suppressed_ids)].set(-jnp.inf)
 
 
 def _bind(config: EncoderDecoderConfig, params: Params) -> EncoderDecoder:
@@ -202,14 +210,12 @@ def _emit(config: EncoderDecoderConfig, state: Targets, logits_BV: jax.Array, re
     """Appends a token and its scores to the rows that are alive."""
     position = state.position + 1
     position_B = jnp.broadcast_to(position, state.length.shape)
-    allowed_BV = logits_BV
-    if config.suppressed_ids:
-        allowed_BV = logits_BV.at[:, jnp.asarray(config.suppressed_ids)].set(-jnp.inf)
+    allowed_BV = allowed(config, logits_BV)
     token_B = sample(allowed_BV, state.tokens, position_B, request.sampling)
     token_B = _forced(config, token_B, position, request.limit)
     token_B = jnp.where(state.alive, token_B, config.pad_id)
 
-    scores = token_scores(logits_BV, request.energy_temperature)
+    scores = token_scores(allowed_BV, request.energy_temperature)
     ends_B = jnp.any(token_B[:, None] == request.stop_tokens, axis=-1) | (token_B == BROKEN)
     ends_B |= position >= request.limit
 

@@ -373,6 +373,12 @@ def check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
+def room_behind(config: ModelConfig, length: int) -> int:
+    """Tokens that one call can emit behind a prompt of `length` tokens; less than 1 = none."""
+    switch = config.recomputed_from
+    return min(switch + 1 if length <= switch else config.max_len, config.max_len) - length
+
+
 def _check_prompt(config: ModelConfig, row: int, ids: Sequence[int], max_new_tokens: int) -> None:
     if not ids:
         raise ValueError(f"prompt {row} is empty: give at least one token of text")

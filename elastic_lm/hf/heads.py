@@ -18,7 +18,9 @@ REFUSE = (
 PROBLEMS = {"classification": "single_label_classification", "regression": "regression"}
 
 
-def read_heads(hf: Mapping[str, Any], stem: str, pooler: str, base_pooler: str) -> dict[str, Any]:
+def read_heads(
+    hf: Mapping[str, Any], stem: str, pooler: str, base_pooler: str, none: str = ""
+) -> dict[str, Any]:
     """The heads that config.json names.
 
     Args:
@@ -26,6 +28,7 @@ def read_heads(hf: Mapping[str, Any], stem: str, pooler: str, base_pooler: str) 
       stem: what the names of the family's classes begin with, such as "Bert".
       pooler: the pooler under a task head.
       base_pooler: the pooler of the base model.
+      none: name of a class whose head is not read.
 
     Returns:
       EncoderConfig fields `pooler`, `mlm` and, with a task head, `n_labels`, `problem` and `labels`.
@@ -33,7 +36,7 @@ def read_heads(hf: Mapping[str, Any], stem: str, pooler: str, base_pooler: str) 
     Raises:
       ValueError: the task head's labels are malformed, or its problem is not supported.
     """
-    architectures = hf.get("architectures") or [""]
+    architectures = [name for name in hf.get("architectures") or [] if name != none]
     if stem + "ForSequenceClassification" in architectures:
         return {"pooler": pooler, **_read_labels(hf)}
     mlm = {stem + "ForMaskedLM", stem + "ForPreTraining"} & set(architectures)

@@ -25,6 +25,7 @@ HARMLESS = re.compile(
     | tf_legacy_loss | reorder_and_upcast_attn | (scale_)?attention_softmax_in_fp32 | slow_but_exact
     | output_(past|attentions|hidden_states|scores|router_logits) | return_dict(_in_generate)?
     | id2label | label2id | num_labels | problem_type | finetuning_task | task_specific_params
+    | sentence_transformers | sbert_ce_default_activation_function | neftune_noise_alpha
     | tokenizer_class | prefix | model_max_length | max_sequence_length | seq_length | n_ctx
     | is_decoder | is_encoder_decoder | is_llama_config | use_return_dict
     | max_length | min_length | max_new_tokens | do_sample | early_stopping | num_beams | num_beam_groups

@@ -20,6 +20,7 @@ SHARED = (
     "dtype",
     "torch_dtype",
     "elastic",
+    "quantization_config",
 )
 
 PREFIXES = {

@@ -32,6 +32,7 @@ CHUNK = 256  # queries per row whose logits are held at once, where there are mo
 FEW_QUERIES = 8  # most queries per key/value head that are a matrix-vector product each on CPU
 _LOGITS, _VALUES = "bkmh,bksh->bkms", "bkms,bksh->bkmh"
 NewKeyValues = tuple[jax.Array, jax.Array]  # keys and values of new tokens, [B, K, T, H] each
+Penalties = Callable[[jax.Array, jax.Array], jax.Array]  # positions of queries and keys -> [B, N, T, S]
 
 
 @flax.struct.dataclass
@@ -127,8 +128,7 @@ class Attention(nn.Module):
             q = grown(c, q, context.positions)
 
         new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), context.positions, context.segments)
-        slopes_N = alibi_slopes(c) if c.position == "alibi" else None
-        out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap, slopes_N=slopes_N)
+        out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap, alibi=alibi_of(c))
         out = out if gate_BTN is None else out * gate_BTN[..., None]
 
         out = out.reshape(b, t, math.prod(out.shape[2:]))
@@ -173,7 +173,7 @@ def attend(
     *,
     scale: float,
     softcap: float = 0.0,
-    slopes_N: np.ndarray | None = None,
+    alibi: Penalties | None = None,
 ) -> jax.Array:
     """softmax(scale q k^T + bias) v over `context.past` and `new`.
 
@@ -186,12 +186,12 @@ def attend(
       context: positions of the queries, and what they see.
       scale: multiplies q.k; static.
       softcap: logits pass softcap * tanh(x / softcap); 0 = off; static.
-      slopes_N: from `alibi_slopes`, or None; static.
+      alibi: from `alibi_of`, or None; static.
 
     Returns:
       [B, T, N, H] in the dtype of `q_BTNH`; probabilities are float32.
     """
-    run = functools.partial(_attend, scale=scale, softcap=softcap, slopes_N=slopes_N)
+    run = functools.partial(_attend, scale=scale, softcap=softcap, alibi=alibi)
     t = q_BTNH.shape[1]
     if t <= LONG or context.biases is not None:
         return run(q_BTNH, new, context)
@@ -222,7 +222,7 @@ def _attend(
     *,
     scale: float,
     softcap: float,
-    slopes_N: np.ndarray | None,
+    alibi: Penalties | None,
 ) -> jax.Array:
     """`attend` with all logits at once. Past and new keys are not concatenated: that would copy a cache."""
     b, t, n, h = q_BTNH.shape
@@ -239,9 +239,8 @@ def _attend(
         s = softcap * jnp.tanh(s / softcap) if softcap else s
         s = s.reshape(b, -1, group_size, t, part.k.shape[2])
         s = s if context.biases is None else s + context.biases[i].reshape(-1, *s.shape[1:])
-        if slopes_N is not None:
-            nearness_BTS = part.positions[:, None, :] - context.positions[:, :, None]
-            s += slopes_N.reshape(-1, group_size, 1, 1) * nearness_BTS[:, None, None].astype(jnp.float32)
+        if alibi is not None:
+            s += alibi(context.positions, part.positions).reshape(-1, *s.shape[1:])
         # The least float32, not -inf: a query that sees nothing, as in padding, must not give NaN.
         seen_BTS = visible(context, part)
         logits.append(jnp.where(seen_BTS[:, None, None], s, jnp.finfo(jnp.float32).min))
@@ -305,6 +304,38 @@ def alibi_slopes(config: ModelConfig) -> np.ndarray:
     exponents = np.concatenate([np.arange(1, below + 1) / below, np.arange(1, 2 * below, 2) / (2 * below)])
     slopes = np.exp2(-8 * exponents[: config.n_heads])
     return (config.alibi_scale * slopes).astype(np.float32)
+
+
+def alibi_of(config: ModelConfig) -> Penalties | None:
+    """What is added to the logits of a model with position='alibi'; None = nothing."""
+    return functools.partial(alibi_penalties, config) if config.position == "alibi" else None
+
+
+def alibi_penalties(config: ModelConfig, queries_BT: jax.Array, keys_BS: jax.Array) -> jax.Array:
+    """[B, N, T, S] float32: slopes times positions of keys from those of queries, which are not before them.
+
+    Args:
+      config: static; `alibi_rounded` rounds slopes, positions and their products to bfloat16.
+      queries_BT: int32 positions.
+      keys_BS: int32 positions.
+    """
+    if not config.alibi_rounded:
+        nearness_BTS = keys_BS[:, None, :] - queries_BT[:, :, None]
+        return alibi_slopes(config)[:, None, None] * nearness_BTS[:, None].astype(jnp.float32)
+
+    slopes_N = alibi_slopes(dataclasses.replace(config, alibi_scale=1.0))
+
+    def at(positions_BT: jax.Array) -> jax.Array:
+        """[B, N, T] penalties from position 0."""
+        products = _bfloat16(slopes_N)[:, None] * _bfloat16(positions_BT)[:, None]
+        return config.alibi_scale * _bfloat16(products)
+
+    return at(keys_BS)[:, :, None] - at(queries_BT)[..., None]
+
+
+def _bfloat16(x: jax.Array | np.ndarray) -> jax.Array:
+    """The nearest bfloat16 numbers as float32; XLA leaves out a cast to and fro."""
+    return jax.lax.reduce_precision(jnp.asarray(x, jnp.float32), exponent_bits=8, mantissa_bits=7)
 
 
 def visible(context: AttentionContext, keys: KeyValues) -> jax.Array:

@@ -31,7 +31,7 @@ from elastic_lm.nn.attention import (
     AttentionContext,
     KeyValues,
     NewKeyValues,
-    alibi_slopes,
+    alibi_of,
     attend,
     grown,
     norm_heads,
@@ -106,15 +106,15 @@ def _nested_attention(
     k, v = rotated("k_norm", kv[:, :, :, 0]), kv[:, :, :, 1]
     new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), context.positions)
 
-    # A model with slopes has one block, since its heads are not chosen.
-    slopes_N = alibi_slopes(c) if c.position == "alibi" else None
+    # A model with penalties on distance has one block, since its heads are not chosen.
+    alibi = alibi_of(c)
 
     def block(i: int) -> jax.Array:
         queries, out = params[f"queries_{i}"], params[f"out_{i}"]
         q = linear(x_BTD, queries["kernel"], queries.get("bias")).reshape(b, t, -1, c.head_dim)
         q = rotated("q_norm", q)
         q = grown(c, q, context.positions) if c.query_growth else q
-        heads = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap, slopes_N=slopes_N)
+        heads = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap, alibi=alibi)
         return linear(heads.reshape(b, t, -1), out["kernel"], out.get("bias"))
 
     count = sum(name.startswith("out_") for name in params)

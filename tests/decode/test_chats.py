@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from elastic_lm.config.model import ExitConfig
+from elastic_lm.config.model import ExitConfig, RopeConfig
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.decode.chat import Chat
 from elastic_lm.decode.prefix import extensions
@@ -159,3 +159,19 @@ def test_refusals(talker, tokenizers) -> None:
         Chat(Sampler(Decoder(talker[0]), talker[1]))
     own = Chat(sampler_of(talker, tokenizers["none"]), chat_template=APPENDING, max_new_tokens=NEW)
     assert own.send(SAID[0]).tokens == Chat(sampler, max_new_tokens=NEW).send(SAID[0]).tokens
+
+
+def test_a_chat_ends_its_answer_at_the_switch_of_longrope_and_goes_on_above_it(talker, tokenizers) -> None:
+    config, params, _ = talker
+    tokenizer, pairs = tokenizers["appending"], config.rotary_dim // 2
+    first = len(Chat(sampler_of(talker, tokenizer)).prompt(SAID[0]))
+    factors = {"short_factors": (1.0,) * pairs, "long_factors": (8.0,) * pairs, "factor": 8.0}
+    rope = RopeConfig(scaling="longrope", original_max_len=first + 3, **factors)
+    sampler = Sampler(Decoder(dataclasses.replace(config, rope=rope)), params, tokenizer)
+
+    chat = Chat(sampler, max_new_tokens=NEW, ignore_eos=True)
+    assert len(chat.send(SAID[0]).tokens) == 4
+    prompt = chat.prompt(SAID[1])
+    answer = chat.send(SAID[1])
+    assert chat.reused == 0
+    assert answer.tokens == sampler.sample(prompt, NEW, ignore_eos=True).tokens

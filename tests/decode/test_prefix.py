@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from elastic_lm.config.model import ExitConfig, RopeConfig
 from elastic_lm.decode.prefix import PrefixCache, extensions
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.models.decoder import Decoder
@@ -73,6 +75,28 @@ def test_a_text_that_changes_is_read_from_there_on(model, prompts) -> None:
     # The very text of before has its last token left to read.
     assert sampler.sample(text, NEW, prefix=prefix).tokens == sampler.sample(text, NEW).tokens
     assert prefix.reused == len(text) - 1
+
+
+def test_longrope_takes_nothing_over_its_switch() -> None:
+    """Keys of a text within the original context are rotated otherwise than those of a longer one."""
+    config = tiny_config(n_layers=2, max_len=256)
+    pairs = config.rotary_dim // 2
+    factors = {"short_factors": (1.0,) * pairs, "long_factors": (8.0,) * pairs, "factor": 8.0}
+    rope = RopeConfig(scaling="longrope", original_max_len=32, **factors)
+    config = dataclasses.replace(config, rope=rope, exits=(ExitConfig(1, "block", tied=True),))
+    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, random_params(config))
+    sampler, prefix = Sampler(Decoder(config), params), PrefixCache()
+
+    text = turns(0, 60, [])
+    reused = []
+    # Across the switch, on above it, anew from within the original context's length, and back.
+    for prompt in (text[:20], text[:50], text, [*text[:10], *text[20:60]], text[:20], text[:24]):
+        known = sampler.sample(prompt, NEW, prefix=prefix, logprobs=True)
+        alone = sampler.sample(prompt, NEW, logprobs=True)
+        assert known.tokens == alone.tokens
+        np.testing.assert_allclose(known.logprobs, alone.logprobs, atol=1e-4)
+        reused.append(prefix.reused)
+    assert reused == [0, 0, 50, 10, 0, 20]
 
 
 @pytest.mark.long

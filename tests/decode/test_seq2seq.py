@@ -11,6 +11,7 @@ import pytest
 
 from elastic_lm import hf
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
+from elastic_lm.decode import seq2seq_loop
 from elastic_lm.decode.seq2seq import TextToText
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.encoder_decoder import EncoderDecoder, attach_encoder_head
@@ -244,3 +245,30 @@ def test_greedy_tokens_are_those_of_transformers(name, sources):
     results = TextToText(EncoderDecoder(config), params).generate(sources, 25)
     for row, result in zip(expected[:, 1:].tolist(), results, strict=True):
         assert result.tokens == row[: row.index(1) + 1 if 1 in row else None]
+
+
+def test_tokens_that_are_never_emitted_have_no_part_in_the_scores() -> None:
+    """Marian's pad token, whose logit may be the largest, as though the model had no such column."""
+    sizes = {"vocab_size": 32, "d_model": 16, "n_layers": 1, "n_decoder_layers": 1, "n_heads": 2, "d_mlp": 16}
+    config = EncoderDecoderConfig(logits_bias=True, suppressed_ids=(5,), pad_id=5, **sizes)
+    params = init_params(config, jax.random.key(0))
+    results, labels = [], []
+    for bias in (20.0, -1e9):
+        params["logits_bias"] = {"bias": jnp.zeros(32).at[5].set(bias)}
+        model = TextToText(EncoderDecoder(config), params)
+        results.append(model.generate([[3, 4, 1]], 4)[0])
+        labels.append(label_scores_of(config, params))
+    assert results[0].tokens == results[1].tokens
+    for score in ("energy", "max_prob", "entropy", "margin"):
+        np.testing.assert_allclose(*(getattr(result, score) for result in results), rtol=1e-6)
+    np.testing.assert_allclose(*labels, rtol=1e-6)
+
+
+def label_scores_of(config, params) -> np.ndarray:
+    """Log-probabilities of two targets and the energy, of one source."""
+    source, length = jnp.asarray([[3, 4, 1]]), jnp.asarray([3])
+    targets, lengths = jnp.asarray([[7, 1], [8, 1]]), jnp.asarray([2, 2])
+    totals, energy = seq2seq_loop.label_scores(
+        config, params, source, length, targets, lengths, jnp.float32(1.0)
+    )
+    return np.concatenate([np.ravel(totals), np.ravel(energy)])

@@ -182,6 +182,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon",
         {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_attention_heads": 8},
     ),
+    "falcon-alibi-32": (  # as many heads as RW-1B has
+        "falcon",
+        {
+            "alibi": True,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+            "num_attention_heads": 32,
+            "hidden_size": 128,
+        },
+    ),
     "falcon-multi-head": ("falcon", {"multi_query": False, "activation": "gelu_new", "bias": True}),
     "gpt_bigcode-multi-head": ("gpt_bigcode", {"multi_query": False, "tie_word_embeddings": False}),
     "gpt_neo-untied": (

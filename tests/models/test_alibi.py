@@ -84,6 +84,8 @@ def test_settings_that_nothing_reads_are_refused() -> None:
         tiny_config(alibi_scale=2.0)
     with pytest.raises(ValueError, match=r"alibi_scale=0\.0: must be positive"):
         tiny_config(position="alibi", alibi_scale=0.0)
+    with pytest.raises(ValueError, match=r"alibi_rounded=True: is not read with position='rope'"):
+        tiny_config(alibi_rounded=True)
     with pytest.raises(ValueError, match=r"position_offset=2: is not read with position='alibi'"):
         tiny_config(position="alibi", position_offset=2)
     with pytest.raises(ValueError, match=r"layer_heads=\(4, 2, 4, 2\): layers .* have the same heads"):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from elastic_lm.nn import attention
-from elastic_lm.nn.attention import HIDDEN_POSITION, AttentionContext, KeyValues, attend
+from elastic_lm.nn.attention import HIDDEN_POSITION, AttentionContext, KeyValues, alibi_of, attend
+from elastic_lm.testing import tiny_config
 
 LENGTH = 70  # no multiple of a chunk of 16
 
@@ -57,7 +58,8 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(case, monkeypatch)
     context, positions, segments = contexts(case)
     q, k, v = queries_and_keys(2, LENGTH, LENGTH)
     how = {"softcap": 3.0} if case == "softcap" else {}
-    how |= {"slopes_N": np.linspace(0.1, 1, 6, dtype=np.float32)} if case == "slopes" else {}
+    config = tiny_config(n_heads=6, n_kv_heads=2, head_dim=8, position="alibi", alibi_rounded=True)
+    how |= {"alibi": alibi_of(config)} if case == "slopes" else {}
     target = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
     def loss(q, k, v):

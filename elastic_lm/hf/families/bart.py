@@ -160,6 +160,8 @@ def _family(
             (
                 *("normalize_before", "normalize_embedding", "add_final_layer_norm", "add_bias_logits"),
                 *("static_position_embeddings", "extra_pos_embeddings"),
+                # How a smaller BART was distilled.
+                *("replacing_rate", "save_step", "student_encoder_layers", "student_decoder_layers"),
             )
         ),
         config_class=EncoderDecoderConfig,

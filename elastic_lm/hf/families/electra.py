@@ -26,8 +26,7 @@ ROOT = prefixed("electra.", EMBEDDINGS) | {
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     # The discriminator, which most checkpoints are, tells replaced tokens from others; it is no task head.
-    own = [name for name in hf.get("architectures") or [] if name != "ElectraForPreTraining"]
-    heads = read_heads({**hf, "architectures": own}, "Electra", pooler="gelu", base_pooler="none")
+    heads = read_heads(hf, "Electra", pooler="gelu", base_pooler="none", none="ElectraForPreTraining")
     return {"embed_map": values.get("embed_dim") != values["d_model"], **heads}
 
 

@@ -40,7 +40,8 @@ def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not typed(hf, "alibi", bool, False):
         return found | read_rope(hf, values)
-    return found | {"position": "alibi", "alibi_scale": (width // heads) ** -0.5}
+    # The penalties that the published models were trained with.
+    return found | {"position": "alibi", "alibi_scale": (width // heads) ** -0.5, "alibi_rounded": True}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

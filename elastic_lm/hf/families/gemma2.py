@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.hf.families.llama import (
     ATTENTION,
@@ -15,7 +16,7 @@ from elastic_lm.hf.families.llama import (
     replace_fields,
     write_rope,
 )
-from elastic_lm.hf.family import Family, Field, Tensor, number
+from elastic_lm.hf.family import Family, Field, Tensor, number, typed
 from elastic_lm.hf.windows import layer_types, layered_windows, read_window
 
 NORMS = {
@@ -28,6 +29,8 @@ NORMS = {
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     window = read_window(hf, 4096)
+    again = typed(hf, "sliding_window_size", int, window)
+    require(again == window, "sliding_window_size", again, f"must be sliding_window={window}, or left out")
     return read_rope(hf, values) | {
         "windows": layered_windows(hf, values["n_layers"], window, lambda layer: layer % 2 == 0),
         "attn_scale": 1.0 / math.sqrt(number(hf, "query_pre_attn_scalar", 256, above=0)),

@@ -96,7 +96,7 @@ def read_rope(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     if rope.fraction != 1.0:
         raise ValueError(
             f"partial_rotary_factor={rope.fraction}: model_type {hf.get('model_type')!r} rotates whole "
-            "heads; remove the key, or use a family with partial rotation (gpt_neox, nemotron)"
+            "heads; remove the key if it changes nothing"
         )
     return {"rope": rope}
 

@@ -81,4 +81,5 @@ OPT = Family(
         ("_remove_final_layer_norm", (False,)),
         ("layer_norm_elementwise_affine", (True,)),
     ),
+    ignored={"output_projection": None},
 )
