@@ -19,7 +19,7 @@ from elastic_lm.config.checks import require
 from elastic_lm.files.atomic import moved_away
 from elastic_lm.files.local import local_path
 
-# ORG/NAME, with the path of a .gguf file in it, and with @REVISION. What ends like DIR/FILE.gguf is a file here.
+# ORG/NAME, with the path of a .gguf file in it, and with @REVISION. DIR/FILE.gguf is a file of this machine.
 NAME = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:/(?P<file>(?:(?!\.\.?/)[\w.-]+/)*[\w.-]+\.gguf)|(?<!(?i:\.gguf)))"
@@ -78,6 +78,11 @@ def local_model(name: Any, *, revision: str | None = None, weights: bool = True)
         _fetch_weights(str(name), found["repo"], folder)
         _complete.add(folder)
     return folder
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether `local_model` would look for a name on the Hub."""
+    return NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 _complete: set[Path] = set()  # folders of the cache whose weights this process has found there
