@@ -16,7 +16,8 @@ elastic-lm push --model hf-dir --to my-org/my-model --thresholds thresholds.json
 
 A checkpoint of this package is uploaded as a Hugging Face folder, which `transformers` loads too, unless it
 is elastic in width or has layers of different sizes. The card says what the run beside the model and its
-thresholds tell. Tokens come from HF_TOKEN or `hf auth login`.
+thresholds tell. Every file of the folder that is not hidden goes along, a README.md in place of the card, and
+of paths in them only the last name. Tokens come from HF_TOKEN or `hf auth login`.
 """
 
 
@@ -54,17 +55,23 @@ def run(options: Options) -> None:
     folder = local_path(options.model)
     with tempfile.TemporaryDirectory(prefix="elastic_lm_push_") as temporary:
         exported = _exported(folder, Path(temporary) / "model")
-        given = options.given(("private", "revision", "base_model", "license"))
+        given = options.given(("private", "revision", "thresholds", "base_model", "license"))
         _push(options, folder, exported, given)
 
 
 def _push(options: Options, folder: Path, exported: Path, given: dict[str, Any]) -> None:
-    from elastic_lm import hf
-    from elastic_lm.hf.model_card import find_thresholds
+    from elastic_lm.checkpoints.loading import load
+    from elastic_lm.files.fingerprints import weights_fingerprint
+    from elastic_lm.hf.pushing import push_from
 
-    around = folder.absolute().parent
-    thresholds = options.thresholds or find_thresholds(folder, around)
-    where = hf.push(exported, options.to, run=around, thresholds=thresholds, dry_run=options.dry_run, **given)
+    where = push_from(
+        exported,
+        folder,
+        options.to,
+        dry_run=options.dry_run,
+        weights=lambda: weights_fingerprint(load(folder)[1]),
+        **given,
+    )
     print(where if options.dry_run else f"{folder} -> {where}")
 
 

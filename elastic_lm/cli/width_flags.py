@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_lm.cli.belonging import check_table, parts_of
@@ -299,10 +298,11 @@ def chosen_subnet(
 
 
 def is_elastic(folder: str) -> bool:
-    """Whether a folder holds a model with a menu of widths."""
+    """Whether a model, in a folder or on the Hub, has a menu of widths."""
     from elastic_lm.checkpoints.native import MENU_FILE
+    from elastic_lm.files.hub import local_model
 
-    return (Path(folder) / MENU_FILE).is_file()
+    return (local_model(folder, weights=False) / MENU_FILE).is_file()
 
 
 def subnet_line(config: "ModelConfig", subnet: Subnet) -> str:

@@ -37,6 +37,12 @@ TAG = "\ufdd2end of the final message "  # goes where a message that is continue
 # Around what the assistant says. These code points are no characters, and no text has them.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 MARKS = re.compile(f"[{OPEN}{CLOSE}]")
+LONGEST = 1 << 24  # characters, items or bits that `*` and `**` of a template may make
+# What a template may raise, whose code is not ours.
+FAILURES = (
+    *(TypeError, LookupError, AttributeError, ValueError, ArithmeticError),
+    *(RecursionError, MemoryError, SyntaxError),
+)
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Message = Mapping[str, Any]
@@ -173,7 +179,7 @@ class ChatTemplate:
             raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        except (TypeError, KeyError, IndexError, AttributeError, ValueError, OverflowError) as error:
+        except FAILURES as error:
             raise ValueError(
                 f"the chat template fails on these messages ({type(error).__name__}: {error}); it may expect "
                 "other roles or contents"
@@ -307,10 +313,30 @@ class _Namespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox of jinja2, in which products and powers may not fill the memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """A product or a power, unless it is too long."""
+        if _length(operator, left, right) > LONGEST:
+            raise OverflowError(f"{operator} makes a value that is too long")
+        return super().call_binop(context, operator, left, right)
+
+
+def _length(operator: str, left: Any, right: Any) -> int:
+    """About how many characters, items or bits a product or a power of whole numbers has."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * abs(right) if operator == "**" else 0
+    pairs = ((left, right), (right, left))
+    return max((len(a) * b for a, b in pairs if hasattr(a, "__len__") and isinstance(b, int)), default=0)
+
+
 @functools.lru_cache(maxsize=32)
 def _compiled(source: str, marking: bool) -> jinja2.Template:
     """A template, ready to run; `marking` puts marks around what `generation` tags enclose."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Marked if marking else _Generation, jinja2.ext.loopcontrols],

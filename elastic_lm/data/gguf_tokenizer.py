@@ -9,6 +9,7 @@ import contextlib
 import json
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,13 @@ TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How text is cut, by the names that llama.cpp gives it: a pattern, or one of the two words.
-GPT2, DIGITS = "gpt2", "gpt2, with every digit by itself"
+# How text is cut, by the names that llama.cpp gives it: a pattern, or one of the three words.
+GPT2, DIGITS, DEFAULT = "gpt2", "gpt2, with every digit by itself", "default"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DEFAULT_CUTS = (r"[\p{P}$+<=>^~|]+", WORDS, r"\p{N}+", r"[0-9][0-9][0-9]")  # one after the other
 CUTS: Mapping[str, str] = (
-    dict.fromkeys(("gpt-2", "default", "phi-2", "olmo", "jais"), GPT2)
+    {DEFAULT: DEFAULT}
+    | dict.fromkeys(("gpt-2", "phi-2", "olmo", "jais"), GPT2)
     | dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), DIGITS)
     | dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx"), LLAMA3)
     | dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), QWEN2)
@@ -134,19 +138,27 @@ def _begins(file: GGUF, model: str) -> bool:
 
 def _byte_level(file: GGUF, tokens: Sequence[str]) -> Part:
     """BPE on bytes, after the text was cut into words."""
-    pre = file.value("tokenizer.ggml.pre", "default")
-    cut = CUTS.get(pre)
+    pre = file.value("tokenizer.ggml.pre")
+    if pre in (None, ""):
+        fix = "the model may have learned another; a newer file, or the Hugging Face folder, says which"
+        what = "does not say how its tokenizer cuts text (tokenizer.ggml.pre); taken is llama.cpp's default"
+        warnings.warn(f"{file.path}: {what}: {fix}", stacklevel=4)
+        pre = DEFAULT
+    cut = CUTS.get(pre) if isinstance(pre, str) else None
     if cut is None:
         raise ValueError(
             f"{file.path}: tokenizer.ggml.pre={pre!r}: it is not known how this tokenizer cuts text; known: "
             f"{', '.join(CUTS)}. Use the Hugging Face folder of the model"
         )
     by_words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
+    splits = [
+        {"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False}
+        for one in (DEFAULT_CUTS if cut == DEFAULT else (cut,))
+    ]
     parts = {
         GPT2: [by_words],
         DIGITS: [{"type": "Digits", "individual_digits": True}, by_words],
-    }.get(cut, [split, by_words | {"use_regex": False}])
+    }.get(cut, [*splits, by_words | {"use_regex": False}])
     return {
         "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts} if len(parts) > 1 else parts[0],

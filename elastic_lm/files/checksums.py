@@ -9,7 +9,7 @@ against people. A folder without such a file, like one that was downloaded, is n
 import fnmatch
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,22 @@ def update_checksums(folder: str | Path, names: Iterable[str]) -> None:
     folder = Path(folder)
     if (folder / FILE).is_file():
         _write(folder, _read(folder / FILE) | {name: file_entry(folder / name) for name in names})
+
+
+def replaced_entries(file: Path, contents: Mapping[str, bytes]) -> bytes:
+    """The contents of a file of checksums where files that it names are to have other contents.
+
+    Args:
+      file: of the checksums.
+      contents: of files, by name; those that it does not name are left out.
+
+    Raises:
+      ValueError: the checksums are damaged.
+    """
+    entries = _read(file)
+    for name in entries.keys() & contents.keys():
+        entries[name] = {"bytes": len(contents[name]), "crc32": f"{zlib.crc32(contents[name]):08x}"}
+    return _text(entries).encode()
 
 
 def check_files(folder: str | Path, patterns: Iterable[str] = ("*",)) -> None:

@@ -86,9 +86,12 @@ class GGUF:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._values, self.tensors = self._header(_Cursor(self._bytes))
             self.architecture = str(self._values["general.architecture"])
-        except (ValueError, LookupError, struct.error, OverflowError) as error:
+        except (ValueError, LookupError, struct.error, ArithmeticError, RecursionError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{path}: is no GGUF file that can be read ({reason}); {AGAIN}") from error
+        if (parts := self.value("split.count", 0)) not in (0, 1):
+            fix = "join them first with llama.cpp's llama-gguf-split --merge"
+            raise ValueError(f"{path}: is one of {parts} files that a model was split into; {fix}")
 
     def _header(self, cursor: "_Cursor") -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         """The metadata, and where the tensors lie."""

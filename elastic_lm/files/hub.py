@@ -14,14 +14,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from elastic_lm.config.cascade import without_secrets
 from elastic_lm.config.checks import require
 from elastic_lm.files.atomic import moved_away
 from elastic_lm.files.local import local_path
 
-# ORG/NAME, with the path of a .gguf file in it, and with @REVISION.
+# ORG/NAME, with the path of a .gguf file in it, and with @REVISION. DIR/FILE.gguf is a file of this machine.
 NAME = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<file>[\w./-]+\.gguf))?(?:@(?P<revision>[^@\s]+))?"
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:/(?P<file>(?:(?!\.\.?/)[\w.-]+/)*[\w.-]+\.gguf)|(?<!(?i:\.gguf)))"
+    r"(?:@(?P<revision>[^@\s]+))?"
 )
+LOGIN = re.compile(r"://[^/\s]*@")  # user and password of an address
 CONFIG, NATIVE, INDEX = "config.json", "elastic_config.json", "model.safetensors.index.json"
 WEIGHTS, EXITS = "model.safetensors", "elastic_exits.safetensors"
 NATIVE_WEIGHTS = ("params/*",)
@@ -59,7 +63,8 @@ def local_model(name: Any, *, revision: str | None = None, weights: bool = True)
     """
     path = local_path(name)
     found = NAME.fullmatch(str(name))
-    if found is None or path.exists():
+    # A file that is missing in a folder of this machine is not looked for in a model of the same name.
+    if found is None or path.exists() or (found["file"] and Path(found["repo"]).is_dir()):
         require(revision is None, "revision", revision, f"{name} is a path on this machine, which has none")
         return path
     wanted = found["revision"]
@@ -73,6 +78,11 @@ def local_model(name: Any, *, revision: str | None = None, weights: bool = True)
         _fetch_weights(str(name), found["repo"], folder)
         _complete.add(folder)
     return folder
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether `local_model` would look for a name on the Hub."""
+    return NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
 _complete: set[Path] = set()  # folders of the cache whose weights this process has found there
@@ -205,9 +215,9 @@ def one_line_errors(
 
 def _pushing(error: Exception, name: str) -> Exception | None:
     """The same error in one line, where it says something else for a model that is sent."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
-    hub, status = constants.ENDPOINT, _status(error) or _status(error.__cause__)
+    hub, status = endpoint(), _status(error) or _status(error.__cause__)
     if status in (401, 403, 404) and not isinstance(error, errors.RevisionNotFoundError):
         fix = f"check the name, and {LOG_IN} of a user who may write there"
         return PermissionError(f"{name}: {hub} refuses it ({status}: {_first_line(error)}); {fix}")
@@ -223,7 +233,7 @@ def _explained(error: BaseException, name: str, repo: str, revision: str | None)
     """The same error in one line."""
     from huggingface_hub import constants, errors
 
-    hub, status = constants.ENDPOINT, _status(error) or _status(error.__cause__)
+    hub, status = endpoint(), _status(error) or _status(error.__cause__)
     if isinstance(error, errors.LocalEntryNotFoundError) and _status(error.__cause__) is not None:
         return _explained(error.__cause__ or error, name, repo, revision)
     if isinstance(error, errors.GatedRepoError):
@@ -268,6 +278,13 @@ def _status(error: BaseException | None) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+def endpoint() -> str:
+    """The address of the Hub, without the user and the password that HF_ENDPOINT may hold."""
+    from huggingface_hub import constants
+
+    return without_secrets(constants.ENDPOINT)
+
+
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in LOGIN.sub("://", str(error)).splitlines() if line.strip()]
     return " ".join(lines)[:200] if lines else type(error).__name__

@@ -10,9 +10,10 @@ from elastic_lm.config.parse import to_dict
 from elastic_lm.files.atomic import read_json
 from elastic_lm.files.hub import CONFIG, NAME, NATIVE
 from elastic_lm.hf.config_json import config_from_hf
+from elastic_lm.hf.pushed_files import THRESHOLDS, without_folders
 
 MARK = "<!-- written by elastic_lm -->"  # in the cards that a later push may replace
-RUN, THRESHOLDS, MENU = "run.json", "thresholds.json", "menu.json"
+RUN, INPUTS, MENU = "run.json", "inputs.json", "menu.json"
 HOME = "https://github.com/elastic-lm/elastic_lm"
 
 
@@ -45,7 +46,7 @@ def collect_facts(
     folder: Path,
     name: str,
     *,
-    run: Path,
+    run: Path | None = None,
     thresholds: Path | None = None,
     base_model: str | None = None,
     license: str | None = None,
@@ -55,8 +56,8 @@ def collect_facts(
     Args:
       folder: of the model.
       name: of the model on the Hub.
-      run: folder that may hold run.json and thresholds.json.
-      thresholds: the file of thresholds; None = thresholds.json in `folder` or `run`, if there is one.
+      run: folder that may hold run.json; None = it is not known.
+      thresholds: the file of thresholds; None = nothing was calibrated.
       base_model: None = that of run.json.
       license: None = not known.
 
@@ -66,33 +67,24 @@ def collect_facts(
     """
     transformers = (folder / CONFIG).is_file()
     entries = read_json(folder / (CONFIG if transformers else NATIVE))
-    record = _optional(run / RUN)
-    given = record.get("train", {}).get("init_from", "")
+    record = _optional(run / RUN) if run else {}
+    place = record.get("train", {}).get("init_from", "")
+    named = NAME.fullmatch(place) if run and _optional(run / INPUTS).get("from_hub") is True else None
+    found = named["repo"] if named else without_folders(place)
     return CardFacts(
         name=name,
         config=to_dict(config_from_hf(entries)) if transformers else entries,
         transformers=transformers,
         run=record,
-        thresholds=read_json(file) if (file := thresholds or find_thresholds(folder, run)) else {},
+        thresholds=read_json(thresholds) if thresholds else {},
         menu=_optional(folder / MENU),
-        base_model=base_model if base_model is not None else _public(given),
+        base_model=base_model if base_model is not None else found,
         license=license or "",
     )
 
 
-def find_thresholds(folder: Path, run: Path) -> Path | None:
-    """The thresholds that lie in a model's folder or beside it."""
-    return next((path for path in (folder / THRESHOLDS, run / THRESHOLDS) if path.is_file()), None)
-
-
 def _optional(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
-
-
-def _public(place: str) -> str:
-    """A model's name without the folders of the machine that it was trained on."""
-    named = NAME.fullmatch(place)
-    return named["repo"] if named and not Path(place).exists() else Path(place).name
 
 
 def write_card(facts: CardFacts) -> str:
@@ -120,14 +112,14 @@ def _metadata(facts: CardFacts) -> str:
     return "\n".join(("---", *lines, "---"))
 
 
-def _layers(facts: CardFacts) -> list[int]:
+def exit_layers(facts: CardFacts) -> list[int]:
     """The layers after which the model has exits."""
     exits = facts.config.get("exits") or []
     return [one["layer"] if isinstance(one, Mapping) else int(one) for one in exits]
 
 
 def _about(facts: CardFacts) -> str:
-    config, layers = facts.config, _layers(facts)
+    config, layers = facts.config, exit_layers(facts)
     depth, width, vocabulary = (config.get(key) for key in ("n_layers", "d_model", "vocab_size"))
     size = f"{depth} layers, {width} wide, {vocabulary} tokens"
     text = f"A model of the {config.get('family')} family ({size}) for [elastic_lm]({HOME})."
@@ -147,7 +139,8 @@ def _origin(facts: CardFacts) -> str:
         rows.append(("base model", link if known else facts.base_model))
     method = dict(facts.run.get("method") or {})
     if method:
-        changed = ", ".join(f"{key}={value}" for key, value in method.items() if key != "name" and value)
+        options = {key: value for key, value in method.items() if key != "name" and value}
+        changed = ", ".join(f"{key}={_shown(value)}" for key, value in options.items())
         rows.append(("method", f"{method.get('name')}{f' ({changed})' if changed else ''}"))
     data, task = facts.run.get("data") or {}, facts.run.get("task") or {}
     paths = ", ".join(Path(path).name for path in (data or task).get("paths", ()))
@@ -165,7 +158,7 @@ def _origin(facts: CardFacts) -> str:
 
 def _exits(facts: CardFacts) -> str:
     """The table of calibrated thresholds."""
-    layers, found = _layers(facts), facts.thresholds
+    layers, found = exit_layers(facts), facts.thresholds
     if not layers:
         return ""
     if not found.get("curve"):
@@ -187,8 +180,14 @@ def _exits(facts: CardFacts) -> str:
 
 def _text(data: Mapping[str, Any]) -> str:
     """Which text was measured on, without the folders of a machine."""
-    words = str(data.get("description") or "text that is not named").split()
-    return " ".join(Path(word).name if "/" in word else word for word in words)
+    return without_folders(str(data.get("description") or "text that is not named"))
+
+
+def _shown(value: Any) -> str:
+    """An option of a method; of paths only the last name."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return without_folders(value) if isinstance(value, str) else str(value)
 
 
 def _statement(origin: Mapping[str, Any]) -> str:

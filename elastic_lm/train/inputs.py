@@ -21,6 +21,7 @@ from elastic_lm.data.stdlib import stdlib_files
 from elastic_lm.files.atomic import read_json, write_text_whole
 from elastic_lm.files.checksums import file_entry
 from elastic_lm.files.fingerprints import differing_parts, file_digest, weights_fingerprint
+from elastic_lm.files.hub import is_on_hub
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.method import TEACHER
 from elastic_lm.train.prepared import Prepared
@@ -45,6 +46,7 @@ def run_inputs(config: RunConfig | TaskRun, run: Prepared) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "weights": run.weights,
+        "from_hub": is_on_hub(config.train.init_from),
         "teacher": weights_fingerprint(teacher) if teacher else "",
         "tokenizer": run.tokenizer.fingerprint,
         "model": json.loads(json.dumps(model)) if loaded else {},

@@ -191,6 +191,12 @@ def test_templates_run_in_a_sandbox(name: str) -> None:
         print(ChatTemplate({"default": HARMFUL[name]}).render([{"role": "user", "content": "a"}]))
 
 
+def test_products_and_powers_of_usual_size_are_those_of_jinja() -> None:
+    text = "{{ 'ab' * 3 }} {{ 2 ** 10 }} {{ 2 ** -1 }} {{ 1.5 * 2 }} {{ 3 * 'c' }} {{ [1] * 2 }}"
+    shown = ChatTemplate({"default": text}).render([{"role": "user", "content": "a"}])
+    assert shown == "ababab 1024 0.5 3.0 ccc [1, 1]"
+
+
 def test_templates_leave_the_callers_messages_alone() -> None:
     talk = [{"role": "assistant", "content": "a", "tool_calls": None}]
     ChatTemplate({"default": CHATML}).render(talk, continue_final_message=True)
@@ -201,6 +207,11 @@ REFUSED = [
     ("{{ raise_exception('roles alternate') }}", TALK, {}, "refuses these messages: roles alternate"),
     ("{% if %}", TALK, {}, "not valid Jinja: line 1"),
     ("{{ 1 + messages }}", TALK, {}, r"fails on these messages \(TypeError"),
+    ("{{ 1 // 0 }}", TALK, {}, r"fails on these messages \(ZeroDivisionError"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", TALK, {}, r"fails .* \(RecursionError"),
+    ("{{ 'a' * 10**12 }}", TALK, {}, r"fails .* \(OverflowError: \* makes a value that is too long"),
+    ("{{ 10 ** (10 ** 10) }}", TALK, {}, r"fails .* \(OverflowError: \*\* makes a value that is too long"),
+    ("{{ (messages * 10**9) | length }}", TALK, {}, r"fails .* \(OverflowError"),
     ("{{ messages[0].a.b }}", TALK, {}, "refuses these messages: .*has no attribute 'a'"),
     (CHATML, [], {}, "there are none"),
     (CHATML, "Hello", {}, "must be a list like"),

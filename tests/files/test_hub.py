@@ -164,6 +164,25 @@ def test_no_network_is_one_line(hub, tmp_path):
     assert "\n" not in answer["message"]
 
 
+def test_no_message_holds_a_password_of_the_endpoint(hub, tmp_path):
+    env = hub_server.environment(hub, tmp_path)
+    for address in ("127.0.0.1:9", hub.url.removeprefix("http://")):
+        login = {"HF_ENDPOINT": f"http://someone:secret%40pw@{address}"}
+        answers, errors = ask(env | login, *((name, {}) for name in ("acme/tiny2", *REFUSED)))
+        assert "secret" not in errors
+        for answer in answers:
+            assert "secret" not in answer.get("message", ""), answer
+            assert "someone" not in answer.get("message", ""), answer
+        assert any(f"http://{address}" in answer["message"] for answer in answers)
+
+
+def test_a_file_that_is_missing_in_a_folder_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    assert local_model("models/small/tiny.gguf") == Path("models/small/tiny.gguf")
+    assert NAME.fullmatch("models/small.gguf/tiny.gguf")["file"] == "tiny.gguf"
+
+
 def test_what_lies_here_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "acme" / "tiny").mkdir(parents=True)
@@ -173,7 +192,11 @@ def test_what_lies_here_wins(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere", "./acme/tiny", "/acme/tiny", "a/b/c", "acme/", "~/tiny", "../tiny"]
+    "name",
+    [
+        *("nowhere", "./acme/tiny", "/acme/tiny", "a/b/c", "acme/", "~/tiny", "../tiny"),
+        *("models/tiny.gguf", "models/tiny.GGUF@v1", "a/b/../../x.gguf", "a/b/./x.gguf", "a/b//x.gguf"),
+    ],
 )
 def test_other_names_are_paths(name):
     assert NAME.fullmatch(name) is None

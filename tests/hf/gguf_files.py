@@ -22,6 +22,7 @@ def write(
     *,
     kinds: Mapping[str, str] | None = None,
     more: Mapping[str, Any] | None = None,
+    general: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a file.
 
@@ -33,6 +34,7 @@ def write(
       tokenizer: metadata below tokenizer.ggml.
       kinds: types of tensors by a part of their names; F32 otherwise.
       more: further metadata below the architecture's name.
+      general: further metadata.
     """
     import gguf
 
@@ -60,6 +62,8 @@ def write(
         writer.add_final_logit_softcapping(config["final_logit_softcapping"])
     for key, value in (more or {}).items():
         _add(writer, f"{architecture}.{key}", value)
+    for key, value in (general or {}).items():
+        _add(writer, key, value)
     for key, value in tokenizer.items():
         _add(writer, f"tokenizer.{'' if key.startswith('chat') else 'ggml.'}{key}", value)
 
@@ -123,7 +127,7 @@ def _llama3_factors(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
     return np.array(factors, np.float32)
 
 
-def byte_level(tokens: Mapping[str, int], merges: Sequence[Sequence[str]], pre: str) -> dict[str, Any]:
+def byte_level(tokens: Mapping[str, int], merges: Sequence[Sequence[str]], pre: str | None) -> dict[str, Any]:
     """Metadata of a byte-level BPE tokenizer with three tokens of control and one of the user at its end."""
     own = sorted(tokens, key=lambda token: tokens[token])
     listed = [*own, "<s>", "</s>", "<|turn|>", "<think>"]

@@ -183,6 +183,48 @@ def test_digits_are_single_tokens_after_any_space(bpe, tmp_path):
     assert pieces["gpt-2"] == [" ", " ", "1", "2"]
 
 
+def default_pieces(text: str) -> list[str]:
+    """Text cut as llama.cpp does without a name for it: by four patterns, each within the pieces so far."""
+    regex = pytest.importorskip("regex")
+    words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+    pieces = [text]
+    for pattern in (r"[\p{P}\$\+<=>\^~\|]+", words, r"\p{N}+", r"[0-9][0-9][0-9]"):
+        cut = []
+        for piece in pieces:
+            at = 0
+            for found in regex.finditer(pattern, piece):
+                cut += [piece[at : found.start()], found.group()]
+                at = found.end()
+            cut.append(piece[at:])
+        pieces = [piece for piece in cut if piece]
+    return pieces
+
+
+@pytest.mark.parametrize("pre", ["default", None])
+def test_text_is_cut_as_llama_cpp_does_where_a_file_does_not_say_how(pre, bpe, tmp_path):
+    model = random_model("llama", {**CASES["llama"], "vocab_size": len(bpe["tokens"]) + 4})
+    metadata = gguf_files.byte_level(**bpe, pre=pre)
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, "llama", weights_of(model), model.config.to_dict(), metadata)
+    if pre is None:
+        with pytest.warns(
+            UserWarning, match=r"does not say how its tokenizer cuts text \(tokenizer.ggml.pre"
+        ):
+            ours = el.Tokenizer.load(path)
+    else:
+        ours = el.Tokenizer.load(path)
+    texts = (
+        TEXT,
+        "don't  1234567 a12345 (x)==~y ...\n\n  z\t.  ",
+        Path(gguf_files.__file__).read_text()[:5000],
+    )
+    for text in texts:
+        found = [text[a:b] for _, (a, b) in ours.backend.pre_tokenizer.pre_tokenize_str(text)]
+        assert found == default_pieces(text)
+        assert ours.decode(ours.encode(text), special=True) == text
+
+
 def test_sentencepiece_tokenizers_give_the_ids_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     metadata = gguf_files.sentencepiece(WORDS)
@@ -232,6 +274,11 @@ def test_what_is_not_understood_is_refused(tmp_path, monkeypatch):
     )
     refused(path, r"tokenizer.ggml.model='rwkv': is not read", el.Tokenizer.load, tokenizer={"model": "rwkv"})
 
+    refused(path, r"is one of 3 files that a model was split into; join", general={"split.count": 3})
+    refused(path, r"is no GGUF file that can be read \(", general={"general.alignment": 0})
+
+    model = random_model("llama", CASES["llama"])
+    gguf_files.write(path, "llama", weights_of(model), model.config.to_dict(), vocabulary(48))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="is no GGUF file that can be read"):

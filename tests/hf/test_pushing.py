@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import elastic_lm as el
 from elastic_lm.checkpoints.native import save_model
 from elastic_lm.cli.main import main
 from elastic_lm.depth.policies import CalibrationPoint
+from elastic_lm.files.checksums import check_files, write_checksums
+from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.hf.model_card import MARK
 from elastic_lm.testing import random_params, tiny_config
 from tests import hub_server
@@ -17,7 +20,7 @@ from tests import hub_server
 CONFIG = dataclasses.replace(tiny_config(exits=(2,)), vocab_size=300)
 RUN = {
     "train": {"init_from": "acme/base", "lr": 0.001, "optimizer": "adamw"},
-    "method": {"name": "ee_tuning", "weights": [1.0], "warmup_steps": 0},
+    "method": {"name": "ee_tuning", "weights": [1.0], "warmup_steps": 0, "table": "/home/me/secret/t.json"},
     "data": {"source": "text", "paths": ["/home/me/secret/train.txt"], "seq_len": 64, "batch_size": 2},
 }
 LOADS = """
@@ -51,9 +54,12 @@ def models(tmp_path_factory) -> Path:
     (folder / "run").mkdir()
     save_model(folder / "run" / "model", CONFIG, params, tokenizer)
     (folder / "run" / "run.json").write_text(json.dumps(RUN))
+    (folder / "run" / "inputs.json").write_text(json.dumps({"from_hub": True}))
     points = [CalibrationPoint(0.95, (0.5,), 0.9612, 3.25, (0.375, 0.625))]
     data = {"description": "/home/me/secret/held_out.txt", "scoring_tokens": 512}
-    origin = {"data": data, "date": "2026-11-30T12:00:00", "guarantee": "none: an average"}
+    shape = {field: getattr(CONFIG, field) for field in ("n_layers", "d_model", "vocab_size")}
+    model = {"path": "/home/me/secret/run/model", "weights": weights_fingerprint(params), **shape}
+    origin = {"model": model, "data": data, "date": "2026-11-30T12:00:00", "guarantee": "none: an average"}
     policy = el.ConfidenceExit("margin", (0.5,), (2,), 0.95, tuple(points), provenance=origin)
     policy.save(folder / "run" / "thresholds.json")
     el.hf.export(CONFIG, params, folder / "hf", tokenizer)
@@ -106,6 +112,8 @@ def test_pushed_models_have_a_card_and_come_back(hub, models, tmp_path):
     files = hub.repos["acme/new"]["main"]
     due = hub_server.files_of(models / "hf")
     assert {name: files[name] for name in due} == due
+    assert not any(b"secret" in content for content in files.values())
+    assert json.loads(files["thresholds.json"])["provenance"]["model"]["path"] == "model"
     assert files.keys() - due.keys() == {".gitattributes", "README.md", "thresholds.json"}
     assert "draft" in hub.repos["acme/new"]
     card = files["README.md"].decode()
@@ -131,7 +139,7 @@ def test_the_card_says_what_is_known_and_no_path_of_the_machine(models, capsys):
     assert 'tags: ["elastic-lm", "early-exit"]\nbase_model: "acme/base"\nlibrary_name: "transformers"' in card
     assert "leave it after 2 of its 4 layers" in card
     assert "| base model | [acme/base](https://huggingface.co/acme/base) |" in card
-    assert "| method | ee_tuning (weights=[1.0]) |" in card
+    assert "| method | ee_tuning (weights=[1.0], table=t.json) |" in card
     assert "| data | text: train.txt |" in card
     assert "Measured on 512 held-out tokens (held_out.txt), 2026-11-30:" in card
     assert "| target | equal to full depth | mean layers | leave after 2 | leave after 4 |" in card
@@ -145,6 +153,79 @@ def test_the_card_says_what_is_known_and_no_path_of_the_machine(models, capsys):
     bare = el.hf.push(models / "hf", "acme/new", dry_run=True)
     assert "What the exits give was not measured" in bare
     assert "base_model" not in bare
+
+
+def changed(file: Path, target: Path, **model) -> Path:
+    """Thresholds that were fitted on another model."""
+    content = json.loads(file.read_text())
+    content["provenance"]["model"] |= model
+    target.write_text(json.dumps(content))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [({"weights": "0" * 16}, "fitted on other weights"), ({"d_model": 8}, "with d_model=8")]
+)
+def test_thresholds_of_another_model_are_not_pushed(model, why, models, tmp_path):
+    shutil.copytree(models / "hf", tmp_path / "hf")
+    other = changed(models / "run" / "thresholds.json", tmp_path / "thresholds.json", **model)
+    with pytest.warns(UserWarning, match=f"is left out, as its thresholds are another model's: .*{why}"):
+        card = el.hf.push(tmp_path / "hf", "acme/new", dry_run=True)
+    assert "What the exits give was not measured" in card
+    with pytest.raises(ValueError, match=f"are thresholds of another model: .*{why}.*; calibrate this model"):
+        el.hf.push(tmp_path / "hf", "acme/new", thresholds=other, dry_run=True)
+
+
+def test_another_run_beside_and_local_bases_are_not_named(models, tmp_path, capsys):
+    shutil.copytree(models / "hf", tmp_path / "hf")
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    assert "ee_tuning" not in el.hf.push(tmp_path / "hf", "acme/new", dry_run=True)
+
+    # What was a folder of the machine that trained is no name on the Hub, though it looks like one.
+    card = el.hf.push(tmp_path / "hf", "acme/new", run=tmp_path, dry_run=True)
+    assert "| base model | base |" in card
+    assert "base_model" not in card
+
+    # A README.md of the user is the card, also where a checkpoint is exported.
+    shutil.copytree(models / "run" / "model", tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("# MY OWN CARD")
+    assert main(["push", "--model", str(tmp_path / "model"), "--to", "acme/new", "--dry-run"]) == 0
+    assert capsys.readouterr().out.strip() == "# MY OWN CARD"
+
+
+def test_only_files_of_an_earlier_push_are_deleted(hub, models, tmp_path):
+    theirs = {
+        "adapters/x/adapter_model.safetensors": b"a",
+        "onnx/model.safetensors": b"b",
+        "notes.json": b"{}",
+    }
+    stale = {"model-00001-of-00002.safetensors": b"c", "params/d/1": b"d"}
+    hub.add("acme/ours", theirs | stale | {"README.md": MARK.encode()})
+    hub.add("acme/others", theirs | stale | {"README.md": b"# Mine"})
+    folder = tmp_path / "hf"
+    shutil.copytree(models / "hf", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"_name_or_path": "/home/me/secret/base"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "checksums.json").unlink(missing_ok=True)
+    write_checksums(folder)
+
+    env = hub_server.environment(hub, tmp_path)
+    calls = [json.dumps((str(folder), name, {})) for name in ("acme/ours", "acme/others")]
+    done = hub_server.python(PUSHES, env, *calls)
+    assert done.stdout.count(hub.url) == 2, done.stdout + done.stderr
+    ours, others = (hub.repos[name]["main"] for name in ("acme/ours", "acme/others"))
+    assert theirs.items() <= ours.items()
+    assert not stale.keys() & ours.keys()
+    assert "of an earlier push leave model-00001-of-00002.safetensors, params/d/1" in done.stderr
+    assert (theirs | stale).items() <= others.items()
+
+    # Without the folder of the machine, and with checksums of what was sent.
+    assert json.loads(ours["config.json"])["_name_or_path"] == "base"
+    assert not any(b"secret" in content for content in ours.values())
+    for name, content in ours.items():
+        (tmp_path / "came" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "came" / name).write_bytes(content)
+    check_files(tmp_path / "came")
 
 
 def test_a_license_is_asked_of_the_base_model(hub, models, tmp_path):
