@@ -122,10 +122,17 @@ def _lines(interactive: bool) -> Iterator[str]:
     with _editing():
         while True:
             try:
-                yield input(PROMPT)
+                yield _typed_line()
             except EOFError:
                 print(file=sys.stderr)
                 return
+
+
+def _typed_line() -> str:
+    if sys.stdout.isatty():
+        return input(PROMPT)  # which knows how wide the prompt is where the line is edited
+    print(PROMPT, end="", file=sys.stderr, flush=True)
+    return input()
 
 
 @contextlib.contextmanager
