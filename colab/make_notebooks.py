@@ -1,10 +1,12 @@
-"""Runs the notebooks of this folder and keeps their outputs, with a digest of the cells that gave them.
+"""Runs the notebooks of this folder and keeps their outputs, and which cells and version they are of.
 
-    python colab/make_notebooks.py              # run those whose cells have changed since
+    python colab/make_notebooks.py              # run those whose cells, or the version, have changed since
     python colab/make_notebooks.py --all        # run all of them
     python colab/make_notebooks.py --check      # run nothing: exit status 1 where outputs are out of date
 
-The cells are edited in the notebooks themselves. `pip install -e ".[notebook]"` has what this needs.
+Changes of the package within a version are not noticed, because nearly all of them leave the outputs as they
+are: where one does not, run all. The cells are edited in the notebooks themselves.
+`pip install -e ".[notebook]"` has what this needs.
 """
 
 import argparse
@@ -33,10 +35,12 @@ def source_digest(notebook: nbformat.NotebookNode) -> str:
 
 
 def out_of_date(notebook: nbformat.NotebookNode) -> str:
-    """Why a notebook's outputs are not those of its cells; "" = they are."""
+    """Why a notebook's outputs are not those of its cells in this version of the package; "" = they are."""
     made = notebook.metadata.get(KEY, {})
     if made.get("source_sha256") != source_digest(notebook):
         return "its cells have changed since it was run"
+    if made.get("version") != elastic_lm.__version__:
+        return f"it was run with version {made.get('version')} of the package"
     code = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
     if any(cell["execution_count"] is None for cell in code):
         return "a cell was not run"

@@ -37,7 +37,7 @@ def flags_table(command: str) -> str:
         parser = choices[action]
     rows = ["| flag | what it says |", "|---|---|"]
     for action in parser._actions:
-        if "--help" not in action.option_strings:
+        if "--help" not in action.option_strings and action.help != argparse.SUPPRESS:
             rows.append(f"| {_written(action)} | {_cell(action.help or '')} |")
     return "\n".join(rows)
 

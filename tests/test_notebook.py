@@ -45,7 +45,7 @@ def maker() -> types.ModuleType:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_saved_outputs_are_those_of_the_cells(path: pathlib.Path, maker: types.ModuleType) -> None:
+def test_saved_outputs_are_of_the_cells_and_the_version(path: pathlib.Path, maker: types.ModuleType) -> None:
     notebook = read(path)
     assert not maker.out_of_date(notebook), "run python colab/make_notebooks.py"
     assert path.stat().st_size < maker.LIMIT
@@ -55,6 +55,9 @@ def test_saved_outputs_are_those_of_the_cells(path: pathlib.Path, maker: types.M
     changed = read(path)
     changed.cells[-1]["source"] += "\n"
     assert maker.out_of_date(changed) == "its cells have changed since it was run"
+    earlier = read(path)
+    earlier.metadata[maker.KEY]["version"] = "0.0.1"
+    assert maker.out_of_date(earlier) == "it was run with version 0.0.1 of the package"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 import elastic_lm as el
+from elastic_lm.report.plots import place_labels
 
 HERE = Path(__file__).parent
 TARGET, TOKENS = 0.95, 160
@@ -67,14 +68,14 @@ def draw_curve() -> None:
     above = [high - median for median, high in zip(speed, most, strict=True)]
     x = [100 * share for share in agreement]
     axes.errorbar(x, speed, (below, above), fmt="o-", color="#1b6ca8", capsize=3)
-    for target, place in zip(targets, zip(x, speed, strict=True), strict=True):
-        axes.annotate(f"target {target}", place, (6, 6), textcoords="offset points", fontsize=8)
     axes.axhline(1.0, color="#888888", linewidth=1, linestyle="--")
     axes.set_title("The embedded model on two CPU cores: median and range of five runs", fontsize=10)
     axes.set_xlabel("agreement with the full model (%)")
     axes.set_ylabel("speed, full depth = 1")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(0.12)
+    axes.margins(0.15)
+    labels = [f"target {target}" for target in targets]
+    place_labels(figure, axes, list(zip(labels, zip(x, speed, strict=True), strict=True)))
     figure.savefig(HERE / "curve.png", dpi=150)
 
 

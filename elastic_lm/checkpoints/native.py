@@ -477,7 +477,7 @@ def load_menu(path: str | Path) -> Menu:
     """
     file = local_model(path, weights=False).absolute() / MENU_FILE
     if not file.is_file():
-        fix = "train an elastic model with --config flextron, or give a Menu: el.SubnetChooser(config, menu)"
+        fix = "train an elastic model with --config flextron (in Python: el.SubnetChooser(config, menu))"
         raise FileNotFoundError(f"{file.parent} has no {MENU_FILE}: {fix}")
     return _described(Menu, read_json(file), file, "menu.")
 

@@ -5,20 +5,11 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from elastic_lm.cli import generate, signals
-from elastic_lm.cli.parser import (
-    DEFAULT_COLOUR,
-    Colour,
-    ModelOptions,
-    add_colour,
-    add_model,
-    require_colour,
-)
-from elastic_lm.cli.width_flags import SubnetText, add_width
-from elastic_lm.config.decoding import MAX_NEW_TOKENS, WINDOW, Missing
-from elastic_lm.config.subnet import Budget, Subnet
+from elastic_lm.cli.parser import add_colour, add_model
+from elastic_lm.cli.width_flags import add_width
 
 if TYPE_CHECKING:
     from elastic_lm.cli.conversation import Printer
@@ -41,44 +32,10 @@ PROMPT = "> "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
-    """Who answers, and how; None = as the sampler does where nothing is said."""
+class Options(generate.DecodingOptions):
+    """Who answers, and how."""
 
     system: str | None = None  # how the model is to answer
-    max_new_tokens: int = MAX_NEW_TOKENS  # of an answer
-    thresholds: str | None = None  # file of an exit policy
-    threshold: float | None = None  # one for every exit instead
-    metric: str | None = None  # with threshold
-    subnet: SubnetText | None = None  # a part of the model
-    budget: Budget | None = None  # what the model that runs may cost
-    latency_table: str | None = None  # with a budget of milliseconds
-    context: int | None = None  # with a budget of FLOPs or bytes
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()  # texts that end an answer
-    window: int = WINDOW
-    fire_share: float | None = None
-    lossless: bool = False
-    lookup: bool = False  # with lossless
-    preview: str | None = None  # file of a preview of the vocabulary head
-    draft: int | None = None  # with lossless
-    force: bool = False  # thresholds or a latency table of other weights are taken without a word
-    missing: Missing = get_args(Missing)[0]
-    raw: bool = False  # control characters in answers are printed as they are
-    color: Colour = DEFAULT_COLOUR
-
-    def __post_init__(self) -> None:
-        require_colour(self.color)
-        self.decoding()
-
-    def decoding(self) -> generate.Options:
-        """The same as options of `generate`, which checks them."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return generate.Options(**own, chat=True)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +45,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="says first how the model is to answer")
     add("--max-new-tokens", type=int, metavar="N", help=f"of an answer (default: {Options.max_new_tokens})")
     generate.add_exits(parser)
-    add_width(parser, "--context")
+    add_width(parser)
     generate.add_sampling(parser)
     add("--raw", action="store_true", help="print control characters of answers as they are")
     add_colour(parser)
@@ -100,14 +57,12 @@ def run(options: Options) -> None:
     from elastic_lm.decode.chat import Chat
     from elastic_lm.report import colour
 
-    decoding = options.decoding()
-    sampler, tokenizer = generate.make_sampler(decoding)
+    sampler, tokenizer = generate.make_sampler(options)
     check_template(tokenizer, options.model or "the embedded model")
-    runs = sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(sampler.config)
-    settings = decoding.given(generate.SETTINGS)
+    settings = options.given(generate.SETTINGS)
+    n_layers, exits = generate.depths_of(sampler)
     colours = colour.terminal_colours(sys.stdout, options.color)
-    exits = [new.layer for _, new in runs.exits(sampler.config)]
-    printer = Printer(tokenizer, len(runs.layers), colours, exits=exits, raw=options.raw)
+    printer = Printer(tokenizer, n_layers, colours, exits=exits, raw=options.raw)
 
     def begin(system: str | None) -> Chat:
         return Chat(sampler, system=system, max_new_tokens=options.max_new_tokens, **settings)
@@ -128,7 +83,7 @@ def run(options: Options) -> None:
             known = "" if command == "/help" else f"{command} is no command. "
             print(known + COMMANDS, file=sys.stderr)
         elif line.strip():
-            _answer(chat, printer, line, len(runs.layers), interactive)
+            _answer(chat, printer, line, n_layers, interactive)
 
 
 def _answer(chat: "Chat", printer: "Printer", line: str, n_layers: int, interactive: bool) -> None:
@@ -167,10 +122,17 @@ def _lines(interactive: bool) -> Iterator[str]:
     with _editing():
         while True:
             try:
-                yield input(PROMPT)
+                yield _typed_line()
             except EOFError:
                 print(file=sys.stderr)
                 return
+
+
+def _typed_line() -> str:
+    if sys.stdout.isatty():
+        return input(PROMPT)  # which knows how wide the prompt is where the line is edited
+    print(PROMPT, end="", file=sys.stderr, flush=True)
+    return input()
 
 
 @contextlib.contextmanager

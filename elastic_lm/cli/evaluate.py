@@ -194,10 +194,10 @@ def _batches(
     """The test text, in order or packed, and its description."""
     if options.in_order:
         context = options.seq_len or min(config.max_len, READ_TOKENS)
-        if context > config.max_len:
-            raise ValueError(
-                f"held-out rows of seq_len={context}: above max_len={config.max_len}; shorten them"
-            )
+        longest = f"must be at most {config.max_len}, which is all that the model takes at once"
+        require_flag(context <= config.max_len, "--context", context, longest)
+        near = f"must be from 1 to --context, which is {context}"
+        require_flag((options.stride or context) <= context, "--stride", options.stride, near)
         return ordered_batches(options.data, tokenizer, options.tokens, context, options.stride)
     packed = dataclasses.replace(options, seq_len=options.seq_len or SEQ_LEN)
     return held_out_batches(packed, tokenizer, "test")

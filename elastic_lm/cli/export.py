@@ -45,7 +45,8 @@ class Options(WidthOptions):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add = parser.add_argument
-    add("--from", dest="source", required=True, metavar="DIR", help="elastic checkpoint")
+    where = "checkpoint or other folder, .gguf file, or ORG/NAME[@REVISION] on the Hub"
+    add("--from", dest="source", required=True, metavar="DIR", help=where)
     add("--to", dest="target", required=True, metavar="HF_DIR", help="new folder")
     add_dtype(parser, "of the stored weights (default: as in the checkpoint)")
     add("--without-exits", action="store_true", help="write the full-depth model only")

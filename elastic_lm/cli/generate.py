@@ -21,11 +21,11 @@ from elastic_lm.cli.parser import (
     require_flag,
 )
 from elastic_lm.cli.width_flags import (
-    SubnetText,
+    WidthOptions,
     add_width,
     check_same_part,
-    check_width,
     chooser,
+    chosen_subnet,
     subnet_line,
 )
 from elastic_lm.config.checks import AT_LEAST_1, require_choice, require_each
@@ -69,23 +69,13 @@ ROWS = 32  # texts written at once where there is no prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions):
-    """What is generated, by what, and where it goes; None = as the sampler does where nothing is said."""
+class DecodingOptions(ModelOptions, WidthOptions):
+    """How `generate` and `chat` write; None = as the sampler does where nothing is said."""
 
-    prompt: tuple[str, ...] = ()
-    prompts_file: str | None = None  # one prompt per line, or JSON lines
-    chat: bool = False  # prompts are what a user says to a chat model
-    system: str | None = None  # with chat: what stands before
-    n: int | None = None  # continuations per prompt
-    unprompted: int = 0  # texts that the model begins by itself
     max_new_tokens: int = MAX_NEW_TOKENS
     thresholds: str | None = None  # file of an exit policy
     threshold: float | None = None  # one for every exit instead
     metric: str | None = None  # with threshold; None = DEFAULT_METRIC
-    subnet: SubnetText | None = None  # a part of the model
-    budget: Budget | None = None  # what the model that runs may cost
-    latency_table: str | None = None  # with a budget of milliseconds
-    context: int | None = None  # with a budget of FLOPs or bytes
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -101,23 +91,58 @@ class Options(ModelOptions):
     draft: int | None = None  # with lossless
     force: bool = False  # thresholds or a latency table of other weights are taken without a word
     missing: Missing = get_args(Missing)[0]
-    stream: bool = False
-    logprobs: bool = False  # with json: log-probabilities of tokens
-    top_logprobs: int = 0  # and of so many likeliest ones
-    json: str | None = None  # file for JSON lines; - = stdout
     raw: bool = False  # control characters in texts are printed as they are
     color: Colour = DEFAULT_COLOUR
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ModelOptions.__post_init__(self)
         require_colour(self.color)
         require_each(self, "", ("max_new_tokens",), *AT_LEAST_1)
         require_flag(self.window >= 1, "--window", self.window, "must be at least 1")
         require_choice("--missing", self.missing, get_args(Missing))
+        self._check_exits()
+        WidthOptions.__post_init__(self)
+
+    def _check_exits(self) -> None:
+        """What goes with thresholds, and what goes with --lossless."""
+        if self.thresholds and self.threshold is not None:
+            raise ValueError(
+                f"--thresholds {self.thresholds} and --threshold {self.threshold}: give one of them"
+            )
+        if self.metric is not None and self.threshold is None:
+            raise ValueError(f"--metric {self.metric}: goes with --threshold; a thresholds file has its own")
+        if self.draft is not None and not self.lossless:
+            raise ValueError(f"--draft {self.draft}: drafts are verified with --lossless only; add it")
+        if self.lookup and not self.lossless:
+            raise ValueError("--lookup: copied tokens are verified with --lossless only; add it")
+
+        if self.thresholds or self.threshold is not None:
+            return
+        if self.lossless and not self.lookup:
+            raise ValueError("--lossless: nothing drafts; give --lookup, --thresholds or --threshold")
+        if self.missing == "propagate":
+            raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DecodingOptions):
+    """What is generated, and where it goes."""
+
+    prompt: tuple[str, ...] = ()
+    prompts_file: str | None = None  # one prompt per line, or JSON lines
+    chat: bool = False  # prompts are what a user says to a chat model
+    system: str | None = None  # with chat: what stands before
+    n: int | None = None  # continuations per prompt
+    unprompted: int = 0  # texts that the model begins by itself
+    stream: bool = False
+    logprobs: bool = False  # with json: log-probabilities of tokens
+    top_logprobs: int = 0  # and of so many likeliest ones
+    json: str | None = None  # file for JSON lines; - = stdout
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_unprompted()
         self._check_samples()
-        self._check_exits()
-        check_width(self.subnet, self.budget, self.latency_table, self.context, "--context")
 
     def _check_unprompted(self) -> None:
         """What goes with --unprompted."""
@@ -153,35 +178,32 @@ class Options(ModelOptions):
                 "--unprompted out"
             )
 
-    def _check_exits(self) -> None:
-        """What goes with thresholds, and what goes with --lossless."""
-        if self.thresholds and self.threshold is not None:
-            raise ValueError(
-                f"--thresholds {self.thresholds} and --threshold {self.threshold}: give one of them"
-            )
-        if self.metric is not None and self.threshold is None:
-            raise ValueError(f"--metric {self.metric}: goes with --threshold; a thresholds file has its own")
-        if self.draft is not None and not self.lossless:
-            raise ValueError(f"--draft {self.draft}: drafts are verified with --lossless only; add it")
-        if self.lookup and not self.lossless:
-            raise ValueError("--lookup: copied tokens are verified with --lossless only; add it")
-
-        if self.thresholds or self.threshold is not None:
-            return
-        if self.lossless and not self.lookup:
-            raise ValueError("--lossless: nothing drafts; give --lookup, --thresholds or --threshold")
-        if self.missing == "propagate":
-            raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
-
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add_model(parser)
     _add_prompts(parser)
     add_exits(parser)
-    add_width(parser, "--context")
+    add_width(parser)
+    add_old_context(parser)
     add_sampling(parser)
     _add_output(parser)
+
+
+class OldContext(argparse.Action):
+    """--context of 0.1, now --budget-context: elsewhere it means the tokens that are seen at once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Keeps the number, and names the flag."""
+        print("generate --context is now --budget-context; the old name goes in 0.3", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+def add_old_context(parser: argparse.ArgumentParser) -> None:
+    """Adds the name that --budget-context had in 0.1."""
+    parser.add_argument(
+        "--context", type=int, action=OldContext, dest="budget_context", help=argparse.SUPPRESS
+    )
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +223,7 @@ def add_exits(parser: argparse.ArgumentParser) -> None:
     add("--thresholds", metavar="FILE", help="from `calibrate` or `quickstart`")
     add("--threshold", type=float, metavar="C", help="one confidence for every exit instead (0 exits always)")
     add("--metric", help=f"with --threshold: {metrics(gates=True)} (default: {DEFAULT_METRIC})")
-    window = f"tokens that may wait for their deep layers (default: {Options.window})"
+    window = f"tokens that may wait for their deep layers (default: {DecodingOptions.window})"
     add("--window", type=int, metavar="W", help=window)
     add("--fire-share", type=float, metavar="S", help="0 = lowest latency, 1 = throughput (default: 0)")
     add("--lossless", action="store_true", help="early tokens are drafts, verified by the full model")
@@ -211,7 +233,7 @@ def add_exits(parser: argparse.ArgumentParser) -> None:
     add("--draft", type=int, metavar="K", help="with --lossless: drafts per verification (default: adapts)")
     add_force(parser, "thresholds or a latency table")
     missing = "keys and values of early tokens in deeper layers: computed later, or CALM's approximation "
-    missing += f"(default: {Options.missing})"
+    missing += f"(default: {DecodingOptions.missing})"
     add("--missing", choices=get_args(Missing), help=missing)
 
 
@@ -241,7 +263,6 @@ def run(options: Options) -> None:
     from elastic_lm.cli import conversation
     from elastic_lm.decode.chat import end_tokens
     from elastic_lm.files.atomic import prepare_output
-    from elastic_lm.report import colour
 
     # What is refused is refused before the model is loaded.
     prompts = [] if options.unprompted else read_prompts(options.prompt, options.prompts_file)
@@ -250,49 +271,86 @@ def run(options: Options) -> None:
         raise ValueError(f"--stream shows one prompt at a time and there are {len(prompts)}: leave it out")
 
     sampler, tokenizer = make_sampler(options)
-    # Where routers choose widths token by token, depths count in layers of the whole model.
-    runs = sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(sampler.config)
-    if isinstance(sampler.runs, Budget):
-        print(f"{options.budget}: widths are chosen token by token", file=sys.stderr)
-    elif options.budget or options.subnet:
-        print(subnet_line(sampler.config, runs), file=sys.stderr)
+    settings = options.given(SETTINGS)
+    if options.unprompted:
+        samples = unprompted(sampler, tokenizer, options.unprompted, options.max_new_tokens, settings)
+        write_json(options.json or "-", [""] * options.unprompted, samples)
+        return
 
-    exits = [new.layer for _, new in runs.exits(sampler.config)]
-    settings, count = options.given(SETTINGS), options.max_new_tokens
     asked: list[Any] = list(prompts)
     if options.chat:
         name = options.model or "the embedded model"
         asked = [conversation.prompt_ids(tokenizer, name, prompt, options.system) for prompt in prompts]
         settings["stop_tokens"] = end_tokens(tokenizer)
-    if options.stream:
-        colours = colour.terminal_colours(sys.stdout, options.color)
-        before = "" if options.chat else prompts[0]
-        printed = conversation.Printer(tokenizer, len(runs.layers), colours, exits=exits, raw=options.raw)
-        ids = asked[0] if options.chat else tokenizer.encode(prompts[0], bos=True)
-        text = printed.stream(before, ids, sampler.stream_samples(ids, count, **settings)).text
-        conversation.hint(tokenizer, options.chat, [text])
-        return
-    if options.unprompted:
-        samples = unprompted(sampler, tokenizer, options.unprompted, count, settings)
-        write_json(options.json or "-", [""] * options.unprompted, samples)
-        return
-    settings |= {"logprobs": options.logprobs, "top_logprobs": options.top_logprobs}
-    samples = sampler.sample(asked, count, **settings | ({} if options.n is None else {"n": options.n}))
+
+    write = _stream if options.stream else _print_samples
+    texts = write(options, sampler, tokenizer, prompts, asked, settings)
+    conversation.hint(tokenizer, options.chat, texts)
+
+
+def _stream(
+    options: Options,
+    sampler: "Sampler",
+    tokenizer: "Tokenizer",
+    prompts: list[str],
+    asked: list[Any],
+    settings: dict[str, Any],
+) -> list[str]:
+    """Prints the only prompt and its continuation while that is made; returns the text."""
+    from elastic_lm.cli.conversation import Printer
+    from elastic_lm.report.colour import terminal_colours
+
+    n_layers, exits = depths_of(sampler)
+    colours = terminal_colours(sys.stdout, options.color)
+    printer = Printer(tokenizer, n_layers, colours, exits=exits, raw=options.raw)
+
+    before = "" if options.chat else prompts[0]
+    ids = asked[0] if options.chat else tokenizer.encode(prompts[0], bos=True)
+    samples = sampler.stream_samples(ids, options.max_new_tokens, **settings)
+    return [printer.stream(before, ids, samples).text]
+
+
+def _print_samples(
+    options: Options,
+    sampler: "Sampler",
+    tokenizer: "Tokenizer",
+    prompts: list[str],
+    asked: list[Any],
+    settings: dict[str, Any],
+) -> list[str]:
+    """Continues all prompts at once, and writes and prints what they became; returns the texts."""
+    from elastic_lm.report.colour import terminal_colours
+
+    settings = settings | {"logprobs": options.logprobs, "top_logprobs": options.top_logprobs}
+    settings |= options.given(("n",))
+    samples = sampler.sample(asked, options.max_new_tokens, **settings)
     if options.n is not None:
         samples = [sample for group in samples for sample in group]
         prompts, asked = ([one for one in each for _ in range(options.n)] for each in (prompts, asked))
+
     if options.json:
         write_json(options.json, prompts, samples)
     if options.json != "-":
-        colours = colour.terminal_colours(sys.stdout, options.color)
+        n_layers, exits = depths_of(sampler)
+        colours = terminal_colours(sys.stdout, options.color)
         ids = [tokenizer.encode(one, bos=True) if isinstance(one, str) else one for one in asked]
         shown = [""] * len(prompts) if options.chat else prompts
-        show(tokenizer, len(runs.layers), shown, ids, samples, colours, exits=exits, raw=options.raw)
-    conversation.hint(tokenizer, options.chat, [sample.text for sample in samples])
+        show(tokenizer, n_layers, shown, ids, samples, colours, exits=exits, raw=options.raw)
+    return [sample.text for sample in samples]
 
 
-def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
-    """The sampler that the options describe, and the model's tokenizer.
+def depths_of(sampler: "Sampler") -> tuple[int, list[int]]:
+    """Layers of what runs and of its exits; of the whole model where routers choose widths."""
+    runs = _part(sampler)
+    return len(runs.layers), [new.layer for _, new in runs.exits(sampler.config)]
+
+
+def _part(sampler: "Sampler") -> Subnet:
+    return sampler.runs if isinstance(sampler.runs, Subnet) else Subnet.full(sampler.config)
+
+
+def make_sampler(options: DecodingOptions) -> "tuple[Sampler, Tokenizer]":
+    """The sampler that the options describe, and the model's tokenizer; tells on stderr which part runs.
 
     Raises:
       ValueError: the model has no exits for the thresholds, or no widths for the budget.
@@ -309,6 +367,7 @@ def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
         policy.check(model.config)
         policy = for_this_model(policy, options, folder, parts)
     how["exit"] = policy
+
     if options.preview:
         how["preview"] = load_preview(options.preview, model.config)[0]
         check_head(how["preview"], model.config, params, options.preview)
@@ -318,30 +377,33 @@ def make_sampler(options: Options) -> "tuple[Sampler, Tokenizer]":
             model.config,
             options.budget,
             latency_table=options.latency_table,
-            context=options.context,
-            flag="--context",
+            context=options.budget_context,
             parts=parts,
             force=options.force,
         )
         how |= {"budget": options.budget, "elastic": elastic}
     if options.subnet:
-        how["subnet"] = options.subnet.of(model.config)
+        how["subnet"] = chosen_subnet(options, folder, model.config, params, tokenizer, force=options.force)
+
     sampler = Sampler(model, params, tokenizer, options=DecodeOptions(**how))
+    if isinstance(sampler.runs, Budget):
+        print(f"{options.budget}: widths are chosen token by token", file=sys.stderr)
+    elif options.budget:
+        print(subnet_line(sampler.config, _part(sampler)), file=sys.stderr)
     if policy and options.thresholds:
-        runs = sampler.runs if isinstance(sampler.runs, Subnet) else None
-        kept = policy.guarantee is None or not policy.guarantee.achieved or options.lossless
-        check_same_part(
-            options.thresholds,
-            policy.calibrated_on,
-            runs,
-            model.config,
-            promise=not kept,
-            force=options.force,
-        )
+        _check_part(options.thresholds, policy, sampler, options)
     return sampler, tokenizer
 
 
-def exit_policy(config: "ModelConfig", options: Options) -> "ConfidenceExit | None":
+def _check_part(file: str, policy: "ConfidenceExit", sampler: "Sampler", options: DecodingOptions) -> None:
+    """Says where thresholds were calibrated on another part of the model than the one that runs."""
+    runs = sampler.runs if isinstance(sampler.runs, Subnet) else None
+    promise = policy.guarantee is not None and policy.guarantee.achieved and not options.lossless
+    recorded = policy.calibrated_on
+    check_same_part(file, recorded, runs, sampler.config, promise=promise, force=options.force)
+
+
+def exit_policy(config: "ModelConfig", options: DecodingOptions) -> "ConfidenceExit | None":
     """The policy of a thresholds file, one threshold for every exit, or None for full depth.
 
     Raises:
@@ -362,7 +424,7 @@ def exit_policy(config: "ModelConfig", options: Options) -> "ConfidenceExit | No
 
 
 def for_this_model(
-    policy: "ConfidenceExit", options: Options, folder: str, parts: dict[str, str]
+    policy: "ConfidenceExit", options: DecodingOptions, folder: str, parts: dict[str, str]
 ) -> "ConfidenceExit":
     """The policy of a thresholds file, after a warning where it was calibrated on another model.
 

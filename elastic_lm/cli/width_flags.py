@@ -76,47 +76,32 @@ class WidthOptions(CommandOptions):
     budget_context: int | None = None  # with a budget of FLOPs or bytes
 
     def __post_init__(self) -> None:
-        check_width(self.subnet, self.budget, self.latency_table, self.budget_context)
+        """Refuses what does not go together."""
+        budget, context = self.budget, self.budget_context
+        kind = budget.kind if budget else None
+        if self.subnet and budget:
+            both = f"--subnet {self.subnet.text} and --budget {kind}={budget.given}"
+            raise ValueError(f"{both}: each says what runs; give one of them")
+        if context is not None and kind not in ("flops", "memory_bytes"):
+            raise ValueError(
+                f"--budget-context {context}: is read for --budget flops=N or memory_bytes=N; add one"
+            )
+        table = self.latency_table
+        if table and kind != "latency_ms":
+            raise ValueError(f"--latency-table {table}: is read for --budget latency_ms=N; add that")
+        if budget and kind == "latency_ms" and not table:
+            amount = budget.given if budget.share is not None else f"{budget.amount:g}"
+            raise ValueError(
+                f"--budget latency_ms={amount}: needs --latency-table FILE; write one: "
+                "elastic-lm latency build --model DIR"
+            )
 
 
-def check_width(
-    subnet: SubnetText | None,
-    budget: Budget | None,
-    latency_table: str | None,
-    context: int | None,
-    flag: str = "--budget-context",
-) -> None:
-    """Refuses what does not go together.
-
-    Args:
-      subnet: of `WidthOptions`.
-      budget: of `WidthOptions`.
-      latency_table: of `WidthOptions`.
-      context: the `budget_context` of `WidthOptions`.
-      flag: how that is typed.
-    """
-    kind = budget.kind if budget else None
-    if subnet and budget:
-        given = f"--budget {kind}={budget.given}"
-        raise ValueError(f"--subnet {subnet.text} and {given}: each says what runs; give one of them")
-    if context is not None and kind not in ("flops", "memory_bytes"):
-        raise ValueError(f"{flag} {context}: is read for --budget flops=N or memory_bytes=N; add one")
-    if latency_table and kind != "latency_ms":
-        raise ValueError(f"--latency-table {latency_table}: is read for --budget latency_ms=N; add that")
-    if budget and kind == "latency_ms" and not latency_table:
-        amount = budget.given if budget.share is not None else f"{budget.amount:g}"
-        raise ValueError(
-            f"--budget latency_ms={amount}: needs --latency-table FILE; write one: "
-            "elastic-lm latency build --model DIR"
-        )
-
-
-def add_width(parser: argparse.ArgumentParser, *context: str, several: bool = False) -> None:
+def add_width(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Adds --subnet, --budget, --latency-table and --budget-context.
 
     Args:
       parser: of the command.
-      context: other names of --budget-context, the one of the field first.
       several: --subnet and --budget may be given several times, and become tuples.
     """
     add, again = parser.add_argument, "; may be given several times" if several else ""
@@ -127,8 +112,7 @@ def add_width(parser: argparse.ArgumentParser, *context: str, several: bool = Fa
     add("--budget", type=budget_of, metavar="KIND=N", help=budget, **how)
     add("--latency-table", metavar="FILE", help="with --budget latency_ms=N: from `latency build`")
     text = "with --budget flops=N or memory_bytes=N: positions before the decoded token "
-    names = (*context, "--budget-context")
-    add(*names, type=int, metavar="N", help=f"{text}(default: {Workload.context})")
+    add("--budget-context", type=int, metavar="N", help=f"{text}(default: {Workload.context})")
 
 
 class SubnetAction(argparse.Action):
@@ -211,7 +195,6 @@ def chooser(
     *,
     latency_table: str | None = None,
     context: int | None = None,
-    flag: str = "--budget-context",
     parts: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> "SubnetChooser":
@@ -223,7 +206,6 @@ def chooser(
       budget: what it may cost.
       latency_table: file of measured milliseconds.
       context: at which FLOPs and bytes are counted.
-      flag: how that is typed.
       parts: fingerprints of the model, which a latency table is compared with; None = it is not.
       force: a latency table of other weights is taken without a word.
 
@@ -244,7 +226,7 @@ def chooser(
     by_routers = found.routers is not None and found.routers.table.kind == budget.kind
     require(
         not by_routers,
-        flag,
+        "--budget-context",
         context,
         "the routers of this model keep to the context that they were trained for; leave it out",
     )

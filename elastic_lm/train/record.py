@@ -11,6 +11,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,32 @@ def save_record(config: RunConfig | TaskRun, origin: Origin, mesh: Mesh, start: 
         append_whole(file, (json.dumps(_start(origin, mesh, start)) + "\n").encode())
 
 
-def opening(mesh: Mesh, trainable: Params, frozen: Params) -> str:
-    """The first line of a run: how many parameters train, and on what.
+def opening(mesh: Mesh, trainable: Params, frozen: Params, mean_gradient: str = "") -> str:
+    """The first line of a run: how many parameters train, on what and in which dtypes.
 
     Args:
       mesh: of the run.
       trainable: parameters that train.
       frozen: those that do not.
+      mean_gradient: dtype of the optimizer's; "" = that of the rest of it.
     """
-    train, stay = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trainable, frozen))
+    train, stay = _sizes(trainable), _sizes(frozen)
+    moments = f"mean gradient in {mean_gradient}, " if mean_gradient else ""
+    others = f"; the others stay in {' and '.join(stay)}" if stay else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    what = f"{train:,} of {train + stay:,} parameters train"
-    return f"{what} on {devices(mesh)}; mesh: {axes}; jax {jax.__version__}"
+
+    count = sum(train.values())
+    what = f"{count:,} of {count + sum(stay.values()):,} parameters train on {devices(mesh)}"
+    how = f"in {' and '.join(train)}, {moments}optimizer in float32{others}"
+    return f"{what} {how}; mesh: {axes}; jax {jax.__version__}"
+
+
+def _sizes(params: Params) -> dict[str, int]:
+    """Parameters by dtype, the commonest first."""
+    sizes = Counter[str]()
+    for leaf in jax.tree.leaves(params):
+        sizes[leaf.dtype.name] += leaf.size
+    return dict(sizes.most_common())
 
 
 def devices(mesh: Mesh) -> str:

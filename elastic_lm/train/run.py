@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -29,13 +28,13 @@ from elastic_lm.models.sharding import make_mesh
 from elastic_lm.report.machine import peak_memory_bytes
 from elastic_lm.report.writers import ProgressWriter, Writer, Writers, check_writers, make_writers
 from elastic_lm.train import loop
-from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig, with_seeds
+from elastic_lm.train.config import RunConfig, TaskRun, with_seeds
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
 from elastic_lm.train.optim import learning_rate, make_optimizer
 from elastic_lm.train.prepared import Prepared
 from elastic_lm.train.record import UNKNOWN, Origin, opening, save_record
-from elastic_lm.train.state import TrainState, cast_params, create_state, state_shardings
+from elastic_lm.train.state import cast_params, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 from elastic_lm.train.tasks.run import prepare_task
 from elastic_lm.train.text import prepare_text
@@ -183,8 +182,7 @@ def _fit(
             state = method.begin(state, frozen, data)
         if not jax.process_index():
             save_record(given, origin, mesh, start, workdir)
-            print(numbers(state, frozen, config.train))
-            print(opening(mesh, state.params, frozen))
+            print(opening(mesh, state.params, frozen, config.train.mu_dtype))
             print("compiling; the first step takes longest", flush=True)
         with closing(make_writer(given, workdir, start, writers)) as writer:
             state, metrics = loop.run(
@@ -223,27 +221,6 @@ def save_files(config: RunConfig | TaskRun, run: Prepared, inputs: dict[str, Any
         save_inputs(inputs, workdir)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("the files of the run")
-
-
-def numbers(state: TrainState, frozen: Params, train: TrainConfig) -> str:
-    """The first line of a run: how many parameters train and in which dtypes, and those of the frozen ones.
-
-    Args:
-      state: what trains.
-      frozen: what does not.
-      train: names the dtype of the optimizer's mean gradient.
-    """
-    moments = f"mean gradient in {train.mu_dtype}, " if train.mu_dtype else ""
-    line = f"{_count(state.params)} train; {moments}optimizer in float32"
-    return f"{line}; {_count(frozen)} stay as they are" if frozen else line
-
-
-def _count(params: Params) -> str:
-    """Parameters by dtype, like "1,024 parameters in float32"."""
-    sizes = Counter[str]()
-    for leaf in jax.tree.leaves(params):
-        sizes[leaf.dtype.name] += leaf.size
-    return " and ".join(f"{size:,} parameters in {dtype}" for dtype, size in sizes.most_common())
 
 
 def as_stored(config: RunConfig | TaskRun, model: Config, params: Params) -> tuple[Config, Params]:

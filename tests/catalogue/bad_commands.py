@@ -218,7 +218,7 @@ GENERATE = [
     generate("--budget flops=nan", "budget.flops=nan: must be positive and finite"),
     generate("--budget latency_ms=4", "needs --latency-table FILE; write one"),
     generate("--latency-table {table}", "is read for --budget latency_ms=N; add that"),
-    generate("--context 4", "--context 4: is read for --budget flops=N or memory_bytes=N; add one"),
+    generate("--budget-context 4", "--budget-context 4: is read for --budget flops=N or memory_bytes=N"),
     generate("--budget flops=1e9", "has no menu.json: train an elastic model"),
     Case("generate --model {ck} --prompt a --budget flops=1", "budget.flops=1.0: the cheapest sub-network"),
     Case(
@@ -910,7 +910,7 @@ CALIBRATE = [
 
 EVALUATE = [
     *held_out("evaluate"),
-    Case(f"evaluate --model {{hf}} {LONG_ROWS}", "seq_len=256: above max_len=128; shorten"),
+    Case(f"evaluate --model {{hf}} {LONG_ROWS}", "--context 256: must be at most 128"),
     Case("evaluate --model {hf} --thresholds nowhere.json", "nowhere.json: no such thresholds file"),
     Case(
         "evaluate --model {hf} --thresholds {other_thresholds}",

@@ -56,7 +56,7 @@ def test_bytes_are_counted_at_a_context(model: pathlib.Path, capsys: pytest.Capt
     assert row["stats"]["subnet"] == json.loads(json.dumps(dataclasses.asdict(chosen)))
     assert chosen != SubnetChooser.load(model).subnet(Budget(memory_bytes=amount))
     assert generate(model, "--budget", "parameters=9e9", "--context", 64) == 2
-    assert "--context 64: is read for --budget flops=N or memory_bytes=N" in capsys.readouterr().err
+    assert "--budget-context 64: is read for --budget flops=N or memory_bytes=N" in capsys.readouterr().err
 
 
 @pytest.mark.long

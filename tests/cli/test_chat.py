@@ -242,3 +242,19 @@ def test_ctrl_c_ends_an_answer_and_then_the_command() -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 130
     os.close(ours)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals of POSIX")
+def test_answers_alone_go_to_stdout_where_that_is_a_file() -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", TYPED]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    os.close(theirs)
+    os.write(ours, b"short\n/quit\n")
+    answers, others = process.communicate(timeout=90)
+    os.close(ours)
+    assert "> " not in answers
+    assert "well" in answers
+    assert others.count("> ") == 2

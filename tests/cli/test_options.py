@@ -254,7 +254,7 @@ def test_only_from_flags_sees_a_namespace() -> None:
         (generate, {"missing": "guess"}, "--missing='guess': must be one of exact, propagate"),
         (generate, {"draft": 3}, "--draft 3: drafts are verified with --lossless only; add it"),
         (generate, {"thresholds": "t", "threshold": 0.5}, "--thresholds t and --threshold 0.5: give one"),
-        (generate, {"context": 8}, "--context 8: is read for --budget flops=N or memory_bytes=N"),
+        (generate, {"budget_context": 8}, "--budget-context 8: is read for --budget flops=N or memory"),
         (latency, {"action": "guess"}, "action='guess': must be one of build, verify"),
         (latency, {"json": "x.json"}, "--json x.json: goes with `latency verify`; leave it out"),
         (latency, {"rounds": 0}, "--rounds 0: must be at least 1"),

@@ -186,6 +186,8 @@ def test_thresholds_of_a_part_are_used_with_that_part(
         ("evaluate", ["--budget", "parameters=170%"], "must be a number, or a share of the whole model"),
         ("evaluate", ["--budget-context", "8"], "--budget-context 8: is read for --budget flops=N"),
         ("evaluate", ["--stride", "9", "--context", "8"], "--stride 9: must be from 1 to --context 8"),
+        ("evaluate", ["--context", "5000"], "--context 5000: must be at most 128, which is all that"),
+        ("evaluate", ["--stride", "129"], "--stride 129: must be from 1 to --context, which is 128"),
         ("calibrate", ["--subnet", "mlp=0.5", "--budget", "flops=50%"], "each says what runs; give one"),
         ("calibrate", ["--subnet", "none.json"], "none.json"),
     ],
@@ -213,3 +215,26 @@ def test_what_is_refused(
 def test_a_stride_needs_text_in_order(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate", "--data", tmp_path / "a.jsonl", "--stride", 8) == 2
     assert "--stride 8: is for text that is read in order; give --data FILE.txt" in capsys.readouterr().err
+
+
+def test_generate_says_where_a_part_is_of_a_model_that_was_not_made_elastic(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded, params = el.load(model)
+    plain = tmp_path / "plain"
+    checkpoint.save_model(plain, loaded.config, params, el.Tokenizer.load(model))
+    for folder, noted in ((plain, True), (model, False)):
+        part = ("--prompt", "def f(", "--max-new-tokens", 2, "--subnet", "mlp=50%")
+        assert run("generate", "--model", folder, *part) == 0
+        said = capsys.readouterr().err
+        assert ("was not made elastic" in said) == noted
+        assert said.count("runs 4 of 4 layers, 128 of 256 neurons") == 1
+
+
+def test_the_name_that_the_context_of_a_budget_had_is_still_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "--prompt", "a", "--context", 8) == 2
+    said = capsys.readouterr().err
+    assert "generate --context is now --budget-context; the old name goes in 0.3" in said
+    assert "--budget-context 8: is read for --budget flops=N" in said
+    with pytest.raises(SystemExit):
+        run("chat", "--context", 8)

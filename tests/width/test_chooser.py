@@ -151,7 +151,7 @@ def test_no_menu_of_an_earlier_model_stays(folder: pathlib.Path) -> None:
     checkpoint.save_model(folder, config, params, None, overwrite=True)
     assert not (folder / "menu.json").exists()
     with pytest.raises(
-        FileNotFoundError, match=r"m has no menu.json: train .*--config flextron, or give a Menu"
+        FileNotFoundError, match=r"m has no menu.json: train .*--config flextron \(in Python: "
     ):
         SubnetChooser.load(folder)
     with pytest.raises(FileNotFoundError, match="is not an elastic checkpoint"):
