@@ -215,6 +215,7 @@ class Generator:
             part,
             self._params,
             jnp.asarray(padded(prompts, self._batch_size, width)),
+            self._column(map(len, prompts)),
             before.hidden if before else None,
             scoring=self.scoring,
             keep_state=self._hands_over or self._continues,
@@ -281,7 +282,11 @@ class Generator:
             # The last token of a prompt predicts the first generated one.
             first_B1 = self._column(len(prompts[i]) - 1 for i in group)
             at_BN = jnp.minimum(first_B1 + jnp.arange(self._max_new_tokens), width - 1)
-            scored = score_tokens(self._scorer, self._params, tokens, at_BN=at_BN, scoring=self.scoring)
+            # As while they were generated: nothing has read the last token.
+            length_B1 = self._column(len(sequences[i]) - 1 for i in group)
+            scored = score_tokens(
+                self._scorer, self._params, tokens, length_B1, at_BN=at_BN, scoring=self.scoring
+            )
             emitted = self._column(len(samples[i].tokens) for i in group)
             pooled = self._by_row(_generated_scores(scored.scores, emitted), len(group))
             for i, own in zip(group, pooled, strict=False):

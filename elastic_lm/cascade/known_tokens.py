@@ -95,6 +95,7 @@ def score_tokens(
     part: ModelPart,
     params: Params,
     tokens_BT: jax.Array,
+    length_B1: jax.Array,
     entering_BTD: jax.Array | None = None,
     at_BN: jax.Array | None = None,
     *,
@@ -107,6 +108,7 @@ def score_tokens(
       part: what runs; static.
       params: canonical parameters of the whole checkpoint.
       tokens_BT: int32, padded on the right with anything: no position sees what is to its right.
+      length_B1: int32 tokens of each row, by which LongRoPE rotates.
       entering_BTD: state that enters the first layer to run; None = the embedded tokens.
       at_BN: int32 positions whose distributions are read, instead of all T.
       scoring: of the energy; static.
@@ -125,15 +127,18 @@ def score_tokens(
     positions = default_positions(tokens_BT, None)
     hidden = decoder.embed(tokens_BT, positions) if entering_BTD is None else entering_BTD
     if part.subnet is None:
-        tap, new_kv = decoder.run_layers(hidden, positions, part.layers_done, part.layers)
+        tap, new_kv = decoder.run_layers(
+            hidden, positions, part.layers_done, part.layers, lengths_BT=length_B1
+        )
     else:
-        tap, new_kv = _run_slices(part, part.subnet, whole, tokens_BT, hidden)
+        tap, new_kv = _run_slices(part, part.subnet, whole, tokens_BT, length_B1, hidden)
 
     if part.exit is None:
         features, head, temperature = decoder.final_features(tap.hidden), decoder.final_head(), 1.0
     else:
         index = [e.layer for e in config.exits].index(part.exit)
-        features, head = decoder.exit_features(index, tap, positions), decoder.exit_head(index)
+        features = decoder.exit_features(index, tap, positions, lengths_BT=length_B1)
+        head = decoder.exit_head(index)
         temperature = config.exits[index].temperature
 
     following = jnp.roll(tokens_BT, -1, axis=1)
@@ -153,7 +158,12 @@ def score_tokens(
 
 
 def _run_slices(
-    part: ModelPart, subnet: Subnet, params: Params, tokens_BT: jax.Array, hidden_BTD: jax.Array
+    part: ModelPart,
+    subnet: Subnet,
+    params: Params,
+    tokens_BT: jax.Array,
+    length_B1: jax.Array,
+    hidden_BTD: jax.Array,
 ) -> tuple[Tap, list[NewKeyValues]]:
     """`Decoder.run_layers` for a sub-network, sliced one layer after the other.
 
@@ -162,6 +172,7 @@ def _run_slices(
       subnet: the part's sub-network.
       params: canonical parameters of the whole checkpoint.
       tokens_BT: int32.
+      length_B1: as in `score_tokens`.
       hidden_BTD: state that enters the first layer to run.
     """
     positions_BT = default_positions(tokens_BT, None)
@@ -174,7 +185,8 @@ def _run_slices(
 
         def layer(hidden_BTD: jax.Array, i: int = i) -> tuple[Tap, list[NewKeyValues]]:
             own = slice_layer(part.config, params, subnet, i)
-            return Decoder(part.model).bind({"params": own}).run_layers(hidden_BTD, positions_BT, i, i + 1)
+            decoder = Decoder(part.model).bind({"params": own})
+            return decoder.run_layers(hidden_BTD, positions_BT, i, i + 1, lengths_BT=length_B1)
 
         def nothing(hidden_BTD: jax.Array, layer: Any = layer) -> tuple[Tap, list[NewKeyValues]]:
             shapes = jax.eval_shape(layer, hidden_BTD)

@@ -197,8 +197,15 @@ class MultipleChoice:
     ) -> ScoredTokens:
         tokens = jnp.asarray(padded(sequences, self._batch_size, width))
         entering_BTD = stack_rows(filled(entering, self._batch_size)) if entering else None
+        lengths = [*map(len, sequences), *[0] * (self._batch_size - len(sequences))]
         return score_tokens(
-            part, self._params, tokens, entering_BTD, scoring=self.scoring, keep_state=self._keep_state
+            part,
+            self._params,
+            tokens,
+            jnp.asarray(lengths, jnp.int32)[:, None],
+            entering_BTD,
+            scoring=self.scoring,
+            keep_state=self._keep_state,
         )
 
     def _choose(

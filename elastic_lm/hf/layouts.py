@@ -97,7 +97,7 @@ FUSED_QKV = Layout(
     split=lambda config, leaf: [np.concatenate(_split_qkv(config, leaf))],
 )
 
-# The same in our own order, rows flattened: per head its query, key and value (GPT-NeoX).
+# The same in our own order, rows flattened: per head its query, key and value (GPT-NeoX, BLOOM, Falcon ...).
 HEADWISE_QKV = Layout(
     shapes=lambda config, shape: [(math.prod(shape[:3]), *shape[3:])],
     join=lambda tensors, shape: tensors[0].reshape(shape),

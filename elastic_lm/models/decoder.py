@@ -2,8 +2,8 @@
 
     h_0 = embed(tokens)
     h_l = layer_l(h_{l-1})                                       l = 1 .. L
-    logits   = softcap(head(norm(h_L)))
-    logits_l = softcap(head_l(features_l(h_l))) / temperature_l  for every exit after a layer l
+    logits   = softcap(s head(norm(h_L)))                           s: the model's `logit_scale`
+    logits_l = softcap(s head_l(features_l(h_l))) / temperature_l  for every exit after a layer l
 
 Parameters have one canonical form, with one sub-tree per layer (`layers_0`, `layers_1`, ...). Decoding runs
 its layers one after another, since every segment between two exits has a condition of its own, and since a
@@ -260,10 +260,11 @@ class Decoder(nn.Module):
         tap: Tap,
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
+        lengths_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Features [B, T, D] of exit `index` (static) for its vocabulary head, without a cache."""
         positions_BT = default_positions(tap.hidden, positions_BT)
-        hidden, _ = self.exit_state(index, tap, positions_BT, segments_BT=segments_BT)
+        hidden, _ = self.exit_state(index, tap, positions_BT, segments_BT=segments_BT, lengths_BT=lengths_BT)
         return self.exit_head_input(index, hidden, tap)
 
     def exit_state(
@@ -382,7 +383,7 @@ def default_positions(like_BT: jax.Array, positions_BT: jax.Array | None) -> jax
 
 
 def vocab_logits(config: ModelConfig, features: jax.Array, head: Head, temperature: float = 1.0) -> jax.Array:
-    """Float32 logits [..., V] = softcap(head(features)) / temperature."""
+    """Float32 logits [..., V] = softcap(s head(features)) / temperature, s the model's scale."""
     return softcapped(config, head.logits(features), temperature)
 
 

@@ -135,8 +135,8 @@ def unchanged(x_BTD: jax.Array) -> jax.Array:
 
 
 def scaled(x: jax.Array, scale: float) -> jax.Array:
-    """`x` times a number (static) of its own dtype."""
-    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+    """`x` times a float32 number (static), rounded once."""
+    return x if scale == 1.0 else (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def make_norm(c: ModelConfig, name: str) -> Norm:

@@ -35,7 +35,8 @@ def rotation_at(
       config: of a model with rotary positions; static.
       positions_BT: int32 positions in tokens.
       lengths_BT: int32 length of the text that each token is part of, [B, T or 1], which decides about the
-        factors of "longrope"; None = a text ends with the last position of its row.
+        factors of "longrope"; None = a text ends with the last position of its row. Documents that are packed
+        into one row are then rotated alike, by the longest position of any of them.
       rope: the rotation of some layers; None = the model's own; static.
     """
     rope = rope or config.rope

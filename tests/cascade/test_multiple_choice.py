@@ -19,6 +19,7 @@ from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.cascade.scores import PLAIN, Scoring
 from elastic_lm.cascade.shared_model import shared_multiple_choice
+from elastic_lm.config.model import RopeConfig
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import head_flops, layer_flops
 from elastic_lm.models.decoder import Decoder
@@ -73,6 +74,36 @@ def test_the_likeliest_choice_wins(params, records: list[dict], divide) -> None:
         lengths = [len(record["prompt"]) + 2 + len(c) for c in record["choices"]]
         cost = sum(layer_flops(CONFIG, n - 1) for n in lengths)
         assert answer.cost == cost + head_flops(CONFIG, sum(len(c) + 1 for c in record["choices"]))
+
+
+@pytest.mark.parametrize("exit", [None, 1])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_longrope_rotates_a_padded_row_by_its_own_length(records: list[dict], exit, sliced) -> None:
+    """All rows are padded beyond the original context of 30 tokens, and half of them are shorter."""
+    pairs = CONFIG.rotary_dim // 2
+    factors = {"short_factors": (1.0,) * pairs, "long_factors": (8.0,) * pairs, "factor": 8.0}
+    rope = RopeConfig(scaling="longrope", original_max_len=30, **factors)
+    exits = (el.ExitConfig(1, "block", tied=True),)
+    config = dataclasses.replace(CONFIG, rope=rope, exits=exits)
+    params = testing.random_params(config, scale=0.2)
+    subnet = Subnet.uniform(config, mlp=0.5) if sliced else None
+    small, small_params = slicing.slice_params(config, params, subnet) if sliced else (config, params)
+
+    sides = set()
+    choice = MultipleChoice(Decoder(config), params, Letters(), exit=exit, subnet=subnet, batch_size=8)
+    for record, answer in zip(records, choice.answer(records), strict=True):
+        sums = []
+        for text in record["choices"]:
+            start, end = Letters().encode(record["prompt"], bos=True), Letters().encode(" " + text)
+            logits = testing.all_logits(small, small_params, jnp.asarray([[*start, *end]]))
+            log_p = jax.nn.log_softmax(logits[2 if exit is None else 1][0])
+            nats = [float(log_p[len(start) + m - 1, token]) for m, token in enumerate(end)]
+            sums.append(sum(nats) / len(nats))
+            sides.add(len(start) + len(end) > 30)
+        p = np.exp(sums) / np.sum(np.exp(sums))
+        assert answer.output == int(np.argmax(sums))
+        assert answer.scores["max_prob"] == pytest.approx(p.max(), rel=1e-4)
+    assert sides == {False, True}
 
 
 def llama_2_tokenizer() -> el.Tokenizer:
@@ -188,7 +219,8 @@ def test_a_sub_network_is_sliced_layer_by_layer() -> None:
         (known_tokens.ModelPart(small), cut),
         (known_tokens.ModelPart(config, subnet=subnet), params),
     ):
-        program = known_tokens.score_tokens.lower(part, weights, tokens, scoring=PLAIN).compile()
+        lengths = jnp.full((len(tokens), 1), tokens.shape[1])
+        program = known_tokens.score_tokens.lower(part, weights, tokens, lengths, scoring=PLAIN).compile()
         sizes.append(program.memory_analysis().temp_size_in_bytes)
     own, inside = sizes
     assert inside <= own + 1.2 * layer + head

@@ -160,3 +160,11 @@ def test_encoder_decoders() -> None:
         model.generate([[3, 4, 5], [6]], 3)
     with pytest.raises(NotFiniteError, match=decoder):
         model.classify([[3, 4, 5], [6]], labels=[[7, 1], [8, 1]])
+
+
+def test_a_prefix_keeps_nothing_that_is_not_finite(gated) -> None:
+    prefix = el.PrefixCache()
+    sampler = broken(gated, DEEP).sampler()
+    with pytest.raises(NotFiniteError):
+        sampler.sample([1, 2, 3, 4], 4, prefix=prefix)
+    assert not prefix.tokens

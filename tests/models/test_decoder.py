@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from elastic_lm.config.model import ModelConfig, RopeConfig
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.models.registry import abstract_params
+from elastic_lm.nn.block import scaled
 from elastic_lm.testing import tiny_config
 
 
@@ -40,3 +42,11 @@ def test_dynamic_rope_is_not_computed_beyond_the_pretrained_context() -> None:
     assert tiny_config(max_len=64, rope=rope).max_len == 64
     with pytest.raises(ValueError, match=r"max_len=128: must be at most rope\.original_max_len=64"):
         tiny_config(max_len=128, rope=rope)
+
+
+def test_what_is_added_to_the_stream_is_rounded_once() -> None:
+    """0.22 (Granite) is no bfloat16 number; torch multiplies by the float32 number, too."""
+    x = jax.random.normal(jax.random.key(0), (1000,), jnp.bfloat16)
+    product = np.asarray(x, np.float32) * np.float32(0.22)
+    np.testing.assert_array_equal(scaled(x, 0.22), jnp.asarray(product, jnp.bfloat16))
+    assert scaled(x, 0.22).dtype == jnp.bfloat16
