@@ -145,7 +145,6 @@ def test_blocks_are_marked_as_they_should_be(page: pathlib.Path) -> None:
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Small models and a little data under the names that the pages use."""
     folder = tmp_path_factory.mktemp("workshop")
-    (folder / "configs").symlink_to(ROOT / "configs")
     assert main([*QUICKSTART[1:], "--out", str(folder / "runs" / "quickstart")]) == 0
     write_decoders(folder)
     write_task_models(folder)

@@ -29,6 +29,7 @@ from elastic_lm.config.exit_policy import (
 
 if TYPE_CHECKING:
     from elastic_lm.config.model import ModelConfig
+    from elastic_lm.decode.generated import GeneratedText
     from elastic_lm.depth.guarantee import Guarantee
     from elastic_lm.depth.policies import ConfidenceExit
     from elastic_lm.models.decoder import Params
@@ -121,15 +122,18 @@ def run(options: Options) -> None:
     if options.epsilon is not None:
         risk = RiskControl(options.target, options.epsilon, options.delta)
     prepare_output(options.out)
+
     model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype)
     batches, text = held_out_batches(options, tokenizer, "calibration", independent=risk is not None)
     prompts, batches = with_prompts(batches, options, model.config.max_len, tokenizer.bos_id)
+
     whole = parts_of(params, tokenizer)["weights"] if options.subnet or options.budget else ""
     subnet = chosen_subnet(options, folder, model.config, params, tokenizer)
     config = model.config
     if subnet is not None:
         config, params = slice_params(config, params, subnet)
         config = exits_below_the_end(config)
+
     config, params, untuned = with_exits(config, params, options)
 
     goal: dict[str, Any] = {
@@ -138,18 +142,11 @@ def run(options: Options) -> None:
     goal |= {"model": folder, "data": text, "tokenizer": tokenizer.fingerprint}
     policy = calibrate(config, params, batches, risk=risk, **goal)
     found = None if untuned else generated_text(Decoder(config), params, policy, prompts, options)
-
-    print(curve_table(policy, options.target))
     if found:
-        print(generated_line(found))
-        policy = dataclasses.replace(
-            policy, provenance={**policy.provenance, "generated": dataclasses.asdict(found)}
-        )
-    if policy.guarantee:
-        print(guarantee_text(policy.guarantee))
-    if options.forecast:
-        print(forecast_table(config, policy, options.window))
+        provenance = {**policy.provenance, "generated": dataclasses.asdict(found)}
+        policy = dataclasses.replace(policy, provenance=provenance)
 
+    print_findings(config, policy, found, options)
     if found and (reason := found.degenerate(options.target)):
         raise ValueError(
             f"--target {options.target:g}: {reason}; nothing is written. Raise --target, tune the exits "
@@ -161,6 +158,19 @@ def run(options: Options) -> None:
         policy.save(options.out)
     done = "nothing written: the model has no exits yet" if untuned else f"written to {options.out}"
     print(done, file=sys.stderr)
+
+
+def print_findings(
+    config: "ModelConfig", policy: "ConfidenceExit", found: "GeneratedText | None", options: Options
+) -> None:
+    """The curve, and what is known of generated text, of the guarantee and of speed."""
+    print(curve_table(policy, options.target))
+    if found:
+        print(generated_line(found))
+    if policy.guarantee:
+        print(guarantee_text(policy.guarantee))
+    if options.forecast:
+        print(forecast_table(config, policy, options.window))
 
 
 def with_exits(

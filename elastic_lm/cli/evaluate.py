@@ -131,14 +131,15 @@ def run(options: Options) -> None:
 
     widths = options.widths()
     parts = [chosen_subnet(w, folder, model.config, params, tokenizer, force=options.force) for w in widths]
-    measured = [_measure(options, model, params, tokenizer, policy, subnet) for subnet in parts or [None]]
-    result: dict[str, Any] = {"model": folder, "data": measured[0].pop("data")}
-    if parts:
-        for part in measured:
-            part.pop("data", None)
-        result["subnets"] = measured
-    else:
-        result |= measured[0]
+    batches, text = _batches(options, model.config, tokenizer)
+    if len(parts) > 1:
+        batches = list(batches)
+    measured = [
+        _measure(options, model, params, tokenizer, policy, subnet, iter(batches))
+        for subnet in parts or [None]
+    ]
+    result: dict[str, Any] = {"model": folder, "data": text}
+    result |= {"subnets": measured} if parts else measured[0]
 
     if options.json and options.json != "-":
         write_text_whole(options.json, json.dumps(result, indent=2) + "\n")
@@ -152,6 +153,7 @@ def _measure(
     tokenizer: "Tokenizer",
     policy: "ConfidenceExit | None",
     subnet: Subnet | None,
+    batches: "Iterable[Batch]",
 ) -> dict[str, Any]:
     """What is told of the whole model, or of one part of it."""
     from elastic_lm.cost.counted import model_cost
@@ -165,7 +167,6 @@ def _measure(
         config, held = slice_params(config, params, subnet)
         config = exits_below_the_end(config)
 
-    batches, text = _batches(options, config, tokenizer)
     prompts: list[list[int]] = []
     if policy:
         prompts, batches = with_prompts(batches, options, config.max_len, tokenizer.bos_id)
@@ -174,7 +175,7 @@ def _measure(
     metric = policy.metric if policy else DEFAULT_METRIC
     seen = observe(config, held, pace.timed(batches), metric=metric)
     depths = quality.by_depth(seen, quality.count_bytes(seen, tokenizer))
-    result: dict[str, Any] = {"data": text}
+    result: dict[str, Any] = {}
     if subnet is not None:
         cost = model_cost(config.with_exits(()))
         result |= {"subnet": dataclasses.asdict(subnet), "parameters": cost.parameters}

@@ -131,7 +131,9 @@ def test_evaluate_measures_parts_as_their_slices(
     sizes = ("--data", text, "--tokens", 200, "--context", 32)
     named = ("--subnet", "mlp=50%", "layers=0,2", "--subnet", part, "--budget", "parameters=70%")
     assert run("evaluate", "--model", model, *sizes, *named, "--json", "-") == 0
-    found = json.loads(capsys.readouterr().out)["subnets"]
+    printed = capsys.readouterr()
+    assert printed.err.count("the first 200 tokens are read") == 1  # for all parts
+    found = json.loads(printed.out)["subnets"]
     assert found[0]["depths"] == found[1]["depths"]
     # After the last layer there is the head, and no exit.
     assert [row["layers"] for row in found[0]["depths"]] == [1, 2]
