@@ -85,10 +85,10 @@ class Chat:
 
         self.sampler = sampler
         self._tokenizer = tokenizer
-        self._begin = [] if system is None else [{"role": "system", "content": system}]
-        self._begin += [dict(message) for message in history]
-        if self._begin:
-            plain_messages(self._begin)
+        begin = [*([] if system is None else [{"role": "system", "content": system}]), *history]
+        if begin:
+            plain_messages(begin)
+        self._begin = [dict(message) for message in begin]
         self._how = {"tools": tools, "chat_template": chat_template, **(variables or {})}
         self._max_new_tokens = max_new_tokens
         self._settings = settings

@@ -321,7 +321,7 @@ def alibi_penalties(config: ModelConfig, queries_BT: jax.Array, keys_BS: jax.Arr
     """
     if not config.alibi_rounded:
         nearness_BTS = keys_BS[:, None, :] - queries_BT[:, :, None]
-        return alibi_slopes(config)[:, None, None] * nearness_BTS[:, None].astype(jnp.float32)
+        return jnp.asarray(alibi_slopes(config))[:, None, None] * nearness_BTS[:, None]
 
     slopes_N = alibi_slopes(dataclasses.replace(config, alibi_scale=1.0))
 
