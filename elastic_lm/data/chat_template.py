@@ -9,7 +9,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any, NoReturn
 
 import jinja2
@@ -330,7 +330,7 @@ def _length(operator: str, left: Any, right: Any) -> int:
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * abs(right) if operator == "**" else 0
     pairs = ((left, right), (right, left))
-    return max((len(a) * b for a, b in pairs if hasattr(a, "__len__") and isinstance(b, int)), default=0)
+    return max((len(a) * b for a, b in pairs if isinstance(a, Sized) and isinstance(b, int)), default=0)
 
 
 @functools.lru_cache(maxsize=32)

@@ -2,13 +2,17 @@
 
 import datetime
 import json
+import os
 from pathlib import Path
 
 import pytest
+import tokenizers
 
+from elastic_lm.cli.conversation import prompt_ids
 from elastic_lm.data.chat_template import ChatTemplate
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 
+MODEL = os.environ.get("ELASTIC_LM_REAL_MODEL", "")
 CHATML = """\
 {%- for message in messages %}
     {%- if loop.first and message['role'] != 'system' %}
@@ -108,6 +112,49 @@ def test_text_and_ids_are_those_of_transformers(tmp_path: Path, theirs, name: st
             assert text == other.apply_chat_template(TALK[:count], tokenize=False, **how)
             ids = ours.apply_chat_template(TALK[:count], **how)
             assert ids == other.apply_chat_template(TALK[:count], **how)["input_ids"]
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path, theirs) -> Path:
+    """GPT-2's tokenizer with the two tokens of ChatML."""
+    files = Path(os.environ.get("ELASTIC_LM_SHARED", "/nowhere")) / "data" / "tokenizers"
+    if not (files / "gpt2_vocab.json").is_file():
+        pytest.skip("set ELASTIC_LM_SHARED to a folder with data/tokenizers/gpt2_vocab.json")
+    bpe = tokenizers.models.BPE.from_file(str(files / "gpt2_vocab.json"), str(files / "gpt2_merges.txt"))
+    backend = tokenizers.Tokenizer(bpe)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    made = theirs(tokenizer_object=backend, **special)
+    made.chat_template = CHATML
+    made.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+QUESTIONS = ("What is the capital of France?", "  2+2  is 12?\n\ngröße 日本 🙂 <|im_end|>", "don't")
+
+
+def check_chat_ids(folder: Path) -> None:
+    """Compares what `--chat` reads with the ids of `transformers`."""
+    transformers = pytest.importorskip("transformers")
+    ours, other = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in QUESTIONS:
+        for system in (None, "Be kind."):
+            talk = [] if system is None else [{"role": "system", "content": system}]
+            talk.append({"role": "user", "content": text})
+            due = other.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+            found = prompt_ids(ours, str(folder), text, system)
+            assert found == due
+            assert len(found) > 10
+
+
+def test_the_ids_of_chat_are_those_of_transformers(gpt2: Path) -> None:
+    check_chat_ids(gpt2)
+
+
+@pytest.mark.skipif(not MODEL, reason="set ELASTIC_LM_REAL_MODEL to the folder of a chat model")
+def test_the_ids_of_chat_with_a_real_model_are_those_of_transformers() -> None:
+    check_chat_ids(Path(MODEL))
 
 
 def test_tools_documents_and_calls_are_those_of_transformers(tmp_path: Path, theirs) -> None:
