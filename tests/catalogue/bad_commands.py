@@ -551,7 +551,10 @@ PUSH = [
     Case("push --model {ck}", "required: --to"),
     Case("push --model {ck} --to my-model", "name='my-model': must be ORG/NAME, as the Hub names models"),
     Case("push --model {ck} --to a/b@c", "name='a/b@c': must be ORG/NAME, as the Hub names models"),
-    Case("push --model nowhere --to a/b", "nowhere: holds no model to push; expected config.json"),
+    Case(
+        "push --model nowhere --to a/b",
+        "nowhere: holds no model to push; push sends a folder of this machine",
+    ),
     Case("push --model gs://bucket/m --to a/b", "gs://bucket/m: remote paths are not supported"),
     Case("push --model {ck} --to a/b", "a/b: HF_HUB_OFFLINE is set: unset it to push"),
 ]
