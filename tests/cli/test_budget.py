@@ -82,6 +82,7 @@ def test_generate_serves_a_budget(
     assert "mean 2.00 of 4 layers" in printed.err
 
 
+@pytest.mark.long
 def test_streams_and_unprompted_texts_are_served_a_budget_too(
     model: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

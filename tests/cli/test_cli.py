@@ -221,6 +221,7 @@ def test_prompts_files_of_all_kinds(tmp_path: pathlib.Path) -> None:
             assert generate.read_prompts((), str(file)) == [odd], file.name
 
 
+@pytest.mark.long
 def test_control_characters_are_shown_and_not_carried_out(
     model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -544,6 +545,7 @@ def test_exit_statuses_are_in_the_help() -> None:
         assert f" {status} " in text
 
 
+@pytest.mark.long
 def test_dtype_is_that_of_parameters_and_activations(
     model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 NEW = 8
 
 
+@pytest.mark.long
 def test_samples_are_those_of_their_seeds(model, prompts, mixed) -> None:
     """The prompt is processed once, the rows share nothing else."""
     sampler = model.sampler(mixed[1])

@@ -68,6 +68,7 @@ def test_copied_tokens_have_those_of_the_full_model(make_model) -> None:
     assert samples[0].stats.drafted > 0
 
 
+@pytest.mark.long
 def test_none_are_there_where_none_are_asked_for(model, prompts) -> None:
     sampler = model.sampler()
     (sample,) = sampler.sample(prompts[:1], 4)

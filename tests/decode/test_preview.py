@@ -208,6 +208,7 @@ def test_a_preview_that_is_always_sure_is_read_and_not_to_blame(fitted, tmp_path
         load_preview(tmp_path / "bad.safetensors", model.config)
 
 
+@pytest.mark.long
 def test_never_sure_is_the_whole_head_and_always_sure_is_not(fitted):
     model, preview, _ = fitted
     full = [out.tokens for out in model.sampler().sample(PROMPTS, NEW)]

@@ -82,6 +82,7 @@ def numbers(workdir: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in CHANGING} for line in metric_lines(workdir)]
 
 
+@pytest.mark.long
 def test_gin_and_ml_collections_give_the_same_run_bit_for_bit_and_its_config_repeats_it(
     recipes: Path,
 ) -> None:

@@ -74,6 +74,7 @@ def test_one_process_at_a_time(run_config: RunConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits")
+@pytest.mark.long
 def test_a_checkpoint_without_room_is_one_line_and_leaves_nothing(
     run_config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

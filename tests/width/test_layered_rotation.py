@@ -31,6 +31,7 @@ CASES = {"layered": (LAYERED, MENU), "heads as one": ({**LAYERED, **WHOLE}, Menu
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.long
 def test_every_form_of_a_layer_rotates_as_the_layer_does(case: str) -> None:
     fields, menu = CASES[case]
     config, params = make("qwen3", **fields)

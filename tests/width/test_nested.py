@@ -68,6 +68,7 @@ def by_token(tilt: float = 0.0) -> tuple[NestedConfig, Any]:
     }
 
 
+@pytest.mark.long
 def test_tokens_choose_for_themselves() -> None:
     config, params = by_token()
     tokens = random_tokens(config, 3, 7)

@@ -65,6 +65,7 @@ def test_routers_resume_bit_identically_and_serve_budgets(
         fit(changed(config, init_from=str(folders[0]), router_width=8), tmp_path / "other")
 
 
+@pytest.mark.long
 def test_routers_of_states_are_tilted_on_held_out_text(elastic: RunConfig, tmp_path: Path) -> None:
     model, _, _ = fit(changed(elastic, reads="hidden", steps=3), tmp_path / "by_token")
     routers = Routers.load(tmp_path / "by_token" / "model", model)
