@@ -170,7 +170,7 @@ def test_wrong_shapes_and_dtypes(folder: Path) -> None:
         ({"rope_scaling": {"type": "linear"}}, ("rope_scaling", "factor")),
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, ("low_freq_factor is missing",)),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ("rope_parameters", "flat")),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ("partial_rotary_factor=0.5", "gpt_neox")),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ("partial_rotary_factor=0.5", "whole heads")),
         ({"rope_theta": "x"}, ("rope_theta='x'", "number")),
         ({"rope_scaling": {"rope_type": ["x"]}}, ("rope_type=['x']",)),
         ({"hidden_act": ["x"]}, ("hidden_act=['x']",)),
