@@ -111,9 +111,16 @@ class Plan:
     repeated: float = 0.0
 
     @property
-    def exits_pay(self) -> bool:
-        """Whether exits are the best of the dials at any target."""
-        return any(row.best == "exits" for row in self.targets)
+    def paying_exits(self) -> tuple[int, ...]:
+        """The layers whose exits are worth tuning, ascending.
+
+        Exits are the better dial at a target there, and gain at least half of what lossless lookup does: of
+        two dials of which one gives full depth's very tokens, the other one is worth minutes where it may
+        win. Half, because a forecast of lookup varies with the few texts that it is made from.
+        """
+        least = 1 + (self.lookup - 1) / 2
+        rows = [row for row in self.targets if row.best == "exits" and row.exits >= least]
+        return tuple(sorted({row.exit_layer for row in rows}))
 
     @property
     def chosen(self) -> tuple[Configuration, ...]:

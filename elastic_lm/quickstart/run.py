@@ -159,10 +159,9 @@ def _run(options: Options, colour: str, steps: Steps, out: Path) -> report.Repor
             model = _load_plain(source, name, options.dtype)
             plan, previews, speed, options = _plan(options, model, prompts, steps)
         if not options.exits:
-            layers = {row.exit_layer for row in plan.targets if row.best == "exits"}
-            options = dataclasses.replace(options, exits=tuple(sorted(layers)))
+            options = dataclasses.replace(options, exits=plan.paying_exits)
 
-    tunes = plan is None or plan.exits_pay
+    tunes = plan is None or bool(plan.paying_exits)
     if plan and speed and tunes:
         sized = pace.for_tuning(
             options, speed, plan, exits=len(options.exits), vocab=base.vocab_size, left=budget.left()
@@ -171,6 +170,8 @@ def _run(options: Options, colour: str, steps: Steps, out: Path) -> report.Repor
         tunes = sized is not None
         if not tunes:
             console.print("Exits should pay, but there is no time to tune them: give more --minutes")
+    elif plan and any(row.best == "exits" for row in plan.targets):
+        console.print("No exit is tuned: lossless lookup is forecast to gain more than twice as much")
     if tunes:
         with steps.step("tune", "Attach exits and tune them (the model itself stays frozen)", live=False):
             model = _tune(options, source, name, base, fit_tokens)

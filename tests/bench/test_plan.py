@@ -42,7 +42,7 @@ def shown(plan: Plan) -> str:
 
 def test_nothing_pays() -> None:
     assert NOTHING.chosen == ()
-    assert not NOTHING.exits_pay
+    assert NOTHING.paying_exits == ()
     assert NOTHING.verdict.startswith("nothing pays on this model and device, because the head is 20%")
     assert "30% of the tokens" in NOTHING.verdict
     assert NOTHING.verdict.endswith("the best of all is lossless lookup: 1.01x")
@@ -50,6 +50,18 @@ def test_nothing_pays() -> None:
     assert "1.9 ms (float32, batch 1)" in text
     assert "0.90x (30%)" in text
     assert NOTHING.verdict in text
+
+
+def test_exits_are_worth_tuning_where_they_may_win() -> None:
+    rows = (
+        Forecasts(0.9, preview=0.98, exit_layer=5, coverage=0.7, exits=1.3),
+        Forecasts(0.95, preview=0.98, exit_layer=3, coverage=0.5, exits=1.2),
+        Forecasts(0.99, preview=1.25, exit_layer=4, coverage=0.3, exits=1.2),
+    )
+    plan = dataclasses.replace(NOTHING, targets=rows)
+    assert plan.paying_exits == (3, 5)
+    assert dataclasses.replace(plan, lookup=1.5).paying_exits == (5,)
+    assert dataclasses.replace(plan, lookup=1.7).paying_exits == ()
 
 
 def test_the_fastest_of_each_kind_is_chosen() -> None:

@@ -165,6 +165,7 @@ def test_a_model_of_ones_own_with_every_dial_ends_in_time_and_shows_progress(
     # As if everything paid: on a model of this size nothing does.
     forced = property(lambda row: "preview" if row.target > 0.95 else "exits")
     monkeypatch.setattr(planning.Forecasts, "best", forced)
+    monkeypatch.setattr(planning.Plan, "paying_exits", property(lambda plan: (plan.targets[0].exit_layer,)))
     monkeypatch.setattr(quickstart_run, "lookup_pays", lambda plan: plan is not None)
     out = tmp_path / "out"
     given = ["--hf-dir", str(tmp_path / "own"), "--data", str(text), "--out", str(out), "--minutes", "2"]
