@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from elastic_lm import hf
@@ -334,8 +335,12 @@ ATTENTION = {"falcon": "sdpa"}
 
 
 def random_model(model_type: str, changes: dict[str, Any], seed: int = 0) -> Any:
-    """A transformers model of GOLDEN[model_type] | changes whose every weight is drawn at random."""
-    import torch
+    """A transformers model of GOLDEN[model_type] | changes whose every weight is drawn at random.
+
+    Tests that ask for one are skipped where there is no torch or no transformers.
+    """
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = OWN_SIZES.get(model_type, SIZES)
