@@ -76,6 +76,7 @@ def test_the_likeliest_choice_wins(params, records: list[dict], divide) -> None:
         assert answer.cost == cost + head_flops(CONFIG, sum(len(c) + 1 for c in record["choices"]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exit", [None, 1])
 @pytest.mark.parametrize("sliced", [False, True])
 def test_longrope_rotates_a_padded_row_by_its_own_length(records: list[dict], exit, sliced) -> None:

@@ -219,6 +219,7 @@ def test_a_stride_needs_text_in_order(tmp_path: pathlib.Path, capsys: pytest.Cap
     assert "--stride 8: is for text that is read in order; give --data FILE.txt" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_generate_says_where_a_part_is_of_a_model_that_was_not_made_elastic(
     model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,6 +51,7 @@ def compare(cache, rows, row, done):
         np.testing.assert_allclose(ours[row, :, :done], theirs[0, :, :done], rtol=0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_tick_count_shows_skipped_work(model, prompts):
     stats = model.sampler((0.0, 0.0), window=8).sample(prompts[3], 24).stats
     shallow, _, deep = stats.segment_ticks

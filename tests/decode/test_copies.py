@@ -20,6 +20,7 @@ def test_samples_are_those_of_their_seeds(model, prompts, mixed) -> None:
     assert len({tuple(sample.tokens) for group in groups for sample in group}) == 4
 
 
+@pytest.mark.long
 def test_settings_of_prompts_are_those_of_all_their_samples(model, prompts, mixed) -> None:
     sampler = model.sampler(mixed[1])
     how = {"temperature": [1.0, 0.5], "top_k": [0, 5], "seed": [3, 2**32 - 1]}

@@ -11,9 +11,15 @@ from elastic_lm.config.model import ExitConfig
 from elastic_lm.models.exits import attach_exits
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
+# One of each kind of norm, window and position; the others are long tests.
+KINDS = ("bloom", "cohere2", "falcon", "gemma3_text", "gpt2", "gptj", "llama", "phi3", "smollm3")
+FAMILIES = [
+    folder.name if folder.name in KINDS else pytest.param(folder.name, marks=pytest.mark.long)
+    for folder in sorted(GOLDEN.iterdir())
+]
 
 
-@pytest.mark.parametrize("family", sorted(folder.name for folder in GOLDEN.iterdir()))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decoding_equals_recomputation(family, make_model):
     config, params = hf.load(GOLDEN / family)
     model = make_model(*attach_exits(config, params, (ExitConfig(1, "mlp"),), jax.random.key(0)))

@@ -81,6 +81,7 @@ def test_none_are_there_where_none_are_asked_for(model, prompts) -> None:
     assert sampler.compilations() == before
 
 
+@pytest.mark.long
 def test_texts_that_stop_early_have_one_per_token(model, prompts) -> None:
     (full,) = model.sampler().sample(prompts[:1], NEW)
     (sample,) = model.sampler().sample(prompts[:1], NEW, logprobs=True, stop_tokens=(full.tokens[3],))

@@ -60,7 +60,7 @@ def test_200_prompts_without_a_differing_token(drafting, many_prompts, full, thr
     assert sum(s.wasted for s in stats) == drafted - accepted
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_every_exit_draft_length_and_firing_rule(drafting, many_prompts, full, size):
     exits, drafted = [(0.0, 2.0), (2.0, 0.0), (0.055, 0.055)], 0
     for thresholds, draft, share in itertools.product(exits, [1, 2, 3, None], [0.0, 1.0]):
@@ -71,6 +71,7 @@ def test_every_exit_draft_length_and_firing_rule(drafting, many_prompts, full, s
     assert drafted > 100 * size
 
 
+@pytest.mark.long
 def test_drafts_save_deep_ticks(drafting, many_prompts):
     lossless = drafting.sampler((0.0, 2.0), window=WINDOW, lossless=True, draft=3)
     ticks = [lossless.sample(prompt, NEW).stats.segment_ticks for prompt in many_prompts[:8]]
@@ -86,6 +87,7 @@ def test_blocks_with_their_own_caches(model, prompts):
         assert [out.tokens for out in outputs] == full
 
 
+@pytest.mark.long
 def test_rows_choose_for_themselves(drafting, many_prompts, full):
     sampler = drafting.sampler((0.0, 2.0), window=WINDOW)
     early = sampler.sample(many_prompts[:8], NEW)

@@ -77,6 +77,7 @@ def test_a_text_that_changes_is_read_from_there_on(model, prompts) -> None:
     assert prefix.reused == len(text) - 1
 
 
+@pytest.mark.long
 def test_longrope_takes_nothing_over_its_switch() -> None:
     """Keys of a text within the original context are rotated otherwise than those of a longer one."""
     config = tiny_config(n_layers=2, max_len=256)

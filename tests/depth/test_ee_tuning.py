@@ -115,6 +115,7 @@ def test_weight_warmup() -> None:
     np.testing.assert_allclose(EETuning(config).exit_weights(0), [1.0] * 4)
 
 
+@pytest.mark.long
 def test_chunks_remat_and_stacking_change_nothing() -> None:
     config, params = tuned()
 

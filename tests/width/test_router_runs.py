@@ -76,6 +76,7 @@ def test_routers_of_states_are_tilted_on_held_out_text(elastic: RunConfig, tmp_p
         fit(dataclasses.replace(changed(elastic, reads="hidden"), data=without), tmp_path / "blind")
 
 
+@pytest.mark.long
 def test_the_model_trains_along_where_asked(elastic: RunConfig, tmp_path: Path) -> None:
     joint = changed(elastic, train_model=True, lr=1e-3, router_lr=10.0, distil=0.5, steps=3)
     _, params, _ = fit(joint, tmp_path / "joint")
