@@ -1,5 +1,6 @@
 """Rotary embeddings in config.json, old style (rope_theta, rope_scaling) and new (rope_parameters)."""
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -70,6 +71,17 @@ def rope_from_hf(
         raise ValueError(f"{where}={values!r}: must be one flat mapping that holds for every layer")
     original = int(number(hf, ORIGINAL, 0) or number(values, ORIGINAL, 0) or original)
     return _read_rope(values, where, max_len, theta=theta, fraction=fraction, original=original, extra=extra)
+
+
+def interleaved_rope_from_hf(hf: Mapping[str, Any], max_len: int, theta: float) -> RopeConfig:
+    """`rope_from_hf` for models that rotate neighbouring dimensions together.
+
+    Args:
+      hf: parsed config.json.
+      max_len: longest text, tokens.
+      theta: base where the file has none.
+    """
+    return dataclasses.replace(rope_from_hf(hf, max_len, theta=theta), interleaved=True)
 
 
 def layered_ropes(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from elastic_lm.config.checks import require
+from elastic_lm.config.model import ModelConfig
 from elastic_lm.hf.family import number, typed
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -118,3 +119,18 @@ def layer_types(windows: tuple[int, ...], layers: int) -> list[str]:
       One kind per layer, as config.json has them under `layer_types`.
     """
     return [SLIDING if window else FULL for window in windows or (0,) * layers]
+
+
+def write_layered_windows(config: ModelConfig) -> dict[str, Any]:
+    """The kind of attention of every layer, and the window of those that slide.
+
+    Args:
+      config: the model.
+
+    Returns:
+      `layer_types` and `sliding_window`, which their models want as a number even where no layer slides.
+    """
+    return {
+        "layer_types": layer_types(config.windows, config.n_layers),
+        "sliding_window": max(config.windows, default=0) or config.max_len,
+    }

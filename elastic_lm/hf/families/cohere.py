@@ -3,12 +3,10 @@
 Cohere 2 has windows, and rotates only in the layers that have them.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.config.rope import RopeConfig
 from elastic_lm.hf.families.llama import (
     ATTENTION,
     BIASES,
@@ -19,8 +17,8 @@ from elastic_lm.hf.families.llama import (
     write_rope,
 )
 from elastic_lm.hf.family import Family, Field, Tensor
-from elastic_lm.hf.rope import rope_from_hf
-from elastic_lm.hf.windows import layer_types, layered_windows, read_pattern, read_window
+from elastic_lm.hf.rope import interleaved_rope_from_hf
+from elastic_lm.hf.windows import layered_windows, read_pattern, read_window, write_layered_windows
 
 NORMS = {"attn_norm/scale": Tensor(("input_layernorm.weight",))}
 
@@ -39,31 +37,22 @@ COHERE_FIELDS = (
 FIXED = {"norm": "layernorm", "norm_bias": False, "parallel_residual": True, "shared_norm": True}
 
 
-def _interleaved(hf: Mapping[str, Any], values: Mapping[str, Any], theta: float) -> RopeConfig:
-    rope = rope_from_hf(hf, values["max_len"], theta=theta)
-    return dataclasses.replace(rope, interleaved=True)
-
-
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rope": _interleaved(hf, values, 5e5)}
+    return {"rope": interleaved_rope_from_hf(hf, values["max_len"], theta=5e5)}
 
 
 def _read_2(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     window, period = read_window(hf, 4096), read_pattern(hf, 4)
     windows = layered_windows(hf, values["n_layers"], window, lambda layer: (layer + 1) % period > 0)
     return {
-        "rope": _interleaved(hf, values, 1e4),
+        "rope": interleaved_rope_from_hf(hf, values["max_len"], theta=1e4),
         "windows": windows,
         "rotated": tuple(bool(window) for window in windows or (0,) * values["n_layers"]),
     }
 
 
 def _write_2(config: ModelConfig) -> dict[str, Any]:
-    return write_rope(config) | {
-        "layer_types": layer_types(config.windows, config.n_layers),
-        # Their model wants a number even where no layer slides.
-        "sliding_window": max(config.windows, default=0) or config.max_len,
-    }
+    return write_rope(config) | write_layered_windows(config)
 
 
 COHERE = Family(

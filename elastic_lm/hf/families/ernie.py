@@ -1,6 +1,5 @@
 """Ernie 4.5, dense: Llama with neighbouring dimensions rotated, and biases everywhere or nowhere."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +13,11 @@ from elastic_lm.hf.families.llama import (
     write_rope,
 )
 from elastic_lm.hf.family import Family, Field
-from elastic_lm.hf.rope import rope_from_hf
+from elastic_lm.hf.rope import interleaved_rope_from_hf
 
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    rope = rope_from_hf(hf, values["max_len"], theta=5e5)
-    return {"rope": dataclasses.replace(rope, interleaved=True)}
+    return {"rope": interleaved_rope_from_hf(hf, values["max_len"], theta=5e5)}
 
 
 ERNIE = Family(

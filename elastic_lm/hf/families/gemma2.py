@@ -17,7 +17,7 @@ from elastic_lm.hf.families.llama import (
     write_rope,
 )
 from elastic_lm.hf.family import Family, Field, Tensor, number, typed
-from elastic_lm.hf.windows import layer_types, layered_windows, read_window
+from elastic_lm.hf.windows import layered_windows, read_window, write_layered_windows
 
 NORMS = {
     "attn_norm/scale": Tensor(("input_layernorm.weight",)),
@@ -40,9 +40,7 @@ def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     return write_rope(config) | {
-        "layer_types": layer_types(config.windows, config.n_layers),
-        # Their model wants a number even where no layer slides.
-        "sliding_window": max(config.windows, default=0) or config.max_len,
+        **write_layered_windows(config),
         "query_pre_attn_scalar": round(config.query_scale**-2),
         "hidden_act": "gelu_pytorch_tanh",
     }

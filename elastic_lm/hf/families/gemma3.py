@@ -14,7 +14,7 @@ from elastic_lm.hf.families.llama import ATTENTION, BIASES, FIELDS, MLP, ROOT, r
 from elastic_lm.hf.families.qwen import QK_NORM
 from elastic_lm.hf.family import Family, Field, number
 from elastic_lm.hf.rope import layered_ropes, layered_ropes_to_hf
-from elastic_lm.hf.windows import layer_types, layered_windows, read_pattern, read_window
+from elastic_lm.hf.windows import layered_windows, read_pattern, read_window, write_layered_windows
 
 LOCAL_THETA = "rope_local_base_freq"
 
@@ -31,9 +31,7 @@ def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
     return layered_ropes_to_hf(config, LOCAL_THETA) | {
-        "layer_types": layer_types(config.windows, config.n_layers),
-        # Their model wants a number even where no layer slides.
-        "sliding_window": max(config.windows, default=0) or config.max_len,
+        **write_layered_windows(config),
         "query_pre_attn_scalar": round(config.query_scale**-2),
     }
 

@@ -1,6 +1,5 @@
 """Helium: Llama with neighbouring dimensions rotated, and no bias on attention's output."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,15 +14,14 @@ from elastic_lm.hf.families.llama import (
     write_rope,
 )
 from elastic_lm.hf.family import Family, Field
-from elastic_lm.hf.rope import rope_from_hf
+from elastic_lm.hf.rope import interleaved_rope_from_hf
 
 
 def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     heads, width = values["n_heads"], values.get("head_dim", 0)
     fits = not width or heads * width == values["d_model"]
     require(fits, "head_dim", width, f"must be hidden_size={values['d_model']} / num_attention_heads={heads}")
-    rope = rope_from_hf(hf, values["max_len"], theta=1e5)
-    return {"rope": dataclasses.replace(rope, interleaved=True)}
+    return {"rope": interleaved_rope_from_hf(hf, values["max_len"], theta=1e5)}
 
 
 HELIUM = Family(

@@ -20,7 +20,7 @@ from elastic_lm.hf.families.llama import (
 from elastic_lm.hf.families.qwen import QK_NORM
 from elastic_lm.hf.family import Family, Field, Tensor
 from elastic_lm.hf.rope import layered_ropes, layered_ropes_to_hf
-from elastic_lm.hf.windows import layer_types, layered_windows, read_window
+from elastic_lm.hf.windows import layered_windows, read_window, write_layered_windows
 
 NORMS = {
     "post_attn_norm/scale": Tensor(("post_attention_layernorm.weight",)),
@@ -48,11 +48,7 @@ def _read(hf: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    return layered_ropes_to_hf(config) | {
-        "layer_types": layer_types(config.windows, config.n_layers),
-        # Their model wants a number even where no layer slides.
-        "sliding_window": max(config.windows, default=0) or config.max_len,
-    }
+    return layered_ropes_to_hf(config) | write_layered_windows(config)
 
 
 OLMO2 = Family(
