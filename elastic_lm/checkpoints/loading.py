@@ -89,6 +89,11 @@ def check_model_folder(path: str | Path) -> None:
     if is_gguf(folder):
         return
     if not (folder / CHECKPOINT).is_file() and not (folder / "config.json").is_file():
+        if folder.name.isdigit() and (folder / "state").is_dir():
+            raise FileNotFoundError(
+                f"{folder}: is a checkpoint of a training run; make a model of it with elastic-lm convert "
+                f"--from {folder} --to DIR"
+            )
         found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
             f"{folder}: expected a Hugging Face folder (with config.json) or a checkpoint of this package "

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import grain
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from elastic_lm.checkpoints.background import Background
 from elastic_lm.checkpoints.orbax_folders import (
     ORBAX_PARTIAL,
     check_name,
@@ -22,9 +24,10 @@ from elastic_lm.checkpoints.orbax_folders import (
     readable_name,
     tidy,
 )
-from elastic_lm.checkpoints.read_back import check_same
+from elastic_lm.checkpoints.position import Position, anywhere
+from elastic_lm.checkpoints.read_back import check_same, on_host
 from elastic_lm.config.checks import require
-from elastic_lm.config.parse import from_dict, parse_json, to_dict
+from elastic_lm.config.parse import from_dict, to_dict
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.data.tokenizer_files import BESIDE, TEMPLATES, TOKENIZER_FILE
@@ -52,6 +55,7 @@ from elastic_lm.processes import wait_for_all
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
 PARAMS_FOLDER = "params"
+LOST_WAIT = 5.0  # seconds for a save in which another process is missing
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 WRITTEN = {
     *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, checksums.FILE),
@@ -65,25 +69,30 @@ WRITTEN = {
 class Checkpoints:
     """The newest training checkpoints of one run, each a state and the data iterator's position.
 
-    A step becomes visible only when its state and position are on disk, so a process may die at any time.
-    Then it gets checksums, so that damage is noticed when a run goes on, and is read back and compared, a
-    few arrays at a time. Where a process dies in between, the run that goes on from the step writes the
-    checksums. Older steps go only after that, so that there is always one that was read back.
+    A save takes its copy and goes on in the background, while the run trains. A step becomes visible only
+    when its state and position are on disk, so a process may die at any time. Then it gets checksums, so that
+    damage is noticed when a run goes on, and is read back and compared, a few arrays at a time. Where a
+    process dies in between, the run that goes on from the step writes the checksums. Older steps go only
+    after that, so that there is always one that was read back.
+
+    It is a context: its end waits for the last save, and raises its error unless another one is on its way.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, keep_period: int = 0) -> None:
         """Opens a folder; unfinished checkpoints in it are removed.
 
         Args:
           folder: one sub-folder per step; made where it is missing.
           keep: newest checkpoints that are kept.
+          keep_period: steps that are multiples of it are kept as well; 0 = none are.
 
         Raises:
           ValueError: `folder` is remote.
         """
         training: Any = ocp.training
         self._folder = folder = local_path(folder)
-        self._keep = keep
+        self._keep, self._keep_period = keep, keep_period
+        self._saving: tuple[int, Background] | None = None  # the step that is being saved
         self._failed = False  # the last save, which said why
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -93,38 +102,100 @@ class Checkpoints:
         self._checkpointer = training.Checkpointer(
             self._open.enter_context(readable_name(folder)),
             save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=training.preservation_policies.LatestN(max(keep, 2)),
+            # What goes is for `_remove_old` to say: orbax would not wait until a step was read back.
+            preservation_policy=training.preservation_policies.PreserveAll(),
             cleanup_tmp_directories=True,
         )
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        lost = issubclass(kind, ConnectionError)
+        self._abandon(LOST_WAIT if lost else None)
+
     def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
-        """Writes a checkpoint and removes the oldest ones.
+        """Begins to write a checkpoint. It has its copy when this returns: the state may be donated then.
+
+        All processes call it with the same step. The save before is waited for.
 
         Args:
           step: optimizer steps done.
-          state: a pytree of arrays.
+          state: a pytree of `jax.Array`.
           batches: the data iterator.
+
+        Raises:
+          OSError: as `settle`, of the save before or of the beginning of this one.
+        """
+        self.settle()
+        position = Position(batches)
+        parts = {"state": state, "data": position}
+        held = on_host(state) if jax.process_count() == 1 else None
+        self._failed = True
+        with self._writing(step):
+            # Forced: orbax skips steps before the latest, which may be one that could not be read.
+            response = self._checkpointer.save_checkpointables_async(step, parts, overwrite=True, force=True)
+        self._failed = False
+
+        finish = functools.partial(self._finish, step, response, held, position)
+        self._saving = (step, Background(finish))
+
+    def poll(self) -> None:
+        """Raises the error of a save that has failed meanwhile; called between steps, it waits for nothing.
+
+        Raises:
+          OSError: as `settle`.
+        """
+        if self._saving is None:
+            return
+        saving = self._saving[1]
+        # Several processes remove old steps together, in `settle`.
+        if saving.done() and (saving.error is not None or jax.process_count() == 1):
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits until the checkpoint that is being written is safe, and removes the oldest ones.
+
+        Several processes call it together.
 
         Raises:
           OSError: the disk takes no more, or what was written does not read back as it was; names the
             checkpoint, of which nothing stays. One that could only not be compared, for want of memory, room
             or permission, stays.
         """
-        position = _Position(batches)
-        parts = {"state": state, "data": position}
-        self._failed = True
-        with naming(self._folder / str(step)), tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
-            self._checkpointer.save_checkpointables(step, parts, overwrite=True)
-        self._failed = False
+        if self._saving is None:
+            return
+        step, saving = self._saving
+        saving.wait()
+        self._saving = None
+        if saving.error is not None:
+            self._failed = True
+            raise saving.error
+        self._remove_old(step)
+
+    def _writing(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Names the checkpoint in errors of writing it, after which nothing half-written stays."""
+        both = contextlib.ExitStack()
+        both.enter_context(naming(self._folder / str(step)))
+        both.enter_context(tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"))
+        return both
+
+    def _finish(self, step: int, response: Any, held: Any, position: Position) -> None:
+        """The part of a save that goes on in the background."""
+        with self._writing(step):
+            response.result()
 
         folder = self._folder / str(step)
         if jax.process_index() == 0:
             checksums.write_checksums(folder)
         try:
             position.check(folder / "data")
-            check_same(
-                state, lambda like: self._checkpointer.load_checkpointables(step, {"state": like})["state"]
-            )
+            if held is not None:
+                read = self._checkpointer.load_checkpointables
+                check_same(held, lambda like: read(step, {"state": like})["state"])
         except Exception as error:
             if is_shortage(error):
                 raise
@@ -134,8 +205,16 @@ class Checkpoints:
                 f"{folder}: does not read back as it was written ({first_line(error)}) and is removed; "
                 "check the disk and its free space, then run again, which goes on from the checkpoint before"
             ) from error
-        for old in sorted(c.step for c in self._checkpointer.checkpoints)[: -self._keep]:
-            self._checkpointer.delete(old)
+
+    def _remove_old(self, step: int) -> None:
+        """Removes what is not to be kept, once a step is safe.
+
+        Later steps do not count: the run has gone on from before them, because they could not be read.
+        """
+        steps = sorted(c.step for c in self._checkpointer.checkpoints if c.step <= step)
+        for old in steps[: -self._keep]:
+            if not self._keep_period or old % self._keep_period:
+                self._checkpointer.delete(old)
 
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is intact and moves `batches` to its position.
@@ -153,24 +232,24 @@ class Checkpoints:
         start = batches.get_state()
         reasons = []
         for step in sorted((c.step for c in self._checkpointer.checkpoints), reverse=True):
-            try:
-                checksums.check_files(self._folder / str(step))
-                wanted = {"state": abstract, "data": _Position(batches)}
-                state = self._checkpointer.load_checkpointables(step, wanted)["state"]
-            except Exception as error:
-                if is_shortage(error):
-                    raise
-                reasons.append(f"step {step}: {first_line(error)}")
-                logging.warning(
-                    "checkpoint %s/%d cannot be read and is skipped: %s",
-                    self._folder,
-                    step,
-                    first_line(error),
-                )
-                batches.set_state(start)
-            else:
-                self._complete(self._folder / str(step))
+            folder, state = self._folder / str(step), None
+            # Processes try a step together: one that went on alone would wait for the others for ever.
+            error = anywhere(self._damage(folder))
+            if error is None:
+                try:
+                    wanted = {"state": abstract, "data": Position(batches)}
+                    state = self._checkpointer.load_checkpointables(step, wanted)["state"]
+                except Exception as raised:
+                    error = raised
+                error = anywhere(error)
+            if error is None:
+                self._complete(folder)
                 return step, state
+            if is_shortage(error):
+                raise error
+            reasons.append(f"step {step}: {first_line(error)}")
+            logging.warning("checkpoint %s cannot be read and is skipped: %s", folder, first_line(error))
+            batches.set_state(start)
         if not reasons:
             return None
         raise ValueError(
@@ -178,63 +257,82 @@ class Checkpoints:
             "Use the configuration of the run that wrote them, or another workdir"
         )
 
+    def _damage(self, folder: Path) -> Exception | None:
+        """What is wrong with the files of a step, all of which one process reads."""
+        if jax.process_index():
+            return None
+        try:
+            checksums.check_files(folder)
+        except Exception as error:
+            return error
+        return None
+
     def _complete(self, folder: Path) -> None:
         """Writes the checksums of a sound step whose process died before it could."""
         if jax.process_index() == 0 and not (folder / checksums.FILE).is_file():
             checksums.write_checksums(folder)
 
     def close(self) -> None:
-        """Waits for pending work."""
+        """Waits for pending work.
+
+        Raises:
+          OSError: as `settle`.
+        """
+        try:
+            self.settle()
+        finally:
+            self._close()
+
+    def _abandon(self, seconds: float | None) -> None:
+        """Closes after an error, which is not to be hidden by that of the save that is on its way.
+
+        Args:
+          seconds: to wait for it, at most. A process that is gone would be waited for long.
+        """
+        if self._saving is not None:
+            step, saving = self._saving
+            saving.wait(seconds)
+            self._saving = None
+            if not saving.done():
+                return
+            if saving.error is not None:
+                self._failed = True
+                logging.warning(
+                    "checkpoint %s/%d was not saved: %s", self._folder, step, first_line(saving.error)
+                )
+        self._close()
+
+    def _close(self) -> None:
         # orbax raises the error of a failed save once more, in its own words.
         with contextlib.suppress(*([Exception] if self._failed else [])):
             self._checkpointer.close()
         self._open.close()
 
 
-class _Position:
-    """The position of a data iterator, as orbax saves and loads it.
+def is_step(folder: Path) -> bool:
+    """Whether a folder is one step of a training run."""
+    return folder.name.isdigit() and (folder / "state").is_dir() and (folder / "data").is_dir()
 
-    grain's own way writes JSON too, but then reads an empty remainder of a packed document, a tuple,
-    as a list, which it takes for a remainder that is there; the resumed run would skip one document.
+
+def read_state(folder: Path, abstract: Any) -> Any:
+    """Reads parts of the state of one step, whatever mesh it was saved from.
+
+    Args:
+      folder: of the step, see `is_step`.
+      abstract: a state whose arrays are `jax.ShapeDtypeStruct` with shardings, or `ocp.PLACEHOLDER` for those
+        that are not read.
+
+    Raises:
+      ValueError: a file is damaged, or the state is that of another model or optimizer.
     """
-
-    def __init__(self, batches: grain.DatasetIterator) -> None:
-        self._batches = batches
-
-    async def save(self, directory: Any) -> Awaitable[None]:
-        """Takes the position now and writes it once `directory` exists."""
-        return self._write(directory, json.dumps(self._batches.get_state()))
-
-    async def load(self, directory: Any) -> Awaitable[None]:
-        """Moves the iterator."""
-        return self._read(directory)
-
-    def check(self, directory: Path) -> None:
-        """Checks that the position was written to `directory` as it is now.
-
-        Raises:
-          ValueError: it was not.
-        """
-        due = json.dumps(self._batches.get_state())
-        if (directory / self._name).read_text() != due:
-            raise ValueError(f"{directory / self._name} differs from the position of the data")
-
-    async def _write(self, directory: Any, text: str) -> None:
-        ((await directory.await_creation()) / self._name).write_text(text)
-
-    async def _read(self, directory: Any) -> None:
-        self._batches.set_state(_tuples(parse_json((directory / self._name).read_text())))
-
-    @property
-    def _name(self) -> str:
-        return f"process_{jax.process_index()}_of_{jax.process_count()}.json"
-
-
-def _tuples(state: Any) -> Any:
-    """JSON's lists as the tuples they were."""
-    if isinstance(state, dict):
-        return {key: _tuples(value) for key, value in state.items()}
-    return tuple(map(_tuples, state)) if isinstance(state, list) else state
+    checksums.check_files(folder)
+    try:
+        with readable_name(folder) as name:
+            return ocp.load_checkpointables(name, {"state": abstract})["state"]
+    except Exception as error:
+        if is_shortage(error):
+            raise
+        raise ValueError(f"{folder}: does not hold the state of its run: {first_line(error)}") from error
 
 
 def save_model(

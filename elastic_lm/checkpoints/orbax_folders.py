@@ -79,6 +79,6 @@ def check_name(path: Path) -> None:
     require(usable, "path", str(path), "holds one of []*?\\; choose a path without")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of its message, which orbax lets run over hundreds."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]

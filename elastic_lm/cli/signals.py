@@ -39,6 +39,8 @@ class _Process:
     listens = False  # signals come here
     ending = False  # one that ends the process has come
     stop: threading.Event | None = None  # what the first SIGTERM sets instead
+    own_handler = 0  # of SIGTERM, as the system knows it
+    theirs: Callable[[int], object] | None = None  # that of a library, which hears of that SIGTERM as well
     pause: threading.Event | None = None  # what the first Ctrl-C sets instead, while something can be ended
     pauses = False  # there are such times in this command
     saves: list[Callable[[], None]] = []  # noqa: RUF012 - there is one of it
@@ -58,6 +60,7 @@ def listen() -> None:
     for number in WORDS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _note)
+    _Process.own_handler = _system_handler()
 
 
 def name_program(program: str) -> None:
@@ -69,16 +72,33 @@ def stop_on_sigterm() -> Callable[[], bool]:
     """Lets the first SIGTERM ask for a stop where it would end the process; later ones do.
 
     Returns:
-      Whether it has come. It ends the process until this is called first: there is nothing to save before.
+      Whether it has come. It ends the process until this is called first, by the main thread: there is
+      nothing to save before.
     """
     stop = threading.Event()
 
     def asked() -> bool:
-        if _Process.listens:
+        if _Process.listens and _Process.stop is not stop:
             _Process.stop = stop
+            share_sigterm()
         return stop.is_set()
 
     return asked
+
+
+def share_sigterm() -> None:
+    """Lets SIGTERM come here again where a library has taken it, by the main thread.
+
+    `jax.distributed` does so, for its agreement on the step at which all processes stop. It hears of the
+    SIGTERM that asks for a stop; any other one ends this process.
+    """
+    handler = _system_handler()
+    if not _Process.listens or handler in (0, 1, _Process.own_handler):  # 0 and 1: by default, and ignored
+        return
+    import ctypes
+
+    _Process.theirs = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
+    signal.signal(signal.SIGTERM, _note)
 
 
 @contextlib.contextmanager
@@ -153,6 +173,18 @@ def finish(status: int) -> NoReturn:
     _leave(status)
 
 
+def _system_handler() -> int:
+    """The address of the function that the system calls at SIGTERM, which a library may have set in C."""
+    if sys.platform == "win32":
+        return 0
+    import ctypes
+
+    # The structure begins with the address, on Linux and macOS, and is shorter than this.
+    action = (ctypes.c_void_p * 64)()
+    failed = ctypes.CDLL(None).sigaction(int(signal.SIGTERM), None, action)
+    return 0 if failed else action[0] or 0
+
+
 def _note(number: int, _: object) -> None:
     """Runs in the main thread, sooner or later: a command that has come to its end meanwhile waits for it."""
     if number == signal.SIGINT and _Process.pauses:
@@ -169,6 +201,8 @@ def _watch(reader: int) -> None:
         stop = _Process.stop
         if number == signal.SIGTERM and stop is not None and not stop.is_set():
             stop.set()
+            if _Process.theirs is not None:
+                _Process.theirs(number)
             continue
         pause = _Process.pause
         if number == signal.SIGINT and pause is not None and not pause.is_set():

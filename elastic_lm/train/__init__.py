@@ -21,6 +21,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.train.recipes import load_config
     from elastic_lm.train.registry import register
     from elastic_lm.train.run import fit
+    from elastic_lm.train.step_model import save_step_model
     from elastic_lm.train.tasks.config import TaskTuningConfig
     from elastic_lm.train.tasks.tuning import TaskTuning
 
@@ -43,6 +44,7 @@ __all__ = [
     "load_config",
     "load_gin",
     "register",
+    "save_step_model",
     "stack_layers",
 ]
 

@@ -72,7 +72,9 @@ class TrainConfig:
     eval_every: int = 500  # steps between held-out evaluations; 0 = only at the end
     eval_batches: int = 20  # batches per held-out evaluation; 0 = all there are
     save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # checkpoints kept
+    save_minutes: float = 0.0  # minutes between checkpoints, whatever the steps; 0 = by steps alone
+    keep: int = 2  # newest checkpoints that are kept
+    keep_period: int = 0  # checkpoints of its multiples are kept as well; 0 = none are
 
     def __post_init__(self) -> None:
         require_types(self, "train.")
@@ -85,7 +87,10 @@ class TrainConfig:
         require_each(self, "train.", counts, *AT_LEAST_1)
         require_each(self, "train.", ("lr", "eps"), *POSITIVE)
         require_each(self, "train.", ("b1", "b2"), lambda v: 0 <= v < 1, "must be in [0, 1)")
-        zero_allowed = ("clip", "weight_decay", "eval_every", "eval_batches", "init_layers")
+        zero_allowed = (
+            *("clip", "weight_decay", "eval_every", "eval_batches", "init_layers"),
+            *("save_minutes", "keep_period"),
+        )
         require_each(self, "train.", zero_allowed, *NOT_NEGATIVE)
         require_seed("train.seed", self.seed)
 

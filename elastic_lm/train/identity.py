@@ -12,7 +12,10 @@ from elastic_lm.train.old_configs import upgraded
 AnyRun = RunConfig | TaskRun
 FILE = "run.json"
 DATA_SEEDS = ("data.seed", "task.seed")
-MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "save_every", "keep")
+MAY_CHANGE = (
+    *("steps", "log_every", "eval_every", "eval_batches"),
+    *("save_every", "save_minutes", "keep", "keep_period"),
+)
 
 
 def identity(config: AnyRun) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 
 from elastic_lm.checkpoints.native import Checkpoints
 from elastic_lm.models.decoder import Params
@@ -23,6 +21,7 @@ from elastic_lm.train.losses import Metrics
 from elastic_lm.train.method import Arrays
 from elastic_lm.train.state import TrainState, abstract_state
 from elastic_lm.train.step import EvalStep, TrainStep
+from elastic_lm.train.together import SaveClock, agreed, preempted
 
 REMEDY = (
     "lower train.lr, lengthen train.warmup or set train.clip, in a new workdir; checkpoints before that step "
@@ -51,7 +50,8 @@ class Job:
       extra: of the step whose metrics are logged: learning rate, memory.
       dtype: of the activations, for messages.
       stop: asked after every step: whether the state is to be saved and the run to end. Several processes
-        do so together, after the next step at which something is written.
+        do so together, after the next step at which something is written. SIGTERM, which jax hears there, has
+        no need of that.
     """
 
     config: TrainConfig
@@ -142,7 +142,8 @@ def run(
     """Trains from step `start` to the last one.
 
     Metrics of a step are read after the next one was sent off, so the device never waits; a
-    checkpoint is written only when every step before it, and the state it holds, was finite.
+    checkpoint is written only when every step before it, and the state it holds, was finite. It is written
+    while the next steps run, from a copy.
 
     Args:
       job: static parts.
@@ -159,12 +160,14 @@ def run(
     Raises:
       FloatingPointError: loss, gradient or the state after a step is not finite; names the step.
         Checkpoints stay as they are.
+      OSError: a checkpoint could not be written; raised at a later step, or at the end.
       Stopped: `job.stop` asked for it, before the last step; the state is saved.
       NotFiniteError: parameters that train are not finite before the first step; names the first.
     """
     check_finite("before the first step", state.params)  # what is frozen was checked when it was loaded
     config, window, pending = job.config, _Window(), None
     evaluation: dict[str, float] = {}
+    clock = SaveClock(config.save_minutes)
 
     def remedy(step: int) -> str:
         # The first step has seen no update, so that no learning rate can have spoilt its loss.
@@ -177,11 +180,14 @@ def run(
         if pending is not None:
             window.steps.append(_finite(step - 1, pending, remedy(step - 1)))
         pending = metrics
+        checkpoints.poll()
 
         last = step == config.steps
         due = last or any(step % every == 0 for every in _events(config))
-        stops = not last and _agreed(job.stop(), due)
-        if not (due or stops):
+        taken = preempted(step)
+        stops, timed = (False, False) if last else agreed(job.stop(), clock.rings(), due)
+        stops = stops or (taken and not last)
+        if not (due or stops or timed):
             continue
 
         window.steps.append(_finite(step, pending, remedy(step)))
@@ -194,7 +200,7 @@ def run(
                 logging.warning("%s", remark)
 
         paused = time.monotonic()
-        saves = last or stops or step % config.save_every == 0
+        saves = last or stops or timed or step % config.save_every == 0
         if saves:
             _check_state(step, state)  # before the evaluation: a broken state is reported as such
         if last or (config.eval_every and step % config.eval_every == 0):
@@ -202,6 +208,9 @@ def run(
             writer.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
         if saves:
             checkpoints.save(step, state, batches)
+            clock.restart()
+        if stops or last:
+            checkpoints.settle()
         if stops:
             raise Stopped(step, config.steps)
         window.began += time.monotonic() - paused  # the rate that is logged is that of training alone
@@ -229,18 +238,6 @@ def evaluate(job: Job, trainable: Params, frozen: Params) -> dict[str, float]:
             totals[name] = totals.get(name, 0.0) + float(value) * float(count)
 
     return {name: total / max(tokens, 1.0) for name, total in totals.items()}
-
-
-def _agreed(asked: bool, due: bool) -> bool:
-    """Whether a run stops here: several processes do so together, where they wait for each other anyway.
-
-    Args:
-      asked: this process was asked to stop.
-      due: the step is one at which something is written.
-    """
-    if jax.process_count() == 1:
-        return asked
-    return due and bool(np.any(multihost_utils.process_allgather(np.asarray(asked))))
 
 
 def _events(config: TrainConfig) -> list[int]:

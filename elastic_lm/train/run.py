@@ -23,6 +23,7 @@ from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.hf.carried import Carried
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.exits import extract
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh
@@ -34,6 +35,7 @@ from elastic_lm.train.config import RunConfig, TaskRun, with_seeds
 from elastic_lm.train.identity import FILE as RUN_FILE
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
+from elastic_lm.train.method import Finished, RunData
 from elastic_lm.train.optim import learning_rate, make_optimizer
 from elastic_lm.train.prepared import Prepared
 from elastic_lm.train.record import UNKNOWN, Origin, opening, save_record
@@ -41,6 +43,7 @@ from elastic_lm.train.state import cast_params, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 from elastic_lm.train.tasks.run import prepare_task
 from elastic_lm.train.text import prepare_text
+from elastic_lm.train.together import noticing_lost_processes
 
 MODEL_FOLDER = "model"
 
@@ -128,6 +131,7 @@ def fit(
             if is_first():
                 held.enter_context(only_process(workdir / LOCK_FILE, workdir, "choose another workdir"))
         check_same_run(config, workdir)
+        held.enter_context(noticing_lost_processes())
         return _fit(config, workdir, stop or (lambda: False), writers, origin)
 
 
@@ -183,7 +187,8 @@ def _fit(
     # Only now: a run that was refused leaves no trace in its workdir.
     save_files(config, run, inputs, workdir)
 
-    with closing(Checkpoints(workdir / "checkpoints", config.train.keep)) as checkpoints:
+    kept = (config.train.keep, config.train.keep_period)
+    with Checkpoints(workdir / "checkpoints", *kept) as checkpoints, noticing_lost_processes():
         start, state = loop.resume(checkpoints, state, batches)
         if not start:
             state = method.begin(state, frozen, data)
@@ -196,19 +201,50 @@ def _fit(
                 job, start, state, frozen, batches=batches, checkpoints=checkpoints, writer=writer
             )
 
-    finished = method.finish({**frozen, **state.params}, data)
-    model, params = as_stored(config, method.config, run.canonical(finished.params))
+    model, params = save_finished(config, run, {**frozen, **state.params}, data, workdir / MODEL_FOLDER)
+    return model, params, metrics
+
+
+def save_finished(
+    config: RunConfig | TaskRun,
+    run: Prepared,
+    params: Params,
+    data: RunData,
+    target: Path,
+    *,
+    backbone: bool = False,
+    overwrite: bool = True,
+) -> tuple[Config, Params]:
+    """Writes what a run leaves: the model, and what its method puts beside it.
+
+    Args:
+      config: the whole run.
+      run: the run at step 0.
+      params: all parameters after its steps, in the form that they train in.
+      data: what the run reads.
+      target: folder of the model.
+      backbone: without exits, and without what the method puts beside the model.
+      overwrite: replace an earlier model at `target`.
+
+    Returns:
+      (model config, canonical parameters), as they were saved.
+    """
+    finished = run.method.finish(params, data)
+    model, params = as_stored(config, run.method.config, run.canonical(finished.params))
+    if backbone and isinstance(model, ModelConfig):
+        model, params = extract(model, params, model.n_layers)
+        finished = Finished(params)
     save_model(
-        workdir / MODEL_FOLDER,
+        target,
         model,
         params,
         run.tokenizer,
         menu=finished.menu or run.menu,
         source=config.train.init_from or None,
         beside=finished.beside,
-        overwrite=True,
+        overwrite=overwrite,
     )
-    return model, params, metrics
+    return model, params
 
 
 def save_files(config: RunConfig | TaskRun, run: Prepared, inputs: dict[str, Any], workdir: Path) -> None:

@@ -90,6 +90,6 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(entry.key for entry in keys)
 
 
-def abstract_state(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state, what a checkpoint is restored into."""
+def abstract_state(state: Any) -> Any:
+    """Shapes, dtypes and shardings of a state or of a part of it, what a checkpoint is restored into."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -469,6 +469,17 @@ CONVERT = [
         "is no elastic checkpoint and is not replaced",
         copies={"hf": "hf"},
     ),
+    Case("convert --from {hf} --to new --backbone", "--backbone is for checkpoints of a training run"),
+    Case(
+        "convert --from run/checkpoints/2 --to new",
+        "run/checkpoints/2: is no checkpoint of a training run; name WORKDIR/checkpoints/STEP",
+        files={"run/checkpoints/2/state/d": "x", "run/checkpoints/2/data/d": "x"},
+    ),
+    Case(
+        "convert --from run/checkpoints/2 --to new --dtype float16",
+        "--dtype float16: is not for a run",
+        files={"run/checkpoints/2/state/d": "x", "run/checkpoints/2/data/d": "x"},
+    ),
     Case("convert --from {hf} --to new --dtype int8", "argument --dtype: invalid choice: 'int8'"),
     Case("convert --from {hf} --to new --dtpye float16", "unknown argument --dtpye: did you mean --dtype?"),
 ]
@@ -675,6 +686,8 @@ TRAIN = [
     set_to("train.lr", "nan", "train.lr='nan': must be of type float"),
     set_to("train.b1", "1.0", "train.b1=1.0: must be in [0, 1)"),
     set_to("train.clip", "-1", "train.clip=-1: must be at least 0"),
+    set_to("train.save_minutes", "-1", "train.save_minutes=-1: must be at least 0"),
+    set_to("train.keep_period", "-2", "train.keep_period=-2: must be at least 0"),
     set_to("train.warmup", "3", "train.warmup=3: must be below steps=3"),
     set_to("train.min_lr", "2", "train.min_lr=2: is a share of lr"),
     set_to("train.schedule", "frob", "train.schedule='frob': must be one of cosine"),

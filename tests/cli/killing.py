@@ -1,10 +1,11 @@
 """Kills commands at random moments, or interrupts them, and looks at what is there afterwards.
 
     python tests/cli/killing.py --kills 50 --interrupts 20 --folder /tmp/kills
+    python tests/cli/killing.py --processes 2 --kills 20 --folder /tmp/kills
 
 Every command works on a target that is absent or old. After a kill the target is absent, old or new; the
 next run goes on, and what the last run leaves is what a run that nobody killed leaves, bit by bit and name by
-name.
+name. Of several processes one is killed: the others must end by themselves.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from typing import Any
 import cascade_process
 import chex
 import jax
+import joined_train
 
 import elastic_lm as el
 from elastic_lm import hf
@@ -35,6 +38,10 @@ from elastic_lm.quickstart.folders import FILES
 
 DEADLINE = 1800.0  # seconds for one process; far above what it takes
 SOON = 5.0  # seconds from Ctrl-C to the end
+# Seconds from the death of one process to the end of the others: at once where they wait for its part of a
+# sum, by the heartbeats where they wait for it while a checkpoint is finished, or before all have met.
+LEFT_ALONE = joined_train.STARTING + 3 * joined_train.HEARTBEAT
+LOST = ("elastic-lm train: error: another process of this run", "another task died")
 RECORDS = 10_000
 RECIPE = """
 def get_config(arg=""):
@@ -65,14 +72,14 @@ class Case:
     end: Callable[[], None]
 
 
-def start(command: list[str], cache: Path) -> subprocess.Popen:
+def start(command: list[str], cache: Path, stdout: int = subprocess.DEVNULL) -> subprocess.Popen:
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdout": stdout, "stderr": subprocess.PIPE}
     with children_that(signal.SIG_DFL):
         return subprocess.Popen(command, env=environment, **pipes)
 
@@ -88,9 +95,10 @@ def children_that(do: signal.Handlers) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=DEADLINE)
+def finish(process: subprocess.Popen) -> str:
+    printed, errors = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, errors.decode()[-3000:]
+    return (printed or b"").decode()
 
 
 def listens(process: subprocess.Popen) -> bool:
@@ -370,6 +378,81 @@ def run(folder: Path, kills: dict[str, int], interrupts: dict[str, int], seed: i
     return lines
 
 
+def start_together(
+    processes: int, arguments: list[str], cache: Path, stdout: int = subprocess.DEVNULL
+) -> list[subprocess.Popen]:
+    """Starts one `elastic-lm train` of several processes."""
+    with socket.socket() as place:
+        place.bind(("", 0))
+        port = str(place.getsockname()[1])
+    command = [sys.executable, joined_train.__file__, port]
+    return [start([*command, str(i), str(processes), *arguments], cache, stdout) for i in range(processes)]
+
+
+def end_alone(process: subprocess.Popen, began: float) -> float:
+    """Seconds until a process ends, one of whose company was killed, and says so in a line."""
+    _, errors = process.communicate(timeout=LEFT_ALONE)
+    if process.returncode:  # 0: it was over
+        assert any(line.find(text) >= 0 for line in errors.decode().splitlines() for text in LOST), (
+            errors.decode()
+        )
+    return time.monotonic() - began
+
+
+def run_together(folder: Path, count: int, processes: int, seed: int = 0) -> str:
+    """Kills one of the processes of a training run `count` times, and starts all of them again.
+
+    Args:
+      folder: an empty one.
+      count: how often.
+      processes: that train together.
+      seed: of the moments.
+
+    Returns:
+      A line about it.
+    """
+    chance, cache, straight = random.Random(seed), folder / "programs", folder / "straight"
+    text = folder / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n" for i in range(800)))
+    (folder / "recipe.py").write_text(RECIPE.format(text=str(text)))
+    case = train_case(folder, straight)
+    arguments = case.command[4:]
+
+    for process in start_together(processes, [*arguments[:-1], str(straight)], cache):
+        finish(process)
+    began = time.monotonic()
+    for process in start_together(processes, arguments, cache):
+        finish(process)
+    seconds = time.monotonic() - began
+    case.end()
+
+    killed = writing = in_a_row = 0
+    longest = 0.0
+    while killed < count or in_a_row:
+        started = start_together(processes, arguments, cache)
+        victim = chance.choice(started)
+        if killed < count and in_a_row < 5 and moment(case, victim, seconds, chance):
+            writing += writes(case.target)
+            victim.kill()
+            victim.communicate()
+            began = time.monotonic()
+            rest = [end_alone(process, began) for process in started if process is not victim]
+            longest = max(longest, *rest)
+            if victim.returncode == -signal.SIGKILL:
+                killed, in_a_row = killed + 1, in_a_row + 1
+                case.between()
+                continue
+        for process in started:
+            finish(process)
+        case.end()
+        in_a_row = 0
+    return (
+        f"train by {processes} processes: {killed} kills of one, {writing} of them while something was "
+        f"written, the others ended after {longest:.1f} s at most, all well; a whole run takes "
+        f"{seconds:.1f} s"
+    )
+
+
 def shares(total: int, names: tuple[str, ...]) -> dict[str, int]:
     return {name: total // len(names) + (i < total % len(names)) for i, name in enumerate(names)}
 
@@ -382,9 +465,13 @@ if __name__ == "__main__":
     parser.add_argument("--interrupts", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one command")
+    parser.add_argument("--processes", type=int, default=1, help="of a training run, one of which is killed")
     parser.add_argument("--folder", type=Path, required=True, help="a new folder")
     given = parser.parse_args()
     given.folder.mkdir(parents=True)
+    if given.processes > 1:
+        print(run_together(given.folder, given.kills, given.processes, given.seed))
+        raise SystemExit
     chosen = (shares(given.kills, KILLED), shares(given.interrupts, INTERRUPTED))
     if given.only:
         chosen = tuple({name: n for name, n in each.items() if name == given.only} for each in chosen)

@@ -123,6 +123,26 @@ def test_a_stop_is_asked_for_once_there_is_something_to_save() -> None:
     assert end(process, signal.SIGTERM, say=False)[0] == 143, "the second one ends it"
 
 
+def test_a_library_that_takes_sigterm_hears_of_it_and_does_not_keep_it() -> None:
+    lines = (
+        "stop = signals.stop_on_sigterm()",
+        "theirs = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: print('theirs', number, flush=True))",
+        "ctypes.CDLL(None).signal.argtypes = [ctypes.c_int, ctypes.c_void_p]",
+        "ctypes.CDLL(None).signal(15, ctypes.cast(theirs, ctypes.c_void_p))",
+        "assert not stop()",
+        SAY,
+        "while not stop(): time.sleep(0.01)",
+        "print('stopped', flush=True)",
+        "time.sleep(600)",
+    )
+    process = start(*lines)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"at it\n"
+    process.send_signal(signal.SIGTERM)
+    assert sorted(process.stdout.readline() for _ in range(2)) == [b"stopped\n", b"theirs 15\n"]
+    assert end(process, signal.SIGTERM, say=False)[0] == 143, "the second one ends it"
+
+
 def test_signals_that_are_ignored_stay_so() -> None:
     process = start(SAY, "input()", do=signal.SIG_IGN)
     assert process.stdout is not None

@@ -194,14 +194,16 @@ def test_a_step_that_does_not_read_back_is_removed(tmp_path: Path, monkeypatch: 
     checkpoints = native.Checkpoints(tmp_path)
     state = {"a": jnp.arange(3.0)}
     checkpoints.save(1, state, Batches())  # pyright: ignore[reportArgumentType]
-    save = checkpoints._checkpointer.save_checkpointables
+    checkpoints.settle()
+    save = checkpoints._checkpointer.save_checkpointables_async
 
     def damaged(step: int, parts: dict[str, Any], **options: Any) -> Any:
         return save(step, {**parts, "state": {"a": jnp.arange(3.0).at[1].set(jnp.nan)}}, **options)
 
-    monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables", damaged)
+    monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables_async", damaged)
+    checkpoints.save(2, state, Batches())  # pyright: ignore[reportArgumentType]
     with pytest.raises(OSError, match=r"2: does not read back as it was written .*'a'.* differs"):
-        checkpoints.save(2, state, Batches())  # pyright: ignore[reportArgumentType]
+        checkpoints.settle()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     checkpoints.close()
 
@@ -218,8 +220,9 @@ def test_what_could_not_be_compared_stays(
 
     monkeypatch.setattr(native, "check_same", broken)
     checkpoints = native.Checkpoints(tmp_path)
+    checkpoints.save(1, {"a": jnp.arange(3.0)}, Batches())  # pyright: ignore[reportArgumentType]
     with pytest.raises(type(error)) as caught:
-        checkpoints.save(1, {"a": jnp.arange(3.0)}, Batches())  # pyright: ignore[reportArgumentType]
+        checkpoints.settle()
     assert caught.value is error
     checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
@@ -241,9 +244,27 @@ def test_one_kept_step_goes_only_when_the_next_was_read_back(
     monkeypatch.setattr(native, "check_same", check)
     for step in (1, 2, 3):
         checkpoints.save(step, state, batches)
+    checkpoints.settle()
     assert seen == [["1"], ["1", "2"], ["2", "3"]]
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
     checkpoints.close()
+
+
+def test_later_steps_that_cannot_be_read_do_not_take_the_place_of_good_ones(tmp_path: Path) -> None:
+    batches: Any = Batches()
+    state = {"a": jnp.arange(3.0)}
+    with native.Checkpoints(tmp_path) as checkpoints:
+        for step in (4, 6):
+            checkpoints.save(step, state, batches)
+    file = next(path for path in (tmp_path / "6" / "state").rglob("*") if path.is_file())
+    flip(file, 0, 0)
+    abstract = {"a": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=state["a"].sharding)}
+    with native.Checkpoints(tmp_path, keep=1) as checkpoints:
+        found = checkpoints.restore(abstract, batches)
+        assert found is not None
+        assert found[0] == 4
+        checkpoints.save(5, state, batches)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "6"]
 
 
 def test_a_run_that_goes_on_completes_what_was_left(tmp_path: Path) -> None:

@@ -1,17 +1,21 @@
 """Runs that are asked to stop, that another process has, and that the disk has no room for."""
 
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_runs import metric_lines
+from training_runs import changed, metric_lines
 
+from elastic_lm.checkpoints import native
+from elastic_lm.checkpoints.native import Checkpoints
 from elastic_lm.files.locks import LOCK_FILE, only_process
-from elastic_lm.train import Stopped, loop, run
+from elastic_lm.train import Stopped, run, together
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.inputs import FILE
 from elastic_lm.train.run import fit
@@ -36,16 +40,36 @@ def test_a_run_that_was_asked_to_stop_goes_on_bit_identically(run_config: RunCon
     assert values(workdir) == values(tmp_path / "straight")
 
 
-def test_several_processes_stop_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loop._agreed(True, due=False)
-    assert not loop._agreed(False, due=True)
-    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
-    others = np.asarray([False, True])
-    monkeypatch.setattr(loop.multihost_utils, "process_allgather", lambda asked: others | asked)
-    assert loop._agreed(False, due=True)
-    assert not loop._agreed(True, due=False)  # the others would not come to this step's meeting
-    others = np.asarray([False, False])
-    assert not loop._agreed(False, due=True)
+def test_several_processes_stop_and_save_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert together.agreed(True, True, due=False) == (True, True)
+    assert together.agreed(False, False, due=True) == (False, False)
+    monkeypatch.setattr(together.jax, "process_count", lambda: 2)
+    first = np.asarray([True, False])  # process 0 was asked to stop
+    gathered = lambda own: np.stack([first, own])  # noqa: E731
+    monkeypatch.setattr(together.multihost_utils, "process_allgather", gathered)
+    assert together.agreed(False, True, due=True) == (True, False), "the clock of process 0 counts"
+    assert together.agreed(True, True, due=False) == (False, False), "the others do not come to this meeting"
+    first = np.asarray([False, True])
+    assert together.agreed(False, False, due=True) == (False, True)
+
+
+def test_minutes_between_checkpoints_and_steps_kept_for_good(
+    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = itertools.count()
+    monkeypatch.setattr(together, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(now)))
+    saved, save = [], Checkpoints.save
+
+    def noted(self: Checkpoints, step: int, *rest: Any) -> None:
+        saved.append(step)
+        save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    # Looked at once a step, and set back by every checkpoint.
+    config = changed(run_config, save_every=100, save_minutes=2, keep=1, keep_period=4, log_every=3)
+    fit(config, tmp_path)
+    assert saved == [2, 4, 6]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
 
 
 def test_one_process_writes_the_files_of_a_run(
@@ -70,6 +94,57 @@ def test_one_process_at_a_time(run_config: RunConfig, tmp_path: Path) -> None:
     ):
         fit(run_config, workdir)
     assert not workdir.exists()
+
+
+def test_a_save_that_fails_meanwhile_ends_the_run_at_a_later_step(
+    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = itertools.chain([None, ValueError("bits differ")], itertools.repeat(None))
+
+    def check(tree: Any, read: Any) -> None:
+        if (error := next(checks)) is not None:
+            raise error
+
+    monkeypatch.setattr(native, "check_same", check)
+    reason = r"checkpoints/4: does not read back as it was written \(ValueError: bits differ\) and is removed"
+    with pytest.raises(OSError, match=reason):
+        fit(run_config, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
+    fit(run_config, tmp_path)
+
+
+def test_other_errors_are_not_hidden_by_that_of_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check(tree: Any, read: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native, "check_same", check)
+    batches: Any = SimpleNamespace(get_state=lambda: {"next": 1})
+
+    def diverge() -> None:
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, {"a": jnp.zeros(3)}, batches)
+            raise FloatingPointError("loss is nan")
+
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        diverge()
+    assert "checkpoint" in caplog.text
+    assert "1 was not saved: OSError: [Errno 28] No space left on device" in caplog.text
+
+
+def test_the_loss_of_another_process_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose() -> None:
+        with together.noticing_lost_processes():
+            raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+
+    with pytest.raises(ValueError, match="Gloo"):
+        lose()
+    monkeypatch.setattr(together.jax, "process_count", lambda: 2)
+    with pytest.raises(ConnectionError, match=r"another process of this run .* start all of them again"):
+        lose()
+    with pytest.raises(ValueError, match="lr"), together.noticing_lost_processes():
+        raise ValueError("train.lr=0")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits")
