@@ -18,8 +18,9 @@ from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import to_dict
 from elastic_lm.files.checksums import write_checksums
-from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE, only_process
+from elastic_lm.files.remote import check_direct
+from elastic_lm.files.remote_workdirs import stored_at, working_folder
 from elastic_lm.hf.carried import Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
@@ -87,7 +88,8 @@ def fit(
 
     Args:
       config: the whole run, of a decoder on text or of a task on labelled records.
-      workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/.
+      workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/; it may be at
+        gs://.
       stop: asked after every step but the last: whether to save and stop there; None = never.
       writers: receive the numbers of the run, beside those that `log.writers` names; each has
         `write(step, values)` and `close()`, which is called at the end. The first process alone writes.
@@ -101,8 +103,8 @@ def fit(
       FloatingPointError: training diverged; names the step.
       OSError: the disk takes no more; names the file.
       Stopped: `stop` asked for it; the state is saved.
-      ValueError: a file or field is unusable, `workdir` is remote, holds another run, or is in use by another
-        process, or the initial checkpoint or the data changed since the run there began; names it.
+      ValueError: a file or field is unusable, `workdir` is in another store, holds another run, or is in use
+        by another process, or the initial checkpoint or the data changed since the run there began; names it.
 
     Example:
       ```python
@@ -119,11 +121,14 @@ def fit(
           model, params, metrics = el.train.fit(run, workdir)
       ```
     """
-    workdir = local_path(workdir)
+    check_direct(workdir)
     first = jax.process_index() == 0
     fix = "choose another workdir"
-    with only_process(workdir / LOCK_FILE, workdir, fix) if first else nullcontext():
-        return _fit(config, workdir, stop or (lambda: False), writers, origin)
+    with (
+        working_folder(workdir, first, fix) as folder,
+        only_process(folder / LOCK_FILE, workdir, fix) if first else nullcontext(),
+    ):
+        return _fit(config, folder, stop or (lambda: False), writers, origin)
 
 
 def _fit(
@@ -137,7 +142,7 @@ def _fit(
     config = with_seeds(given)
     check_writers(config.log)
     check_identity(config, workdir)
-    check_target(workdir / MODEL_FOLDER, overwrite=True)
+    check_target(stored_at(workdir / MODEL_FOLDER), overwrite=True)
 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
@@ -176,7 +181,7 @@ def _fit(
     # Only now: a run that was refused leaves no trace in its workdir.
     save_files(config, run, inputs, workdir)
 
-    with closing(Checkpoints(workdir / "checkpoints", config.train.keep)) as checkpoints:
+    with closing(Checkpoints(stored_at(workdir / "checkpoints"), config.train.keep)) as checkpoints:
         start, state = loop.resume(checkpoints, state, batches)
         if not start:
             state = method.begin(state, frozen, data)
@@ -192,7 +197,7 @@ def _fit(
     finished = method.finish({**frozen, **state.params}, data)
     model, params = as_stored(config, method.config, run.canonical(finished.params))
     save_model(
-        workdir / MODEL_FOLDER,
+        stored_at(workdir / MODEL_FOLDER),
         model,
         params,
         run.tokenizer,
