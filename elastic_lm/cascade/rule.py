@@ -23,6 +23,7 @@ from elastic_lm.config.cascade import DEFAULT_SCORE, Centre
 from elastic_lm.config.checks import SEED, require, require_types
 from elastic_lm.config.parse import load_dataclass
 from elastic_lm.files.atomic import write_text_whole
+from elastic_lm.files.remote import fetched
 from elastic_lm.report.machine import recorded_versions
 
 # Both stand in files.
@@ -103,7 +104,8 @@ class CascadeRule:
           ValueError: the file is not JSON, is not a cascade rule, or holds values out of range; names the
             field.
         """
-        return load_dataclass(cls, path, FORMAT, "cascade rule", "`elastic-lm cascade fit` writes one")
+        fix = "`elastic-lm cascade fit` writes one"
+        return load_dataclass(cls, fetched(path), FORMAT, "cascade rule", fix)
 
 
 def fit_rule(

@@ -9,6 +9,7 @@ from elastic_lm.config.model import DTYPES
 from elastic_lm.files.atomic import moved_away
 from elastic_lm.files.gguf import is_gguf
 from elastic_lm.files.hub import OR_NAME, local_model
+from elastic_lm.files.remote import named
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Config, Model, kind_of, make_model
 
@@ -27,6 +28,7 @@ def load(
     Args:
       path: folder with config.json and safetensors, or with elastic_config.json; a .gguf file; or, where
         nothing of that name is here, ORG/NAME of a model on the Hub, which is downloaded into its cache.
+        Folders and files may be remote, like gs://bucket/model.
       dtype: "float32", "bfloat16" or "float16" of parameters and activations; None = as saved for a
         checkpoint, in which what was trained over frozen half-precision weights is float32, and see
         `hf.load` for a Hugging Face folder.
@@ -39,7 +41,7 @@ def load(
     Raises:
       FileNotFoundError: there is nothing at `path`, or nothing that holds a model.
       OSError: the Hub cannot be reached or does not give the model to this user; says what to do.
-      ValueError: `path` is remote; or see `hf.load`.
+      ValueError: remote paths of this kind are not supported; or see `hf.load`.
 
     Example:
       ```python
@@ -96,8 +98,8 @@ def check_model_folder(path: str | Path) -> None:
             )
         found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
-            f"{folder}: expected a Hugging Face folder (with config.json) or a checkpoint of this package "
-            f"(with {CHECKPOINT}); found {found}. {OR_NAME}{moved_away(folder)}"
+            f"{named(folder)}: expected a Hugging Face folder (with config.json) or a checkpoint of this "
+            f"package (with {CHECKPOINT}); found {found}. {OR_NAME}{moved_away(folder)}"
         )
 
 

@@ -26,6 +26,7 @@ from elastic_lm.checkpoints.orbax_folders import (
 )
 from elastic_lm.checkpoints.position import Position, anywhere
 from elastic_lm.checkpoints.read_back import check_same, on_host
+from elastic_lm.checkpoints.remote import check_remote_target, save_remote
 from elastic_lm.config.checks import require
 from elastic_lm.config.parse import from_dict, to_dict
 from elastic_lm.config.subnet import Menu
@@ -44,6 +45,9 @@ from elastic_lm.files.atomic import (
 )
 from elastic_lm.files.hub import local_model
 from elastic_lm.files.local import local_path, require_folder_above
+from elastic_lm.files.remote import address_of, check_direct, is_remote, place_of
+from elastic_lm.files.remote_models import stored_folder
+from elastic_lm.files.remote_workdirs import flush
 from elastic_lm.files.shortage import is_shortage
 from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
 from elastic_lm.models.decoder import Params
@@ -82,15 +86,16 @@ class Checkpoints:
         """Opens a folder; unfinished checkpoints in it are removed.
 
         Args:
-          folder: one sub-folder per step; made where it is missing.
+          folder: one sub-folder per step, local or at gs://; made where it is missing.
           keep: newest checkpoints that are kept.
           keep_period: steps that are multiples of it are kept as well; 0 = none are.
 
         Raises:
-          ValueError: `folder` is remote.
+          ValueError: remote paths of this kind are not supported.
         """
         training: Any = ocp.training
-        self._folder = folder = local_path(folder)
+        check_direct(folder)
+        self._folder = folder = place_of(folder)
         self._keep, self._keep_period = keep, keep_period
         self._saving: tuple[int, Background] | None = None  # the step that is being saved
         self._failed = False  # the last save, which said why
@@ -131,6 +136,7 @@ class Checkpoints:
           OSError: as `settle`, of the save before or of the beginning of this one.
         """
         self.settle()
+        flush(self._folder)
         position = Position(batches)
         parts = {"state": state, "data": position}
         held = on_host(state) if jax.process_count() == 1 else None
@@ -351,7 +357,8 @@ def save_model(
     The folder appears complete or not at all, with checksums of its files, after it was read back.
 
     Args:
-      path: folder to create.
+      path: folder to create, on this machine or in a store. In a store, an earlier checkpoint goes before
+        the new one is written.
       config: the model.
       params: canonical parameters.
       tokenizer: saved beside them; None = no tokenizer.
@@ -364,24 +371,31 @@ def save_model(
     Raises:
       FileExistsError: `path` holds something that may not be replaced.
       OSError: what was written does not read back as it was; an earlier checkpoint stays.
-      ValueError: `path` is remote.
+      ValueError: remote paths of this kind are not supported.
     """
     target = check_target(path, overwrite)
+
+    def describe(folder: Path) -> None:
+        if source:
+            Carried.of_folder(source).save(folder)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        (folder / CONFIG_FILE).write_text(_json({"kind": kind_of(config).name, **to_dict(config)}))
+        if menu is not None:
+            (folder / MENU_FILE).write_text(_json(to_dict(menu)))
+        if beside is not None:
+            beside(folder)
+
+    if is_remote(target):
+        save_remote(address_of(target), params, PARAMS_FOLDER, describe)
+        return
     partial = _shared_name(target)
     first = jax.process_index() == 0
     with whole_folder(target, partial) if first else naming(target, partial):
         with readable_name(partial) as folder, tidy(partial.parent, partial.name):
             ocp.save(folder / PARAMS_FOLDER, params)
         if first:
-            if source:
-                Carried.of_folder(source).save(partial)
-            if tokenizer is not None:
-                tokenizer.save(partial)
-            (partial / CONFIG_FILE).write_text(_json({"kind": kind_of(config).name, **to_dict(config)}))
-            if menu is not None:
-                (partial / MENU_FILE).write_text(_json(to_dict(menu)))
-            if beside is not None:
-                beside(partial)
+            describe(partial)
             checksums.write_checksums(partial)
             _check_saved(partial, target, config, params)
             check_target(path, overwrite)  # another process may have been there meanwhile
@@ -419,7 +433,7 @@ def _check_saved(partial: Path, target: Path, config: Config, params: Params) ->
         ) from error
 
 
-def check_target(path: str | Path, overwrite: bool) -> Path:
+def check_target(path: str | Path, overwrite: bool) -> Any:
     """Where a checkpoint may be written.
 
     Args:
@@ -427,13 +441,18 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
       overwrite: whether an earlier checkpoint there may be replaced.
 
     Returns:
-      The absolute path.
+      The absolute path; the address of a remote one.
 
     Raises:
       FileExistsError: `path` holds something that may not be replaced; names it.
       NotADirectoryError: something above it is a file.
-      ValueError: `path` is remote, or holds a character that orbax cannot write to here.
+      ValueError: remote paths of this kind are not supported, or it holds a character that orbax cannot write
+        to here.
     """
+    if is_remote(path):
+        check_name(address := address_of(path))
+        check_remote_target(address, overwrite, CONFIG_FILE, WRITTEN)
+        return address
     target = local_path(path).absolute()
     check_name(target)
     require_folder_above(target)
@@ -466,7 +485,7 @@ def load_model(
     """Reads an elastic checkpoint onto any mesh, whatever it was saved from.
 
     Args:
-      path: folder written by `save_model`.
+      path: folder written by `save_model`, on this machine or in a store.
       mesh: where the parameters go; None = the first device.
       rules: logical to mesh axes.
       dtype: of all parameters and of the activations; None = each as it was saved. What was trained over
@@ -480,8 +499,9 @@ def load_model(
       ValueError: its parameters do not fit its config, a file is damaged, or they hold NaN or infinity; names
         the first such parameter.
     """
-    folder = local_path(path).absolute()
-    config = load_config(folder)
+    copy = local_model(path).absolute()
+    config = load_config(copy)
+    folder = stored_folder(copy)  # where the arrays are, which are not copied
     checksums.check_files(folder)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)

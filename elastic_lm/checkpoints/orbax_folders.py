@@ -7,11 +7,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
 
 from elastic_lm.config.checks import require
+from elastic_lm.files.remote import is_remote, place_of
 from elastic_lm.files.unfinished import remove_anything, unfinished
 
 ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
@@ -28,12 +30,14 @@ def tidy(folder: Path, beginning: str) -> Iterator[None]:
     removed, and cannot tell a loop that is closed about it.
 
     Args:
-      folder: where it writes.
+      folder: where it writes; in a store nothing is removed: without orbax' commit file it does not count.
       beginning: of the names of what is half-written.
     """
     try:
         yield
     except Exception:
+        if is_remote(folder):
+            raise
         shown = sys.unraisablehook
         sys.unraisablehook = lambda lost: None if "loop is closed" in str(lost.exc_value) else shown(lost)
         end, quiet = time.monotonic() + SETTLING, 0
@@ -59,6 +63,10 @@ def readable_name(folder: str | Path) -> Iterator[epath.Path]:
     Raises:
       ValueError: its path has them and no link can stand in for it.
     """
+    if is_remote(folder):
+        check_name(folder)
+        yield place_of(folder)
+        return
     path = Path(folder).absolute()
     if not PATTERN_CHARACTERS.search(str(path)):
         yield epath.Path(path)
@@ -72,9 +80,13 @@ def readable_name(folder: str | Path) -> Iterator[epath.Path]:
             yield epath.Path(link)
 
 
-def check_name(path: Path) -> None:
-    """Refuses a path that needs a link where there can be none, as with several processes."""
-    alone = jax.process_count() == 1 and not PATTERN_CHARACTERS.search(tempfile.gettempdir())
+def check_name(path: Any) -> None:
+    """Refuses a path that needs a link where there can be none, as with several processes or in a store."""
+    alone = (
+        jax.process_count() == 1
+        and not is_remote(path)
+        and not PATTERN_CHARACTERS.search(tempfile.gettempdir())
+    )
     usable = alone or not PATTERN_CHARACTERS.search(str(path))
     require(usable, "path", str(path), "holds one of []*?\\; choose a path without")
 

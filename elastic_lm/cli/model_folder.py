@@ -56,16 +56,20 @@ def writing_target(path: str) -> Iterator[None]:
     """Keeps other processes from a folder while it is written, and removes what a killed one left there.
 
     Args:
-      path: the folder, which need not exist.
+      path: the folder, which need not exist; nothing happens where it is remote.
 
     Raises:
       OSError: its parent takes no new files, or something above it is a file.
-      ValueError: it is remote or the root folder, or another process is writing it; names it.
+      ValueError: it is the root folder, or another process is writing it; names it.
     """
     from elastic_lm.files.atomic import real_place, remove_leftovers, short_name
     from elastic_lm.files.local import local_path
     from elastic_lm.files.locks import LOCK_FILE, only_process
+    from elastic_lm.files.remote import is_remote
 
+    if is_remote(path):  # where nothing can be locked
+        yield
+        return
     target = real_place(local_path(path))
     if not target.name:
         raise ValueError(f"{path}: is the root of all folders and is not replaced; choose another path")

@@ -14,6 +14,7 @@ from elastic_lm.config.exit_policy import GATE_METRIC, METRICS
 from elastic_lm.config.model import DTYPES
 from elastic_lm.files.local import local_path
 from elastic_lm.files.recipes import split_argument
+from elastic_lm.files.remote import address_of, is_remote
 
 Colour = Literal["auto", "always", "never"]
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf(inity)?$|-nan$", re.IGNORECASE)
@@ -128,6 +129,15 @@ def require_dtype(value: str | None) -> None:
 
 
 def place(text: str) -> str:
+    """A file or folder, on this machine or in a store that is supported, as a flag's type."""
+    try:
+        address_of(text) if is_remote(text) else local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def local_place(text: str) -> str:
     """A file or folder on this machine, as a flag's type."""
     try:
         local_path(text)
@@ -143,7 +153,7 @@ def service_or_place(text: str) -> str:
 
 
 def config_place(text: str) -> str:
-    """A recipe or a Python file on this machine, with an argument of any kind behind it, as a flag's type."""
+    """A recipe or a Python file, with an argument of any kind behind it, as a flag's type."""
     place(split_argument(text)[0])
     return text
 
@@ -221,15 +231,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data(parser: argparse.ArgumentParser, purpose: str) -> None:
+def add_data(parser: argparse.ArgumentParser, purpose: str, kind: Callable[[str], str] = place) -> None:
     """Adds --data.
 
     Args:
       parser: of the command.
       purpose: what the command uses the text for.
+      kind: of paths that the command takes.
     """
     text = f"{purpose}: text files, folders or .jsonl with a `text` field (default: Python's own library)"
-    parser.add_argument("--data", nargs="+", metavar="FILE", help=text)
+    parser.add_argument("--data", nargs="+", metavar="FILE", type=kind, help=text)
 
 
 def add_dtype(parser: argparse.ArgumentParser, text: str) -> None:

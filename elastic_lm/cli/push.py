@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from elastic_lm.cli.parser import CommandOptions
+from elastic_lm.cli.parser import CommandOptions, local_place
 
 HELP = """\
 A model -> the Hugging Face Hub, with a model card.
@@ -38,11 +38,22 @@ class Options(CommandOptions):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="elastic checkpoint or Hugging Face folder")
+    add(
+        "--model",
+        required=True,
+        metavar="DIR",
+        type=local_place,
+        help="elastic checkpoint or Hugging Face folder",
+    )
     add("--to", required=True, metavar="ORG/NAME", help="name on the Hub; made where it does not exist")
     add("--private", action="store_true", help="a new model is private")
     add("--revision", metavar="BRANCH", help="branch, made where it does not exist (default: main)")
-    add("--thresholds", metavar="FILE", help="of `calibrate` (default: thresholds.json in DIR or beside it)")
+    add(
+        "--thresholds",
+        metavar="FILE",
+        type=local_place,
+        help="of `calibrate` (default: thresholds.json in DIR or beside it)",
+    )
     add("--base-model", metavar="NAME", help="that it was made from (default: as its run says)")
     add("--license", metavar="ID", help="such as apache-2.0 (default: that of a base model on the Hub)")
     add("--dry-run", action="store_true", help="print the model card and send nothing")

@@ -14,6 +14,7 @@ from elastic_lm.cli.parser import (
     given_fields,
     layers,
     listed,
+    local_place,
     metrics,
     require_colour,
     shares,
@@ -55,9 +56,10 @@ class Options(CommandOptions):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add = parser.add_argument
-    add("--out", metavar="DIR", help=f"results go here (default: {Job.out})")
-    add("--hf-dir", metavar="DIR", help="your own Hugging Face checkpoint instead of the embedded model")
-    add_data(parser, "your own text")
+    add("--out", metavar="DIR", type=local_place, help=f"results go here (default: {Job.out})")
+    text = "your own Hugging Face checkpoint instead of the embedded model"
+    add("--hf-dir", metavar="DIR", type=local_place, help=text)
+    add_data(parser, "your own text", local_place)
     add("--from-scratch", action="store_true", help="pretrain the small model instead of loading it")
     pretraining = f"with --from-scratch (default: {Job.pretrain_steps})"
     add("--pretrain-steps", type=int, metavar="N", help=pretraining)

@@ -82,7 +82,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--gin_param", action="append", metavar="BINDING", help=text)
     text = "train once per value, like train.seed=0,1,2; may be repeated"
     add("--sweep", action="append", metavar="KEY=V,V", help=text)
-    add("--workdir", required=True, metavar="DIR", help="checkpoints and metrics go here")
+    add("--workdir", required=True, metavar="DIR", help="checkpoints and metrics go here; may be at gs://")
     add_processes(parser)
     parser.set_defaults(overrides=[])
 
@@ -123,6 +123,7 @@ def load(options: Options, values: Mapping[str, str] | None = None) -> "tuple[Ru
       options: of the command.
       values: of a sweep, by key: overrides, or bindings of gin.
     """
+    from elastic_lm.files.remote import named
     from elastic_lm.train.gin_files import read_gin
     from elastic_lm.train.recipes import load_config, recipe_path
     from elastic_lm.train.record import Origin
@@ -132,15 +133,16 @@ def load(options: Options, values: Mapping[str, str] | None = None) -> "tuple[Ru
         config, operative = read_gin(options.gin_file, [*options.gin_param, *more])
         return config, Origin(options.gin_file, operative)
     config = load_config(options.config, [*options.overrides, *more])
-    return config, Origin((str(recipe_path(options.config)[0]),))
+    return config, Origin((named(recipe_path(options.config)[0]),))
 
 
 def sweep(options: Options) -> int | None:
     """Trains one run per combination of values; returns a status that is not 0 where one failed."""
+    from elastic_lm.files.local import local_path
     from elastic_lm.train import Stopped
     from elastic_lm.train.sweeps import FILE, make_members, run_sweep, table, table_lines
 
-    workdir = Path(options.workdir)
+    workdir = local_path(options.workdir)  # members share files there
     members = make_members(options.sweep, lambda values: load(options, values))
     try:
         outcomes = run_sweep(

@@ -58,9 +58,9 @@ class SubnetText:
 def _read_subnet(file: str) -> Subnet:
     """The sub-network that a file of JSON describes."""
     from elastic_lm.files.atomic import read_json
-    from elastic_lm.files.local import local_path
+    from elastic_lm.files.remote import fetched
 
-    found: Any = read_json(local_path(file))
+    found: Any = read_json(fetched(file))
     found = found.get("subnet", found) if isinstance(found, dict) else found
     require(isinstance(found, dict), file, type(found).__name__, "must hold the fields of el.Subnet")
     return from_dict(Subnet, found, "subnet.")

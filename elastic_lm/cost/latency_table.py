@@ -22,6 +22,7 @@ from elastic_lm.config.parse import load_dataclass
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.cost.counted import CostTable, Workload
 from elastic_lm.files.atomic import write_text_whole
+from elastic_lm.files.remote import fetched
 from elastic_lm.report.machine import hardware
 
 Phase = Literal["decode", "prefill"]
@@ -246,7 +247,7 @@ class LatencyTable:
           FileNotFoundError: there is no such file.
           ValueError: it is not JSON, not a latency table, or holds values out of range.
         """
-        return load_dataclass(cls, path, FORMAT, "latency table", REBUILD)
+        return load_dataclass(cls, fetched(path), FORMAT, "latency table", REBUILD)
 
     def text(self) -> str:
         """The table as aligned lines, one per choice; layers of equal costs share their lines."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from elastic_lm.data import json_arrays, parquet
 from elastic_lm.files.local import local_path
+from elastic_lm.files.remote import is_remote, remote_files
 from elastic_lm.files.text_files import Bytes, check_whole, is_packed, open_bytes, parse_object, text_start
 
 
@@ -55,7 +56,8 @@ def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Pat
 
     Args:
       paths: files, of any name, folders, read at any depth, and patterns of names such as data/*.jsonl, in
-        which ** stands for any folders.
+        which ** stands for any folders. They may be remote: copies are given then, kept until the object
+        changes.
       suffixes: how the names of files in folders end.
 
     Returns:
@@ -63,10 +65,10 @@ def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Pat
 
     Raises:
       FileNotFoundError: a path does not exist, or a folder has no such file.
-      ValueError: a path names another machine.
+      ValueError: remote paths of this kind are not supported.
     """
     files: list[Path] = []
-    for path in (one for given in paths for one in _matching(local_path(given))):
+    for path in (one for given in paths for one in _places(given, suffixes)):
         if path.is_file():
             files.append(path)
             continue
@@ -77,6 +79,11 @@ def find_files(paths: Iterable[str | Path], suffixes: Sequence[str]) -> list[Pat
             raise FileNotFoundError(f"data path {path}: {reason}")
         files.extend(found)
     return files
+
+
+def _places(given: str | Path, suffixes: Sequence[str]) -> list[Path]:
+    """Files and folders that one of the paths stands for; copies of what is in a store."""
+    return remote_files(given, suffixes) if is_remote(given) else _matching(local_path(given))
 
 
 def _matching(path: Path) -> list[Path]:

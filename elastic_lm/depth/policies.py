@@ -34,6 +34,7 @@ from elastic_lm.depth.guarantee import Guarantee
 from elastic_lm.depth.observations import check_gates
 from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.files.fingerprints import differing_parts
+from elastic_lm.files.remote import fetched
 
 FORMAT = "elastic_lm thresholds 1"
 MODEL_SHAPE = ("n_layers", "d_model", "vocab_size")  # what has to match between a file and a model
@@ -267,7 +268,7 @@ class ConfidenceExit:
           FileNotFoundError: there is no such file.
           ValueError: the file is not JSON, not a thresholds file, or holds values out of range.
         """
-        path = Path(path)
+        path = fetched(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such thresholds file; `elastic-lm calibrate` writes one")
 

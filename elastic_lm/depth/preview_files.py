@@ -63,7 +63,7 @@ def save_preview(preview: HeadPreview, report: PreviewReport, path: str | Path) 
         "report": json.dumps(dataclasses.asdict(report)),
         "provenance": json.dumps(provenance),
     }
-    write_bytes_whole(Path(path), save({name: np.asarray(x) for name, x in arrays.items()}, metadata))
+    write_bytes_whole(path, save({name: np.asarray(x) for name, x in arrays.items()}, metadata))
 
 
 def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, PreviewReport]:
@@ -99,7 +99,10 @@ def load_preview(path: str | Path, config: ModelConfig) -> tuple[HeadPreview, Pr
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    from elastic_lm.files.remote import fetched
+
+    path = fetched(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no preview; write one with `el.depth.fit_preview`")
     try:
         with safe_open(str(path), framework="numpy") as file:

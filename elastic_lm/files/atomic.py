@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from elastic_lm.config.parse import parse_json
 from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.locks import try_lock
+from elastic_lm.files.remote import address_of, check_writable, is_remote, remove_below, write_object
 from elastic_lm.files.unfinished import finishing, remove_anything, unfinished
 
 PARTIAL, OLD = "partial", "old"
@@ -102,14 +104,19 @@ def whole_file(path: str | Path, links: bool = True) -> Iterator[BinaryIO]:
     that writes the file removes.
 
     Args:
-      path: the file; its folder is made where it is missing. Pipes and devices are written to directly, and
-        so are files in folders that take no new ones.
+      path: the file, local or an object of a store; its folder is made where it is missing. Pipes and devices
+        are written to directly, and so are files in folders that take no new ones.
       links: a file that is a link is written where it leads; False = it is replaced itself.
 
     Raises:
       OSError: it cannot be written; names it.
-      ValueError: the path names another machine.
+      ValueError: remote paths of this kind are not supported.
     """
+    if is_remote(path):
+        address, buffer = address_of(path), io.BytesIO()
+        yield buffer
+        write_object(address, buffer.getvalue())
+        return
     named = local_path(path)
     path = real_place(named) if links else named.absolute()
     partial = new_beside(path)
@@ -142,7 +149,7 @@ def whole_folder(path: str | Path, partial: Path | None = None) -> Iterator[Path
 
     Args:
       path: its place; an empty folder or an earlier one there is replaced. Where it is a link to a folder,
-        that folder is.
+        that folder is. Where it is remote, a folder on this machine is filled and then sent.
       partial: what is filled meanwhile, beside `real_place(path)`; None = a new name.
 
     Yields:
@@ -151,6 +158,12 @@ def whole_folder(path: str | Path, partial: Path | None = None) -> Iterator[Path
     Raises:
       OSError: the disk takes no more; names `path`.
     """
+    if is_remote(path):
+        from elastic_lm.files.remote_folders import whole_remote_folder
+
+        with whole_remote_folder(path) as folder:
+            yield folder
+        return
     target = real_place(path)
     partial = partial or new_beside(target)
     with naming(path, partial):
@@ -196,6 +209,9 @@ def remove_folder(folder: Path, name: Path | None = None) -> None:
       folder: what goes.
       name: what it is called meanwhile; None = after itself.
     """
+    if is_remote(folder):
+        remove_below(address_of(folder))
+        return
     going = new_beside(name or folder)
     folder.rename(going)
     with unfinished(going):
@@ -307,9 +323,12 @@ def prepare_output(path: str | None) -> None:
 
     Raises:
       OSError: it cannot be written there.
-      ValueError: it is remote.
+      ValueError: remote paths of this kind are not supported.
     """
-    if path in (None, "-"):
+    if path is None or path == "-":
+        return
+    if is_remote(path):
+        check_writable(address_of(path))
         return
 
     with naming(str(path)):

@@ -3,7 +3,8 @@
 They are CRC-32, which notices every change of up to 32 neighbouring bits and all but one in 2^32 of the
 others. `zlib` comes with Python and computes it at several GB/s, about twice as fast as SHA-256 where the
 processor helps with that, and ten times elsewhere. It guards against disks, memory and broken copies, not
-against people. A folder without such a file, like one that was downloaded, is not checked.
+against people. A folder without such a file, like one that was downloaded, is not checked. Folders may lie in
+an object store, whose files are read through for it; several processes share them out.
 """
 
 import fnmatch
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lm.files.atomic import write_text_whole
+from elastic_lm.files.remote import address_of, is_remote, listing, place_of
 
 FILE = "checksums.json"
 FORMAT = "elastic_lm checksums 1"
@@ -34,12 +36,23 @@ def write_checksums(folder: str | Path, names: Iterable[str] | None = None) -> N
     Raises:
       OSError: a file cannot be read, or the checksums not be written.
     """
-    folder = Path(folder)
-    if names is None:
-        paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / FILE)
-        names = [path.relative_to(folder).as_posix() for path in paths]
-    names = list(names)
+    folder = place_of(folder)
+    names = _names(folder) if names is None else list(names)
     _write(folder, dict(zip(names, _entries(folder, names), strict=True)))
+
+
+def join_checksums(folder: Path, elsewhere: Any, below: str) -> None:
+    """Writes the checksums of a folder of which some files are in another place.
+
+    Args:
+      folder: holds all other files, and gets the checksums of all.
+      elsewhere: the folder with the files that are not here, local or remote.
+      below: what their names begin with, as seen from the folder.
+    """
+    names, others = _names(folder), _names(elsewhere)
+    entries = dict(zip(names, _entries(folder, names), strict=True))
+    entries |= zip((f"{below}/{name}" for name in others), _entries(elsewhere, others), strict=True)
+    _write(folder, entries)
 
 
 def update_checksums(folder: str | Path, names: Iterable[str]) -> None:
@@ -52,7 +65,7 @@ def update_checksums(folder: str | Path, names: Iterable[str]) -> None:
     Raises:
       ValueError: the checksums are damaged.
     """
-    folder = Path(folder)
+    folder = place_of(folder)
     if (folder / FILE).is_file():
         _write(folder, _read(folder / FILE) | {name: file_entry(folder / name) for name in names})
 
@@ -83,11 +96,12 @@ def check_files(folder: str | Path, patterns: Iterable[str] = ("*",)) -> None:
     Raises:
       ValueError: a file is missing or not as it was written; names it.
     """
-    folder = Path(folder)
+    folder = place_of(folder)
     if not (folder / FILE).is_file():
         return
 
     patterns = tuple(patterns)
+    remote = listing(address_of(folder)) if is_remote(folder) else {}
     fix = f"copy the folder again, or remove {folder / FILE} if the change was meant"
     dues = {
         name: due
@@ -96,11 +110,14 @@ def check_files(folder: str | Path, patterns: Iterable[str] = ("*",)) -> None:
     }
     for name, due in dues.items():
         path = folder / name
-        if not path.is_file():
+        there = name in remote if is_remote(folder) else path.is_file()
+        if not there:
             raise ValueError(f"{path}: is missing, though {FILE} names it; {fix}")
-        size = path.stat().st_size
+        size = remote[name].size if is_remote(folder) else path.stat().st_size
         if size != due["bytes"]:
             raise ValueError(f"{path}: has {size} bytes and was written with {due['bytes']}; {fix}")
+    if remote:
+        dues = _own_share(dues)
     for (name, due), found in zip(dues.items(), _entries(folder, dues), strict=True):
         path = folder / name
         if found != due:
@@ -110,27 +127,47 @@ def check_files(folder: str | Path, patterns: Iterable[str] = ("*",)) -> None:
             )
 
 
-def _entries(folder: Path, names: Iterable[str]) -> Iterator[Entry]:
+def _names(folder: Any) -> list[str]:
+    """The files in a folder and below it, but for the checksums."""
+    if is_remote(folder):
+        names = list(listing(address_of(folder)))
+    else:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return [name for name in names if name != FILE]
+
+
+def _own_share(dues: dict[str, Entry]) -> dict[str, Entry]:
+    """The files that this one of several processes reads through."""
+    import jax
+
+    names = sorted(dues, key=lambda name: (-dues[name]["bytes"], name))
+    return {name: dues[name] for name in names[jax.process_index() :: jax.process_count()]}
+
+
+def _entries(folder: Any, names: Iterable[str]) -> Iterator[Entry]:
     """What `file_entry` says of files, several of which are read at a time: `zlib` lets threads work."""
     with ThreadPoolExecutor(READERS) as pool:
         yield from pool.map(file_entry, [folder / name for name in names])
 
 
-def file_entry(path: Path) -> Entry:
+def file_entry(path: Any) -> Entry:
     """The size and the checksum of a file, all of which is read.
+
+    Args:
+      path: a `pathlib` or `epath` path.
 
     Raises:
       OSError: it cannot be read.
     """
     buffer = memoryview(bytearray(CHUNK))
     size = crc = 0
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") if is_remote(path) else path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             size, crc = size + count, zlib.crc32(buffer[:count], crc)
     return {"bytes": size, "crc32": f"{crc:08x}"}
 
 
-def _write(folder: Path, files: dict[str, Entry]) -> None:
+def _write(folder: Any, files: dict[str, Entry]) -> None:
     write_text_whole(folder / FILE, _text(files))
 
 
@@ -140,7 +177,7 @@ def _text(files: dict[str, Entry]) -> str:
     return f'{{"format": "{FORMAT}", "crc32": "{own}", "files": {{\n{lines}\n}}}}\n'
 
 
-def _read(path: Path) -> dict[str, Entry]:
+def _read(path: Any) -> dict[str, Entry]:
     """The entries of a file of checksums, which is spelled in one way only, so that it checks itself."""
     try:
         text = path.read_bytes().decode()

@@ -80,7 +80,7 @@ def _default() -> Path | None:
     """The folder that the variable or else the system names, made; None where it is off or cannot be used."""
     chosen = os.environ.get(VARIABLE, "")
     try:
-        return _prepared(chosen or str(_user_folder()))
+        return _prepared(chosen or str(user_folder()))
     except (OSError, RuntimeError, ValueError) as error:  # no room, no permission, no home
         if chosen:
             print(f"{VARIABLE}={chosen}: compiled programs are not kept: {error}", file=sys.stderr)
@@ -99,7 +99,7 @@ def _prepared(folder: str) -> Path | None:
     return programs
 
 
-def _user_folder() -> Path:
+def user_folder() -> Path:
     """The folder of this package among the user's caches."""
     home = os.environ.get("XDG_CACHE_HOME")
     if not home:

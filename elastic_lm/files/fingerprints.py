@@ -10,6 +10,7 @@ import numpy as np
 
 from elastic_lm.files.gguf import is_gguf
 from elastic_lm.files.hub import OR_NAME, local_model
+from elastic_lm.files.remote_models import stored_arrays
 from elastic_lm.processes import is_spread, on_host
 
 SAMPLES = 16  # pieces that are read of a large file
@@ -52,7 +53,7 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
 
     Small files, such as configuration and tokenizer, are read whole. Of a large file the name, the size and
     16 samples count, among them its beginning and its end, so that a digest takes no time. Saving the same
-    weights again may give a different fingerprint.
+    weights again may give a different fingerprint. Of arrays that lie in a store, its versions count.
 
     Args:
       folder: a Hugging Face folder, a checkpoint of this package, a .gguf file, or a model's name on the Hub.
@@ -74,6 +75,8 @@ def checkpoint_fingerprint(folder: str | Path) -> str:
         digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         for piece in _pieces(path, size):
             digest.update(piece)
+    for name, entry in sorted(stored_arrays(folder).items()):
+        digest.update(f"{name}\0{entry.size}\0{entry.version}\0".encode())
     return digest.hexdigest()[:16]
 
 

@@ -18,6 +18,7 @@ from elastic_lm.config.cascade import without_secrets
 from elastic_lm.config.checks import require
 from elastic_lm.files.atomic import moved_away
 from elastic_lm.files.local import local_path
+from elastic_lm.files.remote import is_remote
 
 # ORG/NAME, with the path of a .gguf file in it, and with @REVISION. DIR/FILE.gguf is a file of this machine.
 NAME = re.compile(
@@ -43,12 +44,13 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 def local_model(name: Any, *, revision: str | None = None, weights: bool = True) -> Path:
     """The place on this machine of a model that a user names.
 
-    Whatever exists here under the name is meant. Any other name of the form ORG/NAME, ORG/NAME@REVISION or
+    Whatever exists here under the name is meant. Of a remote one, like gs://bucket/model, a copy is; arrays
+    that are read where they lie are not copied. Any other name of the form ORG/NAME, ORG/NAME@REVISION or
     ORG/NAME/FILE.gguf is a model of the Hub, of which only the files that are needed are downloaded. A
     process keeps to the commit that it saw first.
 
     Args:
-      name: a path, or a name on the Hub.
+      name: a path, local or remote, or a name on the Hub.
       revision: branch, tag or commit on the Hub; None = the one after the @ of the name, or the main branch.
       weights: fetch these too, not only what describes the model and its tokenizer.
 
@@ -61,6 +63,11 @@ def local_model(name: Any, *, revision: str | None = None, weights: bool = True)
       OSError: the Hub cannot be reached, or fails.
       ValueError: `name` is no path, or a revision is given for a path or given twice.
     """
+    if is_remote(name):
+        from elastic_lm.files.remote_models import remote_model
+
+        require(revision is None, "revision", revision, f"{name} is no model of the Hub, and has none")
+        return remote_model(name, weights)
     path = local_path(name)
     found = NAME.fullmatch(str(name))
     # A file that is missing in a folder of this machine is not looked for in a model of the same name.
@@ -82,7 +89,7 @@ def local_model(name: Any, *, revision: str | None = None, weights: bool = True)
 
 def is_on_hub(name: str) -> bool:
     """Whether `local_model` would look for a name on the Hub."""
-    return NAME.fullmatch(name) is not None and not Path(name).exists()
+    return NAME.fullmatch(name) is not None and not is_remote(name) and not Path(name).exists()
 
 
 _complete: set[Path] = set()  # folders of the cache whose weights this process has found there
@@ -110,7 +117,7 @@ def _fetch_weights(name: str, repo: str, folder: Path) -> None:
     if (folder / NATIVE).is_file():
         _download(name, repo, folder.name, NATIVE_WEIGHTS)
         return
-    shards = _values(folder / INDEX, "weight_map") if (folder / INDEX).is_file() else {WEIGHTS}
+    shards = shard_names(folder / INDEX) if (folder / INDEX).is_file() else {WEIGHTS}
     exits = {EXITS} if '"elastic"' in (folder / CONFIG).read_text(errors="replace") else set()
     due = sorted(file for file in shards | exits if not (folder / file).is_file())
     if due:
@@ -120,10 +127,10 @@ def _fetch_weights(name: str, repo: str, folder: Path) -> None:
         raise FileNotFoundError(f"{name}: there is no {missing[0]}{_instead(repo, folder.name)}")
 
 
-def _values(file: Path, key: str) -> set[str]:
-    """The values of a mapping in a file of JSON, as far as they are text; the loader complains of others."""
+def shard_names(index: Path) -> set[str]:
+    """The files that an index of weights names, as far as they are text; the loader complains of others."""
     try:
-        values = json.loads(file.read_text())[key].values()
+        values = json.loads(index.read_text())["weight_map"].values()
     except (ValueError, LookupError, TypeError, AttributeError):
         return {WEIGHTS}
     return {value for value in values if isinstance(value, str)}

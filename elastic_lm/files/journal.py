@@ -23,6 +23,7 @@ from elastic_lm.files.atomic import (
 )
 from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.locks import try_lock
+from elastic_lm.files.remote import fetched
 from elastic_lm.files.text_files import BYTE_ORDER_MARK, is_packed, open_bytes, parse_object
 from elastic_lm.files.unfinished import finishing, unfinished
 
@@ -40,13 +41,13 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
       OSError: the file cannot be read.
       ValueError: a line holds no JSON object; names it.
     """
-    for where, line in _lines(Path(path)):
+    for where, line in _lines(fetched(path)):
         yield parse_object(where, line)
 
 
 def count_records(path: str | Path) -> int:
     """How many records a file holds, counted without parsing them."""
-    return sum(1 for _ in _lines(Path(path)))
+    return sum(1 for _ in _lines(fetched(path)))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:

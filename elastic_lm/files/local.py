@@ -1,13 +1,11 @@
-"""Paths must be on this machine: what names another one, like gs://bucket/run, is refused before any work."""
+"""Paths that must be on this machine: what names another one, like gs://bucket/run, is refused."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from elastic_lm.config.checks import require
-
-REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` makes one slash of two
+from elastic_lm.files.remote import address_of, is_remote
 
 
 def local_path(path: Any) -> Path:
@@ -22,8 +20,9 @@ def local_path(path: Any) -> Path:
     require(isinstance(path, str | os.PathLike), "path", path, "must be a path")
     # `Path("")` is the current folder, which a variable of the shell that is not set does not mean.
     require(str(path) != "", "path", path, "is empty; name a file or folder, such as . for the current one")
-    if REMOTE.match(str(path)):
-        raise ValueError(f"{path}: remote paths are not supported yet; name a local file or folder")
+    if is_remote(path):
+        address_of(path)  # says where no remote path of this kind is taken anywhere
+        raise ValueError(f"{path}: remote paths are not supported here; name a local file or folder")
     return Path(path)
 
 

@@ -63,7 +63,7 @@ def only_process(lock: str | Path, held: str | Path, fix: str) -> Iterator[None]
             with unfinished(lock):
                 with contextlib.suppress(OSError):  # on a full disk the lock is held all the same
                     os.truncate(descriptor, 0)
-                    os.write(descriptor, _holder().encode())
+                    os.write(descriptor, holder().encode())
                 yield
         finally:
             os.close(descriptor)
@@ -97,7 +97,8 @@ def _locked(lock: Path, held: str | Path, fix: str) -> int:
         os.close(descriptor)  # its last holder has just removed it
 
 
-def _holder() -> str:
+def holder() -> str:
+    """This process, in words: its number, its machine and the time."""
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     return f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
 

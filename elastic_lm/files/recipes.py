@@ -4,6 +4,8 @@ import difflib
 import re
 from pathlib import Path
 
+from elastic_lm.files.remote import fetched, is_remote
+
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = PACKAGE / "recipes"  # in a wheel
 CHECKOUT = PACKAGE.parent / "configs"  # of the repository, beside the package
@@ -50,13 +52,15 @@ def find_recipe(name: str, suffix: str = ".py") -> Path:
     """The file of a config.
 
     Args:
-      name: a path, which may leave out the suffix, or the name of a recipe of the package. A file
-        of that name in the working folder goes first.
+      name: a path, which may be remote and may leave out the suffix, or the name of a recipe of the
+        package. A file of that name in the working folder goes first.
       suffix: of config files.
 
     Raises:
       FileNotFoundError: there is neither; says which recipe was probably meant.
     """
+    if is_remote(name):
+        return fetched(name)
     file = Path(name)
     if file.suffix != suffix and Path(name + suffix).is_file():
         return Path(name + suffix)

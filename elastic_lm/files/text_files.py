@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from elastic_lm.config.parse import parse_json
+from elastic_lm.files.remote import fetched
 
 PACKED = ".gz"  # how the name of a packed file ends
 BYTE_ORDER_MARK = codecs.BOM_UTF8
@@ -139,13 +140,13 @@ def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file without their ends, which are newlines or Windows' pairs.
 
     Args:
-      path: UTF-8 text, plain or .gz.
+      path: UTF-8 text, plain or .gz, on this machine or in a store.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: it is no UTF-8 text, or damaged; names the file.
     """
-    with open_bytes(Path(path)) as file:
+    with open_bytes(fetched(path)) as file:
         data = file.read()
     text = data[text_start(path, data) :].decode()
     return [line.removesuffix("\r") for line in text.split("\n")]

@@ -13,6 +13,9 @@ from safetensors.numpy import save_file
 from elastic_lm.files import checksums
 from elastic_lm.files.atomic import whole_folder
 from elastic_lm.files.local import local_path, require_folder_above
+from elastic_lm.files.remote import address_of, is_remote
+from elastic_lm.files.remote_folders import top_names
+from elastic_lm.files.remote_models import UNFINISHED
 from elastic_lm.hf.carried import GENERATION_FILE, Carried, write_json
 from elastic_lm.hf.config_json import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS, TensorFiles
@@ -64,7 +67,7 @@ def export(
     Args:
       config: the model.
       params: its canonical parameters, in the dtype that is to be stored.
-      path: folder to create.
+      path: folder to create, on this machine or in a store.
       tokenizer: saved beside the weights, if given, with its chat template and all that names its tokens.
       source: the folder that the model comes from, a Hugging Face folder or a checkpoint of this package:
         keys of its config.json and generation_config.json that are no part of the model are written again.
@@ -73,7 +76,7 @@ def export(
 
     Raises:
       ValueError: the family cannot express the model, parameters and config disagree or hold NaN or
-        infinity, or `path` is remote.
+        infinity, or remote paths like `path` are not supported.
       FileExistsError: `path` holds something that may not be replaced.
       NotADirectoryError: something above it is a file.
       OSError: weights cannot be written, or do not read back as they were; an earlier export stays.
@@ -118,7 +121,7 @@ def export(
     wait_for_all("the export is written")
 
 
-def check_target(path: str | Path, overwrite: bool) -> Path:
+def check_target(path: str | Path, overwrite: bool) -> Any:
     """Where a folder may be exported to.
 
     Args:
@@ -126,13 +129,16 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
       overwrite: whether an earlier export there may be replaced.
 
     Returns:
-      The path.
+      The path; the address of a remote one.
 
     Raises:
       FileExistsError: `path` holds something that may not be replaced; names it.
       NotADirectoryError: something above it is a file.
-      ValueError: `path` is remote.
+      ValueError: remote paths of this kind are not supported.
     """
+    if is_remote(path):
+        _check_remote_target(address_of(path), overwrite)
+        return address_of(path)
     target = local_path(path)
     require_folder_above(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -157,6 +163,27 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
             "choose another path"
         )
     return target
+
+
+def _check_remote_target(address: str, overwrite: bool) -> None:
+    """`check_target` for a folder in a store."""
+    found = top_names(address)
+    if not found or UNFINISHED in found:
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{address}: exists already; choose another path, or overwrite it (--overwrite, overwrite=True)"
+        )
+    if "config.json" not in found:
+        raise FileExistsError(
+            f"{address}: is no Hugging Face folder and is not overwritten; choose another path"
+        )
+    known = {name for name in found if name in WRITTEN_FOLDERS or any(map(Path(name).match, WRITTEN))}
+    if found - known:
+        raise FileExistsError(
+            f"{address}/{min(found - known)}: not written by an export, so the folder is not overwritten; "
+            "move it away, or choose another path"
+        )
 
 
 def _leaf(params: Params, binding: Binding) -> Any:

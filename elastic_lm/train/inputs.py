@@ -22,6 +22,7 @@ from elastic_lm.files.atomic import read_json, write_text_whole
 from elastic_lm.files.checksums import file_entry
 from elastic_lm.files.fingerprints import differing_parts, file_digest, weights_fingerprint
 from elastic_lm.files.hub import is_on_hub
+from elastic_lm.files.remote import fetched, named
 from elastic_lm.train.config import RunConfig, TaskRun
 from elastic_lm.train.method import TEACHER
 from elastic_lm.train.prepared import Prepared
@@ -120,7 +121,7 @@ def _difference(path: str, old: Any, new: dict[str, Any]) -> str:
     if new["whole"] or old.get("changed") == new["changed"]:
         return ""
     if "crc32" in old:
-        return "" if file_entry(Path(path))["crc32"] == old["crc32"] else "has changed"
+        return "" if file_entry(fetched(path))["crc32"] == old["crc32"] else "has changed"
     return f"was written again (first {old.get('changed')}, now {new['changed']})"
 
 
@@ -144,20 +145,20 @@ def _with_checksum(path: str, entry: dict[str, Any], before: Any) -> dict[str, A
         return entry
     if isinstance(before, dict) and before.get("changed") == entry["changed"] and "crc32" in before:
         return {**entry, "crc32": before["crc32"]}
-    return {**entry, "crc32": file_entry(Path(path))["crc32"]}
+    return {**entry, "crc32": file_entry(fetched(path))["crc32"]}
 
 
 def _data_files(config: RunConfig | TaskRun) -> dict[str, dict[str, Any]]:
     """Data files of a run, for training and for evaluation; the standard library counts as one."""
     if isinstance(config, TaskRun):
         paths = (*config.task.paths, *config.task.eval_paths)
-        return {str(path): _entry(path) for path in find_files(paths, (*RECORD_SUFFIXES, *TABLE_SUFFIXES))}
+        return {named(path): _entry(path) for path in find_files(paths, (*RECORD_SUFFIXES, *TABLE_SUFFIXES))}
 
     data = config.data
     if data.source != "stdlib":
         suffixes = TEXT_SUFFIXES if data.source == "text" else RECORD_SUFFIXES
         paths = (*data.paths, *data.eval_paths)
-        return {str(path): _entry(path) for path in find_files(paths, suffixes)}
+        return {named(path): _entry(path) for path in find_files(paths, suffixes)}
 
     digest, size = hashlib.sha256(), 0
     for path in (*stdlib_files("train"), *stdlib_files("test")):

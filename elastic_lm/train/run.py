@@ -19,8 +19,9 @@ from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import to_dict
 from elastic_lm.files.checksums import write_checksums
-from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE, only_process
+from elastic_lm.files.remote import check_direct
+from elastic_lm.files.remote_workdirs import stored_at, working_folder
 from elastic_lm.hf.carried import Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.exits import extract
@@ -93,7 +94,8 @@ def fit(
 
     Args:
       config: the whole run, of a decoder on text or of a task on labelled records.
-      workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/.
+      workdir: folder for the tokenizer, checkpoints, metrics.jsonl and the finished model/; it may be at
+        gs://.
       stop: asked after every step but the last: whether to save and stop there; None = never.
       writers: receive the numbers of the run, beside those that `log.writers` names; each has
         `write(step, values)` and `close()`, which is called at the end. The first process alone writes.
@@ -107,8 +109,8 @@ def fit(
       FloatingPointError: training diverged; names the step.
       OSError: the disk takes no more; names the file.
       Stopped: `stop` asked for it; the state is saved.
-      ValueError: a file or field is unusable, `workdir` is remote, holds another run, or is in use by another
-        process, or the initial checkpoint or the data changed since the run there began; names it.
+      ValueError: a file or field is unusable, `workdir` is in another store, holds another run, or is in use
+        by another process, or the initial checkpoint or the data changed since the run there began; names it.
 
     Example:
       ```python
@@ -125,14 +127,16 @@ def fit(
           model, params, metrics = el.train.fit(run, workdir)
       ```
     """
-    workdir = local_path(workdir)
+    check_direct(workdir)
+    fix = "choose another workdir"
     with ExitStack() as held:
         with all_or_none():
+            folder = held.enter_context(working_folder(workdir, is_first(), fix))
             if is_first():
-                held.enter_context(only_process(workdir / LOCK_FILE, workdir, "choose another workdir"))
+                held.enter_context(only_process(folder / LOCK_FILE, workdir, fix))
         check_same_run(config, workdir)
         held.enter_context(noticing_lost_processes())
-        return _fit(config, workdir, stop or (lambda: False), writers, origin)
+        return _fit(config, folder, stop or (lambda: False), writers, origin)
 
 
 def _fit(
@@ -147,7 +151,7 @@ def _fit(
     with all_or_none():
         check_writers(config.log)
         check_identity(config, workdir)
-        check_target(workdir / MODEL_FOLDER, overwrite=True)
+        check_target(stored_at(workdir / MODEL_FOLDER), overwrite=True)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
@@ -188,7 +192,7 @@ def _fit(
     save_files(config, run, inputs, workdir)
 
     kept = (config.train.keep, config.train.keep_period)
-    with Checkpoints(workdir / "checkpoints", *kept) as checkpoints, noticing_lost_processes():
+    with Checkpoints(stored_at(workdir / "checkpoints"), *kept) as checkpoints, noticing_lost_processes():
         start, state = loop.resume(checkpoints, state, batches)
         if not start:
             state = method.begin(state, frozen, data)
@@ -201,7 +205,8 @@ def _fit(
                 job, start, state, frozen, batches=batches, checkpoints=checkpoints, writer=writer
             )
 
-    model, params = save_finished(config, run, {**frozen, **state.params}, data, workdir / MODEL_FOLDER)
+    target = stored_at(workdir / MODEL_FOLDER)
+    model, params = save_finished(config, run, {**frozen, **state.params}, data, target)
     return model, params, metrics
 
 

@@ -429,7 +429,7 @@ FILES = [
     ),
     made("path=5: must be a path", el.load, 5),
     made("path=None: must be a path", el.load, None),
-    made("gs://b/m: remote paths are not supported", el.load, "gs://b/m"),
+    made("hdfs://b/m: remote paths of this kind are not supported", el.load, "hdfs://b/m"),
     made("dtype='int8': must be one of float32", el.load, el.embedded_model(), dtype="int8"),
     Call(
         "Tokenizer.load(nowhere)", lambda f: el.Tokenizer.load(f / "no"), "no tokenizer at", FileNotFoundError
@@ -470,8 +470,8 @@ FILES = [
     ),
     Call(
         "export to a remote folder",
-        lambda _: el.hf.export(CONFIG, PARAMS, "s3://b/m"),
-        "s3://b/m: remote paths are not supported",
+        lambda _: el.hf.export(CONFIG, PARAMS, "hdfs://b/m"),
+        "hdfs://b/m: remote paths of this kind are not supported",
     ),
     Call(
         "export of other params",
@@ -480,13 +480,13 @@ FILES = [
     ),
     Call(
         "save to a remote folder",
-        lambda _: native.save_model("gs://b/m", CONFIG, PARAMS, None),
-        "gs://b/m: remote paths",
+        lambda _: native.save_model("hdfs://b/m", CONFIG, PARAMS, None),
+        "hdfs://b/m: remote paths of this kind",
     ),
     Call(
         "fit into a remote folder",
-        lambda _: fit(Run(model=tiny_config(vocab_size=300)), "gs://b/w"),
-        "gs://b/w: remote paths are not supported",
+        lambda _: fit(Run(model=tiny_config(vocab_size=300)), "hdfs://b/w"),
+        "hdfs://b/w: remote paths of this kind are not supported",
     ),
     Call(
         "a batch that is longer than the model",

@@ -246,7 +246,9 @@ GENERATE = [
         "--json file/x.json", "file/x.json: file is a file and no folder; choose another path", files=FILE
     ),
     generate("--json .", ".: Is a directory"),
-    generate("--json s3://bucket/x.json", "s3://bucket/x.json: remote paths are not supported"),
+    generate(
+        "--json hdfs://bucket/x.json", "hdfs://bucket/x.json: remote paths of this kind are not supported"
+    ),
     # Flags.
     generate("--tempertaure 1", "unknown argument --tempertaure: did you mean --temperature?"),
     generate("frob", "unknown argument frob"),
@@ -261,7 +263,10 @@ GENERATE = [
     ),
     Case("generate --prompt a --model file", "file: expected a Hugging Face folder", files=FILE),
     Case("generate --prompt a --model folder", "folder: expected … found ['x']", files={"folder/x": ""}),
-    Case("generate --prompt a --model gs://bucket/m", "gs://bucket/m: remote paths are not supported"),
+    Case(
+        "generate --prompt a --model hdfs://bucket/m",
+        "hdfs://bucket/m: remote paths of this kind are not supported",
+    ),
     Case("generate --prompt a --model {enc}", "holds an encoder … where a decoder is needed; name"),
     Case("generate --prompt a --model {t5}", "holds an encoder_decoder … where a decoder is needed; name"),
 ]
@@ -432,9 +437,15 @@ CONVERT = [
         "file: not a folder; pass the folder that holds config.json",
         files=FILE,
     ),
-    Case("convert --from gs://bucket/hf --to new", "gs://bucket/hf: remote paths are not supported"),
+    Case(
+        "convert --from hdfs://bucket/hf --to new",
+        "hdfs://bucket/hf: remote paths of this kind are not supported",
+    ),
     Case("convert --from {ck} --to new", "config.json: no such file. Expected a Hugging Face folder"),
-    Case("convert --from {hf} --to gs://bucket/new", "gs://bucket/new: remote paths are not supported"),
+    Case(
+        "convert --from {hf} --to hdfs://bucket/new",
+        "hdfs://bucket/new: remote paths of this kind are not supported",
+    ),
     Case(
         "convert --from {hf} --to file",
         "file: is no elastic checkpoint and is not replaced; choose another path",
@@ -487,8 +498,14 @@ CONVERT = [
 EXPORT = [
     Case("export --to new", "required: --from"),
     Case("export --from nowhere --to new", "nowhere: expected a Hugging Face folder … or a checkpoint"),
-    Case("export --from gs://bucket/ck --to new", "gs://bucket/ck: remote paths are not supported"),
-    Case("export --from {ck} --to s3://bucket/x", "s3://bucket/x: remote paths are not supported"),
+    Case(
+        "export --from hdfs://bucket/ck --to new",
+        "hdfs://bucket/ck: remote paths of this kind are not supported",
+    ),
+    Case(
+        "export --from {ck} --to hdfs://bucket/x",
+        "hdfs://bucket/x: remote paths of this kind are not supported",
+    ),
     Case(
         "export --from {ck} --to file",
         "file: exists already; choose another path, or overwrite it (--overwrite",
@@ -566,7 +583,10 @@ PUSH = [
         "push --model nowhere --to a/b",
         "nowhere: holds no model to push; push sends a folder of this machine",
     ),
-    Case("push --model gs://bucket/m --to a/b", "gs://bucket/m: remote paths are not supported"),
+    Case(
+        "push --model hdfs://bucket/m --to a/b",
+        "hdfs://bucket/m: remote paths of this kind are not supported",
+    ),
     Case("push --model {ck} --to a/b", "a/b: HF_HUB_OFFLINE is set: unset it to push"),
 ]
 
@@ -699,7 +719,7 @@ TRAIN = [
     set_to("train.remat", "maybe", "train.remat='maybe': must be of type bool"),
     set_to("train.init_layers", "1", "train.init_layers=1: keeps layers of a checkpoint: name it"),
     set_to("train.init_from", "nowhere", "no tokenizer at nowhere"),
-    set_to("train.init_from", "gs://bucket/m", "gs://bucket/m"),
+    set_to("train.init_from", "hdfs://bucket/m", "hdfs://bucket/m"),
     set_to("data.batch_size", "0", "data.batch_size=0: must be at least 1"),
     set_to("data.seq_len", "0", "data.seq_len=0: must be at least 1"),
     set_to("data.seq_len", "128", "data.seq_len=128: above model.max_len=64; shorten it"),
@@ -750,7 +770,7 @@ TRAIN = [
     # Workdirs.
     override("--workdir file", "file is a file and no folder; choose another path", files=FILE),
     override("--workdir file/w", "file is a file and no folder; choose another path", files=FILE),
-    override("--workdir gs://bucket/w", "gs://bucket/w: remote paths are not supported"),
+    override("--workdir hdfs://bucket/w", "hdfs://bucket/w: remote paths of this kind are not supported"),
     override("", "the next `elastic-lm quickstart` replaces it; choose another", files={"w/.quickstart": ""}),
     override("", "w/run.json: does not describe a run … choose another workdir", files={"w/run.json": "{"}),
     override("", "w/run.json", files={"w/run.json": DEEP}),
@@ -792,7 +812,7 @@ TRAIN = [
 QUICKSTART = [
     Case("quickstart --out file", "file is a file and no folder; choose another path", files=FILE),
     Case("quickstart --out file/x", "file is a file and no folder; choose another path", files=FILE),
-    Case("quickstart --out gs://bucket/x", "gs://bucket/x: remote paths are not supported"),
+    Case("quickstart --out hdfs://bucket/x", "hdfs://bucket/x: remote paths of this kind are not supported"),
     Case(
         "quickstart --out q",
         "q was not written by an earlier quickstart … choose another --out",
@@ -878,7 +898,10 @@ def held_out(command: str) -> list[Case]:
         ),
         Case(f"{command} --model nowhere", "nowhere: expected a Hugging Face folder"),
         Case(f"{command} --model {{enc}}", "holds an encoder"),
-        Case(f"{command} --model gs://bucket/m", "gs://bucket/m: remote paths are not supported"),
+        Case(
+            f"{command} --model hdfs://bucket/m",
+            "hdfs://bucket/m: remote paths of this kind are not supported",
+        ),
     ]
 
 
@@ -906,7 +929,10 @@ CALIBRATE = [
             ("--continuations -1", "--continuations -1: must be at least 0"),
             ("--new-tokens 0", "--new-tokens 0: must be at least 1"),
             ("--out .", ".: Is a directory"),
-            ("--out s3://bucket/t.json", "s3://bucket/t.json: remote paths are not supported"),
+            (
+                "--out hdfs://bucket/t.json",
+                "hdfs://bucket/t.json: remote paths of this kind are not supported",
+            ),
             ("--outt x", "unknown argument --outt: did you mean --out?"),
         )
     ),

@@ -1,4 +1,4 @@
-"""Remote paths are refused by every flag for a file or folder, before any work."""
+"""Paths of this machine, and which flags take others; what is refused is refused before any work."""
 
 import argparse
 from collections.abc import Iterator
@@ -10,17 +10,22 @@ import elastic_lm as el
 from elastic_lm.checkpoints import native
 from elastic_lm.cli import main as cli
 from elastic_lm.cli.model_folder import writing_target
-from elastic_lm.cli.parser import PLACES, Parser, config_place
+from elastic_lm.cli.parser import PLACES, Parser, config_place, local_place
+from elastic_lm.files import remote
 from elastic_lm.files.local import local_path
 from elastic_lm.files.locks import LOCK_FILE
 from elastic_lm.testing import random_params, tiny_config
 
 
-@pytest.mark.parametrize(
-    "path", ["gs://bucket/run", "s3://b/x", Path("gs://b/x"), "hdfs://h/x", "http://h/x"]
-)
+@pytest.mark.parametrize("path", ["memory://bucket/run", Path("memory://b/x")])
 def test_remote_paths(path: str | Path) -> None:
-    with pytest.raises(ValueError, match="remote paths are not supported yet"):
+    with pytest.raises(ValueError, match="remote paths are not supported here; name a local file"):
+        local_path(path)
+
+
+@pytest.mark.parametrize("path", ["hdfs://h/x", "http://h/x", Path("hdfs://h/x")])
+def test_remote_paths_of_another_kind(path: str | Path) -> None:
+    with pytest.raises(ValueError, match=r"remote paths of this kind are not supported; .* gs:// or s3://"):
         local_path(path)
 
 
@@ -53,8 +58,19 @@ def test_the_commands_have_such_flags() -> None:
     assert len(FLAGS) > 30
 
 
+LOCAL = [  # what these name is locked, moved or sent to the Hub
+    ("quickstart", "--out"),
+    ("quickstart", "--hf-dir"),
+    ("quickstart", "--data"),
+    ("push", "--model"),
+    ("push", "--thresholds"),
+    ("cascade fit", "--out"),
+    ("cascade run", "--out"),
+]
+
+
 @pytest.mark.parametrize(("command", "flag"), FLAGS)
-def test_no_flag_takes_a_remote_path(
+def test_every_flag_names_what_a_remote_path_needs(
     command: str,
     flag: str,
     tmp_path: Path,
@@ -62,13 +78,32 @@ def test_no_flag_takes_a_remote_path(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*command.split(), flag, "s3://bucket/x"])
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert "s3://bucket/x: remote paths are not supported yet" in lines[0]
+    monkeypatch.setitem(remote.STORES, "s3", ("no_such_s3fs", "s3"))
+    says = {
+        "s3://bucket/x": 'remote paths at s3:// need no_such_s3fs: pip install "elastic-lm[s3]"',
+        "hdfs://bucket/x": "remote paths of this kind are not supported",
+        "memory:///": "names no bucket",
+    }
+    for path, what in says.items():
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*command.split(), flag, path])
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert f"{path}: {what}" in lines[0]
     assert not [*tmp_path.iterdir()]
+
+
+def test_flags_for_files_of_this_machine_alone() -> None:
+    kinds = {
+        (name, action.option_strings[0]): action.type
+        for name, parser in parsers(cli.build_parsers()[0])
+        for action in parser._actions
+        if action.option_strings and action.metavar in PLACES
+    }
+    assert [flag for flag, kind in kinds.items() if kind is local_place] == LOCAL
+    with pytest.raises(argparse.ArgumentTypeError, match="memory://b/x: remote paths are not supported here"):
+        local_place("memory://b/x")
 
 
 @pytest.mark.parametrize(("command", "flag"), FLAGS)
@@ -85,25 +120,26 @@ def test_no_flag_takes_an_empty_path(
 
 
 def test_an_argument_behind_a_config_may_be_a_path() -> None:
-    for text in ("english.py:/data/english", "english:gs://b/x", "a/b.py", "a.py:", "name"):
+    for text in ("english.py:/data/english", "english:hdfs://b/x", "a/b.py", "a.py:", "name"):
         assert config_place(text) == text
-    with pytest.raises(argparse.ArgumentTypeError, match=r"gs://b/a\.py: remote paths"):
-        config_place("gs://b/a.py:x")
+    assert config_place("memory://b/a.py:x") == "memory://b/a.py:x"
+    with pytest.raises(argparse.ArgumentTypeError, match=r"hdfs://b/a\.py: remote paths"):
+        config_place("hdfs://b/a.py:x")
 
 
 def test_functions_refuse_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config, policy = tiny_config(exits=(2,)), el.ConfidenceExit("margin", (0.5,), (2,))
     calls = [
-        lambda: el.load("gs://b/m"),
-        lambda: el.hf.load("gs://b/m"),
-        lambda: el.hf.export(config, random_params(config), "s3://b/m"),
-        lambda: el.Tokenizer.load("gs://b/m"),
-        lambda: policy.save("gs://b/t.json"),
-        lambda: el.data.train_batches(el.DataConfig("text", paths=("gs://b/t.txt",)), None),  # pyright: ignore
+        lambda: el.load("hdfs://b/m"),
+        lambda: el.hf.load("hdfs://b/m"),
+        lambda: el.hf.export(config, random_params(config), "hdfs://b/m"),
+        lambda: el.Tokenizer.load("hdfs://b/m"),
+        lambda: policy.save("hdfs://b/t.json"),
+        lambda: el.data.train_batches(el.DataConfig("text", paths=("hdfs://b/t.txt",)), None),  # pyright: ignore
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="remote paths are not supported yet"):
+        with pytest.raises(ValueError, match="remote paths of this kind are not supported"):
             call()
     assert not [*tmp_path.iterdir()]
 

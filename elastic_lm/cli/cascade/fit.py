@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, get_args
 
 from elastic_lm.cli.cascade.options import PairOptions, add_pair_flags, flag_name, is_url
-from elastic_lm.cli.parser import require_share, share
+from elastic_lm.cli.parser import local_place, require_share, share
 from elastic_lm.config.cascade import CostUnit
 from elastic_lm.config.checks import NOT_NEGATIVE, require, require_choice
 from elastic_lm.config.guarantee import DEFAULT_EPSILON
@@ -91,7 +91,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--tolerance", type=float, metavar="D", help="regression: answers this close to the label are right")
     cost = f"what is saved (default: {Options.cost})"
     add("--cost", choices=get_args(CostUnit), help=cost)
-    add("--out", metavar="FILE", help=f"default: {Options.out}")
+    add("--out", metavar="FILE", type=local_place, help=f"default: {Options.out}")
     add("--plot", metavar="FILE", help="accuracy over cost, as a PNG")
 
 

@@ -12,6 +12,7 @@ from elastic_lm.cascade.scores import Scoring
 from elastic_lm.cli.cascade.options import PairOptions, answerer_name, is_url
 from elastic_lm.config.cascade import PLACES
 from elastic_lm.files.fingerprints import checkpoint_fingerprint, differing_parts, file_sha256
+from elastic_lm.files.remote import fetched
 
 # The options that change answers. The others change how long answers take, or no model reads them.
 ANSWERING = (
@@ -59,7 +60,7 @@ def identity(options: PairOptions, found: Mapping[str, str | None], scoring: Sco
         "super": options.super_name,
         "super_checkpoint": found["super"],
         "data": options.data,
-        "data_bytes": Path(options.data).stat().st_size,
+        "data_bytes": fetched(options.data).stat().st_size,
         "data_sha256": file_sha256(options.data),
         **{field: getattr(options, field) for field in ANSWERING},
         "temperature": scoring.temperature,

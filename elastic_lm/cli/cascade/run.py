@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from elastic_lm.cli.belonging import add_force
 from elastic_lm.cli.cascade.options import PairOptions, add_pair_flags
+from elastic_lm.cli.parser import local_place
 from elastic_lm.config.checks import require
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rule", metavar="FILE", help="from `cascade fit`")
     add("--threshold", type=float, metavar="T", help="instead: the least score that the Swift keeps")
-    add("--out", required=True, metavar="FILE", help="JSON lines, or .gz of them")
+    add("--out", required=True, metavar="FILE", type=local_place, help="JSON lines, or .gz of them")
     add_force(parser, "a rule")
 
 

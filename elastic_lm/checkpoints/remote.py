@@ -1,0 +1,100 @@
+"""Checkpoints of finished models in object stores: arrays by orbax where it can, the config last."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from elastic_lm.checkpoints.orbax_folders import first_line
+from elastic_lm.checkpoints.read_back import check_same
+from elastic_lm.files.checksums import join_checksums, write_checksums
+from elastic_lm.files.remote import is_direct, place_of
+from elastic_lm.files.remote_folders import begin_folder, finish_folder, staging_folder, top_names
+from elastic_lm.files.remote_models import UNFINISHED
+from elastic_lm.files.shortage import is_shortage
+from elastic_lm.models.decoder import Params
+
+
+def save_remote(address: str, params: Params, params_folder: str, describe: Callable[[Path], None]) -> None:
+    """Writes a checkpoint into a store; what was there goes first.
+
+    Args:
+      address: of the folder.
+      params: canonical parameters; at gs:// they may be spread over processes, all of which call this.
+      params_folder: where they go in the folder.
+      describe: writes everything else into a folder on this machine, and checks it.
+
+    Raises:
+      OSError: the store fails, or what was written does not read back as it was; the folder stays marked as
+        not finished.
+    """
+    first = jax.process_index() == 0
+    with staging_folder(address) as folder:
+        # Before anything in the store is touched: this may still fail.
+        if first:
+            describe(folder)
+            begin_folder(address)
+        _wait("the folder of the model")
+        direct = is_direct(address)
+        place = place_of(address) if direct else folder
+        ocp.save(_epath(place / params_folder), params)
+        try:
+            check_same(params, lambda like: ocp.load(_epath(place / params_folder), like))
+        except Exception as error:
+            if is_shortage(error):
+                raise
+            raise OSError(
+                f"{address}: does not read back as it was written ({first_line(error)}) and does not count "
+                "as a model; write it again, or choose another path"
+            ) from error
+        if first:
+            if direct:
+                join_checksums(folder, place / params_folder, params_folder)
+            else:
+                write_checksums(folder)
+            finish_folder(folder, address)
+        _wait("the model in the store")
+
+
+def check_remote_target(address: str, overwrite: bool, config_file: str, written: set[str]) -> None:
+    """Where a checkpoint may be written, as `native.check_target` says for folders of this machine.
+
+    Args:
+      address: of the folder.
+      overwrite: whether an earlier checkpoint there may be replaced.
+      config_file: that makes a folder a checkpoint.
+      written: names in a checkpoint of this package.
+
+    Raises:
+      FileExistsError: there is something that may not be replaced; names it.
+      OSError: see `files.remote.explained`.
+    """
+    found = top_names(address)
+    if not found or UNFINISHED in found:
+        return
+    if config_file not in found:
+        raise FileExistsError(f"{address}: is no elastic checkpoint and is not replaced; choose another path")
+    if not overwrite:
+        raise FileExistsError(
+            f"{address}: exists already; choose another path, or overwrite it (--overwrite, overwrite=True)"
+        )
+    strange = sorted(found - written)
+    if strange:
+        raise FileExistsError(
+            f"{address}/{strange[0]}: not written by this package, so {address} is not replaced; move it "
+            "away, or choose another path"
+        )
+
+
+def _epath(place: Any) -> Any:
+    from etils import epath
+
+    return epath.Path(place)
+
+
+def _wait(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
