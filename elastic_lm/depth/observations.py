@@ -25,6 +25,7 @@ from elastic_lm.data.batch import Arrays, Batch, as_batches
 from elastic_lm.depth.confidence import Evidence, confidence_by_index, metric_index, state_confidence
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.models.finite import overflow_error
+from elastic_lm.models.placement import rows_beside
 from elastic_lm.nn.block import Tap
 from elastic_lm.nn.vocab_head import Head
 
@@ -192,7 +193,7 @@ def observe(
             )
 
         batch = pad_batch(batch, shape)
-        scalars = jax.device_get(observe_batch(config, params, batch, index, chunk))
+        scalars = jax.device_get(observe_batch(config, params, rows_beside(params, batch), index, chunk))
 
         counted = np.asarray(batch.weights) > 0
         for values in (scalars.nats, scalars.confidence, scalars.gate):
