@@ -13,6 +13,7 @@ NAMES = (
     "models/test_sharding.py",
     "models/test_encoder.py",
     "models/test_encoder_decoder.py",
+    "decode/test_mesh.py",
     "width/test_slicing.py",
     "width/test_importance.py",
     "train/test_step.py",

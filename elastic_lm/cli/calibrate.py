@@ -127,7 +127,7 @@ def run(options: Options) -> None:
     if is_first():
         prepare_output(options.out)
 
-    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype)
+    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype, options.mesh)
     batches, text = held_out_batches(options, tokenizer, "calibration", independent=risk is not None)
     prompts, batches = with_prompts(batches, options, model.config.max_len, tokenizer.bos_id)
 

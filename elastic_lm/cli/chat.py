@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from elastic_lm.cli import generate, signals
+from elastic_lm.cli.mesh_flag import add_mesh
 from elastic_lm.cli.parser import add_colour, add_model
 from elastic_lm.cli.width_flags import add_width
 
@@ -42,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add = parser.add_argument
     add_model(parser)
+    add_mesh(parser)
     add("--system", metavar="TEXT", help="says first how the model is to answer")
     add("--max-new-tokens", type=int, metavar="N", help=f"of an answer (default: {Options.max_new_tokens})")
     generate.add_exits(parser)

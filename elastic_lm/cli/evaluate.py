@@ -119,7 +119,7 @@ def run(options: Options) -> None:
     policy = ConfidenceExit.load(options.thresholds) if options.thresholds else None
     if is_first():
         prepare_output(options.json)
-    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype)
+    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype, options.mesh)
     if policy:
         policy.check(model.config)
         check_belongs(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from elastic_lm.cli.belonging import add_force, check_belongs, parts_of
+from elastic_lm.cli.mesh_flag import add_mesh
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import (
     DEFAULT_COLOUR,
@@ -32,6 +33,7 @@ from elastic_lm.config.checks import AT_LEAST_1, require_choice, require_each
 from elastic_lm.config.data import is_json_lines
 from elastic_lm.config.decoding import MAX_NEW_TOKENS, WINDOW, Missing
 from elastic_lm.config.exit_policy import DEFAULT_METRIC
+from elastic_lm.config.mesh import MeshConfig
 from elastic_lm.config.subnet import Budget, Subnet
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ class DecodingOptions(ModelOptions, WidthOptions):
     draft: int | None = None  # with lossless
     force: bool = False  # thresholds or a latency table of other weights are taken without a word
     missing: Missing = get_args(Missing)[0]
+    mesh: MeshConfig | None = None  # devices that share the work; None = the first one does it
     raw: bool = False  # control characters in texts are printed as they are
     color: Colour = DEFAULT_COLOUR
 
@@ -182,6 +185,7 @@ class Options(DecodingOptions):
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `Options`."""
     add_model(parser)
+    add_mesh(parser)
     _add_prompts(parser)
     add_exits(parser)
     add_width(parser)
@@ -359,7 +363,7 @@ def make_sampler(options: DecodingOptions) -> "tuple[Sampler, Tokenizer]":
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.depth.preview_files import check_head, load_preview
 
-    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype)
+    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype, options.mesh)
     how: dict[str, Any] = options.given(DECODING)
     parts = parts_of(params, tokenizer) if options.thresholds or options.latency_table else {}
     policy = exit_policy(model.config, options)

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from elastic_lm.cli.mesh_flag import add_mesh
 from elastic_lm.cli.parser import ModelOptions, add_data, add_model, require_flag
 from elastic_lm.config.data import TEXT_SUFFIXES, DataConfig, DataSource, holds_records
+from elastic_lm.config.mesh import MeshConfig
 from elastic_lm.quickstart.options import HELD_OUT_TOKENS
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class HeldOutOptions(ModelOptions):
 class ContinuedOptions(HeldOutOptions):
     """Held-out text, and how much of it is continued with an exit policy."""
 
+    mesh: MeshConfig | None = None  # devices that share the work; None = the first one does it
     continuations: int = 4  # texts that are generated; 0 = none
     new_tokens: int = 64  # tokens of each
 
@@ -95,6 +98,7 @@ def add_continued(
       seq_len: another help text of --seq-len.
     """
     add_held_out(parser, purpose, *rows, seq_len=seq_len)
+    add_mesh(parser)
     add, defaults = parser.add_argument, ContinuedOptions
     count = (
         "texts generated with the thresholds, whose agreement is told beside that on given text; 0 = none "

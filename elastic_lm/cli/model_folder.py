@@ -5,15 +5,20 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from elastic_lm.cli import mesh_flag
+
 if TYPE_CHECKING:
+    from elastic_lm.config.mesh import MeshConfig
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.models.decoder import Decoder, Params
 
 
 def load_with_tokenizer(
-    folder: str | None, dtype: str | None = None
+    folder: str | None, dtype: str | None = None, sizes: "MeshConfig | None" = None
 ) -> "tuple[Decoder, Params, Tokenizer, str]":
     """A model folder's decoder and tokenizer; None = the embedded model. `dtype` None = as saved.
+
+    `sizes` are those of the mesh that parameters are divided over, as --mesh gives them.
 
     Returns:
       (model, canonical parameters, tokenizer, the folder).
@@ -22,10 +27,11 @@ def load_with_tokenizer(
     from elastic_lm.checkpoints.loading import check_model_folder, load_decoder
     from elastic_lm.data.tokenizer import Tokenizer
 
+    mesh = mesh_flag.make(sizes)
     path = folder or str(embedded_model())
     check_model_folder(path)
     tokenizer = Tokenizer.load(path)  # first, because the weights may take minutes
-    model, params = load_decoder(path, dtype=dtype)
+    model, params = load_decoder(path, dtype=dtype, mesh=mesh)
     tokenizer.check_vocabulary(model.config.vocab_size)
     return model, params, tokenizer, path
 

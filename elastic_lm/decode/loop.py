@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import cache, exit_balance, logprobs, lookup
@@ -29,6 +30,7 @@ from elastic_lm.decode.lossless import deep_logprobs, deep_tokens, drafting_room
 from elastic_lm.decode.propagate import propagate
 from elastic_lm.decode.sampling import sample
 from elastic_lm.decode.segment import PREVIEW, Segment, TickOutput
+from elastic_lm.decode.sharded import on_mesh
 from elastic_lm.decode.state import (
     FREE,
     UNDRAWN,
@@ -68,6 +70,7 @@ def run(
     controls: Controls,
     iterations: jax.Array,
     mode: Mode = "exact",
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """Runs iterations of shallow and deep ticks until every row has ended.
 
@@ -81,6 +84,8 @@ def run(
       mode: static. "exact" = the deeper layers of early tokens run later, in windows; "verify" = the same,
         and the rows that `controls.lossless` marks keep only what the full model would have emitted;
         "propagate" = the deeper layers of early tokens never run, CALM's approximation takes their place.
+      mesh: that parameters lie on, static; the state is divided over it (`decode.sharded`). None = of one
+        device, or left to the compiler.
 
     Returns:
       The advanced state.
@@ -99,7 +104,12 @@ def run(
         body = functools.partial(_copying, config, params, controls, unfinished)
     elif state.lookup is not None:
         body = functools.partial(_copying_before_exits, config, params, controls)
-    state, _ = jax.lax.while_loop(unfinished, body, (state, jnp.int32(0)))
+
+    def divided(carry: Carry) -> Carry:
+        state, count = body(carry)
+        return on_mesh(state, mesh), count
+
+    state, _ = jax.lax.while_loop(unfinished, divided, (on_mesh(state, mesh), jnp.int32(0)))
     return state
 
 

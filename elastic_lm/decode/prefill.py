@@ -6,10 +6,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import cache
 from elastic_lm.decode.lookup import no_proposals
+from elastic_lm.decode.sharded import on_mesh, rows_on_mesh
 from elastic_lm.decode.state import FREE, DecodeState, segments
 from elastic_lm.models.decoder import Params, default_positions
 from elastic_lm.width.nested_decoder import decoder_of
@@ -45,6 +47,7 @@ def prefill(
     window: int,
     lookup: bool = False,
     copies: int = 1,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """Builds the decode state of a batch of prompts.
 
@@ -59,13 +62,14 @@ def prefill(
       window: pending positions per row, W; static.
       lookup: lossless rows draft from their own text; static.
       copies: rows that each prompt becomes, one after the other; static.
+      mesh: as in `loop.run`; static.
 
     Returns:
       DecodeState ready for `loop.run`.
     """
     decoder = decoder_of(config).bind({"params": params})
     positions = default_positions(tokens_BP, None)
-    hidden = decoder.embed(tokens_BP, positions)
+    hidden = rows_on_mesh(decoder.embed(tokens_BP, positions), mesh)
 
     caches: list[cache.LayerCache] = []
     exit_caches: list[cache.LayerCache | None] = []
@@ -79,10 +83,11 @@ def prefill(
             exit_caches.append(None if exit_kv is None else cache.from_prefill(exit_kv, capacity))
 
     tokens_BP, length_B, limit_B = _copied((tokens_BP, length_B, limit_B), copies)
-    return decode_state(
+    state = decode_state(
         config, tokens_BP, length_B, limit_B, draft,
         caches=caches, exit_caches=exit_caches, capacity=capacity, window=window, lookup=lookup,
     )  # fmt: skip
+    return on_mesh(state, mesh)
 
 
 def _copied(tree: Any, copies: int) -> Any:

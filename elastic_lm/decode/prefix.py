@@ -20,12 +20,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.decode import cache
 from elastic_lm.decode.prefill import decode_state
 from elastic_lm.decode.served import Served
 from elastic_lm.decode.settings import bucket
+from elastic_lm.decode.sharded import on_mesh
 from elastic_lm.decode.state import DecodeState, Mode, segments
 from elastic_lm.models.decoder import Params
 from elastic_lm.width.nested_decoder import decoder_of
@@ -129,7 +131,7 @@ class PrefixCache:
             kept = _jit_grown(kept, capacity=capacity)
         return _jit_extend(
             model.config, model.params, kept, tokens_1P, jnp.int32(start), jnp.int32(len(prompt)), limit_1,
-            draft, window=window, width=width, lookup=lookup,
+            draft, window=window, width=width, lookup=lookup, mesh=model.mesh,
         )  # fmt: skip
 
     def keep(self, model: Served, state: DecodeState, prompt_length: int, mode: Mode) -> None:
@@ -168,6 +170,7 @@ def extend(
     window: int,
     width: int,
     lookup: bool,
+    mesh: Mesh | None = None,
 ) -> DecodeState:
     """`prefill.prefill` of a prompt whose first positions are in caches.
 
@@ -183,6 +186,7 @@ def extend(
       window: static, as in `prefill`.
       width: positions that are processed, static.
       lookup: static, as in `prefill`.
+      mesh: static, as in `prefill`.
 
     Returns:
       DecodeState ready for `loop.run`.
@@ -209,10 +213,11 @@ def extend(
             exits.append(block)
 
     capacity = kept.layers[0][0].shape[2]
-    return decode_state(
+    state = decode_state(
         config, tokens_1P, length[None], limit_1, draft,
         caches=layers, exit_caches=exits, capacity=capacity, window=window, lookup=lookup,
     )  # fmt: skip
+    return on_mesh(state, mesh)
 
 
 def _grown(kept: Kept, *, capacity: int) -> Kept:
@@ -221,7 +226,7 @@ def _grown(kept: Kept, *, capacity: int) -> Kept:
 
 
 _jit_extend: Any = jax.jit(
-    extend, static_argnames=("config", "window", "width", "lookup"), donate_argnames="kept"
+    extend, static_argnames=("config", "window", "width", "lookup", "mesh"), donate_argnames="kept"
 )
 _jit_grown: Any = jax.jit(_grown, static_argnames=("capacity",))
 

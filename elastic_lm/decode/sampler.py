@@ -49,6 +49,7 @@ from elastic_lm.depth.policies import ConfidenceExit, ExitPolicy, on_subnet, req
 from elastic_lm.depth.preview_files import check_head
 from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.models.placement import placed_for_decoding
 from elastic_lm.models.registry import Model, check_params, unboxed
 from elastic_lm.report.machine import require_memory
 from elastic_lm.width.chooser import SubnetChooser
@@ -162,7 +163,7 @@ class Sampler:
         options = make_options(options, fields)
         options.check(model.config)
         check_params(model.config, params)
-        params = unboxed(params)
+        params = placed_for_decoding(unboxed(params))
 
         self.config = model.config
         self.params = params

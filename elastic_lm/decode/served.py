@@ -14,25 +14,29 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill, prefill_from_state
 from elastic_lm.models.decoder import Params
+from elastic_lm.models.placement import mesh_of, placed_for_decoding
+from elastic_lm.models.sharding import fitting_shardings
 from elastic_lm.width.chooser import Per, SubnetChooser, budget_inputs, nested_model, with_prompt_choices
 from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig
 from elastic_lm.width.slicing import slice_params
 
 
 def _jit_prefill(function: Callable[..., Any]) -> Any:
-    """Static: the config, the capacity, the window, whether rows look up, the copies. Traced: all else."""
-    return jax.jit(function, static_argnames=("config", "capacity", "window", "lookup", "copies"))
+    """Static: the config, the mesh, the capacity, the window, whether rows look up, the copies."""
+    names = ("config", "capacity", "window", "lookup", "copies", "mesh")
+    return jax.jit(function, static_argnames=names)
 
 
 def _jit_run(function: Callable[..., Any]) -> Any:
-    """Static: the config, the mode. Traced: everything else."""
-    return jax.jit(function, static_argnames=("config", "mode"), donate_argnames="state")
+    """Static: the config, the mode, the mesh. Traced: everything else."""
+    return jax.jit(function, static_argnames=("config", "mode", "mesh"), donate_argnames="state")
 
 
 # The programs of whole models, which stay for the life of the process.
@@ -53,6 +57,7 @@ class Served:
       run: `loop.run`, jitted; the state is donated.
       per: whether routers choose widths for every token or for every prompt.
       budget: that routers keep while the model decodes; None = no routers choose.
+      mesh: that the parameters lie on, and the state with them; None = of one device.
     """
 
     subnet: Subnet | None
@@ -62,6 +67,7 @@ class Served:
     run: Any
     per: Per = "token"
     budget: Budget | None = None
+    mesh: Mesh | None = None
 
     def for_prompts(self, tokens_BP: jax.Array, length_B: jax.Array) -> "Served":
         """This model, with the widths that its routers choose for these prompts if they choose per prompt."""
@@ -83,7 +89,9 @@ class ServedModels:
           keep: sub-networks whose arrays and programs stay in memory; at least 1.
           slice_inside: arrays are sliced inside the programs whenever these run, and take memory only then.
         """
-        self._whole = Served(None, config, params, jit_prefill, jit_run)
+        mesh = mesh_of(params)
+        params = placed_for_decoding(params)
+        self._whole = Served(None, config, params, *_whole_programs(mesh), mesh=mesh)
         self._slice = _sliced_inside if slice_inside else _sliced
         self._keep = keep
         self._kept = collections.OrderedDict[Subnet, Served]()
@@ -106,7 +114,7 @@ class ServedModels:
             # Evicted before slicing, so that no more than `keep` slices are in memory at any time.
             while len(self._kept) >= self._keep:
                 self._kept.popitem(last=False)
-            self._kept[subnet] = self._slice(config, params, subnet)
+            self._kept[subnet] = self._slice(config, params, subnet, self._whole.mesh)
 
         self._kept.move_to_end(subnet)
         return self._kept[subnet]
@@ -123,41 +131,56 @@ class ServedModels:
         """
         assert chooser.routers is not None
         if self._nested is None:
-            self._nested = nested_model(self._whole.config, self._whole.params, chooser.routers)
+            config, params = nested_model(self._whole.config, self._whole.params, chooser.routers)
+            self._nested = config, placed_for_decoding(params)
 
         # The budget is traced, so that one model and one program serve all budgets.
         config, params = self._nested
         params = {**params, WIDTH_INPUTS: budget_inputs(chooser.routers, budget)}
-        return Served(None, config, params, jit_prefill, jit_run, chooser.per, budget)
+        mesh = self._whole.mesh
+        return Served(None, config, params, *_whole_programs(mesh), chooser.per, budget, mesh)
 
 
-def _sliced(config: ModelConfig, params: Params, subnet: Subnet) -> Served:
+def _whole_programs(mesh: Mesh | None) -> tuple[Any, Any]:
+    """Prefill and loop of whole models, on a mesh or on one device."""
+    if mesh is None:
+        return jit_prefill, jit_run
+    return functools.partial(jit_prefill, mesh=mesh), functools.partial(jit_run, mesh=mesh)
+
+
+def _sliced(config: ModelConfig, params: Params, subnet: Subnet, mesh: Mesh | None) -> Served:
     """A sub-network with arrays and programs of its own."""
+    on: Any = {} if mesh is None else {"mesh": mesh}
     # `functools.partial` makes new functions. JAX keeps the programs of one function until the function goes,
     # so that those of an evicted sub-network would otherwise stay.
-    programs = (_jit_prefill(functools.partial(prefill)), _jit_run(functools.partial(run)))
-    served = Served(subnet, *slice_params(config, params, subnet), *programs)
+    programs = _jit_prefill(functools.partial(prefill, **on)), _jit_run(functools.partial(run, **on))
+    config, params = slice_params(config, params, subnet)
+    if mesh is not None:
+        params = jax.device_put(params, fitting_shardings(config, mesh))
+    served = Served(subnet, config, placed_for_decoding(params), *programs, mesh=mesh)
     _compiled.watch(served)
     return served
 
 
-def _sliced_inside(config: ModelConfig, params: Params, subnet: Subnet) -> Served:
+def _sliced_inside(config: ModelConfig, params: Params, subnet: Subnet, mesh: Mesh | None) -> Served:
     """A sub-network without arrays of its own: its programs take the whole model's and slice them first.
 
     The slice lies in memory until a program ends. Slicing each layer where it is read would not do, because
     XLA copies a slice of a kernel in every step of a loop.
     """
 
+    on: Any = {} if mesh is None else {"mesh": mesh}
+
     def slicing(function: Callable[..., Any]) -> Callable[..., Any]:
         # `wraps` keeps the names of the parameters, by which `jit` knows what is static and what is donated.
         @functools.wraps(function)
         def program(sliced_config: ModelConfig, whole: Params, *rest: Any, **named: Any) -> Any:
-            return function(sliced_config, slice_params(config, whole, subnet)[1], *rest, **named)
+            return function(sliced_config, slice_params(config, whole, subnet)[1], *rest, **named, **on)
 
         return program
 
     programs = (_jit_prefill(slicing(prefill)), _jit_run(slicing(run)))
-    served = Served(subnet, subnet.sliced(config), params, *programs)
+    served = Served(subnet, subnet.sliced(config), params, *programs, mesh=mesh)
     _compiled.watch(served)
     return served
 

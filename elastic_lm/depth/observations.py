@@ -26,6 +26,7 @@ from elastic_lm.data.batch import Arrays, Batch, as_batches
 from elastic_lm.depth.confidence import Evidence, confidence_by_index, metric_index, state_confidence
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.models.finite import overflow_error
+from elastic_lm.models.placement import rows_beside
 from elastic_lm.nn.block import Tap
 from elastic_lm.nn.vocab_head import Head
 from elastic_lm.processes import all_or_none, arrays_of_all, is_spread, on_host
@@ -222,7 +223,7 @@ def _parts(
             continue
 
         batch = pad_batch(batch, shape)
-        scalars = on_host(observe_batch(config, params, batch, index, chunk))
+        scalars = on_host(observe_batch(config, params, rows_beside(params, batch), index, chunk))
 
         counted = np.asarray(batch.weights) > 0
         for values in (scalars.nats, scalars.confidence, scalars.gate):

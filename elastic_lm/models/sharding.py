@@ -112,6 +112,24 @@ def param_shardings(config: Config, mesh: Mesh, rules: Rules | None = None) -> P
     return jax.tree_util.tree_map_with_path(one, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
+def fitting_shardings(config: Config, mesh: Mesh, rules: Rules | None = None) -> Params:
+    """`param_shardings`, with what the devices cannot divide whole on every one of them.
+
+    Args:
+      config: the model; static.
+      mesh: from `make_mesh`.
+      rules: logical to mesh axes; None = the defaults.
+    """
+    rules = rules or Rules()
+
+    def one(box: Any) -> NamedSharding:
+        axes = zip(box.value.shape, rules.spec(box.names), strict=True)
+        fits = (None if axis is None or size % mesh.shape[axis] else axis for size, axis in axes)
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    return jax.tree.map(one, abstract_params(config), is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
 def stacked_shardings(shardings: Params) -> Params:
     """Shardings of the stacked form (`decoder.stack_layers`); the layer dimension is scanned, so not split.
 

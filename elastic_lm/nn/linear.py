@@ -15,6 +15,12 @@ kernel of `x @ kernel^T` first:
     more            x @ kernel^T, which is as fast               x @ kernel^T
 
 Measured in a loop, as decoding has it (experiments/decode).
+
+On TPUs, fewer than 8 tokens are padded to 8, the rows of a tile. XLA gives the product of a single token to the
+vector unit otherwise, which by the compiler's estimate takes two to three times as long as reading the kernel
+from memory. The matrix unit takes no longer than that, for one token or eight (docs/devices.md). It also rounds
+float32 to bfloat16 for its products, unless `jax.default_matmul_precision` says otherwise, and a token's logits
+should not depend on how many others are computed with it.
 """
 
 import functools
@@ -33,6 +39,7 @@ CACHED_BYTES = 2**20  # of a kernel; a core of the machine that was measured has
 ONE_CORE = 2**19  # elements of the smallest kernel whose matrix-vector product XLA divides among cores
 LEAST, PADDED = 4, 32  # least width that tokens are padded to, and the most tokens that are padded
 FEW_TOKENS = 128  # most tokens for which the kernel comes first
+TILE = 8  # rows of a tile of a TPU
 
 
 class Linear(nn.Module):
@@ -84,8 +91,10 @@ def linear(
         x_MI = x.reshape(tokens, x.shape[-1])
         together = functools.partial(_together, dtype=dtype)
         if 0 < tokens <= PADDED:
-            on_cpu = functools.partial(_on_cpu(tokens, kernel), dtype=dtype)
-            y = jax.lax.platform_dependent(x_MI, kernel, cpu=on_cpu, default=together)
+            ways = {"cpu": functools.partial(_on_cpu(tokens, kernel), dtype=dtype)}
+            if tokens < TILE:
+                ways["tpu"] = functools.partial(_on_tpu, dtype=dtype)
+            y = jax.lax.platform_dependent(x_MI, kernel, default=together, **ways)
         else:
             y = together(x_MI, kernel)
         y = y.reshape(*x.shape[:-1], *kernel.shape[:-1])
@@ -98,7 +107,7 @@ def _on_cpu(tokens: int, kernel: jax.Array) -> Callable[..., jax.Array]:
     return _one_by_one if tokens == 1 or (tokens <= ONE_BY_ONE and cached) else _padded
 
 
-# The three ways give [M, O...]. They do not flatten the kernel: its output dimensions may be sharded over
+# These ways give [M, O...]. They do not flatten the kernel: its output dimensions may be sharded over
 # devices, and merging them would gather it.
 
 
@@ -107,6 +116,14 @@ def _together(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> ja
     contract = (((kernel.ndim - 1,), (1,)), ((), ()))
     y = jax.lax.dot_general(kernel, x_MI, contract, preferred_element_type=dtype)
     return jnp.moveaxis(y, -1, 0)
+
+
+def _on_tpu(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    """x @ kernel^T with a whole tile of tokens, for the matrix unit."""
+    tokens = x_MI.shape[0]
+    x_MI = jnp.pad(x_MI, ((0, TILE - tokens), (0, 0)))
+    contract = (((1,), (kernel.ndim - 1,)), ((), ()))
+    return jax.lax.dot_general(x_MI, kernel, contract, preferred_element_type=dtype)[:tokens]
 
 
 def _one_by_one(x_MI: jax.Array, kernel: jax.Array, dtype: DTypeLike | None) -> jax.Array:

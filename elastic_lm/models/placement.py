@@ -1,0 +1,109 @@
+"""Where the parameters of a model lie while it decodes: in which layout on a TPU, and on which mesh.
+
+A TPU keeps arrays in tiles of 8 x 128 numbers, and by default an array lies in the order of its dimensions
+that pads least: an embedding [49152, 576] lies as [576, 49152]. Decoding looks tokens up by row and sums
+products along rows, so that its programs want row order, and XLA copied such tensors at every call, or for
+every token. Laid out once in row order, nothing is copied. Tensors whose last dimension is a multiple of 128
+are in row order anyway.
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from elastic_lm.models.decoder import Params
+
+ROW_AXES = ("data", "fsdp")  # of a mesh: its devices hold different rows of a batch
+HEAD_AXIS = "tensor"  # its devices hold different heads
+
+
+def placed_for_decoding(params: Params) -> Params:
+    """The parameters where decoding reads them without a copy.
+
+    Args:
+      params: canonical; on devices of any kind, on one or on a mesh.
+
+    Returns:
+      On TPUs, the same parameters in row order: those that were in another order are new arrays, the others
+      the same ones. Elsewhere, the same tree.
+    """
+    on_tpu = any(_platform(leaf) == "tpu" for leaf in jax.tree.leaves(params))
+    return jax.tree.map(in_row_order, params) if on_tpu else params
+
+
+def in_row_order(x: jax.Array) -> jax.Array:
+    """The array itself if its last dimension is the one that is contiguous in memory and so on up; or a copy."""
+    wanted = tuple(range(x.ndim))
+    layout = x.format.layout if isinstance(x, jax.Array) else None
+    if layout is None or layout.major_to_minor == wanted:
+        return x
+    return jax.device_put(x, row_order(x))
+
+
+def row_order(x: Any) -> Format:
+    """Row order, where an array, or the description of one with a sharding, lies."""
+    return Format(Layout(tuple(range(x.ndim))), x.sharding)
+
+
+def _platform(leaf: Any) -> str:
+    return next(iter(leaf.devices())).platform if isinstance(leaf, jax.Array) else ""
+
+
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh of several devices that parameters lie on, with the axes of `sharding.make_mesh`.
+
+    Args:
+      params: canonical.
+
+    Returns:
+      The mesh; None where they lie on one device, or on a mesh whose axes mean something else.
+    """
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            mesh = sharding.mesh
+            known = isinstance(mesh, Mesh) and {*ROW_AXES, HEAD_AXIS} <= set(mesh.axis_names)
+            return mesh if known else None
+    return None
+
+
+def rows_over(mesh: Mesh, rows: int) -> tuple[str, ...]:
+    """The axes of a mesh that rows are divided over: those that hold different rows, as far as they divide.
+
+    Args:
+      mesh: from `sharding.make_mesh`.
+      rows: of a batch.
+    """
+    for axes in (ROW_AXES, ROW_AXES[:1], ROW_AXES[1:]):
+        devices = 1
+        for axis in axes:
+            devices *= mesh.shape[axis]
+        if devices > 1 and rows % devices == 0:
+            return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+    return ()
+
+
+def heads_over(mesh: Mesh, heads: int) -> str | None:
+    """The axis that key/value heads are divided over; None = every device holds all of them."""
+    devices = mesh.shape[HEAD_AXIS]
+    return HEAD_AXIS if devices > 1 and heads % devices == 0 else None
+
+
+def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Sharding of [B, ...] arrays of B = `rows`."""
+    return NamedSharding(mesh, PartitionSpec(rows_over(mesh, rows) or None))
+
+
+def rows_beside(params: Params, batch: Any) -> Any:
+    """A tree of [B, ...] arrays, divided over the mesh that parameters lie on; the same tree without a mesh.
+
+    Args:
+      params: of the model that reads the batch.
+      batch: arrays of one number of rows.
+    """
+    mesh = mesh_of(params)
+    if mesh is None:
+        return batch
+    return jax.device_put(batch, rows_sharding(mesh, jax.tree.leaves(batch)[0].shape[0]))
