@@ -78,7 +78,9 @@ class ProgressWriter:
             self._task = self._bar.add_task("starting", total=total, completed=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows `values`."""
+        """Shows `values`; the run itself says at its end where its time went."""
+        if "goodput" in values:
+            return
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in UNSHOWN)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, overload
@@ -29,10 +29,12 @@ from elastic_lm.report.machine import peak_memory_bytes
 from elastic_lm.report.writers import ProgressWriter, Writer, Writers, check_writers, make_writers
 from elastic_lm.train import loop
 from elastic_lm.train.config import RunConfig, TaskRun, with_seeds
+from elastic_lm.train.goodput import Goodput
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
 from elastic_lm.train.optim import learning_rate, make_optimizer
 from elastic_lm.train.prepared import Prepared
+from elastic_lm.train.profiling import Profile, check_profile
 from elastic_lm.train.record import UNKNOWN, Origin, opening, save_record
 from elastic_lm.train.state import cast_params, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
@@ -134,8 +136,10 @@ def _fit(
     origin: Origin,
 ) -> tuple[Config, Params, dict[str, float]]:
     """`fit` in a workdir that no other process uses."""
+    goodput = Goodput()
     config = with_seeds(given)
     check_writers(config.log)
+    check_profile(config.log.profile, config.train.steps)
     check_identity(config, workdir)
     check_target(workdir / MODEL_FOLDER, overwrite=True)
 
@@ -167,6 +171,7 @@ def _fit(
         extra=functools.partial(extra_numbers, learning_rate(config.train)),
         dtype=method.config.dtype,
         stop=stop,
+        goodput=goodput,
     )
 
     batches = method.batches(iter(data.train), frozen, data)
@@ -184,7 +189,14 @@ def _fit(
             save_record(given, origin, mesh, start, workdir)
             print(opening(mesh, state.params, frozen, config.train.mu_dtype))
             print("compiling; the first step takes longest", flush=True)
-        with closing(make_writer(given, workdir, start, writers)) as writer:
+        profile = Profile(config.log.profile, workdir, start, config.train.steps)
+        job = dataclasses.replace(job, profile=profile)
+        goodput.ready(None if jax.process_index() else workdir, start)
+        with (
+            closing(make_writer(given, workdir, start, writers)) as writer,
+            goodput.until_end(writer),
+            closing(profile),
+        ):
             state, metrics = loop.run(
                 job, start, state, frozen, batches=batches, checkpoints=checkpoints, writer=writer
             )
@@ -248,13 +260,15 @@ def as_stored(config: RunConfig | TaskRun, model: Config, params: Params) -> tup
     return model, params
 
 
-def extra_numbers(rate: optax.Schedule, step: int) -> dict[str, float]:
+def extra_numbers(rate: optax.Schedule, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     """The learning rate of a step, and the most memory that the run has taken until then.
 
     Args:
       rate: learning rate by steps done.
       step: the step, counted from 1.
+      metrics: of the steps since the last line.
     """
+    del metrics
     memory = peak_memory_bytes()
     there = {} if memory is None else {"peak_memory_gib": memory / 2**30}
     return {"lr": float(np.asarray(rate(step - 1))), **there}
