@@ -569,12 +569,23 @@ def show(
 
 
 def stats_line(stats: "SampleStatistics", n_layers: int) -> str:
-    """Tokens, their speed and their depths, in one line."""
+    """Tokens, their speed, the bytes that it takes and their depths, in one line."""
     counts = ", ".join(f"{n} after {depth} layers" for depth, n in stats.exit_counts.items())
+    read = "" if stats.gb_per_s is None else f", {bandwidth(stats.gb_per_s)}"
     return (
-        f"{stats.tokens} tokens, {stats.tokens_per_s:.1f}/s (compilation included), "
+        f"{stats.tokens} tokens, {stats.tokens_per_s:.1f}/s{read} (compilation included), "
         f"mean {stats.mean_layers:.2f} of {n_layers} layers: {counts}"
     )
+
+
+def bandwidth(gb_per_s: float) -> str:
+    """Gigabytes per second, and the share of what is published of the device, where that is known."""
+    import jax
+
+    from elastic_lm.cost.device_kinds import bandwidth_share
+
+    share = bandwidth_share(gb_per_s, jax.devices()[0].device_kind)
+    return f"{gb_per_s:.1f} GB/s" + ("" if share is None else f" ({share:.0%} of its memory's)")
 
 
 def write_json(path: str, prompts: Sequence[str], samples: "Sequence[Sample]") -> None:

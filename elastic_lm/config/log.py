@@ -51,11 +51,12 @@ class LogConfig:
             )
 
 
-def profiled_steps(profile: str) -> tuple[int | None, int]:
+def profiled_steps(profile: str, field: str = "log.profile") -> tuple[int | None, int]:
     """What `LogConfig.profile` says.
 
     Args:
       profile: "FIRST:LAST", a count, or "".
+      field: for messages.
 
     Returns:
       (first step or None, last step or the count); (None, 0) = none.
@@ -65,9 +66,9 @@ def profiled_steps(profile: str) -> tuple[int | None, int]:
     """
     found = re.fullmatch(r"(?:([1-9]\d{0,8}):)?([1-9]\d{0,8})", profile)
     fix = "must be FIRST:LAST, such as 10:13, or a count of steps, such as 3"
-    require(found is not None or not profile, "log.profile", profile, fix)
+    require(found is not None or not profile, field, profile, fix)
     if found is None:
         return None, 0
     first, last = found[1] and int(found[1]), int(found[2])
-    require(first is None or first <= last, "log.profile", profile, "the first step comes after the last")
+    require(first is None or first <= last, field, profile, "the first step comes after the last")
     return first, last

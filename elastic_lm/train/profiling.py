@@ -45,6 +45,7 @@ class Profile:
         """
         self._folder = folder / FOLDER
         self._running = False
+        self._step: Any = None
         self._first, self._last = 1, 0
         if not profile or jax.process_index():
             return
@@ -62,6 +63,9 @@ class Profile:
         if step == self._first <= self._last:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._running = True
+        if self._running:
+            self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
+            self._step.__enter__()
 
     def after(self, step: int, metrics: Mapping[str, Any]) -> float:
         """Ends a trace after its last step, whose metrics are waited for.
@@ -69,7 +73,10 @@ class Profile:
         Returns:
           Seconds that writing it took.
         """
-        if not self._running or step != self._last:
+        if not self._running:
+            return 0.0
+        self._step.__exit__(None, None, None)
+        if step != self._last:
             return 0.0
         jax.block_until_ready(metrics)
         began = time.monotonic()

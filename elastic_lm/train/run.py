@@ -40,6 +40,7 @@ from elastic_lm.train.state import cast_params, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 from elastic_lm.train.tasks.run import prepare_task
 from elastic_lm.train.text import prepare_text
+from elastic_lm.train.utilization import Utilization
 
 MODEL_FOLDER = "model"
 
@@ -159,16 +160,17 @@ def _fit(
 
     optimizer = make_optimizer(config.train, method.parameter_groups())
     shardings = state_shardings(optimizer, trainable)
+    used = Utilization(mesh, run.rate, config.log.peak_tflops)
     job = loop.Job(
         config=config.train,
-        train_step=make_train_step(method, optimizer, shardings, config.train.accumulate),
+        train_step=used.counting(make_train_step(method, optimizer, shardings, config.train.accumulate)),
         eval_step=make_eval_step(method.for_evaluation()),
         held_out=data.held_out,
         place=lambda batch: data.place(batch, data.mesh),
         per_step=run.per_step,
         rate=run.rate,
         remark=method.remark,
-        extra=functools.partial(extra_numbers, learning_rate(config.train)),
+        extra=functools.partial(extra_numbers, learning_rate(config.train), used),
         dtype=method.config.dtype,
         stop=stop,
         goodput=goodput,
@@ -260,18 +262,20 @@ def as_stored(config: RunConfig | TaskRun, model: Config, params: Params) -> tup
     return model, params
 
 
-def extra_numbers(rate: optax.Schedule, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-    """The learning rate of a step, and the most memory that the run has taken until then.
+def extra_numbers(
+    rate: optax.Schedule, used: Utilization, step: int, metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """The learning rate of a step, how much of the devices is used, and the most memory taken until then.
 
     Args:
       rate: learning rate by steps done.
+      used: counts what the steps compute.
       step: the step, counted from 1.
       metrics: of the steps since the last line.
     """
-    del metrics
     memory = peak_memory_bytes()
     there = {} if memory is None else {"peak_memory_gib": memory / 2**30}
-    return {"lr": float(np.asarray(rate(step - 1))), **there}
+    return {"lr": float(np.asarray(rate(step - 1))), **used.numbers(metrics), **there}
 
 
 def make_writer(
