@@ -3,10 +3,10 @@
     sum over segments j of  ticks[j] (weights of its layers + keys and values of all rows)
     + one vocabulary head per iteration in which rows have emitted from an exit, or from the full model
 
-Decoding waits for memory, so that these bytes per second beside the memory's bandwidth say how good it is. What
-cannot be known afterwards is left out, so that the truth is never below: exits that were looked at in vain,
-exits at which not all rows of a batch have left together, embeddings, and the prefill. Of several devices, the
-bytes are those of one: its part of the weights, and an equal part of the caches.
+Decoding waits for memory, so that these bytes per second beside the memory's bandwidth say how good it is.
+What cannot be known afterwards is left out, so that the truth is never below: exits that were looked at in
+vain, exits at which not all rows of a batch have left together, embeddings, and the prefill. Of several
+devices, the bytes are those of one: its part of the weights, and an equal part of the caches.
 """
 
 import math

@@ -56,7 +56,7 @@ class SampleStatistics:
       wasted: drafted tokens that it rejected.
       copied: accepted tokens that were copied from the row's own text (`DecodeOptions.lookup`).
       verifications: how often the deepest segment ran over positions of a row while rows were verified.
-      read_bytes: bytes of weights and caches that decoding has read, at least (`decode.read_bytes`); None where
+      read_bytes: bytes of weights and caches that decoding has read, at least (`decode.read_bytes`); None =
         they are not known.
 
     Example:
