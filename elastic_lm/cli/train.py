@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_lm.cli import signals
-from elastic_lm.cli.parser import CommandOptions, require_flag
+from elastic_lm.cli.many_processes import ProcessOptions, add_processes
+from elastic_lm.cli.parser import require_flag
 from elastic_lm.config.log import profiled_steps
 from elastic_lm.files.recipes import recipe_folder, recipe_summaries
 
@@ -47,7 +48,7 @@ FAILED = 1  # exit status where a run of a sweep failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(CommandOptions):
+class Options(ProcessOptions):
     """What is trained, and where."""
 
     workdir: str  # folder for checkpoints and metrics
@@ -60,6 +61,7 @@ class Options(CommandOptions):
     overrides: tuple[str, ...] = ()  # --config.section.key=value each
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         profiled_steps(self.profile, "--profile")
         gin = self.gin_file or self.gin_param
         if not gin and self.config is None:
@@ -86,12 +88,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "trace these steps into DIR/profile, like 10:13, or so many after the first, like 3"
     add("--profile", metavar="STEPS", help=text)
     add("--workdir", required=True, metavar="DIR", help="checkpoints and metrics go here")
+    add_processes(parser)
     parser.set_defaults(overrides=[])
 
 
 def run(options: Options) -> int | None:
     """Trains, or goes on with what the workdir holds."""
     from elastic_lm.checkpoints.native import QUICKSTART_MARK
+    from elastic_lm.processes import is_first
     from elastic_lm.train import Stopped, fit
 
     workdir = options.workdir
@@ -104,9 +108,12 @@ def run(options: Options) -> int | None:
     try:
         model, _, metrics = fit(config, workdir, stop=signals.stop_on_sigterm(), origin=origin)
     except Stopped as stopped:
-        print(f"{workdir}: {stopped}")
+        if is_first():
+            print(f"{workdir}: {stopped}")
         return None
 
+    if not is_first():
+        return None
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     count = len(getattr(model, "exits", ()))
     exits = f", {count} exits" if count else ""

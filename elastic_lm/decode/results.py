@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from elastic_lm.config.subnet import Budget, Subnet
@@ -21,6 +20,7 @@ from elastic_lm.decode.served import Served
 from elastic_lm.decode.settings import Settings
 from elastic_lm.decode.state import DecodeState
 from elastic_lm.models.finite import overflow_error
+from elastic_lm.processes import on_host
 from elastic_lm.report import colour
 
 
@@ -268,9 +268,9 @@ def collect(
     Raises:
       NotFiniteError: a token could not be drawn, because its logits were not finite.
     """
-    rows = jax.device_get((state.tokens, state.exit_layers, state.length, state.logprobs))
+    rows = on_host((state.tokens, state.exit_layers, state.length, state.logprobs))
     counters = (state.ticks, state.drafted, state.accepted, state.copied, state.verifications)
-    ticks, drafted, accepted, copied, verifications = jax.device_get(counters)
+    ticks, drafted, accepted, copied, verifications = on_host(counters)
     tokens, depths, lengths, bits = rows
     check_drawn(prompts, tokens, lengths, model)
     seconds = time.perf_counter() - started
