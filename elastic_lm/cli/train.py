@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from elastic_lm.cli import signals
 from elastic_lm.cli.many_processes import ProcessOptions, add_processes
 from elastic_lm.cli.parser import require_flag
+from elastic_lm.config.log import profiled_steps
 from elastic_lm.files.recipes import recipe_folder, recipe_summaries
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ Or give a Python file of yours. `--config name:argument` hands the argument to t
 key of the config can be overridden with --config.section.key=value, or with a blank for the equals sign;
 --config.exits[0].layer=2 sets one entry of a list. Unknown keys are refused with a suggestion. The workdir
 holds checkpoints, metrics.jsonl, run_config.json (as --config it repeats the run) and, at the end, model/.
-SIGTERM saves a checkpoint and ends with status 0.
+SIGTERM saves a checkpoint and ends with status 0. --profile 10:13 traces these steps with JAX's profiler.
 
 --sweep trains one run per value, each in a folder of the workdir, and ends with a table (sweep.json); several
 make every combination. A run that fails does not stop the others; the status is 1 then.
@@ -56,10 +57,12 @@ class Options(ProcessOptions):
     gin_file: tuple[str, ...] = ()  # gin files instead of a config
     gin_param: tuple[str, ...] = ()  # bindings that are read after them
     sweep: tuple[str, ...] = ()  # KEY=VALUE,VALUE each
+    profile: str = ""  # steps that are traced: FIRST:LAST, or a count
     overrides: tuple[str, ...] = ()  # --config.section.key=value each
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        profiled_steps(self.profile, "--profile")
         gin = self.gin_file or self.gin_param
         if not gin and self.config is None:
             raise ValueError("nothing to train: give --config RECIPE or FILE, or --gin_file FILE")
@@ -82,6 +85,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--gin_param", action="append", metavar="BINDING", help=text)
     text = "train once per value, like train.seed=0,1,2; may be repeated"
     add("--sweep", action="append", metavar="KEY=V,V", help=text)
+    text = "trace these steps into DIR/profile, like 10:13, or so many after the first, like 3"
+    add("--profile", metavar="STEPS", help=text)
     add("--workdir", required=True, metavar="DIR", help="checkpoints and metrics go here; may be at gs://")
     add_processes(parser)
     parser.set_defaults(overrides=[])
@@ -131,9 +136,13 @@ def load(options: Options, values: Mapping[str, str] | None = None) -> "tuple[Ru
     more = [f"{key}={value}" for key, value in (values or {}).items()]
     if options.config is None:
         config, operative = read_gin(options.gin_file, [*options.gin_param, *more])
-        return config, Origin(options.gin_file, operative)
-    config = load_config(options.config, [*options.overrides, *more])
-    return config, Origin((named(recipe_path(options.config)[0]),))
+        origin = Origin(options.gin_file, operative)
+    else:
+        config = load_config(options.config, [*options.overrides, *more])
+        origin = Origin((named(recipe_path(options.config)[0]),))
+    if options.profile:
+        config = dataclasses.replace(config, log=dataclasses.replace(config.log, profile=options.profile))
+    return config, origin
 
 
 def sweep(options: Options) -> int | None:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, overload
@@ -33,18 +33,21 @@ from elastic_lm.report.machine import peak_memory_bytes
 from elastic_lm.report.writers import ProgressWriter, Writer, Writers, check_writers, make_writers
 from elastic_lm.train import loop
 from elastic_lm.train.config import RunConfig, TaskRun, with_seeds
+from elastic_lm.train.goodput import Goodput
 from elastic_lm.train.identity import FILE as RUN_FILE
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
 from elastic_lm.train.method import Finished, RunData
 from elastic_lm.train.optim import learning_rate, make_optimizer
 from elastic_lm.train.prepared import Prepared
+from elastic_lm.train.profiling import Profile, check_profile
 from elastic_lm.train.record import UNKNOWN, Origin, opening, save_record
 from elastic_lm.train.state import cast_params, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 from elastic_lm.train.tasks.run import prepare_task
 from elastic_lm.train.text import prepare_text
 from elastic_lm.train.together import noticing_lost_processes
+from elastic_lm.train.utilization import Utilization
 
 MODEL_FOLDER = "model"
 
@@ -147,9 +150,11 @@ def _fit(
     origin: Origin,
 ) -> tuple[Config, Params, dict[str, float]]:
     """`fit` in a workdir that no other process uses."""
+    goodput = Goodput()
     config = with_seeds(given)
     with all_or_none():
         check_writers(config.log)
+        check_profile(config.log.profile, config.train.steps)
         check_identity(config, workdir)
         check_target(stored_at(workdir / MODEL_FOLDER), overwrite=True)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -170,18 +175,20 @@ def _fit(
 
     optimizer = make_optimizer(config.train, method.parameter_groups())
     shardings = state_shardings(optimizer, trainable)
+    used = Utilization(mesh, run.rate, config.log.peak_tflops)
     job = loop.Job(
         config=config.train,
-        train_step=make_train_step(method, optimizer, shardings, config.train.accumulate),
+        train_step=used.counting(make_train_step(method, optimizer, shardings, config.train.accumulate)),
         eval_step=make_eval_step(method.for_evaluation()),
         held_out=data.held_out,
         place=lambda batch: data.place(batch, data.mesh),
         per_step=run.per_step,
         rate=run.rate,
         remark=method.remark,
-        extra=functools.partial(extra_numbers, learning_rate(config.train)),
+        extra=functools.partial(extra_numbers, learning_rate(config.train), used),
         dtype=method.config.dtype,
         stop=stop,
+        goodput=goodput,
     )
 
     batches = method.batches(iter(data.train), frozen, data)
@@ -200,7 +207,14 @@ def _fit(
             save_record(given, origin, mesh, start, workdir)
             print(opening(mesh, state.params, frozen, config.train.mu_dtype))
             print("compiling; the first step takes longest", flush=True)
-        with closing(make_writer(given, workdir, start, writers)) as writer:
+        profile = Profile(config.log.profile, workdir, start, config.train.steps)
+        job = dataclasses.replace(job, profile=profile)
+        goodput.ready(None if jax.process_index() else workdir, start)
+        with (
+            closing(make_writer(given, workdir, start, writers)) as writer,
+            goodput.until_end(writer),
+            closing(profile),
+        ):
             state, metrics = loop.run(
                 job, start, state, frozen, batches=batches, checkpoints=checkpoints, writer=writer
             )
@@ -319,16 +333,20 @@ def as_stored(config: RunConfig | TaskRun, model: Config, params: Params) -> tup
     return model, params
 
 
-def extra_numbers(rate: optax.Schedule, step: int) -> dict[str, float]:
-    """The learning rate of a step, and the most memory that the run has taken until then.
+def extra_numbers(
+    rate: optax.Schedule, used: Utilization, step: int, metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """The learning rate of a step, how much of the devices is used, and the most memory taken until then.
 
     Args:
       rate: learning rate by steps done.
+      used: counts what the steps compute.
       step: the step, counted from 1.
+      metrics: of the steps since the last line.
     """
     memory = peak_memory_bytes()
     there = {} if memory is None else {"peak_memory_gib": memory / 2**30}
-    return {"lr": float(np.asarray(rate(step - 1))), **there}
+    return {"lr": float(np.asarray(rate(step - 1))), **used.numbers(metrics), **there}
 
 
 def make_writer(
