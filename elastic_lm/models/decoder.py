@@ -27,6 +27,7 @@ from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, t
 from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.exit_head import Exit
 from elastic_lm.nn.partition import partitioned
+from elastic_lm.nn.placement import by_rows, whole_width
 from elastic_lm.nn.rope import scanned_rotations, shared_rotations
 from elastic_lm.nn.vocab_head import Head, VocabHead
 
@@ -142,7 +143,7 @@ class Decoder(nn.Module):
         """
         _check_length(self.config, tokens_BT.shape[-1])
         positions_BT = default_positions(tokens_BT, positions_BT)
-        hidden = self.embed(tokens_BT, positions_BT)
+        hidden = by_rows(self.embed(tokens_BT, positions_BT))
 
         taps: dict[int, Tap] = {}
         start = 0
@@ -157,7 +158,7 @@ class Decoder(nn.Module):
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Token embeddings [B, T, D], scaled, plus learned positions, normalised, if the model does that."""
         c = self.config
-        hidden = self.embedding()[tokens_BT].astype(c.dtype)
+        hidden = whole_width(self.embedding())[tokens_BT].astype(c.dtype)
         if c.embed_scale != 1.0:
             hidden = hidden * jnp.asarray(c.embed_scale, c.dtype)
         if c.position == "learned":

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.sharding import batch_sharding
+from elastic_lm.nn.placement import traced_on
 from elastic_lm.train.losses import Metrics
 from elastic_lm.train.method import Method
 from elastic_lm.train.state import TrainState
@@ -46,7 +47,8 @@ def make_train_step(
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     # Static: method, optimizer, parts. Traced: state, frozen parameters and batch. The state is donated.
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    on_its_mesh = traced_on(train_step, jax.tree.leaves(shardings)[0].mesh)
+    return jax.jit(on_its_mesh, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_eval_step(method: Method[Any]) -> EvalStep:
