@@ -30,6 +30,8 @@ from elastic_lm.cost.traced import traced_flops
 from elastic_lm.cost.traffic import memory_traffic
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import AXES, make_mesh
+from elastic_lm.nn.remat import is_recomputing
+from elastic_lm.nn.sequence import SEQUENCE
 from elastic_lm.train.abstract import AbstractRun, abstract_run
 from elastic_lm.train.config import RunConfig, TaskRun
 
@@ -196,7 +198,7 @@ def plan_training(
     return TopologyPlan(
         topology=topology.name,
         devices=topology.size,
-        mesh=dict(zip(AXES, (int(mesh.shape[axis]) for axis in AXES), strict=True)),
+        mesh={name: int(size) for name, size in mesh.shape.items()},
         method=config.method.name,
         parameters=_count(run.state.params) + _count(run.frozen),
         trained=_count(run.state.params),
@@ -225,15 +227,17 @@ def topology_mesh(config: MeshConfig, topology: Topology) -> Any:
       ValueError: the sizes do not fit the topology, or its compiler is not installed.
     """
     if topology.chip.platform != "cuda":
-        return make_mesh(config.data, config.fsdp, config.tensor, devices=devices(topology))
-    stand_ins: Any = list(range(topology.size))
-    sizes = [config.data, config.fsdp, config.tensor]
+        sizes = (config.data, config.fsdp, config.tensor)
+        return make_mesh(*sizes, devices=devices(topology), sequence=config.sequence)
+
+    names = AXES if config.sequence == 1 else (*AXES[:-1], SEQUENCE, AXES[-1])
+    sizes = [getattr(config, name) for name in names]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = topology.size // max(-math.prod(sizes), 1)
-    if min(sizes) < 1 or math.prod(sizes) != len(stand_ins):
-        asked = ", ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
+    if min(sizes) < 1 or math.prod(sizes) != topology.size:
+        asked = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         raise ValueError(f"mesh {asked} does not fit {topology.size} devices: the product must be that")
-    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh(tuple(sizes), names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def held_bytes(run: AbstractRun) -> dict[str, int]:
@@ -262,7 +266,7 @@ def estimated_temporaries(config: RunConfig | TaskRun, run: AbstractRun) -> int:
     tensor = run.mesh.shape["tensor"]
     width, neurons, layers = model.d_model, model.d_mlp, model.n_layers
     inner = (6 * width + 3 * neurons) // tensor + 2 * width
-    kept = layers * tokens * size * (width if config.train.remat else inner + 2 * width)
+    kept = layers * tokens * size * (width if is_recomputing(config.train.remat) else inner + 2 * width)
     chunk = tokens // max(local[1] // config.train.loss_chunk, 1) if len(local) > 1 else 0
     logits = 3 * 4 * chunk * getattr(model, "vocab_size", 0) // tensor
     # Logits of attention in float32, of all heads on a device and at most so many queries at a time.
@@ -311,7 +315,7 @@ def host_plan(run: AbstractRun, topology: Topology) -> HostPlan:
 
 def _hosts(mesh: Any, per_host: int) -> np.ndarray:
     """The machine of every device of a mesh, in the mesh's shape."""
-    shape = tuple(mesh.shape[axis] for axis in AXES)
+    shape = tuple(mesh.shape.values())
     if isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu":
         return np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
     return np.arange(math.prod(shape)).reshape(shape) // per_host
@@ -319,7 +323,7 @@ def _hosts(mesh: Any, per_host: int) -> np.ndarray:
 
 def _rows_per_host(run: AbstractRun, hosts: np.ndarray) -> tuple[int, int]:
     """(rows that a machine reads, machines that read the same rows)."""
-    data, fsdp, _ = hosts.shape
+    data, fsdp = hosts.shape[:2]
     rows = jax.tree.leaves(run.batch)[0].shape[0]
     of_rows: list[set[int]] = [set(hosts[i, j].tolist()) for i in range(data) for j in range(fsdp)]
     shards = {host: sum(host in each for each in of_rows) for host in np.unique(hosts).tolist()}
@@ -332,8 +336,9 @@ def _parts_of_hosts(leaf: Any, mesh: Any, hosts: np.ndarray) -> Iterable[tuple[i
         axis for entry in leaf.sharding.spec for axis in (entry if isinstance(entry, tuple) else (entry,))
     ]
     split = [axis for axis in axes if axis is not None]
-    order = [AXES.index(axis) for axis in split]
-    rest = [i for i in range(3) if i not in order]
+    names = list(mesh.shape)
+    order = [names.index(axis) for axis in split]
+    rest = [i for i in range(len(names)) if i not in order]
     shards = math.prod(mesh.shape[axis] for axis in split)
     by_shard = np.transpose(hosts, order + rest).reshape(shards, -1)  # [shard, copies]
     size = math.prod(leaf.shape) // shards
@@ -362,7 +367,7 @@ def advice(
     held_all, found = sum(held.values()), []
     temporaries = max(needed - held_all, 0)
     if temporaries > 0.1 * available:
-        if recomputes and not train.remat:
+        if recomputes and not is_recomputing(train.remat):
             found.append("train.remat=True (layers are computed again in the backward pass)")
         if rows // train.accumulate >= 2 * unit:
             found.append(

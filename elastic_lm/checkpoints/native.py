@@ -47,6 +47,7 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
+from elastic_lm.nn.int8 import check_wide
 
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
@@ -267,6 +268,7 @@ def save_model(
       OSError: what was written does not read back as it was; an earlier checkpoint stays.
       ValueError: `path` is remote.
     """
+    check_wide("save_model", params)
     target = check_target(path, overwrite)
     partial = _shared_name(target)
     first = jax.process_index() == 0

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 
 
 def load_with_tokenizer(
-    folder: str | None, dtype: str | None = None
+    folder: str | None, dtype: str | None = None, *, weights: str | None = None
 ) -> "tuple[Decoder, Params, Tokenizer, str]":
     """A model folder's decoder and tokenizer; None = the embedded model. `dtype` None = as saved.
+
+    `weights` "int8" gives kernels in 8 bits, as `el.load` does.
 
     Returns:
       (model, canonical parameters, tokenizer, the folder).
@@ -25,7 +27,7 @@ def load_with_tokenizer(
     path = folder or str(embedded_model())
     check_model_folder(path)
     tokenizer = Tokenizer.load(path)  # first, because the weights may take minutes
-    model, params = load_decoder(path, dtype=dtype)
+    model, params = load_decoder(path, dtype=dtype, weights=weights)
     tokenizer.check_vocabulary(model.config.vocab_size)
     return model, params, tokenizer, path
 

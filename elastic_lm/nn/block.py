@@ -21,6 +21,7 @@ from elastic_lm.nn.attention import Attention, AttentionContext, NewKeyValues
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm
 from elastic_lm.nn.placement import by_rows
+from elastic_lm.nn.sequence import divided
 
 
 @flax.struct.dataclass
@@ -101,7 +102,7 @@ class Block(nn.Module):
         residual = by_rows(x_BTD + scaled(attended, c.residual_scale))
 
         mlp_input = normed if c.shared_norm else self.mlp_norm(x_BTD if c.parallel_residual else residual)
-        hidden = self.add_mlp(residual, mlp(mlp_input))
+        hidden = divided(self.add_mlp(residual, mlp(mlp_input)))
         return Tap(hidden, residual, mlp_input, entering=x_BTD), new_kv
 
     def add_mlp(self, residual_BTD: jax.Array, mlp_BTD: jax.Array) -> jax.Array:

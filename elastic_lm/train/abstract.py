@@ -24,11 +24,14 @@ from elastic_lm.models.exits import attach_exits, extract
 from elastic_lm.models.registry import Config, abstract_params
 from elastic_lm.models.sharding import (
     batch_sharding,
+    check_columns,
     check_rows,
+    column_sharding,
     param_shardings,
     replicated,
     stacked_shardings,
 )
+from elastic_lm.nn.kernels import choose
 from elastic_lm.train.config import RunConfig, TaskRun, with_seeds
 from elastic_lm.train.method import TEACHER, Method
 from elastic_lm.train.optim import make_optimizer
@@ -98,6 +101,7 @@ def abstract_run(given: RunConfig | TaskRun, mesh: Mesh, model: Config | None = 
         check_rows("task.batch_size", config.task.batch_size, mesh, config.train.accumulate)
     else:
         check_rows("data.batch_size", config.data.batch_size, mesh, config.train.accumulate)
+        check_columns("data.seq_len", config.data.seq_len, mesh)
 
     held: dict[str, Any] = {}
 
@@ -119,7 +123,8 @@ def abstract_run(given: RunConfig | TaskRun, mesh: Mesh, model: Config | None = 
     optimizer = make_optimizer(config.train, method.parameter_groups())
     places = state_shardings(optimizer, trainable)
     state = _abstract_state(optimizer, trainable, config.train.param_dtype or "float32", places)
-    step = make_train_step(method, optimizer, places, config.train.accumulate)
+    kernel = choose(config.train.attention, mesh) if isinstance(mesh, Mesh) else None
+    step = make_train_step(method, optimizer, places, config.train.accumulate, kernel)
     return AbstractRun(method, state, frozen, _abstract_batch(config, method, frozen, mesh), step, mesh)
 
 
@@ -198,16 +203,16 @@ def _abstract_state(
 
 def _abstract_batch(config: RunConfig | TaskRun, method: Method[Any], frozen: Params, mesh: Mesh) -> Any:
     """A batch of the widest rows, as the steps read it."""
-    rows = batch_sharding(mesh)
+    rows, columns = batch_sharding(mesh), column_sharding(mesh)
     if isinstance(config, RunConfig):
         shape = config.data.batch_size, config.data.seq_len
-        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-        batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows), ids, ids)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=columns)
+        batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=columns), ids, ids)
         if not getattr(method, "cached_batches", 0):
             return batch
         # What the frozen layers gave for a batch takes its place.
         taps = jax.eval_shape(getattr(method, "taps"), frozen, batch)  # noqa: B009
-        return jax.tree.map(lambda leaf: _placed(leaf, rows), taps)
+        return jax.tree.map(lambda leaf: _placed(leaf, columns if leaf.ndim > 1 else rows), taps)
 
     task = config.task
     read = jax.ShapeDtypeStruct((task.batch_size, task.max_len), jnp.int32, sharding=rows)
