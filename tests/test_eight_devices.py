@@ -18,6 +18,8 @@ NAMES = (
     "width/test_importance.py",
     "train/test_step.py",
     "train/test_mesh_run.py",
+    "train/test_born_on_mesh.py",
+    "train/test_sequence_mesh.py",
 )
 FILES = tuple(TESTS / name for name in NAMES)
 

@@ -37,7 +37,7 @@ from elastic_lm.data.batch import Batch
 from elastic_lm.depth.ee_tuning import EETuning
 from elastic_lm.depth.self_supervised import SelfSupervisedExits, cache_taps
 from elastic_lm.depth.sorted_finetuning import SortedFineTuning
-from elastic_lm.models.decoder import Params, stack_layers
+from elastic_lm.models.decoder import Params
 from elastic_lm.models.exits import without_exits
 from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import make_mesh, param_shardings, stacked_shardings
@@ -137,7 +137,7 @@ def _model(tiny: bool) -> tuple[ModelConfig, tuple[int, int]]:
 def random_params(config: ModelConfig, seed: int) -> Params:
     """Stacked parameters on a mesh of all devices."""
     shardings = stacked_shardings(param_shardings(config, make_mesh()))
-    return jax.device_put(stack_layers(init_params(config, jax.random.key(seed))), shardings)
+    return init_params(config, jax.random.key(seed), shardings=shardings, stacked=True)
 
 
 def random_batch(config: ModelConfig, shape: tuple[int, int], seed: int) -> Batch:

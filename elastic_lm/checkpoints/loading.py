@@ -5,13 +5,15 @@ from pathlib import Path
 import jax
 
 from elastic_lm import hf
-from elastic_lm.config.model import DTYPES
+from elastic_lm.config.checks import require
+from elastic_lm.config.model import DTYPES, ModelConfig
 from elastic_lm.files.atomic import moved_away
 from elastic_lm.files.gguf import is_gguf
 from elastic_lm.files.hub import OR_NAME, local_model
 from elastic_lm.files.remote import named
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Config, Model, kind_of, make_model
+from elastic_lm.nn.int8 import quantised
 
 CHECKPOINT = "elastic_config.json"
 
@@ -22,6 +24,7 @@ def load(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     revision: str | None = None,
+    weights: str | None = None,
 ) -> tuple[Model, Params]:
     """Loads a model of the Hugging Face Hub, a folder of one, a checkpoint of this package or a GGUF file.
 
@@ -34,6 +37,8 @@ def load(
         `hf.load` for a Hugging Face folder.
       mesh: devices to spread the parameters over; None = the default device.
       revision: branch, tag or commit on the Hub, which ORG/NAME@REVISION names too; None = the main branch.
+      weights: "int8" = a decoder's kernels and tables in 8 bits, with a scale per output, for decoding on
+        devices that read them so; None = in `dtype`.
 
     Returns:
       (model, canonical parameters); `model.config` describes it.
@@ -51,12 +56,17 @@ def load(
       assert params["embed"]["table"].shape == (model.config.vocab_size, model.config.d_model)
       ```
     """
-    config, params = _load(local_model(path, revision=revision), dtype, mesh)
+    require(weights in (None, "int8"), "weights", weights, "must be 'int8', or None")
+    config, params = _load(local_model(path, revision=revision), dtype, mesh, weights)
     return make_model(config), params
 
 
 def load_decoder(
-    path: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    weights: str | None = None,
 ) -> tuple[Decoder, Params]:
     """`load` where only a decoder will do.
 
@@ -64,6 +74,7 @@ def load_decoder(
       path: see `load`.
       dtype: see `load`.
       mesh: see `load`.
+      weights: see `load`.
 
     Returns:
       (model, canonical parameters).
@@ -72,7 +83,7 @@ def load_decoder(
       FileNotFoundError: see `load`.
       ValueError: see `load`; or the folder holds another kind of model.
     """
-    model, params = load(path, dtype=dtype, mesh=mesh)
+    model, params = load(path, dtype=dtype, mesh=mesh, weights=weights)
     if not isinstance(model, Decoder):
         raise ValueError(
             f"{path}: holds an {kind_of(model.config).name} (family={model.config.family!r}), where a "
@@ -103,11 +114,18 @@ def check_model_folder(path: str | Path) -> None:
         )
 
 
-def _load(folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None) -> tuple[Config, Params]:
+def _load(
+    folder: Path, dtype: str | None, mesh: jax.sharding.Mesh | None, weights: str | None
+) -> tuple[Config, Params]:
     check_model_folder(folder)
-    if (folder / CHECKPOINT).is_file():
-        return _load_checkpoint(folder, dtype, mesh)
-    return hf.load(folder, dtype=dtype, mesh=mesh)
+    if not (folder / CHECKPOINT).is_file():
+        config, params = hf.load(folder, dtype=dtype, mesh=mesh, weights=weights)
+    else:
+        config, params = _load_checkpoint(folder, dtype, mesh)
+        params = params if weights is None else quantised(params, lambda leaf: leaf.delete())
+    decodes = isinstance(config, ModelConfig)
+    require(weights is None or decodes, "weights", weights, f"{folder} holds no decoder; leave it out")
+    return config, params
 
 
 def _load_checkpoint(

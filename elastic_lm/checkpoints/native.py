@@ -54,6 +54,7 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
+from elastic_lm.nn.int8 import check_wide
 from elastic_lm.processes import wait_for_all
 
 CONFIG_FILE = "elastic_config.json"
@@ -373,6 +374,7 @@ def save_model(
       OSError: what was written does not read back as it was; an earlier checkpoint stays.
       ValueError: remote paths of this kind are not supported.
     """
+    check_wide("save_model", params)
     target = check_target(path, overwrite)
 
     def describe(folder: Path) -> None:

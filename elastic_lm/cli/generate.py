@@ -95,6 +95,7 @@ class DecodingOptions(ModelOptions, WidthOptions):
     force: bool = False  # thresholds or a latency table of other weights are taken without a word
     missing: Missing = get_args(Missing)[0]
     mesh: MeshConfig | None = None  # devices that share the work; None = the first one does it
+    weights: str | None = None  # "int8" = kernels in 8 bits
     raw: bool = False  # control characters in texts are printed as they are
     color: Colour = DEFAULT_COLOUR
 
@@ -248,6 +249,8 @@ def add_exits(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    kernels = "kernels in 8 bits: a quarter of float32's memory; faster on GPUs and TPUs alone"
+    add("--weights", choices=("int8",), help=kernels)
     add("--temperature", type=float, help="0 = always the likeliest token (default: 0)")
     add("--top-k", type=int, metavar="K", help="0 = all (default: 0)")
     add("--top-p", type=float, metavar="P", help="1 = all (default: 1)")
@@ -388,7 +391,9 @@ def make_sampler(options: DecodingOptions) -> "tuple[Sampler, Tokenizer]":
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.depth.preview_files import check_head, load_preview
 
-    model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype, options.mesh)
+    model, params, tokenizer, folder = load_with_tokenizer(
+        options.model, options.dtype, options.mesh, weights=options.weights
+    )
     how: dict[str, Any] = options.given(DECODING)
     parts = parts_of(params, tokenizer) if options.thresholds or options.latency_table else {}
     policy = exit_policy(model.config, options)

@@ -106,8 +106,8 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     parser, commands = build_parsers()
     flags, rest = parser.parse_known_args(with_new_name(argv))
 
-    # Only `train` takes arguments that its parser does not know: overrides of the config.
-    if "overrides" in flags:
+    # What overrides a config is not known to the parser; without a config, `plan` has none to override.
+    if "overrides" in flags and (flags.command == "train" or "config" in flags):
         flags.overrides = rest
     elif rest:
         commands[flags.command].refuse(rest)

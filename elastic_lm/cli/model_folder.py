@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 
 
 def load_with_tokenizer(
-    folder: str | None, dtype: str | None = None, sizes: "MeshConfig | None" = None
+    folder: str | None,
+    dtype: str | None = None,
+    sizes: "MeshConfig | None" = None,
+    *,
+    weights: str | None = None,
 ) -> "tuple[Decoder, Params, Tokenizer, str]":
     """A model folder's decoder and tokenizer; None = the embedded model. `dtype` None = as saved.
 
-    `sizes` are those of the mesh that parameters are divided over, as --mesh gives them.
+    `sizes` are those of the mesh that parameters are divided over, as --mesh gives them. `weights` "int8" gives
+    kernels in 8 bits, as `el.load` does.
 
     Returns:
       (model, canonical parameters, tokenizer, the folder).
@@ -31,7 +36,7 @@ def load_with_tokenizer(
     path = folder or str(embedded_model())
     check_model_folder(path)
     tokenizer = Tokenizer.load(path)  # first, because the weights may take minutes
-    model, params = load_decoder(path, dtype=dtype, mesh=mesh)
+    model, params = load_decoder(path, dtype=dtype, mesh=mesh, weights=weights)
     tokenizer.check_vocabulary(model.config.vocab_size)
     return model, params, tokenizer, path
 

@@ -1,4 +1,7 @@
-"""`elastic-lm plan`: what each dial would give on a model and this device, before anything is tuned."""
+"""`elastic-lm plan`: what each dial would give on a model and this device, before anything is tuned.
+
+With --topology it plans a training run on devices that are not there (`bench.topology_plan`).
+"""
 
 import argparse
 import dataclasses
@@ -16,14 +19,24 @@ from elastic_lm.cli.parser import (
 from elastic_lm.config.decoding import WINDOW
 
 HELP = """\
-Measures a model on this device and forecasts what exits, previews and prompt lookup would give.
+Forecasts what exits, previews and lookup would give on this device, or a training run on other devices.
 
 elastic-lm plan --model my-model --data text.txt
 elastic-lm plan --model my-model --data text.txt --dtype bfloat16 --batch-size 4 --json plan.json
+elastic-lm plan --topology v5e:4x8 --config ee_tuning:8,16 --model llama-2-7b --config.mesh.fsdp=-1 \
+  --config.mesh.data=1 --config.data.batch_size=32 --config.data.seq_len=2048 --config.train.remat=True
+elastic-lm plan --topology h100:8 --config my_config.py --model my-model/config.json
 
 Fits exits and previews in closed form, lets the model continue parts of the text, times the parts of an
 iteration of the decode loop, and puts these together. Nothing is trained and the model is not changed. The
 last line says what to use, or why nothing pays.
+
+With --topology, a training run is planned instead, from its config: does it fit, bytes of a device by kind,
+FLOPs, collectives, a roofline time, and what every host reads and writes. Nothing is allocated, and no such
+device is needed: for TPUs the step is compiled (pip install "elastic-lm[tpu-aot]"), for graphics cards it is
+counted. Topologies are v5e:4x8, v5p:4x4x4, v5p-256, v6e-8, a100-80gb:8, h100:8, cpu:8 and the like; models a
+folder, a config.json, or a published shape: smollm2-135m, tinyllama-1.1b, llama-2-7b, llama-2-13b,
+llama-2-70b, llama-3-8b, llama-3-70b, bert-base.
 """
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 48, 64  # texts that are continued
@@ -41,9 +54,26 @@ class Options(ModelOptions):
     batch_size: int = 1  # rows that are decoded together
     window: int = WINDOW  # of `generate`
     json: str | None = None  # file for the plan
+    topology: str | None = None  # devices that a training run is planned for; None = this device is measured
+    config: str | None = None  # that run: a recipe or a file, as of `train`
+    overrides: tuple[str, ...] = ()  # --config.section.key=value each
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.topology is not None:
+            unread = "is not read with --topology, which plans a training run; leave it out"
+            for name in ("data", "targets", "minutes", "batch_size", "window"):
+                value = getattr(self, name)
+                require_flag(value == getattr(Options, name), f"--{name.replace('_', '-')}", value, unread)
+            require_flag(
+                self.config is not None, "--topology", self.topology, "name the training run: --config RECIPE"
+            )
+        require_flag(
+            self.config is None or self.topology is not None,
+            "--config",
+            self.config,
+            "is the run that --topology plans: name the devices too, such as --topology v5e:4x8",
+        )
         for target in self.targets:
             require_share("--targets", target)
             require_flag(
@@ -67,10 +97,55 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="B", help=rows)
     add("--window", type=int, metavar="W", help=f"of `generate` (default: {Options.window})")
     add("--json", metavar="FILE", help="write everything that was measured and forecast here")
+    add("--topology", metavar="NAME", help="plan a training run on these devices, such as v5e:4x8 or h100:8")
+    run_of = "that run, as `train` takes it; --config.section.key=value changes it"
+    add("--config", metavar="RECIPE|FILE[:ARG]", help=run_of)
+    parser.set_defaults(overrides=[])
 
 
 def run(options: Options) -> None:
     """Plans, prints the forecasts, and writes them."""
+    if options.topology is not None:
+        run_on(options, options.topology)
+    else:
+        run_here(options)
+
+
+def run_on(options: Options, name: str) -> None:
+    """Plans a training run on devices that are not there."""
+    import json
+    import os
+    import sys
+
+    # Nothing runs here. Without this, jax would look for a TPU as soon as libtpu is installed.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+    from rich.console import Console
+
+    from elastic_lm.bench.topology_plan import plan_training, show_plan, to_json
+    from elastic_lm.checkpoints.describing import describe_model
+    from elastic_lm.cost.topologies import parse_topology, simulate
+    from elastic_lm.files.atomic import prepare_output, write_text_whole
+    from elastic_lm.train.recipes import load_config
+
+    prepare_output(options.json)
+    topology = parse_topology(name)
+    assert options.config is not None
+    config = load_config(options.config, options.overrides)
+    simulate(topology)
+
+    place = options.model or config.train.init_from
+    on_cpu = "float32" if topology.chip.platform == "cpu" else None
+    model = describe_model(place, options.dtype or on_cpu) if place else None
+    plan = plan_training(config, topology, model)
+    show_plan(plan, Console(highlight=False))
+    if options.json:
+        write_text_whole(options.json, json.dumps(to_json(plan), indent=2) + "\n")
+        print(f"written to {options.json}", file=sys.stderr)
+
+
+def run_here(options: Options) -> None:
+    """Measures a model on this device, prints the forecasts, and writes them."""
     import json
     import sys
 

@@ -21,6 +21,7 @@ class MeshConfig:
     data: int = -1  # rows of a batch
     fsdp: int = 1  # rows of a batch and slices of every parameter
     tensor: int = 1  # heads, MLP width and vocabulary
+    sequence: int = 1  # columns of rows, that is the tokens of long texts
 
     def __post_init__(self) -> None:
         require_types(self, "mesh.")

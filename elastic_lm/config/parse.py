@@ -130,9 +130,10 @@ def _coerce(hint: Any, value: Any, where: str, default: Any = None) -> Any:
       default: of the field. A section of the same class takes from it what `value` leaves out.
     """
     if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
-            return value
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+        hints = [arg for arg in get_args(hint) if arg is not type(None)]
+        if value is None or len(hints) > 1:
+            return value  # of several types the class itself looks at the value
+        hint = hints[0]
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # pyright: ignore[reportArgumentType]
             return value

@@ -141,7 +141,7 @@ def compile_program(function: Any, *args: Any, **kwargs: Any) -> Program:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _too_large(str(error)) from None
+        raise too_large(str(error)) from None
     return read_program(compiled)
 
 
@@ -166,7 +166,7 @@ def read_program(compiled: Any) -> Program:
     )
 
 
-def _too_large(message: str) -> DoesNotFit:
+def too_large(message: str) -> DoesNotFit:
     """From the compiler's message, whose numbers have units."""
     sizes = [float(n) * UNITS[unit] for n, unit in re.findall(r"\b(\d+\.\d+)([KMGT]?)\b", message)]
     needed, available = (int(max(sizes[:2])), int(min(sizes[:2]))) if len(sizes) > 1 else (0, 0)
@@ -198,19 +198,19 @@ def read_text(text: str) -> tuple[float, tuple[Collective, ...], int]:
     """(FLOPs, collectives, transfers to the host) of an optimised HLO module."""
     computations, entry = parse(text)
     devices = int(_found(r"num_partitions=(\d+)", text) or 1) * int(_found(r"replica_count=(\d+)", text) or 1)
+    types = {name: {each.name: each.type for each in body} for name, body in computations.items()}
     flops, transfers = 0.0, 0
     runs: dict[tuple[str, int], list[Any]] = {}
-    for times, scope, inside, instruction in _executed(computations, entry):
+    for times, scope, inside, instruction in executed(computations, entry):
         opcode = instruction.opcode
         if opcode in ("dot", "convolution"):
-            shapes = {each.name: each.type for each in computations[inside]}
-            flops += times * _product_flops(instruction, shapes)
+            flops += times * _product_flops(instruction, types[inside])
         elif opcode.removesuffix("-start") in HOST or "host" in _target(instruction):
             transfers += 1
         elif (kind := _collective_kind(instruction, inside)) and (
             group := _group_size(instruction.attributes, devices)
         ) > 1:
-            size = _payload(kind, instruction, computations[inside])
+            size = _payload(kind, instruction, types[inside])
             # One that runs beside a product is written into several computations, under one channel.
             channel = _found(r"channel_id=(\d+)", instruction.attributes) or instruction.name
             runs.setdefault((kind, group), []).append((scope, channel, times, size, _source(instruction)))
@@ -227,7 +227,7 @@ def _summed(key: tuple[str, int], runs: list[Any]) -> Collective:
     return Collective(key[0], key[1], count, len(distinct), bytes_, names)
 
 
-def _executed(
+def executed(
     computations: Computations, name: str, times: int = 1, scope: str = ""
 ) -> Iterator[tuple[int, str, str, Instruction]]:
     """(runs, loop or branch around it, computation, instruction) of everything that runs."""
@@ -236,12 +236,12 @@ def _executed(
         if instruction.opcode == "while":
             body = _found(r"body=%?([\w.\-]+)", instruction.attributes)
             often = times * trip_count(computations, instruction)
-            yield from _executed(computations, body, often, f"{scope}/{instruction.name}")
+            yield from executed(computations, body, often, f"{scope}/{instruction.name}")
         else:
             inner = f"{scope}/{instruction.name}" if instruction.opcode == "conditional" else scope or name
             for callee in _callees(instruction):
                 branch = f"{inner}/{callee}" if instruction.opcode == "conditional" else inner
-                yield from _executed(computations, callee, times, branch)
+                yield from executed(computations, callee, times, branch)
 
 
 def _callees(instruction: Instruction) -> list[str]:
@@ -280,9 +280,8 @@ def _collective_kind(instruction: Instruction, computation: str) -> str:
     return opcode
 
 
-def _payload(kind: str, instruction: Instruction, computation: list[Instruction]) -> int:
+def _payload(kind: str, instruction: Instruction, types: Mapping[str, str]) -> int:
     """Bytes of the whole array on one device: the gathered result, or what is reduced or sent."""
-    types = {each.name: each.type for each in computation}
     read = sum(size_of(types.get(name, "")) for name in instruction.operands)
     if kind != "all-gather":
         return read
@@ -296,6 +295,11 @@ def _group_size(attributes: str, devices: int) -> int:
         return devices
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
         return int(iota[2])
+    # Axes of a mesh, or parts of them: mesh['a'=4,'b'=2] {'a','b':(1)2}
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     groups = _found(r"replica_groups=\{\{([\d,]*)\}", attributes)
     return len(groups.split(",")) if groups else devices
 

@@ -178,6 +178,19 @@ def _example(chip: Chip) -> str:
     return "8" if chip.axes == 1 else "x".join(map(str, TORUS_SHAPES[chip.axes][4]))
 
 
+def simulate(topology: Topology) -> None:
+    """Has this process simulate the CPU devices of a topology, before jax has started; others need nothing.
+
+    Args:
+      topology: what is compiled for.
+    """
+    config: Any = jax.config
+    if topology.chip.platform == "cpu" and topology.size > 1:
+        # Where jax has started it is too late, and `devices` says whether there are enough.
+        with contextlib.suppress(RuntimeError):
+            config.update("jax_num_cpu_devices", topology.size)
+
+
 def devices(topology: Topology) -> list[Any]:
     """Devices of a topology, to compile for and not to run on.
 

@@ -1,7 +1,8 @@
 """FLOPs of a function, counted in what JAX has traced of it: products of matrices, two per multiplication.
 
 XLA's own analysis of a compiled program counts the body of a loop once, and a traced program is there before
-anything is compiled. What a backward pass computes again to save memory (`jax.checkpoint`) does not count.
+anything is compiled. What a backward pass computes again to save memory (`jax.checkpoint`) does not count towards
+what a device achieves, and does towards what it has to do.
 """
 
 import math
@@ -21,15 +22,17 @@ ATTENTION = {  # kernels of cuDNN, by products of the size of the logits
 }
 
 
-def traced_flops(jaxpr: Any) -> float | None:
+def traced_flops(jaxpr: Any, at_most: bool = False) -> float | None:
     """FLOPs of one call.
 
     Args:
       jaxpr: from `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`. Those of a function on a mesh are
         of all devices together.
+      at_most: what devices have to do: also what is computed again, of a conditional the most expensive branch,
+        and of a loop without a fixed end one turn.
 
     Returns:
-      The FLOPs; None where they depend on the data, as in a loop without a fixed end, or cannot be counted.
+      The FLOPs; None where they cannot be counted, or, unless `at_most`, depend on the data.
 
     Example:
       ```python
@@ -42,18 +45,18 @@ def traced_flops(jaxpr: Any) -> float | None:
       assert traced_flops(jaxpr) == 2 * 4 * 4 * 4
       ```
     """
-    flops = _flops(jaxpr)
+    flops = _flops(jaxpr, at_most)
     return None if math.isnan(flops) else flops
 
 
-def _flops(jaxpr: Any) -> float:
+def _flops(jaxpr: Any, at_most: bool) -> float:
     inner = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-    return sum(map(_of_equation, inner.eqns), 0.0)
+    return sum((_of_equation(each, at_most) for each in inner.eqns), 0.0)
 
 
-def _of_equation(equation: Any) -> float:
+def _of_equation(equation: Any, at_most: bool) -> float:
     name, params = equation.primitive.name, equation.params
-    if AGAIN in str(equation.source_info.name_stack):
+    if not at_most and AGAIN in str(equation.source_info.name_stack):
         return 0.0
     if name == "dot_general":
         return _product(equation)
@@ -67,13 +70,13 @@ def _of_equation(equation: Any) -> float:
     if name == "pallas_call":
         estimate = params.get("cost_estimate")
         return UNKNOWN if estimate is None else float(estimate.flops)
-    parts = [_flops(part) for part in _parts(params)]
+    parts = [_flops(part, at_most) for part in _parts(params)]
     if name == "scan":
         return params["length"] * sum(parts)
-    if name == "while":
+    if name == "while" and not at_most:
         return UNKNOWN if any(parts) else 0.0  # nobody knows how often it runs
     if name == "cond":
-        return parts[0] if len(set(parts)) == 1 else UNKNOWN
+        return max(parts) if at_most or len(set(parts)) == 1 else UNKNOWN
     if name == "shard_map":
         return math.prod(params["mesh"].shape.values()) * sum(parts)
     return sum(parts, 0.0)

@@ -35,6 +35,7 @@ from elastic_lm.data.batch import Batch
 from elastic_lm.depth.fitting import above_chance, fit_state
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.block import Tap
+from elastic_lm.nn.remat import Remat, recomputed
 from elastic_lm.train.losses import (
     LOSS_CHUNK,
     Metrics,
@@ -118,7 +119,7 @@ class EETuning(EETuningConfig, Method[Batch]):
 
     config: ModelConfig  # the model with its exits; static
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
-    remat: bool = False  # recompute what an exit computes in its backward pass
+    remat: Remat = False  # recompute what an exit computes in its backward pass
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,7 +206,7 @@ class EETuning(EETuningConfig, Method[Batch]):
             def token_sums(params: Params, tap: Tap, i: int = i) -> TokenSums:
                 return self._token_sums(params, tap, i, batch)
 
-            sums = (jax.checkpoint(token_sums) if self.remat else token_sums)(params, taps[e.layer])
+            sums = recomputed(token_sums, self.remat)(params, taps[e.layer])
             count = jnp.maximum(sums.weight, 1.0)  # a batch of padding alone has no tokens
             total += weights[i] * sums.loss / count
             metrics[f"loss/{e.name}"] = sums.cross_entropy / count
@@ -312,7 +313,7 @@ class JointTraining(JointTrainingConfig, EETuning):
         features = {}
         for i, e in exits.items():
             of_exit = functools.partial(features_of, i)
-            features[i] = (jax.checkpoint(of_exit) if self.remat else of_exit)(params, taps[e.layer])
+            features[i] = recomputed(of_exit, self.remat)(params, taps[e.layer])
         own = {i: decoder.exit_head(i) for i, e in exits.items() if not e.tied}
         learned = (decoder.final_head(), own), (final, features)
         given = self.exit_weights(step), (batch.targets, batch.weights)

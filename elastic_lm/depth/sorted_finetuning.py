@@ -38,6 +38,7 @@ from elastic_lm.config.checks import NOT_NEGATIVE, POSITIVE, require, require_ch
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.nn.remat import Remat
 from elastic_lm.train.losses import LOSS_CHUNK, Metrics, TokenSums, chunked_cross_entropy
 from elastic_lm.train.method import Method, MethodConfig
 
@@ -138,7 +139,7 @@ class SortedFineTuning(SortedFineTuningConfig, Method[Batch]):
     steps: int = 1  # T, length of the run; read by gradual with curriculum_period 0
     seed: int = 0  # of sampled sub-models and layer dropout
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
-    remat: bool = False  # recompute layers in the backward pass
+    remat: Remat = False  # recompute layers in the backward pass
 
     def __post_init__(self) -> None:
         super().__post_init__()

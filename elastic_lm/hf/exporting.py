@@ -23,6 +23,7 @@ from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
+from elastic_lm.nn.int8 import check_wide
 from elastic_lm.processes import is_first, on_host, wait_for_all
 
 WRITTEN = (
@@ -93,6 +94,7 @@ def export(
           assert el.hf.load(f"{folder}/model")[0].exits == config.exits
       ```
     """
+    check_wide("export", params)
     target = check_target(path, overwrite)
     leaves = [(binding, _leaf(params, binding)) for binding in bindings(config)]
     check_finite("the model that is exported", params)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import DTYPES
@@ -27,6 +28,7 @@ from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import cast_tensor
 from elastic_lm.models.registry import Config
+from elastic_lm.nn.int8 import becomes_int8, to_int8
 
 # What old checkpoints carry and nothing reads: buffers that are computed here, mostly.
 BUFFERS = (
@@ -53,6 +55,7 @@ def load(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     revision: str | None = None,
+    weights: str | None = None,
 ) -> tuple[Config, Params]:
     """Loads a model of a supported family from its Hugging Face folder.
 
@@ -67,6 +70,7 @@ def load(
         file, except on a CPU, where it is float32 (half precision is slow there).
       mesh: devices to spread the parameters over (`elastic_lm.models.sharding`); None = the default device.
       revision: branch, tag or commit on the Hub; None = the main branch.
+      weights: "int8" = kernels and tables in 8 bits, see `el.load`; None = in `dtype`.
 
     Returns:
       (config, canonical parameters). Token ids that start and end a text come from
@@ -106,7 +110,7 @@ def load(
         leaf = binding.layout.join(sources, binding.shape)
         where = f"{tensors.files[binding.names[0]]}: tensor {_listed(list(binding.names))}"
         leaf = cast_tensor(where, leaf, jnp.dtype(config.param_dtype))
-        _insert(params, binding.path, place(binding.path, leaf))
+        _insert(params, binding.path, place(binding.path, leaf, weights))
     return config, params
 
 
@@ -308,19 +312,32 @@ def _report_extra(family: Family, tensors: TensorFiles, extra: list[str]) -> Non
 
 def _placement(
     config: Config, mesh: jax.sharding.Mesh | None
-) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
-    """Returns what puts an assembled parameter where it belongs."""
+) -> Callable[[tuple[str, ...], np.ndarray, str | None], Any]:
+    """Returns what puts an assembled parameter where it belongs, in 8 bits if it is to be."""
+
+    def narrowed(path: tuple[str, ...], leaf: np.ndarray, weights: str | None) -> Any:
+        return to_int8(leaf) if weights == "int8" and becomes_int8(path) else leaf
+
     if mesh is None:
-        return lambda path, leaf: jnp.array(np.ascontiguousarray(leaf))
+        return lambda path, leaf, weights: jax.tree.map(
+            lambda x: jnp.array(np.ascontiguousarray(x)), narrowed(path, leaf, weights)
+        )
     from elastic_lm.models.sharding import param_shardings
 
     shardings = param_shardings(config, mesh)
 
-    def place(path: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
+    def place(path: tuple[str, ...], leaf: np.ndarray, weights: str | None) -> Any:
         sharding: Any = shardings
         for key in path:
             sharding = sharding[key]
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+        def put(x: np.ndarray) -> jax.Array:
+            # The scales of a kernel have its outputs alone.
+            own = NamedSharding(mesh, PartitionSpec(*sharding.spec[: x.ndim]))
+            own = sharding if x.ndim == leaf.ndim else own
+            return jax.make_array_from_callback(x.shape, own, lambda index: x[index])
+
+        return jax.tree.map(put, narrowed(path, leaf, weights))
 
     return place
 

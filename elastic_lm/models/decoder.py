@@ -27,7 +27,10 @@ from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, t
 from elastic_lm.nn.block import Block, Tap, make_norm
 from elastic_lm.nn.exit_head import Exit
 from elastic_lm.nn.partition import partitioned
+from elastic_lm.nn.placement import by_rows, whole_width
+from elastic_lm.nn.remat import Remat, recomputed, recomputed_method
 from elastic_lm.nn.rope import scanned_rotations, shared_rotations
+from elastic_lm.nn.sequence import divided
 from elastic_lm.nn.vocab_head import Head, VocabHead
 
 Params = dict[str, Any]
@@ -51,7 +54,7 @@ class Decoder(nn.Module):
 
     Attributes:
       config: architecture and exits; static.
-      remat: recompute each layer in the backward pass instead of storing its activations; static.
+      remat: what the backward pass computes again instead of storing it (`nn.remat`); static.
 
     Example:
       ```python
@@ -67,7 +70,7 @@ class Decoder(nn.Module):
     """
 
     config: ModelConfig
-    remat: bool = False
+    remat: Remat = False
 
     def setup(self) -> None:
         c = self.config
@@ -142,7 +145,7 @@ class Decoder(nn.Module):
         """
         _check_length(self.config, tokens_BT.shape[-1])
         positions_BT = default_positions(tokens_BT, positions_BT)
-        hidden = self.embed(tokens_BT, positions_BT)
+        hidden = by_rows(self.embed(tokens_BT, positions_BT))
 
         taps: dict[int, Tap] = {}
         start = 0
@@ -157,12 +160,12 @@ class Decoder(nn.Module):
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Token embeddings [B, T, D], scaled, plus learned positions, normalised, if the model does that."""
         c = self.config
-        hidden = self.embedding()[tokens_BT].astype(c.dtype)
+        hidden = whole_width(self.embedding())[tokens_BT].astype(c.dtype)
         if c.embed_scale != 1.0:
             hidden = hidden * jnp.asarray(c.embed_scale, c.dtype)
         if c.position == "learned":
             hidden = hidden + self.positions()[positions_BT + c.position_offset].astype(c.dtype)
-        return self.embed_norm(hidden) if c.embed_norm else hidden
+        return divided(self.embed_norm(hidden) if c.embed_norm else hidden)
 
     def run_layers(
         self,
@@ -195,7 +198,7 @@ class Decoder(nn.Module):
         if self._stacked() is not None:
             return self._scan_layers(hidden_BTD, positions_BT, start, stop, segments_BT, keep_LB), []
 
-        block = nn.remat(Block.__call__) if self.remat else Block.__call__
+        block = recomputed_method(Block.__call__, self.remat)
         lengths_BT = text_lengths(positions_BT, lengths_BT, cached=bool(past))
         rotations = shared_rotations(self.config, positions_BT, range(start, stop), lengths_BT)
         new_kv = []
@@ -234,7 +237,7 @@ class Decoder(nn.Module):
             tap, _ = block.apply({"params": params}, hidden, context)
             return tap
 
-        run = jax.checkpoint(layer) if self.remat else layer
+        run = recomputed(layer, self.remat)
 
         def step(hidden: jax.Array, xs: Any) -> tuple[jax.Array, None]:
             params, window, kind, keep_B = xs
@@ -423,6 +426,17 @@ def stack_layers(params: Params) -> Params:
     Raises:
       ValueError: layers differ in size (`ModelConfig.heterogeneous`).
     """
+    layers = alike_layers(params)
+    rest = {name: tree for name, tree in params.items() if not LAYER.fullmatch(name)}
+    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def alike_layers(params: Params) -> list[Params]:
+    """The layers of canonical parameters, in order.
+
+    Raises:
+      ValueError: layers differ in size.
+    """
     count = sum(bool(LAYER.fullmatch(name)) for name in params)
     layers = [params[f"layers_{i}"] for i in range(count)]
     for i, layer in enumerate(layers):
@@ -435,9 +449,7 @@ def stack_layers(params: Params) -> Params:
                 f"is {first.shape} in layers_0, and only layers of one size are stacked for training; "
                 "cut a uniform subnet, or train the whole model",
             )
-
-    rest = {name: tree for name, tree in params.items() if not LAYER.fullmatch(name)}
-    return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+    return layers
 
 
 def unstack_layers(params: Params) -> Params:

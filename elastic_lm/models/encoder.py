@@ -34,6 +34,7 @@ from elastic_lm.nn.encoder import (
     rotation_of,
 )
 from elastic_lm.nn.linear import Linear
+from elastic_lm.nn.placement import by_rows, whole_width
 from elastic_lm.nn.relative_position import RelativeBias
 
 
@@ -180,13 +181,13 @@ class Encoder(nn.Module):
             f"the model reads at most max_len={c.max_len} tokens; truncate",
         )
 
-        hidden = self.embedding()[tokens_BT]
+        hidden = whole_width(self.embedding())[tokens_BT]
         if c.positions == "learned":
-            hidden = hidden + self.positions()[position_ids(c, tokens_BT)]
+            hidden = hidden + whole_width(self.positions())[position_ids(c, tokens_BT)]
         if c.type_vocab_size:
-            table = self.types()
+            table = whole_width(self.types())
             hidden = hidden + (table[0] if types_BT is None else table[types_BT])
-        hidden = self.embed_norm(hidden.astype(c.dtype))
+        hidden = self.embed_norm(by_rows(hidden.astype(c.dtype)))
         return self.mapping(hidden) if c.embed_map else hidden
 
     def run_layers(
@@ -215,7 +216,7 @@ class Encoder(nn.Module):
         context = self.context(default_mask(hidden_BTD, mask_BT))
         for i in range(start, stop):
             entering_BTD, layer = hidden_BTD, self.layers[0 if self.config.shared_layers else i]
-            hidden_BTD = layer(entering_BTD, context)
+            hidden_BTD = by_rows(layer(entering_BTD, context))
             if i == 0 and self.config.conv_kernel:
                 hidden_BTD = self.convolution(entering_BTD, hidden_BTD, context.mask)
         return hidden_BTD
@@ -278,7 +279,7 @@ class Encoder(nn.Module):
         c = self.config
         self._require_part("pooler", c.pooler != "none")
         state_BD = self.mean(hidden_BTD, mask_BT) if c.pooling == "mean" else self.normed(hidden_BTD[:, 0])
-        return self.pooling(state_BD)
+        return self.pooling(by_rows(state_BD))
 
     def task_logits(self, pooled_BD: jax.Array) -> jax.Array:
         """[B, C] float32 outputs of the task head."""

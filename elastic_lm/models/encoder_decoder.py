@@ -26,6 +26,7 @@ from elastic_lm.nn.block import make_norm
 from elastic_lm.nn.encoder_decoder import Layer
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.partition import partitioned
+from elastic_lm.nn.placement import by_rows, whole_width
 from elastic_lm.nn.relative_position import sinusoids
 from elastic_lm.nn.vocab_head import Head, VocabHead
 
@@ -139,7 +140,7 @@ class EncoderDecoder(nn.Module):
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Token embeddings [B, T, D], of sources and targets alike; without positions."""
         c = self.config
-        hidden = self.embedding()[tokens_BT].astype(c.dtype)
+        hidden = by_rows(whole_width(self.embedding())[tokens_BT].astype(c.dtype))
         return hidden * jnp.asarray(c.d_model**0.5, c.dtype) if c.scaled_embedding else hidden
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -246,7 +247,7 @@ class Stack(nn.Module):
                     before = jnp.arange(past[0].k.shape[2], dtype=jnp.int32)
                     biases.insert(0, layer.bias(place_T, before))
             context = AttentionContext(positions_BT, past=past[i] if past else None, biases=biases)
-            hidden_BTD, kv = layer(hidden_BTD, context, source[i] if source else None)
+            hidden_BTD, kv = layer(by_rows(hidden_BTD), context, source[i] if source else None)
             new_kv.append(kv)
         return self.final_norm(hidden_BTD) if self.config.pre_norm else hidden_BTD, new_kv
 

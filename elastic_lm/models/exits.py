@@ -1,5 +1,6 @@
 """Exits attached to a model, and removed again."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.models.decoder import OUTSIDE, Params
 from elastic_lm.models.registry import abstract_params
+from elastic_lm.models.sharding import mesh_of, param_shardings
 
 
 def attach_exits(
@@ -52,17 +54,22 @@ def attach_exits(
     """
     new = config.with_exits(tuple(sorted((*config.exits, *exits), key=lambda e: e.layer)))
     shapes = nn.unbox(abstract_params(new))
-    grown = dict(params)
+    grown, mesh = dict(params), mesh_of(params)
     for e in exits:
         if e.name not in shapes:  # tied `embedding` exits own nothing
             continue
 
         if e.init != "random":
+            # Copies lie where their sources do.
             grown[e.name] = jax.tree.map(jnp.copy, _sources(config, params, e))
             drawn = {name: tree for name, tree in shapes[e.name].items() if name not in grown[e.name]}
         else:
             drawn = shapes[e.name]
-        grown.setdefault(e.name, {}).update(_draw(config, e, drawn, jax.random.fold_in(key, e.layer)))
+        draw = functools.partial(_draw, config, e, drawn)
+        if mesh is not None and drawn:
+            places = param_shardings(new, mesh)[e.name]
+            draw = jax.jit(draw, out_shardings={name: places[name] for name in drawn})
+        grown.setdefault(e.name, {}).update(draw(jax.random.fold_in(key, e.layer)))
     return new, grown
 
 

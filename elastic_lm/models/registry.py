@@ -114,8 +114,10 @@ def check_params(config: Config, params: Params) -> None:
         require(shape == leaf.shape, f"shape of params {name}", shape, fix)
 
 
-def init_params(config: Config, key: jax.Array) -> Params:
-    """Draws canonical parameters of any model: kernels and tables random, biases 0, norms the identity.
+def init_params(
+    config: Config, key: jax.Array, *, shardings: Params | None = None, stacked: bool = False
+) -> Params:
+    """Draws parameters of any model: kernels and tables random, biases 0, norms the identity.
 
     Encoders draw N(0, 0.02); decoders scale the outputs of attention and MLP down (`decoder.draw_param`), and
     encoder-decoders have T5's deviations (`encoder_decoder.draw_param`).
@@ -123,9 +125,13 @@ def init_params(config: Config, key: jax.Array) -> Params:
     Args:
       config: the model; static.
       key: typed PRNG key. Every parameter's draw depends on the key and on its place in the tree alone.
+      shardings: where each parameter is born (`models.sharding`), so that no device holds more than its part;
+        None = the default device.
+      stacked: give the form that training scans over (`stack_layers`), which draws the layers' parameters
+        together; for decoders of layers of one size. The numbers are the same.
 
     Returns:
-      Canonical parameters, unboxed.
+      Parameters, unboxed.
 
     Raises:
       TypeError: the config describes no model.
@@ -143,7 +149,10 @@ def init_params(config: Config, key: jax.Array) -> Params:
     kind = kind_of(config)
     if kind.draw is None:
         inputs = [jnp.zeros((1, 1), jnp.int32)] * kind.inputs
-        return nn.unbox(jax.jit(make_model(config).init)(key, *inputs)["params"])
+        init = make_model(config).init
+        if shardings is None:
+            return nn.unbox(jax.jit(init)(key, *inputs)["params"])
+        return jax.jit(lambda *given: nn.unbox(init(*given)["params"]), out_shardings=shardings)(key, *inputs)
 
     draw_param = kind.draw
     leaves, tree = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract_params(config)))
@@ -154,4 +163,39 @@ def init_params(config: Config, key: jax.Array) -> Params:
             for i, (path, leaf) in enumerate(leaves)
         ]
 
-    return jax.tree.unflatten(tree, jax.jit(draw)(key))
+    if stacked:
+        draw_all = functools.partial(_draw_stacked, config, draw_param, leaves)
+        return jax.jit(draw_all, out_shardings=shardings)(key)
+    places = None if shardings is None else jax.tree.leaves(shardings)
+    return jax.tree.unflatten(tree, jax.jit(draw, out_shardings=places)(key))
+
+
+def _draw_stacked(
+    config: Config, draw_param: Callable[..., jax.Array], leaves: list[tuple[Any, Any]], key: jax.Array
+) -> Params:
+    """What `init_params` draws, with the layers stacked."""
+    params: Params = {}
+    layers: dict[tuple[str, ...], dict[int, int]] = {}  # path within a layer -> {layer: place in the tree}
+    for i, (path, leaf) in enumerate(leaves):
+        names = tuple(entry.key for entry in path)
+        layer = decoder.LAYER.fullmatch(names[0])
+        if layer:
+            layers.setdefault(names[1:], {})[int(layer[1])] = i
+        else:
+            drawn = draw_param(config, jax.random.fold_in(key, i), list(names), leaf)
+            _insert(params, names, drawn)
+
+    for names, places in layers.items():
+        path, leaf = leaves[places[0]]
+        one = functools.partial(draw_param, config, path=[entry.key for entry in path], leaf=leaf)
+        drawn = jax.vmap(lambda i, one=one: one(key=jax.random.fold_in(key, i)))(
+            jnp.asarray([places[layer] for layer in sorted(places)], jnp.uint32)
+        )
+        _insert(params, ("layers", *names), drawn)
+    return params
+
+
+def _insert(params: Params, names: tuple[str, ...], leaf: jax.Array) -> None:
+    for name in names[:-1]:
+        params = params.setdefault(name, {})
+    params[names[-1]] = leaf

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh with three axes, and rules from logical names to mesh axes.
+"""Where arrays live: one mesh with three or four axes, and rules from logical names to mesh axes.
 
 Modules name the dimensions of their parameters (`nn.partition`), `Rules` maps the names to axes of the mesh,
 and `jit` divides the work accordingly. One device is a mesh of one; nothing else in the package asks how
@@ -7,19 +7,23 @@ many devices there are.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from elastic_lm.config.checks import require
-from elastic_lm.models.decoder import LAYER, Params
+from elastic_lm.models.decoder import LAYER, Params, alike_layers
 from elastic_lm.models.registry import Config, abstract_params
+from elastic_lm.nn.sequence import SEQUENCE, sequence_size
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor")  # of every mesh; one with a sequence axis has it before tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,33 +60,80 @@ class Rules:
         return PartitionSpec(*axes)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
+    *,
+    sequence: int = 1,
+) -> Mesh:
     """A mesh with axes data, fsdp and tensor over all devices.
 
     Args:
-      data: devices that hold different rows; -1, on at most one of the three axes, = all that are left.
+      data: devices that hold different rows; -1, on at most one of the axes, = all that are left.
       fsdp: devices that hold different rows and different slices of the parameters.
       tensor: devices that share heads, MLP width and vocabulary.
-      devices: which devices; None = all.
+      devices: which devices; None = all. TPUs are ordered so that neighbours on an axis, the last one above
+        all, are neighbours in hardware, and slices differ in data and fsdp alone.
+      sequence: devices that hold different columns of rows; 1 = the mesh has no such axis.
 
     Returns:
       The mesh, whose axes `jit` divides work over by itself (`AxisType.Auto`).
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or slices would share rows.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
+    sizes = [data, fsdp, tensor] if sequence == 1 else [data, fsdp, sequence, tensor]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = len(devices) // max(-math.prod(sizes), 1)
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         asked = f"data={data}, fsdp={fsdp}, tensor={tensor}"
+        asked += "" if sequence == 1 else f", sequence={sequence}"
         raise ValueError(f"mesh {asked} does not fit {len(devices)} devices: the product must be that")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    axes = AXES if sequence == 1 else (*AXES[:-1], SEQUENCE, AXES[-1])
+    return Mesh(arranged(devices, sizes), axes, axis_types=(AxisType.Auto,) * len(axes))
+
+
+def arranged(devices: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    """Devices as an array of these sizes; TPUs by where they are, others in their order.
+
+    Args:
+      devices: all of one kind.
+      sizes: of the axes, data and fsdp first; their product is the number of devices.
+
+    Raises:
+      ValueError: the slices that TPUs lie in cannot be divided among data and fsdp.
+    """
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.asarray(devices).reshape(sizes)
+
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    outer, left = [1] * len(sizes), slices
+    for i in range(2):
+        outer[i] = math.gcd(sizes[i], left)
+        left //= outer[i]
+    fix = f"{slices} slices are joined by a network: make data times fsdp a multiple of that"
+    require(left == 1, "mesh", tuple(sizes), fix)
+    inner = [size // out for size, out in zip(sizes, outer, strict=True)]
+
+    def arrange(split: bool) -> np.ndarray:
+        how: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": split}
+        if slices > 1:
+            return mesh_utils.create_hybrid_device_mesh(inner, outer, **how)
+        return mesh_utils.create_device_mesh(inner, **how)
+
+    try:
+        return arrange(split=False)
+    except NotImplementedError:  # an axis of ours is no product of axes of the hardware
+        return arrange(split=True)
 
 
 def param_shardings(config: Config, mesh: Mesh, rules: Rules | None = None) -> Params:
     """Sharding of every canonical parameter.
+
+    A vocabulary that the devices cannot divide lies whole on each of them, and a warning says so.
 
     Args:
       config: the model; static.
@@ -93,15 +144,22 @@ def param_shardings(config: Config, mesh: Mesh, rules: Rules | None = None) -> P
       A tree of `NamedSharding` with the structure of the canonical parameters.
 
     Raises:
-      ValueError: a dimension is not a multiple of the devices it is split over (names the tensor).
+      ValueError: another dimension is not a multiple of the devices it is split over (names the tensor).
     """
     rules = rules or Rules()
 
     def one(path: tuple[Any, ...], box: Any) -> NamedSharding:
-        spec = rules.spec(box.names)
-        for size, axis in zip(box.value.shape, spec, strict=True):
+        spec, name = rules.spec(box.names), ".".join(key.key for key in path)
+        for i, (size, axis) in enumerate(zip(box.value.shape, spec, strict=True)):
             if axis is not None and size % mesh.shape[axis]:
-                name = ".".join(key.key for key in path)
+                if box.names[i] == "vocab":
+                    warnings.warn(
+                        f"{name} {box.value.shape}: {size} rows cannot be split over {axis}="
+                        f"{mesh.shape[axis]} devices; each of them holds and computes all",
+                        stacklevel=4,
+                    )
+                    spec = PartitionSpec(*spec[:i], None, *spec[i + 1 :])
+                    continue
                 raise ValueError(
                     f"{name} {box.value.shape}: {size} cannot be split over {axis}={mesh.shape[axis]} "
                     "devices; choose a divisor, or set the rule of that dimension to None"
@@ -141,9 +199,63 @@ def stacked_shardings(shardings: Params) -> Params:
     return {**rest, "layers": layer}
 
 
+def stack_onto(params: Params, shardings: Params) -> Params:
+    """`decoder.stack_layers` onto a mesh, one parameter of all layers after the other.
+
+    Args:
+      params: canonical; the layers' arrays are deleted as soon as they are stacked, so that no device holds
+        two copies of the model.
+      shardings: from `stacked_shardings`.
+
+    Returns:
+      The stacked parameters, each in its place.
+
+    Raises:
+      ValueError: layers differ in size.
+    """
+    layers = alike_layers(params)
+    rest = {name: tree for name, tree in params.items() if not LAYER.fullmatch(name)}
+    placed = {name: jax.device_put(tree, shardings[name]) for name, tree in rest.items()}
+
+    def stack(sharding: NamedSharding, *leaves: jax.Array) -> jax.Array:
+        stacked = jax.jit(lambda *leaves: jnp.stack(leaves), out_shardings=sharding)(*leaves)
+        for leaf in leaves:
+            leaf.delete()
+        return stacked
+
+    return {**placed, "layers": jax.tree.map(stack, shardings["layers"], *layers)}
+
+
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh that parameters lie on; None = they lie on a device, or nowhere yet."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    placed = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    return sharding.mesh if placed else None
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of [B, ...] arrays: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def column_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of [B, T, ...] arrays: rows over data and fsdp, columns over sequence, if the mesh has it."""
+    if sequence_size(mesh) == 1:
+        return batch_sharding(mesh)
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), SEQUENCE))
+
+
+def check_columns(field: str, columns: int, mesh: Mesh) -> None:
+    """Refuses rows whose columns the devices cannot share evenly.
+
+    Args:
+      field: names `columns` in the message.
+      columns: of a row.
+      mesh: its axis sequence holds different columns.
+    """
+    size = sequence_size(mesh)
+    fix = f"must be a multiple of mesh.sequence={size}, the devices that hold different columns"
+    require(columns % size == 0, field, columns, fix)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

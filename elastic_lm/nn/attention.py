@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.nn import kernels, sequence
 from elastic_lm.nn.linear import Linear
 from elastic_lm.nn.norm import Norm
 from elastic_lm.nn.rope import Rotation, apply_rope, rotation_at
@@ -128,7 +130,9 @@ class Attention(nn.Module):
             q = grown(c, q, context.positions)
 
         new = KeyValues(jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), context.positions, context.segments)
-        out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap, alibi=alibi_of(c))
+        out = by_kernel(c, q, new, context)
+        if out is None:
+            out = attend(q, new, context, scale=c.query_scale, softcap=c.attn_softcap, alibi=alibi_of(c))
         out = out if gate_BTN is None else out * gate_BTN[..., None]
 
         out = out.reshape(b, t, math.prod(out.shape[2:]))
@@ -193,26 +197,61 @@ def attend(
     """
     run = functools.partial(_attend, scale=scale, softcap=softcap, alibi=alibi)
     t = q_BTNH.shape[1]
-    if t <= LONG or context.biases is not None:
+    if sequence.parts() > 1:
+        new = dataclasses.replace(new, k=sequence.gathered(new.k), v=sequence.gathered(new.v))
+    if t <= LONG * sequence.parts() or context.biases is not None:
         return run(q_BTNH, new, context)
 
-    def chunks(x: jax.Array, fill: int) -> jax.Array:
-        """[B, T, ...] to [T / CHUNK, B, CHUNK, ...]."""
-        widths = [(0, 0), (0, -t % CHUNK), *[(0, 0)] * (x.ndim - 2)]
-        x = jnp.pad(x, widths, constant_values=fill)
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:]), 1, 0)
-
     # Queries that fill up the last chunk stand before every key, and see none.
-    segments = None if context.segments is None else chunks(context.segments, 0)
-    each = chunks(q_BTNH, 0), chunks(context.positions, -1), segments
+    chunks = functools.partial(sequence.pieces, chunk=CHUNK * sequence.parts())
+    segments = None if context.segments is None else chunks(context.segments)
+    each = chunks(q_BTNH), chunks(context.positions, fill=-1), segments
 
     @jax.checkpoint
     def chunk(queries: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
         q_BTNH, positions, segments = queries
         return run(q_BTNH, new, dataclasses.replace(context, positions=positions, segments=segments))
 
-    out = jnp.moveaxis(jax.lax.map(chunk, each), 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :t]
+    return sequence.joined(jax.lax.map(chunk, each), t)
+
+
+def by_kernel(
+    config: ModelConfig, q_BTNH: jax.Array, new: KeyValues, context: AttentionContext
+) -> jax.Array | None:
+    """Attention by the kernel of the step that is traced (`nn.kernels`); None = there is none for this layer.
+
+    Args:
+      config: the model; static.
+      q_BTNH: queries, already rotated.
+      new: keys and values of the same tokens.
+      context: positions of the queries, and what they see.
+
+    Raises:
+      ValueError: the step asks for a kernel by name, and it does not serve the model.
+    """
+    kernel = kernels.current()
+    if kernel is None or context.past is not None:
+        return None
+    unserved = kernels.unserved(kernel, q_BTNH, new.k.shape[1], softcap=config.attn_softcap)
+    if config.position == "alibi" or context.biases is not None:
+        unserved = "biases are added to the logits"
+    require(not unserved or not kernel.required, "train.attention", kernel.name, f"{unserved}; set 'auto'")
+    if unserved:
+        return None
+
+    if kernel.name == "cudnn":
+        return kernels.cudnn(kernel, q_BTNH, new.k, new.v, visible(context, new), scale=config.query_scale)
+    return kernels.splash(
+        kernel,
+        q_BTNH,
+        new.k,
+        new.v,
+        context.segments,
+        context.window,
+        config.windows,
+        scale=config.query_scale,
+        softcap=config.attn_softcap,
+    )
 
 
 def _attend(
@@ -231,11 +270,16 @@ def _attend(
 
     # M = G * T: the queries that share a key/value head are one product, and keys are not repeated.
     q_BKGTH = jnp.moveaxis(q_BTNH.reshape(b, t, -1, group_size, h), 1, 3)
-    q_BKMH = q_BKGTH.reshape(b, -1, group_size * t, h)
+    # Where devices divide the queries, no device has G * T of them in a row.
+    merge = sequence.parts() == 1
+    queries = q_BKGTH.reshape(b, -1, group_size * t, h) if merge else q_BKGTH
 
     logits = []  # [B, K, G, T, S] of each part
     for i, part in enumerate(parts):
-        s = _products(_LOGITS, q_BKMH, part.k, jnp.float32) * scale
+        if merge:
+            s = _products(_LOGITS, queries, part.k, jnp.float32) * scale
+        else:
+            s = jnp.einsum("bkgth,bksh->bkgts", queries, part.k, preferred_element_type=jnp.float32) * scale
         s = softcap * jnp.tanh(s / softcap) if softcap else s
         s = s.reshape(b, -1, group_size, t, part.k.shape[2])
         s = s if context.biases is None else s + context.biases[i].reshape(-1, *s.shape[1:])
@@ -251,14 +295,20 @@ def _attend(
     weights = [jnp.exp(s - peak) for s in logits]
     total = sum(jnp.sum(w, axis=-1, keepdims=True) for w in weights)
 
-    out = sum(
-        _products(
-            _VALUES,
-            (w / total).reshape(b, -1, group_size * t, w.shape[-1]).astype(part.v.dtype),
-            part.v,
+    if merge:
+        out = sum(
+            _products(
+                _VALUES,
+                (w / total).reshape(b, -1, group_size * t, w.shape[-1]).astype(part.v.dtype),
+                part.v,
+            )
+            for w, part in zip(weights, parts, strict=True)
         )
-        for w, part in zip(weights, parts, strict=True)
-    )
+    else:
+        out = sum(
+            jnp.einsum("bkgts,bksh->bkgth", (w / total).astype(part.v.dtype), part.v)
+            for w, part in zip(weights, parts, strict=True)
+        )
     out = jnp.asarray(out).reshape(b, -1, group_size, t, h)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h)
 

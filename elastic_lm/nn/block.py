@@ -20,6 +20,8 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.nn.attention import Attention, AttentionContext, NewKeyValues
 from elastic_lm.nn.mlp import MLP
 from elastic_lm.nn.norm import Norm
+from elastic_lm.nn.placement import by_rows
+from elastic_lm.nn.sequence import divided
 
 
 @flax.struct.dataclass
@@ -92,14 +94,15 @@ class Block(nn.Module):
         Returns:
           As `__call__`.
         """
+        x_BTD = by_rows(x_BTD)
         c, normed = self.config, self.attn_norm(x_BTD)
         attended, new_kv = attention(normed)
         if c.sandwich_norm:
             attended = self.post_attn_norm(attended)
-        residual = x_BTD + scaled(attended, c.residual_scale)
+        residual = by_rows(x_BTD + scaled(attended, c.residual_scale))
 
         mlp_input = normed if c.shared_norm else self.mlp_norm(x_BTD if c.parallel_residual else residual)
-        hidden = self.add_mlp(residual, mlp(mlp_input))
+        hidden = divided(self.add_mlp(residual, mlp(mlp_input)))
         return Tap(hidden, residual, mlp_input, entering=x_BTD), new_kv
 
     def add_mlp(self, residual_BTD: jax.Array, mlp_BTD: jax.Array) -> jax.Array:
@@ -116,7 +119,7 @@ class Block(nn.Module):
         """
         if self.config.sandwich_norm:
             mlp_BTD = self.post_mlp_norm(mlp_BTD)
-        return residual_BTD + scaled(mlp_BTD, self.config.residual_scale)
+        return by_rows(residual_BTD + scaled(mlp_BTD, self.config.residual_scale))
 
     def key_values(self, x_BTD: jax.Array, positions_BT: jax.Array) -> NewKeyValues:
         """Keys and values that this layer would have for an input.

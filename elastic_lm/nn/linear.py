@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from elastic_lm.nn.int8 import Int8Kernel
 from elastic_lm.nn.partition import partitioned
 
 ONE_BY_ONE = 3  # most tokens that are a matrix-vector product each
@@ -69,19 +70,27 @@ class Linear(nn.Module):
 
 
 def linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, dtype: DTypeLike | None = None
+    x: jax.Array,
+    kernel: jax.Array | Int8Kernel,
+    bias: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Applies y = x W^T + b over the last dimension of `x`.
 
     Args:
       x: [..., I] activations.
-      kernel: [O..., I] weights with any number of output dimensions.
+      kernel: [O..., I] weights with any number of output dimensions; in 8 bits, they are scaled afterwards.
       bias: [O...] or None.
       dtype: dtype in which products are accumulated and returned; None = that of `x`.
 
     Returns:
       [..., O...] in `dtype`.
     """
+    if isinstance(kernel, Int8Kernel):
+        y = linear(x, kernel.int8, dtype=jnp.float32) * kernel.scales
+        y = y.astype(x.dtype if dtype is None else dtype)
+        return y if bias is None else y + bias.astype(y.dtype)
+
     kernel = kernel.astype(x.dtype)
     tokens = math.prod(x.shape[:-1])
     if tokens > FEW_TOKENS:

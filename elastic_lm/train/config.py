@@ -24,6 +24,8 @@ from elastic_lm.config.log import LogConfig
 from elastic_lm.config.mesh import MeshConfig
 from elastic_lm.config.model import DTYPES, ExitConfig, ModelConfig
 from elastic_lm.config.task import TaskConfig
+from elastic_lm.nn.kernels import AttentionKernel
+from elastic_lm.nn.remat import Remat, check_remat, is_recomputing
 from elastic_lm.train.losses import LOSS_CHUNK
 from elastic_lm.train.method import MethodConfig
 from elastic_lm.train.pretraining import PretrainingConfig
@@ -31,7 +33,7 @@ from elastic_lm.train.registry import method_class, names_with
 from elastic_lm.train.tasks.config import TaskTuningConfig
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
-Optimizer = Literal["adamw", "muon"]
+Optimizer = Literal["adamw", "muon", "adafactor"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,10 @@ class TrainConfig:
     init_layers: int = 0  # layers kept of init_from, the lowest, without its exits; 0 = everything
     param_dtype: str = ""  # of all parameters; "" = float32 for those that train, the others as loaded
     mu_dtype: str = ""  # dtype of the optimizer's mean gradient; "" = float32, as everything else of it
+    nu_dtype: str = ""  # dtype of its mean squared gradient: bfloat16 needs b2 <= 0.996; "" = float32
     dtype: str = ""  # dtype of activations; "" = that of the model
     steps: int = 1000  # optimizer steps
-    optimizer: Optimizer = "adamw"  # muon: orthogonalised updates of the layers' kernels, AdamW for the rest
+    optimizer: Optimizer = "adamw"  # muon: orthogonalised updates of layers' kernels; adafactor: less memory
     lr: float = 3e-4  # peak learning rate
     schedule: Schedule = "cosine"  # shape after the warm-up
     warmup: int = 100  # steps of linear warm-up
@@ -65,7 +68,8 @@ class TrainConfig:
     weight_decay: float = 0.1  # AdamW: on kernels and tables, not on norms and biases
     clip: float = 1.0  # largest global norm of the gradient; 0 = off
     accumulate: int = 1  # parts a batch is computed in, one after the other
-    remat: bool = False  # recompute layers in the backward pass: less memory, more time
+    remat: Remat = False  # computed again in the backward pass: none, dots, dots_no_batch or full (= True)
+    attention: AttentionKernel = "auto"  # auto: splash on TPUs, else xla; cudnn: GPUs, half precision
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
     seed: int | None = None  # of what is drawn: parameters, sub-models, dropped layers; None = the run's seed
     log_every: int = 10  # steps between metric lines
@@ -80,7 +84,9 @@ class TrainConfig:
         require_types(self, "train.")
         for field in ("param_dtype", "mu_dtype", "dtype"):
             require_choice(f"train.{field}", getattr(self, field), ("", *DTYPES))
+        self._check_moments()
         require_choice("train.schedule", self.schedule, get_args(Schedule))
+        require_choice("train.attention", self.attention, get_args(AttentionKernel))
         require_choice("train.optimizer", self.optimizer, get_args(Optimizer))
 
         counts = ("steps", "accumulate", "log_every", "save_every", "keep", "loss_chunk")
@@ -93,6 +99,7 @@ class TrainConfig:
         )
         require_each(self, "train.", zero_allowed, *NOT_NEGATIVE)
         require_seed("train.seed", self.seed)
+        check_remat("train.remat", self.remat)
 
         below = f"must be below steps={self.steps}"
         require(0 <= self.warmup < self.steps, "train.warmup", self.warmup, below)
@@ -104,6 +111,28 @@ class TrainConfig:
             "train.init_layers",
             self.init_layers,
             "keeps layers of a checkpoint: name it in train.init_from",
+        )
+
+    def _check_moments(self) -> None:
+        """Refuses dtypes in which the optimizer's memory would not do what it is for."""
+        if self.optimizer == "adafactor":
+            fix = "adafactor keeps squares by rows and columns in float32, and no mean; leave it out"
+            require(not self.mu_dtype, "train.mu_dtype", self.mu_dtype, fix)
+            require(not self.nu_dtype, "train.nu_dtype", self.nu_dtype, fix)
+
+        require(
+            self.nu_dtype in ("", "float32", "bfloat16"),
+            "train.nu_dtype",
+            self.nu_dtype,
+            "must be float32 or bfloat16: squares of small gradients are 0 in float16",
+        )
+        # Rounded to 8 bits, b2 * nu has to be less than nu for every nu, or it never falls again.
+        require(
+            self.nu_dtype != "bfloat16" or 1 - self.b2 > 2**-8,
+            "train.nu_dtype",
+            self.nu_dtype,
+            f"with b2={self.b2} a squared gradient in bfloat16 would never fall again: set b2 to 0.996 or "
+            "less, or float32",
         )
 
 
@@ -242,6 +271,20 @@ class TaskRun:
             "exits are heads for classes or numbers, and a text_to_text task has none: leave them out",
         )
 
+        require(
+            self.mesh.sequence == 1,
+            "mesh.sequence",
+            self.mesh.sequence,
+            "records are padded to lengths of their own, whose columns are not divided; set 1",
+        )
+
+        require(
+            self.train.attention in ("auto", "xla"),
+            "train.attention",
+            self.train.attention,
+            "is a kernel for causal attention over text, and these models have another; set 'auto'",
+        )
+
         rows, parts = self.task.batch_size, self.train.accumulate
         require(rows % parts == 0, "train.accumulate", parts, f"must divide task.batch_size={rows}")
         self.method.check(self)
@@ -262,7 +305,7 @@ def _check_method(method: MethodConfig, train: TrainConfig, data: str) -> None:
     # A method that can recompute layers has an option of that name, which `train.remat` fills.
     recomputes = any(field.name == "remat" for field in dataclasses.fields(method_class(method.name)))  # pyright: ignore[reportArgumentType]
     require(
-        recomputes or not train.remat,
+        recomputes or not is_recomputing(train.remat),
         "train.remat",
         train.remat,
         f"not read with method.name={method.name!r}; set False",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import vocab_logits
+from elastic_lm.nn import sequence
 from elastic_lm.nn.vocab_head import Head
 
 LOSS_CHUNK = 256  # columns of logits in memory at once, unless a run says otherwise
@@ -159,12 +160,12 @@ def sum_over_chunks(function: Callable[[Any], Any], arrays: Any, chunk: int) -> 
     leaves = jax.tree.leaves(arrays)
     chex.assert_equal_shape_prefix(leaves, 2)
     t = leaves[0].shape[1]
-    chunk = min(chunk, t)
+    chunk = min(_whole(chunk), t)
     one = jax.checkpoint(function, policy=jax.checkpoint_policies.nothing_saveable)
     if chunk == t:
         return one(arrays)
 
-    pieces = jax.tree.map(lambda x: _columns(x, chunk), arrays)
+    pieces = jax.tree.map(lambda x: sequence.pieces(x, chunk), arrays)
     sums = jax.eval_shape(function, jax.tree.map(lambda x: x[0], pieces))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
     total, _ = jax.lax.scan(lambda sums, x: (jax.tree.map(jnp.add, sums, one(x)), None), zero, pieces)
@@ -207,15 +208,15 @@ def losses_over_chunks(
       (sum of the losses, a tree of [B, T, ...] numbers).
     """
     length = jax.tree.leaves(given[1])[0].shape[1]
-    chunk = min(chunk, length)
+    chunk = min(_whole(chunk), length)
     if chunk == length:
         return eagerly(function)(learned, given)
 
     def pieces(tree: Any) -> Any:
-        return jax.tree.map(lambda x: _columns(x, chunk), tree)
+        return jax.tree.map(lambda x: sequence.pieces(x, chunk), tree)
 
     def whole(tree: Any) -> Any:
-        return jax.tree.map(lambda x: _rows(x)[:, :length], tree)
+        return jax.tree.map(lambda x: sequence.joined(x, length), tree)
 
     def value(learned: tuple[Any, Any], given: tuple[Any, Any]) -> tuple[jax.Array, Any]:
         def step(total: jax.Array, xs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
@@ -254,16 +255,9 @@ def _with_slopes(
     return run
 
 
-def _rows(x: jax.Array) -> jax.Array:
-    """[pieces, B, chunk, ...] -> [B, pieces * chunk, ...]."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def _columns(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [pieces, B, chunk, ...], filled up with zeros."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+def _whole(chunk: int) -> int:
+    """Columns of a piece, as many of every device that divides them."""
+    return max(chunk // sequence.parts(), 1) * sequence.parts()
 
 
 def imitation_loss(

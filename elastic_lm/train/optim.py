@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up, decay and clipping, composed from optax."""
+"""AdamW, Muon or Adafactor with warm-up, decay and clipping, composed from optax."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -14,6 +14,8 @@ from elastic_lm.train.method import ParameterGroup
 from elastic_lm.train.state import cast_params
 
 DECAYED = ("kernel", "table")
+DECAY_RATE = 0.8  # Adafactor remembers squared gradients of step t by 1 - t^-0.8
+LARGEST_RMS = 1.0  # of an Adafactor update, in units of the learning rate
 ADAMW_RMS = 0.2  # root mean square of an AdamW update, in units of the learning rate (arXiv 2502.16982)
 
 
@@ -48,18 +50,19 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 def make_optimizer(
     config: TrainConfig, groups: Sequence[ParameterGroup] = ()
 ) -> optax.GradientTransformation:
-    """Clips by global norm, then AdamW or Muon; kernels and tables decay, with Muon the layers' kernels.
+    """Clips by global norm, then AdamW, Muon or Adafactor; kernels and tables decay.
 
-    Muon's updates are scaled to AdamW's size (arXiv 2502.16982, sec. 2.2), so that one learning rate
-    serves both and the parameters that AdamW keeps: tables, vocabulary heads, norms and biases.
+    With Muon, the layers' kernels alone decay. Its updates are scaled to AdamW's size (arXiv 2502.16982,
+    sec. 2.2), so that one learning rate serves both and the parameters that AdamW keeps: tables, vocabulary
+    heads, norms and biases. Adafactor's (arXiv 1804.04235) have a root mean square of at most 1 before the
+    learning rate.
 
     Args:
       config: optimizer, schedule and clipping.
       groups: parameters that AdamW updates without decay, with learning rates of their own.
     """
     names = {name for group in groups for name in group.names}
-    make = _muon if config.optimizer == "muon" else _adamw
-    optimizer = make(config, names)
+    optimizer = {"adamw": _adamw, "muon": _muon, "adafactor": _adafactor}[config.optimizer](config, names)
 
     # After AdamW, whose update does not change with the scale of a gradient.
     for group in groups:
@@ -69,7 +72,39 @@ def make_optimizer(
 
     if config.clip:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optimizer)
+    if config.nu_dtype not in ("", "float32"):
+        optimizer = squares_in(config.nu_dtype, optimizer)
     return in_float32(optimizer)
+
+
+def squares_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer that keeps Adam's mean squared gradients in a dtype, and computes with them in float32.
+
+    What is remembered is rounded to the nearest number. In bfloat16 a mean that a step changes by less than
+    0.2 to 0.4 % stays what it was; b2 must be small enough that it can still fall (`TrainConfig`).
+
+    Args:
+      dtype: in which they lie in memory.
+      optimizer: with states of `optax.scale_by_adam`, at any depth.
+    """
+
+    def is_adam(state: Any) -> bool:
+        return isinstance(state, optax.ScaleByAdamState)
+
+    def cast(state: Any, dtype: str) -> Any:
+        def one(part: Any) -> Any:
+            return part._replace(nu=cast_params(part.nu, dtype)) if is_adam(part) else part
+
+        return jax.tree.map(one, state, is_leaf=is_adam)
+
+    def init(params: Any) -> Any:
+        return cast(optimizer.init(params), dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -149,3 +184,20 @@ def _muon(config: TrainConfig, without: Collection[str]) -> optax.GradientTransf
         muon_weight_dimension_numbers=functools.partial(matrices, without=without),
         consistent_rms=ADAMW_RMS,
     )
+
+
+def _adafactor(config: TrainConfig, without: Collection[str]) -> optax.GradientTransformation:
+    optimizer = optax.chain(
+        optax.scale_by_factored_rms(decay_rate=DECAY_RATE),
+        optax.clip_by_block_rms(LARGEST_RMS),
+        optax.add_decayed_weights(config.weight_decay, functools.partial(decayed, without=without)),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    )
+    if not without:
+        return optimizer
+
+    def labels(params: Params) -> Params:
+        own = in_group(without, params)
+        return jax.tree.map(lambda inside: "adamw" if inside else "adafactor", own)
+
+    return optax.partition({"adamw": _adamw(config, without), "adafactor": optimizer}, labels)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params
+from elastic_lm.nn.remat import Remat
 from elastic_lm.train.losses import LOSS_CHUNK, Metrics, chunked_cross_entropy
 from elastic_lm.train.method import Method, MethodConfig
 
@@ -51,7 +52,7 @@ class Pretraining(PretrainingConfig, Method[Batch]):
     section = PretrainingConfig
 
     config: ModelConfig  # the model; static
-    remat: bool = False  # recompute layers in the backward pass
+    remat: Remat = False  # recompute layers in the backward pass
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
 
     def loss(

@@ -65,7 +65,7 @@ def save_record(config: RunConfig | TaskRun, origin: Origin, mesh: Mesh, start: 
         append_whole(file, (json.dumps(_start(origin, mesh, start)) + "\n").encode())
 
 
-def opening(mesh: Mesh, trainable: Params, frozen: Params, mean_gradient: str = "") -> str:
+def opening(mesh: Mesh, trainable: Params, frozen: Params, mean_gradient: str = "", squares: str = "") -> str:
     """The first line of a run: how many parameters train, on what and in which dtypes.
 
     Args:
@@ -73,9 +73,11 @@ def opening(mesh: Mesh, trainable: Params, frozen: Params, mean_gradient: str = 
       trainable: parameters that train.
       frozen: those that do not.
       mean_gradient: dtype of the optimizer's; "" = that of the rest of it.
+      squares: likewise, of its mean squared gradient.
     """
     train, stay = _sizes(trainable), _sizes(frozen)
     moments = f"mean gradient in {mean_gradient}, " if mean_gradient else ""
+    moments += f"squared gradient in {squares}, " if squares else ""
     others = f"; the others stay in {' and '.join(stay)}" if stay else ""
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 

@@ -28,6 +28,7 @@ from elastic_lm.models.exits import extract
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh
+from elastic_lm.nn.kernels import choose
 from elastic_lm.processes import all_or_none, bytes_of_all, is_first
 from elastic_lm.report.machine import peak_memory_bytes
 from elastic_lm.report.writers import ProgressWriter, Writer, Writers, check_writers, make_writers
@@ -157,8 +158,11 @@ def _fit(
         check_profile(config.log.profile, config.train.steps)
         check_identity(config, workdir)
         check_target(stored_at(workdir / MODEL_FOLDER), overwrite=True)
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
+        mesh = make_mesh(
+            config.mesh.data, config.mesh.fsdp, config.mesh.tensor, sequence=config.mesh.sequence
+        )
+        kernel = choose(config.train.attention, mesh)
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
     if config.train.init_from:
         # Read at the end as well; here nothing is lost where it fails.
@@ -178,8 +182,10 @@ def _fit(
     used = Utilization(mesh, run.rate, config.log.peak_tflops)
     job = loop.Job(
         config=config.train,
-        train_step=used.counting(make_train_step(method, optimizer, shardings, config.train.accumulate)),
-        eval_step=make_eval_step(method.for_evaluation()),
+        train_step=used.counting(
+            make_train_step(method, optimizer, shardings, config.train.accumulate, kernel)
+        ),
+        eval_step=make_eval_step(method.for_evaluation(), mesh, kernel),
         held_out=data.held_out,
         place=lambda batch: data.place(batch, data.mesh),
         per_step=run.per_step,
@@ -205,7 +211,7 @@ def _fit(
             state = method.begin(state, frozen, data)
         if is_first():
             save_record(given, origin, mesh, start, workdir)
-            print(opening(mesh, state.params, frozen, config.train.mu_dtype))
+            print(opening(mesh, state.params, frozen, config.train.mu_dtype, config.train.nu_dtype))
             print("compiling; the first step takes longest", flush=True)
         profile = Profile(config.log.profile, workdir, start, config.train.steps)
         job = dataclasses.replace(job, profile=profile)

@@ -11,7 +11,10 @@ from jax.sharding import Mesh
 
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Params
-from elastic_lm.models.sharding import batch_sharding
+from elastic_lm.models.sharding import batch_sharding, column_sharding
+from elastic_lm.nn.kernels import Kernel, attention_by
+from elastic_lm.nn.placement import traced_on
+from elastic_lm.nn.sequence import over_sequence
 from elastic_lm.train.losses import Metrics
 from elastic_lm.train.method import Method
 from elastic_lm.train.state import TrainState
@@ -21,7 +24,11 @@ EvalStep = Callable[[Params, Params, Any], tuple[Metrics, jax.Array]]
 
 
 def make_train_step(
-    method: Method[Any], optimizer: optax.GradientTransformation, shardings: TrainState, accumulate: int = 1
+    method: Method[Any],
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    accumulate: int = 1,
+    attention: Kernel | None = None,
 ) -> TrainStep:
     """Compiles (state, frozen, batch) -> (state, metrics); the state's memory is reused.
 
@@ -31,13 +38,17 @@ def make_train_step(
       shardings: of the state, from `state_shardings`.
       accumulate: parts the batch is computed in, weighted by their counted tokens, so the update is
         that of the whole batch; static.
+      attention: kernel that computes attention, from `kernels.choose`; None = XLA. Static.
 
     Returns:
       The compiled step. Metrics are those of the method plus `grad_norm` before clipping.
     """
 
+    mesh = jax.tree.leaves(shardings)[0].mesh
+
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
-        gradients, metrics = _gradients(method, state, frozen, batch, accumulate)
+        with over_sequence(mesh), attention_by(attention):
+            gradients, metrics = _gradients(method, state, frozen, batch, accumulate)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -46,22 +57,31 @@ def make_train_step(
         return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     # Static: method, optimizer, parts. Traced: state, frozen parameters and batch. The state is donated.
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(traced_on(train_step, mesh), donate_argnums=0, out_shardings=(shardings, None))
 
 
-def make_eval_step(method: Method[Any]) -> EvalStep:
-    """Compiles (trainable, frozen, batch) -> (metrics, counted tokens)."""
+def make_eval_step(
+    method: Method[Any], mesh: Mesh | None = None, attention: Kernel | None = None
+) -> EvalStep:
+    """Compiles (trainable, frozen, batch) -> (metrics, counted tokens).
+
+    Args:
+      method: the loss; static.
+      mesh: of the parameters and batches; None = one device.
+      attention: as in `make_train_step`.
+    """
 
     def eval_step(trainable: Params, frozen: Params, batch: Any) -> tuple[Metrics, jax.Array]:
         # At the largest step number, schedules (such as that of the exits' weights) have their last value.
-        _, metrics = method.loss(trainable, frozen, batch, jnp.asarray(jnp.iinfo(jnp.int32).max))
+        with over_sequence(mesh), attention_by(attention):
+            _, metrics = method.loss(trainable, frozen, batch, jnp.asarray(jnp.iinfo(jnp.int32).max))
         return metrics, jnp.sum(batch.weights)
 
-    return jax.jit(eval_step)
+    return jax.jit(traced_on(eval_step, mesh))
 
 
 def place_batch(arrays: Any, mesh: Mesh, batch: type = Batch) -> Any:
-    """Puts a host batch on the mesh, rows over data and fsdp.
+    """Puts a host batch on the mesh, rows over data and fsdp, and columns over sequence.
 
     Args:
       arrays: this process's rows: the fields of `batch` by name, or a tree of arrays that is a batch already.
@@ -71,8 +91,12 @@ def place_batch(arrays: Any, mesh: Mesh, batch: type = Batch) -> Any:
     Returns:
       The batch, of global arrays.
     """
-    sharding = batch_sharding(mesh)
-    placed = jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), arrays)
+    rows, columns = batch_sharding(mesh), column_sharding(mesh)
+
+    def put(leaf: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(columns if leaf.ndim > 1 else rows, leaf)
+
+    placed = jax.tree.map(put, arrays)
     return batch(**placed) if isinstance(placed, Mapping) else placed
 
 

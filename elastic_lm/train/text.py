@@ -18,10 +18,17 @@ from elastic_lm.data.sharded import rows_alone
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.files.hub import local_model
-from elastic_lm.models.decoder import Params, stack_layers, unstack_layers
+from elastic_lm.models.decoder import Params, unstack_layers
 from elastic_lm.models.exits import attach_exits, extract
 from elastic_lm.models.registry import init_params
-from elastic_lm.models.sharding import batch_sharding, check_rows, param_shardings, stacked_shardings
+from elastic_lm.models.sharding import (
+    batch_sharding,
+    check_columns,
+    check_rows,
+    param_shardings,
+    stack_onto,
+    stacked_shardings,
+)
 from elastic_lm.processes import local_rows
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.method import Arrays, RunData
@@ -51,13 +58,14 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
     if config.model is not None and not config.train.init_from:
         check_new_model("model", config.model)
     check_rows("data.batch_size", rows, mesh, config.train.accumulate)
+    check_columns("data.seq_len", config.data.seq_len, mesh)
     if config.model is not None and not config.train.init_from:
         _check_length(config, config.model)  # before a tokenizer is learned
     tokenizer = prepare_tokenizer(config, workdir)
     model, params, weights = prepare_model(config, tokenizer, mesh)
 
     shardings = stacked_shardings(param_shardings(model, mesh))
-    params = jax.device_put(stack_layers(params), shardings)
+    params = jax.device_put(params, shardings) if "layers" in params else stack_onto(params, shardings)
 
     cls = method_class(config.method.name)
     method, params = cls.create(config.method, model, params, config.train, mesh)
@@ -111,7 +119,8 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
       mesh: where loaded parameters go.
 
     Returns:
-      (model config, canonical parameters, fingerprint of those that were loaded, "" = none were).
+      (model config, parameters, canonical where they were loaded and stacked where they are new, fingerprint
+      of those that were loaded, "" = none were).
 
     Raises:
       FileNotFoundError: the initial checkpoint does not exist.
@@ -139,7 +148,7 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
             model.vocab_size,
             f"the tokenizer has {tokenizer.vocab_size} ids; raise it",
         )
-        params = init_params(model, key)
+        params = born(model, key, mesh)
 
     tokenizer.check_vocabulary(model.vocab_size)
     _check_length(config, model)
@@ -148,6 +157,23 @@ def prepare_model(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> tuple[
     if config.exits:
         model, params = attach_exits(model, params, config.exits, jax.random.fold_in(key, 1))
     return model, params, weights
+
+
+def born(model: ModelConfig, key: jax.Array, mesh: Mesh) -> Params:
+    """New parameters, stacked, every device with its own part from the beginning.
+
+    Args:
+      model: without exits that are attached later.
+      key: typed PRNG key.
+      mesh: from `sharding.make_mesh`.
+
+    Returns:
+      Parameters; canonical ones if layers differ in size, which training refuses.
+    """
+    shardings = param_shardings(model, mesh)
+    if model.heterogeneous:
+        return init_params(model, key, shardings=shardings)
+    return init_params(model, key, shardings=stacked_shardings(shardings), stacked=True)
 
 
 def _check_length(config: RunConfig, model: ModelConfig) -> None:

@@ -104,6 +104,11 @@ def dimensions(path: tuple[str, ...]) -> tuple[str | None, ...]:
     Raises:
       ValueError: no such parameter is known.
     """
+    # A kernel in 8 bits has integers of its shape, and scales of its outputs (`nn.int8`).
+    if path[-1] in ("int8", "scales"):
+        kinds = dimensions(path[:-1])
+        return kinds if path[-1] == "int8" else kinds[:-1]
+
     name = "/".join(path[-2:])
     if "gate" in path:
         return GATE_WIDTHS.get(name, ())

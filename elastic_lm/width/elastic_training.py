@@ -44,6 +44,7 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.nn.remat import Remat
 from elastic_lm.nn.vocab_head import Head
 from elastic_lm.processes import is_first
 from elastic_lm.train.losses import (
@@ -155,7 +156,7 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
     config: ModelConfig  # the model, ranked (`width.importance`) or new; its exits are not used; static
     seed: int = 0  # of the draws
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once, of the teacher and of one subnet
-    remat: bool = False  # recompute layers in the backward pass
+    remat: Remat = False  # recompute layers in the backward pass
     unsorted: bool = False  # a pretrained model whose neurons and heads `begin` sorts
 
     def __post_init__(self) -> None:

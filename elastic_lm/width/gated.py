@@ -21,6 +21,7 @@ from elastic_lm.models.decoder import Decoder, Params, default_positions
 from elastic_lm.nn.attention import Attention, AttentionContext
 from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.mlp import MLP
+from elastic_lm.nn.remat import Remat, recomputed
 from elastic_lm.nn.rope import scanned_rotations
 from elastic_lm.width.axes import grouped_kept
 
@@ -49,7 +50,7 @@ def gated_hidden(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     *,
-    remat: bool = False,
+    remat: Remat = False,
 ) -> tuple[jax.Array, Picks]:
     """State after the last layer, every layer gated by what is picked; differentiable in the picks.
 
@@ -63,7 +64,7 @@ def gated_hidden(
       keep_LB: float32, 1 where a row runs a layer and 0 where the row leaves it out.
       positions_BT: int32 positions; None = 0 .. T-1.
       segments_BT: int32 document ids of a packed batch, 0 = padding; None = one document per row.
-      remat: recompute each layer in the backward pass; static.
+      remat: what the backward pass computes again (`nn.remat`); static.
 
     Returns:
       ([B, T, D], picks of all layers as means over the row's tokens, [L, B, choices] each).
@@ -91,7 +92,7 @@ def gated_hidden(
         return hidden + keep * (tap.hidden - hidden), mean
 
     windows = jnp.asarray([config.window(i) for i in range(config.n_layers)], jnp.int32)
-    body = jax.checkpoint(layer) if remat else layer
+    body = recomputed(layer, remat)
     return jax.lax.scan(body, hidden, (params["layers"], given, keep_LB, windows, kinds))
 
 

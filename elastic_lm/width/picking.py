@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from elastic_lm.cost.counted import CostTable
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.nn.remat import Remat
 from elastic_lm.train.losses import LOSS_CHUNK, TokenSums, imitation_loss, sum_over_chunks, token_sums
 from elastic_lm.width.gated import Picks, gated_hidden
 from elastic_lm.width.router import budget_code, router_input, straight_through
@@ -33,7 +34,7 @@ class Picking:
     shape: RouterShape  # model, menu, budgets
     table: CostTable  # costs of the menu's choices
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
-    remat: bool = False  # recompute layers in the backward pass
+    remat: Remat = False  # recompute layers in the backward pass
 
     def forward(
         self,

@@ -48,6 +48,7 @@ from elastic_lm.cost.counted import CostTable, Workload, counted_table
 from elastic_lm.cost.latency_table import LatencyTable
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Params
+from elastic_lm.nn.remat import Remat
 from elastic_lm.processes import on_host
 from elastic_lm.train.losses import (
     LOSS_CHUNK,
@@ -183,7 +184,7 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
     initial: Any = dataclasses.field(default=None, compare=False)  # routers to start from; None = new ones
     seed: int = 0  # of the draws and of new routers
     loss_chunk: int = LOSS_CHUNK  # columns of logits alive at once
-    remat: bool = False  # recompute layers in the backward pass
+    remat: Remat = False  # recompute layers in the backward pass
 
     def __post_init__(self) -> None:
         # What the routers were made for decides. Options left at their defaults become what it says.

@@ -23,6 +23,7 @@ from elastic_lm.models.decoder import Decoder, Params, default_positions
 from elastic_lm.nn.attention import Attention, AttentionContext, NewKeyValues
 from elastic_lm.nn.block import Block, Tap
 from elastic_lm.nn.mlp import MLP
+from elastic_lm.nn.remat import Remat, recomputed
 from elastic_lm.nn.rope import scanned_rotations
 from elastic_lm.width.axes import edit_params, slice_edit
 
@@ -61,7 +62,7 @@ def elastic_taps(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     *,
-    remat: bool = False,
+    remat: Remat = False,
 ) -> dict[int, Tap]:
     """`Decoder.taps` of the sub-network that `choice` names; layers left out are not computed.
 
@@ -74,7 +75,7 @@ def elastic_taps(
       depths: layer counts of the whole model (1 .. n_layers), static; None = the full depth.
       positions_BT: int32 positions; None = 0 .. T-1.
       segments_BT: int32 document ids of a packed batch; None = one document per row.
-      remat: recompute each layer in the backward pass; static.
+      remat: what the backward pass computes again (`nn.remat`); static.
 
     Returns:
       {depth: Tap}. The tap of a layer that is left out has the layer's input in every field.
@@ -113,7 +114,7 @@ def elastic_taps(
 
         return jax.lax.cond(chosen.keep, run, lambda hidden: Tap(*[hidden] * 4), hidden)
 
-    layer = jax.checkpoint(layer, static_argnums=(0,)) if remat else layer
+    layer = recomputed(layer, remat, static_argnums=(0,))
     stacked = params.get("layers")
     taps: dict[int, Tap] = {}
     start = 0

@@ -719,7 +719,7 @@ TRAIN = [
     set_to("train.seed", "-1", "train.seed=-1: must be in [0, 2**32)"),
     set_to("train.seed", "4294967296", "train.seed=4294967296: must be in [0, 2**32)"),
     set_to("train.accumulate", "3", "train.accumulate=3: must divide data.batch_size=2"),
-    set_to("train.remat", "maybe", "train.remat='maybe': must be of type bool"),
+    set_to("train.remat", "maybe", "train.remat='maybe': must be True or False, or one of none"),
     set_to("train.init_layers", "1", "train.init_layers=1: keeps layers of a checkpoint: name it"),
     set_to("train.init_from", "nowhere", "no tokenizer at nowhere"),
     set_to("train.init_from", "hdfs://bucket/m", "hdfs://bucket/m"),

@@ -1,5 +1,8 @@
 """Meshes and rules: what fits, what is refused, and restoring onto another mesh."""
 
+import dataclasses
+import itertools
+
 import chex
 import jax
 import numpy as np
@@ -12,6 +15,7 @@ from elastic_lm.models.decoder import Decoder, default_positions, stack_layers
 from elastic_lm.models.registry import init_params
 from elastic_lm.models.sharding import (
     Rules,
+    arranged,
     batch_sharding,
     make_mesh,
     param_shardings,
@@ -49,6 +53,67 @@ def test_rules_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"rules.mlp='model'"):
         Rules(mlp="model")
     assert Rules().spec(("mlp", None, "embed")) == PartitionSpec("tensor", None, "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the arrangement of a mesh reads of a TPU."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    process_index: int = 0
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def chips(width: int, height: int, slices: int = 1) -> list[Chip]:
+    """Slices of width times height chips, in no order that helps."""
+    places = [(s, x, y) for s in range(slices) for y in range(height) for x in range(width)]
+    found = [Chip(i, (x, y, 0), s, process_index=s) for i, (s, x, y) in enumerate(places)]
+    return sorted(found, key=lambda chip: (chip.id * 7) % len(found))
+
+
+def distance(one: Chip, other: Chip) -> int:
+    return sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 4), (4, 1, 4), (16, 1, 1), (2, 2, 4)])
+def test_neighbours_of_a_mesh_axis_are_neighbours_in_hardware(sizes: tuple[int, int, int]) -> None:
+    found = arranged(chips(4, 4), sizes)
+    assert found.shape == sizes
+    assert {chip.id for chip in found.flat} == set(range(16))
+    for row in found.reshape(-1, sizes[-1]):
+        assert all(distance(one, other) == 1 for one, other in itertools.pairwise(row))
+
+
+def test_a_mesh_axis_may_be_a_part_of_an_axis_of_hardware() -> None:
+    found = arranged(chips(4, 8), (1, 16, 2))
+    assert {chip.id for chip in found.flat} == set(range(32))
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 4), (1, 8, 4), (4, 2, 2, 2)])
+def test_slices_of_a_mesh_differ_in_rows_alone(sizes: tuple[int, ...]) -> None:
+    found = arranged(chips(4, 4, slices=2), sizes)
+    assert {chip.id for chip in found.flat} == set(range(32))
+    for row in found.reshape(sizes[0] * sizes[1], -1):
+        assert len({chip.slice_index for chip in row}) == 1
+    with pytest.raises(ValueError, match=r"mesh=\(1, 1, 32\): 2 slices are joined by a network"):
+        arranged(chips(4, 4, slices=2), (1, 1, 32))
+
+
+@eight
+def test_a_vocabulary_that_a_mesh_cannot_divide_lies_whole_with_a_warning() -> None:
+    config = tiny_config(vocab_size=65, tied=False)
+    with pytest.warns(UserWarning, match=r"embed.table \(65, 32\): 65 rows cannot be split over tensor=2"):
+        shardings = param_shardings(config, make_mesh(2, 2, 2))
+    assert shardings["embed"]["table"].spec == PartitionSpec(None, "fsdp")
+    params = init_params(config, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 65, (4, 9))
+    logits = jax.jit(Decoder(config).apply)({"params": params}, tokens).logits
+    divided = jax.jit(Decoder(config).apply)({"params": jax.device_put(params, shardings)}, tokens).logits
+    np.testing.assert_allclose(divided, logits, rtol=1e-5, atol=1e-5)
 
 
 @eight

@@ -31,11 +31,40 @@ LLAMA_1B = {
     **{"vocab_size": 128256, "d_model": 2048, "n_heads": 32, "n_kv_heads": 8, "d_mlp": 8192},
     "tied": True,
 }
-LLAMA_8B = {"vocab_size": 128256, "d_model": 4096, "n_heads": 32, "n_kv_heads": 8, "d_mlp": 14336, "tied": False}
-LLAMA_70B = {"vocab_size": 128256, "d_model": 8192, "n_heads": 64, "n_kv_heads": 8, "d_mlp": 28672, "tied": False}
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "d_model": 4096,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "d_mlp": 14336,
+    "tied": False,
+}
+LLAMA_70B = {
+    "vocab_size": 128256,
+    "d_model": 8192,
+    "n_heads": 64,
+    "n_kv_heads": 8,
+    "d_mlp": 28672,
+    "tied": False,
+}
 PROMPT, CAPACITY = 64, 256
-NOTHING_NEW = {"parameter", "get-tuple-element", "bitcast", "tuple", "while", "conditional", "constant", "call"}
-NOTHING_NEW |= {"copy-done", "slice-done", "opt-barrier", "after-all", "add-dependency"}  # of the "-start" before
+NOTHING_NEW = {
+    "parameter",
+    "get-tuple-element",
+    "bitcast",
+    "tuple",
+    "while",
+    "conditional",
+    "constant",
+    "call",
+}
+NOTHING_NEW |= {
+    "copy-done",
+    "slice-done",
+    "opt-barrier",
+    "after-all",
+    "add-dependency",
+}  # of the "-start" before
 LEAST = 2**15  # elements of a kernel; biases and norms are smaller
 
 
@@ -47,7 +76,9 @@ def config_of(sizes: dict[str, Any], n_layers: int = 2, **fields: Any) -> el.Mod
 
 def described(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
     )
 
 

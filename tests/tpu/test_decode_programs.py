@@ -10,12 +10,9 @@ import pytest
 from decode_programs import (
     LLAMA_1B,
     LLAMA_8B,
-    LLAMA_70B,
     SMOL_135M,
     Decoding,
     config_of,
-    copied_weights,
-    kernel_sizes,
 )
 
 import elastic_lm as el

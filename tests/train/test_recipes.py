@@ -67,7 +67,7 @@ def test_a_part_of_a_menu_overrides_only_the_fields_that_it_names(
         ("trian.steps=3", r"unknown key trian=.*did you mean train\?"),
         ("train.steps=many", r"train\.steps='many': must be of type int"),
         ("train.steps=1.5", r"train\.steps=1\.5: must be of type int"),
-        ("train.remat=1", r"train\.remat=1: must be of type bool"),
+        ("train.remat=1", r"train\.remat=1: must be True or False, or one of none"),
         ("train.schedule=step", r"train\.schedule='step': must be one of cosine"),
         ("train.warmup=500", r"train\.warmup=500: must be below steps=500"),
         ("exits=({'layer': 1},)", r"method\.name='pretraining': trains no exits"),

@@ -43,7 +43,8 @@ def prepare_model(
     """
     train, weights = run.train, ""
     if run.encoder is not None:
-        config, params = run.encoder, init_params(run.encoder, jax.random.key(train.seed or 0))
+        config, places = run.encoder, param_shardings(run.encoder, mesh)
+        params = init_params(config, jax.random.key(train.seed or 0), shardings=places)
     else:
         config, params = load_any("train.init_from", train.init_from, train.param_dtype or None, mesh)
         weights = weights_fingerprint(params)

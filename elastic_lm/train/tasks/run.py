@@ -112,7 +112,8 @@ def prepare_writer(
     train = run.train
     if run.encoder_decoder is not None:
         config = dataclasses.replace(run.encoder_decoder, eos_ids=tokenizer.eos_ids)
-        params, weights = registry.init_params(config, jax.random.key(train.seed or 0)), ""
+        places, weights = param_shardings(config, mesh), ""
+        params = registry.init_params(config, jax.random.key(train.seed or 0), shardings=places)
     else:
         kind, dtype = EncoderDecoderConfig, train.param_dtype or None
         config, params = load_of(kind, "train.init_from", train.init_from, dtype, mesh)
