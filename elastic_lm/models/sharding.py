@@ -209,9 +209,11 @@ def stack_onto(params: Params, shardings: Params) -> Params:
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """The mesh that parameters lie on; None = they lie on a device, or nowhere yet."""
+    """The mesh of several devices that parameters lie on; None = on one device, on another mesh, or nowhere."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    ours = isinstance(mesh, Mesh) and mesh.size > 1 and set(AXES) <= set(mesh.axis_names)
+    return mesh if ours else None  # pyright: ignore[reportReturnType]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
