@@ -1,7 +1,7 @@
 """Exits attached to a model, and removed again."""
 
-import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,8 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.models.decoder import OUTSIDE, Params
 from elastic_lm.models.registry import abstract_params
-from elastic_lm.models.sharding import mesh_of, param_shardings
+from elastic_lm.models.placement import mesh_of
+from elastic_lm.models.sharding import param_shardings
 
 
 def attach_exits(
@@ -65,11 +66,13 @@ def attach_exits(
             drawn = {name: tree for name, tree in shapes[e.name].items() if name not in grown[e.name]}
         else:
             drawn = shapes[e.name]
-        draw = functools.partial(_draw, config, e, drawn)
-        if mesh is not None and drawn:
-            places = param_shardings(new, mesh)[e.name]
-            draw = jax.jit(draw, out_shardings={name: places[name] for name in drawn})
-        grown.setdefault(e.name, {}).update(draw(jax.random.fold_in(key, e.layer)))
+        # None is a leaf here, and stands for the default device.
+        places = jax.tree.map(lambda leaf: None, drawn)
+        if mesh is not None:
+            every = param_shardings(new, mesh)[e.name]
+            places = {name: every[name] for name in drawn}
+        key_of_exit = jax.random.fold_in(key, e.layer)
+        grown.setdefault(e.name, {}).update(_draw(config, e, drawn, places, key_of_exit))
     return new, grown
 
 
@@ -131,15 +134,17 @@ def _layer(params: Params, index: int) -> Params:
     return params[f"layers_{index}"]
 
 
-def _draw(config: ModelConfig, e: ExitConfig, shapes: Params, key: jax.Array) -> Params:
-    """Random parameters of one exit."""
+def _draw(config: ModelConfig, e: ExitConfig, shapes: Params, places: Params, key: jax.Array) -> Params:
+    """Random parameters of one exit, each born in its place; None = the default device."""
     draws = []
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(shapes)):
+    found = jax.tree.leaves(places, is_leaf=lambda place: place is None)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), found, strict=True)
+    for i, ((path, leaf), place) in enumerate(leaves):
         names = [entry.key for entry in path]
         if names[-1] == "scale":
-            draws.append(jnp.full(leaf.shape, 1.0 - config.norm_offset, leaf.dtype))
+            draws.append(jnp.full(leaf.shape, 1.0 - config.norm_offset, leaf.dtype, device=place))
         elif names[-1] == "bias":
-            draws.append(jnp.zeros(leaf.shape, leaf.dtype))
+            draws.append(jnp.zeros(leaf.shape, leaf.dtype, device=place))
         else:
             deviation = 0.02 / (2 * e.layer) ** 0.5 if names[-2] in ("out", "down") else 0.02
             # The MLP beside a copied map starts by adding nothing.
@@ -148,9 +153,16 @@ def _draw(config: ModelConfig, e: ExitConfig, shapes: Params, key: jax.Array) ->
             # A gate is small and trains for few steps, so it starts at the scale of its input.
             if names[0] == "gate":
                 deviation = leaf.shape[-1] ** -0.5
-            noise = jax.random.normal(jax.random.fold_in(key, i), leaf.shape)
+            noise = _normal(jax.random.fold_in(key, i), leaf.shape, place)
             draws.append((deviation * noise).astype(leaf.dtype))
     return jax.tree.unflatten(jax.tree.structure(shapes), draws)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], place: Any) -> jax.Array:
+    """`jax.random.normal` in its place. Compiled alone, so that no product with it rounds otherwise."""
+    if place is None:
+        return jax.random.normal(key, shape)
+    return jax.jit(lambda key: jax.random.normal(key, shape), out_shardings=place)(key)
 
 
 def extract(config: ModelConfig, params: Params, n: int) -> tuple[ModelConfig, Params]:

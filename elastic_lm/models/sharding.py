@@ -226,13 +226,6 @@ def stack_onto(params: Params, shardings: Params) -> Params:
     return {**placed, "layers": jax.tree.map(stack, shardings["layers"], *layers)}
 
 
-def mesh_of(params: Params) -> Mesh | None:
-    """The mesh that parameters lie on; None = they lie on a device, or nowhere yet."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    placed = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
-    return sharding.mesh if placed else None
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of [B, ...] arrays: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
