@@ -69,7 +69,7 @@ def runs(run_config: RunConfig, text_file: Path, tmp_path: Path) -> dict[str, An
 
     shards = dataclasses.replace(run.data, shards=4)
     menu = {"menu": Menu((0.5, 1.0), (0.5, 1.0)), "elastic_groups": 8, "rank_batches": 2}
-    routed = {"router_width": 16, "budgets": (0.65, 0.8, 1.0), "init_from": str(tmp_path / "elastic")}
+    routed = {"router_width": 16, "budgets": (0.75, 0.9, 1.0), "init_from": str(tmp_path / "elastic")}
 
     task = TaskConfig(
         paths=(str(write_records(tmp_path / "train.jsonl", 300, 0)),),
