@@ -704,7 +704,7 @@ TRAIN = [
     set_to("train.init_from", "nowhere", "no tokenizer at nowhere"),
     set_to("train.init_from", "gs://bucket/m", "gs://bucket/m"),
     set_to("data.batch_size", "0", "data.batch_size=0: must be at least 1"),
-    set_to("data.shards", "3", "data.shards=3: must divide data.batch_size=2: every shard fills as many rows"),
+    set_to("data.shards", "3", "data.shards=3: must divide data.batch_size=2: every shard"),
     set_to("data.seq_len", "0", "data.seq_len=0: must be at least 1"),
     set_to("data.seq_len", "128", "data.seq_len=128: above model.max_len=64; shorten it"),
     set_to("data.source", "web", "data.source='web': must be one of stdlib"),
