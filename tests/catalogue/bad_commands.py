@@ -618,6 +618,22 @@ TRAIN = [
     Case(
         "train --config c.gin --workdir w", "c.gin: a gin file is given with --gin_file", files={"c.gin": ""}
     ),
+    # Several processes.
+    Case("train --config c.py --workdir w --processes 0", "--processes 0: must be at least 1"),
+    Case("train --config c.py --workdir w --start-timeout 0", "--start-timeout 0.0: must be above 0"),
+    Case("train --config c.py --workdir w --processes 2", "coordinator=None: is not given: name coordinator"),
+    Case(
+        "train --config c.py --workdir w --coordinator host --processes 2 --process 1",
+        "coordinator='host': must be HOST:PORT, the address of process 0 and a free port",
+    ),
+    Case(
+        "evaluate --coordinator host:1 --processes 2 --process 2",
+        "process=2: must be a number from 0 to 1, of processes=2",
+    ),
+    Case(
+        "calibrate --coordinator localhost:1 --processes 2 --process 1 --start-timeout 0.2",
+        "--coordinator localhost:1: process 1 cannot reach process 0 there ( … start it, name its address",
+    ),
     # Gin.
     Case("train --gin_file none.gin --workdir w", "gin file none.gin does not exist"),
     Case("train --gin_file c.gin --config c.py --workdir w", "--gin_file c.gin … leave one out"),
@@ -724,6 +740,7 @@ TRAIN = [
     set_to("train.init_from", "nowhere", "no tokenizer at nowhere"),
     set_to("train.init_from", "hdfs://bucket/m", "hdfs://bucket/m"),
     set_to("data.batch_size", "0", "data.batch_size=0: must be at least 1"),
+    set_to("data.shards", "3", "data.shards=3: must divide data.batch_size=2: every shard"),
     set_to("data.seq_len", "0", "data.seq_len=0: must be at least 1"),
     set_to("data.seq_len", "128", "data.seq_len=128: above model.max_len=64; shorten it"),
     set_to("data.source", "web", "data.source='web': must be one of stdlib"),
