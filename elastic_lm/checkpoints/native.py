@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -175,12 +175,11 @@ class Checkpoints:
             raise saving.error
         self._remove_old(step)
 
-    def _writing(self, step: int) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
         """Names the checkpoint in errors of writing it, after which nothing half-written stays."""
-        both = contextlib.ExitStack()
-        both.enter_context(naming(self._folder / str(step)))
-        both.enter_context(tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"))
-        return both
+        with naming(self._folder / str(step)), tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
+            yield
 
     def _finish(self, step: int, response: Any, held: Any, position: Position) -> None:
         """The part of a save that goes on in the background."""
