@@ -40,6 +40,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.models.exits import attach_exits
     from elastic_lm.models.registry import init_params
     from elastic_lm.models.task_heads import attach_task_exits, attach_task_head
+    from elastic_lm.processes import start_processes
     from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
     from elastic_lm.train.recipes import load_config
     from elastic_lm.train.run import fit
@@ -99,6 +100,7 @@ __all__ = [
     "load_config",
     "measure_cascade",
     "slice_params",
+    "start_processes",
     "testing",
     "train",
     "use_compilation_cache",

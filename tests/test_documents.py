@@ -51,7 +51,7 @@ PAGES = [ROOT / "README.md", *sorted(SITE.rglob("*.md"))]
 DOCUMENTS = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG"))]
 DOCUMENTS += [ROOT / "configs" / "README.md"]
 
-LANGUAGES = ("python", "sh", "text", "json", "edit")
+LANGUAGES = ("python", "sh", "text", "json", "edit", "bash")  # bash: whole scripts, see test_launch.py
 REASONS = ("installs", "downloads", "needs a GPU", "needs a TPU", "needs several devices", "runs the tests")
 FACES = ("", "cascade", "data", "depth", "evaluate", "hf", "testing", "train", "width")
 

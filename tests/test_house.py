@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms of earlier sets. The dials, depth and width, import nothing of each other.
 ORDER = [
     {"config"},
-    {"files", "bounds"},
+    {"processes", "bounds"},
+    {"files"},
     {"report", "nn"},
     {"models", "data"},
     {"hf", "cost"},

@@ -39,4 +39,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, module: Any = text) -> N
 
 
 def metric_lines(workdir: Path) -> list[dict]:
+    """Lines of metrics, without those that divide the time of a start."""
+    return [line for line in all_lines(workdir) if "goodput" not in line]
+
+
+def all_lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -7,7 +7,7 @@ but the first without the time of a one-token call, which is mostly prefill:
   weights, dtype and threads, prefill included; measured apart from the other rows, where
   torch's pool of threads might disturb its neighbours. Skipped, with a line, where torch is not installed.
 - decode/full_vs_bandwidth: bytes/s of weights read by the full model; ideal = what one large float32
-  matrix-vector product reaches in this process.
+  matrix-vector product reaches in this process. The note says the tokens/s, and the bytes with the caches'.
 - decode/exits_never: speed relative to the plain model with an exit after layer 6 that is looked at but
   never taken; ideal = bytes of the plain model / (the same + one more vocabulary head per token).
 - decode/exit_half: speed relative to the plain model with the exit always taken; ideal = bytes of the
@@ -18,6 +18,7 @@ but the first without the time of a one-token call, which is mostly prefill:
 Then the rows of `bench.early`: gates, drafts, batches.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -32,8 +33,9 @@ import numpy as np
 from elastic_lm.bench import early
 from elastic_lm.bench.model import random_model
 from elastic_lm.bench.report import Measurement, Options
-from elastic_lm.bench.timing import interleave, matvec_bandwidth
+from elastic_lm.bench.timing import bandwidth_note, interleave, matvec_bandwidth
 from elastic_lm.config.model import ExitConfig, ModelConfig
+from elastic_lm.cost.counted import Workload
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.settings import bucket
 from elastic_lm.depth.confidence import METRICS
@@ -45,6 +47,7 @@ from elastic_lm.models.registry import init_params
 from elastic_lm.report.machine import usable_cores
 
 WINDOW = 32
+PROMPT = 16  # tokens
 
 
 def rows(options: Options) -> Iterator[Measurement]:
@@ -71,7 +74,7 @@ def _rows(own: early.OwnModel | None, options: Options) -> Iterator[Measurement]
     exits = config.with_exits((ExitConfig(half, "norm", tied=True),))
     params = init_params(exits, jax.random.key(options.seed))
     _, plain = without_exits(exits, params)
-    prompt = np.random.default_rng(options.seed).integers(3, config.vocab_size, 16).tolist()
+    prompt = np.random.default_rng(options.seed).integers(3, config.vocab_size, PROMPT).tolist()
 
     def side(
         model: ModelConfig, weights: Params, *thresholds: float, tokens: int = new_tokens
@@ -129,10 +132,12 @@ def _compare(
         return float(np.median(plain / (np.asarray(seconds[name]) - first)))
 
     reached = full * (new_tokens - 1) / plain
+    a_token, copied = float(np.median(plain)) / (new_tokens - 1), float(np.median(bandwidth[1:]))
+    read = bandwidth_note(config, Workload(context=PROMPT + new_tokens // 2), a_token, copied)
+    note = f"{1 / a_token:.1f} tokens/s, {read}"
+    with_bandwidth = Measurement.of("decode/full_vs_bandwidth", float(np.median(reached)), copied)
     return [
-        Measurement.of(
-            "decode/full_vs_bandwidth", float(np.median(reached)), float(np.median(bandwidth[1:]))
-        ),
+        dataclasses.replace(with_bandwidth, note=note),
         Measurement.of("decode/exits_never", speed("never"), full / (full + head)),
         Measurement.of("decode/exit_half", speed("half"), full / (lower + head + upper / WINDOW)),
     ]

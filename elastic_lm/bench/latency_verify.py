@@ -18,6 +18,7 @@ import numpy as np
 from elastic_lm.bench.latency_build import programs
 from elastic_lm.bench.latency_measure import Progress, measure
 from elastic_lm.bench.report import Measurement
+from elastic_lm.bench.timing import bandwidth_note
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Subnet
@@ -81,10 +82,12 @@ def verify(
     ]
     error = [abs(c.predicted / c.measured - 1) for c in checked]
     prefill_error = [abs(c.prefill_predicted / c.prefill_measured - 1) for c in checked]
+    read = bandwidth_note(config, table.workload, found.full["decode"] / 1e3)
+    full = Measurement.of("latency/full_vs_table", found.full["decode"], table.total(Subnet.full(config)))
     rows = [
         Measurement.of("latency/median_error", float(np.median(error)), ALLOWED),
         Measurement.of("latency/prefill_median_error", float(np.median(prefill_error)), ALLOWED),
-        Measurement.of("latency/full_vs_table", found.full["decode"], table.total(Subnet.full(config))),
+        dataclasses.replace(full, note=read),
     ]
     if half:
         read = [model_cost(s.sliced(config), table.workload).read_bytes for s in (half, Subnet.full(config))]

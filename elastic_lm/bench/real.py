@@ -4,8 +4,8 @@
 rest. Batch 1; the time of a one-token call is taken off; sides take turns.
 
 - real/full_vs_llamacpp: tokens/s at full depth; ideal = llama.cpp's on the same weights in float32, with as
-  many threads. The note says how many generated tokens are the same. Skipped, with a line, where `xllamacpp`
-  or `gguf` is not installed or the model is no plain Llama.
+  many threads. The note says how many generated tokens are the same, and the bytes read per second.
+  Skipped, with a line, where `xllamacpp` or `gguf` is not installed or the model is no plain Llama.
 - real/cheap_head: speed relative to full depth with a preview of the vocabulary head for 99.95 % of the
   tokens; ideal = the plan's forecast. The note says how many generated tokens are those of full depth.
 - real/exits_95, real/exits_99: speed relative to full depth with the exit that the plan finds best, fitted in
@@ -38,10 +38,11 @@ from elastic_lm.bench import llama_cpp
 from elastic_lm.bench import plan as planning
 from elastic_lm.bench.forecasts import Configuration
 from elastic_lm.bench.report import Measurement, Options
-from elastic_lm.bench.timing import interleave
+from elastic_lm.bench.timing import bandwidth_note, interleave, matvec_bandwidth
 from elastic_lm.checkpoints.loading import load_decoder
 from elastic_lm.config.decoding import PREVIEW_AGREEMENT, WINDOW
 from elastic_lm.config.model import ModelConfig
+from elastic_lm.cost.counted import Workload
 from elastic_lm.data import pipeline
 from elastic_lm.data.batch import Batch
 from elastic_lm.data.sources import Document
@@ -314,7 +315,9 @@ def _against_llama_cpp(own: Own, full: Sampler, rounds: int) -> Iterator[Measure
             equal += [a == b for a, b in pairs]
 
     measured, ideal, ratio = np.mean(speeds, axis=0).tolist()
-    note = f"{np.mean(equal):.4f} of the generated tokens equal"
+    half = Workload(context=len(own.prose[0]) + own.new_tokens // 2)
+    read = bandwidth_note(own.config, half, 1 / measured, matvec_bandwidth())
+    note = f"{np.mean(equal):.4f} of the generated tokens equal; {read}"
     yield Measurement("real/full_vs_llamacpp", measured, ideal, ratio, note)
 
 

@@ -8,6 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.cost.counted import Workload, model_cost
+from elastic_lm.cost.device_kinds import bandwidth_share
+
 ROUNDS = 5
 
 
@@ -66,3 +70,19 @@ def matvec_bandwidth(megabytes: int = 256, repeats: int = 5) -> float:
     product(matrix, vector).block_until_ready()
     seconds = [time_once(lambda: product(matrix, vector)) for _ in range(repeats)]
     return matrix.nbytes / statistics.median(seconds)
+
+
+def bandwidth_note(config: ModelConfig, workload: Workload, seconds: float, copied: float = 0.0) -> str:
+    """Gigabytes per second of weights and caches, and the share of what the memory gives.
+
+    Args:
+      config: of the model, decoded at full depth.
+      workload: batch, and positions before a token on average.
+      seconds: of one step of the whole batch.
+      copied: bytes per second of `matvec_bandwidth`; 0 = it was not measured.
+    """
+    rate = model_cost(config.with_exits(()), workload).read_bytes / seconds
+    published = bandwidth_share(rate / 1e9, jax.devices()[0].device_kind)
+    shares = [f"{rate / copied:.0%} of one large product's"] * bool(copied)
+    shares += [] if published is None else [f"{published:.0%} of the published bandwidth"]
+    return f"{rate / 1e9:.1f} GB/s of weights and caches" + (f", {' and '.join(shares)}" if shares else "")

@@ -50,6 +50,7 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
+from elastic_lm.processes import wait_for_all
 
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
@@ -383,6 +384,7 @@ def save_model(
             checksums.write_checksums(partial)
             _check_saved(partial, target, config, params)
             check_target(path, overwrite)  # another process may have been there meanwhile
+    wait_for_all("the model is saved")  # nobody reads it before
 
 
 def _shared_name(target: Path) -> Path:
@@ -482,7 +484,7 @@ def load_model(
     checksums.check_files(folder)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
     saved = _saved(folder, config)
     shardings = param_shardings(config, mesh, rules)
     abstract = jax.tree.map(

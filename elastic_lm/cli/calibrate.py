@@ -14,6 +14,7 @@ from elastic_lm.cli.held_out import (
     held_out_batches,
     with_prompts,
 )
+from elastic_lm.cli.many_processes import ProcessOptions, add_processes
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.parser import metrics, require_flag, require_share, share
 from elastic_lm.cli.width_flags import WidthOptions, add_width, chosen_subnet
@@ -56,7 +57,7 @@ itself may agree less than given text. Thresholds under which it degenerates are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(ContinuedOptions, WidthOptions):
+class Options(ProcessOptions, ContinuedOptions, WidthOptions):
     """What thresholds are fitted for, and what is said about them."""
 
     target: float = DEFAULT_TARGET  # share of tokens that equal the full model's
@@ -70,7 +71,7 @@ class Options(ContinuedOptions, WidthOptions):
     out: str = "thresholds.json"  # file that is written
 
     def __post_init__(self) -> None:
-        ContinuedOptions.__post_init__(self)
+        ProcessOptions.__post_init__(self)
         WidthOptions.__post_init__(self)
         for flag, value in (("--target", self.target), ("--epsilon", self.epsilon), ("--delta", self.delta)):
             require_share(flag, value)
@@ -107,6 +108,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--window", type=int, metavar="W", help=window)
     add("--out", metavar="FILE", help=f"default: {Options.out}")
     add_width(parser)
+    add_processes(parser)
 
 
 def run(options: Options) -> None:
@@ -116,12 +118,14 @@ def run(options: Options) -> None:
     from elastic_lm.depth.subnet_policies import exits_below_the_end, of_whole_model
     from elastic_lm.files.atomic import prepare_output
     from elastic_lm.models.decoder import Decoder
+    from elastic_lm.processes import all_or_none, is_first
     from elastic_lm.width.slicing import slice_params
 
     risk = None
     if options.epsilon is not None:
         risk = RiskControl(options.target, options.epsilon, options.delta)
-    prepare_output(options.out)
+    if is_first():
+        prepare_output(options.out)
 
     model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype)
     batches, text = held_out_batches(options, tokenizer, "calibration", independent=risk is not None)
@@ -155,7 +159,9 @@ def run(options: Options) -> None:
     if not untuned:
         if subnet is not None:
             policy = of_whole_model(policy, model.config, subnet, weights=whole)
-        policy.save(options.out)
+        with all_or_none():
+            if is_first():
+                policy.save(options.out)
     done = "nothing written: the model has no exits yet" if untuned else f"written to {options.out}"
     print(done, file=sys.stderr)
 

@@ -17,6 +17,7 @@ from elastic_lm.cli.held_out import (
     held_out_batches,
     with_prompts,
 )
+from elastic_lm.cli.many_processes import ProcessOptions, add_processes
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.ordered_text import READ_TOKENS, ordered_batches
 from elastic_lm.cli.parser import require_flag
@@ -50,7 +51,7 @@ itself may agree less with the full model than given text.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(ContinuedOptions):
+class Options(ProcessOptions, ContinuedOptions):
     """What is measured, and where the numbers go."""
 
     seq_len: int | None = None  # tokens that are seen at once; None = by the text and the model
@@ -106,15 +107,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_width(parser, several=True)
     add_force(parser, "thresholds")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too; - = stdout only")
+    add_processes(parser)
 
 
 def run(options: Options) -> None:
     """Measures every depth on the test text."""
     from elastic_lm.depth.policies import ConfidenceExit
     from elastic_lm.files.atomic import prepare_output, write_text_whole
+    from elastic_lm.processes import all_or_none, is_first
 
     policy = ConfidenceExit.load(options.thresholds) if options.thresholds else None
-    prepare_output(options.json)
+    if is_first():
+        prepare_output(options.json)
     model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype)
     if policy:
         policy.check(model.config)
@@ -141,8 +145,9 @@ def run(options: Options) -> None:
     result: dict[str, Any] = {"model": folder, "data": text}
     result |= {"subnets": measured} if parts else measured[0]
 
-    if options.json and options.json != "-":
-        write_text_whole(options.json, json.dumps(result, indent=2) + "\n")
+    with all_or_none():
+        if is_first() and options.json and options.json != "-":
+            write_text_whole(options.json, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2) if options.json == "-" else quality_table(result))
 
 

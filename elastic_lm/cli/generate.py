@@ -1,11 +1,12 @@
 """`elastic-lm generate`: prompts in, continuations with the depth of every token out."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
 from elastic_lm.cli.belonging import add_force, check_belongs, parts_of
@@ -138,11 +139,15 @@ class Options(DecodingOptions):
     logprobs: bool = False  # with json: log-probabilities of tokens
     top_logprobs: int = 0  # and of so many likeliest ones
     json: str | None = None  # file for JSON lines; - = stdout
+    profile: str | None = None  # folder for a trace of JAX's profiler
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_unprompted()
         self._check_samples()
+        if self.profile and (self.stream or self.unprompted):
+            flag = "--stream" if self.stream else "--unprompted"
+            raise ValueError(f"--profile {self.profile}: traces one call for all prompts; leave {flag} out")
 
     def _check_unprompted(self) -> None:
         """What goes with --unprompted."""
@@ -255,6 +260,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add("--logprobs", action="store_true", help="with --json: log-probability of every token")
     add("--top-logprobs", type=int, metavar="K", help="with --json: and of the K likeliest (default: 0)")
     add("--raw", action="store_true", help="print control characters of texts as they are")
+    text = "generate twice, and trace the second time, in which nothing compiles, with JAX's profiler"
+    add("--profile", metavar="DIR", help=text)
     add_colour(parser)
 
 
@@ -310,6 +317,21 @@ def _stream(
     return [printer.stream(before, ids, samples).text]
 
 
+@contextlib.contextmanager
+def _traced(folder: str | None) -> Iterator[None]:
+    """Lets JAX's profiler trace the block into a folder; None = nothing is traced."""
+    if not folder:
+        yield
+        return
+    import jax
+
+    from elastic_lm.report.profile import how_to_look
+
+    with jax.profiler.trace(folder, create_perfetto_trace=True):
+        yield
+    print(f"{folder}: traced; {how_to_look(folder)}", file=sys.stderr)
+
+
 def _print_samples(
     options: Options,
     sampler: "Sampler",
@@ -323,7 +345,10 @@ def _print_samples(
 
     settings = settings | {"logprobs": options.logprobs, "top_logprobs": options.top_logprobs}
     settings |= options.given(("n",))
-    samples = sampler.sample(asked, options.max_new_tokens, **settings)
+    if options.profile:
+        sampler.sample(asked, options.max_new_tokens, **settings)  # compiles, which is not to be traced
+    with _traced(options.profile):
+        samples = sampler.sample(asked, options.max_new_tokens, **settings)
     if options.n is not None:
         samples = [sample for group in samples for sample in group]
         prompts, asked = ([one for one in each for _ in range(options.n)] for each in (prompts, asked))
@@ -569,12 +594,23 @@ def show(
 
 
 def stats_line(stats: "SampleStatistics", n_layers: int) -> str:
-    """Tokens, their speed and their depths, in one line."""
+    """Tokens, their speed, the bytes that it takes and their depths, in one line."""
     counts = ", ".join(f"{n} after {depth} layers" for depth, n in stats.exit_counts.items())
+    read = "" if stats.gb_per_s is None else f", {bandwidth(stats.gb_per_s)}"
     return (
-        f"{stats.tokens} tokens, {stats.tokens_per_s:.1f}/s (compilation included), "
+        f"{stats.tokens} tokens, {stats.tokens_per_s:.1f}/s{read} (compilation included), "
         f"mean {stats.mean_layers:.2f} of {n_layers} layers: {counts}"
     )
+
+
+def bandwidth(gb_per_s: float) -> str:
+    """Gigabytes per second, and the share of what is published of the device, where that is known."""
+    import jax
+
+    from elastic_lm.cost.device_kinds import bandwidth_share
+
+    share = bandwidth_share(gb_per_s, jax.devices()[0].device_kind)
+    return f"{gb_per_s:.1f} GB/s" + ("" if share is None else f" ({share:.0%} of its memory's)")
 
 
 def write_json(path: str, prompts: Sequence[str], samples: "Sequence[Sample]") -> None:

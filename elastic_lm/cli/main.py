@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from elastic_lm.cli import signals
+from elastic_lm.cli import many_processes, signals
 from elastic_lm.cli.parser import Parser, Version, add_command
 from elastic_lm.files import compilation_cache
 from elastic_lm.files.shortage import lacks_memory
@@ -87,12 +87,19 @@ def _main(argv: Sequence[str]) -> int:
 
     def run() -> int | None:
         try:
-            return flags.module.run(flags.module.Options.from_flags(flags))
-        except BaseException:
+            options = flags.module.Options.from_flags(flags)
+            many_processes.start(flags.command, options)
+            signals.share_sigterm()  # jax has taken it where there are several processes
+            return flags.module.run(options)
+        except BaseException as error:
             signals.wait_for_end()  # what a signal breaks off may raise anything
+            if what := many_processes.lost(error):
+                raise OSError(what) from error
             raise
 
-    return guard(f"elastic-lm {flags.command}", flags.debug, run)
+    status = guard(f"elastic-lm {flags.command}", flags.debug, run)
+    many_processes.leave(status)
+    return status
 
 
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_lm.cli import signals
-from elastic_lm.cli.parser import CommandOptions, require_flag
+from elastic_lm.cli.many_processes import ProcessOptions, add_processes
+from elastic_lm.cli.parser import require_flag
+from elastic_lm.config.log import profiled_steps
 from elastic_lm.files.recipes import recipe_folder, recipe_summaries
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ Or give a Python file of yours. `--config name:argument` hands the argument to t
 key of the config can be overridden with --config.section.key=value, or with a blank for the equals sign;
 --config.exits[0].layer=2 sets one entry of a list. Unknown keys are refused with a suggestion. The workdir
 holds checkpoints, metrics.jsonl, run_config.json (as --config it repeats the run) and, at the end, model/.
-SIGTERM saves a checkpoint and ends with status 0.
+SIGTERM saves a checkpoint and ends with status 0. --profile 10:13 traces these steps with JAX's profiler.
 
 --sweep trains one run per value, each in a folder of the workdir, and ends with a table (sweep.json); several
 make every combination. A run that fails does not stop the others; the status is 1 then.
@@ -46,7 +48,7 @@ FAILED = 1  # exit status where a run of a sweep failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(CommandOptions):
+class Options(ProcessOptions):
     """What is trained, and where."""
 
     workdir: str  # folder for checkpoints and metrics
@@ -55,9 +57,12 @@ class Options(CommandOptions):
     gin_file: tuple[str, ...] = ()  # gin files instead of a config
     gin_param: tuple[str, ...] = ()  # bindings that are read after them
     sweep: tuple[str, ...] = ()  # KEY=VALUE,VALUE each
+    profile: str = ""  # steps that are traced: FIRST:LAST, or a count
     overrides: tuple[str, ...] = ()  # --config.section.key=value each
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        profiled_steps(self.profile, "--profile")
         gin = self.gin_file or self.gin_param
         if not gin and self.config is None:
             raise ValueError("nothing to train: give --config RECIPE or FILE, or --gin_file FILE")
@@ -80,13 +85,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--gin_param", action="append", metavar="BINDING", help=text)
     text = "train once per value, like train.seed=0,1,2; may be repeated"
     add("--sweep", action="append", metavar="KEY=V,V", help=text)
+    text = "trace these steps into DIR/profile, like 10:13, or so many after the first, like 3"
+    add("--profile", metavar="STEPS", help=text)
     add("--workdir", required=True, metavar="DIR", help="checkpoints and metrics go here")
+    add_processes(parser)
     parser.set_defaults(overrides=[])
 
 
 def run(options: Options) -> int | None:
     """Trains, or goes on with what the workdir holds."""
     from elastic_lm.checkpoints.native import QUICKSTART_MARK
+    from elastic_lm.processes import is_first
     from elastic_lm.train import Stopped, fit
 
     workdir = options.workdir
@@ -99,9 +108,12 @@ def run(options: Options) -> int | None:
     try:
         model, _, metrics = fit(config, workdir, stop=signals.stop_on_sigterm(), origin=origin)
     except Stopped as stopped:
-        print(f"{workdir}: {stopped}")
+        if is_first():
+            print(f"{workdir}: {stopped}")
         return None
 
+    if not is_first():
+        return None
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     count = len(getattr(model, "exits", ()))
     exits = f", {count} exits" if count else ""
@@ -123,9 +135,13 @@ def load(options: Options, values: Mapping[str, str] | None = None) -> "tuple[Ru
     more = [f"{key}={value}" for key, value in (values or {}).items()]
     if options.config is None:
         config, operative = read_gin(options.gin_file, [*options.gin_param, *more])
-        return config, Origin(options.gin_file, operative)
-    config = load_config(options.config, [*options.overrides, *more])
-    return config, Origin((str(recipe_path(options.config)[0]),))
+        origin = Origin(options.gin_file, operative)
+    else:
+        config = load_config(options.config, [*options.overrides, *more])
+        origin = Origin((str(recipe_path(options.config)[0]),))
+    if options.profile:
+        config = dataclasses.replace(config, log=dataclasses.replace(config.log, profile=options.profile))
+    return config, origin
 
 
 def sweep(options: Options) -> int | None:

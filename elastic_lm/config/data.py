@@ -62,13 +62,22 @@ class DataConfig:
     batch_size: int = 16  # rows per optimizer step, over all devices
     packing: Packing = "concat"  # cut documents at row ends, or keep each whole and pad (truncating)
     span: int = 2048  # text is shuffled in pieces of about this many bytes, cut at line ends
+    # Parts of the text that are packed by themselves, of which a process reads only those whose rows it has;
+    # 1 = every process reads all text. The order of the data depends on it, and it stays for a whole run.
+    shards: int = 1
     seed: int | None = None  # of the order of the data; None = train.seed
 
     def __post_init__(self) -> None:
         require_types(self, "data.")
         require_choice("data.source", self.source, get_args(DataSource))
         require_choice("data.packing", self.packing, get_args(Packing))
-        require_each(self, "data.", ("seq_len", "batch_size", "span"), *AT_LEAST_1)
+        require_each(self, "data.", ("seq_len", "batch_size", "span", "shards"), *AT_LEAST_1)
+        require(
+            self.batch_size % self.shards == 0,
+            "data.shards",
+            self.shards,
+            f"must divide data.batch_size={self.batch_size}: every shard fills as many rows",
+        )
         require_seed("data.seed", self.seed)
         require(
             self.source == "stdlib" or bool(self.paths),

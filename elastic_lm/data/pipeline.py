@@ -17,6 +17,7 @@ from elastic_lm.data.conversations import (
     encode_conversation,
     for_tokenizer,
 )
+from elastic_lm.data.sharded import ShardedBatches, rows_alone
 from elastic_lm.data.sources import Document, JsonLines, TextFiles, find_files
 from elastic_lm.data.stdlib import Split, stdlib_files
 from elastic_lm.data.tokenizer import Tokenizer
@@ -60,12 +61,15 @@ def documents(config: DataConfig, split: Split) -> TextFiles | JsonLines | Conve
     return JsonLines(files, config.response_field, config.prompt_field)
 
 
-def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset:
+def train_batches(
+    config: DataConfig, tokenizer: Tokenizer, rows: tuple[int, ...] | None = None
+) -> grain.IterDataset | ShardedBatches:
     """Endless shuffled batches of the training split.
 
     Args:
       config: where the documents are, and the shape of a batch.
       tokenizer: of the model.
+      rows: which rows of every batch are kept, as where other processes have the rest; None = all.
 
     Returns:
       A dataset of dicts with the fields of `losses.Batch`, [batch_size, seq_len] NumPy arrays.
@@ -85,9 +89,18 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.IterDataset
       ```
     """
     source = _source(config, tokenizer, "train")
-    rows = grain.MapDataset.source(source).seed(config.seed or 0).shuffle().repeat()
-    rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))
-    return rows.batch(config.batch_size, drop_remainder=True).map(_as_batch)
+    shuffled = grain.MapDataset.source(source).seed(config.seed or 0).shuffle().repeat()
+    encoded = functools.partial(encode, config, tokenizer)
+
+    def shard(number: int) -> grain.IterDataset:
+        # Cut after `repeat`: every document is read once in every pass, whatever the number of shards.
+        part = shuffled if config.shards == 1 else shuffled[number :: config.shards]
+        size = config.batch_size // config.shards
+        return _pack(config, part.map(encoded)).batch(size, drop_remainder=True).map(_as_batch)
+
+    if config.shards == 1:
+        return rows_alone(shard(0), rows)
+    return ShardedBatches(shard, config.shards, config.batch_size, rows)
 
 
 def check_learnable(config: DataConfig, tokenizer: Tokenizer) -> None:

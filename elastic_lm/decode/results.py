@@ -7,19 +7,20 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode import logprobs
 from elastic_lm.decode.logprobs import Ranked
+from elastic_lm.decode.read_bytes import gb_per_s, read_bytes
 from elastic_lm.decode.sampling import BROKEN
 from elastic_lm.decode.segment import PREVIEW
 from elastic_lm.decode.served import Served
 from elastic_lm.decode.settings import Settings
 from elastic_lm.decode.state import DecodeState
 from elastic_lm.models.finite import overflow_error
+from elastic_lm.processes import on_host
 from elastic_lm.report import colour
 
 
@@ -55,6 +56,8 @@ class SampleStatistics:
       wasted: drafted tokens that it rejected.
       copied: accepted tokens that were copied from the row's own text (`DecodeOptions.lookup`).
       verifications: how often the deepest segment ran over positions of a row while rows were verified.
+      read_bytes: bytes of weights and caches that decoding has read, at least (`decode.read_bytes`); None =
+        they are not known.
 
     Example:
       ```python
@@ -85,6 +88,12 @@ class SampleStatistics:
     wasted: int = 0
     copied: int = 0
     verifications: int = 0
+    read_bytes: int | None = None
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Gigabytes of weights and caches per second, at least, with the seconds of `tokens_per_s`."""
+        return gb_per_s(self.read_bytes, self.seconds)
 
     @property
     def acceptance(self) -> float:
@@ -259,9 +268,9 @@ def collect(
     Raises:
       NotFiniteError: a token could not be drawn, because its logits were not finite.
     """
-    rows = jax.device_get((state.tokens, state.exit_layers, state.length, state.logprobs))
+    rows = on_host((state.tokens, state.exit_layers, state.length, state.logprobs))
     counters = (state.ticks, state.drafted, state.accepted, state.copied, state.verifications)
-    ticks, drafted, accepted, copied, verifications = jax.device_get(counters)
+    ticks, drafted, accepted, copied, verifications = on_host(counters)
     tokens, depths, lengths, bits = rows
     check_drawn(prompts, tokens, lengths, model)
     seconds = time.perf_counter() - started
@@ -276,6 +285,7 @@ def collect(
 
     counts = Counter(depth for row in exit_layers for depth in row)
     total = sum(counts.values())
+    spans = [(len(prompt), len(ids)) for prompt, ids in zip(prompts, emitted, strict=True)]
     stats = SampleStatistics(
         tokens=total,
         prompt_tokens=sum(map(len, prompts)),
@@ -291,6 +301,7 @@ def collect(
         wasted=int((drafted - accepted).sum()),
         copied=int(copied.sum()),
         verifications=int(verifications.sum()),
+        read_bytes=read_bytes(model, ticks.tolist(), counts, spans, verifies=bool(verifications.any())),
     )
     samples = [
         Sample(detokenizer.text(prompt, ids), ids, layers, stats)

@@ -37,6 +37,7 @@ from elastic_lm.depth.cached_taps import Taps, read_taps
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.finite import overflow_error
 from elastic_lm.nn.exit_head import unit_norm
+from elastic_lm.processes import on_host
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # candidates for lambda; u has a mean square of 1
 HELD_OUT = 10  # one batch of so many chooses lambda
@@ -252,7 +253,7 @@ def _add_up(
     zero = [Sums(0.0, 0.0, 0.0) for _ in config.exits]
     totals, weights = [zero, zero], [0.0, 0.0]
     for i, taps in enumerate(batches):
-        sums, weight = jax.device_get(_batch_sums(config, params, taps))
+        sums, weight = on_host(_batch_sums(config, params, taps))
         part = int(i % HELD_OUT == HELD_OUT - 1)
         totals[part] = jax.tree.map(
             lambda old, new: old + np.asarray(new, np.float64), totals[part], list(sums)

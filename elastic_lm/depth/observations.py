@@ -10,6 +10,7 @@ and z those of the full model, every token x_{t+1} with a positive weight leaves
 columns of one depth at a time.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.models.finite import overflow_error
 from elastic_lm.nn.block import Tap
 from elastic_lm.nn.vocab_head import Head
+from elastic_lm.processes import all_or_none, arrays_of_all, is_spread, on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,8 @@ def observe(
       chunk: columns of logits alive at once; static.
 
     Returns:
-      Observations of all tokens with a positive weight.
+      Observations of all tokens with a positive weight. Where several processes call this with the same
+      batches and each has all parameters, each reads its part of them, and all get all observations.
 
     Raises:
       ValueError: a batch is larger than the first one or longer than the model, no token counts, the
@@ -180,10 +183,33 @@ def observe(
     index = jnp.int32(metric_index(metric))
     check_gates(config, metric)
 
+    processes = 1 if is_spread(params) else jax.process_count()
+    with all_or_none() if processes > 1 else contextlib.nullcontext():
+        parts = _parts(config, params, batches, index, chunk, processes)
+    if processes > 1:
+        parts = _parts_of_all(parts)
+
+    if not any(len(part["sequence"]) for part in parts):
+        raise ValueError(f"{len(parts)} held-out batches without a counted token: give more text")
+
+    layers = tuple(e.layer for e in config.exits)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Observations(layers=layers, n_layers=config.n_layers, **columns)
+
+
+def _parts(
+    config: ModelConfig,
+    params: Params,
+    batches: Iterable[Batch | Arrays],
+    index: jax.Array,
+    chunk: int,
+    processes: int,
+) -> list[dict[str, np.ndarray]]:
+    """Columns of `Observations` of the batches that this process reads, one batch after the other."""
     parts: list[dict[str, np.ndarray]] = []
     shape: tuple[int, ...] = ()
     first_row = 0
-    for batch in as_batches(batches):
+    for number, batch in enumerate(as_batches(batches)):
         rows = batch.tokens.shape[0]
         shape = shape or batch.tokens.shape
         if shape[1] > config.max_len:
@@ -191,8 +217,12 @@ def observe(
                 f"held-out rows of seq_len={shape[1]}: above max_len={config.max_len}; shorten them"
             )
 
+        if number % processes != jax.process_index() % processes:
+            first_row += rows
+            continue
+
         batch = pad_batch(batch, shape)
-        scalars = jax.device_get(observe_batch(config, params, batch, index, chunk))
+        scalars = on_host(observe_batch(config, params, batch, index, chunk))
 
         counted = np.asarray(batch.weights) > 0
         for values in (scalars.nats, scalars.confidence, scalars.gate):
@@ -207,13 +237,21 @@ def observe(
         }
         parts.append({name: np.asarray(column)[counted] for name, column in columns.items()})
         first_row += rows
+    return parts
 
-    if not any(len(part["sequence"]) for part in parts):
-        raise ValueError(f"{len(parts)} held-out batches without a counted token: give more text")
 
-    layers = tuple(e.layer for e in config.exits)
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Observations(layers=layers, n_layers=config.n_layers, **columns)
+def _parts_of_all(parts: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The parts of all processes, in the order of the batches; each process has every so many of them."""
+    own = {f"{i}/{name}": column for i, part in enumerate(parts) for name, column in part.items()}
+    found: list[list[dict[str, np.ndarray]]] = []
+    for columns in arrays_of_all(own):
+        names = [name.partition("/") for name in columns]
+        count = 1 + max((int(number) for number, _, _ in names), default=-1)
+        found.append([{} for _ in range(count)])
+        for number, slash, name in names:
+            found[-1][int(number)][name] = columns[number + slash + name]
+    longest = max(map(len, found))
+    return [of_process[i] for i in range(longest) for of_process in found if i < len(of_process)]
 
 
 def check_gates(config: ModelConfig, metric: str) -> None:
@@ -242,7 +280,9 @@ def pad_batch(batch: Batch, shape: tuple[int, ...]) -> Batch:
     if not any(missing):
         return batch
     # Zeros: weight 0 does not count, and segment 0 is padding, which no token attends to.
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, n) for n in missing]), batch)
+    return jax.tree.map(
+        lambda x: (np if isinstance(x, np.ndarray) else jnp).pad(x, [(0, n) for n in missing]), batch
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))

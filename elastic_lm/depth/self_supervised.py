@@ -37,6 +37,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from elastic_lm.config.checks import (
     AT_LEAST_1,
@@ -53,6 +54,8 @@ from elastic_lm.depth.ee_tuning import check_exits, split_exits
 from elastic_lm.depth.fitting import FIT_TOKENS, above_chance, fit_state
 from elastic_lm.depth.vocabulary_sample import RANDOM_SHARE, columns, likeliest, nearness
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
+from elastic_lm.models.sharding import batch_sharding
+from elastic_lm.processes import host_rows
 from elastic_lm.train.losses import (
     LOSS_CHUNK,
     Metrics,
@@ -174,7 +177,7 @@ class SelfSupervisedExits(SelfSupervisedConfig, Method[Batch | Taps]):
         if not self.cached_batches:
             return batches
         first = itertools.islice(batches, self.cached_batches)
-        return CachedBatches(cache_taps(self, frozen, data.placed(first)), data.seed)
+        return CachedBatches(cache_taps(self, frozen, data.placed(first), data.mesh), data.seed)
 
     def begin(self, state: TrainState, frozen: Params, data: RunData) -> TrainState:
         """Fits the exits that ask for it (`depth.fitting`), to cached batches where there are any."""
@@ -356,17 +359,21 @@ def gate_cross_entropy(probability: jax.Array, right: jax.Array) -> jax.Array:
     )
 
 
-def cache_taps(method: SelfSupervisedExits, frozen: Params, batches: Iterable[Batch]) -> list[Taps]:
+def cache_taps(
+    method: SelfSupervisedExits, frozen: Params, batches: Iterable[Batch], mesh: Mesh | None = None
+) -> list[Taps]:
     """Runs the frozen layers over the data, once.
 
     Args:
       method: which exits; static.
       frozen: second result of `split`.
       batches: what to run them over.
+      mesh: where the batches are; needed where several processes have parts of it.
 
     Returns:
       One `Taps` of host (numpy) arrays per batch, in the dtype of activations: for every token D numbers
-      for the full model and D to 2 D per exit.
+      for the full model and D to 2 D per exit. Of several processes each keeps the rows of its own devices.
     """
-    run = jax.jit(method.taps)
-    return [jax.device_get(run(frozen, batch)) for batch in batches]
+    several = jax.process_count() > 1 and mesh is not None
+    run = jax.jit(method.taps, out_shardings=batch_sharding(mesh)) if several else jax.jit(method.taps)
+    return [jax.tree.map(host_rows, run(frozen, batch)) for batch in batches]

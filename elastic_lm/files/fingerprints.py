@@ -10,6 +10,7 @@ import numpy as np
 
 from elastic_lm.files.gguf import is_gguf
 from elastic_lm.files.hub import OR_NAME, local_model
+from elastic_lm.processes import is_spread, on_host
 
 SAMPLES = 16  # pieces that are read of a large file
 SAMPLE = 1 << 16  # bytes of each
@@ -99,13 +100,10 @@ def weights_fingerprint(params: Mapping[str, Any]) -> str:
       params: canonical parameters or stacked ones, which give the same.
 
     Returns:
-      16 hexadecimal digits; "" where the parameters are spread over several processes.
+      16 hexadecimal digits. Where the parameters are spread over several processes, all must call this.
     """
-    import jax
     import jax.numpy as jnp
 
-    if jax.process_count() > 1:
-        return ""
     digest = hashlib.sha256()
     for name, shape, rows in sorted(_sampled_parameters(params), key=lambda entry: entry[0]):
         digest.update(f"{name}\0{shape}\0".encode())
@@ -132,15 +130,15 @@ def _sampled_rows(leaf: Any, at: tuple[int, ...] = ()) -> np.ndarray:
     Arrays of a CPU are read in place. Of an accelerator's only the rows are copied.
     """
     shape = leaf.shape[len(at) :]
-    if not isinstance(leaf, np.ndarray) and all(device.platform == "cpu" for device in leaf.devices()):
-        leaf = np.asarray(leaf)
+    if not is_spread(leaf) and not isinstance(leaf, np.ndarray):
+        leaf = np.asarray(leaf) if all(device.platform == "cpu" for device in leaf.devices()) else leaf
     if len(shape) < 2:
-        return np.asarray(leaf[at])
+        return on_host(leaf[at])
 
     total = math.prod(shape[:-1])
     count = min(total, -(-SAMPLED_NUMBERS // max(shape[-1], 1)))
     rows = np.linspace(0, total - 1, count).astype(np.int64)
-    return np.asarray(leaf[(*at, *np.unravel_index(rows, shape[:-1]))])
+    return on_host(leaf[(*at, *np.unravel_index(rows, shape[:-1]))])
 
 
 def differing_parts(recorded: object, found: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ from elastic_lm.hf.tensors import EXITS_FILE, Binding, bindings
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
+from elastic_lm.processes import is_first, on_host, wait_for_all
 
 WRITTEN = (
     "config.json",
@@ -57,7 +58,8 @@ def export(
 
     The folder appears complete or not at all, with checksums of its files, after its weights were read back
     and compared. Exits go to `elastic_exits.safetensors`, described in
-    an `elastic` block of config.json; transformers ignores both and loads the full-depth model.
+    an `elastic` block of config.json; transformers ignores both and loads the full-depth model. Of several
+    processes all must call this; the first one writes, one tensor after the other.
 
     Args:
       config: the model.
@@ -95,6 +97,13 @@ def export(
     entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
     carried = Carried({}, None) if source is None else Carried.of_folder(source)
     entries = carried.with_entries(config, entries)
+    if not is_first():
+        # Gives its parts of the tensors, in the order that they are written in.
+        for _, leaf in sorted(leaves, key=lambda pair: pair[0].is_exit):
+            on_host(leaf)
+        wait_for_all("the export is written")
+        return
+
     with whole_folder(target) as partial:
         _write_weights(config, leaves, partial, max_shard_bytes)
         if generation := carried.with_ids(entries):
@@ -106,6 +115,7 @@ def export(
             shutil.copymode(partial / "config.json", shard)
         checksums.write_checksums(partial)
         check_target(path, overwrite)  # another process may have been there meanwhile
+    wait_for_all("the export is written")
 
 
 def check_target(path: str | Path, overwrite: bool) -> Path:
@@ -200,7 +210,7 @@ def _save(config: Config, leaves: list[tuple[Binding, Any]], path: Path) -> list
     """Writes one file and returns the names of its tensors."""
     tensors = {}
     for binding, leaf in leaves:
-        parts = binding.layout.split(config, np.asarray(leaf))
+        parts = binding.layout.split(config, on_host(leaf))
         tensors |= {n: np.ascontiguousarray(p) for n, p in zip(binding.names, parts, strict=True)}
     save_file(tensors, path, metadata={"format": "pt"})
     with path.open("rb+") as file:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from elastic_lm.bench.timing import time_once
+from elastic_lm.decode.read_bytes import gb_per_s
 from elastic_lm.decode.results import Sample
 from elastic_lm.decode.sampler import Sampler
 
@@ -47,6 +48,13 @@ class Generation:
     def tokens_per_s(self) -> float:
         """Generated tokens per second; median over rounds."""
         return len(self.depths) / statistics.median(self.seconds)
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Gigabytes of weights and caches per second, at least (`decode.read_bytes`); None = not known."""
+        read = [sample.stats.read_bytes for sample in self.samples]
+        known = [each for each in read if each is not None]
+        return gb_per_s(sum(known) if len(known) == len(read) else None, statistics.median(self.seconds))
 
     @property
     def tokens_per_pass(self) -> float:

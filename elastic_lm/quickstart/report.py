@@ -44,6 +44,7 @@ class Target:
       repeats: share of runs of 4 generated tokens that occurred before in their text.
       degenerate: why the generated text speaks against this setting; "" = it does not.
       spread: half of what the middle half of the rounds' speed-ups spans.
+      gb_per_s: gigabytes of weights and caches that decoding read per second, at least; None = not known.
     """
 
     target_agreement: float
@@ -58,6 +59,7 @@ class Target:
     repeats: float = 0.0
     degenerate: str = ""
     spread: float = 0.0
+    gb_per_s: float | None = None
 
     @property
     def name(self) -> str:
@@ -86,6 +88,7 @@ class Report:
       plan: what was forecast before anything was tuned; None for the model that comes with the package.
       timed: prompts, new tokens per prompt, and rounds in which all settings took turns.
       measured_on: the model, the workload and the device in one line, for pictures.
+      full_depth_gb_per_s: gigabytes that decoding at full depth read per second; None = not known.
     """
 
     seconds_total: float
@@ -97,6 +100,7 @@ class Report:
     plan: dict[str, Any] | None = None
     timed: dict[str, int] = dataclasses.field(default_factory=dict)
     measured_on: str = ""
+    full_depth_gb_per_s: float | None = None
 
     def fastest(self, target: float) -> Target | None:
         """The fastest setting that keeps a target agreement; None = full depth, within what timing varies.
@@ -162,10 +166,11 @@ def show_table(report: Report, targets: Sequence[float], console: Console) -> No
     title = "Agreement on given and on generated text, and speed by bytes and as measured"
     table = Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("setting", no_wrap=True)
-    for heading in ("given", "generated", "layers", "tok/s", "bytes", "speed-up"):
+    for heading in ("given", "generated", "layers", "tok/s", "GB/s", "bytes", "speed-up"):
         table.add_column(heading, justify="right")
     layers, rate = report.full_depth_layers, report.full_depth_tokens_per_s
-    table.add_row("full depth", "100 %", "100 %", f"{layers}", f"{rate:.0f}", "1.00x", "1.00x")
+    read = _gb(report.full_depth_gb_per_s)
+    table.add_row("full depth", "100 %", "100 %", f"{layers}", f"{rate:.0f}", read, "1.00x", "1.00x")
     for row in report.targets:
         table.add_row(
             row.name,
@@ -173,6 +178,7 @@ def show_table(report: Report, targets: Sequence[float], console: Console) -> No
             f"{100 * row.generated_agreement:.2f} %",
             f"{row.mean_layers:.2f}",
             f"{row.tokens_per_s:.0f}",
+            _gb(row.gb_per_s),
             f"{row.predicted:.2f}x",
             f"{row.speedup:.2f}x" + (f" ± {row.spread:.2f}" if row.spread else ""),
         )
@@ -193,6 +199,10 @@ def show_table(report: Report, targets: Sequence[float], console: Console) -> No
         f"{100 * t:g} %: {f'{row.name}, {row.speedup:.2f}x' if row else 'full depth'}" for t, row in each
     ]
     console.print(f"By target: {'; '.join(chosen)}")
+
+
+def _gb(gb_per_s: float | None) -> str:
+    return "" if gb_per_s is None else f"{gb_per_s:.1f}"
 
 
 def show_text(

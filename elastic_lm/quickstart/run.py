@@ -418,6 +418,7 @@ def _row(
         repeats=text.repeats,
         degenerate="" if setting.dial == "lookup" else text.degenerate(setting.target),
         spread=found.spread(generations[FULL]),
+        gb_per_s=found.gb_per_s,
     )
 
 
@@ -441,6 +442,7 @@ def _report(
         seconds_total=round(steps.budget.spent(), 2),
         full_depth_layers=config.n_layers,
         full_depth_tokens_per_s=full.tokens_per_s,
+        full_depth_gb_per_s=full.gb_per_s,
         targets=rows,
         steps=steps.seconds,
         model=description,

@@ -92,6 +92,15 @@ def peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def memory_in_use_bytes() -> int | None:
+    """Memory in use on the fullest device of this process; None where devices do not tell, as CPUs."""
+    import jax  # late: see above
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
+    used = [int(own["bytes_in_use"]) for own in stats if "bytes_in_use" in own]
+    return max(used, default=None)
+
+
 def require_memory(field: str, value: object, needed: float, what: str) -> None:
     """Refuses what cannot fit into the memory of all machines of a run, before any of it is taken.
 

@@ -17,11 +17,8 @@ from elastic_lm.config.parse import parse_json
 from elastic_lm.files.atomic import append_whole, naming, write_text_whole
 from elastic_lm.files.python_files import beside
 
+PER_CHIP = "_per_chip"  # ends names of rates
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # of writers
-
-
-# Numbers that the terminal leaves out: the rate says the same as the time of a step.
-UNSHOWN = ("step_seconds", "peak_memory_gib")
 
 
 class Writer(Protocol):
@@ -78,8 +75,12 @@ class ProgressWriter:
             self._task = self._bar.add_task("starting", total=total, completed=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows `values`."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in UNSHOWN)
+        """Shows `values`; the run itself says at its end where its time went."""
+        if "goodput" in values:
+            return
+        # With one device, the rate per chip says nothing new.
+        shown = {name: value for name, value in values.items() if values.get(_of_all(name)) != value}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
             return
@@ -251,6 +252,11 @@ def _step_of(line: str) -> float:
         return parse_json(line)["step"] if line.endswith("\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _of_all(name: str) -> str:
+    """Name of the rate of all devices, of a rate per chip; "" = it is none."""
+    return name.removesuffix(PER_CHIP) if name.endswith(PER_CHIP) else ""
 
 
 def _clock(seconds: float) -> str:

@@ -17,8 +17,10 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
 from elastic_lm.report.writers import Writer
 from elastic_lm.train.config import TrainConfig
+from elastic_lm.train.goodput import Goodput
 from elastic_lm.train.losses import Metrics
 from elastic_lm.train.method import Arrays
+from elastic_lm.train.profiling import Profile
 from elastic_lm.train.state import TrainState, abstract_state
 from elastic_lm.train.step import EvalStep, TrainStep
 from elastic_lm.train.together import SaveClock, agreed, preempted
@@ -47,11 +49,13 @@ class Job:
       per_step: tokens of a step, or of whatever `rate` says.
       rate: name of what is counted per second.
       remark: of the method: what the user should know about the first metrics; "" = nothing.
-      extra: of the step whose metrics are logged: learning rate, memory.
+      extra: of the step whose metrics are logged, and of these: learning rate, memory, utilization.
       dtype: of the activations, for messages.
       stop: asked after every step: whether the state is to be saved and the run to end. Several processes
         do so together, after the next step at which something is written. SIGTERM, which jax hears there, has
         no need of that.
+      goodput: divides the wall time.
+      profile: traces some of the steps.
     """
 
     config: TrainConfig
@@ -62,9 +66,11 @@ class Job:
     per_step: int
     rate: str = "tokens_per_s"
     remark: Callable[[Mapping[str, float]], str] = lambda _: ""
-    extra: Callable[[int], Mapping[str, float]] = lambda _: {}
+    extra: Callable[[int, Mapping[str, float]], Mapping[str, float]] = lambda *_: {}
     dtype: str = "float32"
     stop: Callable[[], bool] = lambda: False
+    goodput: Goodput = dataclasses.field(default_factory=Goodput)
+    profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 class Stopped(Exception):
@@ -166,6 +172,7 @@ def run(
     """
     check_finite("before the first step", state.params)  # what is frozen was checked when it was loaded
     config, window, pending = job.config, _Window(), None
+    goodput = job.goodput
     evaluation: dict[str, float] = {}
     clock = SaveClock(config.save_minutes)
 
@@ -174,13 +181,18 @@ def run(
         return REMEDY if step > 1 else AT_ONCE.format(dtype=job.dtype)
 
     for step in range(start + 1, config.steps + 1):
-        state, metrics = job.train_step(state, frozen, job.place(next(batches)))
+        job.profile.before(step)
+        with goodput.doing("data"):
+            batch = job.place(next(batches))
+        state, metrics = goodput.step(job.train_step, state, frozen, batch)
+        window.began += job.profile.after(step, metrics)
 
         # The step just sent off runs while the metrics of the one before are read.
         if pending is not None:
             window.steps.append(_finite(step - 1, pending, remedy(step - 1)))
         pending = metrics
-        checkpoints.poll()
+        with goodput.doing("checkpoint"):
+            checkpoints.poll()
 
         last = step == config.steps
         due = last or any(step % every == 0 for every in _events(config))
@@ -194,7 +206,7 @@ def run(
         pending = None
         if step % config.log_every == 0 or last:
             summary = window.summary(job.per_step, job.rate)
-            writer.write(step, {**summary, **job.extra(step)})
+            writer.write(step, {**summary, **job.extra(step, summary)})
             window = _Window()
             if start == 0 and step <= config.log_every and (remark := job.remark(summary)):
                 logging.warning("%s", remark)
@@ -204,13 +216,16 @@ def run(
         if saves:
             _check_state(step, state)  # before the evaluation: a broken state is reported as such
         if last or (config.eval_every and step % config.eval_every == 0):
-            evaluation = evaluate(job, state.params, frozen)
+            with goodput.doing("evaluation"):
+                evaluation = evaluate(job, state.params, frozen)
             writer.write(step, {f"eval_{name}": value for name, value in evaluation.items()})
         if saves:
-            checkpoints.save(step, state, batches)
+            with goodput.doing("checkpoint"):
+                checkpoints.save(step, state, batches)
+                if stops or last:
+                    checkpoints.settle()
             clock.restart()
-        if stops or last:
-            checkpoints.settle()
+        goodput.note(step)
         if stops:
             raise Stopped(step, config.steps)
         window.began += time.monotonic() - paused  # the rate that is logged is that of training alone

@@ -29,6 +29,7 @@ from jax.sharding import Mesh
 from elastic_lm.config.checks import require
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data.batch import Batch
+from elastic_lm.data.sharded import ShardedBatches
 from elastic_lm.models.decoder import Params
 from elastic_lm.train import registry
 from elastic_lm.train.losses import Metrics
@@ -110,7 +111,7 @@ class RunData:
       read: what the steps read, from `Method.batches`, once it is there.
     """
 
-    train: grain.IterDataset
+    train: grain.IterDataset | ShardedBatches
     held_out: Callable[[], Iterable[Arrays]]
     mesh: Mesh
     place: Callable[[Any, Mesh], Any]

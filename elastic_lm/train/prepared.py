@@ -1,7 +1,9 @@
 """What `train.run.fit` needs at step 0 of a run, be it on text or on labelled records."""
 
 import dataclasses
+import json
 import math
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from elastic_lm.cost.counted import model_cost
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.registry import Config, abstract_params
+from elastic_lm.processes import bytes_of_first
 from elastic_lm.report.machine import require_memory
 from elastic_lm.train.identity import FILE as RUN_FILE
 from elastic_lm.train.method import Method, RunData
@@ -82,4 +85,17 @@ def learned_tokenizer(workdir: Path, texts: Callable[[], Iterable[str]], vocab_s
     """
     if (workdir / RUN_FILE).is_file() and (workdir / "tokenizer.json").is_file():
         return Tokenizer.load(workdir)
-    return train_bpe(texts(), vocab_size)
+    if jax.process_count() == 1:
+        return train_bpe(texts(), vocab_size)
+
+    # Learned once: the others wait for it.
+    def learned() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            train_bpe(texts(), vocab_size).save(folder)
+            return json.dumps({file.name: file.read_text() for file in Path(folder).iterdir()}).encode()
+
+    files = json.loads(bytes_of_first(learned))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text)
+        return Tokenizer.load(folder)

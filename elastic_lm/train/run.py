@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, overload
 
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from elastic_lm.checkpoints.native import Checkpoints, check_target, save_model
+from elastic_lm.config.checks import require
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.config.model import ModelConfig
@@ -26,21 +27,26 @@ from elastic_lm.models.exits import extract
 from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import Config
 from elastic_lm.models.sharding import make_mesh
+from elastic_lm.processes import all_or_none, bytes_of_all, is_first
 from elastic_lm.report.machine import peak_memory_bytes
 from elastic_lm.report.writers import ProgressWriter, Writer, Writers, check_writers, make_writers
 from elastic_lm.train import loop
 from elastic_lm.train.config import RunConfig, TaskRun, with_seeds
+from elastic_lm.train.goodput import Goodput
+from elastic_lm.train.identity import FILE as RUN_FILE
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
 from elastic_lm.train.method import Finished, RunData
 from elastic_lm.train.optim import learning_rate, make_optimizer
 from elastic_lm.train.prepared import Prepared
+from elastic_lm.train.profiling import Profile, check_profile
 from elastic_lm.train.record import UNKNOWN, Origin, opening, save_record
 from elastic_lm.train.state import cast_params, create_state, state_shardings
 from elastic_lm.train.step import make_eval_step, make_train_step
 from elastic_lm.train.tasks.run import prepare_task
 from elastic_lm.train.text import prepare_text
 from elastic_lm.train.together import noticing_lost_processes
+from elastic_lm.train.utilization import Utilization
 
 MODEL_FOLDER = "model"
 
@@ -123,10 +129,11 @@ def fit(
       ```
     """
     workdir = local_path(workdir)
-    first = jax.process_index() == 0
-    fix = "choose another workdir"
-    alone = only_process(workdir / LOCK_FILE, workdir, fix) if first else nullcontext()
-    with alone, noticing_lost_processes():
+    with ExitStack() as held, noticing_lost_processes():
+        with all_or_none():
+            if is_first():
+                held.enter_context(only_process(workdir / LOCK_FILE, workdir, "choose another workdir"))
+        check_same_run(config, workdir)
         return _fit(config, workdir, stop or (lambda: False), writers, origin)
 
 
@@ -138,12 +145,15 @@ def _fit(
     origin: Origin,
 ) -> tuple[Config, Params, dict[str, float]]:
     """`fit` in a workdir that no other process uses."""
+    goodput = Goodput()
     config = with_seeds(given)
-    check_writers(config.log)
-    check_identity(config, workdir)
-    check_target(workdir / MODEL_FOLDER, overwrite=True)
+    with all_or_none():
+        check_writers(config.log)
+        check_profile(config.log.profile, config.train.steps)
+        check_identity(config, workdir)
+        check_target(workdir / MODEL_FOLDER, overwrite=True)
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
     if config.train.init_from:
         # Read at the end as well; here nothing is lost where it fails.
@@ -151,7 +161,8 @@ def _fit(
     run: Prepared = prepare(config, workdir, mesh)  # pyright: ignore[reportArgumentType]
     method, data = run.method, run.data
     inputs = run_inputs(config, run)
-    check_inputs(config, inputs, workdir)
+    with all_or_none():
+        check_inputs(config, inputs, workdir)
 
     trainable, frozen = method.split(run.params)
     # What trains is donated step by step: nothing else may hold on to it.
@@ -159,18 +170,20 @@ def _fit(
 
     optimizer = make_optimizer(config.train, method.parameter_groups())
     shardings = state_shardings(optimizer, trainable)
+    used = Utilization(mesh, run.rate, config.log.peak_tflops)
     job = loop.Job(
         config=config.train,
-        train_step=make_train_step(method, optimizer, shardings, config.train.accumulate),
+        train_step=used.counting(make_train_step(method, optimizer, shardings, config.train.accumulate)),
         eval_step=make_eval_step(method.for_evaluation()),
         held_out=data.held_out,
         place=lambda batch: data.place(batch, data.mesh),
         per_step=run.per_step,
         rate=run.rate,
         remark=method.remark,
-        extra=functools.partial(extra_numbers, learning_rate(config.train)),
+        extra=functools.partial(extra_numbers, learning_rate(config.train), used),
         dtype=method.config.dtype,
         stop=stop,
+        goodput=goodput,
     )
 
     batches = method.batches(iter(data.train), frozen, data)
@@ -185,11 +198,18 @@ def _fit(
         start, state = loop.resume(checkpoints, state, batches)
         if not start:
             state = method.begin(state, frozen, data)
-        if not jax.process_index():
+        if is_first():
             save_record(given, origin, mesh, start, workdir)
             print(opening(mesh, state.params, frozen, config.train.mu_dtype))
             print("compiling; the first step takes longest", flush=True)
-        with closing(make_writer(given, workdir, start, writers)) as writer:
+        profile = Profile(config.log.profile, workdir, start, config.train.steps)
+        job = dataclasses.replace(job, profile=profile)
+        goodput.ready(None if jax.process_index() else workdir, start)
+        with (
+            closing(make_writer(given, workdir, start, writers)) as writer,
+            goodput.until_end(writer),
+            closing(profile),
+        ):
             state, metrics = loop.run(
                 job, start, state, frozen, batches=batches, checkpoints=checkpoints, writer=writer
             )
@@ -249,14 +269,37 @@ def save_files(config: RunConfig | TaskRun, run: Prepared, inputs: dict[str, Any
       inputs: from `run_inputs`.
       workdir: of the run; made where it is missing.
     """
-    if not jax.process_index():
-        if run.learned:
-            run.tokenizer.save(workdir)
-            write_checksums(workdir, ("tokenizer.json", "tokenizer_config.json"))
-        save_identity(config, workdir)
-        save_inputs(inputs, workdir)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("the files of the run")
+    with all_or_none():
+        if is_first():
+            if run.learned:
+                run.tokenizer.save(workdir)
+                write_checksums(workdir, ("tokenizer.json", "tokenizer_config.json"))
+            save_identity(config, workdir)
+            save_inputs(inputs, workdir)
+    with all_or_none():
+        fix = "is another folder in this process than in the first one; name one that all processes see"
+        require((workdir / RUN_FILE).is_file(), "workdir", str(workdir), fix)
+
+
+def check_same_run(config: RunConfig | TaskRun, workdir: Path) -> None:
+    """Refuses processes that were started together and do not do the same.
+
+    Args:
+      config: of this process.
+      workdir: likewise.
+
+    Raises:
+      ValueError: process 0 has others.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps([str(workdir), to_dict(config)], default=str).encode()
+    different = [i for i, other in enumerate(bytes_of_all(text)) if other != text]
+    if different:
+        raise ValueError(
+            f"process {jax.process_index()} has another config or workdir than {different}: start all "
+            "processes with the same arguments, or each alone (--processes 1)"
+        )
 
 
 def as_stored(config: RunConfig | TaskRun, model: Config, params: Params) -> tuple[Config, Params]:
@@ -284,16 +327,20 @@ def as_stored(config: RunConfig | TaskRun, model: Config, params: Params) -> tup
     return model, params
 
 
-def extra_numbers(rate: optax.Schedule, step: int) -> dict[str, float]:
-    """The learning rate of a step, and the most memory that the run has taken until then.
+def extra_numbers(
+    rate: optax.Schedule, used: Utilization, step: int, metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """The learning rate of a step, how much of the devices is used, and the most memory taken until then.
 
     Args:
       rate: learning rate by steps done.
+      used: counts what the steps compute.
       step: the step, counted from 1.
+      metrics: of the steps since the last line.
     """
     memory = peak_memory_bytes()
     there = {} if memory is None else {"peak_memory_gib": memory / 2**30}
-    return {"lr": float(np.asarray(rate(step - 1))), **there}
+    return {"lr": float(np.asarray(rate(step - 1))), **used.numbers(metrics), **there}
 
 
 def make_writer(
@@ -310,7 +357,7 @@ def make_writer(
     Returns:
       The writer; it writes nothing in any process but the first.
     """
-    if jax.process_index():
+    if not is_first():
         return Writers(())
 
     named = make_writers(config.log, workdir, to_dict(config), start)

@@ -14,13 +14,15 @@ from elastic_lm.config.checks import require
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu
 from elastic_lm.data import pipeline
+from elastic_lm.data.sharded import rows_alone
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.files.hub import local_model
 from elastic_lm.models.decoder import Params, stack_layers, unstack_layers
 from elastic_lm.models.exits import attach_exits, extract
 from elastic_lm.models.registry import init_params
-from elastic_lm.models.sharding import check_rows, param_shardings, stacked_shardings
+from elastic_lm.models.sharding import batch_sharding, check_rows, param_shardings, stacked_shardings
+from elastic_lm.processes import local_rows
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.method import Arrays, RunData
 from elastic_lm.train.prepared import Prepared, check_new_model, learned_tokenizer
@@ -61,9 +63,10 @@ def prepare_text(config: RunConfig, workdir: Path, mesh: Mesh) -> Prepared:
     method, params = cls.create(config.method, model, params, config.train, mesh)
 
     pipeline.check_learnable(config.data, tokenizer)
+    own = local_rows(batch_sharding(mesh), rows)
     data = RunData(
-        train=pipeline.train_batches(config.data, tokenizer),
-        held_out=functools.partial(held_out, config, tokenizer),
+        train=pipeline.train_batches(config.data, tokenizer, own),
+        held_out=functools.partial(held_out, config, tokenizer, own),
         mesh=mesh,
         place=functools.partial(place_batch, batch=cls.batch),
         seed=config.data.seed or 0,
@@ -153,12 +156,15 @@ def _check_length(config: RunConfig, model: ModelConfig) -> None:
     require(config.data.seq_len <= model.max_len, "data.seq_len", config.data.seq_len, fix)
 
 
-def held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterable[Arrays]:
+def held_out(
+    config: RunConfig, tokenizer: Tokenizer, rows: tuple[int, ...] | None = None
+) -> Iterable[Arrays]:
     """One pass over the held-out split.
 
     Args:
       config: the whole run; `data` is read.
       tokenizer: of the model.
+      rows: those of every batch that this process has; None = all.
 
     Returns:
       Dicts with the fields of `Batch`, [batch_size, seq_len] NumPy arrays; none where no held-out text is
@@ -166,7 +172,7 @@ def held_out(config: RunConfig, tokenizer: Tokenizer) -> Iterable[Arrays]:
     """
     if config.data.source != "stdlib" and not config.data.eval_paths:
         return ()
-    return pipeline.eval_batches(config.data, tokenizer)
+    return rows_alone(pipeline.eval_batches(config.data, tokenizer), rows)
 
 
 def initial_menu(config: RunConfig) -> Menu | None:

@@ -45,6 +45,7 @@ from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Decoder, Params, vocab_logits
 from elastic_lm.nn.vocab_head import Head
+from elastic_lm.processes import is_first
 from elastic_lm.train.losses import (
     LOSS_CHUNK,
     Metrics,
@@ -200,7 +201,8 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
         """Sorts a pretrained model by importance on the first training batches."""
         if not self.unsorted:
             return state
-        print(f"ranking neurons and heads on {self.rank_batches} batches", flush=True)
+        if is_first():
+            print(f"ranking neurons and heads on {self.rank_batches} batches", flush=True)
         first = itertools.islice(iter(data.train), self.rank_batches)
         return rank_state(self.config, state, data.placed(first))
 

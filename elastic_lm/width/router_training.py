@@ -48,6 +48,7 @@ from elastic_lm.cost.counted import CostTable, Workload, counted_table
 from elastic_lm.cost.latency_table import LatencyTable
 from elastic_lm.data.batch import Batch
 from elastic_lm.models.decoder import Params
+from elastic_lm.processes import on_host
 from elastic_lm.train.losses import (
     LOSS_CHUNK,
     Metrics,
@@ -316,7 +317,8 @@ class RouterTraining(RouterTrainingConfig, Method[Batch]):
         if self.reads == "hidden":
             held_out = data.placed(itertools.islice(data.held_out(), TILT_BATCHES))
             tilts = fit_tilts(self.picking, params, list(held_out))
-        routers = Routers(self.shape, params[ROUTERS], self.table, tilts)
+        # On the host: one process alone writes them.
+        routers = Routers(self.shape, on_host(params[ROUTERS]), self.table, tilts)
         model = {name: tree for name, tree in params.items() if name not in (ROUTERS, SURROGATE)}
         return Finished(model, self.shape.menu, routers.save)
 

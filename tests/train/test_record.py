@@ -64,7 +64,7 @@ TrainConfig.lr = 1e-2
 TrainConfig.log_every = 1
 TrainConfig.eval_batches = 2
 """
-CHANGING = ("tokens_per_s", "step_seconds", "peak_memory_gib")
+CHANGING = ("tokens_per_s", "tokens_per_s_per_chip", "step_seconds", "peak_memory_gib")
 
 
 @pytest.fixture
@@ -132,7 +132,8 @@ def test_every_start_is_recorded_and_what_a_step_takes_is_logged(
     assert f"{count:,} of {count:,} parameters train on {jax.device_count()} x " in printed
     assert "mesh: data " in printed
     assert printed.index("compiling") < printed.index("step 1/3")
-    assert "step_seconds" not in printed
+    assert "step_seconds" in printed
+    assert ("tokens_per_s_per_chip" in printed) == (jax.device_count() > 1)
 
     lines = [line for line in metric_lines(tmp_path) if "loss" in line]
     rates = [learning_rate(changed(config, steps=steps).train) for steps in (3, 6)]
@@ -143,6 +144,10 @@ def test_every_start_is_recorded_and_what_a_step_takes_is_logged(
     for line in lines:
         assert line["step_seconds"] * line["tokens_per_s"] == pytest.approx(tokens, rel=1e-3)
         assert 0.05 < line["peak_memory_gib"] < 1000
+        assert line["tokens_per_s_per_chip"] * jax.device_count() == pytest.approx(
+            line["tokens_per_s"], rel=1e-3
+        )
+        assert "mfu" not in line  # nobody publishes a peak of CPUs
 
 
 def test_the_commit_of_a_folder_and_whether_it_changed(tmp_path: Path) -> None:

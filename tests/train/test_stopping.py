@@ -75,16 +75,15 @@ def test_minutes_between_checkpoints_and_steps_kept_for_good(
 def test_one_process_writes_the_files_of_a_run(
     run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    meetings = []
-    monkeypatch.setattr(run.multihost_utils, "sync_global_devices", meetings.append)
-    monkeypatch.setattr(run.jax, "process_count", lambda: 2)
     prepared: Any = SimpleNamespace(learned=False)
     workdir = tmp_path / "run"
-    for index in (1, 0):
-        monkeypatch.setattr(run.jax, "process_index", lambda index=index: index)
+    monkeypatch.setattr(run, "is_first", lambda: False)
+    with pytest.raises(ValueError, match="is another folder in this process than in the first one"):
         run.save_files(run_config, prepared, {"files": {}}, workdir)
-        assert len(meetings) == 2 - index
-        assert {path.name for path in workdir.glob("*")} == (set() if index else {"run.json", FILE})
+    assert not workdir.exists()
+    monkeypatch.setattr(run, "is_first", lambda: True)
+    run.save_files(run_config, prepared, {"files": {}}, workdir)
+    assert {path.name for path in workdir.glob("*")} == {"run.json", FILE}
 
 
 def test_one_process_at_a_time(run_config: RunConfig, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from jax.sharding import Mesh
 from elastic_lm.checkpoints.loading import load
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data import labelled, pairs
+from elastic_lm.data.sharded import rows_alone
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.files.hub import local_model
 from elastic_lm.models import registry
-from elastic_lm.models.sharding import check_rows, param_shardings
+from elastic_lm.models.sharding import batch_sharding, check_rows, param_shardings
+from elastic_lm.processes import local_rows
 from elastic_lm.train.config import TaskRun
 from elastic_lm.train.method import RunData
 from elastic_lm.train.prepared import Prepared, check_new_model, learned_tokenizer
@@ -66,9 +68,11 @@ def prepare_task(run: TaskRun, workdir: Path, mesh: Mesh) -> Prepared:
     cls = method_class(run.method.name)
     method, params = cls.create(run.method, config, params, run.train, mesh)
 
+    # Every process reads all records, which are few: what a batch is padded to depends on all of its rows.
+    own = local_rows(batch_sharding(mesh), task.batch_size)
     data = RunData(
-        train=train,
-        held_out=held_out if task.eval_paths else lambda: (),
+        train=rows_alone(train, own),
+        held_out=(lambda: rows_alone(held_out(), own)) if task.eval_paths else lambda: (),
         mesh=mesh,
         place=functools.partial(place_batch, batch=method.batch),
         seed=task.seed or 0,
