@@ -4,22 +4,24 @@ jax connects them (`jax.distributed`). What goes wrong before, such as a coordin
 process that is missing, ends a process of jax's with a stack trace of its C++ code. Therefore the processes
 meet here first, over a plain connection to the same address, and learn in words what does not fit.
 
-In one process nothing here does anything: no barrier, no gather, no connection.
+In one process nothing here does anything: no barrier, no gather, no connection. The command line imports this
+module for its help, so that what is heavy is imported late.
 """
 
 import contextlib
 import dataclasses
 import json
-import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from elastic_lm.config.checks import is_whole, require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COORDINATOR, PROCESSES, PROCESS = "ELASTIC_LM_COORDINATOR", "ELASTIC_LM_PROCESSES", "ELASTIC_LM_PROCESS"
 JAX_COORDINATOR, JAX_BIND = "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS"
@@ -27,8 +29,6 @@ TIMEOUT = 300.0  # seconds until all processes must have come
 AGAIN = 0.2  # seconds between two tries to reach the coordinator
 LONGEST = 4096  # bytes of a message at the meeting
 GREETING = "elastic_lm 1"
-
-Value = TypeVar("Value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,18 +246,26 @@ def _number_or_0(variable: str) -> int:
 
 
 def _has_workers() -> bool:
-    """Whether the server of a Cloud TPU VM knows its place in a slice. Colab has TPUs and no such server."""
+    """Whether the server of a Cloud TPU VM knows of other machines. Colab has TPUs and no such server."""
+    if "," in _metadata("worker-network-endpoints"):
+        return True
+    slices = re.search(r"MEGASCALE_NUM_SLICES\W+(\d+)", _metadata("tpu-env"))
+    return slices is not None and int(slices[1]) > 1
+
+
+def _metadata(key: str) -> str:
+    """What the metadata server of a Google Cloud VM says; "" = there is none."""
     import http.client
     import urllib.request
 
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
-    place = f"http://{host}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    place = f"http://{host}/computeMetadata/v1/instance/attributes/{key}"
     request = urllib.request.Request(place, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=5) as reply:
-            return "," in reply.read().decode(errors="replace")
+            return reply.read().decode(errors="replace")
     except (OSError, http.client.HTTPException):
-        return False
+        return ""
 
 
 def _tasks_per_node() -> set[int]:
@@ -452,6 +460,7 @@ def bytes_of_all(data: bytes) -> list[bytes]:
 
     if jax.process_count() == 1:
         return [data]
+    import numpy as np
     from jax.experimental import multihost_utils
 
     lengths = np.asarray(multihost_utils.process_allgather(np.asarray([len(data)], np.int32))).reshape(-1)
@@ -498,12 +507,13 @@ def all_or_none() -> Iterator[None]:
         raise ValueError(refused[0])
 
 
-def arrays_of_all(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+def arrays_of_all(arrays: "Mapping[str, np.ndarray]") -> "list[dict[str, np.ndarray]]":
     """Host arrays of every process, in the order of the processes; all must call this.
 
     Args:
       arrays: of this process; shapes may differ between processes.
     """
+    import numpy as np
     from safetensors.numpy import load, save
 
     own = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -524,8 +534,9 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(_leaf_on_host, tree)
 
 
-def _leaf_on_host(leaf: Any) -> np.ndarray:
+def _leaf_on_host(leaf: Any) -> "np.ndarray":
     import jax
+    import numpy as np
 
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
         return np.asarray(leaf)
@@ -561,17 +572,13 @@ def local_rows(sharding: Any, rows: int) -> tuple[int, ...] | None:
     return None if len(held) == rows else tuple(held)
 
 
-def host_rows(array: Any) -> np.ndarray:
+def host_rows(array: Any) -> "np.ndarray":
     """The rows of a [B, ...] array that this process's devices hold, in increasing order, on the host."""
     import jax
 
     if jax.process_count() == 1:
         return jax.device_get(array)
+    import numpy as np
+
     pieces = {shard.index[0].indices(array.shape[0])[0]: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(pieces[start]) for start in sorted(pieces)])
-
-
-def warn_first(message: str, *values: object) -> None:
-    """A warning of process 0 alone."""
-    if is_first():
-        logging.warning(message, *values)

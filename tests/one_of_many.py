@@ -54,6 +54,22 @@ def export(folder: str, target: str) -> None:
     Path(f"{target}.{jax.process_index()}").write_text(weights_fingerprint(params))
 
 
+def meshes(folder: str) -> None:
+    """What several processes saved, on one, four and eight devices of this one."""
+    import jax
+    import numpy as np
+
+    from elastic_lm.models.sharding import make_mesh
+
+    _, one = el.load(folder)
+    for sizes in ((2, 2, 1), (2, 2, 2)):
+        count = int(np.prod(sizes))
+        _, spread = el.load(folder, mesh=make_mesh(*sizes, devices=jax.devices()[:count]))
+        for leaf, due in zip(jax.tree.leaves(spread), jax.tree.leaves(one), strict=True):
+            assert len(leaf.devices()) == count
+            np.testing.assert_array_equal(leaf, due)
+
+
 def main() -> None:
     """Does the jobs in order."""
     el.start_processes(timeout=120)

@@ -94,6 +94,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Options) -> int | None:
     """Trains, or goes on with what the workdir holds."""
+    import jax
+
     from elastic_lm.checkpoints.native import QUICKSTART_MARK
     from elastic_lm.processes import is_first
     from elastic_lm.train import Stopped, fit
@@ -102,6 +104,9 @@ def run(options: Options) -> int | None:
     if (Path(workdir) / QUICKSTART_MARK).exists():
         raise ValueError(f"--workdir {workdir}: the next `elastic-lm quickstart` replaces it; choose another")
     if options.sweep:
+        several = jax.process_count()
+        fix = f"runs as one process, and there are {several}: start it once, or start every run by itself"
+        require_flag(several == 1, "--sweep", " ".join(options.sweep), fix)
         return sweep(options)
 
     config, origin = load(options)

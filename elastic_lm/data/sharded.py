@@ -85,14 +85,17 @@ class ShardedIterator(Iterator[Arrays]):
         return take_rows(self._kept, whole)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the shards that this process reads stand."""
+        """Where the shards that this process reads stand, by their numbers as text.
+
+        Those of all processes together are the position of the run, from which any number can go on.
+        """
         return {KEY: {str(number): shard.get_state() for number, shard in self._shards.items()}}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Moves the iterator.
 
         Args:
-          state: the position of all shards that this process reads, and perhaps of others (`joined_states`).
+          state: the position of all shards that this process reads, and perhaps of others.
 
         Raises:
           ValueError: a shard is missing.
@@ -103,15 +106,3 @@ class ShardedIterator(Iterator[Arrays]):
             raise ValueError(f"the position in the data lacks shards {missing}; it has {sorted(stored)}")
         for number, shard in self._shards.items():
             shard.set_state(stored[str(number)])
-
-
-def joined_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The position of a run in its data, which any number of processes can go on from.
-
-    Args:
-      states: what `get_state` gave in every process. Only positions in shards differ between processes.
-    """
-    joined = dict(states[0])
-    if KEY in joined:
-        joined[KEY] = {number: one for state in states for number, one in state[KEY].items()}
-    return joined
