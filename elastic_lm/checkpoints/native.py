@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -99,6 +99,7 @@ class Checkpoints:
         self._folder = folder = place_of(folder)
         self._keep, self._keep_period = keep, keep_period
         self._saving: tuple[int, Background] | None = None  # the step that is being saved
+        self._removed: set[int] = set()  # of the steps that orbax has seen
         self._failed = False  # the last save, which said why
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
@@ -183,12 +184,11 @@ class Checkpoints:
             raise saving.error
         self._remove_old(step)
 
-    def _writing(self, step: int) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
         """Names the checkpoint in errors of writing it, after which nothing half-written stays."""
-        both = contextlib.ExitStack()
-        both.enter_context(naming(self._folder / str(step)))
-        both.enter_context(tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"))
-        return both
+        with naming(self._folder / str(step)), tidy(self._folder, f"{step}.{ORBAX_PARTIAL}"):
+            yield
 
     def _finish(self, step: int, response: Any, held: Any, position: Position) -> None:
         """The part of a save that goes on in the background."""
@@ -219,9 +219,13 @@ class Checkpoints:
         Later steps do not count: the run has gone on from before them, because they could not be read.
         """
         steps = sorted(c.step for c in self._checkpointer.checkpoints if c.step <= step)
+        steps = [one for one in steps if one not in self._removed]
         for old in steps[: -self._keep]:
-            if not self._keep_period or old % self._keep_period:
-                self._checkpointer.delete(old)
+            if self._keep_period and old % self._keep_period == 0:
+                continue
+            self._removed.add(old)
+            if jax.process_index() == 0:
+                remove_folder(self._folder / str(old))
 
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is intact and moves `batches` to its position.

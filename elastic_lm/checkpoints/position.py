@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from elastic_lm.config.parse import parse_json
+from elastic_lm.data.sharded import KEY
 
 NAME = re.compile(r"process_(\d+)_of_(\d+)\.json")
-SHARDS = "shards"  # key of a position that holds one for each part of the data, by its number
 
 
 class Position:
@@ -73,9 +73,14 @@ def read_position(directory: Any) -> Any:
     missing = sorted({*names} - {match[0] for match in found})
     if missing:
         raise ValueError(f"{directory / missing[0]} is missing")
-    if count == jax.process_count():
-        names = [_name(jax.process_index(), count)]
-    return joined([_tuples(parse_json((directory / name).read_text())) for name in names])
+    positions = [_tuples(parse_json((directory / name).read_text())) for name in names]
+    try:
+        # Also where their number is the same: a process may have other rows than before.
+        return joined(positions)
+    except ValueError:
+        if count != jax.process_count():
+            raise
+        return positions[jax.process_index()]
 
 
 def joined(positions: Sequence[Any]) -> Any:
@@ -95,12 +100,11 @@ def joined(positions: Sequence[Any]) -> Any:
         return first
 
     count = len(positions)
-    if all(isinstance(position, dict) and SHARDS in position for position in positions):
-        rest = [{key: position[key] for key in position if key != SHARDS} for position in positions]
-        shards = {number: one for position in positions for number, one in position[SHARDS].items()}
-        agree = all(shards[key] == one for position in positions for key, one in position[SHARDS].items())
-        if agree and all(other == rest[0] for other in rest):
-            return {**rest[0], SHARDS: shards}
+    if all(isinstance(position, dict) and KEY in position for position in positions):
+        whole = {**first, KEY: {number: at for one in positions for number, at in one[KEY].items()}}
+        # Every part of it must be what each process says.
+        if all({**whole, **one, KEY: {**whole[KEY], **one[KEY]}} == whole for one in positions):
+            return whole
     raise ValueError(
         f"the position in the data was saved by {count} processes that each had one of their own, and this "
         f"run has {jax.process_count()}: start {count} processes"

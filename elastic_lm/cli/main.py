@@ -89,6 +89,7 @@ def _main(argv: Sequence[str]) -> int:
         try:
             options = flags.module.Options.from_flags(flags)
             many_processes.start(flags.command, options)
+            signals.share_sigterm()  # jax has taken it where there are several processes
             return flags.module.run(options)
         except BaseException as error:
             signals.wait_for_end()  # what a signal breaks off may raise anything

@@ -191,7 +191,8 @@ def run(
         if pending is not None:
             window.steps.append(_finite(step - 1, pending, remedy(step - 1)))
         pending = metrics
-        checkpoints.poll()
+        with goodput.doing("checkpoint"):
+            checkpoints.poll()
 
         last = step == config.steps
         due = last or any(step % every == 0 for every in _events(config))
@@ -221,10 +222,9 @@ def run(
         if saves:
             with goodput.doing("checkpoint"):
                 checkpoints.save(step, state, batches)
+                if stops or last:
+                    checkpoints.settle()
             clock.restart()
-        if stops or last:
-            with goodput.doing("checkpoint"):
-                checkpoints.settle()
         goodput.note(step)
         if stops:
             raise Stopped(step, config.steps)

@@ -133,13 +133,12 @@ def fit(
     """
     check_direct(workdir)
     fix = "choose another workdir"
-    with ExitStack() as held:
+    with ExitStack() as held, noticing_lost_processes():
         with all_or_none():
             folder = held.enter_context(working_folder(workdir, is_first(), fix))
             if is_first():
                 held.enter_context(only_process(folder / LOCK_FILE, workdir, fix))
         check_same_run(config, workdir)
-        held.enter_context(noticing_lost_processes())
         return _fit(config, folder, stop or (lambda: False), writers, origin)
 
 

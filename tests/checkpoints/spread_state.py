@@ -1,7 +1,6 @@
 """A process that saves a state through `Checkpoints`, or restores it onto its own devices and compares.
 
-Arguments: save or restore, folder, port (0 = alone), number of this process, number of processes. Run by
-`test_spread.py`.
+Arguments: save or restore, folder. Run by `test_spread.py`.
 """
 
 import sys
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import elastic_lm as el
 from elastic_lm.checkpoints.native import Checkpoints
 
 SHARDS = 8
@@ -48,20 +48,20 @@ def placed(whole: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: one(name, value) for name, value in whole.items()}
 
 
-def main(what: str, folder: Path, port: int, index: int, count: int) -> None:
-    if port:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", count, index, heartbeat_timeout_seconds=60)
+def main(what: str, folder: Path) -> None:
+    el.start_processes(timeout=120)
+    index, count = jax.process_index(), jax.process_count()
     with Checkpoints(folder) as checkpoints:
         if what == "save":
             for step in (1, 2):
                 state = placed({name: value + value.dtype.type(step) for name, value in WHOLE.items()})
-                checkpoints.save(step, state, Batches(index, count, step))  # pyright: ignore[reportArgumentType]
+                batches: Any = Batches(index, count, step)
+                checkpoints.save(step, state, batches)
                 # What a step does to its state must not reach the copy.
                 jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)(state)
             return
 
-        batches: Any = Batches(index, count, 0)
+        batches = Batches(index, count, 0)
         like = placed(WHOLE)
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in like.items()
@@ -71,11 +71,10 @@ def main(what: str, folder: Path, port: int, index: int, count: int) -> None:
         assert found[0] == 2
         assert set(batches.shards.values()) == {(2, i) for i in range(index, SHARDS, count)}
         for name, value in WHOLE.items():
+            due = value + value.dtype.type(2)
             for shard in found[1][name].addressable_shards:
-                assert np.array_equal(np.asarray(shard.data), (value + value.dtype.type(2))[shard.index]), (
-                    name
-                )
+                assert np.array_equal(np.asarray(shard.data), due[shard.index]), name
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:6]))
+    main(sys.argv[1], Path(sys.argv[2]))

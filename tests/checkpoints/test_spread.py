@@ -1,56 +1,52 @@
 """Checkpoints of several processes, restored by other numbers of processes and devices."""
 
-import os
-import socket
-import subprocess
-import sys
+import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import chex
 import pytest
+from many_processes import CHILD, together
+from training_runs import changed
 
 from elastic_lm.checkpoints import position
+from elastic_lm.config.parse import to_dict
+from elastic_lm.train.config import RunConfig
+from elastic_lm.train.run import fit
 
-SCRIPT = Path(__file__).parent / "spread_state.py"
-SECONDS = 300.0  # for one group of processes; far above what it takes
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("", 0))
-        return place.getsockname()[1]
+SCRIPT = str(Path(__file__).parent / "spread_state.py")
 
 
-def together(what: str, folder: Path, processes: int, devices: int) -> None:
+def do(arguments: list[str], processes: int, devices: int) -> None:
     """Runs a group of processes, each with some simulated devices, to its good end."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    port = free_port() if processes > 1 else 0
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), what, str(folder), str(port), str(index), str(processes)],
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(processes)
-    ]
-    try:
-        for process in started:
-            _, errors = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in started:
-            process.kill()
+    for result in together([arguments] * processes, devices=devices, seconds=600):
+        assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.mark.long
 def test_saved_by_two_processes_and_restored_by_others(tmp_path: Path) -> None:
-    together("save", tmp_path / "steps", processes=2, devices=2)
-    assert sorted(path.name for path in (tmp_path / "steps").iterdir()) == ["1", "2"]
+    folder = tmp_path / "steps"
+    do([SCRIPT, "save", str(folder)], processes=2, devices=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
     for processes, devices in ((1, 1), (1, 4), (1, 8), (4, 1)):
-        together("restore", tmp_path / "steps", processes, devices)
+        do([SCRIPT, "restore", str(folder)], processes, devices)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_run_of_two_processes_goes_on_in_one(run_config: RunConfig, tmp_path: Path, shards: int) -> None:
+    config = changed(run_config, schedule="constant", eps=1e-3, eval_every=0, save_every=3)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
+    _, straight, _ = fit(config, tmp_path / "straight")
+
+    file, jobs = tmp_path / "half.json", tmp_path / "jobs.json"
+    file.write_text(json.dumps(to_dict(changed(config, steps=3))))
+    jobs.write_text(json.dumps([["train", [str(file), str(tmp_path / "moved")]]]))
+    do([CHILD, str(jobs)], processes=2, devices=1)
+    _, moved, _ = fit(config, tmp_path / "moved")
+    chex.assert_trees_all_close(moved, straight, rtol=1e-5, atol=1e-5)
 
 
 class Batches:

@@ -440,6 +440,7 @@ def run_together(folder: Path, count: int, processes: int, seed: int = 0) -> str
             longest = max(longest, *rest)
             if victim.returncode == -signal.SIGKILL:
                 killed, in_a_row = killed + 1, in_a_row + 1
+                print(f"kill {killed}: the others ended after {time.monotonic() - began:.1f} s", flush=True)
                 case.between()
                 continue
         for process in started:
