@@ -26,7 +26,7 @@ READERS = 4  # files that are read at a time
 Entry = dict[str, Any]  # of one file: "bytes" and "crc32"
 
 
-def write_checksums(folder: str | Path, names: Iterable[str] | None = None) -> None:
+def write_checksums(folder: Any, names: Iterable[str] | None = None) -> None:
     """Writes the checksums of files in a folder into it, as they read back from the disk.
 
     Args:
@@ -55,7 +55,7 @@ def join_checksums(folder: Path, elsewhere: Any, below: str) -> None:
     _write(folder, entries)
 
 
-def update_checksums(folder: str | Path, names: Iterable[str]) -> None:
+def update_checksums(folder: Any, names: Iterable[str]) -> None:
     """Takes note of files that were written anew, in a folder that has checksums.
 
     Args:
@@ -86,7 +86,7 @@ def replaced_entries(file: Path, contents: Mapping[str, bytes]) -> bytes:
     return _text(entries).encode()
 
 
-def check_files(folder: str | Path, patterns: Iterable[str] = ("*",)) -> None:
+def check_files(folder: Any, patterns: Iterable[str] = ("*",)) -> None:
     """Checks files of a folder against the checksums in it; without checksums everything passes.
 
     Args:

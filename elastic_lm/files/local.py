@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lm.config.checks import require
-from elastic_lm.files.remote import address_of, is_remote
+from elastic_lm.files.remote import is_remote, refuse_here
 
 
 def local_path(path: Any) -> Path:
@@ -21,8 +21,7 @@ def local_path(path: Any) -> Path:
     # `Path("")` is the current folder, which a variable of the shell that is not set does not mean.
     require(str(path) != "", "path", path, "is empty; name a file or folder, such as . for the current one")
     if is_remote(path):
-        address_of(path)  # says where no remote path of this kind is taken anywhere
-        raise ValueError(f"{path}: remote paths are not supported here; name a local file or folder")
+        raise refuse_here(path)
     return Path(path)
 
 

@@ -7,6 +7,7 @@ TensorStore read and write them at gs:// themselves.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.util
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_lm.config.checks import require
+from elastic_lm.files.shortage import lacks_memory
 
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # `Path` makes one slash of two
 # Scheme -> the package that fsspec needs for it, and the extra that installs it; "" = none.
@@ -61,14 +63,7 @@ def address_of(path: Any) -> str:
       ValueError: addresses of this kind are not supported, the package for them is not installed, or there is
         no bucket in it; says what to do.
     """
-    found = ADDRESS.match(str(path))
-    assert found is not None
-    scheme, rest = found[1].lower(), found[2].strip("/")
-    if scheme not in STORES:
-        raise ValueError(
-            f"{path}: remote paths of this kind are not supported; name a local file or folder, or one at "
-            "gs:// or s3://"
-        )
+    scheme, rest = _parts(path)
     package, extra = STORES[scheme]
     if package and not _is_installed(package):
         fix = f'pip install "elastic-lm[{extra}]"'
@@ -76,6 +71,25 @@ def address_of(path: Any) -> str:
     if not rest:
         raise ValueError(f"{path}: names no bucket; write {scheme}://BUCKET/FOLDER")
     return f"{scheme}://{rest}"
+
+
+def _parts(path: Any) -> tuple[str, str]:
+    """The scheme of a remote path, and what follows it."""
+    found = ADDRESS.match(str(path))
+    assert found is not None
+    scheme = found[1].lower()
+    if scheme not in STORES:
+        raise ValueError(
+            f"{path}: remote paths of this kind are not supported; name a local file or folder, or one at "
+            "gs:// or s3://"
+        )
+    return scheme, found[2].strip("/")
+
+
+def refuse_here(path: Any) -> ValueError:
+    """Why a remote path does not do where only one of this machine does."""
+    _parts(path)
+    return ValueError(f"{path}: remote paths are not supported here; name a local file or folder")
 
 
 def _is_installed(package: str) -> bool:
@@ -139,7 +153,9 @@ def explained(address: str) -> Iterator[None]:
     except Exception as error:
         said = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {said[0] if said else ''}"[:200]
-        if str(error).startswith(address):
+        # What is about this machine, or was said before.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        if full or lacks_memory(error) or str(error).startswith(address):
             raise
         if isinstance(error, FileNotFoundError):
             fix = "check the bucket and the name"
@@ -148,7 +164,7 @@ def explained(address: str) -> Iterator[None]:
             ) from error
         status = str(getattr(error, "code", ""))
         refused = isinstance(error, PermissionError) or status in ("401", "403")
-        if refused or "credential" in what.lower():
+        if refused or re.search("credential|forbidden", what, re.IGNORECASE):
             fix = LOG_IN.get(address.partition("://")[0], "check the rights of this account")
             raise PermissionError(f"{address}: access is refused ({what}); {fix}") from error
         fix = "check the address, the network and the account"
