@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import elastic_lm as el
-from elastic_lm.bench.decode_programs import DecodeProgram, copied_weights
+from elastic_lm.bench.decode_programs import DecodeProgram, copied_weights, steps
 
 pytestmark = [
     pytest.mark.long,
@@ -55,3 +55,33 @@ def test_a_chip_decodes_without_copying_a_weight(name: str) -> None:
     assert copied_weights(program, decoding.params) == []
     assert program.temporaries <= 0.05 * program.arguments
     assert (program.host_transfers, program.collectives) == (0, ())
+
+
+def test_devices_that_share_layers_add_up_two_states_per_layer() -> None:
+    decoding = DecodeProgram(config=llama("70B"), topology="v5e:2x4", tensor=8)
+    program = decoding.loop()
+    assert copied_weights(program, decoding.params) == []
+    assert program.temporaries <= 0.05 * program.arguments
+    assert program.host_transfers == 0
+
+    # One after the embedding, one after attention and one after the MLP of each layer. What else is added up
+    # is a few numbers per row, to draw a token from divided logits, and logits where they are truncated.
+    assert set(program.counts()) == {"all-reduce"}
+    width = decoding.config.d_model
+    wide = [each for _, each in steps(program) if each.opcode == "all-reduce" and f",{width}]" in each.type]
+    assert len(wide) == 1 + 2 * decoding.config.n_layers
+    assert program.counts()["all-reduce"] <= len(wide) + 6
+
+
+def test_a_prompt_is_read_without_copying_a_weight() -> None:
+    decoding = DecodeProgram(config=llama("1B"), prompt=256, capacity=512)
+    program = decoding.prefill()
+    assert copied_weights(program, decoding.params) == []
+    assert (program.host_transfers, program.collectives) == (0, ())
+
+
+def test_what_the_tests_above_would_find() -> None:
+    decoding = DecodeProgram(config=llama("135M"), placed=False)
+    program = decoding.loop()
+    assert any("49152,576" in copied for copied in copied_weights(program, decoding.params))
+    assert program.temporaries > 0.5 * program.arguments
