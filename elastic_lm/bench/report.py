@@ -13,6 +13,7 @@ from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.report.machine import hardware, versions
 
 PLUMBING = (
+    "decode_programs",
     "early",
     "forecasts",
     "latency_build",

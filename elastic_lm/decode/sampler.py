@@ -163,7 +163,7 @@ class Sampler:
         options = make_options(options, fields)
         options.check(model.config)
         check_params(model.config, params)
-        params = placed_for_decoding(unboxed(params))
+        params = placed_for_decoding(unboxed(params), model.config.dtype)
 
         self.config = model.config
         self.params = params

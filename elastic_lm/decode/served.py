@@ -90,7 +90,7 @@ class ServedModels:
           slice_inside: arrays are sliced inside the programs whenever these run, and take memory only then.
         """
         mesh = mesh_of(params)
-        params = placed_for_decoding(params)
+        params = placed_for_decoding(params, config.dtype)
         self._whole = Served(None, config, params, *_whole_programs(mesh), mesh=mesh)
         self._slice = _sliced_inside if slice_inside else _sliced
         self._keep = keep
@@ -132,7 +132,7 @@ class ServedModels:
         assert chooser.routers is not None
         if self._nested is None:
             config, params = nested_model(self._whole.config, self._whole.params, chooser.routers)
-            self._nested = config, placed_for_decoding(params)
+            self._nested = config, placed_for_decoding(params, config.dtype)
 
         # The budget is traced, so that one model and one program serve all budgets.
         config, params = self._nested
@@ -157,7 +157,7 @@ def _sliced(config: ModelConfig, params: Params, subnet: Subnet, mesh: Mesh | No
     config, params = slice_params(config, params, subnet)
     if mesh is not None:
         params = jax.device_put(params, fitting_shardings(config, mesh))
-    served = Served(subnet, config, placed_for_decoding(params), *programs, mesh=mesh)
+    served = Served(subnet, config, placed_for_decoding(params, config.dtype), *programs, mesh=mesh)
     _compiled.watch(served)
     return served
 

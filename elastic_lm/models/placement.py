@@ -1,15 +1,16 @@
 """Where the parameters of a model lie while it decodes: in which layout on a TPU, and on which mesh.
 
 A TPU keeps arrays in tiles of 8 x 128 numbers, and by default an array lies in the order of its dimensions
-that pads least: an embedding [49152, 576] lies as [576, 49152]. Decoding looks tokens up by row and sums
-products along rows, so that its programs want row order, and XLA copied such tensors at every call, or for
-every token. Laid out once in row order, nothing is copied. Tensors whose last dimension is a multiple of 128
-are in row order anyway.
+that pads least: an embedding [49152, 576] lies as [576, 49152]. Its rows are looked up, for which XLA copied
+all of it, at every call or even for every token. Laid out once in row order, nothing is copied. The matrix
+unit takes kernels in the default order; the vector unit, which multiplies in float32, wants row order
+(`nn.linear`). Where the last dimension is a multiple of 128, row order is the default.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -19,22 +20,54 @@ ROW_AXES = ("data", "fsdp")  # of a mesh: its devices hold different rows of a b
 HEAD_AXIS = "tensor"  # its devices hold different heads
 
 
-def placed_for_decoding(params: Params) -> Params:
-    """The parameters where decoding reads them without a copy.
+def placed_for_decoding(params: Params, dtype: str) -> Params:
+    """The parameters where and as decoding reads them without a copy.
 
     Args:
       params: canonical; on devices of any kind, on one or on a mesh.
+      dtype: of activations, which kernels and tables are rounded to when they are read.
 
     Returns:
-      On TPUs, the same parameters in row order: those that were in another order are new arrays, the others
-      the same ones. Elsewhere, the same tree.
+      On TPUs, the same parameters, those that are looked up and those in float32 in row order, and float32
+      kernels and tables in `dtype`; what was so already is the same array. Elsewhere, the same tree.
     """
-    on_tpu = any(_platform(leaf) == "tpu" for leaf in jax.tree.leaves(params))
-    return jax.tree.map(in_row_order, params) if on_tpu else params
+    if not any(_platform(leaf) == "tpu" for leaf in jax.tree.leaves(params)):
+        return params
+
+    def placed(path: Any, x: jax.Array) -> jax.Array:
+        x = x.astype(_read_in(path, x, dtype))
+        return in_row_order(x) if _wants_row_order(path, x.dtype) else x
+
+    return jax.tree_util.tree_map_with_path(placed, params)
+
+
+def described_for_decoding(params: Params, dtype: str) -> Params:
+    """Descriptions of parameters on TPUs, `jax.ShapeDtypeStruct`, as `placed_for_decoding` lays them out."""
+
+    def described(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+        read_in = _read_in(path, x, dtype)
+        place = row_order(x) if _wants_row_order(path, read_in) else x.sharding
+        return jax.ShapeDtypeStruct(x.shape, read_in, sharding=place)
+
+    return jax.tree_util.tree_map_with_path(described, params)
+
+
+def _wants_row_order(path: Any, dtype: Any) -> bool:
+    """Whether its rows are looked up, as of tables and previewed heads, or the vector unit reads it."""
+    return dtype == jnp.float32 or bool({"table", "head"} & {getattr(key, "key", "") for key in path})
+
+
+def _read_in(path: Any, x: Any, dtype: str) -> Any:
+    """The dtype in which a parameter is read.
+
+    XLA would move the rounding of a kernel out of the loop: a copy of it, at every call.
+    """
+    rounded = getattr(path[-1], "key", "") in ("kernel", "table") and x.dtype == jnp.float32
+    return jnp.dtype(dtype) if rounded else x.dtype
 
 
 def in_row_order(x: jax.Array) -> jax.Array:
-    """The array itself if its last dimension is the one that is contiguous in memory and so on up; or a copy."""
+    """The array itself if its last dimension is contiguous, then the one before, and so on; or a copy."""
     wanted = tuple(range(x.ndim))
     layout = x.format.layout if isinstance(x, jax.Array) else None
     if layout is None or layout.major_to_minor == wanted:

@@ -16,11 +16,11 @@ kernel of `x @ kernel^T` first:
 
 Measured in a loop, as decoding has it (experiments/decode).
 
-On TPUs, fewer than 8 tokens are padded to 8, the rows of a tile. XLA gives the product of a single token to the
-vector unit otherwise, which by the compiler's estimate takes two to three times as long as reading the kernel
-from memory. The matrix unit takes no longer than that, for one token or eight (docs/devices.md). It also rounds
-float32 to bfloat16 for its products, unless `jax.default_matmul_precision` says otherwise, and a token's logits
-should not depend on how many others are computed with it.
+On TPUs, fewer than 8 tokens in bfloat16 are padded to 8, the rows of a tile. XLA gives the product of a
+single token to the vector unit otherwise, which by the compiler's estimate takes two to three times as long
+as reading the kernel from memory; the matrix unit takes no longer than that, for one token or eight
+(docs/devices.md). In float32 the vector unit keeps it: the matrix unit would round the kernel to bfloat16,
+and XLA would hold all of it so, beside the kernel.
 """
 
 import functools
@@ -101,7 +101,7 @@ def linear(
         together = functools.partial(_together, dtype=dtype)
         if 0 < tokens <= PADDED:
             ways = {"cpu": functools.partial(_on_cpu(tokens, kernel), dtype=dtype)}
-            if tokens < TILE:
+            if tokens < TILE and x.dtype != jnp.float32:
                 ways["tpu"] = functools.partial(_on_tpu, dtype=dtype)
             y = jax.lax.platform_dependent(x_MI, kernel, default=together, **ways)
         else:

@@ -71,7 +71,8 @@ def test_caches_and_states_are_divided(params) -> None:
     parts = {x.addressable_shards[0].data.shape for layer in state.cache for x in layer}
     assert parts == {(1, CONFIG.n_kv_heads // 2, state.cache[0][0].shape[2], CONFIG.head_dim)}
     assert {x.addressable_shards[0].data.shape for x in state.hidden} == {(1, 8, CONFIG.d_model)}
-    assert state.tokens.sharding.is_fully_replicated and state.done.sharding.is_fully_replicated
+    assert state.tokens.sharding.is_fully_replicated
+    assert state.done.sharding.is_fully_replicated
 
 
 def test_rows_that_do_not_divide_are_whole_on_every_device(params) -> None:
@@ -103,7 +104,8 @@ def test_a_conversation_goes_on_from_divided_caches(params) -> None:
         first = sampler.sample(PROMPTS[0], 8, prefix=prefix).tokens
         second = sampler.sample([*PROMPTS[0], *first, 5, 6], 8, prefix=prefix).tokens
         answers.append((first, second, prefix.reused))
-    assert answers[0] == answers[1] and answers[0][2] > len(PROMPTS[0])
+    assert answers[0] == answers[1]
+    assert answers[0][2] > len(PROMPTS[0])
 
 
 def test_text_is_read_by_the_devices_that_hold_its_rows(params) -> None:
