@@ -38,8 +38,8 @@ class JsonlWriter:
     """Appends {"step": ..., name: value, ...} lines to a file.
 
     Lines after `resume_step` are dropped when the file is opened, because the steps that they describe are
-    about to be run again, and so is the line in which an earlier start has divided its time: the next one adds
-    to it.
+    about to be run again, and so is the line in which an earlier start has divided its time, to which this
+    one adds.
 
     Raises:
       ValueError: the file is damaged; names it.
