@@ -50,7 +50,7 @@ RECIPE = """\
 import elastic_lm as el
 
 
-def get_config():
+def get_config(arg=""):
     return el.RunConfig(
         model=el.ModelConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=2, d_mlp=64, max_len=32),
         data=el.DataConfig(source="text", paths=("text.txt",), seq_len=32, batch_size=4, span=200),

@@ -17,6 +17,7 @@ from elastic_lm.config.parse import parse_json
 from elastic_lm.files.atomic import append_whole, naming, write_text_whole
 from elastic_lm.files.python_files import beside
 
+GOODPUT = '"goodput": '  # in lines that divide the time of a run
 PER_CHIP = "_per_chip"  # ends names of rates
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # of writers
 
@@ -37,14 +38,15 @@ class JsonlWriter:
     """Appends {"step": ..., name: value, ...} lines to a file.
 
     Lines after `resume_step` are dropped when the file is opened, because the steps that they describe are
-    about to be run again.
+    about to be run again, and so is the line in which an earlier start has divided its time, to which this
+    one adds.
 
     Raises:
       ValueError: the file is damaged; names it.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        kept = [line for line in _lines(path) if _step_of(line) <= resume_step]
+        kept = [line for line in _lines(path) if _step_of(line) <= resume_step and GOODPUT not in line]
         write_text_whole(path, "".join(kept))
         self._path = path
         self._file = path.open("ab", buffering=0)

@@ -38,7 +38,7 @@ def test_an_exit_that_is_always_taken_reads_its_head_and_few_of_the_upper_layers
     config = tiny_config(n_layers=4, exits=(2,))
     full = stats(config.with_exits(()), [PROMPT])
     early = stats(config, [PROMPT], exit=el.StaticExit(2, layers=(2,)))
-    layer = model_cost(tiny_config(n_layers=1)).read_bytes - model_cost(tiny_config(n_layers=0)).read_bytes
+    layer = model_cost(tiny_config(n_layers=2)).read_bytes - model_cost(tiny_config(n_layers=1)).read_bytes
     lower, upper = early.segment_ticks
     heads = early.exit_counts[2], early.exit_counts.get(4, 0)
     exit_bytes = 4 * (config.vocab_size + 1) * config.d_model

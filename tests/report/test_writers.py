@@ -24,6 +24,27 @@ def test_lines_of_repeated_steps_are_replaced(tmp_path) -> None:
     assert lines == [{"step": 1, "loss": 0.333333}, {"step": 2, "loss": 0.666667}, {"step": 3, "loss": 9.0}]
 
 
+def test_the_time_of_an_earlier_start_is_replaced(tmp_path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for start, share in ((0, 0.5), (3, 0.75)):
+        writer = JsonlWriter(file, resume_step=start)
+        writer.write(3, {"loss": 1.0})
+        writer.write(3, {"goodput": share, "wall_seconds": 2.0})
+        writer.close()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line.get("goodput") for line in lines] == [None, None, 0.75]
+
+
+def test_what_the_terminal_shows_of_rates_and_times(capsys) -> None:
+    writer = ProgressWriter(total=4)
+    writer.write(1, {"tokens_per_s": 100.0, "tokens_per_s_per_chip": 100.0, "mfu": 0.5})
+    writer.write(2, {"tokens_per_s": 100.0, "tokens_per_s_per_chip": 25.0})
+    writer.write(2, {"goodput": 0.5, "wall_seconds": 2.0})  # the run says it in words
+    first, second = capsys.readouterr().out.splitlines()
+    assert "tokens_per_s 100  mfu 0.5" in first
+    assert "tokens_per_s 100  tokens_per_s_per_chip 25" in second
+
+
 def test_lines_survive_a_kill_while_they_are_rewritten(tmp_path, monkeypatch) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0}\n')

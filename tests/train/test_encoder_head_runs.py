@@ -1,7 +1,6 @@
 """Runs that learn a head on the encoder of an encoder-decoder, and a cascade that decides by its energy."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import chex
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from test_task_runs import WORDS, write_records
+from training_runs import metric_lines
 
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.checkpoints import native as checkpoint
@@ -66,7 +66,7 @@ def trained(run: TaskRun, folder: Path) -> dict[str, float]:
     recipe = folder / "recipe.py"
     recipe.write_text(f"def get_config(arg=''):\n    return {to_dict(run)!r}\n")
     assert cli.main(["train", "--config", str(recipe), "--workdir", str(folder / "run")]) == 0
-    return json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    return metric_lines(folder / "run")[-1]
 
 
 def changed(run: TaskRun, part: str, **fields) -> TaskRun:

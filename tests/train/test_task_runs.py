@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
-from training_runs import Stopped, changed, stop_at
+from training_runs import Stopped, changed, metric_lines, stop_at
 
 from elastic_lm.checkpoints.loading import load
 from elastic_lm.checkpoints.native import save_model
@@ -168,7 +168,7 @@ def test_the_command_learns_from_a_config_file(run: TaskRun, tmp_path: Path) -> 
     assert isinstance(load_config(str(tmp_path / "recipe.py")), TaskRun)
     command = ["train", "--config", str(tmp_path / "recipe.py"), "--workdir", str(tmp_path / "run")]
     assert cli.main(command) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = metric_lines(tmp_path / "run")
     assert lines[0]["records_per_s"] > 0
     assert "eval_accuracy" in lines[-1]
 
