@@ -22,8 +22,8 @@ def load_with_tokenizer(
 ) -> "tuple[Decoder, Params, Tokenizer, str]":
     """A model folder's decoder and tokenizer; None = the embedded model. `dtype` None = as saved.
 
-    `sizes` are those of the mesh that parameters are divided over, as --mesh gives them. `weights` "int8" gives
-    kernels in 8 bits, as `el.load` does.
+    `sizes` are those of the mesh that parameters are divided over, as --mesh gives them. `weights` "int8"
+    gives kernels in 8 bits, as `el.load` does.
 
     Returns:
       (model, canonical parameters, tokenizer, the folder).

@@ -1,8 +1,8 @@
 """FLOPs of a function, counted in what JAX has traced of it: products of matrices, two per multiplication.
 
 XLA's own analysis of a compiled program counts the body of a loop once, and a traced program is there before
-anything is compiled. What a backward pass computes again to save memory (`jax.checkpoint`) does not count towards
-what a device achieves, and does towards what it has to do.
+anything is compiled. What a backward pass computes again to save memory (`jax.checkpoint`) does not count
+towards what a device achieves, and does towards what it has to do.
 """
 
 import math
@@ -28,8 +28,8 @@ def traced_flops(jaxpr: Any, at_most: bool = False) -> float | None:
     Args:
       jaxpr: from `jax.make_jaxpr(f)(...)` or `jax.jit(f).trace(...).jaxpr`. Those of a function on a mesh are
         of all devices together.
-      at_most: what devices have to do: also what is computed again, of a conditional the most expensive branch,
-        and of a loop without a fixed end one turn.
+      at_most: what devices have to do: also what is computed again, of a conditional the most expensive
+        branch, and of a loop without a fixed end one turn.
 
     Returns:
       The FLOPs; None where they cannot be counted, or, unless `at_most`, depend on the data.

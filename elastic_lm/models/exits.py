@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from elastic_lm.config.checks import require
 from elastic_lm.config.model import ExitConfig, ModelConfig
 from elastic_lm.models.decoder import OUTSIDE, Params
-from elastic_lm.models.registry import abstract_params
 from elastic_lm.models.placement import mesh_of
+from elastic_lm.models.registry import abstract_params
 from elastic_lm.models.sharding import param_shardings
 
 
