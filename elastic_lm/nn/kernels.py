@@ -140,6 +140,8 @@ def splash(
       scale: multiplies q.k; static.
       softcap: of the logits, 0 = off; static.
     """
+    # Of a model without windows, `jax.checkpoint` traces the 0 that every layer is given.
+    window = window if windows else 0
     q_BNTH = jnp.moveaxis(q_BTNH, 1, 2) * jnp.asarray(scale, q_BTNH.dtype)
     b, _, t, _ = q_BNTH.shape
     segments_BT = jnp.ones((b, t), jnp.int32) if segments_BT is None else segments_BT

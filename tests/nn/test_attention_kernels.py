@@ -110,3 +110,16 @@ def test_the_platform_chooses() -> None:
             choose(name, None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"train\.attention='flash': must be one of auto"):
         TrainConfig(attention="flash")  # pyright: ignore[reportArgumentType]
+
+
+def test_recomputed_layers_without_windows_are_traced() -> None:
+    """`jax.checkpoint` traces the window 0 that every layer of such a model is given."""
+    config = tiny_config(n_layers=3)
+    params = stack_layers(random_params(config))
+    tokens = random_tokens(config, batch=2, length=LENGTH)
+
+    def hidden(params: Any) -> jax.Array:
+        with attention_by(SPLASH):
+            return Decoder(config, remat=True).bind({"params": params}).taps(tokens, (3,))[3].hidden
+
+    assert jax.eval_shape(hidden, params).shape == (2, LENGTH, config.d_model)

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.long
 
 DESIGNED = {"all-gather", "all-reduce", "reduce-scatter"}
 SLICES = {"v5e:2x4": (1, 4, 2), "v5p:2x2x2": (2, 2, 2)}  # topology: devices on data, fsdp and tensor
+MENU = Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
 EXITS = (ExitConfig(1, kind="mlp", init="copy"), ExitConfig(2, kind="mlp", init="copy"))
 
 
@@ -79,48 +80,42 @@ def check(run: AbstractRun, topology: str) -> Program:
     return program
 
 
-TEXT_METHODS: dict[str, tuple[MethodConfig, tuple[ExitConfig, ...]]] = {
+METHODS: dict[str, tuple[MethodConfig, tuple[ExitConfig, ...]]] = {
     "pretraining": (PretrainingConfig(), ()),
     "ee_tuning": (EETuningConfig(), EXITS),
     "self_supervised": (SelfSupervisedConfig(), EXITS),
     "cached_taps": (SelfSupervisedConfig(cached_batches=4), EXITS),
     "sorted_finetuning": (SortedFineTuningConfig(depths=(1, 2)), ()),
+    "flextron": (ElasticTrainingConfig(menu=MENU), ()),
+    "routers": (RouterTrainingConfig(budgets=(0.75, 1.0)), ()),
 }
-
-
-@pytest.mark.parametrize("topology", SLICES)
-@pytest.mark.parametrize("name", TEXT_METHODS)
-def test_collectives_are_those_of_the_design(name: str, topology: str) -> None:
-    """Parameters are gathered, gradients and the tensor axis's sums are reduced, and nothing else moves."""
-    method, exits = TEXT_METHODS[name]
-    program = check(abstract_on(topology, text_run(method, exits), small()), topology)
-    assert set(program.counts()) <= DESIGNED
 
 
 @pytest.fixture
 def elastic_folder(tmp_path: Path) -> Path:
     """What a run of routers reads of its initial model: a folder with a menu."""
-    write_text_whole(tmp_path / "menu.json", json.dumps(to_dict(Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0)))))
+    write_text_whole(tmp_path / "menu.json", json.dumps(to_dict(MENU)))
     return tmp_path
 
 
-def other_run(name: str, folder: Path) -> tuple[RunConfig | TaskRun, Any]:
-    """A run that moves more than parameters, or of another kind of model; and the model it starts from."""
-    if name == "flextron":
-        menu = Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
-        return text_run(ElasticTrainingConfig(menu=menu), remat=True), small(elastic_groups=8)
-    if name == "routers":
-        return text_run(RouterTrainingConfig(), init_from=str(folder)), small(elastic_groups=8)
-    task = TaskConfig(paths=("records.jsonl",), labels=("bad", "good"), max_len=64, tokenizer="t")
-    encoder = EncoderConfig(vocab_size=1024, d_model=256, n_layers=2, n_heads=8, d_mlp=512, dtype="bfloat16")
-    return TaskRun(task=task, train=TrainConfig(init_from="x")), encoder
+@pytest.mark.parametrize("topology", SLICES)
+@pytest.mark.parametrize("name", METHODS)
+def test_collectives_are_those_of_the_design(name: str, topology: str, elastic_folder: Path) -> None:
+    """Parameters are gathered, gradients and the tensor axis's sums are reduced, and nothing else moves."""
+    method, exits = METHODS[name]
+    model = small(elastic_groups=8) if name in ("flextron", "routers") else small()
+    run = text_run(method, exits, init_from=str(elastic_folder))
+    program = check(abstract_on(topology, run, model), topology)
+    assert set(program.counts()) <= DESIGNED
 
 
 @pytest.mark.parametrize("topology", SLICES)
-@pytest.mark.parametrize("name", ["flextron", "routers", "task"])
-def test_other_methods_compile(name: str, topology: str, elastic_folder: Path) -> None:
-    run, model = other_run(name, elastic_folder)
-    check(abstract_on(topology, run, model), topology)
+def test_a_task_is_learned_with_the_same_collectives(topology: str) -> None:
+    task = TaskConfig(paths=("records.jsonl",), labels=("bad", "good"), max_len=64, tokenizer="t")
+    encoder = EncoderConfig(vocab_size=1024, d_model=256, n_layers=2, n_heads=8, d_mlp=512, dtype="bfloat16")
+    run = TaskRun(task=task, train=TrainConfig(init_from="x"))
+    program = check(abstract_on(topology, run, encoder), topology)
+    assert set(program.counts()) <= DESIGNED
 
 
 def test_an_8b_at_full_size() -> None:
