@@ -14,6 +14,8 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm.checkpoints import native
+from elastic_lm.cli.train import Options
+from elastic_lm.cli.train import run as train_command
 from elastic_lm.data.sources import find_files
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.files import remote, remote_folders, remote_models, remote_workdirs
@@ -226,6 +228,9 @@ def test_training_writes_to_gs_alone() -> None:
         ValueError, match="memory://b/w: training writes checkpoints to this machine and to gs://"
     ):
         el.train.fit(run, "memory://b/w")
+    members = Options(workdir="memory://b/w", config="embedded:tiny", sweep=("train.seed=0,1",))
+    with pytest.raises(ValueError, match="memory://b/w: remote paths are not supported here"):
+        train_command(members)
     assert not listing("memory://b")
 
 
