@@ -209,7 +209,7 @@ def stack_onto(params: Params, shardings: Params) -> Params:
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """The mesh of several devices that parameters lie on; None = on one device, on another mesh, or nowhere."""
+    """The mesh of several devices, with our axes, that parameters lie on; None = there is none."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     ours = isinstance(mesh, Mesh) and mesh.size > 1 and set(AXES) <= set(mesh.axis_names)
