@@ -166,11 +166,10 @@ def show_table(report: Report, targets: Sequence[float], console: Console) -> No
     title = "Agreement on given and on generated text, and speed by bytes and as measured"
     table = Table(box=rich.box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("setting", no_wrap=True)
-    for heading in ("given", "generated", "layers", "tok/s", "GB/s", "bytes", "speed-up"):
+    for heading in ("given", "generated", "layers", "tok/s", "bytes", "speed-up"):
         table.add_column(heading, justify="right")
     layers, rate = report.full_depth_layers, report.full_depth_tokens_per_s
-    read = _gb(report.full_depth_gb_per_s)
-    table.add_row("full depth", "100 %", "100 %", f"{layers}", f"{rate:.0f}", read, "1.00x", "1.00x")
+    table.add_row("full depth", "100 %", "100 %", f"{layers}", f"{rate:.0f}", "1.00x", "1.00x")
     for row in report.targets:
         table.add_row(
             row.name,
@@ -178,11 +177,14 @@ def show_table(report: Report, targets: Sequence[float], console: Console) -> No
             f"{100 * row.generated_agreement:.2f} %",
             f"{row.mean_layers:.2f}",
             f"{row.tokens_per_s:.0f}",
-            _gb(row.gb_per_s),
             f"{row.predicted:.2f}x",
             f"{row.speedup:.2f}x" + (f" ± {row.spread:.2f}" if row.spread else ""),
         )
     console.print(table)
+    read = {"full depth": report.full_depth_gb_per_s, **{row.name: row.gb_per_s for row in report.targets}}
+    known = ", ".join(f"{name} {rate:.1f}" for name, rate in read.items() if rate is not None)
+    if known:
+        console.print(f"GB/s of weights and caches that are read, at least: {known}")
     for row in report.targets:
         if row.refused:
             console.print(f"Not recommended: {row.name}: {row.refused}")
@@ -199,10 +201,6 @@ def show_table(report: Report, targets: Sequence[float], console: Console) -> No
         f"{100 * t:g} %: {f'{row.name}, {row.speedup:.2f}x' if row else 'full depth'}" for t, row in each
     ]
     console.print(f"By target: {'; '.join(chosen)}")
-
-
-def _gb(gb_per_s: float | None) -> str:
-    return "" if gb_per_s is None else f"{gb_per_s:.1f}"
 
 
 def show_text(
