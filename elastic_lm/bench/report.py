@@ -24,6 +24,7 @@ PLUMBING = (
     "plan",
     "report",
     "timing",
+    "topology_plan",
 )
 
 
