@@ -325,7 +325,7 @@ def _rows_per_host(run: AbstractRun, hosts: np.ndarray) -> tuple[int, int]:
     """(rows that a machine reads, machines that read the same rows)."""
     data, fsdp = hosts.shape[:2]
     rows = jax.tree.leaves(run.batch)[0].shape[0]
-    of_rows: list[set[int]] = [set(hosts[i, j].tolist()) for i in range(data) for j in range(fsdp)]
+    of_rows: list[set[int]] = [set(hosts[i, j].ravel().tolist()) for i in range(data) for j in range(fsdp)]
     shards = {host: sum(host in each for each in of_rows) for host in np.unique(hosts).tolist()}
     return max(shards.values()) * rows // (data * fsdp), max(map(len, of_rows))
 

@@ -36,8 +36,9 @@ def _flops(jaxpr: Jaxpr) -> float:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left, (out,) = equation.invars[0].aval.shape, equation.outvars
-            total += 2.0 * math.prod(out.aval.shape) * math.prod(left[i] for i in contracted)
+            left: Any = equation.invars[0].aval
+            out: Any = equation.outvars[0].aval
+            total += 2.0 * math.prod(out.shape) * math.prod(left.shape[i] for i in contracted)
             continue
         inner = [_flops(each) for each in _jaxprs(equation.params)]
         if equation.primitive.name == "cond":

@@ -211,8 +211,8 @@ def stack_onto(params: Params, shardings: Params) -> Params:
 def mesh_of(params: Params) -> Mesh | None:
     """The mesh that parameters lie on; None = they lie on a device, or nowhere yet."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    placed = isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
-    return sharding.mesh if placed else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None  # what is traced lies on an abstract one
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
