@@ -298,8 +298,8 @@ def host_plan(run: AbstractRun, topology: Topology) -> HostPlan:
             written[host] = written.get(host, 0) + own * size
             read[host] = read.get(host, 0) + needed * size
     checkpoint, model = _whole_bytes(run.state), _whole_bytes(run.frozen)
-    if not model:
-        model = _whole_bytes(run.state.params)
+    if not model:  # all of it trains in float32, and was read in its own dtype
+        model = _count(run.state.params) * jax.numpy.dtype(run.method.config.param_dtype).itemsize
     most = max(read.values())
     return HostPlan(
         hosts=topology.hosts,
