@@ -113,7 +113,7 @@ def test_a_frozen_teacher_is_counted() -> None:
 
 @pytest.mark.long
 def test_hosts_read_their_rows_and_write_their_parts() -> None:
-    """Two machines of eight cards: each row is read once without a tensor axis, and each part written once."""
+    """Two machines of eight cards: a row is read once without a tensor axis, and a part written once."""
     plan = planned(tuning(), "h100:16").host
     assert (plan.hosts, plan.rows, plan.shared_rows) == (2, 16, 1)
     # Kernels and moments half and half; norms and the step, which every device holds, by the first.
