@@ -294,7 +294,7 @@ def save_files(config: RunConfig | TaskRun, run: Prepared, inputs: dict[str, Any
         require((workdir / RUN_FILE).is_file(), "workdir", str(workdir), fix)
 
 
-def check_same_run(config: RunConfig | TaskRun, workdir: Path) -> None:
+def check_same_run(config: RunConfig | TaskRun, workdir: str | Path) -> None:
     """Refuses processes that were started together and do not do the same.
 
     Args:
