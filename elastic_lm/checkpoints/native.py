@@ -508,7 +508,7 @@ def load_model(
     copy = local_model(path).absolute()
     config = load_config(copy)
     folder = stored_folder(copy)  # where the arrays are, which are not copied
-    checksums.check_files(folder)
+    checksums.check_files(folder, divided=True)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
