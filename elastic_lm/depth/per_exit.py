@@ -163,7 +163,7 @@ def platt(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         p = scipy.special.expit(design @ weights)
         return design.T @ ((p * (1 - p))[:, None] * design)
 
-    # Newton's steps: those of BFGS end where sums over many tokens still have a slope, in some versions of scipy.
+    # Newton's steps: those of BFGS end where sums over many tokens still have a slope, in some of scipy.
     w, b = scipy.optimize.minimize(
         loss_and_gradient, np.zeros(2), method="trust-exact", jac=True, hess=curvature, tol=1e-9
     ).x
