@@ -83,6 +83,6 @@ def bandwidth_note(config: ModelConfig, workload: Workload, seconds: float, copi
     """
     rate = model_cost(config.with_exits(()), workload).read_bytes / seconds
     published = bandwidth_share(rate / 1e9, jax.devices()[0].device_kind)
-    shares = [f"{rate / copied:.0%} of one large product's"] * bool(copied)
+    shares = [f"{rate / copied:.0%} of one large product's"] if copied else []
     shares += [] if published is None else [f"{published:.0%} of the published bandwidth"]
     return f"{rate / 1e9:.1f} GB/s of weights and caches" + (f", {' and '.join(shares)}" if shares else "")

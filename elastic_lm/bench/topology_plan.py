@@ -108,6 +108,8 @@ class TopologyPlan:
       program: bytes of the compiled step by kind; {} where it does not fit or is not compiled.
       compiled: whether a compiler said so; False = temporaries are estimated.
       flops: of products of matrices.
+      written_flops: of the step as it is written, divided by the devices; what a program has beyond that it
+        computes more than once, or counts in branches of which one runs.
       traffic: bytes read from and written to a device's memory.
       collectives: by kind and size of their groups.
       roofline: seconds of a step; None where it does not fit.
@@ -131,6 +133,7 @@ class TopologyPlan:
     program: dict[str, int]
     compiled: bool
     flops: float
+    written_flops: float
     traffic: float
     collectives: tuple[Collective, ...]
     roofline: Roofline | None
@@ -178,12 +181,13 @@ def plan_training(
 
     capacity = topology.chip.hbm_bytes if compiles else int(KEPT * topology.chip.hbm_bytes)
     available = refusal.available if refusal and refusal.available else capacity
+    traced = jax.make_jaxpr(run.step)(run.state, run.frozen, run.batch)
+    written = (traced_flops(traced, at_most=True) or 0.0) / topology.size
     if program is not None:
         needed, flops, collectives = program.total, program.flops, program.collectives
         traffic = float(memory_traffic(program.text))
     else:
-        traced = jax.make_jaxpr(run.step)(run.state, run.frozen, run.batch)
-        flops = (traced_flops(traced, at_most=True) or 0.0) / topology.size
+        flops = written
         temporaries = estimated_temporaries(config, run)
         needed = refusal.needed if refusal else sum(held.values()) + temporaries
         needed = max(needed, sum(held.values()))
@@ -211,6 +215,7 @@ def plan_training(
         program=_by_kind(program),
         compiled=compiles,
         flops=flops,
+        written_flops=written,
         traffic=traffic,
         collectives=collectives,
         roofline=roofline if fits else None,
@@ -506,7 +511,7 @@ def _show_times(plan: TopologyPlan, console: Console) -> None:
         "interconnect": sum(c.moved for c in plan.collectives),
     }
     what = {
-        "compute": f"{parts['compute']:.3e} FLOPs",
+        "compute": f"{parts['compute']:.3e} FLOPs, {plan.written_flops:.3e} as written",
         "memory": f"{gib(parts['memory'])} read and written",
         "interconnect": f"{gib(parts['interconnect'])} received",
     }

@@ -78,6 +78,7 @@ def test_bytes_of_graphics_cards_by_arithmetic() -> None:
     tokens = 32 * 2048
     least = 2 * tokens * (ATTENTION + MLP + 4 * (HEAD + MLP) - MLP)
     assert least < plan.flops * 8 < 1.3 * least
+    assert plan.flops == plan.written_flops
     assert plan.roofline is not None
     assert plan.roofline.bound == "compute"
 
