@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"
 PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [4, 5, 4, 5], [6], [7, 8, 9, 7, 8]]
 CONFIG = tiny_config(exits=(1,), n_layers=2)  # small, because every way compiles programs of its own
 WINDOW = 3
-POLICY = el.ConfidenceExit("max_prob", thresholds=(0.3,), layers=(1,))
+POLICY = el.ConfidenceExit("max_prob", thresholds=(0.037,), layers=(1,))
 WAYS = {
     "plain": {},
     "exits": {"exit": POLICY},
@@ -47,6 +47,8 @@ def tokens(params, prompts, settings=None, **options):
 def test_a_mesh_gives_the_tokens_of_one_device(params, way: str) -> None:
     alone = tokens(params, PROMPTS, **WAYS[way])
     assert tokens(placed(params, make_mesh(2, 2, 2)), PROMPTS, **WAYS[way]) == alone
+    if way in ("exits", "propagated"):
+        assert {depth for row in alone[1] for depth in row} == {1, 2}
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 2), (1, 4, 2), (8, 1, 1)], ids=str)
