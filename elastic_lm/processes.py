@@ -572,6 +572,22 @@ def local_rows(sharding: Any, rows: int) -> tuple[int, ...] | None:
     return None if len(held) == rows else tuple(held)
 
 
+def whole_batch(sharding: Any, rows: int) -> int:
+    """Rows of a whole batch, of which the devices of this process hold so many.
+
+    Args:
+      sharding: of [B, ...] arrays.
+      rows: of this process.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return rows
+    count = sharding.num_devices
+    own = local_rows(sharding, count)
+    return rows if own is None else rows * count // len(own)
+
+
 def host_rows(array: Any) -> "np.ndarray":
     """The rows of a [B, ...] array that this process's devices hold, in increasing order, on the host."""
     import jax
