@@ -95,8 +95,8 @@ def start_processes(
     deadline = time.monotonic() + timeout
     meet(place, deadline)
 
-    # On CPUs gloo carries what processes tell each other, and programs run one after the other: of two at once,
-    # one process could begin the one, and another process the other, and both would wait.
+    # On CPUs gloo carries what processes tell each other, and programs run one after the other: of two at
+    # once, one process could begin the one, and another process the other, and both would wait.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.distributed.initialize(
