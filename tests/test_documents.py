@@ -52,7 +52,10 @@ DOCUMENTS = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURIT
 DOCUMENTS += [ROOT / "configs" / "README.md"]
 
 LANGUAGES = ("python", "sh", "text", "json", "edit", "bash")  # bash: whole scripts, see test_launch.py
-REASONS = ("installs", "downloads", "needs a GPU", "needs a TPU", "needs several devices", "runs the tests")
+REASONS = (
+    *("installs", "downloads", "runs the tests", "needs a GPU", "needs a TPU", "needs several devices"),
+    *("needs four devices", "needs two machines", "needs a cluster", "needs a bucket"),
+)
 FACES = ("", "cascade", "data", "depth", "evaluate", "hf", "testing", "train", "width")
 
 # What a page may say instead of arguments: runs of two steps, on texts and on labelled records.

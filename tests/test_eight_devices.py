@@ -21,6 +21,7 @@ NAMES = (
     "train/test_mesh_run.py",
     "train/test_born_on_mesh.py",
     "train/test_sequence_mesh.py",
+    "nn/test_attention_kernels.py",
 )
 FILES = tuple(TESTS / name for name in NAMES)
 

@@ -4,8 +4,8 @@
     copies        steps that write as many numbers as a kernel has to the device's main memory
     a layer       its kernels, and cycles by the compiler's own estimate
 
-A step is what the device starts by itself: a fusion, a product, a copy. Each takes about 1,800 cycles at
-least by that estimate, however little it does.
+A step is what the device starts by itself: a fusion, a product, a copy. A fusion takes 1,800 cycles at least
+by that estimate, however little it does.
 """
 
 import collections

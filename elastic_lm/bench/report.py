@@ -25,6 +25,7 @@ PLUMBING = (
     "plan",
     "report",
     "timing",
+    "topology_plan",
 )
 
 

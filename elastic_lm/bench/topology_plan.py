@@ -299,8 +299,8 @@ def host_plan(run: AbstractRun, topology: Topology) -> HostPlan:
             written[host] = written.get(host, 0) + own * size
             read[host] = read.get(host, 0) + needed * size
     checkpoint, model = _whole_bytes(run.state), _whole_bytes(run.frozen)
-    if not model:
-        model = _whole_bytes(run.state.params)
+    if not model:  # all of it trains in float32, and was read in its own dtype
+        model = _count(run.state.params) * jax.numpy.dtype(run.method.config.param_dtype).itemsize
     most = max(read.values())
     return HostPlan(
         hosts=topology.hosts,
@@ -326,7 +326,7 @@ def _rows_per_host(run: AbstractRun, hosts: np.ndarray) -> tuple[int, int]:
     """(rows that a machine reads, machines that read the same rows)."""
     data, fsdp = hosts.shape[:2]
     rows = jax.tree.leaves(run.batch)[0].shape[0]
-    of_rows: list[set[int]] = [set(hosts[i, j].tolist()) for i in range(data) for j in range(fsdp)]
+    of_rows: list[set[int]] = [set(hosts[i, j].ravel().tolist()) for i in range(data) for j in range(fsdp)]
     shards = {host: sum(host in each for each in of_rows) for host in np.unique(hosts).tolist()}
     return max(shards.values()) * rows // (data * fsdp), max(map(len, of_rows))
 

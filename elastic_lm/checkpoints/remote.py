@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from elastic_lm.checkpoints.orbax_folders import first_line
@@ -16,6 +15,7 @@ from elastic_lm.files.remote_folders import begin_folder, finish_folder, staging
 from elastic_lm.files.remote_models import UNFINISHED
 from elastic_lm.files.shortage import is_shortage
 from elastic_lm.models.decoder import Params
+from elastic_lm.processes import all_or_none
 
 
 def save_remote(address: str, params: Params, params_folder: str, describe: Callable[[Path], None]) -> None:
@@ -34,10 +34,10 @@ def save_remote(address: str, params: Params, params_folder: str, describe: Call
     first = jax.process_index() == 0
     with staging_folder(address) as folder:
         # Before anything in the store is touched: this may still fail.
-        if first:
-            describe(folder)
-            begin_folder(address)
-        _wait("the folder of the model")
+        with all_or_none():
+            if first:
+                describe(folder)
+                begin_folder(address)
         direct = is_direct(address)
         place = place_of(address) if direct else folder
         ocp.save(_epath(place / params_folder), params)
@@ -50,13 +50,13 @@ def save_remote(address: str, params: Params, params_folder: str, describe: Call
                 f"{address}: does not read back as it was written ({first_line(error)}) and does not count "
                 "as a model; write it again, or choose another path"
             ) from error
-        if first:
-            if direct:
+        with all_or_none():
+            if first and direct:
                 join_checksums(folder, place / params_folder, params_folder)
-            else:
+            elif first:
                 write_checksums(folder)
-            finish_folder(folder, address)
-        _wait("the model in the store")
+            if first:
+                finish_folder(folder, address)
 
 
 def check_remote_target(address: str, overwrite: bool, config_file: str, written: set[str]) -> None:
@@ -93,8 +93,3 @@ def _epath(place: Any) -> Any:
     from etils import epath
 
     return epath.Path(place)
-
-
-def _wait(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)

@@ -69,6 +69,6 @@ def profiled_steps(profile: str, field: str = "log.profile") -> tuple[int | None
     require(found is not None or not profile, field, profile, fix)
     if found is None:
         return None, 0
-    first, last = found[1] and int(found[1]), int(found[2])
+    first, last = int(found[1]) if found[1] else None, int(found[2])
     require(first is None or first <= last, field, profile, "the first step comes after the last")
     return first, last

@@ -105,12 +105,13 @@ def run(
     elif state.lookup is not None:
         body = functools.partial(_copying_before_exits, config, params, controls)
 
+    # On a mesh, what enters an iteration and what leaves it is divided alike; the compiler would divide more.
     def divided(carry: Carry) -> Carry:
-        state, count = body(carry)
+        state, count = body((on_mesh(carry[0], mesh), carry[1]))
         return on_mesh(state, mesh), count
 
     state, _ = jax.lax.while_loop(unfinished, divided, (on_mesh(state, mesh), jnp.int32(0)))
-    return state
+    return on_mesh(state, mesh)
 
 
 def _copying_before_exits(config: ModelConfig, params: Params, controls: Controls, carry: Carry) -> Carry:

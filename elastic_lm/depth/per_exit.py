@@ -159,5 +159,12 @@ def platt(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         loss = float(np.sum(np.logaddexp(0.0, z) - wanted * z))
         return loss, design.T @ (scipy.special.expit(z) - wanted)
 
-    w, b = scipy.optimize.minimize(loss_and_gradient, np.zeros(2), jac=True, tol=1e-9).x
+    def curvature(weights: np.ndarray) -> np.ndarray:
+        p = scipy.special.expit(design @ weights)
+        return design.T @ ((p * (1 - p))[:, None] * design)
+
+    # Newton's steps: those of BFGS end where sums over many tokens still have a slope, in some of scipy.
+    w, b = scipy.optimize.minimize(
+        loss_and_gradient, np.zeros(2), method="trust-exact", jac=True, hess=curvature, tol=1e-9
+    ).x
     return float(w), float(b)

@@ -24,6 +24,7 @@ PARTIAL, OLD = "partial", "old"
 LEFTOVER = r"\.{}\.(partial|old)(?:-x[0-9a-f]{{16}}|-[0-9]+)?"
 # What libraries say in their own errors, in the words of the system.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+COMMITS = ("commit_success.txt",)  # by which a checkpoint of orbax counts in a store
 LONGEST = 200  # bytes of a name that tags are put behind
 
 
@@ -210,7 +211,7 @@ def remove_folder(folder: Path, name: Path | None = None) -> None:
       name: what it is called meanwhile; None = after itself.
     """
     if is_remote(folder):
-        remove_below(address_of(folder))
+        remove_below(address_of(folder), COMMITS)
         return
     going = new_beside(name or folder)
     folder.rename(going)

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ LOG_IN = {
     "gs": "log in with `gcloud auth application-default login`, or check the rights of this account",
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or check the rights of this account",
 }
+REMOVERS = 8  # objects that are removed at a time
 PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")
 
 
@@ -262,10 +264,22 @@ def remove_object(address: str) -> None:
         files.rm_file(address)
 
 
-def remove_below(address: str) -> None:
-    """Removes all objects below an address; nothing happens where there are none."""
-    for name in listing(address):
-        remove_object(f"{address}/{name}" if name else address)
+def remove_below(address: str, first: Sequence[str] = (), keep: Sequence[str] = ()) -> None:
+    """Removes all objects below an address; nothing happens where there are none.
+
+    Args:
+      address: of the folder.
+      first: names of objects that go before all others, one by one: those by which the folder counts.
+      keep: names of objects that stay.
+    """
+    found = listing(address)
+    for name in first:
+        if name in found:
+            remove_object(f"{address}/{name}")
+    rest = (f"{address}/{name}" if name else address for name in found if name not in (*first, *keep))
+    with ThreadPoolExecutor(REMOVERS) as pool:
+        for _ in pool.map(remove_object, rest):
+            pass
 
 
 def check_writable(address: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from elastic_lm.files.hub import CONFIG, NATIVE
 from elastic_lm.files.locks import holder
-from elastic_lm.files.remote import address_of, listing, remove_object, upload, write_object
+from elastic_lm.files.remote import address_of, listing, remove_below, remove_object, upload, write_object
 from elastic_lm.files.remote_models import UNFINISHED
 
 COMMITS = (CONFIG, NATIVE)  # written last
@@ -31,9 +31,7 @@ def begin_folder(address: str) -> None:
       OSError: see `files.remote.explained`.
     """
     write_object(f"{address}/{UNFINISHED}", holder().encode())
-    old = [name for name in listing(address) if name != UNFINISHED]
-    for name in sorted(old, key=lambda name: name not in COMMITS):
-        remove_object(f"{address}/{name}")
+    remove_below(address, COMMITS, keep=(UNFINISHED,))
 
 
 def finish_folder(folder: Path, address: str) -> None:

@@ -58,7 +58,7 @@ class Mirror:
           address: of the remote folder.
           writes: this process sends its files there.
         """
-        self.folder, self.address, self._writes = folder, address, writes
+        self.folder, self.address, self.writes = folder, address, writes
         self._sent: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self.pull()
@@ -84,7 +84,7 @@ class Mirror:
         Raises:
           OSError: see `files.remote.explained`.
         """
-        if not self._writes:
+        if not self.writes:
             return
         with self._lock:
             states = {path.relative_to(self.folder).as_posix(): _state(path) for path in self._files()}
@@ -119,6 +119,17 @@ def flush(path: Any) -> None:
     for mirror in _mirrors:
         if f"{address}/".startswith(f"{mirror.address}/"):
             mirror.push()
+
+
+def refresh(path: Path) -> None:
+    """Copies the small files of a remote folder that another process has sent, where they are not here.
+
+    Args:
+      path: the folder on this machine; nothing happens where it is no copy.
+    """
+    for mirror in _mirrors:
+        if mirror.folder == path and not mirror.writes:
+            mirror.pull()
 
 
 def stored_at(path: Path) -> Any:

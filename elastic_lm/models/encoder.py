@@ -279,7 +279,7 @@ class Encoder(nn.Module):
         c = self.config
         self._require_part("pooler", c.pooler != "none")
         state_BD = self.mean(hidden_BTD, mask_BT) if c.pooling == "mean" else self.normed(hidden_BTD[:, 0])
-        return self.pooling(by_rows(state_BD))
+        return by_rows(self.pooling(by_rows(state_BD)))
 
     def task_logits(self, pooled_BD: jax.Array) -> jax.Array:
         """[B, C] float32 outputs of the task head."""

@@ -69,7 +69,7 @@ def _read_in(path: Any, x: Any, dtype: str) -> Any:
 def in_row_order(x: jax.Array) -> jax.Array:
     """The array itself if its last dimension is contiguous, then the one before, and so on; or a copy."""
     wanted = tuple(range(x.ndim))
-    layout = x.format.layout if isinstance(x, jax.Array) else None
+    layout = getattr(getattr(x, "format", None), "layout", None)
     if layout is None or layout.major_to_minor == wanted:
         return x
     return jax.device_put(x, row_order(x))
@@ -97,8 +97,8 @@ def mesh_of(params: Params) -> Mesh | None:
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
             mesh = sharding.mesh
-            known = isinstance(mesh, Mesh) and {*ROW_AXES, HEAD_AXIS} <= set(mesh.axis_names)
-            return mesh if known else None
+            known = {*ROW_AXES, HEAD_AXIS} <= set(mesh.axis_names)
+            return mesh if isinstance(mesh, Mesh) and known else None
     return None
 
 

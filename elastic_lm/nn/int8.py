@@ -108,10 +108,12 @@ def to_int8(kernel: Any) -> Int8Kernel:
     """
     numbers: Any = np if isinstance(kernel, np.ndarray) else jnp
     wide = kernel.astype(numbers.float32)
-    scales = numbers.max(numbers.abs(wide), axis=-1) / numbers.float32(LARGEST)
+    # Products with inverses, as XLA makes of quotients: hosts and devices get the same numbers.
+    scales = numbers.max(numbers.abs(wide), axis=-1) * numbers.float32(1 / LARGEST)
     # Outputs of zeros alone have the scale 0, and integers 0.
-    steps = numbers.where(scales > 0, scales, numbers.float32(1))[..., None]
-    return Int8Kernel(numbers.round(wide / steps).astype(numbers.int8), scales.astype(numbers.float32))
+    inverse = numbers.float32(1) / numbers.where(scales > 0, scales, numbers.float32(1))
+    integers = numbers.clip(numbers.round(wide * inverse[..., None]), -LARGEST, LARGEST)
+    return Int8Kernel(integers.astype(numbers.int8), scales.astype(numbers.float32))
 
 
 def quantised(

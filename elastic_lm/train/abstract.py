@@ -206,8 +206,8 @@ def _abstract_batch(config: RunConfig | TaskRun, method: Method[Any], frozen: Pa
     rows, columns = batch_sharding(mesh), column_sharding(mesh)
     if isinstance(config, RunConfig):
         shape = config.data.batch_size, config.data.seq_len
-        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=columns)
-        batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=columns), ids, ids)
+        ids, weights = _array(shape, jnp.int32, columns), _array(shape, jnp.float32, columns)
+        batch = Batch(ids, ids, weights, ids, ids)
         if not getattr(method, "cached_batches", 0):
             return batch
         # What the frozen layers gave for a batch takes its place.
@@ -215,16 +215,21 @@ def _abstract_batch(config: RunConfig | TaskRun, method: Method[Any], frozen: Pa
         return jax.tree.map(lambda leaf: _placed(leaf, columns if leaf.ndim > 1 else rows), taps)
 
     task = config.task
-    read = jax.ShapeDtypeStruct((task.batch_size, task.max_len), jnp.int32, sharding=rows)
-    mask = jax.ShapeDtypeStruct(read.shape, jnp.bool_, sharding=rows)
+    shape = task.batch_size, task.max_len
+    ids, mask = _array(shape, jnp.int32, rows), _array(shape, jnp.bool_, rows)
     if method.batch is PairBatch:
-        written = jax.ShapeDtypeStruct((task.batch_size, task.max_target), jnp.int32, sharding=rows)
-        counted = jax.ShapeDtypeStruct(written.shape, jnp.float32, sharding=rows)
-        return PairBatch(read, mask, written, written, counted)
+        shape = task.batch_size, task.max_target
+        written, weights = _array(shape, jnp.int32, rows), _array(shape, jnp.float32, rows)
+        return PairBatch(ids, mask, written, written, weights)
 
-    each = jax.ShapeDtypeStruct((task.batch_size,), jnp.float32, sharding=rows)
     kind = jnp.int32 if task.problem == "classification" else jnp.float32
-    return TaskBatch(read, mask, read, jax.ShapeDtypeStruct(each.shape, kind, sharding=rows), each)
+    targets, weights = (_array(shape[:1], dtype, rows) for dtype in (kind, jnp.float32))
+    return TaskBatch(ids, mask, ids, targets, weights)
+
+
+def _array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    """What stands for an array that does not exist."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

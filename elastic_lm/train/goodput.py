@@ -97,7 +97,7 @@ class Goodput:
         """
         self._clock = clock
         self._since = clock()
-        self._seconds = dict.fromkeys(SPENT, 0.0)
+        self._seconds: dict[str, float] = {what: 0.0 for what in SPENT}  # noqa: C420 - of any key
         self._marks: list[tuple[int, float]] = []
         self._starts, self._between, self._step = 1, 0.0, 0
         self._file: Path | None = None
@@ -346,9 +346,9 @@ _listening = weakref.WeakSet[Goodput]()
 def _listen() -> None:
     """Hears of compilations, once per process: JAX forgets no listener."""
 
-    def heard(event: str, seconds: float, **_: Any) -> None:
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
         if event.startswith(COMPILING):
             for goodput in list(_listening):
-                goodput.heard_compilation(seconds)
+                goodput.heard_compilation(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(heard)

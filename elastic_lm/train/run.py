@@ -20,8 +20,8 @@ from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.parse import to_dict
 from elastic_lm.files.checksums import write_checksums
 from elastic_lm.files.locks import LOCK_FILE, only_process
-from elastic_lm.files.remote import check_direct, origin_of
-from elastic_lm.files.remote_workdirs import stored_at, working_folder
+from elastic_lm.files.remote import check_direct
+from elastic_lm.files.remote_workdirs import flush, refresh, stored_at, working_folder
 from elastic_lm.hf.carried import Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.exits import extract
@@ -287,13 +287,14 @@ def save_files(config: RunConfig | TaskRun, run: Prepared, inputs: dict[str, Any
                 write_checksums(workdir, ("tokenizer.json", "tokenizer_config.json"))
             save_identity(config, workdir)
             save_inputs(inputs, workdir)
+            flush(workdir)
     with all_or_none():
+        refresh(workdir)
         fix = "is another folder in this process than in the first one; name one that all processes see"
-        seen = origin_of(workdir) is not None or (workdir / RUN_FILE).is_file()
-        require(seen, "workdir", str(workdir), fix)
+        require((workdir / RUN_FILE).is_file(), "workdir", str(workdir), fix)
 
 
-def check_same_run(config: RunConfig | TaskRun, workdir: Path) -> None:
+def check_same_run(config: RunConfig | TaskRun, workdir: str | Path) -> None:
     """Refuses processes that were started together and do not do the same.
 
     Args:

@@ -82,6 +82,7 @@ def test_bytes_of_graphics_cards_by_arithmetic() -> None:
     assert plan.roofline.bound == "compute"
 
 
+@pytest.mark.long
 def test_what_does_not_fit_says_why_and_what_to_try() -> None:
     plan = planned(tuning(), "t4:1")
     assert not plan.fits
@@ -95,6 +96,7 @@ def test_what_does_not_fit_says_why_and_what_to_try() -> None:
     assert "train.remat=True" not in " ".join(smaller.advice)
 
 
+@pytest.mark.long
 def test_a_frozen_teacher_is_counted() -> None:
     method = ElasticTrainingConfig(menu=Menu(mlp=(0.5, 1.0), heads=(1.0,)), distil=0.5, teacher="frozen")
     run = RunConfig(
@@ -109,8 +111,9 @@ def test_a_frozen_teacher_is_counted() -> None:
     assert plans[1].held["frozen parameters"] == 0
 
 
+@pytest.mark.long
 def test_hosts_read_their_rows_and_write_their_parts() -> None:
-    """Two machines of eight cards: without a tensor axis each row is read once, each part written once."""
+    """Two machines of eight cards: a row is read once without a tensor axis, and a part written once."""
     plan = planned(tuning(), "h100:16").host
     assert (plan.hosts, plan.rows, plan.shared_rows) == (2, 16, 1)
     # Kernels and moments half and half; norms and the step, which every device holds, by the first.

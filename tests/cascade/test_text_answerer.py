@@ -126,7 +126,8 @@ def test_a_batch_whose_program_fails_fails_alone(model, monkeypatch: pytest.Monk
     monkeypatch.setattr(model, "generate", generate)
     answers = TextAnswerer(model, 5, template="{q}", batch_size=2).answer(RECORDS)
     assert [answer.error is None for answer in answers] == [True, True, True, False, True]
-    assert answers[3].error == "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory"
+    name = jax.errors.JaxRuntimeError.__name__  # another one in earlier versions
+    assert answers[3].error == f"{name}: RESOURCE_EXHAUSTED: Out of memory"
 
 
 @pytest.mark.parametrize("labels", [("YES", "NO"), None])

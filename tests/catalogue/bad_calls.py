@@ -299,6 +299,7 @@ CONFIGS = [
     trained("train.warmup=1000: must be below steps=1000", warmup=1000),
     trained("train.seed=4294967296: must be in [0, 2**32)", seed=2**32),
     trained("train.remat='no': must be True or False", remat="no"),
+    trained("train.nu_dtype='bfloat16': with b2=0.999", nu_dtype="bfloat16", b2=0.999),
     trained("train.init_from=5: must be a text", init_from=5),
     made("model='tiny': must be of type ModelConfig", Run, model="tiny"),
     made("exits=[]: must be a tuple", Run, exits=[]),
@@ -431,6 +432,7 @@ FILES = [
     made("path=None: must be a path", el.load, None),
     made("hdfs://b/m: remote paths of this kind are not supported", el.load, "hdfs://b/m"),
     made("dtype='int8': must be one of float32", el.load, el.embedded_model(), dtype="int8"),
+    made("weights='int4': must be 'int8', or None", el.load, el.embedded_model(), weights="int4"),
     Call(
         "Tokenizer.load(nowhere)", lambda f: el.Tokenizer.load(f / "no"), "no tokenizer at", FileNotFoundError
     ),

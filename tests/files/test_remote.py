@@ -127,14 +127,15 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     order: list[str] = []
     changes = {"write_object": "", "upload": "", "remove_object": "-"}
     for name, sign in changes.items():
-        old = getattr(remote_folders, name)
+        old = getattr(remote, name)
 
         def noted(*given: object, old=old, sign=sign):
             address = next(text for text in given if isinstance(text, str))
             order.append(sign + address.rpartition("/")[2])
             return old(*given)
 
-        monkeypatch.setattr(remote_folders, name, noted)
+        for module in (remote, remote_folders):
+            monkeypatch.setattr(module, name, noted)
     return order
 
 

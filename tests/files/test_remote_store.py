@@ -144,6 +144,7 @@ def test_training_at_gs_goes_on_after_kills_and_its_model_is_used_there(
     el.testing.assert_same_tree(params, el.load(tmp_path / "bucket" / "again")[1])
 
 
+@pytest.mark.long
 def test_a_bucket_that_is_not_there_is_named(store: Store, cache: Path) -> None:
     store.missing.add("nowhere")
     lines = """

@@ -43,7 +43,7 @@ PROGRAMS = {
     "plain, 135M in float32": DecodeProgram(config=llama("135M", dtype="float32")),
     "exits, 135M": DecodeProgram(config=llama("135M", exit=True)),
     "sub-network, 135M": DecodeProgram(config=part(llama("135M"))),
-    "lossless with lookup, 1B": DecodeProgram(config=llama("1B"), window=4, mode="verify", lookup=True),
+    "lossless with lookup, 1B": DecodeProgram(config=llama("1B"), window=3, mode="verify", lookup=True),
     "lossless, 8B": DecodeProgram(config=llama("8B", exit=True), mode="verify"),
 }
 

@@ -14,6 +14,7 @@ from elastic_lm.train.config import RunConfig
 from elastic_lm.train.run import fit
 
 
+@pytest.mark.long
 def test_the_last_step_is_the_model_that_the_run_left(
     run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,6 @@ def test_a_save_that_fails_meanwhile_ends_the_run_at_a_later_step(
     with pytest.raises(OSError, match=reason):
         fit(run_config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2"]
-    fit(run_config, tmp_path)
 
 
 def test_other_errors_are_not_hidden_by_that_of_a_save(
