@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COORDINATOR, PROCESSES, PROCESS = "ELASTIC_LM_COORDINATOR", "ELASTIC_LM_PROCESSES", "ELASTIC_LM_PROCESS"
 JAX_COORDINATOR, JAX_BIND = "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS"
 TIMEOUT = 300.0  # seconds until all processes must have come
+THREADS = 16  # of XLA on CPUs, at least
 AGAIN = 0.2  # seconds between two tries to reach the coordinator
 LONGEST = 4096  # bytes of a message at the meeting
 GREETING = "elastic_lm 1"
@@ -95,8 +96,13 @@ def start_processes(
     deadline = time.monotonic() + timeout
     meet(place, deadline)
 
-    # Without gloo, arrays on CPUs of several processes could not be computed with.
+    # On CPUs gloo carries what processes tell each other, and programs run one after the other: of two at
+    # once, one process could begin the one, and another process the other, and both would wait.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if str(jax.config.jax_platforms).startswith("cpu"):
+        # Threads of XLA; one that waits for another process may not keep the rest of a program from running.
+        os.environ.setdefault("NPROC", str(max(THREADS, os.cpu_count() or 1)))
     jax.distributed.initialize(
         place.coordinator,
         place.processes,
@@ -436,6 +442,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def settle() -> None:
+    """Waits for the programs of this process before it asks the others, where devices are CPUs.
+
+    Accelerators run programs in the order that they are sent off. On a CPU, what asks the other processes
+    could take the threads that a step needs which another process waits for.
+    """
+    import jax
+
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    for array in jax.live_arrays():
+        if not array.is_deleted():
+            array.block_until_ready()
+
+
 def wait_for_all(what: str) -> None:
     """Waits until all processes have come to this line.
 
@@ -447,6 +468,7 @@ def wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
+        settle()
         multihost_utils.sync_global_devices(what)
 
 
@@ -463,6 +485,7 @@ def bytes_of_all(data: bytes) -> list[bytes]:
     import numpy as np
     from jax.experimental import multihost_utils
 
+    settle()
     lengths = np.asarray(multihost_utils.process_allgather(np.asarray([len(data)], np.int32))).reshape(-1)
     row = np.zeros(max(int(lengths.max()), 1), np.uint8)
     row[: len(data)] = np.frombuffer(data, np.uint8)
@@ -531,6 +554,7 @@ def on_host(tree: Any) -> Any:
 
     if jax.process_count() == 1:
         return jax.device_get(tree)
+    settle()
     return jax.tree.map(_leaf_on_host, tree)
 
 
@@ -570,6 +594,22 @@ def local_rows(sharding: Any, rows: int) -> tuple[int, ...] | None:
     pieces = sharding.addressable_devices_indices_map((rows,)).values()
     held = sorted({row for (piece,) in pieces for row in range(*piece.indices(rows))})
     return None if len(held) == rows else tuple(held)
+
+
+def whole_batch(sharding: Any, rows: int) -> int:
+    """Rows of a whole batch, of which the devices of this process hold so many.
+
+    Args:
+      sharding: of [B, ...] arrays.
+      rows: of this process.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return rows
+    count = sharding.num_devices
+    own = local_rows(sharding, count)
+    return rows if own is None else rows * count // len(own)
 
 
 def host_rows(array: Any) -> "np.ndarray":

@@ -55,7 +55,7 @@ from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 from elastic_lm.nn.int8 import check_wide
-from elastic_lm.processes import wait_for_all
+from elastic_lm.processes import settle, wait_for_all
 
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
@@ -416,6 +416,7 @@ def _shared_name(target: Path) -> Path:
     from jax.experimental import multihost_utils
 
     digits = np.frombuffer(name.name.encode(), np.uint8)
+    settle()
     return name.with_name(bytes(multihost_utils.broadcast_one_to_all(digits)).decode())
 
 

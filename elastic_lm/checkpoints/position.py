@@ -12,6 +12,7 @@ import numpy as np
 
 from elastic_lm.config.parse import parse_json
 from elastic_lm.data.sharded import KEY
+from elastic_lm.processes import settle
 
 NAME = re.compile(r"process_(\d+)_of_(\d+)\.json")
 
@@ -117,6 +118,7 @@ def anywhere(error: Exception | None) -> Exception | None:
         return error
     from jax.experimental import multihost_utils
 
+    settle()
     failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
     if error is None and failed.size:
         return ValueError(f"process {failed[0]} cannot read it; see what it printed")

@@ -15,6 +15,7 @@ from elastic_lm.models.sharding import batch_sharding, column_sharding
 from elastic_lm.nn.kernels import Kernel, attention_by
 from elastic_lm.nn.placement import traced_on
 from elastic_lm.nn.sequence import over_sequence
+from elastic_lm.processes import whole_batch
 from elastic_lm.train.losses import Metrics
 from elastic_lm.train.method import Method
 from elastic_lm.train.state import TrainState
@@ -94,7 +95,9 @@ def place_batch(arrays: Any, mesh: Mesh, batch: type = Batch) -> Any:
     rows, columns = batch_sharding(mesh), column_sharding(mesh)
 
     def put(leaf: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(columns if leaf.ndim > 1 else rows, leaf)
+        # Told, and not found out: a process has some rows, and always all of their columns.
+        shape = (whole_batch(rows, len(leaf)), *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(columns if leaf.ndim > 1 else rows, leaf, shape)
 
     placed = jax.tree.map(put, arrays)
     return batch(**placed) if isinstance(placed, Mapping) else placed

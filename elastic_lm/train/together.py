@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from elastic_lm.processes import settle
+
 # In messages of jax, gloo, NCCL and gRPC about a process that does not answer.
 LOST = re.compile(
     r"[Gg]loo|NCCL|Connection (reset|closed|refused)|Socket closed|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|"
@@ -52,6 +54,7 @@ def agreed(stop: bool, save: bool, due: bool) -> tuple[bool, bool]:
         return stop, save
     if not due:
         return False, False
+    settle()
     wishes = multihost_utils.process_allgather(np.asarray([stop, save]))
     return bool(wishes[:, 0].any()), bool(wishes[0, 1])
 
