@@ -40,7 +40,7 @@ DEADLINE = 1800.0  # seconds for one process; far above what it takes
 SOON = 5.0  # seconds from Ctrl-C to the end
 # Seconds from the death of one process to the end of the others: at once where they wait for its part of a
 # sum, by the heartbeats where they wait for it while a checkpoint is finished, or before all have met.
-LEFT_ALONE = joined_train.STARTING + 3 * joined_train.HEARTBEAT
+LEFT_ALONE = joined_train.STARTING + 6 * joined_train.HEARTBEAT
 FEWER = ("--config.train.steps=18", "--config.train.save_every=3")  # of several, which take longer
 LOST = ("elastic-lm train: error: another process of this run", "another task died")
 RECORDS = 10_000
