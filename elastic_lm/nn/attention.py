@@ -199,7 +199,8 @@ def attend(
     t = q_BTNH.shape[1]
     if sequence.parts() > 1:
         new = dataclasses.replace(new, k=sequence.gathered(new.k), v=sequence.gathered(new.v))
-    if t <= LONG * sequence.parts() or context.biases is not None:
+    # A device has its part of the queries, and all keys.
+    if t * t <= LONG * LONG * sequence.parts() or context.biases is not None:
         return run(q_BTNH, new, context)
 
     # Queries that fill up the last chunk stand before every key, and see none.
