@@ -199,11 +199,14 @@ def attend(
     t = q_BTNH.shape[1]
     if sequence.parts() > 1:
         new = dataclasses.replace(new, k=sequence.gathered(new.k), v=sequence.gathered(new.v))
-    if t <= LONG * sequence.parts() or context.biases is not None:
+    # A device has its part of the queries, and all keys.
+    if t * t <= LONG * LONG * sequence.parts() or context.biases is not None:
         return run(q_BTNH, new, context)
 
-    # Queries that fill up the last chunk stand before every key, and see none.
-    chunks = functools.partial(sequence.pieces, chunk=CHUNK * sequence.parts())
+    # Queries that fill up the last chunk stand before every key, and see none. If devices divide them, each
+    # has as many of a chunk.
+    own = -(-CHUNK // sequence.parts())
+    chunks = functools.partial(sequence.pieces, chunk=own * sequence.parts())
     segments = None if context.segments is None else chunks(context.segments)
     each = chunks(q_BTNH), chunks(context.positions, fill=-1), segments
 

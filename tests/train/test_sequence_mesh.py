@@ -124,7 +124,7 @@ def test_a_run_on_a_sequence_mesh(run_config: RunConfig, tmp_path: Path) -> None
     mesh = MeshConfig(data=2, sequence=-1)
     _, many, found = fit(dataclasses.replace(config, mesh=mesh), tmp_path / "columns")
     chex.assert_trees_all_close(jax.device_get(many), jax.device_get(one), rtol=1e-4, atol=1e-5)
-    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
 @eight
