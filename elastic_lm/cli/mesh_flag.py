@@ -52,7 +52,8 @@ def make(sizes: MeshConfig | None) -> "Mesh | None":
 
     from elastic_lm.models.sharding import make_mesh
 
-    given = ",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(sizes).items())
+    axes = dataclasses.asdict(sizes).items()
+    given = ",".join(f"{axis}={size}" for axis, size in axes if axis != "sequence" or size != 1)
     try:
         return make_mesh(**dataclasses.asdict(sizes))
     except ValueError:
