@@ -230,6 +230,8 @@ class Checkpoints:
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:
         """Reads the newest checkpoint that is intact and moves `batches` to its position.
 
+        A save that is on its way is waited for.
+
         Args:
           abstract: pytree of `jax.ShapeDtypeStruct` with shardings: the state to restore into.
           batches: a fresh data iterator; set to the checkpoint's position.
@@ -240,6 +242,7 @@ class Checkpoints:
         Raises:
           ValueError: there are checkpoints and none can be read; names the folder and the reason.
         """
+        self.settle()
         start = batches.get_state()
         reasons = []
         for step in sorted((c.step for c in self._checkpointer.checkpoints), reverse=True):

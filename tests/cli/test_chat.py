@@ -188,7 +188,7 @@ from elastic_lm.cli import chat, generate, main
 from elastic_lm.decode import chat as talking
 
 class Stats:
-    tokens, tokens_per_s, mean_layers, exit_counts = 1, 1.0, 1.0, {}
+    tokens, tokens_per_s, gb_per_s, mean_layers, exit_counts = 1, 1.0, None, 1.0, {}
 
 class Sample:
     text, stats = "well", Stats
