@@ -15,6 +15,7 @@ from elastic_lm.models.sharding import batch_sharding, column_sharding
 from elastic_lm.nn.kernels import Kernel, attention_by
 from elastic_lm.nn.placement import traced_on
 from elastic_lm.nn.sequence import over_sequence
+from elastic_lm.processes import local_rows
 from elastic_lm.train.losses import Metrics
 from elastic_lm.train.method import Method
 from elastic_lm.train.state import TrainState
@@ -84,17 +85,23 @@ def place_batch(arrays: Any, mesh: Mesh, batch: type = Batch) -> Any:
     """Puts a host batch on the mesh, rows over data and fsdp, and columns over sequence.
 
     Args:
-      arrays: this process's rows: the fields of `batch` by name, or a tree of arrays that is a batch already.
+      arrays: this process's rows, whole: the fields of `batch` by name, or a tree of arrays that is a batch
+        already.
       mesh: from `sharding.make_mesh`.
       batch: class of the batch that the fields make.
 
     Returns:
-      The batch, of global arrays.
+      The batch, of global arrays: the rows of all processes, with as many columns as `arrays` have.
     """
     rows, columns = batch_sharding(mesh), column_sharding(mesh)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]  # of all rows
+    own = local_rows(rows, parts)
+    held = parts if own is None else len(own)
 
     def put(leaf: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(columns if leaf.ndim > 1 else rows, leaf)
+        # Without the shape jax would take whole rows for parts, where other processes have columns of them.
+        shape = (len(leaf) * parts // held, *leaf.shape[1:])
+        return jax.make_array_from_process_local_data(columns if leaf.ndim > 1 else rows, leaf, shape)
 
     placed = jax.tree.map(put, arrays)
     return batch(**placed) if isinstance(placed, Mapping) else placed
