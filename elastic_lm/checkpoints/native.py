@@ -55,7 +55,7 @@ from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 from elastic_lm.nn.int8 import check_wide
-from elastic_lm.processes import all_or_none, wait_for_all
+from elastic_lm.processes import LostProcess, all_or_none, wait_for_all
 
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
@@ -121,8 +121,7 @@ class Checkpoints:
         if kind is None:
             self.close()
             return
-        lost = issubclass(kind, ConnectionError)
-        self._abandon(LOST_WAIT if lost else None)
+        self._abandon(LOST_WAIT if issubclass(kind, LostProcess) else None)
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
         """Begins to write a checkpoint. It has its copy when this returns: the state may be donated then.
