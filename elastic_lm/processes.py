@@ -30,6 +30,15 @@ THREADS = 16  # of XLA on CPUs, at least
 AGAIN = 0.2  # seconds between two tries to reach the coordinator
 LONGEST = 4096  # bytes of a message at the meeting
 GREETING = "elastic_lm 1"
+# In messages of jax, gloo, NCCL and gRPC about a process that does not answer.
+LOST = re.compile(
+    r"[Gg]loo|NCCL|[Cc]onnection (reset|closed|refused)|Socket closed|UNAVAILABLE|DEADLINE_EXCEEDED|"
+    r"[Hh]eartbeat|[Bb]arrier|coordination service|another task"
+)
+
+
+class LostProcess(ConnectionError):
+    """Another of the processes that run one program together has ended, or cannot be reached."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -455,6 +464,22 @@ def settle() -> None:
     for array in jax.live_arrays():
         if not array.is_deleted():
             array.block_until_ready()
+
+
+def lost_process(error: BaseException) -> str:
+    """How a library says that another process is gone, in one line; "" = it says something else.
+
+    A collective of gloo that breaks off is a `ValueError` of jax, and a barrier a `RuntimeError`.
+
+    Args:
+      error: what was raised.
+    """
+    text = " ".join(str(error).split())
+    if not (isinstance(error, ValueError | RuntimeError) and LOST.search(text)):
+        return ""
+    import jax
+
+    return text[:200] if jax.process_count() > 1 else ""
 
 
 def wait_for_all(what: str) -> None:

@@ -55,7 +55,7 @@ from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 from elastic_lm.nn.int8 import check_wide
-from elastic_lm.processes import settle, wait_for_all
+from elastic_lm.processes import LostProcess, all_or_none, settle, wait_for_all
 
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
@@ -121,8 +121,7 @@ class Checkpoints:
         if kind is None:
             self.close()
             return
-        lost = issubclass(kind, ConnectionError)
-        self._abandon(LOST_WAIT if lost else None)
+        self._abandon(LOST_WAIT if issubclass(kind, LostProcess) else None)
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
         """Begins to write a checkpoint. It has its copy when this returns: the state may be donated then.
@@ -272,11 +271,9 @@ class Checkpoints:
         )
 
     def _damage(self, folder: Path) -> Exception | None:
-        """What is wrong with the files of a step, all of which one process reads."""
-        if jax.process_index():
-            return None
+        """What is wrong with the files of a step, of which each process reads some."""
         try:
-            checksums.check_files(folder)
+            checksums.check_files(folder, divided=True)
         except Exception as error:
             return error
         return None
@@ -512,10 +509,13 @@ def load_model(
     copy = local_model(path).absolute()
     config = load_config(copy)
     folder = stored_folder(copy)  # where the arrays are, which are not copied
-    checksums.check_files(folder, divided=True)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     mesh = make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+    # Onto devices of its own a process may load a model that no other one loads.
+    together = mesh.is_multi_process
+    with all_or_none() if together else contextlib.nullcontext():
+        checksums.check_files(folder, divided=together)
     saved = _saved(folder, config)
     shardings = param_shardings(config, mesh, rules)
     abstract = jax.tree.map(

@@ -124,8 +124,9 @@ def run(options: Options) -> None:
     risk = None
     if options.epsilon is not None:
         risk = RiskControl(options.target, options.epsilon, options.delta)
-    if is_first():
-        prepare_output(options.out)
+    with all_or_none():
+        if is_first():
+            prepare_output(options.out)
 
     model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype, options.mesh)
     batches, text = held_out_batches(options, tokenizer, "calibration", independent=risk is not None)
@@ -162,8 +163,9 @@ def run(options: Options) -> None:
         with all_or_none():
             if is_first():
                 policy.save(options.out)
-    done = "nothing written: the model has no exits yet" if untuned else f"written to {options.out}"
-    print(done, file=sys.stderr)
+    if is_first():
+        done = "nothing written: the model has no exits yet" if untuned else f"written to {options.out}"
+        print(done, file=sys.stderr)
 
 
 def print_findings(

@@ -117,8 +117,9 @@ def run(options: Options) -> None:
     from elastic_lm.processes import all_or_none, is_first
 
     policy = ConfidenceExit.load(options.thresholds) if options.thresholds else None
-    if is_first():
-        prepare_output(options.json)
+    with all_or_none():
+        if is_first():
+            prepare_output(options.json)
     model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype, options.mesh)
     if policy:
         policy.check(model.config)

@@ -15,14 +15,13 @@ from elastic_lm.processes import (
     PROCESSES,
     TIMEOUT,
     is_first,
+    lost_process,
     more_than_one,
     start_processes,
 )
 
 ALONE = "runs as one process"
 LAST_WORDS = 2.0  # seconds for errors of the other processes
-# In errors of jax about processes that are gone, in small letters.
-LOST = ("gloo", "connection closed", "connection reset", "unavailable", "heartbeat", "coordination service")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,11 +84,8 @@ def lost(error: BaseException) -> str:
     Args:
       error: what the command raised.
     """
-    text = " ".join(str(error).split())
-    broken = isinstance(error, RuntimeError) and any(sign in text.lower() for sign in LOST)
-    if not (_Together.several and broken):
-        return ""
-    return f"another process has ended or cannot be reached any more: see what it said ({text[:200]})"
+    reason = lost_process(error) if _Together.several else ""
+    return reason and f"another process has ended or cannot be reached any more: see what it said ({reason})"
 
 
 class _Together:

@@ -92,7 +92,8 @@ def check_files(folder: Any, patterns: Iterable[str] = ("*",), divided: bool = F
     Args:
       folder: of a model, or of one step of a training run.
       patterns: the files that count, relative to the folder; * stands for any characters, / among them.
-      divided: all processes call this, and read a part of the files of a store each.
+      divided: all processes call this and read a part of the files each, so that what one of them raises is
+        for the caller to tell the others.
 
     Raises:
       ValueError: a file is missing or not as it was written; names it.
@@ -117,7 +118,7 @@ def check_files(folder: Any, patterns: Iterable[str] = ("*",), divided: bool = F
         size = remote[name].size if is_remote(folder) else path.stat().st_size
         if size != due["bytes"]:
             raise ValueError(f"{path}: has {size} bytes and was written with {due['bytes']}; {fix}")
-    if remote and divided:
+    if divided:
         dues = _own_share(dues)
     for (name, due), found in zip(dues.items(), _entries(folder, dues), strict=True):
         path = folder / name

@@ -85,12 +85,13 @@ def place_batch(arrays: Any, mesh: Mesh, batch: type = Batch) -> Any:
     """Puts a host batch on the mesh, rows over data and fsdp, and columns over sequence.
 
     Args:
-      arrays: this process's rows: the fields of `batch` by name, or a tree of arrays that is a batch already.
+      arrays: this process's rows, whole: the fields of `batch` by name, or a tree of arrays that is a batch
+        already.
       mesh: from `sharding.make_mesh`.
       batch: class of the batch that the fields make.
 
     Returns:
-      The batch, of global arrays.
+      The batch, of global arrays: the rows of all processes, with as many columns as `arrays` have.
     """
     rows, columns = batch_sharding(mesh), column_sharding(mesh)
 

@@ -4,7 +4,6 @@ In one process nothing here waits, gathers or asks anybody.
 """
 
 import contextlib
-import re
 import time
 from collections.abc import Iterator
 
@@ -12,13 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from elastic_lm.processes import settle
-
-# In messages of jax, gloo, NCCL and gRPC about a process that does not answer.
-LOST = re.compile(
-    r"[Gg]loo|NCCL|Connection (reset|closed|refused)|Socket closed|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|"
-    r"[Bb]arrier|coordination service|another task"
-)
+from elastic_lm.processes import LostProcess, lost_process, settle
 
 
 class SaveClock:
@@ -81,15 +74,15 @@ def noticing_lost_processes() -> Iterator[None]:
     """Says in words that another process is gone, which a collective or a barrier says in those of a library.
 
     Raises:
-      ConnectionError: with the fix.
+      LostProcess: with the fix.
     """
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if jax.process_count() == 1 or not LOST.search(str(error)):
+        reason = lost_process(error)
+        if not reason:
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise ConnectionError(
+        raise LostProcess(
             f"another process of this run has ended or cannot be reached ({reason}); see what it printed, "
             "and start all of them again: the run goes on from its last checkpoint"
         ) from error

@@ -1,5 +1,6 @@
 """Checksums of folders: every flipped bit is noticed, and what has none still loads."""
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -285,6 +286,54 @@ def test_a_run_that_goes_on_completes_what_was_left(tmp_path: Path) -> None:
     assert found is not None
     assert (tmp_path / "1" / FILE).is_file()
     check_files(tmp_path / "1")
+
+
+def test_a_flipped_bit_is_found_by_one_of_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"part_{i}" for i in range(5)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes(range(10 + i)))
+    write_checksums(tmp_path)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for name in names:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        found = 0
+        for process in range(2):
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            with contextlib.suppress(ValueError):
+                check_files(tmp_path, divided=True)
+                continue
+            found += 1
+        assert found == 1, name
+        (tmp_path / name).write_bytes(content)
+
+
+def test_every_process_checks_its_part_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: Any = Batches()
+    checkpoints = native.Checkpoints(tmp_path)
+    checkpoints.save(1, {"a": jnp.arange(3.0), "b": jnp.arange(40.0)}, batches)
+    checkpoints.settle()
+    files = [*json.loads((tmp_path / "1" / FILE).read_text())["files"]]
+    assert len(files) > 2
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        for name in files:
+            file = tmp_path / "1" / name
+            content = file.read_bytes()
+            if not content:
+                continue
+            file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+            errors = []
+            for process in range(2):
+                patch.setattr(jax, "process_index", lambda process=process: process)
+                errors.append(checkpoints._damage(tmp_path / "1"))
+            assert sum(error is not None for error in errors) == 1, (name, errors)
+            file.write_bytes(content)
+    checkpoints.close()
 
 
 def test_links_that_stand_in_go_with_an_interrupted_process(tmp_path: Path) -> None:

@@ -1,17 +1,22 @@
 """Commands whose files all lie at gs://, on a server of Google's JSON API, also where they are killed."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 from gcs_server import Store, serving
+from many_processes import together
+from training_runs import changed
 
 import elastic_lm as el
 from elastic_lm.files.remote_models import UNFINISHED
@@ -142,6 +147,34 @@ def test_training_at_gs_goes_on_after_kills_and_its_model_is_used_there(
     run = el.train.load_config(f"{tmp_path}/bucket/recipe.py:{tmp_path}/bucket/text/*.txt")
     _, params, _ = el.train.fit(run, tmp_path / "run")
     el.testing.assert_same_tree(params, el.load(tmp_path / "bucket" / "again")[1])
+
+
+@pytest.mark.long
+def test_two_processes_train_at_gs_as_one_here(
+    store: Store, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**store.environment, "ELASTIC_LM_CACHE": str(cache)}.items():
+        monkeypatch.setenv(name, value)
+
+    def train(steps: int) -> None:
+        arguments = [*TRAIN, "--workdir", "gs://bucket/two", f"--config.train.steps={steps}"]
+        for each in together([arguments] * 2, seconds=DEADLINE):
+            assert each.returncode == 0, each.stderr[-3000:]
+
+    # One flipped bit in what the second process wrote: step 4 does not count any more, and step 2 does.
+    train(4)
+    name = store.names("bucket/two/checkpoints/4/state/ocdbt.process_1/d/")[0]
+    data = store.objects[name].data
+    store.objects[name] = dataclasses.replace(store.objects[name], data=bytes([data[0] ^ 1]) + data[1:])
+    train(6)
+    starts = store.objects["bucket/two/starts.jsonl"].data.splitlines()
+    assert [json.loads(line)["step"] for line in starts] == [0, 2]
+
+    run = el.train.load_config("gs://bucket/recipe.py:gs://bucket/text/*.txt")
+    el.train.fit(changed(run, steps=4), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    _, params, _ = el.train.fit(run, tmp_path / "run")
+    chex.assert_trees_all_close(el.load("gs://bucket/two/model")[1], params, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.long

@@ -182,6 +182,16 @@ def test_several_processes_train_as_one(
     do([["meshes", [str(tmp_path / "many" / "flextron" / "model")]]], tmp_path, 1, devices=8)
 
 
+@pytest.mark.long
+def test_columns_of_a_row_lie_with_two_processes(runs: dict[str, Any], tmp_path: Path) -> None:
+    """Each reads whole rows, and its devices hold the halves of them, once."""
+    mesh = MeshConfig(data=1, sequence=2)
+    spread = {name: dataclasses.replace(runs[name], mesh=mesh) for name in ("ee_tuning", "cached")}
+    do(written(spread, tmp_path, "many"), tmp_path, 2)
+    for name, run in spread.items():
+        check_run(name, run, tmp_path, 2)
+
+
 def check_params(name: str, run: Any, folder: Path) -> None:
     """As `check_run`, where processes have the same rows."""
     _, params, _ = fit(dataclasses.replace(run, mesh=MeshConfig()), folder / "one" / name)

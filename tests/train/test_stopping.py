@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ from training_runs import changed, metric_lines
 
 from elastic_lm.checkpoints import native
 from elastic_lm.checkpoints.native import Checkpoints
+from elastic_lm.cli import many_processes
 from elastic_lm.files.locks import LOCK_FILE, only_process
+from elastic_lm.processes import LostProcess
 from elastic_lm.train import Stopped, run, together
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.inputs import FILE
@@ -132,6 +135,29 @@ def test_other_errors_are_not_hidden_by_that_of_a_save(
     assert "1 was not saved: OSError: [Errno 28] No space left on device" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("error", "waits"), [(BrokenPipeError, True), (ConnectionError, True), (LostProcess, False)]
+)
+def test_a_save_is_waited_for_unless_another_process_is_gone(
+    error: type[Exception], waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "LOST_WAIT", 0.1)
+    held = threading.Event()
+    monkeypatch.setattr(native, "check_same", lambda *args: held.wait(60))
+    batches: Any = SimpleNamespace(get_state=lambda: {"next": 1})
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"a": jnp.zeros(3)}, batches)
+    assert checkpoints._saving is not None
+    saving = checkpoints._saving[1]
+    if waits:
+        threading.Timer(1.0, held.set).start()
+    with pytest.raises(error), checkpoints:
+        raise error
+    assert saving.done() == waits
+    held.set()
+    saving.wait()
+
+
 def test_the_loss_of_another_process_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     def lose() -> None:
         with together.noticing_lost_processes():
@@ -140,8 +166,12 @@ def test_the_loss_of_another_process_is_said_in_words(monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="Gloo"):
         lose()
     monkeypatch.setattr(together.jax, "process_count", lambda: 2)
-    with pytest.raises(ConnectionError, match=r"another process of this run .* start all of them again"):
+    with pytest.raises(LostProcess, match=r"another process of this run .* start all of them again"):
         lose()
+    monkeypatch.setattr(many_processes._Together, "several", True)
+    gloo = ValueError("UNKNOWN: Gloo all-reduce failed")
+    assert many_processes.lost(gloo).endswith("see what it said (UNKNOWN: Gloo all-reduce failed)")
+    assert not many_processes.lost(ValueError("--lr=0"))
     with pytest.raises(ValueError, match="lr"), together.noticing_lost_processes():
         raise ValueError("train.lr=0")
 
