@@ -15,7 +15,7 @@ from pathlib import Path
 from elastic_lm.files.hub import CONFIG, NATIVE
 from elastic_lm.files.locks import holder
 from elastic_lm.files.remote import address_of, listing, remove_below, remove_object, upload, write_object
-from elastic_lm.files.remote_models import UNFINISHED
+from elastic_lm.files.remote_models import MARK, UNFINISHED
 
 COMMITS = (CONFIG, NATIVE)  # written last
 WRITERS = 8  # objects that are written at a time
@@ -30,7 +30,7 @@ def begin_folder(address: str) -> None:
     Raises:
       OSError: see `files.remote.explained`.
     """
-    write_object(f"{address}/{UNFINISHED}", holder().encode())
+    write_object(f"{address}/{UNFINISHED}", (MARK + holder()).encode())
     remove_below(address, COMMITS, keep=(UNFINISHED,))
 
 
