@@ -47,7 +47,7 @@ from elastic_lm.files.hub import local_model
 from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.remote import address_of, check_direct, is_remote, place_of
 from elastic_lm.files.remote_models import stored_folder
-from elastic_lm.files.remote_workdirs import flush
+from elastic_lm.files.remote_workdirs import check_held, flush
 from elastic_lm.files.shortage import is_shortage
 from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
 from elastic_lm.models.decoder import Params
@@ -206,6 +206,7 @@ class Checkpoints:
             if is_shortage(error):
                 raise
             if jax.process_index() == 0:
+                check_held(folder)
                 remove_folder(folder)
             raise OSError(
                 f"{folder}: does not read back as it was written ({first_line(error)}) and is removed; "
@@ -224,6 +225,7 @@ class Checkpoints:
                 continue
             self._removed.add(old)
             if jax.process_index() == 0:
+                check_held(self._folder)
                 remove_folder(self._folder / str(old))
 
     def restore(self, abstract: Any, batches: grain.DatasetIterator) -> tuple[int, Any] | None:

@@ -12,7 +12,7 @@ from elastic_lm.checkpoints.read_back import check_same
 from elastic_lm.files.checksums import join_checksums, write_checksums
 from elastic_lm.files.remote import is_direct, place_of
 from elastic_lm.files.remote_folders import begin_folder, finish_folder, staging_folder, top_names
-from elastic_lm.files.remote_models import UNFINISHED
+from elastic_lm.files.remote_models import UNFINISHED, is_unfinished
 from elastic_lm.files.shortage import is_shortage
 from elastic_lm.models.decoder import Params
 from elastic_lm.processes import all_or_none
@@ -73,15 +73,16 @@ def check_remote_target(address: str, overwrite: bool, config_file: str, written
       OSError: see `files.remote.explained`.
     """
     found = top_names(address)
-    if not found or UNFINISHED in found:
+    if not found:
         return
-    if config_file not in found:
+    begun = is_unfinished(address, found)
+    if not begun and config_file not in found:
         raise FileExistsError(f"{address}: is no elastic checkpoint and is not replaced; choose another path")
-    if not overwrite:
+    if not begun and not overwrite:
         raise FileExistsError(
             f"{address}: exists already; choose another path, or overwrite it (--overwrite, overwrite=True)"
         )
-    strange = sorted(found - written)
+    strange = sorted(found - written - ({UNFINISHED} if begun else set()))
     if strange:
         raise FileExistsError(
             f"{address}/{strange[0]}: not written by this package, so {address} is not replaced; move it "

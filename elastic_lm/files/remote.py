@@ -12,10 +12,12 @@ import functools
 import importlib.util
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from elastic_lm.config.checks import require
 from elastic_lm.files.shortage import lacks_memory
@@ -28,8 +30,10 @@ LOG_IN = {
     "gs": "log in with `gcloud auth application-default login`, or check the rights of this account",
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or check the rights of this account",
 }
+PROBE = ".probe"  # how objects end that `check_writable` writes for a moment
 REMOVERS = 8  # objects that are removed at a time
 PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")
+_comparing = threading.Lock()  # of stores in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +243,60 @@ def write_object(address: str, content: bytes) -> None:
         filesystem(address).pipe_file(address, content)
 
 
+def replace_object(address: str, content: bytes, version: str) -> str | None:
+    """Writes an object where nobody else has written it meanwhile. At gs:// the store compares, in one step.
+
+    Args:
+      address: of the object.
+      content: of it.
+      version: that it must have, see `Entry`; "" = there is none.
+
+    Returns:
+      The version that was written; None = nothing was, because there is another one.
+
+    Raises:
+      OSError: see `explained`.
+    """
+    if not is_direct(address):
+        with _comparing:
+            entry = entry_of(address)
+            if (entry.version if entry else "") != version:
+                return None
+            write_object(address, content)
+            entry = entry_of(address)
+            return entry.version if entry else None
+    files = filesystem(address)
+    bucket, name, _ = files.split_path(address)
+    place = f"{files._location}/upload/storage/v1/b/{quote(bucket, safe='')}/o"
+    given = {"uploadType": "media", "name": name, "ifGenerationMatch": version or "0"}
+    about = _compared(address, "POST", place, data=content, json_out=True, **given)
+    return None if about is None else str(about["generation"])
+
+
+def remove_version(address: str, version: str) -> None:
+    """Removes an object, unless it has another version by now; see `replace_object`."""
+    if not is_direct(address):
+        with _comparing:
+            entry = entry_of(address)
+            if entry is not None and entry.version == version:
+                remove_object(address)
+        return
+    bucket, name, _ = filesystem(address).split_path(address)
+    with contextlib.suppress(FileNotFoundError):
+        _compared(address, "DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=version)
+
+
+def _compared(address: str, *request: Any, **given: Any) -> Any:
+    """The answer of Google's store to a request with a precondition; None = it does not hold."""
+    with explained(address):
+        try:
+            return filesystem(address).call(*request, **given)
+        except Exception as error:
+            if isinstance(error, FileExistsError) or str(getattr(error, "code", "")) == "412":
+                return None
+            raise
+
+
 def upload(source: Path, address: str) -> None:
     """Writes an object from a file, whole or not at all."""
     with explained(address):
@@ -288,7 +346,7 @@ def check_writable(address: str) -> None:
     Raises:
       OSError: see `explained`.
     """
-    probe = f"{address}.{os.getpid()}.probe"
+    probe = f"{address}.{os.getpid()}{PROBE}"
     write_object(probe, b"")
     remove_object(probe)
 

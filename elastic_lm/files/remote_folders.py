@@ -15,7 +15,8 @@ from pathlib import Path
 from elastic_lm.files.hub import CONFIG, NATIVE
 from elastic_lm.files.locks import holder
 from elastic_lm.files.remote import address_of, listing, remove_below, remove_object, upload, write_object
-from elastic_lm.files.remote_models import UNFINISHED
+from elastic_lm.files.remote_models import MARK, UNFINISHED
+from elastic_lm.files.remote_workdirs import check_held
 
 COMMITS = (CONFIG, NATIVE)  # written last
 WRITERS = 8  # objects that are written at a time
@@ -30,7 +31,8 @@ def begin_folder(address: str) -> None:
     Raises:
       OSError: see `files.remote.explained`.
     """
-    write_object(f"{address}/{UNFINISHED}", holder().encode())
+    check_held(address)
+    write_object(f"{address}/{UNFINISHED}", (MARK + holder()).encode())
     remove_below(address, COMMITS, keep=(UNFINISHED,))
 
 
@@ -44,6 +46,7 @@ def finish_folder(folder: Path, address: str) -> None:
     Raises:
       OSError: see `files.remote.explained`; the folder in the store stays marked as not finished.
     """
+    check_held(address)
     files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     with ThreadPoolExecutor(WRITERS) as pool:
         rest = (name for name in files if name not in COMMITS)

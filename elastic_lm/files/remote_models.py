@@ -6,6 +6,7 @@ at gs:// are not copied: orbax reads them where they lie, each process those tha
 
 import fnmatch
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from elastic_lm.files.remote import (
     remember,
 )
 
-UNFINISHED = "unfinished.txt"  # in a folder that is being written, or whose writer was stopped
+UNFINISHED = ".elastic_lm_unfinished"  # in a folder that is being written, or whose writer was stopped
+MARK = "elastic_lm writes this folder and has not finished\n"  # how that object begins
 PARTS = (*DESCRIBING, "*.safetensors", "params/*")  # of which a change makes another copy
 
 
@@ -74,11 +76,25 @@ def check_finished(address: str, found: dict[str, Entry]) -> None:
         return
     since = ""
     if UNFINISHED in found:
-        since = " (" + read_object(f"{address}/{UNFINISHED}").decode(errors="replace").strip()[:200] + ")"
+        since = read_object(f"{address}/{UNFINISHED}").decode(errors="replace").removeprefix(MARK)
+        since = f" ({since.strip()[:200]})"
     raise ValueError(
         f"{address}: is not finished: a process writes it now, or was stopped before its end{since}; wait, "
         "or run what writes it again"
     )
+
+
+def is_unfinished(address: str, names: Collection[str]) -> bool:
+    """Whether this package began to write a folder and did not finish it, so that it may begin anew.
+
+    Args:
+      address: of the folder.
+      names: of the objects in it.
+
+    Raises:
+      OSError: see `files.remote.explained`.
+    """
+    return UNFINISHED in names and read_object(f"{address}/{UNFINISHED}").startswith(MARK.encode())
 
 
 def stored_folder(folder: Path) -> Any:

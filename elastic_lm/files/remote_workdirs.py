@@ -6,6 +6,8 @@ few seconds in between, and at the end. Checkpoints and models go to the store d
 
 An object store has no locks. The process that works in a folder writes its name into lease.json there, again
 and again. Another one that finds it waits until it would have been written again; only then it is taken over.
+Each write names the version that it replaces, so that of two processes one has the lease, and a process that
+stood still and has lost it writes and removes nothing more.
 """
 
 import contextlib
@@ -23,10 +25,11 @@ from typing import Any
 
 from elastic_lm.files.locks import holder
 from elastic_lm.files.remote import (
+    PROBE,
     address_of,
     check_name,
-    check_writable,
     download,
+    entry_of,
     explained,
     filesystem,
     forget,
@@ -35,9 +38,9 @@ from elastic_lm.files.remote import (
     place_of,
     read_object,
     remember,
-    remove_object,
+    remove_version,
+    replace_object,
     upload,
-    write_object,
 )
 
 LEASE = "lease.json"
@@ -50,15 +53,15 @@ LOCAL_ONLY = ("wandb",)  # folders that stay here
 class Mirror:
     """The small files of a remote folder, on this machine."""
 
-    def __init__(self, folder: Path, address: str, writes: bool) -> None:
+    def __init__(self, folder: Path, address: str, lease: "Lease | None") -> None:
         """Copies what lies directly in the remote folder.
 
         Args:
           folder: on this machine; empty.
           address: of the remote folder.
-          writes: this process sends its files there.
+          lease: of this process, which sends its files there; None = another one does.
         """
-        self.folder, self.address, self.writes = folder, address, writes
+        self.folder, self.address, self.lease = folder, address, lease
         self._sent: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self.pull()
@@ -74,7 +77,8 @@ class Mirror:
         for info in found:
             name = info["name"].rstrip("/").rpartition("/")[2]
             target = self.folder / name
-            if info.get("type") != "directory" and name != LEASE and name and not target.exists():
+            own = name == LEASE or name.endswith(PROBE)
+            if info.get("type") != "directory" and name and not own and not target.exists():
                 download(f"{self.address}/{name}", target)
                 self._sent[name] = _state(target)
 
@@ -82,11 +86,13 @@ class Mirror:
         """Writes the files that changed here to the store, those that changed first first.
 
         Raises:
+          LeaseLost: another process has taken the folder over.
           OSError: see `files.remote.explained`.
         """
-        if not self.writes:
+        if self.lease is None:
             return
         with self._lock:
+            self.lease.check()
             states = {path.relative_to(self.folder).as_posix(): _state(path) for path in self._files()}
             for name in sorted(states, key=lambda name: states[name]):
                 if self._sent.get(name) != states[name]:
@@ -114,11 +120,33 @@ def flush(path: Any) -> None:
 
     Args:
       path: anything in such a folder, local or remote; nothing happens for other paths.
+
+    Raises:
+      LeaseLost: another process has taken the folder over.
+      OSError: see `files.remote.explained`.
     """
+    for mirror in _mirrors_of(path):
+        mirror.push()
+
+
+def check_held(path: Any) -> None:
+    """Makes sure that this process may still write in a remote folder and remove what is there.
+
+    Args:
+      path: anything in such a folder, local or remote; nothing happens for other paths.
+
+    Raises:
+      LeaseLost: another process has taken the folder over.
+      OSError: see `files.remote.explained`.
+    """
+    for mirror in _mirrors_of(path):
+        if mirror.lease is not None:
+            mirror.lease.check()
+
+
+def _mirrors_of(path: Any) -> list[Mirror]:
     address = (address_of(path) if is_remote(path) else origin_of(Path(path))) or ""
-    for mirror in _mirrors:
-        if f"{address}/".startswith(f"{mirror.address}/"):
-            mirror.push()
+    return [mirror for mirror in _mirrors if f"{address}/".startswith(f"{mirror.address}/")]
 
 
 def refresh(path: Path) -> None:
@@ -128,7 +156,7 @@ def refresh(path: Path) -> None:
       path: the folder on this machine; nothing happens where it is no copy.
     """
     for mirror in _mirrors:
-        if mirror.folder == path and not mirror.writes:
+        if mirror.folder == path and mirror.lease is None:
             mirror.pull()
 
 
@@ -152,7 +180,8 @@ def working_folder(path: Any, writes: bool = True, fix: str = "choose another wo
 
     Raises:
       OSError: see `files.remote.explained`.
-      ValueError: remote paths of this kind are not supported, or another process works in the folder.
+      ValueError: remote paths of this kind are not supported, or another process works in the folder;
+        `LeaseLost` where one has taken it over meanwhile.
     """
     if not is_remote(path):
         from elastic_lm.files.local import local_path
@@ -162,15 +191,13 @@ def working_folder(path: Any, writes: bool = True, fix: str = "choose another wo
     address = address_of(path)
     check_name(address)
     with contextlib.ExitStack() as stack:
-        if writes:
-            check_writable(f"{address}/{LEASE}")
-            stack.enter_context(leased(address, fix))
+        lease = stack.enter_context(leased(address, fix)) if writes else None
         place = stack.enter_context(
             tempfile.TemporaryDirectory(prefix="elastic_lm_", ignore_cleanup_errors=True)
         )
         folder = Path(place) / address.rpartition("/")[2]
         folder.mkdir()
-        mirror = Mirror(folder, address, writes)
+        mirror = Mirror(folder, address, lease)
         remember(folder, address)
         _mirrors.append(mirror)
         ended = threading.Event()
@@ -193,6 +220,8 @@ def _keep_sending(mirror: Mirror, ended: threading.Event) -> None:
     while not ended.wait(PUSH):
         try:
             mirror.push()
+        except LeaseLost:
+            return
         except OSError as error:  # the next push that something counts on says so
             logging.warning("%s: files are not sent now and are tried again: %s", mirror.address, error)
 
@@ -211,59 +240,143 @@ def _addresses_in_messages(folder: Path, address: str) -> Iterator[None]:
         raise
 
 
+class LeaseLost(ValueError):
+    """Another process has taken over the folder that this one works in."""
+
+
+class Lease:
+    """The right of this process to write below a remote folder."""
+
+    def __init__(self, address: str, entries: dict[str, Any], version: str) -> None:
+        """Begins with the lease as it was just written.
+
+        Args:
+          address: of the folder.
+          entries: what lease.json says of this process.
+          version: of lease.json.
+        """
+        self._address, self._entries, self._version = address, entries, version
+        self._beat, self._renewed = 0, _now()
+        self._taken = ""  # why it is lost
+        self._lock = threading.Lock()
+
+    def renew(self) -> None:
+        """Gives a sign of life.
+
+        Raises:
+          LeaseLost: another process has the lease.
+          OSError: see `files.remote.explained`.
+        """
+        with self._lock:
+            self._renew()
+
+    def check(self) -> None:
+        """Makes sure that no other process has the lease; a lease that was renewed lately is not asked for.
+
+        Raises:
+          LeaseLost: another process has it.
+          OSError: see `files.remote.explained`.
+        """
+        with self._lock:
+            since = [abs(now - then) for now, then in zip(_now(), self._renewed, strict=True)]
+            if self._taken or max(since) > BEAT:
+                self._renew()
+
+    def _renew(self) -> None:
+        if not self._taken:
+            began = _now()
+            version = _write(f"{self._address}/{LEASE}", self._entries, self._beat + 1, self._version)
+            if version is not None:
+                self._version, self._renewed = version, began
+                self._beat += 1
+                return
+            other = _read(f"{self._address}/{LEASE}")[0].get("holder") or "another process"
+            self._taken = (
+                f"{self._address}: was taken over by {other}, and this process writes nothing more there; "
+                "choose another workdir, or run again when the other one has ended"
+            )
+        raise LeaseLost(self._taken)
+
+    def release(self) -> None:
+        """Removes it, unless another process has it."""
+        if not self._taken:
+            remove_version(f"{self._address}/{LEASE}", self._version)
+
+
+def _now() -> tuple[float, float]:
+    """Two clocks: one stands still while a machine sleeps, and the other one is set."""
+    return time.monotonic(), time.time()
+
+
 @contextlib.contextmanager
-def leased(address: str, fix: str) -> Iterator[None]:
+def leased(address: str, fix: str) -> Iterator[Lease]:
     """Holds the lease of a remote folder while the block runs.
 
     Args:
       address: of the folder.
       fix: what a second process can do, for messages.
 
+    Yields:
+      The lease.
+
     Raises:
+      OSError: see `files.remote.explained`.
       ValueError: another process holds it; names it.
     """
     place = f"{address}/{LEASE}"
-    _await_end(address, place, fix)
-    mine = {"holder": holder().strip(), "host": socket.gethostname(), "pid": os.getpid()}
-    mine["id"] = secrets.token_hex(8)
-    _write(place, mine, 0)
-    # Two processes that found it free at the same time both wrote it: the later one has it.
-    found = _read(place)
-    if found.get("id") != mine["id"]:
-        raise ValueError(_taken(address, found, fix))
+    free = _await_end(address, place, fix)
+    mine = {"holder": holder().strip(), **_here(), "pid": os.getpid(), "id": secrets.token_hex(8)}
+    version = _write(place, mine, 0, free)
+    if version is None:
+        raise ValueError(_taken(address, _read(place)[0], fix))
 
-    ended = threading.Event()
-    beats = threading.Thread(target=_keep_alive, args=(place, mine, ended), daemon=True)
+    lease, ended = Lease(address, mine, version), threading.Event()
+    beats = threading.Thread(target=_keep_alive, args=(lease, place, ended), daemon=True)
     beats.start()
     try:
-        yield
+        yield lease
     finally:
         ended.set()
         beats.join()
         with contextlib.suppress(OSError):
-            if _read(place).get("id") == mine["id"]:
-                remove_object(place)
+            lease.release()
 
 
-def _await_end(address: str, place: str, fix: str) -> None:
-    """Waits until a lease is free, which it is once it has not been written for long enough."""
-    found = _read(place)
+def _await_end(address: str, place: str, fix: str) -> str:
+    """Waits until a lease is free, which it is once it has not been written for long enough.
+
+    Returns:
+      The version that may be replaced; "" = there is none.
+    """
+    found, version = _read(place)
     if not found or _has_ended(found):
-        return
+        return version
     logging.warning("%s: waiting up to %d s for the end of %s", address, PATIENCE, found.get("holder"))
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         time.sleep(1.0)
-        now = _read(place)
+        now, version = _read(place)
         if not now:
-            return
+            return version
         if now != found:
             raise ValueError(_taken(address, now, fix))
+    return version
+
+
+def _here() -> dict[str, Any]:
+    """What tells apart machines, their starts, and containers that have numbers of processes of their own."""
+    boot, processes = "", 0
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        processes = os.stat("/proc/self/ns/pid").st_ino
+    return {"host": socket.gethostname(), "boot": boot, "pid_namespace": processes}
 
 
 def _has_ended(lease: dict[str, Any]) -> bool:
-    """Whether its process was one of this machine, and is gone."""
-    if lease.get("host") != socket.gethostname() or not isinstance(lease.get("pid"), int):
+    """Whether its process was one that would be seen from here, and is gone."""
+    here = _here()
+    seen = all(here.values()) and all(lease.get(key) == value for key, value in here.items())
+    if not seen or not isinstance(lease.get("pid"), int):
         return False
     try:
         os.kill(lease["pid"], 0)
@@ -278,27 +391,35 @@ def _taken(address: str, lease: dict[str, Any], fix: str) -> str:
     return f"{address}: in use by {lease.get('holder') or 'another process'}; wait for its end, or {fix}"
 
 
-def _keep_alive(place: str, lease: dict[str, Any], ended: threading.Event) -> None:
-    beat = 0
+def _keep_alive(lease: Lease, place: str, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
-        beat += 1
         try:
-            if _read(place).get("id", lease["id"]) != lease["id"]:
-                logging.error("%s: another process has taken this folder over; stop one of the two", place)
-                return
-            _write(place, lease, beat)
+            lease.renew()
+        except LeaseLost as error:  # whoever writes next raises it
+            logging.error("%s", error)
+            return
         except OSError as error:
             logging.warning("%s is not renewed now and is tried again: %s", place, error)
 
 
-def _write(place: str, lease: dict[str, Any], beat: int) -> None:
-    write_object(place, (json.dumps({**lease, "beat": beat}) + "\n").encode())
+def _write(place: str, lease: dict[str, Any], beat: int, version: str) -> str | None:
+    """Writes a lease where it has a version; returns the new one, or None where it has another."""
+    entries = {**lease, "beat": beat}
+    written = replace_object(place, (json.dumps(entries) + "\n").encode(), version)
+    if written is None:
+        # A request that was repeated, because its answer did not come, finds what it wrote itself.
+        found, now = _read(place)
+        return now if found == entries else None
+    return written
 
 
-def _read(place: str) -> dict[str, Any]:
-    """What a lease says; {} = there is none."""
+def _read(place: str) -> tuple[dict[str, Any], str]:
+    """What a lease says, {} = nothing, and its version, "" = there is none."""
+    entry = entry_of(place)
+    if entry is None:
+        return {}, ""
     try:
         found = json.loads(read_object(place))
     except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = {}
+    return found if isinstance(found, dict) else {}, entry.version

@@ -15,7 +15,7 @@ from elastic_lm.files.atomic import whole_folder
 from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.remote import address_of, is_remote
 from elastic_lm.files.remote_folders import top_names
-from elastic_lm.files.remote_models import UNFINISHED
+from elastic_lm.files.remote_models import UNFINISHED, is_unfinished
 from elastic_lm.hf.carried import GENERATION_FILE, Carried, write_json
 from elastic_lm.hf.config_json import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS, TensorFiles
@@ -170,17 +170,19 @@ def check_target(path: str | Path, overwrite: bool) -> Any:
 def _check_remote_target(address: str, overwrite: bool) -> None:
     """`check_target` for a folder in a store."""
     found = top_names(address)
-    if not found or UNFINISHED in found:
+    if not found:
         return
-    if not overwrite:
+    begun = is_unfinished(address, found)
+    if not begun and not overwrite:
         raise FileExistsError(
             f"{address}: exists already; choose another path, or overwrite it (--overwrite, overwrite=True)"
         )
-    if "config.json" not in found:
+    if not begun and "config.json" not in found:
         raise FileExistsError(
             f"{address}: is no Hugging Face folder and is not overwritten; choose another path"
         )
     known = {name for name in found if name in WRITTEN_FOLDERS or any(map(Path(name).match, WRITTEN))}
+    known |= {UNFINISHED} if begun else set()
     if found - known:
         raise FileExistsError(
             f"{address}/{min(found - known)}: not written by an export, so the folder is not overwritten; "

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from elastic_lm.files.atomic import prepare_output, whole_file, write_text_whole
 from elastic_lm.files.fingerprints import checkpoint_fingerprint
 from elastic_lm.files.hub import local_model
 from elastic_lm.files.remote import address_of, fetched, is_remote, listing, named, read_object, write_object
-from elastic_lm.files.remote_models import UNFINISHED
+from elastic_lm.files.remote_models import MARK, UNFINISHED
 from elastic_lm.files.remote_workdirs import LEASE, flush, stored_at, working_folder
 from elastic_lm.files.text_files import read_lines
 from elastic_lm.testing import assert_same_tree, random_params, tiny_config
@@ -201,6 +202,23 @@ def test_a_folder_that_is_not_finished_is_no_model(uploads: int, monkeypatch: py
     assert_same_tree(params, el.load(place)[1])
 
 
+def test_what_others_put_into_an_unfinished_folder_stays() -> None:
+    config = tiny_config(vocab_size=300)
+    params = random_params(config)
+    calls = [
+        lambda place: el.hf.export(config, params, place),
+        lambda place: native.save_model(place, config, params, None),
+    ]
+    for mark in (b"things to do", MARK.encode()):
+        for name in ("notes.txt", UNFINISHED, "unfinished.txt"):
+            write_object(f"memory://b/notes/{name}", mark)
+        before = {name: read_object(f"memory://b/notes/{name}") for name in listing("memory://b/notes")}
+        for call in calls:
+            with pytest.raises(FileExistsError, match="memory://b/notes"):
+                call("memory://b/notes")
+            assert {n: read_object(f"memory://b/notes/{n}") for n in listing("memory://b/notes")} == before
+
+
 def test_arrays_without_a_config_are_no_model() -> None:
     write_object("memory://b/m/params/manifest.ocdbt", b"x")
     with pytest.raises(ValueError, match="memory://b/m: is not finished"):
@@ -273,7 +291,7 @@ def lease(**entries: object) -> None:
 def test_a_lease_of_a_process_that_is_gone_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    lease(host=socket.gethostname(), pid=gone.pid)
+    lease(**remote_workdirs._here(), pid=gone.pid)
     began = time.monotonic()
     with working_folder("memory://b/w"):
         assert time.monotonic() - began < 5
@@ -284,6 +302,79 @@ def test_a_lease_of_a_process_that_is_gone_is_taken_over(monkeypatch: pytest.Mon
     lease(host="elsewhere", pid=1)
     with working_folder("memory://b/w"):
         assert json.loads(read_object(f"memory://b/w/{LEASE}"))["host"] == socket.gethostname()
+
+
+def test_a_container_of_the_same_name_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for key in ("boot", "pid_namespace"):
+        lease(**{**remote_workdirs._here(), key: "another"}, pid=gone.pid, beat=1)
+        monkeypatch.setattr(remote_workdirs.time, "sleep", lambda _: lease(host="its", beat=2))  # it is alive
+        with pytest.raises(ValueError, match="memory://b/w: in use by"), working_folder("memory://b/w"):
+            pass
+
+
+def test_of_two_that_find_a_folder_free_one_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found_free, inside, refused = threading.Barrier(2), [], []
+    wait = remote_workdirs._await_end
+
+    def both(*given: str) -> str:
+        version = wait(*given)
+        found_free.wait(10)
+        return version
+
+    monkeypatch.setattr(remote_workdirs, "_await_end", both)
+    end = threading.Event()
+
+    def run() -> None:
+        try:
+            with remote_workdirs.leased("memory://b/w", "wait"):
+                inside.append(1)
+                end.wait(10)
+        except ValueError as error:
+            refused.append(str(error))
+            end.set()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(inside) == len(refused) == 1
+    assert refused[0].startswith("memory://b/w: in use by process")
+    assert not listing("memory://b/w")
+
+
+def test_a_run_that_has_lost_its_lease_writes_and_removes_nothing_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny_config(vocab_size=300)
+
+    def lost() -> None:
+        with working_folder("memory://b/w") as folder:
+            lease(host="elsewhere", pid=1)
+            before = {name: read_object(f"memory://b/w/{name}") for name in listing("memory://b/w")}
+            monkeypatch.setattr(remote_workdirs, "BEAT", 0.0)  # as if it had stood still for long
+            (folder / "metrics.jsonl").write_text("1\n")
+            calls = [
+                lambda: flush("memory://b/w/checkpoints/2"),
+                lambda: remote_workdirs.check_held("memory://b/w/checkpoints"),
+                lambda: native.save_model("memory://b/w/model", config, random_params(config), None),
+            ]
+            for call in calls:
+                with pytest.raises(ValueError, match="memory://b/w: was taken over by process 1 on host"):
+                    call()
+            assert {n: read_object(f"memory://b/w/{n}") for n in listing("memory://b/w")} == before
+
+    with pytest.raises(ValueError, match="was taken over"):
+        lost()
+    assert [*listing("memory://b/w")] == [LEASE]
+
+
+def test_a_probe_of_a_killed_process_is_not_copied() -> None:
+    write_object(f"memory://b/w/metrics.jsonl.17{remote.PROBE}", b"")
+    with working_folder("memory://b/w") as folder:
+        assert not [*folder.iterdir()]
 
 
 def test_a_lease_that_is_renewed_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:

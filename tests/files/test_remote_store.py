@@ -14,12 +14,15 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
-from gcs_server import Store, serving
+from gcs_server import Store, in_environment, serving
 from many_processes import together
 from training_runs import changed
 
 import elastic_lm as el
+from elastic_lm.files import remote_workdirs
+from elastic_lm.files.remote import remove_version, replace_object
 from elastic_lm.files.remote_models import UNFINISHED
+from elastic_lm.files.remote_workdirs import LeaseLost, leased
 
 DEADLINE = 1200  # seconds for a process; far above what it takes
 RECIPE = """
@@ -194,3 +197,35 @@ for call in (lambda: fetched("gs://nowhere/x.json"), lambda: prepare_output("gs:
     assert first == "gs://nowhere/x.json: there is no such file; check the bucket and the name"
     assert second.startswith("gs://nowhere/x.json.")
     assert "there is nothing of that name, or no such bucket; check the bucket" in second
+
+
+def test_a_lease_is_written_only_over_the_version_that_was_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with in_environment(store):
+        place, made = "gs://bucket/lease/lease.json", "bucket/lease/lease.json"
+        first = replace_object(place, b"1", "")
+        assert first is not None
+        assert replace_object(place, b"2", "") is None
+        second = replace_object(place, b"2", first)
+        assert second is not None
+        assert replace_object(place, b"3", first) is None
+        remove_version(place, first)
+        assert store.objects[made].data == b"2"
+        remove_version(place, second)
+        remove_version(place, second)
+        assert made not in store.objects
+        assert replace_object(place, b"3", second) is None
+        store.missing.add("nowhere")
+        with pytest.raises(OSError, match=r"gs://nowhere/lease\.json: .* no such bucket"):
+            replace_object("gs://nowhere/lease.json", b"", "")
+
+        # Another process writes between what this one reads and what it writes.
+        monkeypatch.setattr(remote_workdirs, "BEAT", 0.0)
+        with leased("gs://bucket/lease", "wait") as lease:
+            lease.check()
+            store.put(made, b'{"holder": "process 1 on host"}')
+            with pytest.raises(LeaseLost, match="gs://bucket/lease: was taken over by process 1 on host"):
+                lease.check()
+        assert store.objects[made].data == b'{"holder": "process 1 on host"}'
+        store.remove(made)
