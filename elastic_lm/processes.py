@@ -169,8 +169,10 @@ def find_place(
 def more_than_one() -> str:
     """How the environment says that this is one of several processes, in words; "" = it does not.
 
-    Nothing is asked over a network, and jax is not imported.
+    Nothing is asked over a network, and jax is not imported. ELASTIC_LM_PROCESSES=1 overrules a cluster.
     """
+    if os.environ.get(PROCESSES) == "1":
+        return ""
     for name, also in (
         (PROCESSES, ()),
         ("SLURM_NTASKS", ("SLURM_STEP_NODELIST", "SLURM_PROCID")),
