@@ -30,6 +30,7 @@ THREADS = 16  # of XLA on CPUs, at least
 AGAIN = 0.2  # seconds between two tries to reach the coordinator
 LONGEST = 4096  # bytes of a message at the meeting
 GREETING = "elastic_lm 1"
+HOSTS, SLICES = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"), "MEGASCALE_NUM_SLICES"
 # In messages of jax, gloo, NCCL and gRPC about a process that does not answer.
 LOST = re.compile(
     r"[Gg]loo|NCCL|[Cc]onnection (reset|closed|refused)|Socket closed|UNAVAILABLE|DEADLINE_EXCEEDED|"
@@ -181,7 +182,25 @@ def more_than_one() -> str:
         text = os.environ.get(name, "")
         if text.isdigit() and int(text) > 1 and all(other in os.environ for other in also):
             return f"{name}={text}"
-    return ""
+    for name in HOSTS:
+        if "," in (text := os.environ.get(name, "")):
+            return f"{name}={text[:40]}"
+    slices = _number_or_0(SLICES)
+    return f"{SLICES}={slices}" if slices > 1 else ""
+
+
+def slice_of_several() -> str:
+    """How a Cloud TPU VM says that it is one of several of a slice, in words; "" = it does not.
+
+    Its metadata server is asked, on machines that have TPUs.
+    """
+    if any(os.environ.get(name) for name in (PROCESSES, *HOSTS)) or "TPU_SKIP_MDS_QUERY" in os.environ:
+        return ""
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _may_have_tpus():
+        return ""
+    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+
+    return "this machine's TPU slice" if running_in_cloud_tpu_vm and _has_workers() else ""
 
 
 def _number(variable: str) -> int | None:
@@ -241,20 +260,18 @@ def _detected(coordinator: str | None, timeout: float) -> Place | None:
     return Place(address, processes, process, None if devices is None or alone else tuple(devices))
 
 
+def _may_have_tpus() -> bool:
+    """Whether there are devices as TPUs are seen; where there are none, jax is not imported to find out."""
+    return any(map(os.path.exists, ("/dev/accel0", "/dev/vfio")))
+
+
 def _in_cluster() -> bool:
     """Whether there is reason to ask jax, which may ask a server of the cluster."""
     if more_than_one():
         return True
-    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
-    if "," in hosts or (_number_or_0("MEGASCALE_NUM_SLICES") > 1):
-        return True
     if "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ:
-        return not hosts
-    if hosts or "TPU_SKIP_MDS_QUERY" in os.environ or os.environ.get("JAX_PLATFORMS") == "cpu":
-        return False
-    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
-
-    return running_in_cloud_tpu_vm and _has_workers()
+        return not any(os.environ.get(name) for name in HOSTS)
+    return bool(slice_of_several())
 
 
 def _number_or_0(variable: str) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from many_processes import free_port
 
+from elastic_lm import processes
 from elastic_lm.cli import main as cli
 from elastic_lm.processes import (
     Place,
@@ -46,7 +47,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]
     """Sets variables, and none of those that the machine of the tests may have."""
     for name in (
         *("ELASTIC_LM_COORDINATOR", "ELASTIC_LM_PROCESSES", "ELASTIC_LM_PROCESS", "JAX_COORDINATOR_ADDRESS"),
-        *("KUBERNETES_SERVICE_HOST", *SLURM, *MPI, *GKE),
+        *("KUBERNETES_SERVICE_HOST", "TPU_PROCESS_ADDRESSES", "MEGASCALE_NUM_SLICES", *SLURM, *MPI, *GKE),
     ):
         monkeypatch.delenv(name, raising=False)
 
@@ -140,7 +141,37 @@ def test_commands_of_one_process_refuse_several(
     assert capsys.readouterr().err.startswith(told)
     surroundings({"ELASTIC_LM_PROCESSES": "1"})
     assert cli.main(["export", "--from", "nothing", "--to", "nowhere"]) == 2
-    assert "nothing" in capsys.readouterr().err
+    assert "runs as one process" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "sign"),
+    [
+        (GKE, "TPU_WORKER_HOSTNAMES=localhost,127.0.0.1"),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, "TPU_PROCESS_ADDRESSES=a:1,b:1"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_NUM_SLICES=2"),
+    ],
+)
+def test_commands_of_one_process_refuse_workers_of_tpus(
+    surroundings: Callable, capsys: pytest.CaptureFixture[str], variables: dict[str, str], sign: str
+) -> None:
+    surroundings(variables)
+    assert cli.main(["generate", "--model", "nothing", "--prompt", "a"]) == 2
+    assert f"generate runs as one process, and {sign} says that there are more" in capsys.readouterr().err
+
+
+def test_a_tpu_machine_is_asked_for_others(
+    surroundings: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jax._src import cloud_tpu_init
+
+    monkeypatch.setattr(cloud_tpu_init, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(processes, "_may_have_tpus", lambda: True)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for said, several in (("w0:0:10.0.0.1,w1:1:10.0.0.2", True), ("w0:0:10.0.0.1", False)):
+        monkeypatch.setattr(processes, "_metadata", lambda key, said=said: said)
+        assert cli.main(["generate", "--model", "nothing", "--prompt", "a"]) == 2
+        assert ("this machine's TPU slice says that there are more" in capsys.readouterr().err) == several
 
 
 def test_a_wrong_place_is_one_line(surroundings: Callable, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,14 @@ from elastic_lm.models.finite import check_finite
 from elastic_lm.models.registry import KINDS, Config, abstract_params, kind_of
 from elastic_lm.models.sharding import Rules, make_mesh, param_shardings
 from elastic_lm.nn.int8 import check_wide
-from elastic_lm.processes import LostProcess, all_or_none, settle, wait_for_all
+from elastic_lm.processes import (
+    LostProcess,
+    all_or_none,
+    bytes_of_all,
+    lost_process,
+    settle,
+    wait_for_all,
+)
 
 CONFIG_FILE = "elastic_config.json"
 MENU_FILE = "menu.json"  # of models that are elastic in width
@@ -69,6 +76,10 @@ WRITTEN = {
     *("routers.json", "routers.safetensors"),  # of `width.trained_routers`
     *("_CHECKPOINT_METADATA", "orbax.checkpoint", "commit_success.txt", "state", "descriptor"),  # params/
 }
+
+
+class Differs(OSError):
+    """A checkpoint does not read back as it was written."""
 
 
 class Checkpoints:
@@ -137,7 +148,8 @@ class Checkpoints:
           OSError: as `settle`, of the save before or of the beginning of this one.
         """
         self.settle()
-        flush(self._folder)
+        with all_or_none():
+            flush(self._folder)
         position = Position(batches)
         parts = {"state": state, "data": position}
         held = on_host(state) if jax.process_count() == 1 else None
@@ -153,14 +165,12 @@ class Checkpoints:
     def poll(self) -> None:
         """Raises the error of a save that has failed meanwhile; called between steps, it waits for nothing.
 
+        Of several processes none does: they tell each other in `settle`.
+
         Raises:
           OSError: as `settle`.
         """
-        if self._saving is None:
-            return
-        saving = self._saving[1]
-        # Several processes remove old steps together, in `settle`.
-        if saving.done() and (saving.error is not None or jax.process_count() == 1):
+        if self._saving is not None and jax.process_count() == 1 and self._saving[1].done():
             self.settle()
 
     def settle(self) -> None:
@@ -178,10 +188,25 @@ class Checkpoints:
         step, saving = self._saving
         saving.wait()
         self._saving = None
-        if saving.error is not None:
+        error = self._failure(step, saving.error)
+        if error is not None:
             self._failed = True
-            raise saving.error
+            raise error
         self._remove_old(step)
+
+    def _failure(self, step: int, error: BaseException | None) -> BaseException | None:
+        """What went wrong with a save in any process; what does not read back in one of them is removed."""
+        if jax.process_count() == 1 or (error is not None and lost_process(error)):
+            return error
+        own = first_line(error).encode(errors="replace") if error else b""
+        said = [text.decode() for text in bytes_of_all(own)]
+        if isinstance(error, Differs) or not any(said):
+            return error
+        folder = self._folder / str(step)
+        if jax.process_index() == 0 and any(text.startswith(Differs.__name__) for text in said):
+            remove_folder(folder)
+        first = next(i for i, text in enumerate(said) if text)
+        return error or OSError(f"{folder}: was not saved by all (process {first}: {said[first]})")
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[None]:
@@ -205,10 +230,10 @@ class Checkpoints:
         except Exception as error:
             if is_shortage(error):
                 raise
-            if jax.process_index() == 0:
+            if jax.process_index() == 0:  # which does so for the others in `settle`
                 check_held(folder)
                 remove_folder(folder)
-            raise OSError(
+            raise Differs(
                 f"{folder}: does not read back as it was written ({first_line(error)}) and is removed; "
                 "check the disk and its free space, then run again, which goes on from the checkpoint before"
             ) from error

@@ -17,6 +17,7 @@ from elastic_lm.processes import (
     is_first,
     lost_process,
     more_than_one,
+    slice_of_several,
     start_processes,
 )
 
@@ -112,11 +113,11 @@ def start(command: str, options: CommandOptions) -> None:
         _Together.several, _Together.first = True, is_first()
         _print_alone(_Together.first)
         return
-    several = more_than_one()
+    several = more_than_one() or slice_of_several()
     if several:
         raise ValueError(
-            f"{command} {ALONE}, and {several} says that there are more: start it once, outside of srun or "
-            f"mpirun, or set {PROCESSES}=1"
+            f"{command} {ALONE}, and {several} says that there are more: start it once, outside of srun, "
+            f"mpirun and --worker=all, or set {PROCESSES}=1"
         )
 
 

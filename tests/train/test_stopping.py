@@ -136,6 +136,25 @@ def test_other_errors_are_not_hidden_by_that_of_a_save(
 
 
 @pytest.mark.parametrize(
+    ("said", "stays"), [(b"Differs: process 1 reads otherwise", False), (b"OSError: no room", True)]
+)
+def test_what_another_process_could_not_save_ends_all_of_them(
+    said: bytes, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: Any = SimpleNamespace(get_state=lambda: {"next": 1})
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"a": jnp.zeros(3)}, batches)
+    assert checkpoints._saving is not None
+    checkpoints._saving[1].wait()
+    monkeypatch.setattr(native.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(native, "bytes_of_all", lambda own: [own, said])
+    checkpoints.poll()  # which none of several does
+    with pytest.raises(OSError, match=rf"1: was not saved by all \(process 1: {said.decode()}\)"):
+        checkpoints.settle()
+    assert (tmp_path / "1").is_dir() == stays
+
+
+@pytest.mark.parametrize(
     ("error", "waits"), [(BrokenPipeError, True), (ConnectionError, True), (LostProcess, False)]
 )
 def test_a_save_is_waited_for_unless_another_process_is_gone(
