@@ -219,6 +219,15 @@ def test_what_others_put_into_an_unfinished_folder_stays() -> None:
             assert {n: read_object(f"memory://b/notes/{n}") for n in listing("memory://b/notes")} == before
 
 
+def test_several_processes_do_not_write_where_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(vocab_size=300)
+    params = random_params(config)
+    monkeypatch.setattr(native.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"memory://b/m: takes a model from one process, and there are 2"):
+        native.save_model("memory://b/m", config, params, None)
+    assert not listing("memory://b/m")
+
+
 def test_arrays_without_a_config_are_no_model() -> None:
     write_object("memory://b/m/params/manifest.ocdbt", b"x")
     with pytest.raises(ValueError, match="memory://b/m: is not finished"):
