@@ -404,6 +404,27 @@ def named(path: Path) -> str:
     return origin_of(path) or str(path)
 
 
+def with_addresses(text: str) -> str:
+    """A message as the user can understand it: with the addresses of copies in the place of their paths."""
+    for copy in sorted([*_addresses], key=lambda copy: -len(str(copy))):
+        text = text.replace(str(copy), _addresses[copy])
+    return text
+
+
+@contextlib.contextmanager
+def addresses_in_errors() -> Iterator[None]:
+    """Names addresses in errors about copies of what lies there."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if error.args and isinstance(error.args[0], str):
+            error.args = (with_addresses(error.args[0]), *error.args[1:])
+        name = getattr(error, "filename", None)
+        if isinstance(error, OSError) and isinstance(name, str):
+            error.filename = with_addresses(name)
+        raise
+
+
 def fetched(path: Any) -> Path:
     """A file to read on this machine: the path itself, or a copy of an object, which is made where it is new.
 

@@ -15,6 +15,7 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm.checkpoints import native
+from elastic_lm.cli.main import main
 from elastic_lm.cli.train import Options
 from elastic_lm.cli.train import run as train_command
 from elastic_lm.data.sources import find_files
@@ -396,6 +397,31 @@ def test_a_lease_that_is_renewed_is_respected(monkeypatch: pytest.MonkeyPatch) -
         working_folder("memory://b/w"),
     ):
         pass
+
+
+def test_errors_name_the_address_and_not_the_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_object("memory://b/hf/config.json", b"{}")
+    write_object("memory://b/bad/config.json", b"{")
+    for name in ("hf", "bad"):
+        for load in (el.load, el.hf.load):
+            with pytest.raises((ValueError, OSError), match=f"^memory://b/{name}") as raised:
+                load(f"memory://b/{name}")
+            assert str(tmp_path) not in str(raised.value)
+        assert main(["convert", "--from", f"memory://b/{name}", "--to", str(tmp_path / "out")]) == 2
+        line = capsys.readouterr().err
+        assert f"error: memory://b/{name}" in line
+        assert str(tmp_path) not in line
+
+
+@pytest.mark.parametrize("more", [(), ("--backbone",)])
+def test_a_step_in_a_store_is_named_as_one(
+    more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = "memory://b/run/checkpoints/500"
+    write_object(f"{step}/state/x", b"x")
+    assert main(["convert", "--from", step, "--to", str(tmp_path / "out"), *more]) == 2
+    assert f"--from {step}: a checkpoint of a training run is read here" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_what_a_store_says_becomes_one_line() -> None:
