@@ -103,6 +103,15 @@ def test_copies_are_made_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None
         fetched("memory://b/no.txt")
 
 
+def test_a_store_that_tells_no_versions_is_not_copied_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_object("memory://b/x.txt", b"one\n")
+    files = fsspec.filesystem("memory")
+    info = files.info
+    monkeypatch.setattr(type(files), "info", lambda self, path, **_: {**info(path), "created": None})
+    with pytest.raises(ValueError, match=r"/b/x\.txt: the store tells neither version nor time"):
+        fetched("memory://b/x.txt")
+
+
 def test_data_files() -> None:
     for name in ("d/b.jsonl", "d/a.jsonl", "d/deep/c.jsonl", "d/note.md", "e.txt"):
         write_object(f"memory://b/{name}", b"x\n")
