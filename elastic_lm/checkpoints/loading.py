@@ -10,7 +10,7 @@ from elastic_lm.config.model import DTYPES, ModelConfig
 from elastic_lm.files.atomic import moved_away
 from elastic_lm.files.gguf import is_gguf
 from elastic_lm.files.hub import OR_NAME, local_model
-from elastic_lm.files.remote import named
+from elastic_lm.files.remote import addresses_in_errors, named
 from elastic_lm.models.decoder import Decoder, Params
 from elastic_lm.models.registry import Config, Model, kind_of, make_model
 from elastic_lm.nn.int8 import quantised
@@ -57,7 +57,8 @@ def load(
       ```
     """
     require(weights in (None, "int8"), "weights", weights, "must be 'int8', or None")
-    config, params = _load(local_model(path, revision=revision), dtype, mesh, weights)
+    with addresses_in_errors():
+        config, params = _load(local_model(path, revision=revision), dtype, mesh, weights)
     return make_model(config), params
 
 

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from elastic_lm.checkpoints.background import Background
 from elastic_lm.checkpoints.orbax_folders import (
     ORBAX_PARTIAL,
-    check_name,
+    check_usable,
     first_line,
     readable_name,
     tidy,
@@ -484,11 +484,11 @@ def check_target(path: str | Path, overwrite: bool) -> Any:
         to here.
     """
     if is_remote(path):
-        check_name(address := address_of(path))
+        check_usable(address := address_of(path))
         check_remote_target(address, overwrite, CONFIG_FILE, WRITTEN)
         return address
     target = local_path(path).absolute()
-    check_name(target)
+    check_usable(target)
     require_folder_above(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target

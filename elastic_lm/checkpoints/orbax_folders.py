@@ -1,7 +1,6 @@
 """The folders that orbax writes: names that it can read, what it leaves half-written, and its errors."""
 
 import contextlib
-import re
 import sys
 import tempfile
 import time
@@ -12,14 +11,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from elastic_lm.config.checks import require
-from elastic_lm.files.remote import is_remote, place_of
+from elastic_lm.files.remote import PATTERN_CHARACTERS, check_name, is_remote, place_of
 from elastic_lm.files.unfinished import remove_anything, unfinished
 
 ORBAX_PARTIAL = "orbax-checkpoint-tmp"  # in the names of folders that orbax has not finished
 SETTLING = 3.0  # seconds, at most, for threads that still write after an error
 SETTLED = 15  # looks in a row, 20 ms apart, at which they have written nothing more
-PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")  # of a path, that orbax or TensorStore take for something else
 
 
 @contextlib.contextmanager
@@ -72,7 +69,7 @@ def readable_name(folder: str | Path) -> Iterator[epath.Path]:
         yield epath.Path(path)
         return
 
-    check_name(path)
+    check_usable(path)
     with tempfile.TemporaryDirectory(prefix="elastic_lm_", ignore_cleanup_errors=True) as place:
         link = Path(place) / "link"
         with unfinished(Path(place)):
@@ -80,15 +77,15 @@ def readable_name(folder: str | Path) -> Iterator[epath.Path]:
             yield epath.Path(link)
 
 
-def check_name(path: Any) -> None:
+def check_usable(path: Any) -> None:
     """Refuses a path that needs a link where there can be none, as with several processes or in a store."""
     alone = (
         jax.process_count() == 1
         and not is_remote(path)
         and not PATTERN_CHARACTERS.search(tempfile.gettempdir())
     )
-    usable = alone or not PATTERN_CHARACTERS.search(str(path))
-    require(usable, "path", str(path), "holds one of []*?\\; choose a path without")
+    if not alone:
+        check_name(path)
 
 
 def first_line(error: BaseException) -> str:

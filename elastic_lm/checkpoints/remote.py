@@ -71,7 +71,13 @@ def check_remote_target(address: str, overwrite: bool, config_file: str, written
     Raises:
       FileExistsError: there is something that may not be replaced; names it.
       OSError: see `files.remote.explained`.
+      ValueError: several processes write, and the store takes the files of one.
     """
+    if jax.process_count() > 1 and not is_direct(address):
+        fix = "write to a folder that all processes see, or to gs://, or start one process"
+        raise ValueError(
+            f"{address}: takes a model from one process, and there are {jax.process_count()}: {fix}"
+        )
     found = top_names(address)
     if not found:
         return

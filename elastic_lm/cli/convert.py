@@ -2,12 +2,15 @@
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 from elastic_lm.cli.model_folder import load_tokenizer, parameter_count, writing_target
 from elastic_lm.cli.parser import CommandOptions, add_dtype, require_dtype, require_flag
+from elastic_lm.files.remote import is_remote
 
+STEP = re.compile(r"/checkpoints/\d+/*$")
 HELP = """\
 Hugging Face folder or name, or GGUF file -> elastic checkpoint, tensor by tensor.
 
@@ -56,6 +59,9 @@ def run(options: Options) -> None:
     from elastic_lm import hf
     from elastic_lm.checkpoints import native
 
+    if is_remote(options.source) and STEP.search(options.source):
+        fix = "copy its workdir to this machine (gcloud storage cp -r WORKDIR .), and name the step there"
+        raise ValueError(f"--from {options.source}: a checkpoint of a training run is read here: {fix}")
     step = native.is_step(Path(options.source))
     if options.backbone and not step:
         fix = "name WORKDIR/checkpoints/STEP"

@@ -18,6 +18,7 @@ from elastic_lm.cli.parser import (
     ModelOptions,
     add_colour,
     add_model,
+    local_place,
     metrics,
     require_colour,
     require_flag,
@@ -268,7 +269,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     add("--top-logprobs", type=int, metavar="K", help="with --json: and of the K likeliest (default: 0)")
     add("--raw", action="store_true", help="print control characters of texts as they are")
     text = "generate twice, and trace the second time, in which nothing compiles, with JAX's profiler"
-    add("--profile", metavar="DIR", help=text)
+    add("--profile", metavar="DIR", type=local_place, help=text)
     add_colour(parser)
 
 

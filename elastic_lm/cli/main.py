@@ -188,6 +188,7 @@ def show_traceback(debug: bool) -> bool:
 
 def one_line(error: BaseException) -> str:
     """The message of an error on one line, with the file first where the system reports one."""
+    from elastic_lm.files.remote import with_addresses
     from elastic_lm.report.terminal import shown
 
     if isinstance(error, OSError) and error.strerror:
@@ -197,8 +198,8 @@ def one_line(error: BaseException) -> str:
         if name is None and error.errno in DISK_ERRORS and _stdout_fails(error.errno):
             name = "stdout"
         if name is not None:
-            return shown(f"{name}: {error.strerror}")
-    return shown(" ".join(str(error).split())) or type(error).__name__
+            return shown(f"{with_addresses(name)}: {error.strerror}")
+    return shown(with_addresses(" ".join(str(error).split()))) or type(error).__name__
 
 
 def _flush() -> None:

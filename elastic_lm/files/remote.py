@@ -32,7 +32,7 @@ LOG_IN = {
 }
 PROBE = ".probe"  # how objects end that `check_writable` writes for a moment
 REMOVERS = 8  # objects that are removed at a time
-PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")
+PATTERN_CHARACTERS = re.compile(r"[\[\]*?\\]")  # of a path, that orbax or fsspec take for something else
 _comparing = threading.Lock()  # of stores in memory
 
 
@@ -213,6 +213,9 @@ def _entry(info: dict[str, Any]) -> Entry:
     changed = next((time for time in times if hasattr(time, "timestamp")), None)
     seconds = changed.timestamp() if changed is not None else 0.0
     known = [str(info[key]) for key in ("generation", "ETag", "etag", "md5Hash") if info.get(key)]
+    if not known and not seconds:
+        told = "the store tells neither version nor time, so that copies of it could be out of date"
+        raise ValueError(f"{info.get('name')}: {told}; copy it to this machine, and name the copy")
     return Entry(int(info.get("size") or 0), known[0] if known else f"{seconds}", seconds)
 
 
@@ -351,10 +354,10 @@ def check_writable(address: str) -> None:
     remove_object(probe)
 
 
-def check_name(address: str) -> None:
+def check_name(path: Any) -> None:
     """Refuses characters that a store takes and orbax or fsspec read as a pattern."""
-    usable = not PATTERN_CHARACTERS.search(address)
-    require(usable, "path", address, "holds one of []*?\\; choose a path without")
+    usable = not PATTERN_CHARACTERS.search(str(path))
+    require(usable, "path", str(path), "holds one of []*?\\; choose a path without")
 
 
 @functools.cache
@@ -402,6 +405,27 @@ def origin_of(path: Path) -> str | None:
 def named(path: Path) -> str:
     """A path as the user knows it: the address of a copy, or the path itself."""
     return origin_of(path) or str(path)
+
+
+def with_addresses(text: str) -> str:
+    """A message as the user can understand it: with the addresses of copies in the place of their paths."""
+    for copy in sorted([*_addresses], key=lambda copy: -len(str(copy))):
+        text = text.replace(str(copy), _addresses[copy])
+    return text
+
+
+@contextlib.contextmanager
+def addresses_in_errors() -> Iterator[None]:
+    """Names addresses in errors about copies of what lies there."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if error.args and isinstance(error.args[0], str):
+            error.args = (with_addresses(error.args[0]), *error.args[1:])
+        name = getattr(error, "filename", None)
+        if isinstance(error, OSError) and isinstance(name, str):
+            error.filename = with_addresses(name)
+        raise
 
 
 def fetched(path: Any) -> Path:

@@ -27,6 +27,7 @@ from elastic_lm.files.locks import holder
 from elastic_lm.files.remote import (
     PROBE,
     address_of,
+    addresses_in_errors,
     check_name,
     download,
     entry_of,
@@ -204,7 +205,7 @@ def working_folder(path: Any, writes: bool = True, fix: str = "choose another wo
         sender = threading.Thread(target=_keep_sending, args=(mirror, ended), daemon=True)
         sender.start()
         try:
-            with _addresses_in_messages(folder, address):
+            with addresses_in_errors():
                 yield folder
         finally:
             ended.set()
@@ -224,20 +225,6 @@ def _keep_sending(mirror: Mirror, ended: threading.Event) -> None:
             return
         except OSError as error:  # the next push that something counts on says so
             logging.warning("%s: files are not sent now and are tried again: %s", mirror.address, error)
-
-
-@contextlib.contextmanager
-def _addresses_in_messages(folder: Path, address: str) -> Iterator[None]:
-    """Names the remote folder in errors about its copy."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if error.args and isinstance(error.args[0], str) and str(folder) in error.args[0]:
-            error.args = (error.args[0].replace(str(folder), address), *error.args[1:])
-        name = getattr(error, "filename", None)
-        if isinstance(error, OSError) and isinstance(name, str):
-            error.filename = name.replace(str(folder), address)
-        raise
 
 
 class LeaseLost(ValueError):

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from elastic_lm.config.parse import parse_json
 from elastic_lm.files import atomic as plain
+from elastic_lm.files.remote import named
 from elastic_lm.hf.layouts import Shape
 from elastic_lm.models.finite import check_tensor
 
@@ -155,7 +156,7 @@ def _warn_of_other_weights(folder: Path) -> None:
     others = sorted({*_weight_map(folder / INDEX).values()} - {WEIGHTS})
     if others:
         warnings.warn(
-            f"{folder / WEIGHTS} is read, as transformers does; {INDEX} beside it names "
+            f"{named(folder / WEIGHTS)} is read, as transformers does; {INDEX} beside it names "
             f"{', '.join(others[:4])} and is ignored: remove the weights that are out of date",
             stacklevel=5,
         )

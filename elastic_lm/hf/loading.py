@@ -17,6 +17,7 @@ from elastic_lm.files.atomic import moved_away
 from elastic_lm.files.checksums import check_files
 from elastic_lm.files.gguf import is_gguf
 from elastic_lm.files.hub import OR_NAME, local_model
+from elastic_lm.files.remote import addresses_in_errors, named
 from elastic_lm.hf.config_json import NO_TOKEN, config_from_hf, read_eos
 from elastic_lm.hf.family import Family, typed
 from elastic_lm.hf.files import TensorFiles, read_json
@@ -93,24 +94,27 @@ def load(
       ```
     """
     folder = local_model(path, revision=revision)
-    _check_folder(folder)
-    config = _read_config(folder, dtype)
-    exits = [folder / EXITS_FILE] if getattr(config, "exits", ()) else []
-    tensors = GGUFTensors(folder) if is_gguf(folder) else text_tensors(TensorFiles.of_folder(folder, exits))
-    _check_layers(folder, config, tensors)
-    config = _complete(config, tensors)
-    config = _resolve_tying(config, tensors)
-    table = _match(folder, config, tensors)
-    check_files(folder)  # after what can say more exactly what is wrong
-    place = _placement(config, mesh)
-    _tell_of_quantised(tensors, config)
-    params: Params = {}
-    for binding in table:
-        sources = [tensors.read(name) for name in binding.names]
-        leaf = binding.layout.join(sources, binding.shape)
-        where = f"{tensors.files[binding.names[0]]}: tensor {_listed(list(binding.names))}"
-        leaf = cast_tensor(where, leaf, jnp.dtype(config.param_dtype))
-        _insert(params, binding.path, place(binding.path, leaf, weights))
+    with addresses_in_errors():
+        _check_folder(folder)
+        config = _read_config(folder, dtype)
+        exits = [folder / EXITS_FILE] if getattr(config, "exits", ()) else []
+        tensors = (
+            GGUFTensors(folder) if is_gguf(folder) else text_tensors(TensorFiles.of_folder(folder, exits))
+        )
+        _check_layers(folder, config, tensors)
+        config = _complete(config, tensors)
+        config = _resolve_tying(config, tensors)
+        table = _match(folder, config, tensors)
+        check_files(folder)  # after what can say more exactly what is wrong
+        place = _placement(config, mesh)
+        _tell_of_quantised(tensors, config)
+        params: Params = {}
+        for binding in table:
+            sources = [tensors.read(name) for name in binding.names]
+            leaf = binding.layout.join(sources, binding.shape)
+            where = f"{tensors.files[binding.names[0]]}: tensor {_listed(list(binding.names))}"
+            leaf = cast_tensor(where, leaf, jnp.dtype(config.param_dtype))
+            _insert(params, binding.path, place(binding.path, leaf, weights))
     return config, params
 
 
@@ -120,7 +124,9 @@ def _tell_of_quantised(tensors: TensorFiles, config: Config) -> None:
     if kinds:
         listed = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
         path = next(iter(tensors.files.values()))
-        warnings.warn(f"{path}: tensors ({listed}) are dequantised to {config.param_dtype}", stacklevel=3)
+        warnings.warn(
+            f"{named(path)}: tensors ({listed}) are dequantised to {config.param_dtype}", stacklevel=3
+        )
 
 
 def _check_folder(folder: Path) -> None:

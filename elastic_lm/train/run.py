@@ -38,6 +38,7 @@ from elastic_lm.train.goodput import Goodput
 from elastic_lm.train.identity import FILE as RUN_FILE
 from elastic_lm.train.identity import check_identity, save_identity
 from elastic_lm.train.inputs import check_inputs, run_inputs, save_inputs
+from elastic_lm.train.left_model import is_left, note_left
 from elastic_lm.train.method import Finished, RunData
 from elastic_lm.train.optim import learning_rate, make_optimizer
 from elastic_lm.train.prepared import Prepared
@@ -225,7 +226,10 @@ def _fit(
             )
 
     target = stored_at(workdir / MODEL_FOLDER)
-    model, params = save_finished(config, run, {**frozen, **state.params}, data, target)
+    again = start == config.train.steps and is_left(workdir, target, start)
+    trained = {**frozen, **state.params}
+    model, params = save_finished(config, run, trained, data, None if again else target)
+    note_left(workdir, target, config.train.steps)
     return model, params, metrics
 
 
@@ -234,7 +238,7 @@ def save_finished(
     run: Prepared,
     params: Params,
     data: RunData,
-    target: Path,
+    target: Path | None,
     *,
     backbone: bool = False,
     overwrite: bool = True,
@@ -246,7 +250,7 @@ def save_finished(
       run: the run at step 0.
       params: all parameters after its steps, in the form that they train in.
       data: what the run reads.
-      target: folder of the model.
+      target: folder of the model; None = it is there already, and nothing is written.
       backbone: without exits, and without what the method puts beside the model.
       overwrite: replace an earlier model at `target`.
 
@@ -258,16 +262,17 @@ def save_finished(
     if backbone and isinstance(model, ModelConfig):
         model, params = extract(model, params, model.n_layers)
         finished = Finished(params)
-    save_model(
-        target,
-        model,
-        params,
-        run.tokenizer,
-        menu=finished.menu or run.menu,
-        source=config.train.init_from or None,
-        beside=finished.beside,
-        overwrite=overwrite,
-    )
+    if target is not None:
+        save_model(
+            target,
+            model,
+            params,
+            run.tokenizer,
+            menu=finished.menu or run.menu,
+            source=config.train.init_from or None,
+            beside=finished.beside,
+            overwrite=overwrite,
+        )
     return model, params
 
 

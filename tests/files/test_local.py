@@ -58,12 +58,13 @@ def test_the_commands_have_such_flags() -> None:
     assert len(FLAGS) > 30
 
 
-LOCAL = [  # what these name is locked, moved or sent to the Hub
+LOCAL = [  # what these name is locked, moved, sent to the Hub, or written by JAX's profiler
     ("quickstart", "--out"),
     ("quickstart", "--hf-dir"),
     ("quickstart", "--data"),
     ("push", "--model"),
     ("push", "--thresholds"),
+    ("generate", "--profile"),
     ("cascade fit", "--out"),
     ("cascade run", "--out"),
 ]

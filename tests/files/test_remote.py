@@ -15,6 +15,7 @@ import pytest
 
 import elastic_lm as el
 from elastic_lm.checkpoints import native
+from elastic_lm.cli.main import main
 from elastic_lm.cli.train import Options
 from elastic_lm.cli.train import run as train_command
 from elastic_lm.data.sources import find_files
@@ -100,6 +101,15 @@ def test_copies_are_made_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None
         FileNotFoundError, match=r"memory://b/no\.txt: there is no such file; check the bucket"
     ):
         fetched("memory://b/no.txt")
+
+
+def test_a_store_that_tells_no_versions_is_not_copied_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_object("memory://b/x.txt", b"one\n")
+    files = fsspec.filesystem("memory")
+    info = files.info
+    monkeypatch.setattr(type(files), "info", lambda self, path, **_: {**info(path), "created": None})
+    with pytest.raises(ValueError, match=r"/b/x\.txt: the store tells neither version nor time"):
+        fetched("memory://b/x.txt")
 
 
 def test_data_files() -> None:
@@ -217,6 +227,15 @@ def test_what_others_put_into_an_unfinished_folder_stays() -> None:
             with pytest.raises(FileExistsError, match="memory://b/notes"):
                 call("memory://b/notes")
             assert {n: read_object(f"memory://b/notes/{n}") for n in listing("memory://b/notes")} == before
+
+
+def test_several_processes_do_not_write_where_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(vocab_size=300)
+    params = random_params(config)
+    monkeypatch.setattr(native.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"memory://b/m: takes a model from one process, and there are 2"):
+        native.save_model("memory://b/m", config, params, None)
+    assert not listing("memory://b/m")
 
 
 def test_arrays_without_a_config_are_no_model() -> None:
@@ -387,6 +406,31 @@ def test_a_lease_that_is_renewed_is_respected(monkeypatch: pytest.MonkeyPatch) -
         working_folder("memory://b/w"),
     ):
         pass
+
+
+def test_errors_name_the_address_and_not_the_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_object("memory://b/hf/config.json", b"{}")
+    write_object("memory://b/bad/config.json", b"{")
+    for name in ("hf", "bad"):
+        for load in (el.load, el.hf.load):
+            with pytest.raises((ValueError, OSError), match=f"^memory://b/{name}") as raised:
+                load(f"memory://b/{name}")
+            assert str(tmp_path) not in str(raised.value)
+        assert main(["convert", "--from", f"memory://b/{name}", "--to", str(tmp_path / "out")]) == 2
+        line = capsys.readouterr().err
+        assert f"error: memory://b/{name}" in line
+        assert str(tmp_path) not in line
+
+
+@pytest.mark.parametrize("more", [(), ("--backbone",)])
+def test_a_step_in_a_store_is_named_as_one(
+    more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = "memory://b/run/checkpoints/500"
+    write_object(f"{step}/state/x", b"x")
+    assert main(["convert", "--from", step, "--to", str(tmp_path / "out"), *more]) == 2
+    assert f"--from {step}: a checkpoint of a training run is read here" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_what_a_store_says_becomes_one_line() -> None:

@@ -126,6 +126,14 @@ def test_training_at_gs_goes_on_after_kills_and_its_model_is_used_there(
     assert left >= {"checkpoints", "model", "metrics.jsonl", "run.json", "inputs.json", "tokenizer.json"}
     assert not left & {"lease.json", UNFINISHED}
 
+    # Started again after its end, it does not touch the model.
+    def model() -> dict[str, int]:
+        return {name: store.objects[name].generation for name in store.names("bucket/run/model/")}
+
+    before = model()
+    finish(start(store, cache, *TRAIN, "--workdir", "gs://bucket/run"))
+    assert model() == before
+
     # The other commands read and write there, each in its turn.
     commands = [
         "calibrate --model gs://bucket/run/model --data gs://bucket/text/b.txt --out gs://bucket/t.json"
