@@ -28,7 +28,7 @@ def start(folder: Path, workdir: str) -> list[subprocess.Popen]:
 
 
 def steps_saved(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return sorted((path.name for path in (folder / "checkpoints").iterdir()), key=int)
 
 
 @pytest.mark.long

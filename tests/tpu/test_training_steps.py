@@ -140,7 +140,10 @@ def test_an_8b_at_full_size() -> None:
     )
     plan = plan_training(run, parse_topology("v5e:4x4"), describe_model("llama-3-8b"))
     assert plan.fits
-    assert plan.program["arguments"] == pytest.approx(sum(plan.held.values()), rel=0.01)
+    unread = (
+        128256 * 4096 * 2 // 16
+    )  # the head: the exits have their own, and JAX leaves out what is not read
+    assert plan.program["arguments"] + unread == pytest.approx(sum(plan.held.values()), rel=0.01)
     assert plan.needed == plan.program["total"] < 8 * GIB
     check_rings(plan)
 
@@ -158,4 +161,5 @@ def test_a_70b_at_full_size() -> None:
     assert plan.fits
     check_rings(plan)
     assert plan.program["arguments"] == pytest.approx(sum(plan.held.values()), rel=0.01)
-    assert (plan.host.hosts, plan.host.rows) == (64, 2)
+    # The chips of a host, two by two, belong to two groups that share layers: it reads the rows of both.
+    assert (plan.host.hosts, plan.host.rows, plan.host.shared_rows) == (64, 4, 4)

@@ -141,6 +141,8 @@ def check_run(name: str, run: Any, folder: Path, count: int, devices: int = 1) -
     sharing = run.mesh.sequence * run.mesh.tensor
     kept = [np.load(f"{many}.rows{i}.npz") for i in range(count)]
     due = first_rows(run, 2 if name == "cached" else STEPS)
+    if name == "flextron":  # ranks neurons on the first batches before it trains on them
+        due = [*due[: run.method.rank_batches], *due]
     for i, tokens in enumerate(due):
         parts = np.split(tokens, count * devices // sharing)
         for process, rows in enumerate(kept):
