@@ -199,7 +199,12 @@ class Checkpoints:
         if jax.process_count() == 1 or (error is not None and lost_process(error)):
             return error
         own = first_line(error).encode(errors="replace") if error else b""
-        said = [text.decode() for text in bytes_of_all(own)]
+        try:
+            said = [text.decode() for text in bytes_of_all(own)]
+        except (ValueError, RuntimeError):
+            if error is None:
+                raise
+            return error  # the cause, of which others may have noticed the end of a process alone
         if isinstance(error, Differs) or not any(said):
             return error
         folder = self._folder / str(step)

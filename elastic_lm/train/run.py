@@ -163,10 +163,10 @@ def _fit(
             config.mesh.data, config.mesh.fsdp, config.mesh.tensor, sequence=config.mesh.sequence
         )
         kernel = choose(config.train.attention, mesh)
+        if config.train.init_from:
+            # Read at the end as well; here nothing is lost where it fails.
+            Carried.of_folder(config.train.init_from)
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
-    if config.train.init_from:
-        # Read at the end as well; here nothing is lost where it fails.
-        Carried.of_folder(config.train.init_from)
     run: Prepared = prepare(config, workdir, mesh)  # pyright: ignore[reportArgumentType]
     method, data = run.method, run.data
     inputs = run_inputs(config, run)
