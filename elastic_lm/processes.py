@@ -110,7 +110,7 @@ def start_processes(
     # once, one process could begin the one, and another process the other, and both would wait.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if str(jax.config.jax_platforms).startswith("cpu"):
+    if str(getattr(jax.config, "jax_platforms", "")).startswith("cpu"):
         # Threads of XLA; one that waits for another process may not keep the rest of a program from running.
         os.environ.setdefault("NPROC", str(max(THREADS, os.cpu_count() or 1)))
     jax.distributed.initialize(

@@ -19,7 +19,7 @@ KEY = "shards"  # of a position: that of each shard, by its number
 Arrays = dict[str, np.ndarray]
 
 
-def take_rows(rows: Sequence[int], batch: Mapping[str, np.ndarray]) -> Arrays:
+def take_rows(rows: Sequence[int] | np.ndarray, batch: Mapping[str, np.ndarray]) -> Arrays:
     """These rows of a batch.
 
     Args:

@@ -374,6 +374,8 @@ def cache_taps(
       One `Taps` of host (numpy) arrays per batch, in the dtype of activations: for every token D numbers
       for the full model and D to 2 D per exit. Of several processes each keeps the rows of its own devices.
     """
-    several = jax.process_count() > 1 and mesh is not None
-    run = jax.jit(method.taps, out_shardings=batch_sharding(mesh)) if several else jax.jit(method.taps)
+    if jax.process_count() > 1 and mesh is not None:
+        run = jax.jit(method.taps, out_shardings=batch_sharding(mesh))
+    else:
+        run = jax.jit(method.taps)
     return [jax.tree.map(host_rows, run(frozen, batch)) for batch in batches]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -321,8 +322,8 @@ def _plan(
 
 
 def _training(options: Options, model: Model) -> Iterable[Batch]:
-    data = _data(options, "test")
-    return (Batch(**arrays) for arrays in pipeline.train_batches(data, model.tokenizer))
+    batches: Iterable[Any] = pipeline.train_batches(_data(options, "test"), model.tokenizer)
+    return (Batch(**arrays) for arrays in batches)
 
 
 def _settings(

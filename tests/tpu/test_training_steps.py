@@ -141,8 +141,6 @@ def test_an_8b_at_full_size() -> None:
     plan = plan_training(run, parse_topology("v5e:4x4"), describe_model("llama-3-8b"))
     assert plan.fits
     unread = 128256 * 4096 * 2 // 16  # the head, which exits do not read: JAX leaves out what nobody reads
-        128256 * 4096 * 2 // 16
-    )  # the head: the exits have their own, and JAX leaves out what is not read
     assert plan.program["arguments"] + unread == pytest.approx(sum(plan.held.values()), rel=0.01)
     assert plan.needed == plan.program["total"] < 8 * GIB
     check_rings(plan)
