@@ -10,7 +10,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 NAMES = (
-    "nn/test_placement.py",
+    "nn/test_placed_activations.py",
     "models/test_sharding.py",
     "models/test_encoder.py",
     "models/test_encoder_decoder.py",
