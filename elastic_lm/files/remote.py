@@ -212,11 +212,9 @@ def entry_of(address: str) -> Entry | None:
 def _entry(info: dict[str, Any]) -> Entry:
     times = (info.get(key) for key in ("mtime", "LastModified", "created"))
     changed = next((time for time in times if time), None)
-    if isinstance(changed, datetime.datetime):
+    if isinstance(changed, datetime.datetime):  # listings of the store in memory have a number
         changed = changed.timestamp()
-    seconds = (
-        float(changed) if isinstance(changed, int | float) else 0.0
-    )  # in listings of the store in memory
+    seconds = float(changed) if isinstance(changed, int | float) else 0.0
     known = [str(info[key]) for key in ("generation", "ETag", "etag", "md5Hash") if info.get(key)]
     if not known and not seconds:
         told = "the store tells neither version nor time, so that copies of it could be out of date"
