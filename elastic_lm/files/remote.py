@@ -7,6 +7,7 @@ TensorStore read and write them at gs:// themselves.
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import functools
 import importlib.util
@@ -210,8 +211,10 @@ def entry_of(address: str) -> Entry | None:
 
 def _entry(info: dict[str, Any]) -> Entry:
     times = (info.get(key) for key in ("mtime", "LastModified", "created"))
-    changed = next((time for time in times if hasattr(time, "timestamp")), None)
-    seconds = changed.timestamp() if changed is not None else 0.0
+    changed = next((time for time in times if time), None)
+    if isinstance(changed, datetime.datetime):  # listings of the store in memory have a number
+        changed = changed.timestamp()
+    seconds = float(changed) if isinstance(changed, int | float) else 0.0
     known = [str(info[key]) for key in ("generation", "ETag", "etag", "md5Hash") if info.get(key)]
     if not known and not seconds:
         told = "the store tells neither version nor time, so that copies of it could be out of date"

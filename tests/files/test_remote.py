@@ -103,6 +103,14 @@ def test_copies_are_made_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None
         fetched("memory://b/no.txt")
 
 
+def test_a_listing_tells_the_same_version_as_the_object() -> None:
+    write_object("memory://b/x.txt", b"one\n")
+    entry = remote.entry_of("memory://b/x.txt")
+    assert entry is not None
+    assert entry.changed
+    assert listing("memory://b") == {"x.txt": entry}
+
+
 def test_a_store_that_tells_no_versions_is_not_copied_from(monkeypatch: pytest.MonkeyPatch) -> None:
     write_object("memory://b/x.txt", b"one\n")
     files = fsspec.filesystem("memory")
