@@ -26,7 +26,12 @@ for i in "${!hosts[@]}"; do start "$i" & done
 
 status=0
 for job in $(jobs -p); do
-  wait "$job" || status=$?
-  while kill -0 "$job" 2> /dev/null; do wait "$job" || status=$?; done # a trap ends a wait early
+  wait "$job"
+  code=$?
+  while kill -0 "$job" 2> /dev/null; do # a trap has ended the wait early, with a status of its own
+    wait "$job"
+    code=$?
+  done
+  [ "$code" -eq 0 ] || status=$code
 done
 exit "$status"
