@@ -5,7 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from elastic_lm.cli.parser import listed
-from elastic_lm.config.checks import is_whole
+from elastic_lm.config.checks import is_whole, require
 from elastic_lm.config.mesh import MeshConfig
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def make(sizes: MeshConfig | None) -> "Mesh | None":
     """The mesh over all devices; None = the default device alone.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or there are several processes, of
+        which each reads batches of its own.
     """
     if sizes is None:
         return None
@@ -52,6 +53,8 @@ def make(sizes: MeshConfig | None) -> "Mesh | None":
 
     from elastic_lm.models.sharding import make_mesh
 
+    fix = "a mesh would span processes, which read different batches; leave it out, or start one process"
+    require(jax.process_count() == 1, "--mesh", f"{jax.process_count()} processes", fix)
     axes = dataclasses.asdict(sizes).items()
     given = ",".join(f"{axis}={size}" for axis, size in axes if axis != "sequence" or size != 1)
     try:
