@@ -22,7 +22,7 @@ from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill, prefill_from_state
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.placement import mesh_of, placed_for_decoding
-from elastic_lm.models.sharding import fitting_shardings
+from elastic_lm.models.sharding import fitting_shardings, put_fitting
 from elastic_lm.width.chooser import Per, SubnetChooser, budget_inputs, nested_model, with_prompt_choices
 from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig
 from elastic_lm.width.slicing import slice_params
@@ -156,7 +156,7 @@ def _sliced(config: ModelConfig, params: Params, subnet: Subnet, mesh: Mesh | No
     programs = _jit_prefill(functools.partial(prefill, **on)), _jit_run(functools.partial(run, **on))
     config, params = slice_params(config, params, subnet)
     if mesh is not None:
-        params = jax.device_put(params, fitting_shardings(config, mesh))
+        params = put_fitting(params, fitting_shardings(config, mesh))
     served = Served(subnet, config, placed_for_decoding(params, config.dtype), *programs, mesh=mesh)
     _compiled.watch(served)
     return served

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from elastic_lm.config.checks import require
 from elastic_lm.models.decoder import LAYER, Params, alike_layers
 from elastic_lm.models.registry import Config, abstract_params
+from elastic_lm.nn.placement import ROWS
 from elastic_lm.nn.sequence import SEQUENCE, sequence_size
 
 AXES = ("data", "fsdp", "tensor")  # of every mesh; one with a sequence axis has it before tensor
@@ -188,6 +189,25 @@ def fitting_shardings(config: Config, mesh: Mesh, rules: Rules | None = None) ->
     return jax.tree.map(one, abstract_params(config), is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
+def put_fitting(params: Params, shardings: Params) -> Params:
+    """Canonical parameters in their places; integers and scales of 8 bits in that of their kernel.
+
+    Args:
+      params: arrays, or `nn.int8.Int8Kernel` in the place of some.
+      shardings: from `param_shardings` or `fitting_shardings`.
+    """
+
+    def put(sharding: NamedSharding, leaf: Any) -> Any:
+        def one(x: jax.Array) -> jax.Array:
+            # Scales have the dimensions of the kernel's outputs, which come first.
+            spec = PartitionSpec(*sharding.spec[: x.ndim])
+            return jax.device_put(x, NamedSharding(sharding.mesh, spec))
+
+        return jax.tree.map(one, leaf)
+
+    return jax.tree.map(put, shardings, params)
+
+
 def stacked_shardings(shardings: Params) -> Params:
     """Shardings of the stacked form (`decoder.stack_layers`); the layer dimension is scanned, so not split.
 
@@ -228,14 +248,14 @@ def stack_onto(params: Params, shardings: Params) -> Params:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of [B, ...] arrays: rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def column_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of [B, T, ...] arrays: rows over data and fsdp, columns over sequence, if the mesh has it."""
     if sequence_size(mesh) == 1:
         return batch_sharding(mesh)
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), SEQUENCE))
+    return NamedSharding(mesh, PartitionSpec(ROWS, SEQUENCE))
 
 
 def check_columns(field: str, columns: int, mesh: Mesh) -> None:
