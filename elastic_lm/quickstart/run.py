@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -322,8 +322,8 @@ def _plan(
 
 
 def _training(options: Options, model: Model) -> Iterable[Batch]:
-    batches: Iterable[Any] = pipeline.train_batches(_data(options, "test"), model.tokenizer)
-    return (Batch(**arrays) for arrays in batches)
+    batches = pipeline.train_batches(_data(options, "test"), model.tokenizer)
+    return (Batch(**cast(Any, arrays)) for arrays in batches)
 
 
 def _settings(
