@@ -21,7 +21,11 @@ ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "docs" / "launch"
 SECONDS = 300  # that a script may take here
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(sys.platform == "win32", reason="there is no bash")]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.processes,
+    pytest.mark.skipif(sys.platform == "win32", reason="there is no bash"),
+]
 
 # The last argument is the command; the host must be one of the names that the tests give.
 SSH = """\

@@ -18,6 +18,7 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path, name: str) -> None:
     assert len(killing.run(tmp_path, {}, {name: 2}, seed=1)) == 1
 
 
+@pytest.mark.processes
 @pytest.mark.long
 def test_the_death_of_one_of_two_processes_ends_the_other_and_loses_nothing(tmp_path: Path) -> None:
     assert "2 kills" in killing.run_together(tmp_path, 2, processes=2, seed=1)

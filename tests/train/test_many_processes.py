@@ -193,8 +193,10 @@ def test_two_processes_train_as_one(runs: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
-    [(2, 2, MeshConfig(data=2, fsdp=2)), (4, 1, MeshConfig(data=2, tensor=2))],
-    ids=["two", "four"],
+    [
+        pytest.param(2, 2, MeshConfig(data=2, fsdp=2), id="two"),
+        pytest.param(4, 1, MeshConfig(data=2, tensor=2), id="four", marks=pytest.mark.processes),
+    ],
 )
 def test_several_processes_train_as_one(
     runs: dict[str, Any], tmp_path: Path, count: int, devices: int, mesh: MeshConfig
