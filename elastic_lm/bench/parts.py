@@ -124,7 +124,10 @@ class Parts:
         """The parts with the exit after another layer."""
         assert self.exit is not None
         moved = layer - self.exit.layer
-        deep = {width: seconds - moved * self.layer(width) for width, seconds in self.exit.deep.items()}
+        # On a busy machine a layer can seem to take longer than the tick that it is a part of.
+        deep = {
+            width: max(seconds - moved * self.layer(width), 0.0) for width, seconds in self.exit.deep.items()
+        }
         return ExitParts(layer, self.exit.shallow + moved * self.layer(1), self.exit.look, deep)
 
     def seconds(
