@@ -89,7 +89,7 @@ def runs(run_config: RunConfig, text_file: Path, tmp_path: Path) -> dict[str, An
         "soft": changed(run, "sorted_finetuning"),
         "flextron": changed(run, "flextron", **menu),
         "routers": changed(run, "routers", **routed),
-        "task": TaskRun(task, TrainConfig(**TRAIN), encoder=ENCODER),
+        "task": TaskRun(task, TrainConfig(log_every=1, **TRAIN), encoder=ENCODER),
     }
 
 
