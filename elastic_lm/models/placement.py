@@ -15,9 +15,9 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from elastic_lm.models.decoder import Params
+from elastic_lm.nn.placement import ROWS
 
-ROW_AXES = ("data", "fsdp")  # of a mesh: its devices hold different rows of a batch
-HEAD_AXIS = "tensor"  # its devices hold different heads
+HEAD_AXIS = "tensor"  # of a mesh: its devices hold different heads
 
 
 def placed_for_decoding(params: Params, dtype: str) -> Params:
@@ -97,7 +97,7 @@ def mesh_of(params: Params) -> Mesh | None:
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
             mesh = sharding.mesh
-            known = {*ROW_AXES, HEAD_AXIS} <= set(mesh.axis_names)
+            known = {*ROWS, HEAD_AXIS} <= set(mesh.axis_names)
             return mesh if isinstance(mesh, Mesh) and known else None
     return None
 
@@ -109,7 +109,7 @@ def rows_over(mesh: Mesh, rows: int) -> tuple[str, ...]:
       mesh: from `sharding.make_mesh`.
       rows: of a batch.
     """
-    for axes in (ROW_AXES, ROW_AXES[:1], ROW_AXES[1:]):
+    for axes in (ROWS, ROWS[:1], ROWS[1:]):
         devices = 1
         for axis in axes:
             devices *= mesh.shape[axis]

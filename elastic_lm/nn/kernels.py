@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from elastic_lm.config.checks import require
 from elastic_lm.nn import sequence
+from elastic_lm.nn.placement import ROWS
 
 AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
 PLATFORMS = {"splash": ("tpu", "TPUs"), "cudnn": ("gpu", "NVIDIA GPUs")}
@@ -164,11 +165,11 @@ def splash(
 
     # Pallas' calls are divided by hand: every device has its rows and its heads.
     if kernel.mesh is not None and kernel.mesh.size > 1:
-        heads = PartitionSpec(sequence.ROWS, "tensor")
+        heads = PartitionSpec(ROWS, "tensor")
         by_window = jax.shard_map(
             by_window,
             mesh=kernel.mesh,
-            in_specs=(heads, heads, heads, PartitionSpec(sequence.ROWS), PartitionSpec()),
+            in_specs=(heads, heads, heads, PartitionSpec(ROWS), PartitionSpec()),
             out_specs=heads,
             check_vma=False,
         )

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from elastic_lm.nn.placement import ROWS
+
 SEQUENCE = "sequence"  # the axis of a mesh
-ROWS = ("data", "fsdp")  # the axes that divide rows
 _MESH: ContextVar[Mesh | None] = ContextVar("mesh of the sequence", default=None)
 
 
