@@ -7,9 +7,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import elastic_lm as el
 from elastic_lm.cli.main import main
+from elastic_lm.cli.mesh_flag import make
+from elastic_lm.config.mesh import MeshConfig
 from elastic_lm.decode.state import DecodeState
 from elastic_lm.models.placement import heads_over, mesh_of, rows_beside, rows_over
 from elastic_lm.models.sharding import make_mesh, param_shardings
+from elastic_lm.nn.int8 import quantised
 from elastic_lm.testing import random_params, random_tokens, tiny_config
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -96,6 +99,21 @@ def test_sub_networks_run_on_the_mesh_of_the_model(params) -> None:
     for inside in (False, True):
         how = {"subnet": part, "slice_inside": inside}
         assert tokens(on_mesh, PROMPTS, **how) == tokens(params, PROMPTS, **how)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_sub_networks_in_8_bits_run_on_a_mesh(params, inside: bool) -> None:
+    part = el.Subnet.uniform(CONFIG, mlp=0.5, groups=0.5)
+    how = {"subnet": part, "slice_inside": inside}
+    on_mesh = quantised(placed(params, make_mesh(2, 2, 2)))
+    assert tokens(on_mesh, PROMPTS) == tokens(quantised(params), PROMPTS)
+    assert tokens(on_mesh, PROMPTS, **how) == tokens(quantised(params), PROMPTS, **how)
+
+
+def test_several_processes_take_no_mesh_of_a_command(monkeypatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"--mesh=.2 processes.: .* leave it out"):
+        make(MeshConfig(data=8))
 
 
 def test_a_conversation_goes_on_from_divided_caches(params) -> None:
