@@ -23,7 +23,12 @@ ANSWER_TOKENS = 32  # that an encoder-decoder writes at most; on the command lin
 CostUnit = Literal["flops", "seconds"]  # what a cascade saves
 BATCH_SIZE = 16  # records that a model answers at once
 
-Style = Literal["rows", "openai"]  # what a service is sent, and what it answers
+Style = Literal["rows", "openai", "chat"]  # what a service is sent, and what it answers
+COMPLETIONS = ("openai", "chat")  # styles of the OpenAI API: of texts, of chats
+AskedChoices = Literal["ignored", "letters", "texts"]  # how such a service is asked about choices
+TOP_LOGPROBS = (
+    5  # likeliest tokens that a service is asked for where it scores; more than 5 are refused by some
+)
 TIMEOUT = 30.0  # seconds that a service may take for a record
 RETRIES = 2  # further tries per record
 
