@@ -96,7 +96,7 @@ def clopper_pearson(wrong: int, n: int, epsilon: float) -> float:
     return float(test.proportion_ci(1 - epsilon, method="exact").high)
 
 
-def effective_trials(events: np.ndarray, group: np.ndarray) -> float:
+def effective_trials(events: np.ndarray, group: np.ndarray, weights: np.ndarray | None = None) -> float:
     """How many independent trials say as much about a rate as trials that come in groups.
 
     Tokens of one text share their context, so that their rate varies more from text to text than that of
@@ -104,9 +104,13 @@ def effective_trials(events: np.ndarray, group: np.ndarray) -> float:
 
         n / max(1, v / (r (1 - r) / n)),    v = G / (G - 1) sum_g (sum_{i in g} x_i - r)^2 / n^2
 
+    With weights w_i, r is the weighted rate, w_i (x_i - r) is summed, the square of the sum of weights takes
+    the place of n^2 in v, and n is Kish's (sum w_i)^2 / sum w_i^2.
+
     Args:
-      events: [n] bool, whether the event happened.
+      events: [n] bool, whether the event happened; or how far it did, in [0, 1].
       group: [n] which group a trial belongs to.
+      weights: [n] how much each trial counts, not all 0; None = all alike.
 
     Returns:
       A number from 1 to n; n where there is one group, or nothing varies.
@@ -114,15 +118,41 @@ def effective_trials(events: np.ndarray, group: np.ndarray) -> float:
     Paper: Korn and Graubard 1998, Confidence intervals for proportions with small expected number of
     positive counts estimated from survey data.
     """
-    n, rate = len(events), float(np.mean(events))
-    _, index, sizes = np.unique(group, return_inverse=True, return_counts=True)
-    groups = len(sizes)
+    weights = np.ones(len(events)) if weights is None else weights
+    total = float(weights.sum())
+    n, rate = total**2 / float(weights @ weights), float(weights @ events) / total
+    _, index = np.unique(group, return_inverse=True)
+    groups = int(index.max()) + 1
     if groups < 2 or rate in (0.0, 1.0):
         return float(n)
 
-    excess = np.bincount(index, events) - rate * sizes
-    variance = groups / (groups - 1) * float(excess @ excess) / n**2
+    excess = np.bincount(index, weights * (events - rate))
+    variance = groups / (groups - 1) * float(excess @ excess) / total**2
     return max(1.0, n / max(1.0, variance / (rate * (1 - rate) / n)))
+
+
+def rate_interval(rate: float, trials: float, epsilon: float) -> tuple[float, float]:
+    """Clopper and Pearson's two-sided interval of a rate.
+
+    Args:
+      rate: that was found, in [0, 1].
+      trials: independent ones, or how many would say the same (`effective_trials`); above 0.
+      epsilon: probability with which the interval may miss, half of it at either end.
+
+    Returns:
+      (lower end, upper end).
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    require(0 <= rate <= 1, "rate", rate, "must be in [0, 1]")
+    require(trials > 0, "trials", trials, "must be above 0")
+    require(0 < epsilon < 1, "epsilon", epsilon, "must be a probability like 0.05")
+    happened, missed = rate * trials, (1 - rate) * trials
+    inverse = scipy.special.betaincinv
+    low = float(inverse(happened, missed + 1, epsilon / 2)) if happened > 0 else 0.0
+    high = float(inverse(happened + 1, missed, 1 - epsilon / 2)) if missed > 0 else 1.0
+    return low, high
 
 
 def risk_bound(risk: float, n: int, epsilon: float) -> float:
