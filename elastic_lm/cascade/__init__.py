@@ -18,7 +18,12 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cascade.results import CascadeResult, CascadeStatistics, MemberStatistics
     from elastic_lm.cascade.rule import CascadeRule, Stage, fit_rule
     from elastic_lm.cascade.scores import Scoring
-    from elastic_lm.cascade.shared_model import shared_classifier, shared_generator, shared_multiple_choice
+    from elastic_lm.cascade.shared_model import (
+        shared_classifier,
+        shared_generator,
+        shared_members,
+        shared_multiple_choice,
+    )
     from elastic_lm.cascade.sweep import (
         ALWAYS_SUPER,
         ALWAYS_SWIFT,
@@ -64,6 +69,7 @@ __all__ = [
     "plot_cascade",
     "shared_classifier",
     "shared_generator",
+    "shared_members",
     "shared_multiple_choice",
 ]
 

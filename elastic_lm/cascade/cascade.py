@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from elastic_lm.cascade.answerer import (
     Answer,
     Answerer,
-    PreviewingAnswerer,
     Record,
     ResumingAnswerer,
+    ResumingPreviewer,
     can_preview,
     failed,
 )
@@ -268,18 +268,17 @@ class CascadeRun(Iterator[CascadeResult]):
 
     def _way(self, member: int, batch: list[QueuedRecord]) -> Callable[[list[Record]], list[Answer]]:
         """How a member is asked about a batch: from what an earlier one handed over, where it can."""
-        model, previews = self._cascade.members[member], self._previews(member)
+        model = self._cascade.members[member]
+        previewer = self._cascade.previewers[member] if member < self._last else None
         for source in self._cascade.sources[member]:
             earlier = [queued.asked[source] for queued in batch]
-            if all(answer.handover is not None for answer in earlier):
-                assert isinstance(model, ResumingAnswerer)
-                resume = getattr(model, "resume_preview", None) if previews else model.resume
-                if resume is not None:
-                    return lambda records: resume(records, earlier)
-        return previews.preview if previews else model.answer
-
-    def _previews(self, member: int) -> PreviewingAnswerer | None:
-        return self._cascade.previewers[member] if member < self._last else None
+            if any(answer.handover is None for answer in earlier):
+                continue
+            if isinstance(previewer, ResumingPreviewer):
+                return lambda records: previewer.resume_preview(records, earlier)
+            if previewer is None and isinstance(model, ResumingAnswerer):
+                return lambda records: model.resume(records, earlier)
+        return previewer.preview if previewer else model.answer
 
     def _let_go(self, member: int, queued: QueuedRecord) -> QueuedRecord:
         """Drops what earlier members handed over where this one has handed over more of the same model."""
