@@ -27,10 +27,10 @@ from elastic_lm.cascade.answerer import (
 from elastic_lm.cascade.energy import keeps
 from elastic_lm.cascade.joint_rule import JointRule
 from elastic_lm.cascade.queue import BatchQueue, QueuedRecord
-from elastic_lm.cascade.results import CascadeResult, CascadeStatistics, Tally, member_names
+from elastic_lm.cascade.results import CascadeResult, CascadeStatistics, Tally
 from elastic_lm.cascade.rule import CascadeRule, Stage
 from elastic_lm.cascade.scores import PLAIN, score_of
-from elastic_lm.config.cascade import BATCH_SIZE, DEFAULT_SCORE, SCORES
+from elastic_lm.config.cascade import BATCH_SIZE, DEFAULT_SCORE, SCORES, member_names
 from elastic_lm.config.checks import require, require_at_least_1, require_choice, require_type
 
 HELD_BATCHES = 64  # how many batches of records may be held at once

@@ -8,22 +8,9 @@ from typing import Any
 import numpy as np
 
 from elastic_lm.cascade.answerer import Answer
+from elastic_lm.config.cascade import SUPER, SWIFT
 
 LATENCY_SAMPLES = 4096  # latencies that are remembered, a random sample of all
-SWIFT, SUPER = "swift", "super"
-
-
-def member_names(count: int) -> tuple[str, ...]:
-    """What the members of a cascade are called.
-
-    Args:
-      count: of members, at least 2.
-
-    Returns:
-      ("swift", "super"), ("swift", "middle", "super"), ("swift", "middle_1", "middle_2", "super") and so on.
-    """
-    middle = ("middle",) if count == 3 else tuple(f"middle_{i}" for i in range(1, count - 1))
-    return (SWIFT, *middle, SUPER)
 
 
 @dataclasses.dataclass(frozen=True)

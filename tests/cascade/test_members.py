@@ -10,9 +10,9 @@ from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.function import Function
 from elastic_lm.cascade.joint_rule import JointRule
 from elastic_lm.cascade.measure import measure_members
-from elastic_lm.cascade.results import member_names
 from elastic_lm.cascade.rule import CascadeRule, Stage
 from elastic_lm.cascade.scores import Scoring
+from elastic_lm.config.cascade import member_names
 
 RECORDS = 1100
 
