@@ -80,7 +80,11 @@ class BucketedAnswerer(Answerer, Protocol):
 
 @runtime_checkable
 class ResumingAnswerer(Answerer, Protocol):
-    """A Super that continues from what the Swift has computed instead of starting over."""
+    """A member that continues from what an earlier one has computed instead of starting over.
+
+    It continues from the member right before it, where neither has an attribute `weights`, or from any
+    earlier one whose `weights` are the same object, which says that both run the same layers.
+    """
 
     def resume(self, records: Sequence[Record], swift_answers: Sequence[Answer], /) -> list[Answer]:
         """Answers records that the Swift has begun.
@@ -124,6 +128,23 @@ class PreviewingAnswerer(Answerer, Protocol):
 
         Returns:
           What `answer` gives, at the same cost, which includes the preview's.
+        """
+        ...
+
+
+@runtime_checkable
+class ResumingPreviewer(PreviewingAnswerer, Protocol):
+    """A member between others that previews from what an earlier one has computed."""
+
+    def resume_preview(self, records: Sequence[Record], earlier: Sequence[Answer], /) -> list[Answer]:
+        """Scores records that an earlier member has begun.
+
+        Args:
+          records: as in `answer`.
+          earlier: the earlier member's answers to them, each with its `handover`.
+
+        Returns:
+          What `preview` gives, at the cost of the work that was left.
         """
         ...
 

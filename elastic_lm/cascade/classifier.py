@@ -41,6 +41,7 @@ class Classifier:
     Attributes:
       names: names of the classes; () = they have none.
       classes: number of classes; 0 = a regression.
+      weights: what those have in common that continue from each other (`shared_model`); None = unknown.
 
     Example:
       ```python
@@ -103,6 +104,7 @@ class Classifier:
         )
         require_at_least_1("batch_size", batch_size)
 
+        self.weights: object | None = None
         self.scoring, self.names = scoring, config.labels
         self.classes = config.n_labels if config.problem == "classification" else 0
         self._config, self._params, self._tokenizer = config, params, tokenizer

@@ -1,5 +1,7 @@
 """A model behind HTTP as a model of a cascade: HTTP with a deadline for the whole request.
 
+What is sent to a server of the OpenAI API, and how its log-probabilities become scores, is in `completions`.
+
 A socket's timeout limits only each read, so a server that sends a byte now and then could hold a record
 forever. Here a reply has to be complete by a deadline: the time that is left becomes the socket's timeout
 before every read.
@@ -11,6 +13,7 @@ import http.client
 import io
 import json
 import math
+import operator
 import time
 import urllib.error
 import urllib.request
@@ -19,8 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from elastic_lm.cascade import completions
 from elastic_lm.cascade.answerer import Answer, Record, text_in
-from elastic_lm.config.cascade import RETRIES, TIMEOUT, Style, without_secrets
+from elastic_lm.cascade.completions import NoLogProbabilities
+from elastic_lm.config.cascade import COMPLETIONS, RETRIES, TIMEOUT, AskedChoices, Style, without_secrets
 from elastic_lm.config.checks import (
     is_whole,
     require,
@@ -33,6 +38,12 @@ from elastic_lm.config.checks import (
 from elastic_lm.config.parse import parse_json
 
 MOST_BYTES = 2**24  # of a reply, unless `max_bytes` says otherwise
+# Where a reply has its output, by style, and how messages call that.
+OUTPUTS: Mapping[str, tuple[tuple[str | int, ...], str]] = {
+    "rows": (("output",), '"output"'),
+    "openai": (("choices", 0, "text"), "choices[0].text"),
+    "chat": (("choices", 0, "message", "content"), "choices[0].message.content"),
+}
 BUSY = (408, 425, 429)  # statuses below 500 after which trying again may help
 
 
@@ -41,8 +52,14 @@ class Endpoint:
 
     In the style "rows" the body is {"row": record}, and the reply is {"output": ..., "scores": {name:
     number}, "cost": number}. Scores and cost may be left out; scores have to be finite, a cost finite and at
-    least 0. The style "openai" is a text completion: the body is {"model", "prompt", "max_tokens",
-    "temperature": 0} with the record's text as the prompt, and the output is choices[0].text.
+    least 0.
+
+    The styles "openai" and "chat" are text completions and chat completions of the OpenAI API. The body is
+    {"model", "max_tokens", "temperature": 0} with the record's text as "prompt", or with its messages, or its
+    text as one of a user, as "messages". The output is choices[0].text, or choices[0].message.content. With
+    `top_logprobs` the server's log-probabilities become scores (`elastic_lm.cascade.completions`): logprob,
+    energy, max_prob, margin and entropy, so that it can be the Swift. Asked about choices, it answers with
+    the index of one, as `MultipleChoice` does, by the log-probabilities of the reply's first token.
 
     Failed connections, timeouts and the statuses 408, 425, 429 and 5xx are tried again, after a wait that
     doubles each time; any other status is an error at once. After a record for which every try failed, the
@@ -58,6 +75,10 @@ class Endpoint:
       # Only records that are passed on are sent; the Swift keeps this one.
       (result,) = Cascade(swift, super_, 0.5).answer([{"text": "You won!", "sure": 0.9}])
       assert (result.output, result.model) == ("spam", "swift")
+
+      # A server of chat completions as a Swift: its log-probabilities are the scores.
+      url = "http://localhost:8000/v1/chat/completions"
+      chat = Endpoint(url, style="chat", top_logprobs=5, choices="letters", options={"model": "small"})
       ```
     """
 
@@ -71,6 +92,10 @@ class Endpoint:
         workers: int = 8,
         style: Style = "rows",
         text_field: str = "text",
+        messages_field: str = "messages",
+        choices_field: str = "choices",
+        choices: AskedChoices = "ignored",
+        top_logprobs: int = 0,
         options: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         cost: float = 0.0,
@@ -85,9 +110,14 @@ class Endpoint:
           retries: further tries per record.
           backoff: seconds to wait before the first of them.
           workers: records under way at once.
-          style: "rows" or "openai".
-          text_field: openai: field of the record that is the prompt.
-          options: openai: further fields of the body, such as model and max_tokens.
+          style: "rows", "openai" or "chat".
+          text_field: openai, chat: field of the record that is the prompt.
+          messages_field: chat: field with messages, which stand in place of the text where a record has them.
+          choices_field: openai, chat: field with the choices, a list of texts.
+          choices: openai, chat: "letters" writes the choices after the prompt and asks for a letter; "texts"
+            leaves the prompt as it is, and the reply is to begin with a choice; "ignored" asks for a text.
+          top_logprobs: openai, chat: likeliest tokens whose log-probabilities are asked for; 0 = no scores.
+          options: openai, chat: further fields of the body, such as model and max_tokens.
           headers: of every request, such as Authorization.
           cost: FLOPs of a record, where the reply has none.
           max_bytes: of a reply; a longer one is the error of its record, and is not read to its end.
@@ -106,17 +136,33 @@ class Endpoint:
         require_at_least_1("workers", workers)
         require_at_least_1("max_bytes", max_bytes)
         require_choice("style", style, get_args(Style))
+        require_choice("choices", choices, get_args(AskedChoices))
+        require(is_whole(top_logprobs), "top_logprobs", top_logprobs, "must be a whole number of at least 0")
+        api = style in COMPLETIONS
+        for name, value in {"top_logprobs": top_logprobs or None, "choices": choices}.items():
+            fix = 'is read in the styles "openai" and "chat"; leave it out'
+            require(api or value in (None, "ignored"), name, value, fix)
+        scored = top_logprobs > 0 or choices != "texts"
+        require(scored, "choices", choices, "is read from log-probabilities; set top_logprobs too")
         _check_headers(headers or {})
 
         self.url, self._address, self._max_bytes = shown, address, max_bytes
         self._timeout, self._retries, self._backoff, self._workers = timeout, retries, backoff, workers
         self._style, self._text_field, self._cost = style, text_field, cost
+        self._messages_field, self._choices_field = messages_field, choices_field
+        self._choices, self._top_logprobs = choices, int(top_logprobs)
+        self._any_logprobs = False  # whether a reply has had some
         self._options, self._headers = dict(options or {}), {**login, **(headers or {})}
         self._down = False
         self._opener = opener_with_deadline()
 
     def answer(self, records: Sequence[Record]) -> list[Answer]:
-        """Answers records, as in `Answerer.answer`."""
+        """Answers records, as in `Answerer.answer`.
+
+        Raises:
+          ValueError: log-probabilities are asked for, and the server returns none and has not returned any
+            before.
+        """
         with ThreadPoolExecutor(min(self._workers, max(len(records), 1))) as pool:
             return list(pool.map(self._answer_one, records))
 
@@ -124,14 +170,34 @@ class Endpoint:
         began = time.perf_counter()
         try:
             body = json.dumps(self._body(record)).encode()
-            return self._parse(self._post(body), time.perf_counter() - began)
+            return self._parse(record, self._post(body), time.perf_counter() - began)
+        except NoLogProbabilities as error:
+            # From the first reply on, it is the server that has none.
+            if not self._any_logprobs:
+                raise NoLogProbabilities(f"{self.url}: {error}") from None
+            return Answer(error=f"{self.url}: {error}", seconds=time.perf_counter() - began)
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             return Answer(error=f"{self.url}: {_reason(error)}", seconds=time.perf_counter() - began)
 
     def _body(self, record: Record) -> dict[str, Any]:
         if self._style == "rows":
             return {"row": dict(record)}
-        return {"temperature": 0, **self._options, "prompt": text_in(record, self._text_field)}
+        body: dict[str, Any] = {"temperature": 0, **self._options}
+        choices = completions.asked_choices(record, self._choices, self._choices_field)
+        if self._style == "openai":
+            prompt = text_in(record, self._text_field)
+            prompt = completions.lettered(prompt, choices, "Answer:") if self._lists(choices) else prompt
+            asked = {"logprobs": self._top_logprobs} if self._top_logprobs else {}
+            return {**body, "prompt": prompt, **asked}
+
+        messages = completions.messages_of(record, self._messages_field, self._text_field)
+        messages = completions.with_choices(messages, choices) if self._lists(choices) else messages
+        asked = {"logprobs": True, "top_logprobs": self._top_logprobs} if self._top_logprobs else {}
+        return {**body, "messages": messages, **asked}
+
+    def _lists(self, choices: Sequence[str]) -> bool:
+        """Whether the choices stand in what is sent."""
+        return bool(choices) and self._choices == "letters"
 
     def _post(self, body: bytes) -> bytes:
         """The reply, after as many tries as it takes."""
@@ -166,22 +232,53 @@ class Endpoint:
         except http.client.HTTPException as error:  # is no OSError, but is worth another try as well
             raise ConnectionError(f"the reply broke off: {type(error).__name__} {error}") from error
 
-    def _parse(self, reply: bytes, seconds: float) -> Answer:
-        own_style = self._style == "rows"
+    def _parse(self, record: Record, reply: bytes, seconds: float) -> Answer:
+        path, wanted = OUTPUTS[self._style]
         try:
             content = parse_json(reply)
-            output = content["output"] if own_style else content["choices"][0]["text"]
+            output = functools.reduce(operator.getitem, path, content)
         except (ValueError, TypeError, LookupError) as error:
-            wanted = '"output"' if own_style else "choices[0].text"
             raise ValueError(f"the reply has no {wanted}: {reply[:80]!r}") from error
         _check_output(output)
+        if self._style in COMPLETIONS:
+            require(isinstance(output, str), wanted, output, "must be a text; is the model one that writes?")
+            output, scores = self._read_text(record, output, content["choices"][0])
+            return Answer(output, scores, self._cost, seconds=seconds)
 
-        scores, cost = (content.get("scores"), content.get("cost")) if own_style else (None, None)
+        scores, cost = content.get("scores"), content.get("cost")
         require(isinstance(scores, dict | None), "scores", scores, "must map names to numbers")
         numbers = {name: _finite(f"scores.{name}", value) for name, value in (scores or {}).items()}
         cost = self._cost if cost is None else _finite("cost", cost)
         require_not_negative("cost", cost)
         return Answer(output, numbers, cost, seconds=seconds)
+
+    def _read_text(
+        self, record: Record, text: str, choice: Mapping[str, Any]
+    ) -> tuple[str | int, dict[str, float]]:
+        """(output, scores) of a completion.
+
+        Args:
+          record: what was asked.
+          text: that was written.
+          choice: `choices[0]` of the reply, with the text's log-probabilities.
+
+        Raises:
+          NoLogProbabilities: there are none, and they were asked for.
+          ValueError: the reply does not tell the choice, or how sure it is.
+        """
+        choices = completions.asked_choices(record, self._choices, self._choices_field)
+        if not self._top_logprobs:
+            return completions.choice_named(text, choices) if choices else text, {}
+
+        tokens = completions.written_tokens(choice)
+        if not tokens:
+            require(bool(text), "the reply", text, "is empty, and nothing tells how sure it is")
+            fix = "returns none; ask one that does (the last member of a cascade needs none)"
+            raise NoLogProbabilities(f"choices[0].logprobs: the server {fix}")
+        self._any_logprobs = True
+        if choices:
+            return completions.choose(tokens[0], choices, self._choices)
+        return text, completions.text_scores(tokens)
 
 
 def _split_login(url: str, shown: str) -> tuple[str, dict[str, str]]:

@@ -49,6 +49,9 @@ class GenerationShape(NamedTuple):
 class Generator:
     """A decoder-only model that continues a record's prompt; the output is the text.
 
+    Attributes:
+      weights: what those have in common that continue from each other (`shared_model`); None = unknown.
+
     Example:
       ```python
       import elastic_lm as el
@@ -121,6 +124,7 @@ class Generator:
         self._seed = settings.pop("seed", 0)
         make_settings(settings)  # only checks them
 
+        self.weights: object | None = None
         self._sampler, self._max_new_tokens, self._settings = sampler, max_new_tokens, settings
         self._field, self.scoring, self._batch_size = prompt_field, scoring, batch_size
         self._scored = scored
@@ -148,6 +152,11 @@ class Generator:
     def preview(self, records: Sequence[Record]) -> list[Answer]:
         """Scores prompts; what it prepares is their state after all layers."""
         inputs = [(record, None) for record in records]
+        return answer_by_shape(inputs, self._encode, self._preview_batch, self._batch_size)
+
+    def resume_preview(self, records: Sequence[Record], earlier: Sequence[Answer]) -> list[Answer]:
+        """Scores prompts from what a member of the first layers of this sampler's model has handed over."""
+        inputs = [(record, a.handover) for record, a in zip(records, earlier, strict=True)]
         return answer_by_shape(inputs, self._encode, self._preview_batch, self._batch_size)
 
     def finish(self, records: Sequence[Record], previews: Sequence[Answer]) -> list[Answer]:

@@ -12,6 +12,8 @@ that is allowed.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from elastic_lm.cascade.energy import keeps
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, TOLERANCE, Measurements, sweep
 from elastic_lm.config.checks import require, require_types
 from elastic_lm.config.guarantee import DEFAULT_EPSILON
+
+Candidate = TypeVar("Candidate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,23 +101,56 @@ def control(measurements: Measurements, stated: CascadeRisk, seed: int = 0) -> t
     Raises:
       ValueError: there are fewer than two records.
     """
-    total = len(measurements)
-    require(total >= 2, "records", total, "a guarantee needs at least 2: one half chooses, one tests")
-    mixed = np.random.default_rng(seed).permutation(total)
-    selection = measurements.take(mixed[: total // 2])
-    testing = measurements.take(mixed[total // 2 :])
-    verdict = fixed_sequence_test(
+    selection, testing = (measurements.take(half) for half in halves(len(measurements), seed))
+    return tested(
         ladder(selection, stated.loss),
         lambda threshold: harm(testing, threshold),
-        stated.loss,
-        stated.epsilon,
+        stated,
+        len(testing),
         otherwise=ALWAYS_SUPER,
     )
 
+
+def halves(total: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the records that choose what is tested, and of those that test.
+
+    Args:
+      total: records.
+      seed: of the draw.
+
+    Raises:
+      ValueError: there are fewer than two records.
+    """
+    require(total >= 2, "records", total, "a guarantee needs at least 2: one half chooses, one tests")
+    mixed = np.random.default_rng(seed).permutation(total)
+    return mixed[: total // 2], mixed[total // 2 :]
+
+
+def tested(
+    candidates: Sequence[Candidate],
+    losses: Callable[[Candidate], np.ndarray],
+    stated: CascadeRisk,
+    n: int,
+    *,
+    otherwise: Candidate,
+) -> tuple[Candidate, CascadeGuarantee]:
+    """Tests candidates in an order that was fixed on other records, and states what passed.
+
+    Args:
+      candidates: thresholds, the most cautious first.
+      losses: candidate -> [n] float64 harm of the testing records, in [0, 1].
+      stated: what is to be guaranteed.
+      n: testing records.
+      otherwise: the candidate that passes every record on.
+
+    Returns:
+      (the last candidate that passed, or `otherwise`; the guarantee).
+    """
+    verdict = fixed_sequence_test(candidates, losses, stated.loss, stated.epsilon, otherwise=otherwise)
     suffered = float(verdict.losses.mean())
     # One half of the records chooses, so the half that tests grows by every second one.
     more = 2 * verdict.more if verdict.more else None
-    achieved, n = verdict.accepted > 0, len(testing)
+    achieved = verdict.accepted > 0
     guarantee = CascadeGuarantee(
         **dataclasses.asdict(stated),
         achieved=achieved,

@@ -58,6 +58,9 @@ class Question:
 class MultipleChoice:
     """A decoder-only model that chooses; the output is the index of the choice.
 
+    Attributes:
+      weights: what those have in common that continue from each other (`shared_model`); None = unknown.
+
     Example:
       ```python
       import elastic_lm as el
@@ -115,6 +118,7 @@ class MultipleChoice:
         """
         require_choice("normalise", normalise, get_args(Normalise))
         require_at_least_1("batch_size", batch_size)
+        self.weights: object | None = None
         self.scoring = scoring
         self._part = ModelPart(model.config, exit, subnet)
         self._params, self._tokenizer, self._normalise = params, tokenizer, normalise

@@ -3,19 +3,22 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from elastic_lm.cascade.joint import JointPoint
 from elastic_lm.cascade.sweep import CascadePoint
 from elastic_lm.report.plots import COLOURS, new_figure, save_figure
 
 
 def plot_cascade(
-    points: Sequence[CascadePoint],
-    chosen: CascadePoint | None,
+    points: Sequence[CascadePoint | JointPoint],
+    chosen: CascadePoint | JointPoint | None,
     path: str | Path,
     *,
     unit: str = "flops",
     title: str = "Swift and Super: accuracy against cost",
 ) -> None:
     """Draws accuracy over mean cost, from the Swift alone to the Super alone, as a PNG file.
+
+    Of more than two models it is the best accuracy for each cost.
 
     Args:
       points: of a rule's curve, in its order.
@@ -44,7 +47,9 @@ def plot_cascade(
     figure, axes = new_figure(title)
     axes.plot([p.cost for p in points], [100 * p.accuracy for p in points], color=COLOURS[0])
 
-    for point, name in ((points[0], "Swift alone"), (points[-1], "Swift and Super always")):
+    joint = isinstance(points[0], JointPoint)
+    ends = ("cheapest", "most accurate") if joint else ("Swift alone", "Swift and Super always")
+    for point, name in zip((points[0], points[-1]), ends, strict=True):
         place = (point.cost, 100 * point.accuracy)
         axes.plot(*place, "o", color="#888888")
         axes.annotate(name, place, (6, -12), textcoords="offset points", fontsize=8)

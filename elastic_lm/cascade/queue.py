@@ -13,12 +13,21 @@ class QueuedRecord:
     index: int  # its place in the stream
     record: Record
     read_at: float  # `time.perf_counter()` when it was read from the stream
-    swift: Answer | None = None  # the Swift's answer or preview, once there is one
-    score: float | None = None  # what the rule compares with its threshold
+    asked: tuple[Answer, ...] = ()  # answers or previews of the members that were asked, in their order
+    scores: tuple[float | None, ...] = ()  # what the rule compared with their thresholds; None = it failed
 
-    def after_swift(self, swift: Answer, score: float | None) -> "QueuedRecord":
-        """The same record with what the Swift gave for it."""
-        return dataclasses.replace(self, swift=swift, score=score)
+    def after(self, answer: Answer, score: float | None) -> "QueuedRecord":
+        """The same record with what the next member gave for it."""
+        return dataclasses.replace(self, asked=(*self.asked, answer), scores=(*self.scores, score))
+
+    def corrected(self, answer: Answer, score: float | None) -> "QueuedRecord":
+        """The same record with another answer and score of the member that was asked last."""
+        before = dataclasses.replace(self, asked=self.asked[:-1], scores=self.scores[:-1])
+        return before.after(answer, score)
+
+    def with_answer(self, member: int, answer: Answer) -> "QueuedRecord":
+        """The same record with another answer of one of the members that were asked."""
+        return dataclasses.replace(self, asked=(*self.asked[:member], answer, *self.asked[member + 1 :]))
 
 
 class BatchQueue:

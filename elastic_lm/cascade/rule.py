@@ -32,6 +32,56 @@ AVERAGES = "none: averages over the validation records that chose the threshold,
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A member keeps a record when its score is at least the threshold; the next member gets the others.
+
+    Raises:
+      ValueError: a field is out of range.
+
+    Example:
+      ```python
+      from elastic_lm.cascade import JointRule, Stage
+
+      # The first of three members keeps what it is 90 % sure of, the second what it is half sure of.
+      rule = JointRule((Stage(0.9, "max_prob"), Stage(0.5, "max_prob")))
+      assert [stage.threshold for stage in rule.stages] == [0.9, 0.5]
+      ```
+    """
+
+    threshold: float
+    score: str = DEFAULT_SCORE  # name of the member's score (`scores.SCORES`)
+    _: dataclasses.KW_ONLY
+    temperature: float = 1.0  # T of the energy
+    centre: Centre = "none"  # whether the energy's logits are measured from their mean
+
+    def __post_init__(self) -> None:
+        require_types(self)
+        require(math.isfinite(self.threshold), "threshold", self.threshold, "must be a finite number")
+        require(bool(self.score), "score", self.score, "must name a score, like energy")
+        Scoring(self.temperature, self.centre)  # checks both
+
+    @property
+    def scoring(self) -> Scoring:
+        """How the member's energy has to be computed."""
+        return Scoring(self.temperature, self.centre)
+
+    def check(self, scoring: Scoring | None, name: str) -> None:
+        """Checks that a member's energies are those that the threshold was fitted on.
+
+        Args:
+          scoring: of the member; None = unknown, which passes.
+          name: of the member, for messages.
+
+        Raises:
+          ValueError: temperature or centring differ.
+        """
+        if scoring is not None and "energy" in self.score:
+            for field, value in dataclasses.asdict(self.scoring).items():
+                own = getattr(scoring, field)
+                require(own == value, f"{name}.scoring.{field}", own, f"the rule was fitted with {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class CascadeRule:
     """The Swift keeps a record when its score is at least the threshold; the Super gets the others.
 
@@ -66,10 +116,13 @@ class CascadeRule:
 
     def __post_init__(self) -> None:
         require_types(self)
-        require(math.isfinite(self.threshold), "threshold", self.threshold, "must be a finite number")
-        require(bool(self.score), "score", self.score, "must name a score, like energy")
         require(SEED[0](self.seed), "seed", self.seed, SEED[1])
-        Scoring(self.temperature, self.centre)  # checks both
+        _ = self.stages  # checks the threshold and how the score is computed
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The rule as that of a cascade of any number of members: one threshold."""
+        return (Stage(self.threshold, self.score, temperature=self.temperature, centre=self.centre),)
 
     @property
     def scoring(self) -> Scoring:
@@ -85,10 +138,7 @@ class CascadeRule:
         Raises:
           ValueError: temperature or centring differ.
         """
-        if scoring is not None and "energy" in self.score:
-            for field, value in dataclasses.asdict(self.scoring).items():
-                own = getattr(scoring, field)
-                require(own == value, f"swift.scoring.{field}", own, f"the rule was fitted with {value!r}")
+        self.stages[0].check(scoring, "swift")
 
     def save(self, path: str | Path) -> None:
         """Writes the rule as JSON; a crash never leaves half a file."""
@@ -159,13 +209,14 @@ def fit_rule(
       assert (rule.threshold, rule.measured.accuracy, rule.measured.cost) == (2.5, 1.0, 6.0)
       ```
     """
-    goals = {"target_accuracy": target_accuracy, "target_cost": target_cost, "risk": risk}
-    given = {name: goal for name, goal in goals.items() if goal is not None}
-    given |= {"super_accuracy": True} if super_accuracy else {}
-    require(len(given) == 1, "goal", given, f"set exactly one of {', '.join(goals)}, super_accuracy")
-
+    given = one_goal(
+        target_accuracy=target_accuracy,
+        target_cost=target_cost,
+        risk=risk,
+        super_accuracy=super_accuracy or None,
+    )
     curve = sweep(measurements)
-    point, guarantee = _choose(measurements, curve, *next(iter(given.items())), seed)
+    point, guarantee = _choose(measurements, curve, *given, seed)
 
     counts = {"rows": len(measurements), "swift": curve.swift_accuracy, "super": curve.super_accuracy}
     provenance = {
@@ -175,19 +226,38 @@ def fit_rule(
         "data": {"description": data, **counts},
         "cost": unit,
         "guarantee": guarantee.statement if guarantee else AVERAGES,
-        **_when(),
+        **when(),
     }
     return CascadeRule(
         threshold=point.threshold,
         score=score,
         **dataclasses.asdict(scoring),
         seed=seed,
-        goal=" ".join(str(part) for pair in given.items() for part in pair),
+        goal=goal_text(*given),
         measured=point,
         guarantee=guarantee,
         curve=curve.points(),
         provenance=provenance,
     )
+
+
+def one_goal(**goals: Any) -> tuple[str, Any]:
+    """(name, value) of the goal that is set.
+
+    Args:
+      **goals: by name; None = it is not set.
+
+    Raises:
+      ValueError: none is set, or several are.
+    """
+    given = {name: goal for name, goal in goals.items() if goal is not None}
+    require(len(given) == 1, "goal", given, f"set exactly one of {', '.join(goals)}")
+    return next(iter(given.items()))
+
+
+def goal_text(name: str, value: Any) -> str:
+    """A goal as rules record it."""
+    return f"{name} {value}"
 
 
 def _choose(
@@ -202,7 +272,7 @@ def _choose(
     return like_super(curve) if goal == "super_accuracy" else most_accurate(curve, value), None
 
 
-def _when() -> dict[str, Any]:
+def when() -> dict[str, Any]:
     """Today's date, and the versions of what computed the rule."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

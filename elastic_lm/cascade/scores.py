@@ -111,21 +111,23 @@ def random_score(seed: int, index: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index])).random())
 
 
-def score_of(scores: Mapping[str, float], name: str, seed: int, index: int) -> float:
+def score_of(scores: Mapping[str, float], name: str, seed: int, index: int, model: str = "swift") -> float:
     """The score that a rule compares with its threshold.
 
     Args:
-      scores: of the Swift's answer.
-      name: one of `SCORES`, or another that the Swift gives.
+      scores: of a member's answer.
+      name: one of `SCORES`, or another that the member gives.
       seed: of "random".
       index: number of the record.
+      model: name of the member whose answer it is, for messages.
 
     Raises:
-      ValueError: the Swift's answer has no such score.
+      ValueError: the answer has no such score.
     """
     if name in scores:
         return float(scores[name])
     if name == "random":
         return random_score(seed, index)
     known = ", ".join(scores) or "none"
-    raise ValueError(f"score={name!r}: the Swift's answer to record {index} has {known}; choose one of them")
+    who = "the Swift" if model == "swift" else model
+    raise ValueError(f"score={name!r}: {who}'s answer to record {index} has {known}; choose one of them")

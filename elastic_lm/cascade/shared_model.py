@@ -1,4 +1,4 @@
-"""A Swift inside the Super: an exit, or a sub-network, of the same checkpoint.
+"""Members inside the Super: exits, or sub-networks, of the same checkpoint.
 
 An exit's hidden state is the state that the remaining layers need. Records that are passed on to the Super
 continue from it, and the Super costs what is left to do:
@@ -17,7 +17,8 @@ token, against 9.9 ms for the whole model and 4.8 ms for the half alone).
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from elastic_lm.cascade.classifier import Classifier
 from elastic_lm.cascade.generator import Generator
@@ -84,8 +85,9 @@ def shared_multiple_choice(
     _require_one_of(exit, subnet)
     _require_below_last(model.config, exit)
     shared = (model, params, tokenizer)
-    swift = MultipleChoice(*shared, exit=exit, subnet=subnet, keep_state=exit is not None, **options)
-    return swift, MultipleChoice(*shared, **options)
+    parts = (subnet if exit is None else exit, None)
+    swift, super_ = _sharing((_chooser(*shared, part, **options) for part in parts), parts)
+    return swift, super_
 
 
 def shared_generator(
@@ -137,19 +139,37 @@ def shared_generator(
     """
     _require_one_of(exit, subnet)
     _require_below_last(model.config, exit)
+    shared, how = (model, params, tokenizer, max_new_tokens), {**options, "window": window}
+    part = subnet if exit is None else exit
+    members = (
+        _generator(*shared, part=part, **how),
+        _generator(*shared, part=None, **{**how, "scored": False}),
+    )
+    swift, super_ = _sharing(members, (part, None))
+    return swift, super_
+
+
+def _generator(
+    model: Decoder,
+    params: Params,
+    tokenizer: TextTokenizer,
+    max_new_tokens: int,
+    *,
+    part: int | Subnet | None,
+    window: int = 1,
+    **options: Any,
+) -> Generator:
+    """A part of a model that generates: the layers up to an exit, a sub-network, or all of it."""
+    if isinstance(part, int):
+        sampler = Sampler(*exit_model(model.config, params, part), tokenizer, window=window)
+        scorer = (ModelPart(model.config, part), params)
+        return Generator(sampler, max_new_tokens, scorer=scorer, keep_state=True, **options)
+
     # Full depth runs no exits, and a model without them needs no second pass over its prompts.
     config, whole_params = without_exits(model.config, params)
-    whole = Decoder(config)
-    super_ = Generator(
-        Sampler(whole, whole_params, tokenizer, window=window), max_new_tokens, **{**options, "scored": False}
-    )
-    if exit is None:
-        sampler = Sampler(whole, whole_params, tokenizer, window=window, subnet=subnet, slice_inside=True)
-        return Generator(sampler, max_new_tokens, **options), super_
-
-    sampler = Sampler(*exit_model(model.config, params, exit), tokenizer, window=window)
-    scorer = (ModelPart(model.config, exit), params)
-    return Generator(sampler, max_new_tokens, scorer=scorer, keep_state=True, **options), super_
+    how: dict[str, Any] = {} if part is None else {"subnet": part, "slice_inside": True}
+    sampler = Sampler(Decoder(config), whole_params, tokenizer, window=window, **how)
+    return Generator(sampler, max_new_tokens, **options)
 
 
 def shared_classifier(
@@ -187,13 +207,115 @@ def shared_classifier(
       print(results[0].model, results[0].output, results[0].cost)
       ```
     """
-    config, own = exit_encoder(model.config, params, exit)
-    swift = Classifier(Encoder(config), own, tokenizer, keep_state=True, **options)
+    shared = (model, params, tokenizer)
+    parts = (exit, None)
+    swift, super_ = _sharing((_classifier(*shared, part, **options) for part in parts), parts)
+    return swift, super_
+
+
+def _classifier(
+    model: Encoder, params: Params, tokenizer: Tokenizer, exit: int | None, **options: Any
+) -> Classifier:
+    """An encoder up to an exit, or all of it."""
+    if exit is not None:
+        config, own = exit_encoder(model.config, params, exit)
+        return Classifier(Encoder(config), own, tokenizer, keep_state=True, **options)
 
     heads = {exit_name(layer) for layer in model.config.exits}
     whole = {name: tree for name, tree in params.items() if name not in heads}
-    super_ = Classifier(Encoder(dataclasses.replace(model.config, exits=())), whole, tokenizer, **options)
-    return swift, super_
+    return Classifier(Encoder(dataclasses.replace(model.config, exits=())), whole, tokenizer, **options)
+
+
+def shared_members(
+    model: Decoder | Encoder,
+    params: Params,
+    tokenizer: Any,
+    parts: Sequence[int | Subnet | None],
+    *,
+    max_new_tokens: int | None = None,
+    scored_last: bool = True,
+    **options: Any,
+) -> tuple[Classifier | MultipleChoice | Generator, ...]:
+    """Makes any number of members of one model, such as an exit, a sub-network and the whole.
+
+    Exits and the whole model continue from what the exit before them has computed; a sub-network starts over,
+    and what comes after it continues from the exit before it.
+
+    Args:
+      model: an encoder with a task head and exits, or a decoder; its config is static under jit.
+      params: its canonical parameters, which are not copied.
+      tokenizer: of the model.
+      parts: of each member, in their order: the layer of an exit, a sub-network (of a decoder), or None = the
+        whole model.
+      max_new_tokens: of a decoder that generates; None = it chooses between the choices of a record.
+      scored_last: whether the last one's answers have scores; where it is the last of its cascade, a
+        generator saves their cost.
+      **options: other arguments of `Classifier`, `MultipleChoice` or `Generator`, for all.
+
+    Returns:
+      The members, in the order of `parts`.
+
+    Raises:
+      ValueError: exits are not in increasing order, or the model has no such exit or sub-network.
+
+    Example:
+      ```python
+      import elastic_lm as el
+      from elastic_lm.cascade import shared_members
+      from elastic_lm.data import train_bpe
+      from elastic_lm.testing import random_params, tiny_config
+
+      config = tiny_config(exits=(1,), n_layers=3, vocab_size=260)
+      params = random_params(config)  # `el.load(folder)` gives a trained model
+      half = el.Subnet.uniform(config, mlp=0.5)
+      members = shared_members(
+          el.Decoder(config), params, train_bpe(["some text"], 260), (1, half, None)
+      )
+      # Members of other kinds may follow, such as an `Endpoint`.
+      cascade = el.Cascade(members[0], members[-1], (0.9, 0.7), between=members[1:-1], score="max_prob")
+      (result,) = cascade.answer([{"prompt": "The sky is", "choices": ["blue", "made of cheese"]}])
+      assert result.model in ("swift", "middle", "super")
+      ```
+    """
+    require(bool(parts), "parts", parts, "name at least one")
+    depths = [part or model.config.n_layers for part in parts if not isinstance(part, Subnet)]
+    fix = "name exits in increasing order, and the whole model after them"
+    require(depths == sorted(set(depths)), "parts", tuple(parts), fix)
+    for part in parts:
+        _require_below_last(model.config, None if isinstance(part, Subnet) else part)
+
+    if isinstance(model, Encoder):
+        exits = [part for part in parts if not isinstance(part, Subnet)]
+        require(len(exits) == len(parts), "parts", tuple(parts), "an encoder has exits, and no sub-networks")
+        return _sharing((_classifier(model, params, tokenizer, part, **options) for part in exits), parts)
+
+    scored = [True] * (len(parts) - 1) + [scored_last]
+    shared = (model, params, tokenizer)
+    if max_new_tokens is not None:
+        how = {"max_new_tokens": max_new_tokens, **options}
+        made = (_generator(*shared, part=p, scored=s, **how) for p, s in zip(parts, scored, strict=True))
+        return _sharing(made, parts)
+    return _sharing((_chooser(*shared, part, **options) for part in parts), parts)
+
+
+def _chooser(
+    model: Decoder, params: Params, tokenizer: TextTokenizer, part: int | Subnet | None, **options: Any
+) -> MultipleChoice:
+    """A part of a decoder that chooses."""
+    exit, subnet = (None, part) if isinstance(part, Subnet) else (part, None)
+    how: dict[str, Any] = {"exit": exit, "subnet": subnet, "keep_state": exit is not None}
+    return MultipleChoice(model, params, tokenizer, **how, **options)
+
+
+Member = TypeVar("Member", Classifier, MultipleChoice, Generator)
+
+
+def _sharing(members: Iterable[Member], parts: Sequence[int | Subnet | None]) -> tuple[Member, ...]:
+    """Members of one model, marked so that they continue from each other's states, and from no others."""
+    weights, found = object(), tuple(members)
+    for member, part in zip(found, parts, strict=True):
+        member.weights = None if isinstance(part, Subnet) else weights  # a sub-network has states of its own
+    return found
 
 
 def exit_model(config: ModelConfig, params: Params, layer: int) -> tuple[Decoder, Params]:

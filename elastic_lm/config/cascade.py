@@ -23,12 +23,32 @@ ANSWER_TOKENS = 32  # that an encoder-decoder writes at most; on the command lin
 CostUnit = Literal["flops", "seconds"]  # what a cascade saves
 BATCH_SIZE = 16  # records that a model answers at once
 
-Style = Literal["rows", "openai"]  # what a service is sent, and what it answers
+Style = Literal["rows", "openai", "chat"]  # what a service is sent, and what it answers
+COMPLETIONS = ("openai", "chat")  # styles of the OpenAI API: of texts, of chats
+AskedChoices = Literal["ignored", "letters", "texts"]  # how such a service is asked about choices
+TOP_LOGPROBS = (
+    5  # likeliest tokens that a service is asked for where it scores; more than 5 are refused by some
+)
 TIMEOUT = 30.0  # seconds that a service may take for a record
 RETRIES = 2  # further tries per record
 
+SWIFT, SUPER = "swift", "super"  # names of the first member of a cascade and of the last
+
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 SECRET = re.compile(r"(?i)key|token|secret|password|passwd|signature|^sig$|^auth$|credential")
+
+
+def member_names(count: int) -> tuple[str, ...]:
+    """What the members of a cascade are called.
+
+    Args:
+      count: of members, at least 2.
+
+    Returns:
+      ("swift", "super"), ("swift", "middle", "super"), ("swift", "middle_1", "middle_2", "super") and so on.
+    """
+    middle = ("middle",) if count == 3 else tuple(f"middle_{i}" for i in range(1, count - 1))
+    return (SWIFT, *middle, SUPER)
 
 
 def without_secrets(place: str) -> str:

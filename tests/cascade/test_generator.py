@@ -10,7 +10,7 @@ from elastic_lm import testing
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.generator import Generator
 from elastic_lm.cascade.scores import Scoring
-from elastic_lm.cascade.shared_model import exit_model, shared_generator
+from elastic_lm.cascade.shared_model import exit_model, shared_generator, shared_members
 from elastic_lm.config.cascade import POOLED
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import generation_flops, head_flops, layer_flops
@@ -224,3 +224,26 @@ def test_refusals(whole: Sampler, params) -> None:
     config = testing.tiny_config(n_layers=2)
     with pytest.raises(ValueError, match="exit=1: the model that reads has exits after layers none"):
         shared_generator(Decoder(config), params, Letters(), exit=1)
+
+
+@pytest.mark.long
+def test_a_chain_decides_from_prompts_and_goes_on_from_its_states(records) -> None:
+    config = testing.tiny_config(exits=(1, 2), n_layers=3)
+    params = testing.random_params(config, scale=0.2)
+    how = {"max_new_tokens": NEW, "batch_size": 4}
+    members = shared_members(Decoder(config), params, Letters(), (1, 2, None), **how)
+    alone = [member.answer(records) for member in members]
+    bars = [float(np.median([a.scores["prompt_margin"] for a in own])) for own in alone[:2]]
+    cascade = Cascade(members[0], members[2], bars, between=members[1:2], score="prompt_margin", batch_size=4)
+    results = cascade.answer(records)
+    assert {result.model for result in results} == {"swift", "middle", "super"}
+    for result in results:
+        number = len(result.answers) - 1
+        own = alone[number][result.index]
+        assert result.output == own.output
+        for name, value in own.scores.items():
+            assert result.answer.scores[name] == pytest.approx(value, rel=1e-4, abs=1e-5)
+        n = len(Letters().encode(records[result.index]["prompt"], bos=True))
+        # Layers that a member before it has run over the prompt are not run again.
+        assert own.cost - result.answer.cost == layer_flops(config, n, 0, number)
+        assert all(answer.output is None for answer in result.answers[:-1])  # only previewed

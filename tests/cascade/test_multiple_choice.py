@@ -18,7 +18,7 @@ from elastic_lm.cascade import known_tokens
 from elastic_lm.cascade.cascade import Cascade
 from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.cascade.scores import PLAIN, Scoring
-from elastic_lm.cascade.shared_model import shared_multiple_choice
+from elastic_lm.cascade.shared_model import shared_members, shared_multiple_choice
 from elastic_lm.config.model import RopeConfig
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.cost.sequences import head_flops, layer_flops
@@ -105,6 +105,31 @@ def test_longrope_rotates_a_padded_row_by_its_own_length(records: list[dict], ex
         assert answer.output == int(np.argmax(sums))
         assert answer.scores["max_prob"] == pytest.approx(p.max(), rel=1e-4)
     assert sides == {False, True}
+
+
+def test_what_follows_a_sub_network_goes_on_from_the_exit_before_it(params, records: list[dict]) -> None:
+    half = Subnet.uniform(CONFIG, mlp=0.5)
+    members = shared_members(Decoder(CONFIG), params, Letters(), (1, half, None), batch_size=8)
+    alone = [member.answer(records) for member in members]
+    sure = [[answer.scores["max_prob"] for answer in own] for own in alone[:2]]
+    first = float(np.median(sure[0]))
+    second = float(np.median([b for a, b in zip(*sure, strict=True) if a < first]))
+    bars = (first, second)
+    cascade = Cascade(members[0], members[2], bars, between=members[1:2], score="max_prob", batch_size=4)
+    results = cascade.answer(records)
+    assert {result.model for result in results} == {"swift", "middle", "super"}
+    for result in results:
+        for own, answer in zip(alone, result.answers, strict=False):
+            assert answer.output == own[result.index].output
+            assert answer.scores["max_prob"] == pytest.approx(own[result.index].scores["max_prob"], rel=1e-4)
+        rest = result.answers[1:]
+        record = records[result.index]
+        lengths = [len(record["prompt"]) + 2 + len(c) for c in record["choices"]]
+        layers = [layer_flops(CONFIG, n - 1) / 2 for n in lengths]
+        heads = head_flops(CONFIG, sum(len(c) + 1 for c in record["choices"]))
+        if len(rest) == 2:
+            assert rest[0].cost == alone[1][result.index].cost  # it starts over
+            assert rest[1].cost == sum(layers) + heads  # one layer is left
 
 
 def llama_2_tokenizer() -> el.Tokenizer:

@@ -7,7 +7,7 @@ import pytest
 import elastic_lm as el
 from elastic_lm.cascade.answerer import Answer
 from elastic_lm.cascade.classifier import Classifier
-from elastic_lm.cascade.shared_model import shared_classifier
+from elastic_lm.cascade.shared_model import shared_classifier, shared_members
 from elastic_lm.cost.sequences import encoder_flops
 from elastic_lm.data.tokenizer import Tokenizer, train_bpe
 from elastic_lm.models.registry import init_params
@@ -78,3 +78,35 @@ def test_a_cascade_holds_one_model_and_keeps_order(params, tokenizer, records) -
 def test_exits_that_are_not_there_are_refused(params, tokenizer) -> None:
     with pytest.raises(ValueError, match=r"exit=3: the model has exits after layers \(1, 2\)"):
         shared_classifier(el.Encoder(CONFIG), params, tokenizer, exit=3)
+
+
+def test_a_chain_of_exits_pays_for_every_layer_once(params, tokenizer, records) -> None:
+    parts = (1, 2, None)
+    members = shared_members(el.Encoder(CONFIG), params, tokenizer, parts, **HOW)
+    begun = [member.answer(records) for member in members]
+    medians = [float(np.median([answer.scores["margin"] for answer in own])) for own in begun[:2]]
+    cascade = el.Cascade(members[0], members[2], medians, between=members[1:2], score="margin", batch_size=4)
+    results = cascade.answer(records)
+    assert {result.model for result in results} == {"swift", "middle", "super"}
+    for result, alone in zip(results, zip(*begun, strict=True), strict=True):
+        number = len(result.answers) - 1
+        assert_same(list(result.answers), list(alone[: number + 1]))
+        tokens = len(tokenizer.encode_pair(records[result.index]["text"])[0])
+        # One layer for each member that was asked, beside the heads that only the first pays with its layer.
+        assert [answer.cost for answer in result.answers] == [
+            encoder_flops(CONFIG, tokens, 1) for _ in result.answers
+        ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((), "parts=.*: name at least one"),
+        ((2, 1), r"parts=\(2, 1\): name exits in increasing order"),
+        ((1, None, 2), r"parts=\(1, None, 2\): name exits in increasing order"),
+        ((1, 3), "exit=3: the last of 3 layers leaves nothing"),
+    ],
+)
+def test_parts_in_another_order_are_refused(params, tokenizer, parts: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shared_members(el.Encoder(CONFIG), params, tokenizer, parts, **HOW)

@@ -24,7 +24,7 @@ from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import main as cli
 from elastic_lm.cli.cascade import run as run_command
 from elastic_lm.cli.cascade.answering import answer_failed, answer_missing
-from elastic_lm.cli.cascade.checks import check_pair, check_record
+from elastic_lm.cli.cascade.checks import check_members, check_record
 from elastic_lm.cli.cascade.identity import check_models
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
@@ -323,9 +323,9 @@ def test_flags_of_encoder_decoders(flag: str, value: str, message: str) -> None:
     given = ("--swift", "a", "--super", "b", "--data", "d", "--threshold", "0", "--out", "o", flag, value)
     model = TextAnswerer.__new__(TextAnswerer)
     options = run_command.Options.from_flags(parser.parse_args(["cascade", "run", *given]))
-    check = check_pair if flag == "--pair-field" else check_record
+    check = check_members if flag == "--pair-field" else check_record
     with pytest.raises(ValueError, match=re.escape(message)):
-        check(options, {"text": "a"}, *([model, model, "energy"] if check is check_pair else ()))
+        check(options, {"text": "a"}, *([(model, model), ("energy",)] if check is check_members else ()))
 
 
 def test_encoder_decoders_read_as_many_tokens_as_is_said(tmp_path: pathlib.Path, capsys) -> None:

@@ -24,7 +24,7 @@ from elastic_lm.cli import main as cli
 from elastic_lm.cli.cascade import run as run_command
 from elastic_lm.cli.cascade.answering import answer_missing
 from elastic_lm.cli.cascade.lines import result_line
-from elastic_lm.cli.cascade.models import make_pair
+from elastic_lm.cli.cascade.models import make_members
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
 from elastic_lm.data.tokenizer import train_bpe
@@ -97,7 +97,7 @@ def test_services_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         ["cascade", "run", *given, "--service-model", "big", "--threshold", "1", "--out", "o"]
     )
     monkeypatch.setenv("ELASTIC_LM_API_KEY", "secret\n")
-    swift, super_ = make_pair(run_command.Options.from_flags(args), {}, Scoring())
+    swift, super_ = make_members(run_command.Options.from_flags(args), {}, Scoring(), ("energy",))
     assert isinstance(swift, Endpoint)
     assert isinstance(super_, Endpoint)
     assert super_.url == "https://host/v1"

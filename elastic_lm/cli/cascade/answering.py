@@ -91,7 +91,7 @@ def answer_failed(
     given = ((i, record) for i, record in enumerate(records) if i in wanted)
 
     # A random score depends on its record's number, so these records run one by one, each with its own.
-    apart = cascade.rule.score == "random"
+    apart = any(stage.score == "random" for stage in cascade.stages)
     groups: Iterable[list[tuple[int, Record]]] = ([pair] for pair in given) if apart else [list(given)]
     writing = threading.Lock()
 

@@ -2,6 +2,7 @@
 
 import re
 import string
+from collections.abc import Sequence
 
 from elastic_lm.cascade.answerer import Answerer, NamedAnswerer, Record
 from elastic_lm.cascade.classifier import Classifier
@@ -9,11 +10,12 @@ from elastic_lm.cascade.endpoint import Endpoint
 from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.cli.cascade.options import PairOptions, flag_name
+from elastic_lm.config.cascade import COMPLETIONS
 from elastic_lm.config.checks import require
 
 # Kinds of models, as messages call them.
 ENCODER, WRITER, CHOOSER, GENERATOR = "encoders", "encoder-decoders", "decoders that choose", "decoders"
-SERVICE, COMPLETION = "services", "services of --style openai"
+SERVICE, COMPLETION = "services", "services of --style openai or chat"
 NAMED = "answerers by name"
 
 # Options that only some kinds of models read.
@@ -28,6 +30,8 @@ READERS = {
     "retries": (SERVICE, COMPLETION),
     "style": (SERVICE, COMPLETION),
     "service_model": (COMPLETION,),
+    "service_choices": (COMPLETION,),
+    "top_logprobs": (COMPLETION,),
 }
 
 
@@ -57,36 +61,38 @@ def check_record(options: PairOptions, record: Record) -> None:
     require(right, "--labels", options.labels, "must be different texts with a comma between them")
 
 
-def check_pair(options: PairOptions, record: Record, swift: Answerer, super_: Answerer, score: str) -> None:
+def check_members(
+    options: PairOptions, record: Record, members: Sequence[Answerer], scores: Sequence[str]
+) -> None:
     """Checks options against the models that they named.
 
     Args:
       options: of the command.
       record: the first of the data.
-      swift: from `make_pair`.
-      super_: from `make_pair`.
-      score: that is read of the Swift.
+      members: from `make_members`.
+      scores: that are read of all but the last.
 
     Raises:
-      ValueError: an option is read by neither model, a field is missing, or the Swift has no scores.
+      ValueError: an option is read by no model, a field is missing, or a member has no scores.
     """
-    kinds = [_kind(options, model) for model in (swift, super_)]
-    named = {field for model in (swift, super_) for field in _reads(model)}
+    kinds = [_kind(options, model) for model in members]
+    named = {field for model in members for field in _reads(model)}
     _check_readers(options, kinds, named)
     _check_fields(options, record, kinds, named)
-    if isinstance(swift, Classifier) and not swift.classes and score != "random":
-        place = f"--swift {options.swift}"
-        if options.swift_exit is not None:
-            place = f"--swift-exit {options.swift_exit} of {options.super_}"
-        raise ValueError(
-            f"{place}: is a regression, and has no {score} or other score that tells how sure it is; train "
-            "it as a classifier, or ask a service that answers with scores"
-        )
+    for place, member, score in zip(options.places, members, scores, strict=False):
+        if isinstance(member, Classifier) and not member.classes and score != "random":
+            where = f"{place.flag} {place.place}"
+            if place.kind:
+                where = f"{place.flag} {place.value} of {place.place}"
+            raise ValueError(
+                f"{where}: is a regression, and has no {score} or other score that tells how sure it is; "
+                "train it as a classifier, or ask a service that answers with scores"
+            )
 
 
 def _kind(options: PairOptions, model: Answerer) -> str:
     if isinstance(model, Endpoint):
-        return COMPLETION if options.style == "openai" else SERVICE
+        return COMPLETION if options.style in COMPLETIONS else SERVICE
     if isinstance(model, NamedAnswerer):
         return NAMED
     kinds = {Classifier: ENCODER, TextAnswerer: WRITER, MultipleChoice: CHOOSER}
@@ -109,7 +115,7 @@ def _check_readers(options: PairOptions, kinds: list[str], named: set[str]) -> N
             f"is read by {', '.join(readers)}, and these are {found}; leave it out",
         )
 
-    swift, super_ = kinds
+    *before, super_ = kinds
     require(
         super_ in (SERVICE, COMPLETION) or not options.super_cost,
         "--super-cost",
@@ -120,16 +126,18 @@ def _check_readers(options: PairOptions, kinds: list[str], named: set[str]) -> N
     for field in ("temperature", "centre"):
         value = getattr(options, field)
         require(
-            value is None or swift not in own_energies,
+            value is None or any(kind not in own_energies for kind in before),
             flag_name(field),
             value,
-            f"the Swift is one of the {swift}, which answer with energies of their own; leave it out",
+            f"the Swift is one of the {before[0]}, which answer with energies of their own; leave it out",
         )
 
 
 def _check_fields(options: PairOptions, record: Record, kinds: list[str], named: set[str]) -> None:
     """The text that the models read has to be in the first record, also where no option names its field."""
     reads_text = {ENCODER, CHOOSER, GENERATOR, COMPLETION} | (set() if options.template else {WRITER})
+    if options.style == "chat" and "messages" in record:
+        reads_text -= {COMPLETION}
     reads = bool(reads_text & {*kinds}) or "text_field" in named
     fix = f"is no field of the first record of {options.data}, which has {', '.join(record)}"
     require(not reads or options.text_field in record, "--text-field", options.text_field, fix)

@@ -1,5 +1,6 @@
 """Which run an output of `elastic-lm cascade` belongs to, and which models a rule was fitted on."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from elastic_lm.cascade.joint_rule import JointRule
 from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cascade.scores import Scoring
 from elastic_lm.cli.cascade.options import PairOptions, answerer_name, is_url
@@ -27,16 +29,20 @@ ANSWERING = (
     "style",
     "service_model",
 )
+LATER = ("service_choices", "top_logprobs")
 
 
 def fingerprints(options: PairOptions) -> dict[str, str | None]:
-    """Fingerprints of the checkpoints, or files, of "swift" and "super"; None = a service.
+    """Fingerprints of the checkpoints, or files, of all members; None = a service.
 
     Raises:
       FileNotFoundError: a folder or file is not there.
     """
-    places = {"swift": options.swift or options.super_, "super": options.super_}
-    return {name: _fingerprint(at) for name, at in places.items()}
+    found: dict[str, str | None] = {}  # of a folder that several members are parts of it is taken once
+    for place in options.places:
+        if place.place not in found:
+            found[place.place] = _fingerprint(place.place)
+    return {name: found[place.place] for name, place in zip(options.names, options.places, strict=True)}
 
 
 def _fingerprint(place: str) -> str | None:
@@ -47,18 +53,21 @@ def _fingerprint(place: str) -> str | None:
 
 
 def identity(options: PairOptions, found: Mapping[str, str | None], scoring: Scoring) -> dict[str, Any]:
-    """Everything that both models' answers to the records depend on.
+    """Everything that the models' answers to the records depend on.
 
     Args:
       options: of the command.
       found: from `fingerprints`.
       scoring: of the Swift's energy.
     """
+    members: dict[str, Any] = {}
+    for name, shown in options.names.items():
+        members |= {name: shown, f"{name}_checkpoint": found[name]}
+    # Options that came later are left out at their defaults, so that outputs begun before them go on.
+    later = {field: value for field in LATER if (value := options.chosen(field)) is not None}
     return {
-        "swift": options.swift_name,
-        "swift_checkpoint": found["swift"],
-        "super": options.super_name,
-        "super_checkpoint": found["super"],
+        **members,
+        **later,
         "data": options.data,
         "data_bytes": fetched(options.data).stat().st_size,
         "data_sha256": file_sha256(options.data),
@@ -71,7 +80,11 @@ def identity(options: PairOptions, found: Mapping[str, str | None], scoring: Sco
 def fit_identity(options: PairOptions, found: Mapping[str, str | None], scoring: Scoring) -> dict[str, Any]:
     """`identity` of the answers that a rule is fitted on; goals, labels and prices are read afterwards."""
     head = (options.score or "").startswith(PLACES[2])
-    return {"holds": "answers of both models", **identity(options, found, scoring), "encoder_head": head}
+    return {
+        "holds": "answers of both models" if len(options.places) == 2 else "answers of all models",
+        **identity(options, found, scoring),
+        "encoder_head": head,
+    }
 
 
 def answers_path(out: str | Path, settings: Mapping[str, Any]) -> Path:
@@ -85,8 +98,17 @@ def answers_path(out: str | Path, settings: Mapping[str, Any]) -> Path:
     return Path(out).with_suffix(f".answers-{digest}.jsonl")
 
 
-def run_identity(options: PairOptions, found: Mapping[str, str | None], rule: CascadeRule) -> dict[str, Any]:
+def run_identity(
+    options: PairOptions, found: Mapping[str, str | None], rule: CascadeRule | JointRule
+) -> dict[str, Any]:
     """`identity` of an output, with the rule that decided and the price of the Super."""
+    if isinstance(rule, JointRule):
+        return {
+            **identity(options, found, rule.stages[0].scoring),
+            "stages": [dataclasses.asdict(stage) for stage in rule.stages],
+            "seed": rule.seed,
+            "super_cost": options.super_cost,
+        }
     return {
         **identity(options, found, rule.scoring),
         "score": rule.score,
@@ -97,7 +119,7 @@ def run_identity(options: PairOptions, found: Mapping[str, str | None], rule: Ca
 
 
 def check_models(
-    rule: CascadeRule,
+    rule: CascadeRule | JointRule,
     options: PairOptions,
     found: Mapping[str, str | None],
     contents: Mapping[str, Mapping[str, str]],
@@ -114,10 +136,9 @@ def check_models(
     Raises:
       ValueError: the models are others, and the rule's guarantee is about those that it was fitted on.
     """
-    places = {"swift": options.swift_name, "super": options.super_name}
     keys = ("models", "fingerprints", "contents")
     models, files, parts = (_mapping(_mapping(rule.provenance).get(key)) for key in keys)
-    for name, now in places.items():
+    for name, now in options.names.items():
         place = models.get(name)
         if not (files.get(name) and found[name]):
             # Without fingerprints of both, the folders' names are all that can be compared.

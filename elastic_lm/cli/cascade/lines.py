@@ -1,5 +1,6 @@
 """Lines of the files that `elastic-lm cascade` writes, and what is measured on those of labelled records."""
 
+import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from elastic_lm.cascade.answerer import Answer, Record
+from elastic_lm.cascade.joint import JointMeasurements
 from elastic_lm.cascade.measure import answer_costs, swift_costs
 from elastic_lm.cascade.results import CascadeResult
 from elastic_lm.cascade.scores import score_of
@@ -16,7 +18,7 @@ from elastic_lm.cli.cascade.fit import Options
 from elastic_lm.cli.cascade.quality import Names, choice_of, named, quality
 from elastic_lm.config.checks import require
 
-Pair = tuple[Answer, Answer]  # of the Swift, of the Super
+Answers = tuple[Answer, ...]  # of all members to a record, from the Swift to the Super
 UNNAMED: Names = {}
 
 
@@ -31,20 +33,23 @@ def result_line(result: CascadeResult, names: Names = UNNAMED) -> dict[str, Any]
     line = {"index": result.index, "output": named(result.output, result.model, names)}
     line |= {"model": result.model, "score": score, "cost": result.cost}
     if result.error is not None:
-        line |= {"error": result.error, "fallback": named(result.fallback, "swift", names)}
+        member = list(names)[result.fallback_member or 0] if names else ""
+        line |= {"error": result.error, "fallback": named(result.fallback, member, names)}
     return line
 
 
 def answers_line(result: CascadeResult) -> dict[str, Any]:
-    """Both models' answers to a record as a line; `answers_of` reads it."""
+    """All models' answers to a record as a line; `answers_of` reads it."""
     line = {"index": result.index, "swift": _values(result.swift), "super": _values(result.answer)}
-    error = result.swift.error or result.error
+    if result.between:
+        line["between"] = [_values(answer) for answer in result.between]
+    error = next((answer.error for answer in result.answers if answer.error is not None), None)
     return line if error is None else {**line, "error": error}
 
 
-def answers_of(line: Mapping[str, Any]) -> Pair:
-    """The answers of the Swift and of the Super that `answers_line` wrote."""
-    return _answer(line["swift"]), _answer(line["super"])
+def answers_of(line: Mapping[str, Any]) -> Answers:
+    """The answers that `answers_line` wrote, from the Swift's to the Super's."""
+    return tuple(map(_answer, (line["swift"], *line.get("between", ()), line["super"])))
 
 
 def _values(answer: Answer) -> dict[str, Any]:
@@ -57,59 +62,93 @@ def _answer(values: Mapping[str, Any]) -> Answer:
     return Answer(**{**values, "preview": preview and _answer(preview)})
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Labelled records that all models answered.
+
+    Attributes:
+      index: numbers of the records, N of them; others failed.
+      measured: what the thresholds are chosen on.
+      same: [k, N] bool, whether a member's answer is that of the last.
+    """
+
+    index: Sequence[int]
+    measured: JointMeasurements
+    same: np.ndarray
+
+    @property
+    def pair(self) -> Measurements:
+        """What was measured, of two models."""
+        m = self.measured
+        return Measurements.of(m.scores[0], *m.qualities, *m.costs, cost_kept=m.kept[0])
+
+
 def measured_of(
-    pairs: Sequence[Pair],
+    answered: Sequence[Answers],
     records: Sequence[Record],
-    right: Sequence[Sequence[Any]],
+    right: Sequence[Sequence[Any]] | None,
     names: Names,
     options: Options,
     *,
-    previewed: bool,
-) -> Measurements:
-    """What both models gave for labelled records.
+    previewed: Sequence[bool],
+) -> Labelled:
+    """What all models gave for labelled records.
 
     Records that a model failed on are left out, with a note on stderr.
 
     Args:
-      pairs: answers to the records.
+      answered: answers to the records.
       records: the records.
-      right: from `right_answers`.
+      right: from `right_answers`; None = what the last model answers is right.
       names: from `class_names`.
       options: of the command.
-      previewed: the Swift knows its score before it answers.
+      previewed: of every model but the last, whether it knows its score before it answers.
 
     Raises:
       ValueError: no record is left, or costs are asked for that nobody knows.
     """
-    good = [i for i, pair in enumerate(pairs) if all(answer.error is None for answer in pair)]
-    if len(good) < len(pairs):
-        first = next(answer.error for pair in pairs for answer in pair if answer.error is not None)
+    good = [i for i, answers in enumerate(answered) if all(a.error is None for a in answers)]
+    if len(good) < len(answered):
+        first = next(a.error for answers in answered for a in answers if a.error is not None)
         fix = "--retry-failed answers them again"
-        require(bool(good), "records", len(pairs), f"every record failed, the first with: {first}; {fix}")
-        count = len(pairs) - len(good)
-        print(f"{count} of {len(pairs)} records failed and are left out ({fix}): {first}", file=sys.stderr)
-    swift, super_ = ([pairs[i][model] for i in good] for model in (0, 1))
+        require(bool(good), "records", len(answered), f"every record failed, the first with: {first}; {fix}")
+        count = len(answered) - len(good)
+        print(f"{count} of {len(answered)} records failed and are left out ({fix}): {first}", file=sys.stderr)
+    columns = list(zip(*(answered[i] for i in good), strict=True))
 
-    def qualities(model: str, answers: list[Answer]) -> list[float]:
+    def outputs(model: str, answers: Sequence[Answer]) -> list[Any]:
         found = []
         for i, answer in zip(good, answers, strict=True):
             output, choices = named(answer.output, model, names), records[i].get(options.choices_field)
             # A choice may be named by its number or letter; labels were turned into texts.
             if choices is not None and not any(names.values()) and options.tolerance is None:
                 output = (choice_of(output, choices) or ("", output))[1]
-            found.append(quality(output, right[i], options.tolerance))
+            found.append(output)
         return found
 
-    score = options.scored_by
-    cost_swift, cost_kept = swift_costs(swift, options.cost, previewed)
-    return Measurements.of(
-        scores=[score_of(a.scores, score, options.seed, i) for i, a in zip(good, swift, strict=True)],
-        swift=qualities("swift", swift),
-        super_=qualities("super", super_),
-        cost_swift=cost_swift,
-        cost_super=check_costs(super_, options),
-        cost_kept=cost_kept,
+    given = [outputs(name, answers) for name, answers in zip(options.names, columns, strict=True)]
+    of_last = [[output] for output in given[-1]]
+    wanted = of_last if right is None else [right[i] for i in good]
+
+    def compared(own: Sequence[Any], others: Sequence[Sequence[Any]]) -> list[float]:
+        pairs = zip(own, others, strict=True)
+        return [quality(output, other, options.tolerance) for output, other in pairs]
+
+    costs = [swift_costs(a, options.cost, p) for a, p in zip(columns, previewed, strict=False)]
+    scores = [
+        [score_of(a.scores, name, options.seed + m, i, member) for i, a in zip(good, answers, strict=True)]
+        for m, (member, name, answers) in enumerate(
+            zip(options.names, options.scored_by, columns, strict=False)
+        )
+    ]
+    measured = JointMeasurements.of(
+        scores=scores,
+        qualities=[compared(own, wanted) for own in given],
+        costs=[*(known for known, _ in costs), check_costs(columns[-1], options)],
+        kept=[kept for _, kept in costs],
     )
+    same = np.asarray([compared(own, of_last) for own in given]) == 1.0
+    return Labelled(good, measured, same)
 
 
 def check_costs(answers: Sequence[Answer], options: Options) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""From what `elastic-lm cascade` is given, a folder, an address or a name, to a model of a cascade."""
+"""From what `elastic-lm cascade` is given, folders, addresses and names, to the models of a cascade."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from elastic_lm import cascade
@@ -10,13 +11,16 @@ from elastic_lm.cascade.endpoint import Endpoint
 from elastic_lm.cascade.generator import Generator
 from elastic_lm.cascade.multiple_choice import MultipleChoice
 from elastic_lm.cascade.scores import Scoring
-from elastic_lm.cascade.shared_model import shared_classifier, shared_generator, shared_multiple_choice
+from elastic_lm.cascade.shared_model import shared_members
 from elastic_lm.cascade.text_answerer import TextAnswerer
 from elastic_lm.checkpoints.loading import load
 from elastic_lm.cli.belonging import parts_of
-from elastic_lm.cli.cascade.options import KEY, PairOptions, answerer_name, is_url
-from elastic_lm.config.cascade import DEFAULT_SCORE, PLACES
+from elastic_lm.cli.cascade.options import KEY, PairOptions, Place, answerer_name, is_url
+from elastic_lm.cli.width_flags import subnet_of
+from elastic_lm.config.cascade import COMPLETIONS, PLACES, TOP_LOGPROBS
 from elastic_lm.config.checks import require
+from elastic_lm.config.model import ModelConfig
+from elastic_lm.config.subnet import Subnet
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.seq2seq import LONGEST, TextToText
@@ -26,43 +30,53 @@ from elastic_lm.models.exits import without_exits
 from elastic_lm.models.registry import kind_of
 
 
-def make_pair(
+def make_members(
     options: PairOptions,
     record: Record,
     scoring: Scoring,
-    score: str = DEFAULT_SCORE,
+    scores: Sequence[str],
     *,
     super_cost: float = 0.0,
     contents: dict[str, dict[str, str]] | None = None,
-) -> tuple[Answerer, Answerer]:
-    """The Swift and the Super that the options name.
+) -> tuple[Answerer, ...]:
+    """The models that the options name, from the Swift to the Super.
+
+    Parts of one folder are members of one model, which is loaded once.
 
     Args:
       options: of the command.
       record: one of the data; choices in it make a decoder choose.
-      scoring: of the Swift's energy.
-      score: that is read of the Swift.
+      scoring: of the energies of all members but the last.
+      scores: that are read of them.
       super_cost: FLOPs of a record, where the Super is a service that does not say them.
-      contents: gets the fingerprints by part of "swift" and "super", as far as they are loaded here.
+      contents: gets the fingerprints by part of every member, as far as they are loaded here.
 
     Raises:
       ValueError: an option does not fit the models; names it.
     """
     contents = {} if contents is None else contents
-    if not options.swift:
-        contents["swift"] = contents["super"] = parts = {}
-        return _shared_pair(options, record, scoring, parts)
-
-    contents |= {"swift": {}, "super": {}}
-    how: dict[str, Any] = {"cost": 0.0, "score": score, "parts": contents["swift"]}
-    swift = make_answerer(options, options.swift, record, scoring, **how)
-    how = {"cost": super_cost, "parts": contents["super"]}
-    return swift, make_answerer(options, options.super_, record, Scoring(), **how)
+    places, last = options.places, len(options.places) - 1
+    divided = {place.place for place in places if place.kind}
+    members: dict[int, Answerer] = {}
+    for number, (name, place) in enumerate(zip(options.names, places, strict=True)):
+        if number in members:
+            continue
+        contents[name] = parts = {}
+        if place.place in divided:
+            own = [i for i, other in enumerate(places) if other.place == place.place]
+            contents |= {list(options.names)[i]: parts for i in own}
+            made = _parts_of_one(options, [places[i] for i in own], record, scoring, parts, own[-1] == last)
+            members |= dict(zip(own, made, strict=True))
+        else:
+            how: dict[str, Any] = {"parts": parts, "cost": super_cost if number == last else 0.0}
+            how |= {"scoring": Scoring()} if number == last else {"scoring": scoring, "score": scores[number]}
+            members[number] = make_answerer(options, place, record, **how)
+    return tuple(members[number] for number in range(last + 1))
 
 
 def make_answerer(
     options: PairOptions,
-    place: str,
+    given: Place,
     record: Record,
     scoring: Scoring,
     *,
@@ -74,15 +88,16 @@ def make_answerer(
 
     Args:
       options: of the command.
-      place: folder, address, or name and file.
-      record: see `make_pair`.
+      given: folder, address, or name and file.
+      record: see `make_members`.
       scoring: of its energy.
       cost: FLOPs of a record, where the model is a service.
       score: that is read of it; "" = none.
       parts: gets the fingerprints of its weights and tokenizer, where they are loaded here.
     """
+    place = given.place
     if is_url(place):
-        return _service(options, place, cost)
+        return _service(options, place, cost, scored=bool(score))
     name, rest = answerer_name(place)
     if name:
         return _named(options, name, rest)
@@ -123,10 +138,19 @@ def _named(options: PairOptions, name: str, place: str) -> NamedAnswerer:
     return found.from_place(place, **{field: getattr(options, field) for field in found.reads})
 
 
-def _service(options: PairOptions, url: str, cost: float) -> Endpoint:
+def _service(options: PairOptions, url: str, cost: float, *, scored: bool) -> Endpoint:
     """A service; a key for it comes from the environment, where other users of the machine see none."""
-    body = {"max_tokens": options.max_new_tokens} if options.style == "openai" else {}
-    body |= {"model": options.service_model} if options.service_model else {}
+    how: dict[str, Any] = {}
+    if options.style in COMPLETIONS:
+        choices = options.service_choices or ("letters" if options.style == "chat" else "ignored")
+        read = scored or choices == "texts"
+        top = options.top_logprobs or (TOP_LOGPROBS if read else 0)
+        how |= {"choices": choices, "choices_field": options.choices_field, "top_logprobs": top}
+        how["options"] = {"max_tokens": options.max_new_tokens}
+        if options.service_model:
+            services = [place.place for place in options.places if is_url(place.place)]
+            models = options.service_model.split(",")
+            how["options"]["model"] = models[services.index(url) if len(models) > 1 else 0]
     key = os.environ.get(KEY, "").strip()  # files that keys are read from end in a newline
     return Endpoint(
         url,
@@ -134,37 +158,67 @@ def _service(options: PairOptions, url: str, cost: float) -> Endpoint:
         retries=options.retries,
         style=options.style,
         text_field=options.text_field,
-        options=body,
         headers={"Authorization": f"Bearer {key}"} if key else None,
         cost=cost,
+        **how,
     )
 
 
-def _shared_pair(
-    options: PairOptions, record: Record, scoring: Scoring, parts: dict[str, str]
-) -> tuple[Answerer, Answerer]:
-    """The Super, and one of its exits as the Swift."""
-    model, params = load(options.super_)
-    tokenizer = Tokenizer.load(options.super_)
-    tokenizer.check_vocabulary(model.config.vocab_size)
-    parts |= parts_of(params, tokenizer)
-    how: dict[str, Any] = {
-        "exit": options.swift_exit,
-        "scoring": scoring,
-        "batch_size": options.batch_size,
-    }
+def _parts_of_one(
+    options: PairOptions,
+    places: Sequence[Place],
+    record: Record,
+    scoring: Scoring,
+    contents: dict[str, str],
+    ends: bool,
+) -> tuple[Answerer, ...]:
+    """Members of one model: exits, sub-networks and the whole.
 
-    if isinstance(model, Encoder):
-        return shared_classifier(model, params, tokenizer, **_text_options(options), **how)
-    if not isinstance(model, Decoder):
+    Args:
+      options: of the command.
+      places: of the members, all in one folder.
+      record: see `make_members`.
+      scoring: of their energies.
+      contents: gets the fingerprints of its weights and tokenizer.
+      ends: whether the last of them is the last of the cascade, which needs no scores.
+    """
+    folder = places[0].place
+    model, params = load(folder)
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.check_vocabulary(model.config.vocab_size)
+    contents |= parts_of(params, tokenizer)
+    how: dict[str, Any] = {"scoring": scoring, "batch_size": options.batch_size}
+
+    if not isinstance(model, Encoder | Decoder):
         raise ValueError(
-            f"--swift-exit {options.swift_exit}: {options.super_} holds an {kind_of(model.config).name}, "
-            "which has no exits; name a model of its own as --swift"
+            f"{places[0].flag} {places[0].value}: {folder} holds an {kind_of(model.config).name}, which has "
+            "no exits; name a model of its own as --swift"
         )
-    if options.choices_field in record:
-        return shared_multiple_choice(model, params, tokenizer, **_choice_options(options), **how)
-    how["prompt_field"] = options.text_field
-    return shared_generator(model, params, tokenizer, options.max_new_tokens, **how)
+    parts = [_part(place, model.config) for place in places]
+    if isinstance(model, Encoder):
+        how |= _text_options(options)
+    elif options.choices_field in record:
+        how |= _choice_options(options)
+    else:
+        how |= {"prompt_field": options.text_field, "max_new_tokens": options.max_new_tokens}
+        how["scored_last"] = not ends
+    return shared_members(model, params, tokenizer, parts, **how)
+
+
+def _part(place: Place, config: ModelConfig | Any) -> int | Subnet | None:
+    """The part of a model that a place names.
+
+    Raises:
+      ValueError: an exit is no whole number, or there is no such sub-network.
+    """
+    if place.kind == "exit":
+        right = place.value.isdecimal() and int(place.value) > 0
+        require(right, f"{place.flag}: exit", place.value, "must be the number of a layer, like 6")
+        return int(place.value)
+    if place.kind == "subnet":
+        require(isinstance(config, ModelConfig), place.flag, place.name, "only decoders have sub-networks")
+        return subnet_of(place.value.split()).of(config)
+    return None
 
 
 def _text_options(options: PairOptions) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Which answers of a Swift and a Super are right: classes by their names, choices, numbers and texts.
+"""Which answers of a cascade's models are right: classes by their names, choices, numbers and texts.
 
-Two models may number the same classes differently, so answers are compared and written by name.
+Models may number the same classes differently, so answers are compared and written by name.
 """
 
 import math
@@ -8,34 +8,39 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastic_lm.cascade.answerer import Answerer, Record, choice_texts
+from elastic_lm.config.cascade import member_names
 from elastic_lm.config.checks import require
 from elastic_lm.data.records import class_number, label_of
 
-Names = Mapping[str, Sequence[str]]  # "swift", "super" -> names of the classes, in the order of the indices
+Names = Mapping[str, Sequence[str]]  # name of a member -> names of its classes, in the order of the indices
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def class_names(swift: Answerer, super_: Answerer) -> dict[str, tuple[str, ...]]:
-    """Names of both models' classes; those of a head without names are its indices; () = no classes.
+def class_names(*members: Answerer) -> dict[str, tuple[str, ...]]:
+    """Names of all models' classes; those of a head without names are its indices; () = no classes.
+
+    Args:
+      *members: of the cascade, in their order.
 
     Raises:
       ValueError: the models name different classes.
     """
-    names = {"swift": _names(swift), "super": _names(super_)}
-    of_swift, of_super = names.values()
-    if of_swift and of_super and set(of_swift) != set(of_super):
-        raise ValueError(
-            f"--swift: its classes are {', '.join(of_swift)}, and those of --super are "
-            f"{', '.join(of_super)}; both have to know the same ones, by the same names (labels of their "
-            "configurations)"
-        )
+    names = dict(zip(member_names(len(members)), map(_names, members), strict=True))
+    known = {name: own for name, own in names.items() if own}
+    (first, of_first), *others = known.items() or [("", ())]
+    for other, of_other in others:
+        if set(of_first) != set(of_other):
+            raise ValueError(
+                f"--{first}: its classes are {', '.join(of_first)}, and those of --{other} are "
+                f"{', '.join(of_other)}; both have to know the same ones, by the same names (labels of their "
+                "configurations)"
+            )
     return names
 
 
-def written_names(swift: Answerer, super_: Answerer) -> Names:
+def written_names(*members: Answerer) -> Names:
     """`class_names` if at least one of the models names its classes; {} = indices are written as they are."""
-    given = any(getattr(model, "names", ()) for model in (swift, super_))
-    return class_names(swift, super_) if given else {}
+    return class_names(*members) if any(getattr(model, "names", ()) for model in members) else {}
 
 
 def _names(model: Answerer) -> tuple[str, ...]:
@@ -47,7 +52,7 @@ def named(output: Any, model: str, names: Names) -> Any:
 
     Args:
       output: index, name, number or text.
-      model: "swift" or "super".
+      model: "swift", "super" or another member's name.
       names: of classes. A model without names, such as a service, counts as the other one does.
     """
     own = names.get(model) or ()
