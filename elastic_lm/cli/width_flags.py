@@ -279,6 +279,20 @@ def chosen_subnet(
     return subnet
 
 
+def chosen_drafter(drafter: SubnetText, config: "ModelConfig") -> Subnet:
+    """The sub-network that drafts for a model, told on stderr.
+
+    Raises:
+      ValueError: it is none of this model.
+    """
+    try:
+        subnet = drafter.of(config)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--subnet", "--drafter", 1)) from None
+    print(subnet_line(config, subnet).replace("runs", "drafts by", 1), file=sys.stderr)
+    return subnet
+
+
 def is_elastic(folder: str) -> bool:
     """Whether a model, in a folder or on the Hub, has a menu of widths."""
     from elastic_lm.checkpoints.native import MENU_FILE

@@ -16,6 +16,8 @@ from elastic_lm.config.checks import is_whole, require, require_at_least_1, requ
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.cache import cache_bytes
+from elastic_lm.decode.drafter import with_drafting
+from elastic_lm.decode.drafter_costs import drafter_costs
 from elastic_lm.decode.logprobs import with_room
 from elastic_lm.decode.lossless import final_length
 from elastic_lm.decode.options import DecodeKeywords, DecodeOptions, check_choice, make_options
@@ -542,6 +544,8 @@ class Sampler:
         # The policy of the options was checked when the sampler was created.
         for policy in policies if exit is not SAME else ():
             if policy is not None:
+                fix = "a drafter takes the place of exits; use a sampler without one"
+                require(self.options.drafter is None, "exit", policy, fix)
                 policy.check(self.config)
         if exit is not SAME:
             self._warn_other_models(policies)
@@ -572,14 +576,21 @@ class Sampler:
         if verified_B.any() and self.options.window < 2:
             raise ValueError(f"window={self.options.window}: lossless decoding needs at least 2")
         drafts = not self.options.lookup or bool(verified_B.any())
-        require(
-            drafts, "lookup", True, "drafts for lossless rows only; give lossless=True, for one row or more"
-        )
+        fix = "drafts for lossless rows only; give lossless=True, for one row or more"
+        require(drafts, "lookup", True, fix)
+        drafter = self.options.drafter
+        require(drafter is None or bool(verified_B.any()), "drafter", drafter, fix)
         return verified_B
 
     def _serve(self, budget: Budget | None, subnet: Subnet | None) -> Served:
         """The model that runs in a call."""
         chosen = self._what_runs(budget, subnet, otherwise=self.runs)
+        drafter = self.options.drafter
+        if drafter is not None:
+            whole = chosen is None or chosen == Subnet.full(self.config)
+            fix = "the drafter drafts for the whole model; use a sampler without one"
+            require(whole, "subnet", chosen, fix)
+            return self._models.with_drafter(drafter)
         if isinstance(chosen, Budget):
             assert self.options.elastic is not None
             return self._models.with_routers(self.options.elastic, chosen)
@@ -656,6 +667,11 @@ class Sampler:
                 shape = len(prompts), tokens.shape[1]
                 controls = tick_costs(model, prefill, controls, shape).put(controls)
                 measuring = time.perf_counter() - started
+            if model.drafter is not None and options.draft is None:
+                started = time.perf_counter()
+                costs = drafter_costs(model, prefill, controls, (len(prompts), tokens.shape[1]))
+                controls = dataclasses.replace(controls, tick_costs=jnp.asarray(costs, jnp.float32))
+                measuring = time.perf_counter() - started
             begun = None
             if call.prefix is not None:
                 begun = call.prefix.begin(
@@ -671,9 +687,13 @@ class Sampler:
                 not options.lookup, "lookup", True, "prompt states go on without it; leave one of them out"
             )
             require(call.prefix is None, "prefix", call.prefix, "goes without prompt states; leave it out")
+            fix = "prompt states go on without it; leave one of them out"
+            require(model.drafter is None, "drafter", model.drafter, fix)
             state = jit_prefill_from_state(model.config, model.params, prompt_state, *arrays, **shapes)
         if call.top is not None:
             state = with_room(state, call.top)
+        if model.drafter is not None:
+            state = with_drafting(state, options.window)
         return dataclasses.replace(call, served=model, measuring=measuring), state, controls
 
     def _advance(self, call: Call, state: DecodeState, controls: Controls) -> Iterator[DecodeState]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
+from elastic_lm.decode.drafter import DRAFTER, drafter_params
 from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill, prefill_from_state
 from elastic_lm.models.decoder import Params
@@ -35,8 +36,8 @@ def _jit_prefill(function: Callable[..., Any]) -> Any:
 
 
 def _jit_run(function: Callable[..., Any]) -> Any:
-    """Static: the config, the mode, the mesh. Traced: everything else."""
-    return jax.jit(function, static_argnames=("config", "mode", "mesh"), donate_argnames="state")
+    """Static: the config, the mode, the mesh, the drafter. Traced: everything else."""
+    return jax.jit(function, static_argnames=("config", "mode", "mesh", "subnet"), donate_argnames="state")
 
 
 # The programs of whole models, which stay for the life of the process.
@@ -58,6 +59,7 @@ class Served:
       per: whether routers choose widths for every token or for every prompt.
       budget: that routers keep while the model decodes; None = no routers choose.
       mesh: that the parameters lie on, and the state with them; None = of one device.
+      drafter: the sub-network of this model that drafts for it; None = none does.
     """
 
     subnet: Subnet | None
@@ -68,6 +70,7 @@ class Served:
     per: Per = "token"
     budget: Budget | None = None
     mesh: Mesh | None = None
+    drafter: Subnet | None = None
 
     def for_prompts(self, tokens_BP: jax.Array, length_B: jax.Array) -> "Served":
         """This model, with the widths that its routers choose for these prompts if they choose per prompt."""
@@ -93,9 +96,11 @@ class ServedModels:
         params = placed_for_decoding(params, config.dtype)
         self._whole = Served(None, config, params, *_whole_programs(mesh), mesh=mesh)
         self._slice = _sliced_inside if slice_inside else _sliced
+        self._slice_inside = slice_inside
         self._keep = keep
         self._kept = collections.OrderedDict[Subnet, Served]()
         self._nested: tuple[NestedConfig, Params] | None = None
+        self._drafted: Served | None = None
 
     def serve(self, subnet: Subnet | None) -> Served:
         """A sub-network as a model, sliced now unless it is in memory.
@@ -139,6 +144,30 @@ class ServedModels:
         params = {**params, WIDTH_INPUTS: budget_inputs(chooser.routers, budget)}
         mesh = self._whole.mesh
         return Served(None, config, params, *_whole_programs(mesh), chooser.per, budget, mesh)
+
+    def with_drafter(self, subnet: Subnet) -> Served:
+        """The whole model with a sub-network that drafts for it; the last one stays in memory.
+
+        Args:
+          subnet: fits the whole model, whose exits are left out.
+
+        Returns:
+          The model. What the sub-network cuts out of a layer is copied once, here, or inside the program
+          whenever it runs; layers that are only left out take no memory.
+        """
+        if self._drafted is None or self._drafted.drafter != subnet:
+            whole = self._whole
+            config, params = whole.config.with_exits(()), whole.params
+            if not self._slice_inside:
+                params = drafter_params(config, params, subnet)
+                small = subnet.sliced(config)
+                if whole.mesh is not None:
+                    params[DRAFTER] = put_fitting(params[DRAFTER], fitting_shardings(small, whole.mesh))
+                params[DRAFTER] = placed_for_decoding(params[DRAFTER], config.dtype)
+            prefill, run = _whole_programs(whole.mesh)
+            run = functools.partial(run, subnet=subnet)
+            self._drafted = Served(None, config, params, prefill, run, mesh=whole.mesh, drafter=subnet)
+        return self._drafted
 
 
 def _whole_programs(mesh: Mesh | None) -> tuple[Any, Any]:
