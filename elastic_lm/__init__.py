@@ -16,6 +16,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.checkpoints.embedded import embedded_model
     from elastic_lm.checkpoints.loading import load
     from elastic_lm.config.data import DataConfig
+    from elastic_lm.config.drafter import Drafter
     from elastic_lm.config.encoder import EncoderConfig
     from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
     from elastic_lm.config.log import LogConfig
@@ -62,6 +63,7 @@ __all__ = [
     "DecodeOptions",
     "Decoder",
     "DepthSchedule",
+    "Drafter",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from elastic_lm.decode.drafter import tick_widths, with_drafting
+from elastic_lm.decode.drafting import tick_widths, with_drafting
 from elastic_lm.decode.sampling import truncates
 from elastic_lm.decode.served import Served
 from elastic_lm.decode.state import Controls, DecodeState

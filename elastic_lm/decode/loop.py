@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.config.subnet import Subnet
-from elastic_lm.decode import cache, drafter, exit_balance, logprobs, lookup
+from elastic_lm.decode import cache, drafting, exit_balance, logprobs, lookup
 from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.exit_check import check_exit, looks
 from elastic_lm.decode.lossless import deep_logprobs, deep_tokens, drafting_room, look_deep, verify
@@ -72,7 +72,7 @@ def run(
     iterations: jax.Array,
     mode: Mode = "exact",
     mesh: Mesh | None = None,
-    subnet: Subnet | None = None,
+    drafter: Drafter | None = None,
 ) -> DecodeState:
     """Runs iterations of shallow and deep ticks until every row has ended.
 
@@ -88,15 +88,15 @@ def run(
         "propagate" = the deeper layers of early tokens never run, CALM's approximation takes their place.
       mesh: that parameters lie on, static; the state is divided over it (`decode.sharded`). None = of one
         device, or left to the compiler.
-      subnet: that drafts for the model (`decode.drafter`), which then has no exits; static. The state has a
-        `drafting`, and the mode is "verify". Where its parameters are not beside those of the model, they are
-        sliced here, once per run. None = no sub-network drafts.
+      drafter: sub-network that drafts for the model (`decode.drafting`), which then has no exits; static.
+        The state has a `drafting`, and the mode is "verify". Where the sub-network's parameters are not
+        beside those of the model, they are sliced here, once per run. None = no sub-network drafts.
 
     Returns:
       The advanced state.
     """
-    if subnet is not None and drafter.DRAFTER not in params:
-        params = drafter.drafter_params(config, params, subnet)
+    if drafter is not None and drafting.DRAFTER not in params:
+        params = drafting.drafter_params(config, params, drafter)
 
     def unfinished(carry: Carry) -> jax.Array:
         return jnp.any(carry[0].alive) & (carry[1] < iterations)
@@ -111,8 +111,8 @@ def run(
         body = functools.partial(_copying, config, params, controls, unfinished)
     elif state.lookup is not None:
         body = functools.partial(_copying_before_exits, config, params, controls)
-    elif subnet is not None:
-        body = functools.partial(_drafting, config, params, controls, subnet)
+    elif drafter is not None:
+        body = functools.partial(_drafting, config, params, controls, drafter)
 
     # On a mesh, what enters an iteration and what leaves it is divided alike; the compiler would divide more.
     def divided(carry: Carry) -> Carry:
@@ -123,14 +123,16 @@ def run(
     return on_mesh(state, mesh)
 
 
-def _drafting(config: ModelConfig, params: Params, controls: Controls, subnet: Subnet, carry: Carry) -> Carry:
+def _drafting(
+    config: ModelConfig, params: Params, controls: Controls, drafter: Drafter, carry: Carry
+) -> Carry:
     """Drafts of a sub-network, and a pass of the whole model that verifies them and adds a token."""
     before, count = carry
     asking_B = _asking(before, controls)
-    state = drafter.draft(config, params, subnet, before, controls, asking_B)
+    state = drafting.draft(config, params, drafter, before, controls, asking_B)
     drafted_B = state.length - before.length
     state = _iteration(config, params, controls, "verify", state, asking_B)
-    return drafter.learn(state, before, drafted_B), count + 1
+    return drafting.learn(state, before, drafted_B), count + 1
 
 
 def _copying_before_exits(config: ModelConfig, params: Params, controls: Controls, carry: Carry) -> Carry:
@@ -354,7 +356,7 @@ def _widths(segment: Segment, state: DecodeState, window: int) -> tuple[int, ...
     """Widths for which the tick of a segment is compiled."""
     if segment.index == 0:
         if state.drafting is not None:
-            return drafter.tick_widths(window)
+            return drafting.tick_widths(window)
         # One new token at a time, unless rows copy tokens from their own text.
         if state.lookup is None or segment.mode != "verify":
             return (1,)

@@ -5,6 +5,7 @@ from typing import TypedDict, get_args
 
 from elastic_lm.config.checks import require, require_at_least_1, require_type, require_types
 from elastic_lm.config.decoding import WINDOW, Missing
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.depth.policies import ExitPolicy, require_policy
@@ -37,7 +38,7 @@ class DecodeOptions:
         before exits. Static.
       drafter: a sub-network that drafts for lossless rows of the whole model, in place of exits: it draws
         tokens one by one, with the weights and the keys and values that are there already, and the whole
-        model verifies them together (`decode.drafter`). Layers that it leaves out cost no memory; what it
+        model verifies them together (`decode.drafting`). Layers that it leaves out cost no memory; what it
         cuts out of a layer is copied once per sampler, or in the program with `slice_inside`. With a
         `preview`, drafts are drawn from that, and the whole model reads its whole head. None = none. Static.
       preview: of the model's vocabulary head, from `el.depth.fit_preview`: most tokens are chosen by a part
@@ -85,7 +86,7 @@ class DecodeOptions:
     stream_every: int = 16
     lossless: bool = False
     lookup: bool = False
-    drafter: Subnet | None = None
+    drafter: Drafter | Subnet | None = None
     preview: HeadPreview | None = dataclasses.field(default=None, compare=False)  # arrays do not compare
     draft: int | None = None
     missing: Missing = "exact"
@@ -152,15 +153,13 @@ class DecodeOptions:
 
     def _check_drafts(self, config: ModelConfig) -> None:
         """Checks that a drafter is a sub-network of the model, and can read its preview."""
-        drafter = self.drafter
-        assert drafter is not None
-        try:
-            drafter.check(config)
-        except ValueError as error:
-            raise ValueError(f"drafter: {error}") from None
-        whole = self.preview is None or drafter.d_model == config.d_model
+        assert self.drafter is not None
+        drafter = Drafter.of(self.drafter)
+        drafter.check(config)
+        width = drafter.subnet.d_model
+        whole = self.preview is None or width == config.d_model
         fix = "the preview is of all channels; leave it out, or keep them"
-        require(whole, "drafter.d_model", drafter.d_model, fix)
+        require(whole, "drafter.subnet.d_model", width, fix)
 
 
 class DecodeKeywords(TypedDict, total=False):
@@ -175,7 +174,7 @@ class DecodeKeywords(TypedDict, total=False):
     stream_every: int
     lossless: bool
     lookup: bool
-    drafter: Subnet | None
+    drafter: Drafter | Subnet | None
     preview: HeadPreview | None
     draft: int | None
     missing: Missing

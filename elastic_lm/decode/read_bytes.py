@@ -68,13 +68,16 @@ def _drafter(model: Served, lengths: Sequence[tuple[int, int]]) -> int:
     """Bytes that one step of the drafter's layers reads, on all devices together."""
     config, drafter = model.config, model.drafter
     assert drafter is not None
-    small = drafter.sliced(config)
-    sizes = zip(drafter.layers, drafter.mlp, drafter.heads, drafter.groups, strict=True)
-    weights = sum(
-        attention_cost(config, i, heads, groups).parameters + mlp_cost(config, mlp).parameters
-        for i, mlp, heads, groups in sizes
-    )
-    return weights * BYTES[config.dtype] + sum(_cache(small, j, lengths) for j in range(small.n_layers))
+    subnet = drafter.subnet
+    small = subnet.sliced(config)
+    weights = caches = 0
+    for j, layer in enumerate(subnet.layers):
+        if layer not in drafter.no_attention:
+            weights += attention_cost(config, layer, subnet.heads[j], subnet.groups[j]).parameters
+            caches += _cache(small, j, lengths)
+        if layer not in drafter.no_mlp:
+            weights += mlp_cost(config, subnet.mlp[j]).parameters
+    return weights * BYTES[config.dtype] + caches
 
 
 def gb_per_s(read: int | None, seconds: float) -> float | None:

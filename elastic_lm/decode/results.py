@@ -12,7 +12,7 @@ import numpy as np
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode import logprobs
-from elastic_lm.decode.drafter import DRAFTER
+from elastic_lm.decode.drafting import DRAFTER
 from elastic_lm.decode.logprobs import Ranked
 from elastic_lm.decode.read_bytes import gb_per_s, read_bytes
 from elastic_lm.decode.sampling import BROKEN

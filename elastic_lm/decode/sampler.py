@@ -14,10 +14,11 @@ import numpy as np
 
 from elastic_lm.config.checks import is_whole, require, require_at_least_1, require_type
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.cache import cache_bytes
-from elastic_lm.decode.drafter import with_drafting
 from elastic_lm.decode.drafter_costs import drafter_costs
+from elastic_lm.decode.drafting import with_drafting
 from elastic_lm.decode.logprobs import with_room
 from elastic_lm.decode.lossless import final_length
 from elastic_lm.decode.options import DecodeKeywords, DecodeOptions, check_choice, make_options
@@ -590,7 +591,7 @@ class Sampler:
             whole = chosen is None or chosen == Subnet.full(self.config)
             fix = "the drafter drafts for the whole model; use a sampler without one"
             require(whole, "subnet", chosen, fix)
-            return self._models.with_drafter(drafter)
+            return self._models.with_drafter(Drafter.of(drafter))
         if isinstance(chosen, Budget):
             assert self.options.elastic is not None
             return self._models.with_routers(self.options.elastic, chosen)

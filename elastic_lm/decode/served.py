@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
-from elastic_lm.decode.drafter import DRAFTER, drafter_params
+from elastic_lm.decode.drafting import DRAFTER, drafter_params
 from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill, prefill_from_state
 from elastic_lm.models.decoder import Params
@@ -37,7 +38,7 @@ def _jit_prefill(function: Callable[..., Any]) -> Any:
 
 def _jit_run(function: Callable[..., Any]) -> Any:
     """Static: the config, the mode, the mesh, the drafter. Traced: everything else."""
-    return jax.jit(function, static_argnames=("config", "mode", "mesh", "subnet"), donate_argnames="state")
+    return jax.jit(function, static_argnames=("config", "mode", "mesh", "drafter"), donate_argnames="state")
 
 
 # The programs of whole models, which stay for the life of the process.
@@ -70,7 +71,7 @@ class Served:
     per: Per = "token"
     budget: Budget | None = None
     mesh: Mesh | None = None
-    drafter: Subnet | None = None
+    drafter: Drafter | None = None
 
     def for_prompts(self, tokens_BP: jax.Array, length_B: jax.Array) -> "Served":
         """This model, with the widths that its routers choose for these prompts if they choose per prompt."""
@@ -145,28 +146,28 @@ class ServedModels:
         mesh = self._whole.mesh
         return Served(None, config, params, *_whole_programs(mesh), chooser.per, budget, mesh)
 
-    def with_drafter(self, subnet: Subnet) -> Served:
+    def with_drafter(self, drafter: Drafter) -> Served:
         """The whole model with a sub-network that drafts for it; the last one stays in memory.
 
         Args:
-          subnet: fits the whole model, whose exits are left out.
+          drafter: fits the whole model, whose exits are left out.
 
         Returns:
           The model. What the sub-network cuts out of a layer is copied once, here, or inside the program
           whenever it runs; layers that are only left out take no memory.
         """
-        if self._drafted is None or self._drafted.drafter != subnet:
+        if self._drafted is None or self._drafted.drafter != drafter:
             whole = self._whole
             config, params = whole.config.with_exits(()), whole.params
             if not self._slice_inside:
-                params = drafter_params(config, params, subnet)
-                small = subnet.sliced(config)
+                params = drafter_params(config, params, drafter)
+                small = drafter.subnet.sliced(config)
                 if whole.mesh is not None:
                     params[DRAFTER] = put_fitting(params[DRAFTER], fitting_shardings(small, whole.mesh))
                 params[DRAFTER] = placed_for_decoding(params[DRAFTER], config.dtype)
             prefill, run = _whole_programs(whole.mesh)
-            run = functools.partial(run, subnet=subnet)
-            self._drafted = Served(None, config, params, prefill, run, mesh=whole.mesh, drafter=subnet)
+            run = functools.partial(run, drafter=drafter)
+            self._drafted = Served(None, config, params, prefill, run, mesh=whole.mesh, drafter=drafter)
         return self._drafted
 
 

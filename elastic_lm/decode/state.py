@@ -104,7 +104,7 @@ class Lookup:
 
 @flax.struct.dataclass
 class Drafting:
-    """What is known of the drafts of a sub-network (`decode.drafter`), for all rows together.
+    """What is known of the drafts of a sub-network (`decode.drafting`), for all rows together.
 
     Attributes:
       confidence: [B, W - 1] float32, the sub-network's probability of each draft of the last round.

@@ -14,7 +14,7 @@ from small_models import Letters
 import elastic_lm as el
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.config.subnet import Subnet
-from elastic_lm.decode import drafter, drafter_costs, sampler
+from elastic_lm.decode import drafter_costs, drafting, sampler
 from elastic_lm.decode.state import Drafting
 from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
@@ -49,7 +49,7 @@ def drafters(config):
         "half the neurons": Subnet.uniform(config, mlp=0.5),
         "fewer groups": Subnet.uniform(config, layers=(0, 1, 2), groups=0.5),
         "fewer channels": Subnet.uniform(config, layers=(0, 1), d_model=0.5),
-        "the whole model": Subnet.full(config),
+        "half layers": el.Drafter(Subnet.uniform(config, layers=(0, 1, 3)), no_attention=(1,), no_mlp=(3,)),
     }
 
 
@@ -58,11 +58,11 @@ def test_no_token_differs(model, many_prompts):
     subnet = drafters(model.config)["narrower and shallower"]
     full, drafted, wasted = model.sampler(window=WINDOW), 0, 0
     for draft, size, settings in itertools.product((None, WINDOW - 1), (1, 4), ({}, SAMPLED)):
-        drafting = model.sampler(window=WINDOW, lossless=True, drafter=subnet, draft=draft)
+        decoder = model.sampler(window=WINDOW, lossless=True, drafter=subnet, draft=draft)
         for i in range(0, 8, size) if size > 1 else (0, 5):
             rows = many_prompts[i : i + size]
             expected = [out.tokens for out in full.sample(rows, NEW, **settings)]
-            outputs = drafting.sample(rows, NEW, **settings)
+            outputs = decoder.sample(rows, NEW, **settings)
             assert [out.tokens for out in outputs] == expected
             stats = outputs[0].stats
             drafted, wasted = drafted + stats.drafted, wasted + stats.wasted
@@ -73,15 +73,17 @@ def test_no_token_differs(model, many_prompts):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["skips layers", "half the neurons", "fewer groups", "fewer channels"])
+@pytest.mark.parametrize(
+    "name", ["skips layers", "half the neurons", "fewer groups", "fewer channels", "half layers"]
+)
 def test_no_token_differs_for_drafters_of_every_kind(model, many_prompts, name):
     subnet = drafters(model.config)[name]
     full = model.sampler(window=WINDOW)
-    drafting = model.sampler(window=WINDOW, lossless=True, drafter=subnet, draft=2)
+    decoder = model.sampler(window=WINDOW, lossless=True, drafter=subnet, draft=2)
     inside = model.sampler(window=WINDOW, lossless=True, drafter=subnet, draft=2, slice_inside=True)
     for settings in ({}, SAMPLED):
         expected = [out.tokens for out in full.sample(many_prompts, NEW, **settings)]
-        outputs = drafting.sample(many_prompts, NEW, **settings)
+        outputs = decoder.sample(many_prompts, NEW, **settings)
         assert [out.tokens for out in outputs] == expected
         assert 0 < outputs[0].stats.accepted < outputs[0].stats.drafted
         again = inside.sample(many_prompts, NEW, **settings)
@@ -91,8 +93,8 @@ def test_no_token_differs_for_drafters_of_every_kind(model, many_prompts, name):
 
 def test_the_whole_model_accepts_its_own_drafts(model, many_prompts):
     subnet = Subnet.full(model.config)
-    drafting = model.sampler(window=WINDOW, lossless=True, drafter=subnet, draft=WINDOW - 1)
-    outputs = drafting.sample(many_prompts[:4], NEW)
+    decoder = model.sampler(window=WINDOW, lossless=True, drafter=subnet, draft=WINDOW - 1)
+    outputs = decoder.sample(many_prompts[:4], NEW)
     assert [out.tokens for out in outputs] == [
         out.tokens for out in model.sampler(window=WINDOW).sample(many_prompts[:4], NEW)
     ]
@@ -121,16 +123,16 @@ def test_caches_are_those_of_the_whole_model(model, many_prompts):
 def test_stop_strings_streams_and_mixed_rows(model, many_prompts):
     subnet = drafters(model.config)["narrower and shallower"]
     options = {"window": WINDOW, "drafter": subnet, "draft": WINDOW - 1, "tokenizer": Letters()}
-    drafting = model.sampler(lossless=True, stream_every=1, **options)
+    decoder = model.sampler(lossless=True, stream_every=1, **options)
     full = model.sampler(window=WINDOW, tokenizer=Letters())
     expected = full.sample(many_prompts[:4], NEW)
 
     stops = tuple(out.text[5:7] for out in expected)
     stopped = full.sample(many_prompts[:4], NEW, stop=stops)
-    found = drafting.sample(many_prompts[:4], NEW, stop=stops)
+    found = decoder.sample(many_prompts[:4], NEW, stop=stops)
     assert [(out.text, out.tokens) for out in found] == [(out.text, out.tokens) for out in stopped]
 
-    pieces = list(drafting.stream(many_prompts[0], NEW))
+    pieces = list(decoder.stream(many_prompts[0], NEW))
     assert "".join(pieces) == expected[0].text
     assert 2 < len(pieces) < NEW
 
@@ -143,14 +145,14 @@ def test_stop_strings_streams_and_mixed_rows(model, many_prompts):
 def test_stop_tokens_and_logprobs(model, many_prompts):
     subnet = drafters(model.config)["narrower and shallower"]
     full = model.sampler(window=WINDOW)
-    drafting = model.sampler(window=WINDOW, lossless=True, drafter=subnet, draft=WINDOW - 1)
+    decoder = model.sampler(window=WINDOW, lossless=True, drafter=subnet, draft=WINDOW - 1)
     for prompt in many_prompts[:8]:
         tokens = full.sample(prompt, NEW).tokens
         end = tokens.index(tokens[NEW // 2])
-        out = drafting.sample(prompt, NEW, stop_tokens=(tokens[NEW // 2],))
+        out = decoder.sample(prompt, NEW, stop_tokens=(tokens[NEW // 2],))
         assert out.tokens == tokens[: end + 1]
     expected = full.sample(many_prompts[:4], NEW, logprobs=True, top_logprobs=2)
-    found = drafting.sample(many_prompts[:4], NEW, logprobs=True, top_logprobs=2)
+    found = decoder.sample(many_prompts[:4], NEW, logprobs=True, top_logprobs=2)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
         assert [[i for i, _ in best] for best in one.top_logprobs] == [
@@ -160,12 +162,26 @@ def test_stop_tokens_and_logprobs(model, many_prompts):
 
 def test_other_prompts_compile_nothing(model, many_prompts):
     subnet = drafters(model.config)["narrower and shallower"]
-    drafting = model.sampler(window=WINDOW, lossless=True, drafter=subnet)
-    drafting.sample(many_prompts[0], NEW)
-    programs = drafting.compilations()
+    decoder = model.sampler(window=WINDOW, lossless=True, drafter=subnet)
+    decoder.sample(many_prompts[0], NEW)
+    programs = decoder.compilations()
     for prompt in many_prompts[1:4]:
-        drafting.sample(prompt, NEW, temperature=0.5)
-    assert drafting.compilations() == programs
+        decoder.sample(prompt, NEW, temperature=0.5)
+    assert decoder.compilations() == programs
+
+
+def test_a_drafter_is_checked():
+    subnet = Subnet((0, 2), (8, 8), (1, 1), (1, 1), 8)
+    for fields, message in (
+        ({"no_attention": (1,)}, r"drafter.no_attention=\(1,\): must be some of .* \(0, 2\)"),
+        ({"no_mlp": (2, 0)}, r"drafter.no_mlp=\(2, 0\): must be .* in increasing order"),
+        (
+            {"no_attention": (0,), "no_mlp": (0, 2)},
+            r"drafter.no_mlp=.*: layers \[0\] have no attention either",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            el.Drafter(subnet, **fields)
 
 
 def given_costs(monkeypatch, costs):
@@ -178,11 +194,11 @@ def test_drafts_that_do_not_pay_rest(model, many_prompts, monkeypatch):
     ticks = {}
     for name, costs in {"dear": (1.0, 4.0, 8.0, 12.0), "free": (1.0, 1.0, 1.0, 1.0)}.items():
         given_costs(monkeypatch, costs)
-        drafting = model.sampler(window=WINDOW, lossless=True, drafter=subnet)
-        out = drafting.sample(many_prompts[0], 64)
+        decoder = model.sampler(window=WINDOW, lossless=True, drafter=subnet)
+        out = decoder.sample(many_prompts[0], 64)
         assert out.tokens == model.sampler(window=WINDOW).sample(many_prompts[0], 64).tokens
         ticks[name] = out.stats.drafter_ticks
-    assert 1 <= ticks["dear"] <= 3 * drafter.PROBES  # at the beginning, and after each of two rests
+    assert 1 <= ticks["dear"] <= 3 * drafting.PROBES  # at the beginning, and after each of two rests
     assert ticks["free"] > 30
 
 
@@ -199,13 +215,13 @@ def test_a_draft_goes_on_while_a_longer_one_gives_more_tokens_per_second():
             / costs[m]
             for m in range(drafts, 6)
         ]
-        now = drafter._Round(
+        now = drafting._Round(
             (), *[jnp.zeros(1)] * 3, *map(jnp.asarray, (active, 0.0, reach, expected, drafts))
         )
-        prior = jnp.ones(len(drafter.PRIOR))
+        prior = jnp.ones(len(drafting.PRIOR))
         known = Drafting(*[jnp.zeros(1)] * 7).replace(hits=rate * prior, trials=prior)
         controls = dataclasses.make_dataclass("Costs", ["tick_costs"])(jnp.asarray(costs))
-        assert bool(drafter._pays(now, known, controls, jnp.asarray(rows))) == (
+        assert bool(drafting._pays(now, known, controls, jnp.asarray(rows))) == (
             max(gained) > gained[0] + 1e-6
         )
 
@@ -216,12 +232,12 @@ def test_acceptance_is_counted_by_the_probability_of_each_draft(model):
             self.accepted, self.drafting = jnp.asarray(accepted), drafting
 
     blank = Drafting(*[jnp.zeros(1)] * 7)
-    nothing = jnp.zeros(len(drafter.PRIOR))
+    nothing = jnp.zeros(len(drafting.PRIOR))
     blank = blank.replace(
         confidence=jnp.asarray([[0.99, 0.4, 0.2], [0.05, 0.99, 0.99]]), hits=nothing, trials=nothing
     )
     state = dataclasses.make_dataclass("State", ["accepted", "drafting"])(jnp.asarray([2, 5]), blank)
-    found = drafter.learn(state, Round([0, 5]), jnp.asarray([3, 1])).drafting
+    found = drafting.learn(state, Round([0, 5]), jnp.asarray([3, 1])).drafting
     # The first row: two right and the third wrong; the second: its only one wrong.
     np.testing.assert_array_equal(found.trials, [1, 0, 1, 1, 0, 0, 0, 1, 4])
     np.testing.assert_array_equal(found.hits, [0, 0, 0, 1, 0, 0, 0, 1, 2])
@@ -262,10 +278,13 @@ def test_what_does_not_go_with_a_drafter(model, options, call, message):
     def resolved(fields):
         return {k: named.get(v, v) if isinstance(v, str) else v for k, v in fields.items()}
 
+    def decode():
+        options_found = {"lossless": True, "drafter": half} | resolved(options)
+        decoder = el.Sampler(el.Decoder(model.config), model.params, **options_found)
+        decoder.sample([1, 2], 4, **resolved(call))
+
     with pytest.raises(ValueError, match=message):
-        model.sampler(**{"lossless": True, "drafter": half} | resolved(options)).sample(
-            [1, 2], 4, **resolved(call)
-        )
+        decode()
 
 
 @pytest.mark.long
@@ -298,11 +317,11 @@ def test_pretrained_stories(subnet):
     tokenizer = el.Tokenizer.load(str(folder))
     full = el.Sampler(decoder, params, tokenizer, window=8)
     config = decoder.config
-    drafting = el.Sampler(
+    decoder = el.Sampler(
         decoder, params, tokenizer, window=8, lossless=True, drafter=Subnet.uniform(config, **subnet)
     )
     for settings in ({}, {"temperature": 0.8, "seed": 5}):
         expected = [out.tokens for out in full.sample(texts, 64, **settings)]
-        outputs = drafting.sample(texts, 64, **settings)
+        outputs = decoder.sample(texts, 64, **settings)
         assert [out.tokens for out in outputs] == expected
         assert outputs[0].stats.drafted > 0

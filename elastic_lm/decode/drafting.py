@@ -28,19 +28,24 @@ arXiv 2404.18911, stops a draft by its confidence.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.config.subnet import Subnet
 from elastic_lm.decode import cache
 from elastic_lm.decode.sampling import BROKEN, sample
 from elastic_lm.decode.segment import PREVIEW
 from elastic_lm.decode.state import Controls, DecodeState, Drafting
 from elastic_lm.models.decoder import OUTSIDE, Decoder, Params, softcapped
+from elastic_lm.nn.attention import AttentionContext, KeyValues, NewKeyValues, text_lengths
 from elastic_lm.nn.preview import preview_logits
+from elastic_lm.nn.rope import shared_rotations
 from elastic_lm.width.slicing import slice_params
 
 DRAFTER = "drafter"  # key of the sub-network's parameters beside those of the whole model
@@ -55,13 +60,13 @@ PROBES = 4  # rounds at the beginning, and after each rest, that draft whatever 
 FIRST_REST, LONGEST_REST = 16, 512  # rounds
 
 
-def drafter_params(config: ModelConfig, params: Params, subnet: Subnet) -> Params:
+def drafter_params(config: ModelConfig, params: Params, drafter: Drafter) -> Params:
     """The parameters of the whole model with those of its drafter beside them.
 
     Args:
       config: the whole model; static.
       params: its canonical parameters, concrete or traced.
-      subnet: the drafter; static.
+      drafter: static.
 
     Returns:
       The same arrays under the same names, and the slice under `DRAFTER`. Layers that are kept whole are not
@@ -69,7 +74,7 @@ def drafter_params(config: ModelConfig, params: Params, subnet: Subnet) -> Param
     """
     config = config.with_exits(())
     own = {k: v for k, v in params.items() if k in OUTSIDE or k.startswith("layers_")}
-    return {**params, DRAFTER: slice_params(config, own, subnet)[1]}
+    return {**params, DRAFTER: slice_params(config, own, drafter.subnet)[1]}
 
 
 def with_drafting(state: DecodeState, window: int) -> DecodeState:
@@ -122,7 +127,7 @@ class _Round:
 def draft(
     config: ModelConfig,
     params: Params,
-    subnet: Subnet,
+    drafter: Drafter,
     state: DecodeState,
     controls: Controls,
     asking_B: jax.Array,
@@ -132,7 +137,7 @@ def draft(
     Args:
       config: the whole model, without exits; static.
       params: from `drafter_params`.
-      subnet: the drafter; static.
+      drafter: static.
       state: between two iterations, with a `drafting`.
       controls: traced; `lossless`, `adapt`, `stop_tokens`, `tick_costs` and `sampling` are read. The costs
         are those of rounds with 0 .. W - 1 drafts.
@@ -144,7 +149,7 @@ def draft(
     drafting = state.drafting
     assert drafting is not None
     rows_B = asking_B & controls.lossless
-    most = drafting.confidence.shape[1]
+    layers, most = drafter.subnet.layers, drafting.confidence.shape[1]
     row = jnp.arange(rows_B.shape[0])
     capacity = state.tokens.shape[1]
     probing, resting = drafting.probes > 0, drafting.rest > 0
@@ -156,7 +161,7 @@ def draft(
         return jnp.any(now.active) & (now.drafts < most) & wanted
 
     def step(now: _Round) -> _Round:
-        logits_BV, caches = _tick(config, params, subnet, now)
+        logits_BV, caches = _tick(config, params, drafter, now)
         drawn_B = sample(logits_BV, now.tokens, now.length, controls.sampling)
 
         # A token that ends the row is left to the whole model.
@@ -171,7 +176,7 @@ def draft(
         return _Round(
             caches=caches,
             tokens=now.tokens.at[row, position].set(drawn_B, mode="drop"),
-            exit_layers=now.exit_layers.at[row, position].set(len(subnet.layers), mode="drop"),
+            exit_layers=now.exit_layers.at[row, position].set(len(layers), mode="drop"),
             length=length,
             active=drafts_B & (drawn_B != BROKEN) & (length < state.limit - 1),
             confidence=now.confidence.at[:, now.drafts].set(confidence_B),
@@ -181,7 +186,7 @@ def draft(
         )
 
     begun = _Round(
-        caches=tuple(state.cache[i] for i in subnet.layers),
+        caches=tuple(state.cache[i] for i in layers),
         tokens=state.tokens,
         exit_layers=state.exit_layers,
         length=state.length,
@@ -193,7 +198,7 @@ def draft(
     )
     drafted = jax.lax.while_loop(goes_on, step, begun)
 
-    caches = dict(enumerate(state.cache)) | dict(zip(subnet.layers, drafted.caches, strict=True))
+    caches = dict(enumerate(state.cache)) | dict(zip(layers, drafted.caches, strict=True))
     rested = _rested(drafting, controls, asks=jnp.any(begun.active), drafts=drafted.drafts)
     return dataclasses.replace(
         state,
@@ -208,9 +213,10 @@ def draft(
 
 
 def _tick(
-    config: ModelConfig, params: Params, subnet: Subnet, now: _Round
+    config: ModelConfig, params: Params, drafter: Drafter, now: _Round
 ) -> tuple[jax.Array, tuple[cache.LayerCache, ...]]:
     """Runs the sub-network over the newest token of every row: ([B, V] float32 logits, the caches)."""
+    subnet = drafter.subnet
     small = subnet.sliced(config.with_exits(()))
     decoder = Decoder(small).bind({"params": params[DRAFTER]})
     newest_B = now.length - 1
@@ -222,15 +228,66 @@ def _tick(
         cache.past((keys[:, :kept], values[:, :kept]), newest_B)
         for (keys, values), kept in zip(now.caches, subnet.groups, strict=True)
     ]
-    tap, new_kv = decoder.run_layers(hidden, positions, 0, small.n_layers, past=past)
-    caches = cache.write_all(now.caches, new_kv, tap.hidden, newest_B)
+    hidden, new_kv = _run_layers(decoder, drafter, hidden, positions, past)
+    caches = _written(now.caches, new_kv, hidden, newest_B)
 
-    features = decoder.final_features(tap.hidden)
+    features = decoder.final_features(hidden)
     preview = params.get(PREVIEW)
     if preview is None:
         return decoder.final_logits(features)[:, 0], caches
     previewed = preview_logits(preview, features, decoder.final_head())
     return softcapped(config, previewed.logits)[:, 0], caches
+
+
+def _run_layers(
+    decoder: Decoder,
+    drafter: Drafter,
+    hidden_B1D: jax.Array,
+    positions_B1: jax.Array,
+    past: Sequence[KeyValues],
+) -> tuple[jax.Array, list[NewKeyValues | None]]:
+    """Runs the drafter's layers, each without the halves that it leaves out: no keys where no attention."""
+    n_layers = decoder.config.n_layers
+    if not drafter.no_attention and not drafter.no_mlp:
+        tap, new_kv = decoder.run_layers(hidden_B1D, positions_B1, 0, n_layers, past=past)
+        return tap.hidden, [*new_kv]
+
+    lengths = text_lengths(positions_B1, None, cached=True)
+    rotations = shared_rotations(decoder.config, positions_B1, range(n_layers), lengths)
+    new_kv: list[NewKeyValues | None] = []
+    for j, layer in enumerate(drafter.subnet.layers):
+        window = decoder.config.window(j)
+        context = AttentionContext(positions_B1, None, window, past[j], rotation=rotations[j])
+        block = decoder.layers[j]
+        attention = functools.partial(block.attn, context=context)
+        tap, kv = block.around(
+            hidden_B1D,
+            _no_attention if layer in drafter.no_attention else attention,
+            jnp.zeros_like if layer in drafter.no_mlp else block.mlp,
+        )
+        hidden_B1D = tap.hidden
+        new_kv.append(kv)
+    return hidden_B1D, new_kv
+
+
+def _no_attention(x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+    """In the place of a layer's attention that is left out."""
+    return jnp.zeros_like(x_BTD), None
+
+
+def _written(
+    caches: Sequence[cache.LayerCache],
+    new_kv: Sequence[NewKeyValues | None],
+    hidden_BTD: jax.Array,
+    start_B: jax.Array,
+) -> tuple[cache.LayerCache, ...]:
+    """The caches with the new keys and values of the layers that have some."""
+    some = [(layer, kv) for layer, kv in zip(caches, new_kv, strict=True) if kv is not None]
+    if not some:
+        return tuple(caches)
+    before, new = zip(*some, strict=True)
+    written = iter(cache.write_all(before, new, hidden_BTD, start_B))
+    return tuple(layer if kv is None else next(written) for layer, kv in zip(caches, new_kv, strict=True))
 
 
 def _bin(confidence_B: jax.Array) -> jax.Array:
