@@ -7,6 +7,8 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cost.counted import CostTable, Workload, counted_table
     from elastic_lm.cost.latency_table import Device, LatencyTable
     from elastic_lm.width.chooser import SubnetChooser
+    from elastic_lm.width.draft_layers import DraftCandidate, search_drafters
+    from elastic_lm.width.drafter_files import load_drafter, save_drafter
     from elastic_lm.width.elastic_training import ElasticTraining, ElasticTrainingConfig, uniform_subnets
     from elastic_lm.width.importance import Importance, layer_scores, permute, rank
     from elastic_lm.width.router_training import RouterTraining, RouterTrainingConfig
@@ -27,6 +29,7 @@ __all__ = [
     "CostTable",
     "Damage",
     "Device",
+    "DraftCandidate",
     "ElasticTraining",
     "ElasticTrainingConfig",
     "Importance",
@@ -44,11 +47,14 @@ __all__ = [
     "greedy",
     "knapsack",
     "layer_scores",
+    "load_drafter",
     "mask_params",
     "measured_damage",
     "permute",
     "random_subnets",
     "rank",
+    "save_drafter",
+    "search_drafters",
     "slice_params",
     "uniform_subnet",
     "uniform_subnets",
