@@ -28,6 +28,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cost.latency_table import LatencyTable
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.decode.chat import Chat
+    from elastic_lm.decode.choice import Choice, Setting, choose
     from elastic_lm.decode.options import DecodeOptions
     from elastic_lm.decode.prefix import PrefixCache
     from elastic_lm.decode.sampler import Sampler
@@ -57,6 +58,7 @@ __all__ = [
     "Cascade",
     "CascadeRule",
     "Chat",
+    "Choice",
     "ConfidenceExit",
     "DataConfig",
     "DecayedExit",
@@ -79,6 +81,7 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "Sampler",
+    "Setting",
     "StaticExit",
     "Subnet",
     "SubnetChooser",
@@ -91,6 +94,7 @@ __all__ = [
     "attach_task_exits",
     "attach_task_head",
     "cascade",
+    "choose",
     "data",
     "depth",
     "embedded_model",
