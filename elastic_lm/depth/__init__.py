@@ -21,6 +21,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.previewing import PreviewReport, fit_preview
     from elastic_lm.depth.self_supervised import SelfSupervisedConfig, SelfSupervisedExits
     from elastic_lm.depth.sorted_finetuning import SortedFineTuning, SortedFineTuningConfig
+    from elastic_lm.depth.subnet_exits import SubnetExits
     from elastic_lm.models.exits import attach_exits, extract, without_exits
     from elastic_lm.nn.preview import HeadPreview
 
@@ -46,6 +47,7 @@ __all__ = [
     "SortedFineTuning",
     "SortedFineTuningConfig",
     "StaticExit",
+    "SubnetExits",
     "attach_exits",
     "calibrate",
     "exit_thresholds",
