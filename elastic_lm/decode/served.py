@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ from elastic_lm.models.decoder import Params
 from elastic_lm.models.placement import mesh_of, placed_for_decoding
 from elastic_lm.models.sharding import fitting_shardings, put_fitting
 from elastic_lm.width.chooser import Per, SubnetChooser, budget_inputs, nested_model, with_prompt_choices
-from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig
+from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig, nested_params
+from elastic_lm.width.row_widths import menu_of, row_choices
 from elastic_lm.width.slicing import slice_params
 
 
@@ -102,6 +103,7 @@ class ServedModels:
         self._kept = collections.OrderedDict[Subnet, Served]()
         self._nested: tuple[NestedConfig, Params] | None = None
         self._drafted: Served | None = None
+        self._rows: tuple[NestedConfig, Params] | None = None
 
     def serve(self, subnet: Subnet | None) -> Served:
         """A sub-network as a model, sliced now unless it is in memory.
@@ -145,6 +147,28 @@ class ServedModels:
         params = {**params, WIDTH_INPUTS: budget_inputs(chooser.routers, budget)}
         mesh = self._whole.mesh
         return Served(None, config, params, *_whole_programs(mesh), chooser.per, budget, mesh)
+
+    def with_rows(self, subnets: Sequence[Subnet]) -> Served:
+        """The nested form of the model, in which every row runs as a sub-network of its own.
+
+        Args:
+          subnets: one per row; they differ in neurons and heads alone.
+
+        Returns:
+          The model. Its layers are a copy of the whole model's, as with routers, which stays in memory until
+          rows of other widths are asked for.
+        """
+        config = self._whole.config
+        menu = menu_of(config, subnets)
+        if self._rows is None or self._rows[0].menu != menu:
+            self._rows = None  # the copy that goes, goes before the next one is made
+            nested = NestedConfig.of(config, menu, per_token=False)
+            params = nested_params(nested, self._whole.params)
+            self._rows = nested, placed_for_decoding(params, config.dtype)
+        nested, params = self._rows
+        params = {**params, WIDTH_INPUTS: row_choices(config, menu, subnets)}
+        mesh = self._whole.mesh
+        return Served(None, nested, params, *_whole_programs(mesh), mesh=mesh)
 
     def with_drafter(self, drafter: Drafter) -> Served:
         """The whole model with a sub-network that drafts for it; the last one stays in memory.

@@ -79,6 +79,42 @@ def test_every_width_leaves_by_its_own_thresholds(model, prompts):
         assert all(depths == [3] * NEW for _, depths in outputs(found))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_one_batch_have_sizes_of_their_own(model, prompts, way):
+    """Every row is what its slice gives alone, at its own thresholds, and other mixtures compile nothing."""
+    half = Subnet.uniform(model.config, mlp=0.5, heads=0.5)
+    uneven = Subnet((0, 1, 2), (32, 64, 32), (2, 1, 2), (2, 2, 2), 32)
+    sizes = [half, None, uneven, half]
+    policy = ConfidenceExit("max_prob", (0.0, 2.0), (1, 2))
+    exits = SubnetExits({half: policy})
+    sampler = Sampler(Decoder(model.config), model.params, exit=exits, window=2)
+    found = outputs(sampler.sample(prompts[:4], NEW, subnet=sizes, **WAYS[way]))
+    for row, (subnet, output) in enumerate(zip(sizes, found, strict=True)):
+        seed = {"seed": WAYS[way]["seed"] + row} if "seed" in WAYS[way] else {}
+        alone = sampler.sample(prompts[row : row + 1], NEW, subnet=subnet, **WAYS[way] | seed)
+        assert outputs(alone) == [output]
+    assert [set(depths) for _, depths in found] == [{1}, {3}, {3}, {1}]
+
+    programs = sampler.compilations()
+    other = outputs(sampler.sample(prompts[:4], NEW, subnet=[uneven, half, half, None], **WAYS[way]))
+    assert sampler.compilations() == programs
+    assert other[2][0] == outputs(sampler.sample(prompts[:3], NEW, subnet=half, **WAYS[way]))[2][0]
+
+
+def test_sizes_of_rows_that_are_refused(model, prompts):
+    sampler = Sampler(Decoder(model.config), model.params)
+    half = Subnet.uniform(model.config, mlp=0.5)
+    shallow = Subnet.uniform(model.config, layers=(0, 2))
+    for subnet, more, message in (
+        ([half, shallow], {}, r"subnet.layers=\(0, 2\): rows of one batch differ in neurons and heads alone"),
+        ([half], {}, r"subnet=.*: has 1 entries: give one, or one per prompt \(2\)"),
+        ([half, 3], {}, r"subnet=3"),
+        ([half, None], {"budget": Budget(parameters=1e5)}, r"budget=.*: each says what runs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampler.sample(prompts[:2], 2, subnet=subnet, **more)
+
+
 def test_policies_of_widths_are_checked(model):
     half = Subnet.uniform(model.config, mlp=0.5)
     policy = ConfidenceExit("max_prob", (0.5, 0.5), (1, 2))
