@@ -254,7 +254,7 @@ def _run_layers(
 
     lengths = text_lengths(positions_B1, None, cached=True)
     rotations = shared_rotations(decoder.config, positions_B1, range(n_layers), lengths)
-    new_kv: list[NewKeyValues | None] = []
+    all_kv: list[NewKeyValues | None] = []
     for j, layer in enumerate(drafter.subnet.layers):
         window = decoder.config.window(j)
         context = AttentionContext(positions_B1, None, window, past[j], rotation=rotations[j])
@@ -266,8 +266,8 @@ def _run_layers(
             jnp.zeros_like if layer in drafter.no_mlp else block.mlp,
         )
         hidden_B1D = tap.hidden
-        new_kv.append(kv)
-    return hidden_B1D, new_kv
+        all_kv.append(kv)
+    return hidden_B1D, all_kv
 
 
 def _no_attention(x_BTD: jax.Array) -> tuple[jax.Array, Any]:

@@ -2,7 +2,8 @@
 
 Every row names a sub-network. Together they make a menu, whose blocks a batch reads as far as any of its rows
 needs them; what a row leaves out is masked for it, so that a batch takes as long as its widest row does in
-every layer. The rows' choices are traced: one program serves all mixtures of the same widths.
+every layer. The rows' choices are traced: one program serves all mixtures of the same widths. Exits keep
+their own modules whole, where a slice cuts those of the kinds `mlp` and `block` like their layer.
 """
 
 from collections.abc import Sequence

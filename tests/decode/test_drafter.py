@@ -260,11 +260,11 @@ def test_costs_of_rounds_between_those_that_are_timed():
     ("options", "call", "message"),
     [
         ({"lookup": True}, {}, r"lookup=True: drafts are copied, or drawn by a drafter; leave one"),
-        ({"exit": el.StaticExit(1, layers=(2,))}, {}, r"exit=.*: a drafter takes the place of exits; leave"),
+        ({"exit": el.StaticExit(2, layers=(2,))}, {}, r"exit=.*: a drafter takes the place of exits; leave"),
         ({"missing": "propagate"}, {}, r"missing='propagate': a drafter drafts for rows that are verified"),
         ({"window": 1}, {}, r"window=1: a drafter needs at least 2"),
         ({"lossless": False}, {}, r"drafter=.*: drafts for lossless rows only; give lossless=True"),
-        ({}, {"exit": el.StaticExit(1, layers=(2,))}, r"exit=.*: a drafter takes the place of exits; use"),
+        ({}, {"exit": el.StaticExit(2, layers=(2,))}, r"exit=.*: a drafter takes the place of exits; use"),
         ({}, {"lossless": False}, r"drafter=.*: drafts for lossless rows only; give lossless=True"),
         ({}, {"subnet": "half"}, r"subnet=.*: the drafter drafts for the whole model; use a sampler without"),
         ({"subnet": "half"}, {}, r"drafter=.*: drafts for the whole model; leave budget, subnet and elastic"),

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from elastic_lm.config.model import ExitConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.state import segments
@@ -23,6 +24,7 @@ from elastic_lm.depth.policies import (
 )
 from elastic_lm.depth.subnet_exits import SubnetExits
 from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import random_params, tiny_config
 from elastic_lm.width.chooser import SubnetChooser
 from elastic_lm.width.slicing import slice_params
@@ -82,12 +84,14 @@ def test_every_width_leaves_by_its_own_thresholds(model, prompts):
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_of_one_batch_have_sizes_of_their_own(model, prompts, way):
     """Every row is what its slice gives alone, at its own thresholds, and other mixtures compile nothing."""
-    half = Subnet.uniform(model.config, mlp=0.5, heads=0.5)
+    # Of exits that have widths of their own, a slice cuts those as well.
+    config = model.config.with_exits((ExitConfig(1, "norm", tied=True),))
+    params = init_params(config, jax.random.key(0))
+    half = Subnet.uniform(config, mlp=0.5, heads=0.5)
     uneven = Subnet((0, 1, 2), (32, 64, 32), (2, 1, 2), (2, 2, 2), 32)
     sizes = [half, None, uneven, half]
-    policy = ConfidenceExit("max_prob", (0.0, 2.0), (1, 2))
-    exits = SubnetExits({half: policy})
-    sampler = Sampler(Decoder(model.config), model.params, exit=exits, window=2)
+    exits = SubnetExits({half: ConfidenceExit("max_prob", (0.0,), (1,))})
+    sampler = Sampler(Decoder(config), params, exit=exits, window=2)
     found = outputs(sampler.sample(prompts[:4], NEW, subnet=sizes, **WAYS[way]))
     for row, (subnet, output) in enumerate(zip(sizes, found, strict=True)):
         seed = {"seed": WAYS[way]["seed"] + row} if "seed" in WAYS[way] else {}
