@@ -16,6 +16,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.checkpoints.embedded import embedded_model
     from elastic_lm.checkpoints.loading import load
     from elastic_lm.config.data import DataConfig
+    from elastic_lm.config.drafter import Drafter
     from elastic_lm.config.encoder import EncoderConfig
     from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
     from elastic_lm.config.log import LogConfig
@@ -27,6 +28,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cost.latency_table import LatencyTable
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.decode.chat import Chat
+    from elastic_lm.decode.choice import Choice, Setting, choose
     from elastic_lm.decode.options import DecodeOptions
     from elastic_lm.decode.prefix import PrefixCache
     from elastic_lm.decode.sampler import Sampler
@@ -56,12 +58,14 @@ __all__ = [
     "Cascade",
     "CascadeRule",
     "Chat",
+    "Choice",
     "ConfidenceExit",
     "DataConfig",
     "DecayedExit",
     "DecodeOptions",
     "Decoder",
     "DepthSchedule",
+    "Drafter",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
@@ -77,6 +81,7 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "Sampler",
+    "Setting",
     "StaticExit",
     "Subnet",
     "SubnetChooser",
@@ -89,6 +94,7 @@ __all__ = [
     "attach_task_exits",
     "attach_task_head",
     "cascade",
+    "choose",
     "data",
     "depth",
     "embedded_model",
