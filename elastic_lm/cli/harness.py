@@ -10,6 +10,7 @@ The harness finds models by name in its own list and has no other way to learn o
 import contextlib
 from typing import Any
 
+from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.cli.belonging import parts_of
 from elastic_lm.cli.width_flags import WidthOptions, budget_of, chosen_subnet, subnet_of
 from elastic_lm.config.checks import require
@@ -77,6 +78,7 @@ class LoadedModel(HarnessModel):
             budget_context=budget_context,
         )
         policy = None if thresholds is None else ConfidenceExit.load(thresholds)
+        rule = None if cascade is None else CascadeRule.load(cascade)
 
         model, params, tokenizer, folder = load_with_tokenizer(path, dtype)
         if policy is not None:
@@ -91,6 +93,7 @@ class LoadedModel(HarnessModel):
             exit=exit,
             thresholds=policy,
             subnet=chosen_subnet(width, folder, model.config, params, tokenizer),
+            cascade=rule,
             batch_size=size,
             max_length=max_length,
             name=folder,

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.config.checks import require, require_at_least_1
 from elastic_lm.config.exit_policy import DEFAULT_METRIC
 from elastic_lm.config.subnet import Subnet
@@ -27,6 +28,7 @@ from elastic_lm.decode.sampler import Sampler
 from elastic_lm.depth.policies import ConfidenceExit, StaticExit, on_subnet
 from elastic_lm.depth.subnet_policies import exits_below_the_end
 from elastic_lm.depth.threshold_search import emitting_exit
+from elastic_lm.harness.cascaded import passed_on
 from elastic_lm.harness.library import harness
 from elastic_lm.harness.scoring import Continuation, DepthScores, Scorer
 from elastic_lm.models.decoder import Decoder, Params
@@ -95,6 +97,7 @@ class HarnessModel:
         exit: int | None = None,
         thresholds: ConfidenceExit | None = None,
         subnet: Subnet | None = None,
+        cascade: CascadeRule | None = None,
         batch_size: int = BATCH_SIZE,
         max_length: int | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
@@ -110,6 +113,8 @@ class HarnessModel:
           exit: layer, of the whole model, whose exit scores and continues; None = the last layer.
           thresholds: an exit policy; every token is scored by the first exit that is sure enough.
           subnet: the part of the model that runs.
+          cascade: for tasks of multiple choice: what is described so far is the Swift, the whole model at full
+            depth is the Super, and this rule decides between them (`cascaded.passed_on`).
           batch_size: rows per program; static.
           max_length: tokens of a row at most; None = what the model reads.
           max_new_tokens: of a continuation, where a task does not say.
@@ -139,6 +144,10 @@ class HarnessModel:
         self._max_new_tokens, self._batch_size, self.name = max_new_tokens, batch_size, name
         self._reading = self._reading_of(exit, thresholds)
         self._exit: int | None = None if self._reading.column == len(self.layers) - 1 else exit
+        fix = "needs a Swift; name an exit, thresholds, a subnet or a budget"
+        swift = subnet is not None or thresholds is not None or self._exit is not None
+        require(cascade is None or swift, "cascade", cascade, fix)
+        self._cascade, self.passed, self.answered = cascade, 0, 0  # requests that the Super answered, of all
         self.seen: list[tuple[DepthScores, np.ndarray]] = []  # what was asked, and which columns answered
 
     @property
@@ -235,11 +244,10 @@ class HarnessModel:
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
-        return {
-            "model_num_parameters": self.parameters,
-            "model_dtype": self.config.dtype,
-            "model_name": self.name,
-        }
+        info: dict[str, Any] = {"model_num_parameters": self.parameters, "model_dtype": self.config.dtype}
+        if self._cascade is not None and self.answered:
+            info["share_of_the_super"] = self.passed / self.answered
+        return {**info, "model_name": self.name}
 
     # Texts and tokens.
 
@@ -325,9 +333,25 @@ class HarnessModel:
         """Answers requests with (context, continuation) in `args`."""
         asked = [self.continuation(*request.args) for request in requests]
         answers = self.score(asked, disable_tqdm)
+        if self._cascade is not None:
+            places = passed_on(self._cascade, requests, asked, answers)
+            for i, answer in zip(places, self._super.score([asked[i] for i in places]), strict=True):
+                answers[i] = answer
+            self.passed, self.answered = self.passed + len(places), self.answered + len(asked)
         for request, answer in zip(requests, answers, strict=True):
             self._keep("loglikelihood", request.args, answer)
         return answers
+
+    @functools.cached_property
+    def _super(self) -> "HarnessModel":
+        if self._subnet is None:
+            return self.at(len(self.layers) - 1)
+        how: Any = {"batch_size": self._batch_size, "max_length": self.max_length}
+        return HarnessModel(self._whole, self._params, self._tokenizer, **how)
+
+    def _no_cascade(self) -> None:
+        fix = "decides between choices, and this task has none; leave it out"
+        require(self._cascade is None, "cascade", "a rule", fix)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, **_: Any
@@ -338,6 +362,7 @@ class HarnessModel:
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of whole texts, in windows of `max_length` tokens that follow each other."""
+        self._no_cascade()
         windows, counts = [], []
         for request in requests:
             (text,) = request.args
@@ -368,6 +393,7 @@ class HarnessModel:
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continues contexts until one of the texts that end them; requests alike run as batches."""
+        self._no_cascade()
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
