@@ -113,8 +113,8 @@ class HarnessModel:
           exit: layer, of the whole model, whose exit scores and continues; None = the last layer.
           thresholds: an exit policy; every token is scored by the first exit that is sure enough.
           subnet: the part of the model that runs.
-          cascade: for tasks of multiple choice: what is described so far is the Swift, the whole model at full
-            depth is the Super, and this rule decides between them (`cascaded.passed_on`).
+          cascade: for tasks of multiple choice: what is described so far is the Swift, the whole model at
+            full depth is the Super, and this rule decides between them (`cascaded.passed_on`).
           batch_size: rows per program; static.
           max_length: tokens of a row at most; None = what the model reads.
           max_new_tokens: of a continuation, where a task does not say.
@@ -137,7 +137,12 @@ class HarnessModel:
 
         metric = thresholds.metric if thresholds is not None else DEFAULT_METRIC
         self._scorer = Scorer(
-            self.config, held, metric=metric, batch_size=batch_size, max_length=max_length, remember=remember
+            self.config,
+            held,
+            metric=metric,
+            batch_size=batch_size,
+            max_length=max_length,
+            remember=remember or cascade is not None,  # a Super of the same layers has been computed already
         )
         self._whole, self._params, self._subnet = model, params, subnet
         self._tokenizer, self._policy = tokenizer, thresholds
