@@ -26,7 +26,7 @@ ORDER = [
     {"depth", "width"},
     {"decode"},
     {"cascade", "bench"},
-    {"quickstart"},
+    {"quickstart", "harness"},
     {"cli"},
 ]
 # What stands beside the rooms: lists of names from several of them, and aliases of 0.1, which every face has.
