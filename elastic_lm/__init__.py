@@ -10,6 +10,7 @@ from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
     from elastic_lm import cascade, data, depth, evaluate, hf, testing, train, width
+    from elastic_lm.bench.latency_build import build as measure_latency
     from elastic_lm.cascade.cascade import Cascade
     from elastic_lm.cascade.measure import measure_cascade
     from elastic_lm.cascade.rule import CascadeRule
@@ -105,6 +106,7 @@ __all__ = [
     "load",
     "load_config",
     "measure_cascade",
+    "measure_latency",
     "slice_params",
     "start_processes",
     "testing",
