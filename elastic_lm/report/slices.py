@@ -34,15 +34,9 @@ class Slice:
 
     Example:
       ```python
-<<<<<<< HEAD
       import elastic_lm as el
 
       found = el.evaluate.failure_slices([True] * 60 + [False] * 40, {"file": ["a"] * 60 + ["b"] * 40})
-=======
-      from elastic_lm.report.slices import failure_slices
-
-      found = failure_slices([True] * 60 + [False] * 40, {"file": ["a"] * 60 + ["b"] * 40})
->>>>>>> cascades
       least = found.slices[0]
       assert (least.by, least.name, least.items, least.agreement) == ("file", "b", 40, 0.0)
       ```
@@ -60,7 +54,6 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class FailureSlices:
-<<<<<<< HEAD
     """An average and the slices behind it, those of the least agreement first, those of few items last.
 
     Example:
@@ -72,9 +65,6 @@ class FailureSlices:
       assert el.evaluate.FailureSlices.from_json(found.to_json()) == found
       ```
     """
-=======
-    """An average and the slices behind it, those of the least agreement first, those of few items last."""
->>>>>>> cascades
 
     average: Slice
     slices: tuple[Slice, ...]
@@ -164,17 +154,10 @@ def failure_slices(
 
     Example:
       ```python
-<<<<<<< HEAD
       import elastic_lm as el
 
       agrees = [1, 1, 1, 0] * 50
       found = el.evaluate.failure_slices(agrees, {"place": ["first", "second", "third", "fourth"] * 50})
-=======
-      from elastic_lm.report.slices import failure_slices
-
-      agrees = [1, 1, 1, 0] * 50
-      found = failure_slices(agrees, {"place": ["first", "second", "third", "fourth"] * 50})
->>>>>>> cascades
       assert found.slices[0].name == "fourth"
       print(found.text())
       ```
@@ -254,15 +237,9 @@ def length_buckets(lengths: Sequence[int] | np.ndarray, shortest: int = SHORTEST
 
     Example:
       ```python
-<<<<<<< HEAD
       import elastic_lm as el
 
       assert el.evaluate.length_buckets([3, 16, 70]) == ["below 16", "16 to 31", "64 to 127"]
-=======
-      from elastic_lm.report.slices import length_buckets
-
-      assert length_buckets([3, 16, 31, 70]) == ["below 16", "16 to 31", "16 to 31", "64 to 127"]
->>>>>>> cascades
       ```
     """
     require_at_least_1("shortest", shortest)

@@ -54,24 +54,18 @@ __all__ = [
     "greedy",
     "knapsack",
     "layer_scores",
-<<<<<<< HEAD
-    "load_subnets",
-=======
     "load_drafter",
->>>>>>> dials
+    "load_subnets",
     "mask_params",
     "measured_damage",
     "named_subnet",
     "permute",
     "random_subnets",
     "rank",
-<<<<<<< HEAD
     "read_slice_table",
-    "save_subnets",
-=======
     "save_drafter",
+    "save_subnets",
     "search_drafters",
->>>>>>> dials
     "slice_params",
     "uniform_subnet",
     "uniform_subnets",
