@@ -20,7 +20,7 @@ from elastic_lm.bench.plan import Explored
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
-from elastic_lm.decode.choice import Setting
+from elastic_lm.decode.setting_choice import Setting
 from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.models.decoder import Decoder, Output, Params
 from elastic_lm.models.exits import without_exits

@@ -24,7 +24,7 @@ from elastic_lm.config.decoding import WINDOW
 from elastic_lm.config.subnet import Budget
 
 if TYPE_CHECKING:
-    from elastic_lm.decode.choice import Setting
+    from elastic_lm.decode.setting_choice import Setting
 
 HELP = """\
 Forecasts what exits, previews and lookup would give on this device, or a training run on other devices.
@@ -258,7 +258,7 @@ def show_choice(settings: "Sequence[Setting]", budget: Budget) -> dict[str, obje
     Raises:
       ValueError: nothing meets the budget; the settings have been printed.
     """
-    from elastic_lm.decode.choice import choose
+    from elastic_lm.decode.setting_choice import choose
 
     for setting in sorted(settings, key=lambda one: one.latency_ms):
         print(f"    {setting}")
