@@ -37,13 +37,13 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.guarantee import RiskControl
     from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.files.compilation_cache import use_compilation_cache
+    from elastic_lm.meeting import start_processes
     from elastic_lm.models.decoder import Decoder
     from elastic_lm.models.encoder import Encoder
     from elastic_lm.models.encoder_decoder import EncoderDecoder
     from elastic_lm.models.exits import attach_exits
     from elastic_lm.models.registry import init_params
     from elastic_lm.models.task_heads import attach_task_exits, attach_task_head
-    from elastic_lm.processes import start_processes
     from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
     from elastic_lm.train.recipes import load_config
     from elastic_lm.train.run import fit

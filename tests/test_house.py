@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms of earlier sets. The dials, depth and width, import nothing of each other.
 ORDER = [
     {"config"},
-    {"processes", "bounds"},
+    {"meeting", "processes", "bounds"},
     {"files"},
     {"report", "nn"},
     {"models", "data"},
