@@ -74,7 +74,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_held_out(parser, "with --measure: held-out text")
     add = parser.add_argument
     add("--measure", action="store_true", help="measure loss and time per token, and write them down")
-    add("--names", nargs="+", metavar="NAME", help="with --measure: of these alone (default: all)")
+    add("--names", nargs="+", metavar="NAME", help="with --measure: of these alone, not of all")
     add("--add", metavar="NAME", help="name the part that --subnet or --budget says")
     table = "add the parts that a CSV of MatFormer configurations or another subnets.json lists"
     add("--add-table", metavar="FILE", help=table)
