@@ -23,7 +23,7 @@ SECONDS = 300  # that a script may take here
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.processes,
+    pytest.mark.nightly,
     pytest.mark.skipif(sys.platform == "win32", reason="there is no bash"),
 ]
 

@@ -34,7 +34,7 @@ def test_saved_by_two_processes_and_restored_by_others(tmp_path: Path) -> None:
         do([SCRIPT, "restore", str(folder)], processes, devices)
 
 
-@pytest.mark.processes
+@pytest.mark.nightly
 @pytest.mark.long
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_run_of_two_processes_goes_on_in_one(run_config: RunConfig, tmp_path: Path, shards: int) -> None:

@@ -46,6 +46,7 @@ def generate(model: pathlib.Path, *arguments: object) -> int:
     return cli.main(["generate", *map(str, given)])
 
 
+@pytest.mark.long
 def test_bytes_are_counted_at_a_context(model: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     at = counted_table(CONFIG, MENU, "memory_bytes", Workload(context=64))
     amount = 0.8 * at.range(MENU)[1]

@@ -31,7 +31,7 @@ def steps_saved(folder: Path) -> list[str]:
     return sorted((path.name for path in (folder / "checkpoints").iterdir()), key=int)
 
 
-@pytest.mark.processes
+@pytest.mark.nightly
 @pytest.mark.long
 def test_all_processes_save_the_same_step_and_end_well(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.py").write_text(RECIPE.format(text=str(text_file), steps=STEPS))

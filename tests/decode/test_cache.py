@@ -28,8 +28,9 @@ def full_pass(model, tokens):
     return [*first, *rest], block
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.0, 1.0])
-@pytest.mark.parametrize("window", [2, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("window", [2, 8])
 def test_deep_rows_equal_full_pass(model, prompts, mixed, window, share):
     for thresholds in [*mixed, (0.0, 0.0), (2.0, 2.0)]:
         sampler = model.sampler(thresholds, window=window, fire_share=share)
@@ -71,13 +72,17 @@ def test_deep_ticks_are_compiled_for_few_positions_and_for_the_window():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")
-@pytest.mark.parametrize(("size", "mode"), [(3, "exact"), (1, "verify"), (1, "propagate")])
+@pytest.mark.parametrize(
+    ("size", "mode"),
+    [(3, "exact"), *(pytest.param(1, mode, marks=pytest.mark.long) for mode in ("verify", "propagate"))],
+)
 def test_no_cache_is_copied(model, prompts, size, mode):
     no_copies(model.sampler((0.5, 0.5), window=4), prompts[:size], mode)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads the program that XLA's CPU backend makes")
-@pytest.mark.parametrize(("size", "mode"), [(1, "exact"), pytest.param(3, "verify", marks=pytest.mark.long)])
+@pytest.mark.parametrize(("size", "mode"), [(1, "exact"), (3, "verify")])
+@pytest.mark.long
 def test_no_cache_is_copied_where_segments_have_several_layers(model, prompts, size, mode):
     exits = (ExitConfig(2, "norm"),)
     config = dataclasses.replace(model.config, n_layers=5, exits=exits)

@@ -33,6 +33,7 @@ def test_settings_of_prompts_are_those_of_all_their_samples(model, prompts, mixe
         assert groups[i][k].tokens == alone.tokens
 
 
+@pytest.mark.long
 def test_one_prompt_gives_a_list(model, prompts) -> None:
     samples = model.sampler().sample(prompts[1], NEW, n=4, temperature=1.0)
     assert len(samples) == 4

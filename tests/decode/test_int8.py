@@ -79,16 +79,17 @@ def test_logits_of_all_depths_are_those_of_rounded_weights(config: ModelConfig) 
 
 
 def test_exits_and_lossless_write_what_full_depth_writes() -> None:
-    params = random_params(CONFIG)
-    small = el.Sampler(Decoder(CONFIG), quantised(params))
-    wide = el.Sampler(Decoder(CONFIG), rounded(params))
-    early = el.ConfidenceExit("max_prob", thresholds=(0.02, 0.02, 0.02), layers=(1, 2, 3))
+    config = CONFIG.with_exits(EXITS[:1])  # a program for each exit more
+    params = random_params(config)
+    small = el.Sampler(Decoder(config), quantised(params))
+    wide = el.Sampler(Decoder(config), rounded(params))
+    early = el.ConfidenceExit("max_prob", thresholds=(0.02,), layers=(1,))
     for how in ({}, {"exit": early}):
         assert tokens_of(small, **how) == tokens_of(wide, **how)
     assert set(tokens_of(small, exit=early)[1]) != {4}
     full = tokens_of(small)[0]
     assert tokens_of(small, exit=early, lossless=True)[0] == full
-    lookup = el.Sampler(Decoder(CONFIG), quantised(params), lookup=True, lossless=True)
+    lookup = el.Sampler(Decoder(config), quantised(params), lookup=True, lossless=True)
     assert tokens_of(lookup)[0] == full
 
 

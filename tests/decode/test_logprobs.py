@@ -50,6 +50,7 @@ def test_verified_tokens_have_those_of_the_full_model(model, prompts, mixed) -> 
     assert [s.tokens for s in samples] == [s.tokens for s in sampler.sample(prompts[:4], NEW)]
 
 
+@pytest.mark.long
 def test_verified_and_other_rows_of_a_batch(model, prompts, mixed) -> None:
     sampler, lossless = model.sampler(mixed[0]), [True, False, True, False]
     samples = sampler.sample(prompts[:4], NEW, top_logprobs=TOP, lossless=lossless)

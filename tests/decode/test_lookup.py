@@ -119,8 +119,9 @@ def test_no_token_differs_from_full_depth(plain, many_prompts, settings, draft, 
     assert copied > 0 or draft is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("thresholds", [(0.0, 2.0), (0.055, 0.055), (2.0, 2.0)])
-@pytest.mark.parametrize("draft", [pytest.param(None, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("draft", [pytest.param(None, marks=pytest.mark.nightly), 3])
 def test_before_exits(with_exits, many_prompts, thresholds, draft):
     full = [out.tokens for out in with_exits.sampler(window=WINDOW).sample(many_prompts, NEW)]
     sampler = with_exits.sampler(thresholds, window=WINDOW, lossless=True, lookup=True, draft=draft)

@@ -60,7 +60,8 @@ def test_200_prompts_without_a_differing_token(drafting, many_prompts, full, thr
     assert sum(s.wasted for s in stats) == drafted - accepted
 
 
-@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1, 3])
 def test_every_exit_draft_length_and_firing_rule(drafting, many_prompts, full, size):
     exits, drafted = [(0.0, 2.0), (2.0, 0.0), (0.055, 0.055)], 0
     for thresholds, draft, share in itertools.product(exits, [1, 2, 3, None], [0.0, 1.0]):
@@ -107,6 +108,7 @@ def test_sampled_tokens_are_those_of_full_depth(drafting, many_prompts):
     assert outputs[0].stats.wasted > 0
 
 
+@pytest.mark.long
 def test_stop_tokens_in_drafts_stop_only_when_verified(drafting, many_prompts, full):
     sampler = drafting.sampler((0.0, 0.0), window=WINDOW, lossless=True)
     for row, tokens in enumerate(full[:8]):

@@ -64,7 +64,7 @@ def test_no_token_is_drawn_from_a_bad_logit(bad, which, temperature) -> None:
     ("thresholds", "options"),
     [
         (None, {}),
-        ((2.0, 0.9), {"lossless": True}),
+        pytest.param((2.0, 0.9), {"lossless": True}, marks=pytest.mark.long),
         pytest.param((2.0, 0.9), {"lossless": True, "lookup": True}, marks=pytest.mark.long),
         pytest.param((2.0, 0.9), {"missing": "propagate"}, marks=pytest.mark.long),
     ],
@@ -162,6 +162,7 @@ def test_encoder_decoders() -> None:
         model.classify([[3, 4, 5], [6]], labels=[[7, 1], [8, 1]])
 
 
+@pytest.mark.long
 def test_a_prefix_keeps_nothing_that_is_not_finite(gated) -> None:
     prefix = el.PrefixCache()
     sampler = broken(gated, DEEP).sampler()

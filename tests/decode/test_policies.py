@@ -49,7 +49,7 @@ def sampler(model, policy, **kwargs):
     return made
 
 
-@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+@pytest.mark.parametrize("layer", [pytest.param(1, marks=pytest.mark.long), 2, 3, 4])
 def test_static_exit(four, prompts, layer):
     outputs = sampler(four, StaticExit(layer, LAYERS)).sample(prompts, NEW)
     assert {depth for out in outputs for depth in out.exit_layers} == {layer}
@@ -79,6 +79,7 @@ def test_depths_fall_with_the_position_for_all_rows_alike(four, prompts):
     assert set(expected) == {1, 2, 3, 4}
 
 
+@pytest.mark.long
 def test_rows_of_a_batch_have_their_own_policies(four, prompts):
     margin = ConfidenceExit("margin", (0.05,) * 3, LAYERS)
     policies = [StaticExit(1, LAYERS), None, DepthSchedule(3, 2, LAYERS), margin]

@@ -218,6 +218,7 @@ def test_never_sure_is_the_whole_head_and_always_sure_is_not(fitted):
     assert [out.tokens for out in model.sampler(preview=poor).sample(PROMPTS, NEW)] != full
 
 
+@pytest.mark.long
 def test_an_exit_without_a_threshold_reads_the_whole_head_where_the_preview_is_unsure(fitted):
     model, preview, _ = fitted
     never = preview.replace(margin=jnp.float32(np.inf))
@@ -244,6 +245,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(fitted, thresholds):
     assert together == [sampler.sample(prompt, NEW).tokens for prompt in PROMPTS]
 
 
+@pytest.mark.long
 def test_lossless_rows_are_verified_by_the_whole_head(fitted):
     model, preview, _ = fitted
     full = [out.tokens for out in model.sampler().sample(PROMPTS, NEW)]

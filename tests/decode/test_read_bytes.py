@@ -34,6 +34,7 @@ def test_full_depth_reads_what_the_config_says_in_every_tick(tied: bool, rows: i
     assert found.gb_per_s == pytest.approx(found.read_bytes / found.seconds / 1e9)
 
 
+@pytest.mark.long
 def test_an_exit_that_is_always_taken_reads_its_head_and_few_of_the_upper_layers() -> None:
     config = tiny_config(n_layers=4, exits=(2,))
     full = stats(config.with_exits(()), [PROMPT])

@@ -30,7 +30,8 @@ def total(schedule, field):
     return sum(count for kind, count in schedule.iterations.items() if getattr(kind, field))
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.long
 def test_ticks_are_those_of_the_loop(make_model, prompts, rows):
     model = repeating(make_model, EXIT)
     [first] = model.sampler(window=WINDOW).sample(prompts[1:2], NEW, temperature=1.0)

@@ -160,7 +160,7 @@ def test_training_at_gs_goes_on_after_kills_and_its_model_is_used_there(
     el.testing.assert_same_tree(params, el.load(tmp_path / "bucket" / "again")[1])
 
 
-@pytest.mark.processes
+@pytest.mark.nightly
 @pytest.mark.long
 def test_two_processes_train_at_gs_as_one_here(
     store: Store, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -99,7 +99,9 @@ def test_growing_queries_and_kinds_of_rotation_need_their_numbers() -> None:
         RopeConfig(scaling="longrope", short_factors=(1.0,), long_factors=(0.0,), original_max_len=8)
 
 
-@pytest.mark.parametrize("name", sorted(GOLDEN))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.long) for n in sorted(GOLDEN)]
+)
 def test_stacked_layers_slices_costs_and_files_are_those_of_the_model(name: str) -> None:
     config, params = hf.load(FOLDER / name)
     tokens = random_ids(config.vocab_size)

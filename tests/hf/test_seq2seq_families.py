@@ -135,6 +135,7 @@ def test_a_model_with_vectors_of_positions_has_a_longest_text() -> None:
 
 
 @pytest.mark.parametrize("name", ["bart", "marian", "umt5"])
+@pytest.mark.long
 def test_everything_trains_but_the_bias_of_the_logits(name: str) -> None:
     config, params = hf.load(FOLDER / name)
     method, pair = SequenceToSequence(config=config), random_pair()

@@ -70,6 +70,7 @@ def test_an_exit_is_a_smaller_encoder_from_which_the_larger_one_resumes(family: 
 
 
 @pytest.mark.parametrize("family", RELATIVES)
+@pytest.mark.long
 def test_every_parameter_learns_from_a_task(family: str) -> None:
     config, params = classifier(family)
     method, batch = TaskTuning(config=config), batch_of(config)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.data.batch import Batch
@@ -23,6 +24,7 @@ def batch_of(length: int = 9) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], 1.0 * ones, jnp.cumsum(ones, 1) - 1, ones)
 
 
+@pytest.mark.long
 def test_joint_training_has_the_gradient_of_all_biases() -> None:
     batch, params = batch_of(), random_params(CONFIG)
     method = JointTraining(CONFIG, weights=(0.5, 0.25), loss_chunk=4)

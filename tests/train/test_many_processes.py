@@ -195,7 +195,7 @@ def test_two_processes_train_as_one(runs: dict[str, Any], tmp_path: Path) -> Non
     ("count", "devices", "mesh"),
     [
         pytest.param(2, 2, MeshConfig(data=2, fsdp=2), id="two"),
-        pytest.param(4, 1, MeshConfig(data=2, tensor=2), id="four", marks=pytest.mark.processes),
+        pytest.param(4, 1, MeshConfig(data=2, tensor=2), id="four", marks=pytest.mark.nightly),
     ],
 )
 def test_several_processes_train_as_one(

@@ -54,6 +54,7 @@ def test_gradients_are_equal_and_temporaries_shrink() -> None:
     assert all(more > less + least for more, less in itertools.pairwise(sizes)), temporaries
 
 
+@pytest.mark.long
 def test_layers_of_their_own_have_the_same_gradients() -> None:
     """Without a scan, XLA's CPU backend computes nothing again, so that only gradients are compared."""
     found = {}
@@ -75,6 +76,7 @@ def test_truth_values_mean_full_and_none() -> None:
 
 
 @pytest.mark.parametrize("method", [EETuning, JointTraining, ElasticTraining])
+@pytest.mark.long
 def test_every_method_that_recomputes_knows_the_names(method: type[Method[Any]]) -> None:
     how = {"menu": Menu((0.5, 1.0), (1.0,), (0.5, 1.0))} if method is ElasticTraining else {}
     config = CONFIG if not how else tiny_config(n_layers=4, elastic_groups=8)

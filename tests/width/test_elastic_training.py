@@ -116,6 +116,7 @@ LIVE = ElasticTraining(
 live_step = jax.jit(jax.value_and_grad(LIVE.loss, has_aux=True))
 
 
+@pytest.mark.long
 def test_gradient_is_that_of_slices_and_nothing_flows_into_the_teacher() -> None:
     step = next(s for s in range(50) if subnets(LIVE, s)[0].layers == (0, 1))
     (loss, metrics), found = live_step(stack_layers(params()), {}, packed(), jnp.int32(step))

@@ -181,6 +181,7 @@ def test_routers_learn_to_meet_budgets_by_themselves(scheme: str) -> None:
     assert routers(scheme).likeliest(budget(1.0)) == MENU.largest(model()[0])
 
 
+@pytest.mark.long
 def test_routers_of_states_spend_their_budget_on_average() -> None:
     training, learned, _ = trained("end_to_end", "hidden")
     params = {**stack_layers(model()[1]), **learned}
