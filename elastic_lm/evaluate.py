@@ -11,15 +11,20 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.quality import DepthQuality, by_depth, evaluate, shared_threshold_curve
     from elastic_lm.report.colour import legend, spans, to_ansi, to_html
     from elastic_lm.report.plots import SpeedPoint, exit_depths, quality_speed
+    from elastic_lm.report.slices import FailureSlices, Slice, failure_slices, length_buckets
 
 __all__ = [
     "DepthQuality",
+    "FailureSlices",
     "Observations",
+    "Slice",
     "SpeedPoint",
     "by_depth",
     "evaluate",
     "exit_depths",
+    "failure_slices",
     "legend",
+    "length_buckets",
     "measure_cascade",
     "observe",
     "plot_cascade",

@@ -20,6 +20,7 @@ PLUMBING = (
     "latency_measure",
     "latency_verify",
     "llama_cpp",
+    "measured_subnets",
     "model",
     "parts",
     "plan",

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from elastic_lm.checkpoints.background import Background
+from elastic_lm.checkpoints.named_subnets import table_to_save
 from elastic_lm.checkpoints.orbax_folders import (
     ORBAX_PARTIAL,
     check_usable,
@@ -30,6 +31,7 @@ from elastic_lm.checkpoints.remote import check_remote_target, save_remote
 from elastic_lm.config.checks import require
 from elastic_lm.config.parse import from_dict, to_dict
 from elastic_lm.config.subnet import Menu
+from elastic_lm.config.subnet_table import SubnetTable
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.data.tokenizer_files import BESIDE, TEMPLATES, TOKENIZER_FILE
 from elastic_lm.files import checksums
@@ -49,6 +51,7 @@ from elastic_lm.files.remote import address_of, check_direct, is_remote, place_o
 from elastic_lm.files.remote_models import stored_folder
 from elastic_lm.files.remote_workdirs import check_held, flush
 from elastic_lm.files.shortage import is_shortage
+from elastic_lm.files.subnet_files import SUBNETS_FILE, save_subnets
 from elastic_lm.hf.carried import GENERATION_FILE, KEPT_FILE, Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.finite import check_finite
@@ -70,7 +73,7 @@ PARAMS_FOLDER = "params"
 LOST_WAIT = 5.0  # seconds for a save in which another process is missing
 QUICKSTART_MARK = ".quickstart"  # lies in every folder that a quickstart made, and in no other
 WRITTEN = {
-    *(CONFIG_FILE, MENU_FILE, PARAMS_FOLDER, checksums.FILE),
+    *(CONFIG_FILE, MENU_FILE, SUBNETS_FILE, PARAMS_FOLDER, checksums.FILE),
     *(TOKENIZER_FILE, TEMPLATES, *BESIDE),  # the tokenizer's files
     *(KEPT_FILE, GENERATION_FILE),  # of `hf.carried`
     *("routers.json", "routers.safetensors"),  # of `width.trained_routers`
@@ -385,11 +388,14 @@ def save_model(
     tokenizer: Tokenizer | None,
     *,
     menu: Menu | None = None,
+    subnets: SubnetTable | None = None,
     source: str | Path | None = None,
     beside: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes an elastic checkpoint: elastic_config.json, params/, menu.json and the tokenizer's files.
+
+    A model with a menu gets a table of named sub-networks, subnets.json, too.
 
     The folder appears complete or not at all, with checksums of its files, after it was read back.
 
@@ -400,8 +406,9 @@ def save_model(
       params: canonical parameters.
       tokenizer: saved beside them; None = no tokenizer.
       menu: the choices that the model was made elastic for, saved beside them; None = no menu.
+      subnets: its named sub-networks; None = those of the source, and those that span the menu.
       source: the folder that the model comes from: what its config.json and generation_config.json say beyond
-        the model is kept for an export; None = there is none.
+        the model is kept for an export, and its named sub-networks stay; None = there is none.
       beside: writes further files into the folder before it appears; None = there are none.
       overwrite: replace an earlier checkpoint at `path`.
 
@@ -412,6 +419,7 @@ def save_model(
     """
     check_wide("save_model", params)
     target = check_target(path, overwrite)
+    named = table_to_save(config, params, menu, subnets, source)
 
     def describe(folder: Path) -> None:
         if source:
@@ -421,6 +429,8 @@ def save_model(
         (folder / CONFIG_FILE).write_text(_json({"kind": kind_of(config).name, **to_dict(config)}))
         if menu is not None:
             (folder / MENU_FILE).write_text(_json(to_dict(menu)))
+        if named is not None:
+            save_subnets(folder, named)
         if beside is not None:
             beside(folder)
 

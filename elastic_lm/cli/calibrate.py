@@ -12,6 +12,7 @@ from elastic_lm.cli.held_out import (
     generated_line,
     generated_text,
     held_out_batches,
+    held_out_files,
     with_prompts,
 )
 from elastic_lm.cli.many_processes import ProcessOptions, add_processes
@@ -50,6 +51,9 @@ less, which --margin makes up for. With --epsilon, half of the held-out rows tes
 new text, except with this probability; many short rows serve this best. --forecast also predicts speed-ups at
 batch size 1, before anything is timed. With --budget or --subnet, thresholds are those of a sub-network, for
 `generate` with the same --budget or --subnet.
+
+The report also says where the thresholds agree least: in which files, on which kinds of tokens, and with how
+much context. The file holds all of these slices.
 
 A few held-out prompts are continued with the thresholds (--continuations), because text that a model writes
 itself may agree less than given text. Thresholds under which it degenerates are not written.
@@ -113,6 +117,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: Options) -> None:
     """Fits the thresholds, prints the curve, and writes the file."""
+    from elastic_lm.data.piece_kinds import token_kinds
     from elastic_lm.depth.calibration import calibrate
     from elastic_lm.depth.guarantee import RiskControl
     from elastic_lm.depth.subnet_policies import exits_below_the_end, of_whole_model
@@ -129,7 +134,8 @@ def run(options: Options) -> None:
             prepare_output(options.out)
 
     model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype, options.mesh)
-    batches, text = held_out_batches(options, tokenizer, "calibration", independent=risk is not None)
+    independent = risk is not None
+    batches, text = held_out_batches(options, tokenizer, "calibration", independent, sources=True)
     prompts, batches = with_prompts(batches, options, model.config.max_len, tokenizer.bos_id)
 
     whole = parts_of(params, tokenizer)["weights"] if options.subnet or options.budget else ""
@@ -145,6 +151,7 @@ def run(options: Options) -> None:
         name: getattr(options, name) for name in ("target", "margin", "metric", "strategy")
     }
     goal |= {"model": folder, "data": text, "tokenizer": tokenizer.fingerprint}
+    goal |= {"kinds": token_kinds(tokenizer), "files": held_out_files(options, "calibration")}
     policy = calibrate(config, params, batches, risk=risk, **goal)
     found = None if untuned else generated_text(Decoder(config), params, policy, prompts, options)
     if found:
@@ -173,6 +180,8 @@ def print_findings(
 ) -> None:
     """The curve, and what is known of generated text, of the guarantee and of speed."""
     print(curve_table(policy, options.target))
+    if policy.slices:
+        print(f"\n{policy.slices.text('agreement with the full model')}\n")
     if found:
         print(generated_line(found))
     if policy.guarantee:

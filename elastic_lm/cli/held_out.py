@@ -108,7 +108,11 @@ def add_continued(
 
 
 def held_out_batches(
-    options: HeldOutOptions, tokenizer: "Tokenizer", split: "Split", independent: bool = False
+    options: HeldOutOptions,
+    tokenizer: "Tokenizer",
+    split: "Split",
+    independent: bool = False,
+    sources: bool = False,
 ) -> "tuple[Iterable[Batch], str]":
     """Batches of the text that --data names, or of a split of the Python standard library.
 
@@ -118,6 +122,7 @@ def held_out_batches(
       split: used where --data is empty.
       independent: rows should be independent of each other: JSON lines are kept whole, each in one row, and
         text cut from fewer files than there are rows is warned about.
+      sources: batches say which of `held_out_files` each token is from.
 
     Returns:
       (packed batches, a description of the text).
@@ -128,21 +133,36 @@ def held_out_batches(
     from elastic_lm.data import pipeline
     from elastic_lm.data.batch import Batch
 
-    seq_len = options.seq_len or SEQ_LEN
-    paths, count = options.data, -(-options.tokens // (seq_len * ROWS))
-    data = DataConfig(
-        source=options.source,
-        paths=paths,
-        eval_paths=paths,
-        seq_len=seq_len,
-        batch_size=ROWS,
-    )
+    data = held_out_config(options)
+    paths, count = options.data, -(-options.tokens // (data.seq_len * ROWS))
     if independent:
         data = independent_rows(data, count * ROWS, split)
 
-    arrays = itertools.islice(pipeline.eval_batches(data, tokenizer, split), count)
+    arrays = itertools.islice(pipeline.eval_batches(data, tokenizer, split, sources=sources), count)
     name = " ".join(paths) or f"{split} split of the Python standard library"
     return (Batch(**fields) for fields in arrays), f"{name}, up to {options.tokens} tokens"
+
+
+def held_out_config(options: HeldOutOptions) -> DataConfig:
+    """Where the text is that --data names, and the shape of its batches."""
+    return DataConfig(
+        source=options.source,
+        paths=options.data,
+        eval_paths=options.data,
+        seq_len=options.seq_len or SEQ_LEN,
+        batch_size=ROWS,
+    )
+
+
+def held_out_files(options: HeldOutOptions, split: "Split") -> list[str]:
+    """Names of the files that `sources` of `held_out_batches` number, without the folder that all are in."""
+    import os
+
+    from elastic_lm.data import pipeline
+
+    files = pipeline.eval_files(held_out_config(options), split)
+    folder = os.path.commonpath([os.path.dirname(file) for file in files])
+    return [os.path.relpath(file, folder) if folder else file for file in files]
 
 
 def independent_rows(data: DataConfig, rows: int, split: "Split") -> DataConfig:

@@ -27,6 +27,7 @@ COMMANDS = (
     "calibrate",
     "preview",
     "latency",
+    "subnets",
     "generate",
     "chat",
     "evaluate",

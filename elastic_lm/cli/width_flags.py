@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_lm.cli.belonging import check_table, parts_of
@@ -11,10 +12,12 @@ from elastic_lm.cli.parser import CommandOptions, listed
 from elastic_lm.config.checks import require
 from elastic_lm.config.parse import from_dict
 from elastic_lm.config.subnet import BUDGET_KINDS, Budget, Subnet
+from elastic_lm.config.subnet_table import NAME
 from elastic_lm.cost.counted import Workload
 
 if TYPE_CHECKING:
     from elastic_lm.config.model import ModelConfig
+    from elastic_lm.config.subnet_table import SubnetTable
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.models.decoder import Params
     from elastic_lm.width.chooser import SubnetChooser
@@ -25,34 +28,56 @@ SHARES = ("mlp", "heads", "groups", "d_model", "depth")
 
 @dataclasses.dataclass(frozen=True)
 class SubnetText:
-    """A sub-network as --subnet names it, before the model is known: shares by name, or a file.
+    """A sub-network as --subnet names it, before the model is known: shares by name, a name, or a file.
 
     Attributes:
       text: as it was typed.
       shares: of each of `SHARES` that was named.
       layers: the layers that are kept, counted from 0; None = `depth` says.
       file: JSON with the fields of `Subnet`, or with them under "subnet"; "" = there is none.
+      name: in the model's table of sub-networks; "" = none is meant.
     """
 
     text: str
     shares: tuple[tuple[str, float], ...] = ()
     layers: tuple[int, ...] | None = None
     file: str = ""
+    name: str = ""
 
-    def of(self, config: "ModelConfig") -> Subnet:
+    def of(self, config: "ModelConfig", folder: str) -> Subnet:
         """The sub-network of a model.
 
+        Args:
+          config: the whole model.
+          folder: that it is in, or its name on the Hub.
+
         Raises:
-          ValueError: it is none of this model, or the file holds none; names what does not fit.
+          ValueError: it is none of this model, the file holds none, or the model has none of this name; names
+            what does not fit, and names that are near.
         """
         try:
-            if not self.file:
+            if not self.file and not self.name:
                 return Subnet.uniform(config, **dict(self.shares), layers=self.layers)
-            subnet = _read_subnet(self.file)
+            if self.name:
+                table = named_subnets(folder, config)
+                if self.name in table or not Path(self.name).is_file():
+                    return table.find(self.name).subnet
+            subnet = _read_subnet(self.file or self.name)
             subnet.check(config)
         except ValueError as error:
             raise ValueError(f"--subnet {self.text}: {error}") from None
         return subnet
+
+
+def named_subnets(folder: str, config: "ModelConfig") -> "SubnetTable":
+    """The named sub-networks of a model; of one without a table none but the whole model."""
+    from elastic_lm.config.subnet_table import WHOLE, ModelSizes, SubnetTable
+    from elastic_lm.cost.named_subnets import named_subnet
+    from elastic_lm.files.subnet_files import has_subnets, load_subnets
+
+    if has_subnets(folder):
+        return load_subnets(folder, config)
+    return SubnetTable(ModelSizes.of(config), (named_subnet(config, Subnet.full(config), WHOLE),))
 
 
 def _read_subnet(file: str) -> Subnet:
@@ -105,8 +130,9 @@ def add_width(parser: argparse.ArgumentParser, several: bool = False) -> None:
       several: --subnet and --budget may be given several times, and become tuples.
     """
     add, again = parser.add_argument, "; may be given several times" if several else ""
-    what = f"a part of the model: mlp=50%% heads=0.5 layers=0-7 ({', '.join(SHARES)}), or a JSON file{again}"
-    add("--subnet", nargs="+", action=SubnetAction, const=several, metavar="KEY=SHARE", help=what)
+    shares = f"mlp=50%% heads=0.5 layers=0-7 ({', '.join(SHARES)})"
+    what = f"a part of the model: a name that `subnets` lists, {shares}, or a JSON file{again}"
+    add("--subnet", nargs="+", action=SubnetAction, const=several, metavar="NAME|KEY=SHARE", help=what)
     budget = f"what the part that runs may cost, or its share like 70%%: {listed(BUDGET_KINDS)}{again}"
     how: dict[str, Any] = {"action": "append"} if several else {}
     add("--budget", type=budget_of, metavar="KIND=N", help=budget, **how)
@@ -132,11 +158,12 @@ def subnet_of(words: list[str]) -> SubnetText:
     """What the words after --subnet say.
 
     Raises:
-      ValueError: they name no share of a part, nor layers, nor one file.
+      ValueError: they name no share of a part, nor layers, nor one name or file.
     """
     text = " ".join(words)
     if len(words) == 1 and "=" not in words[0]:
-        return SubnetText(text, file=words[0])
+        named = NAME.fullmatch(words[0]) and not words[0].endswith(".json")
+        return SubnetText(text, name=words[0]) if named else SubnetText(text, file=words[0])
 
     shares: dict[str, float] = {}
     layers: tuple[int, ...] | None = None
@@ -257,8 +284,8 @@ def chosen_subnet(
       FileNotFoundError: the model has no menu for a budget.
     """
     if options.subnet:
-        subnet = options.subnet.of(config)
-        if not is_elastic(folder):
+        subnet = options.subnet.of(config, folder)
+        if not options.subnet.name and not is_elastic(folder):
             what = "was not made elastic, so that its first neurons and heads stay, whatever they do"
             print(f"note: {folder} {what}", file=sys.stderr)
     elif options.budget:

@@ -10,6 +10,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.data.batch import Batch
     from elastic_lm.data.chat_template import ChatTemplate
     from elastic_lm.data.ordered import windows
+    from elastic_lm.data.piece_kinds import token_kinds
     from elastic_lm.data.pipeline import eval_batches, train_batches
     from elastic_lm.data.stdlib import stdlib_files
     from elastic_lm.data.tokenizer import Tokenizer, train_bpe
@@ -22,6 +23,7 @@ __all__ = [
     "Tokenizer",
     "eval_batches",
     "stdlib_files",
+    "token_kinds",
     "train_batches",
     "train_bpe",
     "windows",

@@ -19,6 +19,8 @@ class Batch:
       weights: [B, T] float32, how much each target counts (0 = padding or prompt).
       positions: [B, T] int32 position of each token in its document.
       segments: [B, T] int32 document id of each token; 0 = padding.
+      sources: [B, T] int32 number of the file that each token comes from; None = it is not known. Nothing
+        that computes reads it.
 
     Example:
       ```python
@@ -37,6 +39,7 @@ class Batch:
     weights: jax.Array
     positions: jax.Array
     segments: jax.Array
+    sources: jax.Array | None = None
 
 
 def as_batches(batches: Iterable[Batch | Arrays]) -> Iterator[Batch]:

@@ -81,6 +81,10 @@ class Conversations:
             raise ValueError(f"{where}: no message has the role {ASSISTANT!r}, so that nothing is learned")
         return Conversation(messages, record.get("tools") or None, where)
 
+    def file_of(self, index: Any) -> Path:
+        """The file of a conversation."""
+        return self._records.file_of(index)
+
 
 class Alpaca:
     """The same over records of Alpaca's fields: an instruction, mostly an input, and an output."""
@@ -106,6 +110,10 @@ class Alpaca:
         messages = [{"role": "user", "content": asked}, {"role": ASSISTANT, "content": output}]
         return Conversation(messages, None, where, request=(instruction, further, output))
 
+    def file_of(self, index: Any) -> Path:
+        """The file of a record."""
+        return self._records.file_of(index)
+
 
 class PerTurn:
     """A conversation for every turn of the assistant, up to this turn, of which it alone is learned."""
@@ -125,6 +133,10 @@ class PerTurn:
         i, turn = self._turns[index]
         whole = self._source[i]
         return Conversation(whole.messages[: turn + 1], whole.tools, whole.name, last=True)
+
+    def file_of(self, index: Any) -> Path:
+        """The file of a turn's conversation."""
+        return self._source.file_of(self._turns[index][0])
 
 
 def with_headings(instruction: str, further: str, output: str) -> tuple[str, list[CharSpan]]:

@@ -4,6 +4,8 @@ The iterator's position is part of a training checkpoint, so a resumed run reads
 """
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -25,6 +27,7 @@ from elastic_lm.report.machine import require_memory
 
 BINS = 32  # rows that first-fit packing fills at a time
 FIELDS = ("tokens", "targets", "weights")
+SOURCES = "sources"  # further field of batches that say which file each token is from
 TOKEN_BYTES = 20  # of a token of a batch: five numbers of four bytes
 
 
@@ -122,7 +125,9 @@ def check_learnable(config: DataConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def eval_batches(config: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> grain.IterDataset:
+def eval_batches(
+    config: DataConfig, tokenizer: Tokenizer, split: Split = "test", *, sources: bool = False
+) -> grain.IterDataset:
     """One pass over a held-out split; the last batch is filled up with rows of weight 0.
 
     The pieces come in one fixed shuffled order, so that the first batches are a fair sample.
@@ -131,6 +136,7 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, split: Split = "test"
       config: where the documents are, and the shape of a batch.
       tokenizer: of the model.
       split: which one; see `documents`.
+      sources: batches say which file each token comes from, by its number among `eval_files`.
 
     Returns:
       As `train_batches`, but finite; padding has weight 0 and segment 0.
@@ -149,10 +155,63 @@ def eval_batches(config: DataConfig, tokenizer: Tokenizer, split: Split = "test"
       assert batch["weights"].shape == (2, 32)
       ```
     """
-    rows = grain.MapDataset.source(_source(config, tokenizer, split)).shuffle(seed=0)
-    rows = _pack(config, rows.map(functools.partial(encode, config, tokenizer)))
+    source = _source(config, tokenizer, split)
+    encoded = functools.partial(encode, config, tokenizer)
+    if sources:
+        source, encoded = WithFiles(source), functools.partial(_encode_with_file, encoded)
+    rows = grain.MapDataset.source(source).shuffle(seed=0).map(encoded)
+    rows = _pack(config, rows, (*FIELDS, SOURCES) if sources else FIELDS)
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=config.batch_size)
     return rows.batch(config.batch_size, batch_fn=fill).map(_as_batch)
+
+
+def eval_files(config: DataConfig, split: Split = "test") -> list[str]:
+    """The files that `sources` of `eval_batches` number, in this order.
+
+    Args:
+      config: where the documents are.
+      split: which one; see `documents`.
+
+    Raises:
+      FileNotFoundError: see `documents`.
+      ValueError: see `documents`.
+    """
+    return [str(file) for file in WithFiles(documents(config, split)).files]
+
+
+class WithFiles:
+    """Documents, each with the number of the file that it is in."""
+
+    def __init__(self, source: Any) -> None:
+        """Numbers the files by their first document.
+
+        Args:
+          source: from `documents`; its `file_of` names the file of a document.
+        """
+        self._source = source
+        self._numbers: dict[Any, int] = {}
+        for i in range(len(source)):
+            self._numbers.setdefault(source.file_of(i), len(self._numbers))
+
+    @property
+    def files(self) -> list[Path]:
+        """The files, in the order of their numbers."""
+        return list(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> tuple[int, Any]:
+        return self._numbers[self._source.file_of(index)], self._source[index]
+
+
+def _encode_with_file(
+    encoded: Callable[[Any], dict[str, np.ndarray]], document: tuple[int, Any]
+) -> dict[str, np.ndarray]:
+    """`encode`, and the number of the file for every token."""
+    number, content = document
+    arrays = encoded(content)
+    return {**arrays, SOURCES: np.full(len(arrays["tokens"]), number, np.int32)}
 
 
 def _source(config: DataConfig, tokenizer: Tokenizer, split: Split) -> Any:
@@ -231,9 +290,9 @@ def check_batch(config: DataConfig) -> None:
     require_memory("data.batch_size", config.batch_size, needed, what)
 
 
-def _pack(config: DataConfig, rows: grain.MapDataset) -> grain.IterDataset:
+def _pack(config: DataConfig, rows: grain.MapDataset, fields: tuple[str, ...] = FIELDS) -> grain.IterDataset:
     check_batch(config)
-    lengths: dict[str, int] = dict.fromkeys(FIELDS, config.seq_len)
+    lengths: dict[str, int] = dict.fromkeys(fields, config.seq_len)
     stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
     if config.packing == "concat":
         return grain.experimental.ConcatThenSplitIterDataset(stream, length_struct=lengths)
@@ -244,7 +303,7 @@ def _pack(config: DataConfig, rows: grain.MapDataset) -> grain.IterDataset:
 
 def _as_batch(packed: dict[str, Any]) -> dict[str, np.ndarray]:
     """Keeps the fields of `losses.Batch`; padding has segment 0 and weight 0."""
-    batch = {field: packed[field] for field in FIELDS}
+    batch = {field: packed[field] for field in (*FIELDS, SOURCES) if field in packed}
     batch["positions"] = packed["tokens_positions"]
     batch["segments"] = packed["tokens_segment_ids"]
     return batch

@@ -38,9 +38,12 @@ class Records:
         """
         files = find_files(paths, (*RECORD_SUFFIXES, *TABLE_SUFFIXES))
         self._rows: list[Any] = []
+        self._files: list[Path] = []  # of every row
         for file in files:
             table = file.name.lower().endswith(TABLE_SUFFIXES)
-            self._rows += _table(file) if table else record_places(file)
+            found = _table(file) if table else record_places(file)
+            self._rows += found
+            self._files += [file] * len(found)
         if not self._rows:
             raise ValueError(f"{', '.join(map(str, files))}: no records in it")
 
@@ -50,6 +53,10 @@ class Records:
     def __getitem__(self, index: Any) -> tuple[str, Record]:
         row = self._rows[index]
         return row if isinstance(row[1], dict) else record_at(row)
+
+    def file_of(self, index: Any) -> Path:
+        """The file of a record."""
+        return self._files[index]
 
 
 def text_of(where: str, record: Record, field: str) -> str:

@@ -169,6 +169,10 @@ class TextFiles:
         text = bytes(data[start:stop]).decode()
         return Document("", text, start == first, stop == len(data), f"{file}:{start}")
 
+    def file_of(self, index: Any) -> Path:
+        """The file of a piece."""
+        return self._pieces[index][0]
+
 
 class JsonLines:
     """Records, such as lines of JSON, with the text under one key or the prompt and response under two."""
@@ -195,6 +199,10 @@ class JsonLines:
         values = [_text(where, record, field) for field in self._fields]
         prompt, text = values if len(values) == 2 else ("", values[0])
         return Document(prompt, text, True, True, where)
+
+    def file_of(self, index: Any) -> Path:
+        """The file of a record."""
+        return self._lines[index].file
 
 
 def record_places(file: Path) -> list[RecordPlace]:

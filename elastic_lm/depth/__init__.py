@@ -20,6 +20,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.preview_files import load_preview, save_preview
     from elastic_lm.depth.previewing import PreviewReport, fit_preview
     from elastic_lm.depth.self_supervised import SelfSupervisedConfig, SelfSupervisedExits
+    from elastic_lm.depth.slices import exit_slices
     from elastic_lm.depth.sorted_finetuning import SortedFineTuning, SortedFineTuningConfig
     from elastic_lm.models.exits import attach_exits, extract, without_exits
     from elastic_lm.nn.preview import HeadPreview
@@ -48,6 +49,7 @@ __all__ = [
     "StaticExit",
     "attach_exits",
     "calibrate",
+    "exit_slices",
     "exit_thresholds",
     "extract",
     "fit_exits",

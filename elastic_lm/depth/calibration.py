@@ -33,7 +33,8 @@ from elastic_lm.depth.confidence import NEVER_EXITS
 from elastic_lm.depth.guarantee import RiskControl, control, token_losses
 from elastic_lm.depth.observations import Observations, observe
 from elastic_lm.depth.per_exit import exit_thresholds
-from elastic_lm.depth.policies import MODEL_SHAPE, CalibrationPoint, ConfidenceExit
+from elastic_lm.depth.policies import MODEL_SHAPE, SLICES, CalibrationPoint, ConfidenceExit
+from elastic_lm.depth.slices import exit_slices
 from elastic_lm.depth.threshold_search import choose_thresholds, emitting_exit, exit_outcome
 from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.models.decoder import Params
@@ -62,6 +63,8 @@ def calibrate(
     model: str = "",
     data: str = "",
     tokenizer: str = "",
+    kinds: Sequence[str] = (),
+    files: Sequence[str] = (),
     seed: int = 0,
     chunk: int = 128,
 ) -> ConfidenceExit:
@@ -86,11 +89,15 @@ def calibrate(
       data: description of the held-out text, recorded.
       tokenizer: fingerprint of the model's tokenizer (`Tokenizer.fingerprint`), recorded beside that of its
         weights; "" = unknown.
+      kinds: kind of every token of the vocabulary (`data.token_kinds`), for the policy's `slices`; () = its
+        tokens are not told apart by kind.
+      files: names of the files that `Batch.sources` numbers, for the policy's `slices`; () = not by file.
       seed: decides which sequences choose thresholds and which measure them.
       chunk: columns of logits alive at once; static.
 
     Returns:
-      ConfidenceExit with the measured curve. Where no exit can be used within a target's budget of
+      ConfidenceExit with the measured curve, and with the slices of the measured tokens on which its
+      thresholds agree least. Where no exit can be used within a target's budget of
       disagreements, its thresholds are above 1 (never exit) and the curve's note says so. Where `risk` is
       not achievable, thresholds are above 1, too, and the guarantee says how many more sequences are needed.
 
@@ -128,7 +135,13 @@ def calibrate(
         active=active,
         seed=seed,
     )
-    return dataclasses.replace(policy, provenance=_provenance(config, params, policy, model, data, tokenizer))
+    provenance = _provenance(config, params, policy, model, data, tokenizer)
+    if min(policy.thresholds) < NEVER_EXITS:
+        scoring = observations.halves(seed)[1]
+        scoring = scoring.gated(policy.gates) if policy.gates else scoring
+        sliced = exit_slices(scoring, policy.thresholds, kinds=kinds, files=files)
+        provenance[SLICES] = sliced.to_json()
+    return dataclasses.replace(policy, provenance=provenance)
 
 
 def fit_thresholds(

@@ -47,6 +47,8 @@ class Observations:
       targets: [N] int32, the text's tokens.
       sequence: [N] int32, the row that each token comes from.
       gate: [N, E] float32, what each exit's gate gives; 0 where it has none. None = not observed.
+      position: [N] int32, place in its document of the token before. None = not observed.
+      source: [N] int32, number of the file that a token comes from. None = the batches do not say.
 
     Example:
       ```python
@@ -75,6 +77,8 @@ class Observations:
     targets: np.ndarray
     sequence: np.ndarray
     gate: np.ndarray | None = None
+    position: np.ndarray | None = None
+    source: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
@@ -85,7 +89,7 @@ class Observations:
         """The tokens of some sequences only."""
         keep = np.isin(self.sequence, sequences)
         names = ("confidence", "agrees", "correct", "nats", "weights", "targets", "sequence")
-        names += () if self.gate is None else ("gate",)
+        names += tuple(name for name in ("gate", "position", "source") if getattr(self, name) is not None)
         return dataclasses.replace(self, **{name: getattr(self, name)[keep] for name in names})
 
     def gated(self, gates: Sequence[float]) -> "Observations":
@@ -223,7 +227,8 @@ def _parts(
             continue
 
         batch = pad_batch(batch, shape)
-        scalars = on_host(observe_batch(config, params, rows_beside(params, batch), index, chunk))
+        read = batch.replace(sources=None)
+        scalars = on_host(observe_batch(config, params, rows_beside(params, read), index, chunk))
 
         counted = np.asarray(batch.weights) > 0
         for values in (scalars.nats, scalars.confidence, scalars.gate):
@@ -235,6 +240,8 @@ def _parts(
         columns = {
             **{field.name: getattr(scalars, field.name) for field in dataclasses.fields(scalars)},
             **{"weights": batch.weights, "targets": batch.targets, "sequence": row},
+            **{"position": batch.positions},
+            **({} if batch.sources is None else {"source": batch.sources}),
         }
         parts.append({name: np.asarray(column)[counted] for name, column in columns.items()})
         first_row += rows

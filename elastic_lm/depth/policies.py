@@ -35,8 +35,10 @@ from elastic_lm.depth.observations import check_gates
 from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.files.fingerprints import differing_parts
 from elastic_lm.files.remote import fetched
+from elastic_lm.report.slices import FailureSlices
 
 FORMAT = "elastic_lm thresholds 1"
+SLICES = "slices"  # of `ConfidenceExit.provenance`: where the thresholds agree least
 MODEL_SHAPE = ("n_layers", "d_model", "vocab_size")  # what has to match between a file and a model
 
 
@@ -223,7 +225,7 @@ class ConfidenceExit:
         return dataclasses.replace(self, provenance={**self.provenance, "model": model})
 
     def at(self, target: float) -> "ConfidenceExit":
-        """The same policy for another target of its curve; a guarantee stays with its own thresholds.
+        """The same policy for another target of its curve; guarantee and slices stay with their thresholds.
 
         Args:
           target: wanted share of tokens equal to the full model's, one of those in `curve`.
@@ -236,13 +238,25 @@ class ConfidenceExit:
         """
         for point in self.curve:
             if math.isclose(point.target, target):
-                kept = self.guarantee if point.thresholds == self.thresholds else None
+                if point.thresholds == self.thresholds:
+                    return dataclasses.replace(self, target=point.target)
+                provenance = {k: v for k, v in self.provenance.items() if k != SLICES}
                 return dataclasses.replace(
-                    self, target=point.target, thresholds=point.thresholds, guarantee=kept
+                    self,
+                    target=point.target,
+                    thresholds=point.thresholds,
+                    guarantee=None,
+                    provenance=provenance,
                 )
 
         known = ", ".join(f"{p.target:g}" for p in self.curve) or "none"
         raise ValueError(f"target={target}: the curve has {known}; calibrate with this target")
+
+    @property
+    def slices(self) -> FailureSlices | None:
+        """Where the thresholds agree least, on the text that measured them; None = it was not recorded."""
+        content = self.provenance.get(SLICES)
+        return None if content is None else FailureSlices.from_json(content)
 
     @property
     def measured(self) -> CalibrationPoint | None:

@@ -70,6 +70,24 @@ def update_checksums(folder: Any, names: Iterable[str]) -> None:
         _write(folder, _read(folder / FILE) | {name: file_entry(folder / name) for name in names})
 
 
+def forget_checksums(folder: Any, names: Iterable[str]) -> None:
+    """Leaves files unchecked that are about to be written anew, so that a crash in between damages nothing.
+
+    Args:
+      folder: nothing is done where it has no checksums.
+      names: of the files, relative to the folder.
+
+    Raises:
+      ValueError: the checksums are damaged.
+    """
+    folder, gone = place_of(folder), set(names)
+    if not (folder / FILE).is_file():
+        return
+    entries = _read(folder / FILE)
+    if gone & entries.keys():
+        _write(folder, {name: entry for name, entry in entries.items() if name not in gone})
+
+
 def replaced_entries(file: Path, contents: Mapping[str, bytes]) -> bytes:
     """The contents of a file of checksums where files that it names are to have other contents.
 

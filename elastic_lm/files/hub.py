@@ -33,7 +33,7 @@ NATIVE_WEIGHTS = ("params/*",)
 # What says how a model is built and how it reads text: small files, which a tokenizer and a config need.
 DESCRIBING = (
     *(CONFIG, NATIVE, INDEX, "generation_config.json", "source_config.json", "checksums.json", "menu.json"),
-    *("routers.json", "routers.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("subnets.json", "routers.json", "routers.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
     "additional_chat_templates/*.jinja",
 )

@@ -16,6 +16,7 @@ from elastic_lm.files.local import local_path, require_folder_above
 from elastic_lm.files.remote import address_of, is_remote
 from elastic_lm.files.remote_folders import top_names
 from elastic_lm.files.remote_models import UNFINISHED, is_unfinished
+from elastic_lm.files.subnet_files import SUBNETS_FILE, carried_subnets, save_subnets
 from elastic_lm.hf.carried import GENERATION_FILE, Carried, write_json
 from elastic_lm.hf.config_json import config_to_hf
 from elastic_lm.hf.files import INDEX, WEIGHTS, TensorFiles
@@ -35,6 +36,7 @@ WRITTEN = (
     "chat_template.*",
     "*.safetensors",
     "*.safetensors.index.json",
+    SUBNETS_FILE,
     checksums.FILE,
 )
 WRITTEN_FOLDERS = {"additional_chat_templates": "*.jinja"}
@@ -71,7 +73,8 @@ def export(
       path: folder to create, on this machine or in a store.
       tokenizer: saved beside the weights, if given, with its chat template and all that names its tokens.
       source: the folder that the model comes from, a Hugging Face folder or a checkpoint of this package:
-        keys of its config.json and generation_config.json that are no part of the model are written again.
+        keys of its config.json and generation_config.json that are no part of the model are written again,
+        and so are its named sub-networks, where the whole model is exported.
       max_shard_bytes: weights above this size are split over several files with an index.
       overwrite: replace an earlier export at `path`.
 
@@ -102,6 +105,7 @@ def export(
     entries = config_to_hf(dataclasses.replace(config, param_dtype=dtype))
     carried = Carried({}, None) if source is None else Carried.of_folder(source)
     entries = carried.with_entries(config, entries)
+    subnets = carried_subnets(source, config, params)
     if not is_first():
         # Gives its parts of the tensors, in the order that they are written in.
         for _, leaf in sorted(leaves, key=lambda pair: pair[0].is_exit):
@@ -114,6 +118,8 @@ def export(
         if generation := carried.with_ids(entries):
             write_json(partial / GENERATION_FILE, generation)
         write_json(partial / "config.json", entries)
+        if subnets is not None:
+            save_subnets(partial, subnets)
         if tokenizer is not None:  # after the configs: it writes down what those do not say
             tokenizer.save(partial)
         for shard in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner alone

@@ -9,6 +9,7 @@ from typing import Any
 from elastic_lm.config.parse import to_dict
 from elastic_lm.files.atomic import read_json
 from elastic_lm.files.hub import CONFIG, NAME, NATIVE
+from elastic_lm.files.subnet_files import SUBNETS_FILE
 from elastic_lm.hf.config_json import config_from_hf
 from elastic_lm.hf.pushed_files import THRESHOLDS, without_folders
 
@@ -28,6 +29,7 @@ class CardFacts:
       run: run.json of the run that trained it; {} = it is not known.
       thresholds: what `elastic-lm calibrate` wrote; {} = nothing was calibrated.
       menu: widths that it serves; {} = its own alone.
+      subnets: table of its named sub-networks; {} = it has none.
       base_model: the model that it was made from, on the Hub or in words; "" = it is not known.
       license: identifier of its license; "" = it is not known.
     """
@@ -38,6 +40,7 @@ class CardFacts:
     run: Mapping[str, Any]
     thresholds: Mapping[str, Any]
     menu: Mapping[str, Any]
+    subnets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base_model: str = ""
     license: str = ""
 
@@ -78,6 +81,7 @@ def collect_facts(
         run=record,
         thresholds=read_json(thresholds) if thresholds else {},
         menu=_optional(folder / MENU),
+        subnets=_optional(folder / SUBNETS_FILE),
         base_model=base_model if base_model is not None else found,
         license=license or "",
     )
@@ -90,7 +94,7 @@ def _optional(file: Path) -> dict[str, Any]:
 def write_card(facts: CardFacts) -> str:
     """The text of a README.md with the metadata that the Hub reads."""
     parts = [_metadata(facts), MARK, f"# {facts.name.rpartition('/')[2]}", _about(facts), _origin(facts)]
-    parts += [_exits(facts), _widths(facts), _usage(facts)]
+    parts += [_exits(facts), _widths(facts), _subnets(facts), _usage(facts)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -199,6 +203,31 @@ def _widths(facts: CardFacts) -> str:
     """What the menu of an elastic model offers."""
     rows = [(key, _listed(value)) for key, value in facts.menu.items() if isinstance(value, list) and value]
     return _section("Widths", _table([("part", "choices"), *rows])) if rows else ""
+
+
+def _subnets(facts: CardFacts) -> str:
+    """The named sub-networks, with what was measured of them."""
+    found = facts.subnets.get("subnets") or []
+    if not found:
+        return ""
+    rows = [("name", "layers", "neurons", "parameters", "nats per token", "ms per token", "speed-up")]
+    whole = sum(sizes[0] for sizes in facts.subnets["sizes"]["layers"])
+    for one in found:
+        subnet, loss, time = one["subnet"], one.get("loss"), one.get("time")
+        numbers = (str(len(subnet["layers"])), f"{sum(subnet['mlp']) / whole:.0%}", f"{one['parameters']:,}")
+        measured = (
+            f"{loss['nats_per_token']:.4f}" if loss else "not measured",
+            f"{time['ms_per_token']:.3g}" if time else "not measured",
+            f"{time['speedup']:.2f}" if time else "not measured",
+        )
+        rows.append((f"`{one['name']}`", *numbers, *measured))
+
+    texts = sorted({one["loss"]["text"] for one in found if one.get("loss")})
+    devices = sorted({one["time"]["device"] for one in found if one.get("time")})
+    how = [f"Losses are on {', '.join(texts)}."] if texts else []
+    how += [f"Times are of {', '.join(devices)}."] if devices else []
+    use = f'`elastic-lm generate --model {facts.name} --subnet NAME --prompt "Once upon a time"` runs one.'
+    return _section("Sub-networks", _table(rows), " ".join([*how, use]))
 
 
 def _usage(facts: CardFacts) -> str:

@@ -34,9 +34,9 @@ class Slice:
 
     Example:
       ```python
-      from elastic_lm.report.slices import failure_slices
+      import elastic_lm as el
 
-      found = failure_slices([True] * 60 + [False] * 40, {"file": ["a"] * 60 + ["b"] * 40})
+      found = el.evaluate.failure_slices([True] * 60 + [False] * 40, {"file": ["a"] * 60 + ["b"] * 40})
       least = found.slices[0]
       assert (least.by, least.name, least.items, least.agreement) == ("file", "b", 40, 0.0)
       ```
@@ -54,7 +54,17 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class FailureSlices:
-    """An average and the slices behind it, those of the least agreement first, those of few items last."""
+    """An average and the slices behind it, those of the least agreement first, those of few items last.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      found = el.evaluate.failure_slices([1, 0] * 50, {"kind": ["word", "digits"] * 50})
+      print(found.text(items="rows"))
+      assert el.evaluate.FailureSlices.from_json(found.to_json()) == found
+      ```
+    """
 
     average: Slice
     slices: tuple[Slice, ...]
@@ -144,10 +154,10 @@ def failure_slices(
 
     Example:
       ```python
-      from elastic_lm.report.slices import failure_slices
+      import elastic_lm as el
 
       agrees = [1, 1, 1, 0] * 50
-      found = failure_slices(agrees, {"place": ["first", "second", "third", "fourth"] * 50})
+      found = el.evaluate.failure_slices(agrees, {"place": ["first", "second", "third", "fourth"] * 50})
       assert found.slices[0].name == "fourth"
       print(found.text())
       ```
@@ -227,9 +237,9 @@ def length_buckets(lengths: Sequence[int] | np.ndarray, shortest: int = SHORTEST
 
     Example:
       ```python
-      from elastic_lm.report.slices import length_buckets
+      import elastic_lm as el
 
-      assert length_buckets([3, 16, 31, 70]) == ["below 16", "16 to 31", "16 to 31", "64 to 127"]
+      assert el.evaluate.length_buckets([3, 16, 70]) == ["below 16", "16 to 31", "64 to 127"]
       ```
     """
     require_at_least_1("shortest", shortest)

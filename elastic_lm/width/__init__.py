@@ -4,8 +4,11 @@ from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
     from elastic_lm.config.subnet import Budget, Menu, Subnet
+    from elastic_lm.config.subnet_table import NamedSubnet, SubnetTable
     from elastic_lm.cost.counted import CostTable, Workload, counted_table
     from elastic_lm.cost.latency_table import Device, LatencyTable
+    from elastic_lm.cost.named_subnets import default_subnets, named_subnet
+    from elastic_lm.files.subnet_files import load_subnets, save_subnets
     from elastic_lm.width.chooser import SubnetChooser
     from elastic_lm.width.elastic_training import ElasticTraining, ElasticTrainingConfig, uniform_subnets
     from elastic_lm.width.importance import Importance, layer_scores, permute, rank
@@ -19,6 +22,7 @@ with _epy.lazy_api_imports(globals()):
         random_subnets,
         uniform_subnet,
     )
+    from elastic_lm.width.slice_tables import read_slice_table
     from elastic_lm.width.slicing import mask_params, slice_params
     from elastic_lm.width.trained_routers import Routers, RouterShape
 
@@ -32,23 +36,30 @@ __all__ = [
     "Importance",
     "LatencyTable",
     "Menu",
+    "NamedSubnet",
     "RouterShape",
     "RouterTraining",
     "RouterTrainingConfig",
     "Routers",
     "Subnet",
     "SubnetChooser",
+    "SubnetTable",
     "Workload",
     "counted_table",
+    "default_subnets",
     "evolutionary",
     "greedy",
     "knapsack",
     "layer_scores",
+    "load_subnets",
     "mask_params",
     "measured_damage",
+    "named_subnet",
     "permute",
     "random_subnets",
     "rank",
+    "read_slice_table",
+    "save_subnets",
     "slice_params",
     "uniform_subnet",
     "uniform_subnets",

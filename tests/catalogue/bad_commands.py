@@ -1026,6 +1026,23 @@ PLAN = [
     Case("plan --model {hf} --minuets 1", "unknown argument --minuets: did you mean --minutes?"),
 ]
 
+SUBNETS = [
+    Case("subnets --model nowhere", "nowhere: expected a Hugging Face folder"),
+    Case("subnets --model {enc}", "holds an encoder"),
+    Case("subnets --model {ck} --add a", "--add a: say what it is: --subnet mlp=50%"),
+    Case("subnets --model {ck} --subnet mlp=50%", "--subnet and --budget say what --add NAME is"),
+    Case("subnets --model {ck} --data t.txt", "--data t.txt: is read with --measure", files={"t.txt": "a"}),
+    Case("subnets --model {ck} --names whole", "--names whole: is read with --measure"),
+    Case("subnets --measure", "--model: the embedded model is not changed; name a folder"),
+    Case("subnets --model {ck} --remove w5", "subnet='w5': the model has no sub-network … did you mean w50"),
+    Case("subnets --model {ck} --add-table nowhere.csv", "nowhere.csv: no such table of sub-networks"),
+    Case(
+        "subnets --model {ck} --add-table t.csv",
+        "t.csv: columns=['a', 'b']: there is no name and no FFN Hidden Dims",
+        files={"t.csv": "a,b\n1,2\n"},
+    ),
+]
+
 LATENCY = [
     Case("latency", "required: build|verify"),
     Case("latency frob", "argument build|verify: invalid choice: 'frob'"),
@@ -1272,6 +1289,7 @@ CASES = [
     *PREVIEW,
     *PLAN,
     *LATENCY,
+    *SUBNETS,
     *BENCH,
     *CASCADE,
 ]

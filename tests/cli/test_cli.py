@@ -36,6 +36,7 @@ COMMANDS = (
     "calibrate",
     "preview",
     "latency",
+    "subnets",
     "generate",
     "chat",
     "evaluate",

@@ -32,6 +32,7 @@ from elastic_lm.cli import (
     plan,
     push,
     quickstart,
+    subnets,
     train,
 )
 from elastic_lm.cli.cascade import fit, run
@@ -58,6 +59,7 @@ LEAVES: tuple[ModuleType, ...] = (
     train,
     calibrate,
     latency,
+    subnets,
     generate,
     chat,
     evaluate,

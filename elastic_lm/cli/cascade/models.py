@@ -217,7 +217,7 @@ def _part(place: Place, config: ModelConfig | Any) -> int | Subnet | None:
         return int(place.value)
     if place.kind == "subnet":
         require(isinstance(config, ModelConfig), place.flag, place.name, "only decoders have sub-networks")
-        return subnet_of(place.value.split()).of(config)
+        return subnet_of(place.value.split()).of(config, place.place)
     return None
 
 
