@@ -1,6 +1,6 @@
 """A cascade of three members over many records, fitted, guaranteed, killed and resumed.
 
-    python tests/cascade/killed_chain.py --folder /tmp/chain [--records 2000] [--kills 6]
+    python tests/killed_chain.py --folder /tmp/chain [--records 2000] [--kills 6]
 
 The first two members are an exit of a small encoder and the whole of it, tuned here on a made-up task. The
 last is a server of chat completions, a process that listens on a port. `elastic-lm cascade fit` and `run` are
