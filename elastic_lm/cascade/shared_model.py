@@ -17,6 +17,7 @@ token, against 9.9 ms for the whole model and 4.8 ms for the half alone).
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -278,17 +279,16 @@ def shared_members(
       ```
     """
     require(bool(parts), "parts", parts, "name at least one")
-    depths = [part or model.config.n_layers for part in parts if not isinstance(part, Subnet)]
+    depths = [math.inf if part is None else part for part in parts if not isinstance(part, Subnet)]
     fix = "name exits in increasing order, and the whole model after them"
     require(depths == sorted(set(depths)), "parts", tuple(parts), fix)
-    for part in parts:
-        _require_below_last(model.config, None if isinstance(part, Subnet) else part)
-
     if isinstance(model, Encoder):
         exits = [part for part in parts if not isinstance(part, Subnet)]
         require(len(exits) == len(parts), "parts", tuple(parts), "an encoder has exits, and no sub-networks")
         return _sharing((_classifier(model, params, tokenizer, part, **options) for part in exits), parts)
 
+    for part in parts:
+        _require_below_last(model.config, None if isinstance(part, Subnet) else part)
     scored = [True] * (len(parts) - 1) + [scored_last]
     shared = (model, params, tokenizer)
     if max_new_tokens is not None:

@@ -70,13 +70,13 @@ def make_members(
         else:
             how: dict[str, Any] = {"parts": parts, "cost": super_cost if number == last else 0.0}
             how |= {"scoring": Scoring()} if number == last else {"scoring": scoring, "score": scores[number]}
-            members[number] = make_answerer(options, place, record, **how)
+            members[number] = make_answerer(options, number, record, **how)
     return tuple(members[number] for number in range(last + 1))
 
 
 def make_answerer(
     options: PairOptions,
-    given: Place,
+    number: int,
     record: Record,
     scoring: Scoring,
     *,
@@ -88,16 +88,16 @@ def make_answerer(
 
     Args:
       options: of the command.
-      given: folder, address, or name and file.
+      number: of the member, whose place is a folder, an address, or a name and a file.
       record: see `make_members`.
       scoring: of its energy.
       cost: FLOPs of a record, where the model is a service.
       score: that is read of it; "" = none.
       parts: gets the fingerprints of its weights and tokenizer, where they are loaded here.
     """
-    place = given.place
+    place = options.places[number].place
     if is_url(place):
-        return _service(options, place, cost, scored=bool(score))
+        return _service(options, number, cost, scored=bool(score))
     name, rest = answerer_name(place)
     if name:
         return _named(options, name, rest)
@@ -138,9 +138,10 @@ def _named(options: PairOptions, name: str, place: str) -> NamedAnswerer:
     return found.from_place(place, **{field: getattr(options, field) for field in found.reads})
 
 
-def _service(options: PairOptions, url: str, cost: float, *, scored: bool) -> Endpoint:
+def _service(options: PairOptions, number: int, cost: float, *, scored: bool) -> Endpoint:
     """A service; a key for it comes from the environment, where other users of the machine see none."""
     how: dict[str, Any] = {}
+    services = [i for i, place in enumerate(options.places) if is_url(place.place)]
     if options.style in COMPLETIONS:
         choices = options.service_choices or ("letters" if options.style == "chat" else "ignored")
         read = scored or choices == "texts"
@@ -148,12 +149,11 @@ def _service(options: PairOptions, url: str, cost: float, *, scored: bool) -> En
         how |= {"choices": choices, "choices_field": options.choices_field, "top_logprobs": top}
         how["options"] = {"max_tokens": options.max_new_tokens}
         if options.service_model:
-            services = [place.place for place in options.places if is_url(place.place)]
             models = options.service_model.split(",")
-            how["options"]["model"] = models[services.index(url) if len(models) > 1 else 0]
+            how["options"]["model"] = models[services.index(number) if len(models) > 1 else 0]
     key = os.environ.get(KEY, "").strip()  # files that keys are read from end in a newline
     return Endpoint(
-        url,
+        options.places[number].place,
         timeout=options.timeout,
         retries=options.retries,
         style=options.style,
@@ -217,7 +217,7 @@ def _part(place: Place, config: ModelConfig | Any) -> int | Subnet | None:
         return int(place.value)
     if place.kind == "subnet":
         require(isinstance(config, ModelConfig), place.flag, place.name, "only decoders have sub-networks")
-        return subnet_of(place.value.split()).of(config)
+        return subnet_of(place.value.split()).of(config, place.place)
     return None
 
 

@@ -1,6 +1,6 @@
 """A cascade of three members over many records, fitted, guaranteed, killed and resumed.
 
-    python tests/cascade/killed_chain.py --folder /tmp/chain [--records 2000] [--kills 6]
+    python tests/killed_chain.py --folder /tmp/chain [--records 2000] [--kills 6]
 
 The first two members are an exit of a small encoder and the whole of it, tuned here on a made-up task. The
 last is a server of chat completions, a process that listens on a port. `elastic-lm cascade fit` and `run` are
@@ -51,15 +51,18 @@ DEADLINE = 1800.0  # seconds for one process; far above what it takes
 
 
 def drawn(count: int, seed: int, hard: float = 0.4) -> list[dict[str, Any]]:
-    """Records of words that say yes or no; in hard ones "not" turns the word after it."""
+    """Records of words that say yes or no; in hard ones "not" turns what comes after it, not before."""
     rng, records = random.Random(seed), []
     while len(records) < count:
         words = rng.choices(FILL, k=rng.randint(2, 8))
         good = rng.random() < 0.5
         place = rng.randint(0, len(words))
         words.insert(place, rng.choice(GOOD if good else BAD))
-        if turned := rng.random() < hard:
-            words.insert(place, "not")
+        turned = False
+        if rng.random() < hard:
+            cut = rng.randint(0, len(words))
+            words.insert(cut, "not")
+            turned = cut <= place
         label = LABELS[good != turned]
         if rng.random() < 0.04:  # what nobody can tell from the words
             label = LABELS[1 - LABELS.index(label)]
