@@ -84,6 +84,8 @@ def add_tasks(parser: argparse.ArgumentParser, place: Callable[[str], str]) -> N
 
 def run(options: "Options") -> None:
     """Measures the tasks, one after the other; what is done is in the file at once."""
+    import jax
+
     from elastic_lm.cli.evaluate import checked_policy
     from elastic_lm.cli.model_folder import load_with_tokenizer
     from elastic_lm.depth.policies import ConfidenceExit
@@ -93,6 +95,8 @@ def run(options: "Options") -> None:
     from elastic_lm.report.machine import versions
 
     harness()  # that it is missing is said before anything is read
+    count = jax.process_count()
+    require_flag(count == 1, "--tasks", ",".join(options.tasks), f"runs as one process, not as {count}")
     policy = ConfidenceExit.load(options.thresholds) if options.thresholds else None
     prepare_output(options.json)
     prepare_output(options.plot)
@@ -160,23 +164,20 @@ def _measure(
         else:
             kind = "full" if options.exit == whole.n_layers else "exit"
             points = [task_point(kind, model, own, whole, **how)]
-        _add(part["depths"], name, points)
+        _add(part["depths"], points)
         if options.json and options.json != "-":
             write_text_whole(options.json, json.dumps(result, indent=2) + "\n")
         print(f"{name} is done", file=sys.stderr)
     return len(result["parts"])
 
 
-def _add(depths: list[dict[str, Any]], name: str, points: list[Any]) -> None:
-    """Adds what was measured of one task to the depths."""
+def _add(depths: list[dict[str, Any]], points: list[Any]) -> None:
+    """Adds what was measured of one task, or of a group of them, to the depths."""
     if not depths:
-        depths += [{"kind": p.kind, "layers": {}, "flops_share": None, "tasks": {}} for p in points]
+        depths += [{"kind": point.kind, "layers": {}, "flops_share": {}, "tasks": {}} for point in points]
     for depth, point in zip(depths, points, strict=True):
-        depth["layers"][name] = point.layers
-        shares = depth.setdefault("flops_shares", {})
-        shares[name] = point.flops_share
-        known = [share for share in shares.values() if share is not None]
-        depth["flops_share"] = sum(known) / len(known) if len(known) == len(shares) else None
+        depth["layers"] |= dict.fromkeys(point.results, point.layers)
+        depth["flops_share"] |= dict.fromkeys(point.results, point.flops_share)
         depth["tasks"] |= {task: dict(numbers) for task, numbers in point.results.items()}
 
 
@@ -214,9 +215,7 @@ def tasks_table(result: dict[str, Any]) -> str:
 
 def _task_lines(task: str, depth: dict[str, Any]) -> list[str]:
     """The metrics of one task at one depth."""
-    numbers = depth["tasks"].get(task, {})
-    asked = next((name for name in depth["layers"] if name == task), next(iter(depth["layers"])))
-    layers, share = depth["layers"][asked], depth["flops_shares"][asked]
+    numbers, layers, share = (depth[key][task] for key in ("tasks", "layers", "flops_share"))
     shown = "-" if share is None else f"{100 * share:.0f} %"
     name = f"{layers:.0f}" if layers == int(layers) else f"{layers:.2f}"
     lines = []

@@ -106,8 +106,8 @@ def draw_curve(
     """Draws the accuracy of every task against the share of the whole model's FLOPs.
 
     Args:
-      parts: name of a model, such as "whole model" -> its depths, each with "flops_share" and "tasks", the
-        numbers by task and metric.
+      parts: name of a model, such as "whole model" -> its depths, each with "flops_share" by task, and
+        "tasks", the numbers by task and metric.
       path: file to write; its suffix says the format.
       measured_on: the model and the data, below the title.
     """
@@ -116,11 +116,11 @@ def draw_curve(
     for i, task in enumerate(tasks):
         colour, metric = COLOURS[i % len(COLOURS)], ""
         for (name, depths), marker in zip(parts.items(), MARKERS * len(parts), strict=False):
-            known = [d for d in depths if d["flops_share"] is not None and task in d["tasks"]]
+            known = [d for d in depths if d["flops_share"].get(task) is not None and task in d["tasks"]]
             if not known:
                 continue
             metric = metric or shown_metric(known[0]["tasks"][task])
-            x = [100 * d["flops_share"] for d in known]
+            x = [100 * d["flops_share"][task] for d in known]
             y = [100 * d["tasks"][task][metric] for d in known]
             line = "-" if i < len(COLOURS) else "--"
             label = f"{task} ({metric})" + (f", {name}" if len(parts) > 1 else "")

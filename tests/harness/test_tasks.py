@@ -160,7 +160,7 @@ def test_a_command_measures_every_depth(folder: Path, data: Path, tmp_path: Path
         ("exit", 3),
         ("full", 4),
     ]
-    shares = [d["flops_share"] for d in part["depths"]]
+    shares = [d["flops_share"]["arc_easy"] for d in part["depths"]]
     assert 0 < shares[0] < shares[1] < shares[2] < 1  # half of the neurons
     assert part["depths"][2]["tasks"]["lambada_openai"]["rows"] == 2
     assert picture.stat().st_size > 1000
