@@ -19,7 +19,8 @@ Variants (`--config flextron:NAME`):
   frozen      flextron, half of it is KL to the model that training began with
   matformer   one width of the MLPs per step for all layers, the whole one among them
   scratch     matformer on a new model
-  mlp         flextron with all heads: widths of the MLPs alone, which every model can divide
+  mlp         for a model of yours: widths of the MLPs alone, which every model can divide; sub-networks learn
+              from the whole model alone, at a learning rate that leaves it what it was
   mha         flextron with whole key/value groups to choose from, instead of heads inside them: the way to
               choose heads where every head has keys and values of its own
 """
@@ -38,7 +39,7 @@ def get_config(arg: str = "flextron") -> ConfigDict:
         "live": {"distil": 0.5},
         "frozen": {"distil": 0.5, "teacher": "frozen"},
         "matformer": matformer,
-        "mlp": {"menu": {"heads": (1.0,)}},
+        "mlp": {"menu": {"heads": (1.0,)}, "distil": 1.0},
         "mha": {"menu": {"heads": (1.0,), "groups": (0.5, 1.0)}},
         "scratch": matformer,
     }
@@ -57,6 +58,8 @@ def get_config(arg: str = "flextron") -> ConfigDict:
         "eval_every": 250,
         "save_every": 250,
     }
+    if variant == "mlp":
+        config.train.lr = 5e-5
     if variant == "scratch":
         config.train.update({"init_from": "", "lr": 3e-3, "steps": 2000})
         config.model = {
