@@ -29,11 +29,11 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cost.latency_table import LatencyTable
     from elastic_lm.data.tokenizer import Tokenizer
     from elastic_lm.decode.chat import Chat
-    from elastic_lm.decode.setting_choice import Choice, Setting, choose
     from elastic_lm.decode.options import DecodeOptions
     from elastic_lm.decode.prefix import PrefixCache
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.decode.seq2seq import TextToText
+    from elastic_lm.decode.setting_choice import Choice, Setting, choose
     from elastic_lm.depth.guarantee import RiskControl
     from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.files.compilation_cache import use_compilation_cache
