@@ -10,6 +10,7 @@ The interval of r is Clopper and Pearson's for as many independent trials as wou
 twenty slices whose rates are all right, one lies outside of its 95 % interval by chance.
 """
 
+import collections
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -100,13 +101,16 @@ class FailureSlices:
           most: slices to show at most.
 
         Returns:
-          Lines without a final line break; "!" marks slices whose whole interval lies below the average.
+          Lines without a final line break; "!" marks slices whose whole interval lies below the average. What
+          divides nothing, such as the file where there is one, is left out.
         """
-        kinds = ", ".join(dict.fromkeys(one.by for one in self.slices))
-        if not self.slices:
+        counts = collections.Counter(one.by for one in self.slices)
+        slices = [one for one in self.slices if counts[one.by] > 1]
+        kinds = ", ".join(dict.fromkeys(one.by for one in slices))
+        if not slices:
             return f"{what} {self.average.agreement:.4f}; nothing divides its {self.average.items} {items}"
 
-        shown = self.slices[:most]
+        shown = slices[:most]
         width = max(len(items), *(len(f"{one.items:,}") for one in (self.average, *shown)))
         lines = [
             f"{what} by {kinds}, least first ({1 - self.epsilon:.0%} interval of each alone, ! = below the "
@@ -114,8 +118,8 @@ class FailureSlices:
         ]
         lines += [_line(one, width, items, self.average.agreement) for one in shown]
         lines.append(_line(self.average, width, items, self.average.agreement))
-        if len(self.slices) > most:
-            lines.append(f"  {len(self.slices) - most} more slices in the file")
+        if len(slices) > most:
+            lines.append(f"  {len(slices) - most} more slices in the file")
         return "\n".join(lines)
 
 

@@ -75,6 +75,15 @@ def test_slices_of_few_items_stand_together_and_last() -> None:
     assert one.splitlines()[-1] == "  1 more slices in the file"
 
 
+def test_what_divides_nothing_is_not_printed() -> None:
+    keys = {"file": ["a"] * 100, "kind": ["word"] * 60 + ["digits"] * 40}
+    found = failure_slices([1] * 60 + [0] * 40, keys)
+    assert {one.by for one in found.slices} == {"file", "kind"}
+    assert "file" not in found.text()
+    alone = failure_slices([1, 0] * 50, {"file": ["a"] * 100})
+    assert alone.text(items="rows") == "agreement 0.5000; nothing divides its 100 rows"
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one item"):
         failure_slices([], {"file": []})
