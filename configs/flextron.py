@@ -1,8 +1,9 @@
 """Elastic training (Flextron's first stage): one model whose narrower sub-networks are models too.
 
 COMMAND   elastic-lm train --config flextron --workdir runs/elastic
-          another model: --config.train.init_from=HF_DIR --config.method.menu.heads="(0.5,1.0)"; where heads
-          share no key/value groups, like those of GPT-2: --config flextron:mha
+          another model: --config flextron:mlp --config.train.init_from=HF_DIR; with heads to choose, too:
+          --config.method.menu.heads="(0.5,1.0)", or --config flextron:mha where heads share no key/value
+          groups, like those of GPT-2
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  each sampled sub-network adds two forward passes and a backward one of its width: see
           experiments/train_step and experiments/flextron
@@ -18,6 +19,8 @@ Variants (`--config flextron:NAME`):
   frozen      flextron, half of it is KL to the model that training began with
   matformer   one width of the MLPs per step for all layers, the whole one among them
   scratch     matformer on a new model
+  mlp         for a model of yours: widths of the MLPs alone, which every model can divide; sub-networks learn
+              from the whole model alone, at a learning rate that leaves it what it was
   mha         flextron with whole key/value groups to choose from, instead of heads inside them: the way to
               choose heads where every head has keys and values of its own
 """
@@ -36,6 +39,7 @@ def get_config(arg: str = "flextron") -> ConfigDict:
         "live": {"distil": 0.5},
         "frozen": {"distil": 0.5, "teacher": "frozen"},
         "matformer": matformer,
+        "mlp": {"menu": {"heads": (1.0,)}, "distil": 1.0},
         "mha": {"menu": {"heads": (1.0,), "groups": (0.5, 1.0)}},
         "scratch": matformer,
     }
@@ -54,6 +58,8 @@ def get_config(arg: str = "flextron") -> ConfigDict:
         "eval_every": 250,
         "save_every": 250,
     }
+    if variant == "mlp":
+        config.train.lr = 5e-5
     if variant == "scratch":
         config.train.update({"init_from": "", "lr": 3e-3, "steps": 2000})
         config.model = {

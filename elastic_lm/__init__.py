@@ -10,12 +10,14 @@ from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
     from elastic_lm import cascade, data, depth, evaluate, hf, testing, train, width
+    from elastic_lm.bench.latency_build import build as measure_latency
     from elastic_lm.cascade.cascade import Cascade
     from elastic_lm.cascade.measure import measure_cascade
     from elastic_lm.cascade.rule import CascadeRule
     from elastic_lm.checkpoints.embedded import embedded_model
     from elastic_lm.checkpoints.loading import load
     from elastic_lm.config.data import DataConfig
+    from elastic_lm.config.drafter import Drafter
     from elastic_lm.config.encoder import EncoderConfig
     from elastic_lm.config.encoder_decoder import EncoderDecoderConfig
     from elastic_lm.config.log import LogConfig
@@ -31,16 +33,17 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.decode.prefix import PrefixCache
     from elastic_lm.decode.sampler import Sampler
     from elastic_lm.decode.seq2seq import TextToText
+    from elastic_lm.decode.setting_choice import Choice, Setting, choose
     from elastic_lm.depth.guarantee import RiskControl
     from elastic_lm.depth.policies import ConfidenceExit, DecayedExit, DepthSchedule, StaticExit
     from elastic_lm.files.compilation_cache import use_compilation_cache
+    from elastic_lm.meeting import start_processes
     from elastic_lm.models.decoder import Decoder
     from elastic_lm.models.encoder import Encoder
     from elastic_lm.models.encoder_decoder import EncoderDecoder
     from elastic_lm.models.exits import attach_exits
     from elastic_lm.models.registry import init_params
     from elastic_lm.models.task_heads import attach_task_exits, attach_task_head
-    from elastic_lm.processes import start_processes
     from elastic_lm.train.config import RunConfig, TaskRun, TrainConfig
     from elastic_lm.train.recipes import load_config
     from elastic_lm.train.run import fit
@@ -56,12 +59,14 @@ __all__ = [
     "Cascade",
     "CascadeRule",
     "Chat",
+    "Choice",
     "ConfidenceExit",
     "DataConfig",
     "DecayedExit",
     "DecodeOptions",
     "Decoder",
     "DepthSchedule",
+    "Drafter",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
@@ -77,6 +82,7 @@ __all__ = [
     "RopeConfig",
     "RunConfig",
     "Sampler",
+    "Setting",
     "StaticExit",
     "Subnet",
     "SubnetChooser",
@@ -89,6 +95,7 @@ __all__ = [
     "attach_task_exits",
     "attach_task_head",
     "cascade",
+    "choose",
     "data",
     "depth",
     "embedded_model",
@@ -99,6 +106,7 @@ __all__ = [
     "load",
     "load_config",
     "measure_cascade",
+    "measure_latency",
     "slice_params",
     "start_processes",
     "testing",

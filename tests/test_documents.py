@@ -54,7 +54,7 @@ DOCUMENTS += [ROOT / "configs" / "README.md"]
 LANGUAGES = ("python", "sh", "text", "json", "edit", "bash")  # bash: whole scripts, see test_launch.py
 REASONS = (
     *("installs", "downloads", "runs the tests", "needs a GPU", "needs a TPU", "needs several devices"),
-    *("needs four devices", "needs two machines", "needs a cluster", "needs a bucket"),
+    *("needs four devices", "needs two machines", "needs a cluster", "needs a bucket", "needs a server"),
 )
 FACES = ("", "cascade", "data", "depth", "evaluate", "hf", "testing", "train", "width")
 
@@ -347,7 +347,7 @@ INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 PATH = re.compile(r"(?:configs|tests|elastic_lm|experiments|colab|docs)/[\w./]*\w")
-HOSTS = ("arxiv.org", "keepachangelog.com", "semver.org", "docs.python.org")
+HOSTS = ("arxiv.org", "keepachangelog.com", "semver.org", "docs.python.org", "github.com")  # theirs: papers, benchmarks, formats
 
 
 def prose(page: pathlib.Path) -> str:

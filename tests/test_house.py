@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms of earlier sets. The dials, depth and width, import nothing of each other.
 ORDER = [
     {"config"},
-    {"processes", "bounds"},
+    {"meeting", "processes", "bounds"},
     {"files"},
     {"report", "nn"},
     {"models", "data"},
@@ -26,7 +26,7 @@ ORDER = [
     {"depth", "width"},
     {"decode"},
     {"cascade", "bench"},
-    {"quickstart"},
+    {"quickstart", "harness"},
     {"cli"},
 ]
 # What stands beside the rooms: lists of names from several of them, and aliases of 0.1, which every face has.

@@ -11,19 +11,10 @@ import numpy as np
 import pytest
 from many_processes import free_port
 
-from elastic_lm import processes
+from elastic_lm import meeting
 from elastic_lm.cli import main as cli
-from elastic_lm.processes import (
-    Place,
-    all_or_none,
-    bytes_of_all,
-    bytes_of_first,
-    find_place,
-    meet,
-    on_host,
-    start_processes,
-    wait_for_all,
-)
+from elastic_lm.meeting import Place, find_place, meet, start_processes
+from elastic_lm.processes import all_or_none, bytes_of_all, bytes_of_first, on_host, wait_for_all
 
 SLURM = {
     "SLURM_JOB_ID": "4097",
@@ -166,10 +157,10 @@ def test_a_tpu_machine_is_asked_for_others(
     from jax._src import cloud_tpu_init
 
     monkeypatch.setattr(cloud_tpu_init, "running_in_cloud_tpu_vm", True)
-    monkeypatch.setattr(processes, "_may_have_tpus", lambda: True)
+    monkeypatch.setattr(meeting, "_may_have_tpus", lambda: True)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     for said, several in (("w0:0:10.0.0.1,w1:1:10.0.0.2", True), ("w0:0:10.0.0.1", False)):
-        monkeypatch.setattr(processes, "_metadata", lambda key, said=said: said)
+        monkeypatch.setattr(meeting, "_metadata", lambda key, said=said: said)
         assert cli.main(["generate", "--model", "nothing", "--prompt", "a"]) == 2
         assert ("this machine's TPU slice says that there are more" in capsys.readouterr().err) == several
 
@@ -183,7 +174,7 @@ def test_a_wrong_place_is_one_line(surroundings: Callable, capsys: pytest.Captur
     assert capsys.readouterr().err.startswith("elastic-lm train: error: --processes 0: must be at least 1")
 
 
-def meeting(places: list[Place], seconds: float = 10.0) -> list[str]:
+def answers(places: list[Place], seconds: float = 10.0) -> list[str]:
     """What every process is told, each being a thread here; "" = go."""
 
     def one(place: Place) -> str:
@@ -199,13 +190,13 @@ def meeting(places: list[Place], seconds: float = 10.0) -> list[str]:
 
 def test_all_meet() -> None:
     address = f"127.0.0.1:{free_port()}"
-    assert meeting([Place(address, 3, i) for i in (2, 0, 1)]) == [""] * 3
-    assert meeting([Place(address, 2, i) for i in (0, 1)]) == [""] * 2  # the port is free at once
+    assert answers([Place(address, 3, i) for i in (2, 0, 1)]) == [""] * 3
+    assert answers([Place(address, 2, i) for i in (0, 1)]) == [""] * 2  # the port is free at once
 
 
 def test_a_missing_process_is_named_to_all() -> None:
     address = f"127.0.0.1:{free_port()}"
-    told = meeting([Place(address, 4, i) for i in (0, 2)], seconds=1.0)
+    told = answers([Place(address, 4, i) for i in (0, 2)], seconds=1.0)
     assert told[0].startswith(f"processes 1, 3 of 4 did not come to {address} in time; start them with")
     assert told[1] == told[0]
 
@@ -213,39 +204,39 @@ def test_a_missing_process_is_named_to_all() -> None:
 def test_an_unreachable_coordinator_is_named() -> None:
     address = f"127.0.0.1:{free_port()}"
     for place in (Place(address, 2, 1), Place("no.such.host.invalid:7", 2, 1)):
-        (told,) = meeting([place], seconds=0.5)
+        (told,) = answers([place], seconds=0.5)
         assert told.startswith(f"--coordinator {place.coordinator}: process 1 cannot reach process 0 there (")
 
 
 def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        (told,) = meeting([Place(f"127.0.0.1:{port}", 2, 0)], seconds=1.0)
+        (told,) = answers([Place(f"127.0.0.1:{port}", 2, 0)], seconds=1.0)
     assert told.startswith(f"--coordinator 127.0.0.1:{port}: port {port} of this machine cannot be used (")
 
 
 def test_processes_that_disagree_are_told() -> None:
     address = f"127.0.0.1:{free_port()}"
-    told = meeting([Place(address, 2, 0), Place(address, 3, 1)])
+    told = answers([Place(address, 2, 0), Place(address, 3, 1)])
     assert set(told) == {"--processes 2 in process 0, and 3 in process 1: give all of them the same number"}
-    told = meeting([Place(address, 3, 0), Place(address, 3, 1), Place(address, 3, 1)])
+    told = answers([Place(address, 3, 0), Place(address, 3, 1), Place(address, 3, 1)])
     assert set(told) == {"--process 1: two processes have this number; give each its own, from 0"}
 
 
 def test_other_versions_and_other_programs_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     versions = iter(["old", "new", "old", "new"])
-    monkeypatch.setattr("elastic_lm.processes._versions", lambda: next(versions))
-    told = meeting([Place(f"127.0.0.1:{port}", 2, i) for i in (1, 0)])
+    monkeypatch.setattr("elastic_lm.meeting._versions", lambda: next(versions))
+    told = answers([Place(f"127.0.0.1:{port}", 2, i) for i in (1, 0)])
     assert "runs" in told[0]
     assert told[0].endswith("install the same versions everywhere")
 
-    monkeypatch.setattr("elastic_lm.processes._versions", lambda: "same")
+    monkeypatch.setattr("elastic_lm.meeting._versions", lambda: "same")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        first = pool.submit(meeting, [Place(f"127.0.0.1:{port}", 2, 0)])
+        first = pool.submit(answers, [Place(f"127.0.0.1:{port}", 2, 0)])
         for said in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", json.dumps({"greeting": "else"}).encode() + b"\n"):
             say(port, said)
-        assert meeting([Place(f"127.0.0.1:{port}", 2, 1)]) == [""]
+        assert answers([Place(f"127.0.0.1:{port}", 2, 1)]) == [""]
         assert first.result() == [""]
 
 

@@ -58,9 +58,22 @@ def build(
       progress: makes what shows how far it is; None = nothing does.
       path: of the model's folder, recorded.
 
+    Returns:
+      The table; `elastic-lm latency build` writes the same to a file.
+
     Raises:
       ValueError: the menu does not fit the model or offers widths of the whole model, the context is longer
         than the model allows, or rounds is below 1.
+
+    Example:
+      ```python
+      import elastic_lm as el
+
+      config = el.testing.tiny_config(n_layers=1)
+      menu = el.Menu(mlp=(0.5, 1.0), heads=(1.0,))
+      table = el.measure_latency(config, menu, el.width.Workload(batch=1, context=8), rounds=1)
+      print(table.text())
+      ```
     """
     config = config.with_exits(())
     fix = "times are measured at the model's full width: leave d_model=(1.0,)"

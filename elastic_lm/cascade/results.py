@@ -85,7 +85,19 @@ class CascadeResult:
 
 @dataclasses.dataclass(frozen=True)
 class MemberStatistics:
-    """What one member of a cascade has cost so far."""
+    """What one member of a cascade has cost so far.
+
+    Example:
+      ```python
+      from elastic_lm.cascade import Answer, Cascade, Function
+
+      swift = Function(lambda record: Answer(0, {"energy": record["n"] / 10}, cost=1.0))
+      run = Cascade(swift, Function(lambda record: 1, cost=10.0), 0.5).run({"n": n} for n in range(10))
+      list(run)
+      small, large = run.statistics().members
+      assert (small.asked, small.answered, large.asked, large.cost) == (10, 5, 5, 50.0)
+      ```
+    """
 
     name: str  # as in `CascadeResult.model`
     asked: int  # records that it was asked about

@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from elastic_lm.cli import evaluate_tasks
 from elastic_lm.cli.belonging import add_force, check_belongs, parts_of
+from elastic_lm.cli.evaluate_tasks import TaskOptions, add_tasks
 from elastic_lm.cli.held_out import (
     SEQ_LEN,
     ContinuedOptions,
@@ -20,7 +22,7 @@ from elastic_lm.cli.held_out import (
 from elastic_lm.cli.many_processes import ProcessOptions, add_processes
 from elastic_lm.cli.model_folder import load_with_tokenizer
 from elastic_lm.cli.ordered_text import READ_TOKENS, ordered_batches
-from elastic_lm.cli.parser import require_flag
+from elastic_lm.cli.parser import place, require_flag
 from elastic_lm.cli.width_flags import SubnetText, WidthOptions, add_width, check_same_part, chosen_subnet
 from elastic_lm.config.exit_policy import DEFAULT_METRIC
 from elastic_lm.config.subnet import Budget, Subnet
@@ -39,6 +41,7 @@ elastic-lm evaluate --model runs/exits/model --data test.txt
 elastic-lm evaluate --model hf-dir --data wiki.txt --context 1024 --stride 512 --tokens 1000000
 elastic-lm evaluate --model runs/exits/model --thresholds thresholds.json --json result.json
 elastic-lm evaluate --model runs/elastic/model --budget parameters=70% --budget parameters=50%
+elastic-lm evaluate --model runs/exits/model --tasks arc_easy,hellaswag --limit 500 --json tasks.json
 
 A text file is read in order, --context tokens at once (default: as many as the model takes, {READ_TOKENS} at
 most), and every --stride tokens anew (default: --context), as published perplexities are computed. A smaller
@@ -47,11 +50,13 @@ packed into rows, and so is the Python library.
 
 With thresholds, a few prompts of the text are continued too (--continuations): text that a model writes
 itself may agree less with the full model than given text.
+
+With --tasks, the lm-evaluation-harness asks its questions instead, and every exit answers in the same pass.
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(ProcessOptions, ContinuedOptions):
+class Options(ProcessOptions, TaskOptions, ContinuedOptions):
     """What is measured, and where the numbers go."""
 
     seq_len: int | None = None  # tokens that are seen at once; None = by the text and the model
@@ -107,11 +112,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_width(parser, several=True)
     add_force(parser, "thresholds")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too; - = stdout only")
+    add_tasks(parser, place)
     add_processes(parser)
 
 
 def run(options: Options) -> None:
-    """Measures every depth on the test text."""
+    """Measures every depth on the test text, or on tasks."""
+    if options.tasks:
+        evaluate_tasks.run(options)
+        return
+
     from elastic_lm.depth.policies import ConfidenceExit
     from elastic_lm.files.atomic import prepare_output, write_text_whole
     from elastic_lm.processes import all_or_none, is_first
@@ -122,17 +132,7 @@ def run(options: Options) -> None:
             prepare_output(options.json)
     model, params, tokenizer, folder = load_with_tokenizer(options.model, options.dtype, options.mesh)
     if policy:
-        policy.check(model.config)
-        check_belongs(
-            options.thresholds or "",
-            policy.calibrated_on,
-            fitted="calibrated",
-            model=folder,
-            parts=parts_of(params, tokenizer),
-            fix=f"calibrate again: elastic-lm calibrate --model {folder} --out {options.thresholds}",
-            force=options.force,
-        )
-        policy = policy.for_any_weights()
+        policy = checked_policy(options, policy, model.config, params, tokenizer, folder)
 
     widths = options.widths()
     parts = [chosen_subnet(w, folder, model.config, params, tokenizer, force=options.force) for w in widths]
@@ -150,6 +150,28 @@ def run(options: Options) -> None:
         if is_first() and options.json and options.json != "-":
             write_text_whole(options.json, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2) if options.json == "-" else quality_table(result))
+
+
+def checked_policy(
+    options: Options,
+    policy: "ConfidenceExit",
+    config: "ModelConfig",
+    params: "Params",
+    tokenizer: "Tokenizer",
+    folder: str,
+) -> "ConfidenceExit":
+    """The policy for this model, after what there is to say about where it was calibrated."""
+    policy.check(config)
+    check_belongs(
+        options.thresholds or "",
+        policy.calibrated_on,
+        fitted="calibrated",
+        model=folder,
+        parts=parts_of(params, tokenizer),
+        fix=f"calibrate again: elastic-lm calibrate --model {folder} --out {options.thresholds}",
+        force=options.force,
+    )
+    return policy.for_any_weights()
 
 
 def _measure(

@@ -24,10 +24,13 @@ from elastic_lm.cli.parser import (
     require_flag,
 )
 from elastic_lm.cli.width_flags import (
+    SubnetAction,
+    SubnetText,
     WidthOptions,
     add_width,
     check_same_part,
     chooser,
+    chosen_drafter,
     chosen_subnet,
     subnet_line,
 )
@@ -54,6 +57,7 @@ elastic-lm generate --model ckpt --thresholds thresholds.json --prompts-file in.
 elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --temperature 0.8
 elastic-lm generate --model ckpt --thresholds thresholds.json --prompt "Once" --lossless
 elastic-lm generate --model ckpt --prompts-file chats.jsonl --lossless --lookup
+elastic-lm generate --model ckpt --prompt "Once" --lossless --drafter layers=0-7,22-29 mlp=0.5
 elastic-lm generate --model chat-model --chat --prompt "What is the capital of France?" --stream
 elastic-lm generate --model ckpt --prompt "Once" --n 4 --temperature 1 --logprobs --json out.jsonl
 elastic-lm generate --model ckpt --unprompted 200 --temperature 1 --json own.jsonl
@@ -93,6 +97,7 @@ class DecodingOptions(ModelOptions, WidthOptions):
     lookup: bool = False  # with lossless
     preview: str | None = None  # file of a preview of the vocabulary head
     draft: int | None = None  # with lossless
+    drafter: SubnetText | None = None  # with lossless
     force: bool = False  # thresholds or a latency table of other weights are taken without a word
     missing: Missing = get_args(Missing)[0]
     mesh: MeshConfig | None = None  # devices that share the work; None = the first one does it
@@ -121,13 +126,34 @@ class DecodingOptions(ModelOptions, WidthOptions):
             raise ValueError(f"--draft {self.draft}: drafts are verified with --lossless only; add it")
         if self.lookup and not self.lossless:
             raise ValueError("--lookup: copied tokens are verified with --lossless only; add it")
+        if self.drafter is not None:
+            self._check_drafter(self.drafter)
+            return
 
         if self.thresholds or self.threshold is not None:
             return
         if self.lossless and not self.lookup:
-            raise ValueError("--lossless: nothing drafts; give --lookup, --thresholds or --threshold")
+            raise ValueError(
+                "--lossless: nothing drafts; give --lookup, --drafter, --thresholds or --threshold"
+            )
         if self.missing == "propagate":
             raise ValueError("--missing propagate: is about early tokens; give --thresholds or --threshold")
+
+    def _check_drafter(self, drafter: SubnetText) -> None:
+        """What goes with --drafter."""
+        flag = f"--drafter {drafter.text}"
+        if not self.lossless:
+            raise ValueError(f"{flag}: drafts are verified with --lossless only; add it")
+        others = {
+            "--lookup": self.lookup,
+            "--thresholds": self.thresholds,
+            "--threshold": self.threshold is not None,
+            "--missing propagate": self.missing == "propagate",
+            "--subnet": self.subnet,
+            "--budget": self.budget,
+        }
+        for other in (name for name, given in others.items() if given):
+            raise ValueError(f"{flag}: drafts alone, for the whole model; leave {other} out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,6 +268,8 @@ def add_exits(parser: argparse.ArgumentParser) -> None:
     add("--lookup", action="store_true", help=lookup)
     add("--preview", metavar="FILE", help="of the vocabulary head, from `elastic-lm preview`")
     add("--draft", type=int, metavar="K", help="with --lossless: drafts per verification (default: adapts)")
+    drafter = "with --lossless: a part of the model that drafts, as in --subnet, or a JSON file"
+    add("--drafter", nargs="+", action=SubnetAction, metavar="KEY=SHARE", help=drafter)
     add_force(parser, "thresholds or a latency table")
     missing = "keys and values of early tokens in deeper layers: computed later, or CALM's approximation "
     missing += f"(default: {DecodingOptions.missing})"
@@ -419,6 +447,9 @@ def make_sampler(options: DecodingOptions) -> "tuple[Sampler, Tokenizer]":
         how |= {"budget": options.budget, "elastic": elastic}
     if options.subnet:
         how["subnet"] = chosen_subnet(options, folder, model.config, params, tokenizer, force=options.force)
+
+    if options.drafter:
+        how["drafter"] = chosen_drafter(options.drafter, model.config)
 
     sampler = Sampler(model, params, tokenizer, options=DecodeOptions(**how))
     if isinstance(sampler.runs, Budget):
@@ -598,7 +629,8 @@ def show(
         print(
             f"{stats.drafted} drafted tokens, {stats.acceptance:.1%} accepted, {stats.wasted} wasted, "
             f"{stats.accepted_per_verification:.2f} accepted per verification, "
-            f"deepest layers ran {stats.segment_ticks[-1]} times",
+            + (f"drafter ran {stats.drafter_ticks} times, " if stats.drafter_ticks else "")
+            + f"deepest layers ran {stats.segment_ticks[-1]} times",
             file=sys.stderr,
         )
 

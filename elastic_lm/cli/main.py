@@ -26,6 +26,7 @@ COMMANDS = (
     "train",
     "calibrate",
     "preview",
+    "drafter",
     "latency",
     "subnets",
     "generate",

@@ -9,17 +9,16 @@ import time
 
 from elastic_lm.cli.parser import CommandOptions, require_flag
 from elastic_lm.config.checks import AT_LEAST_1, is_whole
-from elastic_lm.processes import (
+from elastic_lm.meeting import (
     COORDINATOR,
     PROCESS,
     PROCESSES,
     TIMEOUT,
-    is_first,
-    lost_process,
     more_than_one,
     slice_of_several,
     start_processes,
 )
+from elastic_lm.processes import is_first, lost_process
 
 ALONE = "runs as one process"
 LAST_WORDS = 2.0  # seconds for errors of the other processes

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from elastic_lm.cli.belonging import check_table, parts_of
 from elastic_lm.cli.parser import CommandOptions, listed
 from elastic_lm.config.checks import require
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.parse import from_dict
 from elastic_lm.config.subnet import BUDGET_KINDS, Budget, Subnet
 from elastic_lm.config.subnet_table import NAME
@@ -304,6 +305,28 @@ def chosen_subnet(
         return None
     print(subnet_line(config, subnet), file=sys.stderr)
     return subnet
+
+
+def chosen_drafter(drafter: SubnetText, config: "ModelConfig") -> Drafter:
+    """What drafts for a model, told on stderr.
+
+    Raises:
+      ValueError: it is none of this model, or the file holds none.
+    """
+    from elastic_lm.files.atomic import read_json
+    from elastic_lm.width.drafter_files import load_drafter
+
+    try:
+        content: Any = read_json(drafter.file) if drafter.file else None
+        if isinstance(content, dict) and "drafter" in content:
+            found = load_drafter(drafter.file)
+        else:
+            found = Drafter(drafter.of(config))
+        found.check(config)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--subnet", "--drafter", 1)) from None
+    print(subnet_line(config, found.subnet).replace("runs", "drafts by", 1), file=sys.stderr)
+    return found
 
 
 def is_elastic(folder: str) -> bool:

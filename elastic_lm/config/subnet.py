@@ -405,11 +405,15 @@ def _index(field: str, size: int, choices: Ints) -> int:
     return choices.index(size)
 
 
+BUDGET_KINDS = ("latency_ms", "parameters", "flops", "memory_bytes")  # what can be spent
+
+
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a sub-network may cost; exactly one field is set, to an amount or to a share like "70%".
+    """What may be spent, to an amount or to a share like "70%", and how good it must be.
 
-    A share is one of what the whole model costs in the same unit.
+    At most one of the costs is set, and exactly one where `quality` is not. A share is one of what the whole
+    model costs in the same unit. `SubnetChooser` chooses by a cost alone; `el.choose` reads `quality` too.
 
     Example:
       ```python
@@ -418,6 +422,8 @@ class Budget:
       budget = el.Budget(parameters=1e6)
       assert (budget.kind, budget.amount) == ("parameters", 1e6)
       assert el.Budget(parameters="70%").of(2e6) == el.Budget(parameters=1.4e6)
+      assert el.Budget(latency_ms=5, quality=0.99).agreement == 0.99
+      assert el.Budget(quality="+0.05").added_loss == 0.05  # nats per token
       ```
     """
 
@@ -425,14 +431,19 @@ class Budget:
     parameters: float | str | None = None  # stored numbers
     flops: float | str | None = None  # floating point operations
     memory_bytes: float | str | None = None  # bytes of parameters and caches
+    # Share of tokens that are the whole model's, or like "+0.05": nats per token that the loss may be above
+    # the whole model's.
+    quality: float | str | None = None
 
     def __post_init__(self) -> None:
-        given = {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
+        self._check_quality()
+        given = {name: v for name in BUDGET_KINDS if (v := getattr(self, name)) is not None}
+        if self.quality is not None and not given:
+            return
         for name, value in given.items():
             if not isinstance(value, str):
                 require_type(f"budget.{name}", value, float)
-        names = ", ".join(f.name for f in dataclasses.fields(self))
-        require(len(given) == 1, "budget", given, f"set exactly one of {names}")
+        require(len(given) == 1, "budget", given, f"set exactly one of {', '.join(BUDGET_KINDS)}")
 
         field, value = f"budget.{self.kind}", self.given
         if isinstance(value, str):
@@ -441,14 +452,41 @@ class Budget:
         else:
             require(0 < value < math.inf, field, value, "must be positive and finite")
 
+    def _check_quality(self) -> None:
+        """A share in (0, 1], or a loss like "+0.05"."""
+        value = self.quality
+        fix = "must be a share of equal tokens in (0, 1] like 0.99, or an added loss in nats like '+0.05'"
+        if isinstance(value, str):
+            added = self.added_loss
+            require(added is not None and 0 <= added < math.inf, "budget.quality", value, fix)
+        elif value is not None:
+            require_type("budget.quality", value, float)
+            require(0 < value <= 1, "budget.quality", value, fix)
+
+    @property
+    def agreement(self) -> float | None:
+        """The share of tokens that must be the whole model's; None = none is asked for."""
+        return None if self.quality is None or isinstance(self.quality, str) else float(self.quality)
+
+    @property
+    def added_loss(self) -> float | None:
+        """Nats per token that the loss may be above the whole model's; None = not asked for."""
+        if not isinstance(self.quality, str):
+            return None
+        sign, number = self.quality[:1], self.quality[1:]
+        try:
+            return float(number) if sign == "+" else math.nan
+        except ValueError:
+            return math.nan
+
     @property
     def kind(self) -> str:
-        """Name of the field that is set."""
-        return next(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)
+        """Name of the cost that is set; "quality" where none is."""
+        return next((name for name in BUDGET_KINDS if getattr(self, name) is not None), "quality")
 
     @property
     def given(self) -> float | str:
-        """Its value as it was given: an amount, or a share like "70%"."""
+        """The value of `kind` as it was given: an amount, or a share like "70%"."""
         value = getattr(self, self.kind)
         return value if isinstance(value, str) else float(value)
 
@@ -480,7 +518,6 @@ class Budget:
         Args:
           whole: what the whole model costs, in the unit of `kind`.
         """
-        return self if self.share is None else Budget(**{self.kind: self.share * whole})
-
-
-BUDGET_KINDS = tuple(field.name for field in dataclasses.fields(Budget))
+        if self.kind == "quality" or self.share is None:
+            return self
+        return dataclasses.replace(self, **{self.kind: self.share * whole})

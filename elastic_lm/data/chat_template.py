@@ -23,11 +23,9 @@ import jinja2.utils
 from elastic_lm.config.checks import require
 from elastic_lm.config.parse import parse_json
 from elastic_lm.data.tokenizer_files import (
-    ADDED_DECODER,
     CONFIG_FILE,
-    SPECIAL_FILE,
     TEMPLATES,
-    special_token_texts,
+    special_tokens_of,
 )
 
 DEFAULT, TOOL_USE = "default", "tool_use"  # names of templates, where a tokenizer has several
@@ -204,10 +202,7 @@ def chat_template_of(files: Mapping[str, bytes]) -> ChatTemplate | None:
     texts = own or texts
     if not texts:
         return None
-    named = dict(config)
-    if not isinstance(config.get(ADDED_DECODER), dict) and SPECIAL_FILE in files:
-        named |= parse_json(files[SPECIAL_FILE].decode())
-    return ChatTemplate(texts, special_token_texts(named))
+    return ChatTemplate(texts, special_tokens_of(files))
 
 
 def _of_config(value: Any) -> dict[str, str]:

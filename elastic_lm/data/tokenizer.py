@@ -22,6 +22,7 @@ from elastic_lm.data.tokenizer_files import (
     content_of,
     find_tokenizer,
     special_token_texts,
+    special_tokens_of,
 )
 from elastic_lm.files.atomic import read_json, write_bytes_whole, write_text_whole
 from elastic_lm.files.checksums import check_files
@@ -120,6 +121,11 @@ class Tokenizer:
         """The texts of tokens that `decode` leaves out."""
         added = self.backend.get_added_tokens_decoder().values()
         return tuple(token.content for token in added if token.special)
+
+    def named_token(self, key: str) -> int | None:
+        """Id of the special token that the tokenizer's files name so, such as "bos_token"; None = none."""
+        text = special_tokens_of(self._files).get(key)
+        return self.backend.token_to_id(text) if text else None
 
     @property
     def vocab_size(self) -> int:

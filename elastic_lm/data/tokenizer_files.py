@@ -246,6 +246,14 @@ def special_token_texts(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: text for key, text in _roles(config) if isinstance(text, str)}
 
 
+def special_tokens_of(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Texts of special tokens by their keys, as the files of a tokenizer name them (`carried_files`)."""
+    config = parse_json(files.get(CONFIG_FILE, b"{}").decode())
+    if not isinstance(config.get(ADDED_DECODER), dict) and SPECIAL_FILE in files:
+        config = {**config, **parse_json(files[SPECIAL_FILE].decode())}
+    return special_token_texts(config)
+
+
 def content_of(token: Any) -> Any:
     """The text of a token that is written as a text or as a mapping with flags, whatever its type."""
     return token.get("content") if isinstance(token, dict) else token

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.decode import cache, exit_balance, logprobs, lookup
+from elastic_lm.decode import cache, drafting, exit_balance, logprobs, lookup
 from elastic_lm.decode.cache import LayerCache
 from elastic_lm.decode.exit_check import check_exit, looks
 from elastic_lm.decode.lossless import deep_logprobs, deep_tokens, drafting_room, look_deep, verify
@@ -71,6 +72,7 @@ def run(
     iterations: jax.Array,
     mode: Mode = "exact",
     mesh: Mesh | None = None,
+    drafter: Drafter | None = None,
 ) -> DecodeState:
     """Runs iterations of shallow and deep ticks until every row has ended.
 
@@ -86,10 +88,15 @@ def run(
         "propagate" = the deeper layers of early tokens never run, CALM's approximation takes their place.
       mesh: that parameters lie on, static; the state is divided over it (`decode.sharded`). None = of one
         device, or left to the compiler.
+      drafter: sub-network that drafts for the model (`decode.drafting`), which then has no exits; static.
+        The state has a `drafting`, and the mode is "verify". Where the sub-network's parameters are not
+        beside those of the model, they are sliced here, once per run. None = no sub-network drafts.
 
     Returns:
       The advanced state.
     """
+    if drafter is not None and drafting.DRAFTER not in params:
+        params = drafting.drafter_params(config, params, drafter)
 
     def unfinished(carry: Carry) -> jax.Array:
         return jnp.any(carry[0].alive) & (carry[1] < iterations)
@@ -104,6 +111,8 @@ def run(
         body = functools.partial(_copying, config, params, controls, unfinished)
     elif state.lookup is not None:
         body = functools.partial(_copying_before_exits, config, params, controls)
+    elif drafter is not None:
+        body = functools.partial(_drafting, config, params, controls, drafter)
 
     # On a mesh, what enters an iteration and what leaves it is divided alike; the compiler would divide more.
     def divided(carry: Carry) -> Carry:
@@ -112,6 +121,18 @@ def run(
 
     state, _ = jax.lax.while_loop(unfinished, divided, (on_mesh(state, mesh), jnp.int32(0)))
     return on_mesh(state, mesh)
+
+
+def _drafting(
+    config: ModelConfig, params: Params, controls: Controls, drafter: Drafter, carry: Carry
+) -> Carry:
+    """Drafts of a sub-network, and a pass of the whole model that verifies them and adds a token."""
+    before, count = carry
+    asking_B = _asking(before, controls)
+    state = drafting.draft(config, params, drafter, before, controls, asking_B)
+    drafted_B = state.length - before.length
+    state = _iteration(config, params, controls, "verify", state, asking_B)
+    return drafting.learn(state, before, drafted_B), count + 1
 
 
 def _copying_before_exits(config: ModelConfig, params: Params, controls: Controls, carry: Carry) -> Carry:
@@ -334,6 +355,8 @@ def tick_widths(window: int) -> tuple[int, ...]:
 def _widths(segment: Segment, state: DecodeState, window: int) -> tuple[int, ...]:
     """Widths for which the tick of a segment is compiled."""
     if segment.index == 0:
+        if state.drafting is not None:
+            return drafting.tick_widths(window)
         # One new token at a time, unless rows copy tokens from their own text.
         if state.lookup is None or segment.mode != "verify":
             return (1,)
@@ -479,6 +502,8 @@ def _window(state: DecodeState) -> int:
     """W, the positions that may be pending; 1 where nothing drafts, so that none stay pending."""
     if state.lookup is not None:
         return state.lookup.proposal.shape[1] + 1
+    if state.drafting is not None:
+        return state.drafting.confidence.shape[1] + 1
     return state.hidden[0].shape[1] if state.hidden else 1
 
 

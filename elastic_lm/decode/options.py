@@ -5,6 +5,7 @@ from typing import TypedDict, get_args
 
 from elastic_lm.config.checks import require, require_at_least_1, require_type, require_types
 from elastic_lm.config.decoding import WINDOW, Missing
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.depth.policies import ExitPolicy, require_policy
@@ -35,6 +36,11 @@ class DecodeOptions:
       lookup: lossless rows draft the tokens that followed the last ones earlier in their text, as many as
         acceptance and the time of a pass over them justify (prompt lookup, arXiv 2304.04487); alone, or
         before exits. Static.
+      drafter: a sub-network that drafts for lossless rows of the whole model, in place of exits: it draws
+        tokens one by one, with the weights and the keys and values that are there already, and the whole
+        model verifies them together (`decode.drafting`). Layers that it leaves out cost no memory; what it
+        cuts out of a layer is copied once per sampler, or in the program with `slice_inside`. With a
+        `preview`, drafts are drawn from that, and the whole model reads its whole head. None = none. Static.
       preview: of the model's vocabulary head, from `el.depth.fit_preview`: most tokens are chosen by a part
         of the head's bytes, with the agreement that its report states. The report's bytes are those of a
         token at batch 1: a batch reads the whole head as soon as one row's preview is not sure. Exits that
@@ -80,6 +86,7 @@ class DecodeOptions:
     stream_every: int = 16
     lossless: bool = False
     lookup: bool = False
+    drafter: Drafter | Subnet | None = None
     preview: HeadPreview | None = dataclasses.field(default=None, compare=False)  # arrays do not compare
     draft: int | None = None
     missing: Missing = "exact"
@@ -108,6 +115,21 @@ class DecodeOptions:
         fits = whole or self.preview is None
         require(fits, "preview", "given", "is of the whole model's features; leave sub-networks out")
         check_choice(self.budget, self.subnet, self.elastic)
+        if self.drafter is not None:
+            self._check_drafter()
+
+    def _check_drafter(self) -> None:
+        """What goes with a sub-network that drafts."""
+        fix = "a drafter takes the place of exits; leave one of them out"
+        require(self.exit is None, "exit", self.exit, fix)
+        fix = "drafts are copied, or drawn by a drafter; leave one of them out"
+        require(not self.lookup, "lookup", self.lookup, fix)
+        fix = "a drafter drafts for rows that are verified; use 'exact'"
+        require(self.missing == "exact", "missing", self.missing, fix)
+        require(self.window >= 2, "window", self.window, "a drafter needs at least 2")
+        whole = self.budget is None and self.subnet is None and self.elastic is None
+        fix = "drafts for the whole model; leave budget, subnet and elastic out"
+        require(whole, "drafter", self.drafter, fix)
 
     def check(self, config: ModelConfig) -> None:
         """Checks that the options fit a model.
@@ -126,6 +148,18 @@ class DecodeOptions:
             self.elastic.check(config)
         if self.subnet is not None:
             self.subnet.check(config)
+        if self.drafter is not None:
+            self._check_drafts(config)
+
+    def _check_drafts(self, config: ModelConfig) -> None:
+        """Checks that a drafter is a sub-network of the model, and can read its preview."""
+        assert self.drafter is not None
+        drafter = Drafter.of(self.drafter)
+        drafter.check(config)
+        width = drafter.subnet.d_model
+        whole = self.preview is None or width == config.d_model
+        fix = "the preview is of all channels; leave it out, or keep them"
+        require(whole, "drafter.subnet.d_model", width, fix)
 
 
 class DecodeKeywords(TypedDict, total=False):
@@ -140,6 +174,7 @@ class DecodeKeywords(TypedDict, total=False):
     stream_every: int
     lossless: bool
     lookup: bool
+    drafter: Drafter | Subnet | None
     preview: HeadPreview | None
     draft: int | None
     missing: Missing

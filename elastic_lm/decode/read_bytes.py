@@ -29,6 +29,7 @@ def read_bytes(
     exit_counts: Mapping[int, int],
     lengths: Sequence[tuple[int, int]],
     verifies: bool = False,
+    drafter_ticks: int = 0,
 ) -> int | None:
     """Bytes that a call has read at least, on one device.
 
@@ -38,6 +39,7 @@ def read_bytes(
       exit_counts: emitted tokens per depth.
       lengths: (prompt tokens, emitted tokens) of each row.
       verifies: the full model has drawn its tokens at every position, as it does for lossless rows.
+      drafter_ticks: how often the sub-network ran that drafts for the model.
 
     Returns:
       The bytes; None where the width of the layers is chosen for every token.
@@ -57,7 +59,25 @@ def read_bytes(
         total += math.ceil(emitted / rows) * exits[e.layer]
     always = verifies or len(ticks) == 1
     last = ticks[-1] if always else math.ceil(exit_counts.get(config.n_layers, 0) / rows)
+    if drafter_ticks and model.drafter is not None:
+        total += drafter_ticks * (_drafter(model, lengths) + head) // devices
     return total + last * head
+
+
+def _drafter(model: Served, lengths: Sequence[tuple[int, int]]) -> int:
+    """Bytes that one step of the drafter's layers reads, on all devices together."""
+    config, drafter = model.config, model.drafter
+    assert drafter is not None
+    subnet = drafter.subnet
+    small = subnet.sliced(config)
+    weights = caches = 0
+    for j, layer in enumerate(subnet.layers):
+        if layer not in drafter.no_attention:
+            weights += attention_cost(config, layer, subnet.heads[j], subnet.groups[j]).parameters
+            caches += _cache(small, j, lengths)
+        if layer not in drafter.no_mlp:
+            weights += mlp_cost(config, subnet.mlp[j]).parameters
+    return weights * BYTES[config.dtype] + caches
 
 
 def gb_per_s(read: int | None, seconds: float) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode import logprobs
+from elastic_lm.decode.drafting import DRAFTER
 from elastic_lm.decode.logprobs import Ranked
 from elastic_lm.decode.read_bytes import gb_per_s, read_bytes
 from elastic_lm.decode.sampling import BROKEN
@@ -58,6 +59,7 @@ class SampleStatistics:
       verifications: how often the deepest segment ran over positions of a row while rows were verified.
       read_bytes: bytes of weights and caches that decoding has read, at least (`decode.read_bytes`); None =
         they are not known.
+      drafter_ticks: how often the sub-network ran that drafts (`DecodeOptions.drafter`).
 
     Example:
       ```python
@@ -89,6 +91,7 @@ class SampleStatistics:
     copied: int = 0
     verifications: int = 0
     read_bytes: int | None = None
+    drafter_ticks: int = 0
 
     @property
     def gb_per_s(self) -> float | None:
@@ -271,6 +274,7 @@ def collect(
     rows = on_host((state.tokens, state.exit_layers, state.length, state.logprobs))
     counters = (state.ticks, state.drafted, state.accepted, state.copied, state.verifications)
     ticks, drafted, accepted, copied, verifications = on_host(counters)
+    drafter_ticks = 0 if state.drafting is None else int(on_host(state.drafting.ticks))
     tokens, depths, lengths, bits = rows
     check_drawn(prompts, tokens, lengths, model)
     seconds = time.perf_counter() - started
@@ -301,7 +305,15 @@ def collect(
         wasted=int((drafted - accepted).sum()),
         copied=int(copied.sum()),
         verifications=int(verifications.sum()),
-        read_bytes=read_bytes(model, ticks.tolist(), counts, spans, verifies=bool(verifications.any())),
+        read_bytes=read_bytes(
+            model,
+            ticks.tolist(),
+            counts,
+            spans,
+            verifies=bool(verifications.any()),
+            drafter_ticks=drafter_ticks,
+        ),
+        drafter_ticks=drafter_ticks,
     )
     samples = [
         Sample(detokenizer.text(prompt, ids), ids, layers, stats)
@@ -342,7 +354,7 @@ def check_drawn(
         if len(broken):
             what = f"prompt {row}: the logits after {len(prompt) + int(broken[0])} tokens"
             # The margin of a preview may be infinite.
-            weights = {name: part for name, part in model.params.items() if name != PREVIEW}
+            weights = {name: part for name, part in model.params.items() if name not in (PREVIEW, DRAFTER)}
             raise overflow_error(what, weights, model.config.dtype)
 
 

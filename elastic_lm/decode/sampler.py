@@ -14,8 +14,11 @@ import numpy as np
 
 from elastic_lm.config.checks import is_whole, require, require_at_least_1, require_type
 from elastic_lm.config.decoding import MAX_NEW_TOKENS
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.subnet import Budget, Subnet
 from elastic_lm.decode.cache import cache_bytes
+from elastic_lm.decode.drafter_costs import drafter_costs
+from elastic_lm.decode.drafting import with_drafting
 from elastic_lm.decode.logprobs import with_room
 from elastic_lm.decode.lossless import final_length
 from elastic_lm.decode.options import DecodeKeywords, DecodeOptions, check_choice, make_options
@@ -53,6 +56,7 @@ from elastic_lm.models.placement import placed_for_decoding
 from elastic_lm.models.registry import Model, check_params, unboxed
 from elastic_lm.report.machine import require_memory
 from elastic_lm.width.chooser import SubnetChooser
+from elastic_lm.width.nested_decoder import NestedConfig
 
 ENDLESS = 2**30  # iterations of the loop, where nothing has to be looked at before all rows have ended
 FIRST_DRAFT = 2  # tokens drafted before the first verification, where the length of drafts adapts
@@ -228,7 +232,7 @@ class Sampler:
         exit: Any = SAME,
         lossless: bool | Sequence[bool] | None = None,
         budget: Budget | None = None,
-        subnet: Subnet | None = None,
+        subnet: Subnet | Sequence[Subnet | None] | None = None,
         prompt_state: PromptState | None = None,
         prefix: PrefixCache | None = None,
         **settings: Any,
@@ -248,7 +252,9 @@ class Sampler:
             policies of one batch share a metric.
           lossless: another choice than the sampler's for this call, or one per prompt.
           budget: another budget than the sampler's for this call.
-          subnet: another sub-network for this call, instead of a budget; `Subnet.full` = the whole model.
+          subnet: another sub-network for this call, instead of a budget; `Subnet.full` = the whole model. Or
+            one per prompt (None = the whole model), which differ in neurons and heads alone: the rows of one
+            batch then have sizes of their own, at the speed of the widest (`width.row_widths`).
           prompt_state: what the first layers of the model that runs, which has no exits, have computed for
             the padded prompts.
           prefix: keys and values that are kept from call to call; those of the longest beginning that the
@@ -478,7 +484,7 @@ class Sampler:
         exit: Any = SAME,
         lossless: bool | Sequence[bool] | None = None,
         budget: Budget | None = None,
-        subnet: Subnet | None = None,
+        subnet: Subnet | Sequence[Subnet | None] | None = None,
         settings: Settings = GREEDY,
         copies: int = 1,
         prefix: PrefixCache | None = None,
@@ -498,7 +504,17 @@ class Sampler:
         verified_B = self._verified(lossless, batch)
         detokenizer = make_detokenizer(self.tokenizer, self.config.eos_ids, settings)
 
-        served = self._serve(budget, subnet)
+        if is_several(subnet):
+            served, rows = self._serve_rows(
+                budget, repeated("subnet", subnet, batch // copies, copies), batch
+            )
+            policies = [
+                policy if row == Subnet.full(self.config) else on_subnet(policy, self.config, row)
+                for policy, row in zip(policies, rows, strict=True)
+            ]
+            require(prefix is None, "prefix", prefix, "is of one model; leave subnets per prompt out")
+        else:
+            served = self._serve(budget, subnet)
         if served.subnet is not None:
             policies = [on_subnet(policy, self.config, served.subnet) for policy in policies]
 
@@ -542,6 +558,8 @@ class Sampler:
         # The policy of the options was checked when the sampler was created.
         for policy in policies if exit is not SAME else ():
             if policy is not None:
+                fix = "a drafter takes the place of exits; use a sampler without one"
+                require(self.options.drafter is None, "exit", policy, fix)
                 policy.check(self.config)
         if exit is not SAME:
             self._warn_other_models(policies)
@@ -572,18 +590,44 @@ class Sampler:
         if verified_B.any() and self.options.window < 2:
             raise ValueError(f"window={self.options.window}: lossless decoding needs at least 2")
         drafts = not self.options.lookup or bool(verified_B.any())
-        require(
-            drafts, "lookup", True, "drafts for lossless rows only; give lossless=True, for one row or more"
-        )
+        fix = "drafts for lossless rows only; give lossless=True, for one row or more"
+        require(drafts, "lookup", True, fix)
+        drafter = self.options.drafter
+        require(drafter is None or bool(verified_B.any()), "drafter", drafter, fix)
         return verified_B
 
     def _serve(self, budget: Budget | None, subnet: Subnet | None) -> Served:
         """The model that runs in a call."""
         chosen = self._what_runs(budget, subnet, otherwise=self.runs)
+        drafter = self.options.drafter
+        if drafter is not None:
+            whole = chosen is None or chosen == Subnet.full(self.config)
+            fix = "the drafter drafts for the whole model; use a sampler without one"
+            require(whole, "subnet", chosen, fix)
+            return self._models.with_drafter(Drafter.of(drafter))
         if isinstance(chosen, Budget):
             assert self.options.elastic is not None
             return self._models.with_routers(self.options.elastic, chosen)
         return self._models.serve(chosen)
+
+    def _serve_rows(
+        self, budget: Budget | None, subnets: Sequence[Subnet | None], batch: int
+    ) -> tuple[Served, list[Subnet]]:
+        """The model in which every row has a size of its own, and these sizes."""
+        require(
+            budget is None, "budget", budget, "each says what runs; leave it or the subnets per prompt out"
+        )
+        fix = f"has {len(subnets)} entries: give one, or one per prompt ({batch})"
+        require(len(subnets) == batch, "subnet", subnets, fix)
+        for subnet in subnets:
+            require_type("subnet", subnet, Subnet | None)
+        fits = self.options.missing == "exact"
+        require(fits, "missing", self.options.missing, "rows with sizes of their own need 'exact'")
+        for name in ("preview", "drafter"):
+            fix = "is of the whole model; use a sampler without one for subnets per prompt"
+            require(getattr(self.options, name) is None, name, "given", fix)
+        rows = [subnet or Subnet.full(self.config) for subnet in subnets]
+        return self._models.with_rows(rows), rows
 
     def _what_runs(
         self, budget: Budget | None, subnet: Subnet | None, *, otherwise: Subnet | Budget | None
@@ -616,8 +660,8 @@ class Sampler:
           that they chose for these prompts.
         """
         options, prompts = self.options, call.prompts
-        # Routers may choose other widths for every row, so that they see all of them.
-        copies = call.copies if call.served.budget is None else 1
+        # Rows may have other widths each, so that prefill sees all of them.
+        copies = 1 if isinstance(call.served.config, NestedConfig) else call.copies
         tokens, lengths = pad_prompts(self.config, prompts[::copies], max_new_tokens)
         model = call.served.for_prompts(tokens, lengths)
 
@@ -656,6 +700,11 @@ class Sampler:
                 shape = len(prompts), tokens.shape[1]
                 controls = tick_costs(model, prefill, controls, shape).put(controls)
                 measuring = time.perf_counter() - started
+            if model.drafter is not None and options.draft is None:
+                started = time.perf_counter()
+                costs = drafter_costs(model, prefill, controls, (len(prompts), tokens.shape[1]))
+                controls = dataclasses.replace(controls, tick_costs=jnp.asarray(costs, jnp.float32))
+                measuring = time.perf_counter() - started
             begun = None
             if call.prefix is not None:
                 begun = call.prefix.begin(
@@ -671,9 +720,13 @@ class Sampler:
                 not options.lookup, "lookup", True, "prompt states go on without it; leave one of them out"
             )
             require(call.prefix is None, "prefix", call.prefix, "goes without prompt states; leave it out")
+            fix = "prompt states go on without it; leave one of them out"
+            require(model.drafter is None, "drafter", model.drafter, fix)
             state = jit_prefill_from_state(model.config, model.params, prompt_state, *arrays, **shapes)
         if call.top is not None:
             state = with_room(state, call.top)
+        if model.drafter is not None:
+            state = with_drafting(state, options.window)
         return dataclasses.replace(call, served=model, measuring=measuring), state, controls
 
     def _advance(self, call: Call, state: DecodeState, controls: Controls) -> Iterator[DecodeState]:

@@ -10,21 +10,24 @@ import collections
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from elastic_lm.config.drafter import Drafter
 from elastic_lm.config.model import ModelConfig
 from elastic_lm.config.subnet import Budget, Subnet
+from elastic_lm.decode.drafting import DRAFTER, drafter_params
 from elastic_lm.decode.loop import run
 from elastic_lm.decode.prefill import prefill, prefill_from_state
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.placement import mesh_of, placed_for_decoding
 from elastic_lm.models.sharding import fitting_shardings, put_fitting
 from elastic_lm.width.chooser import Per, SubnetChooser, budget_inputs, nested_model, with_prompt_choices
-from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig
+from elastic_lm.width.nested_decoder import WIDTH_INPUTS, NestedConfig, nested_params
+from elastic_lm.width.row_widths import menu_of, row_choices
 from elastic_lm.width.slicing import slice_params
 
 
@@ -35,8 +38,8 @@ def _jit_prefill(function: Callable[..., Any]) -> Any:
 
 
 def _jit_run(function: Callable[..., Any]) -> Any:
-    """Static: the config, the mode, the mesh. Traced: everything else."""
-    return jax.jit(function, static_argnames=("config", "mode", "mesh"), donate_argnames="state")
+    """Static: the config, the mode, the mesh, the drafter. Traced: everything else."""
+    return jax.jit(function, static_argnames=("config", "mode", "mesh", "drafter"), donate_argnames="state")
 
 
 # The programs of whole models, which stay for the life of the process.
@@ -58,6 +61,7 @@ class Served:
       per: whether routers choose widths for every token or for every prompt.
       budget: that routers keep while the model decodes; None = no routers choose.
       mesh: that the parameters lie on, and the state with them; None = of one device.
+      drafter: the sub-network of this model that drafts for it; None = none does.
     """
 
     subnet: Subnet | None
@@ -68,6 +72,7 @@ class Served:
     per: Per = "token"
     budget: Budget | None = None
     mesh: Mesh | None = None
+    drafter: Drafter | None = None
 
     def for_prompts(self, tokens_BP: jax.Array, length_B: jax.Array) -> "Served":
         """This model, with the widths that its routers choose for these prompts if they choose per prompt."""
@@ -93,9 +98,12 @@ class ServedModels:
         params = placed_for_decoding(params, config.dtype)
         self._whole = Served(None, config, params, *_whole_programs(mesh), mesh=mesh)
         self._slice = _sliced_inside if slice_inside else _sliced
+        self._slice_inside = slice_inside
         self._keep = keep
         self._kept = collections.OrderedDict[Subnet, Served]()
         self._nested: tuple[NestedConfig, Params] | None = None
+        self._drafted: Served | None = None
+        self._rows: tuple[NestedConfig, Params] | None = None
 
     def serve(self, subnet: Subnet | None) -> Served:
         """A sub-network as a model, sliced now unless it is in memory.
@@ -139,6 +147,52 @@ class ServedModels:
         params = {**params, WIDTH_INPUTS: budget_inputs(chooser.routers, budget)}
         mesh = self._whole.mesh
         return Served(None, config, params, *_whole_programs(mesh), chooser.per, budget, mesh)
+
+    def with_rows(self, subnets: Sequence[Subnet]) -> Served:
+        """The nested form of the model, in which every row runs as a sub-network of its own.
+
+        Args:
+          subnets: one per row; they differ in neurons and heads alone.
+
+        Returns:
+          The model. Its layers are a copy of the whole model's, as with routers, which stays in memory until
+          rows of other widths are asked for.
+        """
+        config = self._whole.config
+        menu = menu_of(config, subnets)
+        if self._rows is None or self._rows[0].menu != menu:
+            self._rows = None  # the copy that goes, goes before the next one is made
+            nested = NestedConfig.of(config, menu, per_token=False)
+            params = nested_params(nested, self._whole.params)
+            self._rows = nested, placed_for_decoding(params, config.dtype)
+        nested, params = self._rows
+        params = {**params, WIDTH_INPUTS: row_choices(config, menu, subnets)}
+        mesh = self._whole.mesh
+        return Served(None, nested, params, *_whole_programs(mesh), mesh=mesh)
+
+    def with_drafter(self, drafter: Drafter) -> Served:
+        """The whole model with a sub-network that drafts for it; the last one stays in memory.
+
+        Args:
+          drafter: fits the whole model, whose exits are left out.
+
+        Returns:
+          The model. What the sub-network cuts out of a layer is copied once, here, or inside the program
+          whenever it runs; layers that are only left out take no memory.
+        """
+        if self._drafted is None or self._drafted.drafter != drafter:
+            whole = self._whole
+            config, params = whole.config.with_exits(()), whole.params
+            if not self._slice_inside:
+                params = drafter_params(config, params, drafter)
+                small = drafter.subnet.sliced(config)
+                if whole.mesh is not None:
+                    params[DRAFTER] = put_fitting(params[DRAFTER], fitting_shardings(small, whole.mesh))
+                params[DRAFTER] = placed_for_decoding(params[DRAFTER], config.dtype)
+            prefill, run = _whole_programs(whole.mesh)
+            run = functools.partial(run, drafter=drafter)
+            self._drafted = Served(None, config, params, prefill, run, mesh=whole.mesh, drafter=drafter)
+        return self._drafted
 
 
 def _whole_programs(mesh: Mesh | None) -> tuple[Any, Any]:

@@ -103,6 +103,29 @@ class Lookup:
 
 
 @flax.struct.dataclass
+class Drafting:
+    """What is known of the drafts of a sub-network (`decode.drafting`), for all rows together.
+
+    Attributes:
+      confidence: [B, W - 1] float32, the sub-network's probability of each draft of the last round.
+      hits: [N + 1] float32, faded count of drafts that were accepted, by their probability, and of all.
+      trials: [N + 1] float32, faded count of drafts that were verified, likewise.
+      rest: int32, rounds that are left in which nothing is drafted.
+      next_rest: int32, rounds of the rest that follows if drafts do not pay again.
+      probes: int32, rounds that are left in which something is drafted whatever is expected.
+      ticks: int32, steps of the sub-network.
+    """
+
+    confidence: jax.Array
+    hits: jax.Array
+    trials: jax.Array
+    rest: jax.Array
+    next_rest: jax.Array
+    probes: jax.Array
+    ticks: jax.Array
+
+
+@flax.struct.dataclass
 class DecodeState:
     """Rows being decoded; J exits cut the model into J + 1 segments, W is the pending window.
 
@@ -126,6 +149,7 @@ class DecodeState:
       lookup: what rows propose from their own text; None where they do not.
       ticks: [J + 1] int32, how often each segment ran.
       logprobs: [B, S, C] int32, log-probabilities of emitted tokens (`decode.logprobs`); None = unasked.
+      drafting: what is known of the drafts of a sub-network; None where none drafts.
     """
 
     tokens: jax.Array
@@ -147,6 +171,7 @@ class DecodeState:
     lookup: Lookup | None
     ticks: jax.Array
     logprobs: jax.Array | None = None
+    drafting: Drafting | None = None
 
 
 @flax.struct.dataclass

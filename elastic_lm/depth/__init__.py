@@ -22,6 +22,7 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.depth.self_supervised import SelfSupervisedConfig, SelfSupervisedExits
     from elastic_lm.depth.slices import exit_slices
     from elastic_lm.depth.sorted_finetuning import SortedFineTuning, SortedFineTuningConfig
+    from elastic_lm.depth.subnet_exits import SubnetExits
     from elastic_lm.models.exits import attach_exits, extract, without_exits
     from elastic_lm.nn.preview import HeadPreview
 
@@ -47,6 +48,7 @@ __all__ = [
     "SortedFineTuning",
     "SortedFineTuningConfig",
     "StaticExit",
+    "SubnetExits",
     "attach_exits",
     "calibrate",
     "exit_slices",

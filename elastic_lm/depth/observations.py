@@ -313,7 +313,7 @@ def observe_batch(
     depths = (*(e.layer for e in config.exits), config.n_layers)
     taps = decoder.taps(batch.tokens, depths, batch.positions, batch.segments)
     features = [decoder.exit_features(i, taps[e.layer], batch.positions, batch.segments) for i, e in exits]
-    evidence = [_evidence(decoder, i, taps[e.layer], features[i], metric) for i, e in exits]
+    evidence = [exit_evidence(decoder, i, taps[e.layer], features[i], metric) for i, e in exits]
     features.append(decoder.final_features(taps[config.n_layers].hidden))
     heads = [*(decoder.exit_head(i) for i, _ in exits), decoder.final_head()]
 
@@ -327,7 +327,7 @@ def observe_batch(
 
     def one(piece: tuple[list[jax.Array], list[Evidence], jax.Array]) -> TokenScalars:
         features, evidence, targets = piece
-        return _chunk_scalars(
+        return chunk_scalars(
             config, features=features, heads=heads, evidence=evidence, targets=targets, metric=metric
         )
 
@@ -336,14 +336,14 @@ def observe_batch(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, columns, *x.shape[3:])[:, :t], stacked)
 
 
-def _evidence(decoder: Decoder, index: int, tap: Tap, features: jax.Array, metric: jax.Array) -> Evidence:
+def exit_evidence(decoder: Decoder, index: int, tap: Tap, features: jax.Array, metric: jax.Array) -> Evidence:
     """What exit `index` knows of each token [B, T] before its vocabulary head is read."""
     state = state_confidence(metric, tap.hidden, tap.entering)
     gate = decoder.config.exits[index].gate
     return Evidence(state, decoder.exit_gate(index, features) if gate else jnp.zeros_like(state))
 
 
-def _chunk_scalars(
+def chunk_scalars(
     config: ModelConfig,
     *,
     features: Sequence[jax.Array],

@@ -107,6 +107,15 @@ class GatedPolicy(Protocol):
         ...
 
 
+@runtime_checkable
+class SubnetPolicy(Protocol):
+    """A policy that knows itself what it is on each sub-network (`depth.subnet_exits`)."""
+
+    def on_subnet(self, config: ModelConfig, subnet: Subnet) -> ExitPolicy | None:
+        """What it is on a sub-network of the whole model, `config`; None = full depth."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class CalibrationPoint:
     """The result of one target on held-out tokens that were not used to choose the thresholds."""
@@ -461,6 +470,8 @@ def on_subnet(policy: ExitPolicy | None, config: ModelConfig, subnet: Subnet) ->
     """
     if policy is None:
         return None
+    if isinstance(policy, SubnetPolicy):
+        return policy.on_subnet(config, subnet)
 
     exits = subnet.exits(config)
     layers = tuple(old.layer for old, _ in exits)

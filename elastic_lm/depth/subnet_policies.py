@@ -5,15 +5,17 @@ about the whole model: exits that the sub-network lacks get a threshold that no 
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from elastic_lm.config.model import ModelConfig
-from elastic_lm.config.parse import to_dict
+from elastic_lm.config.parse import from_dict, to_dict
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.depth.calibration import config_digest
 from elastic_lm.depth.policies import MODEL_SHAPE, CalibrationPoint, ConfidenceExit
 from elastic_lm.depth.threshold_search import NEVER_EXITS
+
+T = TypeVar("T")
 
 
 def of_whole_model(
@@ -57,6 +59,51 @@ def of_whole_model(
         layers=tuple(e.layer for e in config.exits),
         curve=tuple(map(point, policy.curve)),
         gates=spread(policy.gates, 0.0) if policy.gates else (),
+        provenance={**policy.provenance, "model": model},
+    )
+
+
+def of_slice(
+    policy: ConfidenceExit, config: ModelConfig, subnet: Subnet, *, weights: str, path: str
+) -> ConfidenceExit:
+    """The same policy for the sub-network's slice, which is a model of its own: `of_whole_model` reversed.
+
+    Args:
+      policy: of the whole model, calibrated on this sub-network.
+      config: the whole model.
+      subnet: of it.
+      weights: fingerprint of the slice's weights.
+      path: of the slice's folder, recorded.
+
+    Raises:
+      ValueError: the policy was calibrated on another part of the model.
+    """
+    written = policy.calibrated_on.get("subnet")
+    theirs = from_dict(Subnet, written, "subnet.") if isinstance(written, Mapping) else Subnet.full(config)
+    if theirs != subnet:
+        what = "a sub-network" if isinstance(written, Mapping) else "the whole model"
+        fix = "calibrate with the same --budget or --subnet"
+        raise ValueError(f"was calibrated on {what}, not on the part that is written; {fix}")
+
+    small = subnet.sliced(config)
+    kept = [config.exits.index(old) for old, _ in subnet.exits(config)]
+
+    def left(values: Sequence[T]) -> tuple[T, ...]:
+        return tuple(values[place] for place in kept) if values else ()
+
+    def point(of: CalibrationPoint) -> CalibrationPoint:
+        shares = (*left(of.shares[:-1]), of.shares[-1]) if of.shares else ()
+        return dataclasses.replace(of, thresholds=left(of.thresholds), shares=shares, looked=left(of.looked))
+
+    model = {key: value for key, value in policy.calibrated_on.items() if key != "subnet"}
+    model |= {field: getattr(small, field) for field in MODEL_SHAPE}
+    model |= {"path": path, "config_sha256": config_digest(small), "weights": weights}
+    return dataclasses.replace(
+        policy,
+        thresholds=left(policy.thresholds),
+        layers=tuple(e.layer for e in small.exits),
+        curve=tuple(map(point, policy.curve)),
+        gates=left(policy.gates),
         provenance={**policy.provenance, "model": model},
     )
 

@@ -77,6 +77,20 @@ def save_subnets(folder: str | Path, table: SubnetTable) -> None:
     Args:
       folder: of the model, on this machine.
       table: of its sub-networks.
+
+    Example:
+      ```python
+      import tempfile
+
+      import elastic_lm as el
+
+      config = el.testing.tiny_config()
+      table = el.width.default_subnets(config, el.Menu(mlp=(0.5, 1.0), heads=(1.0,)))
+      small = el.width.named_subnet(config, el.Subnet.uniform(config, mlp=0.5, depth=0.5), "small")
+      with tempfile.TemporaryDirectory() as folder:
+          el.width.save_subnets(folder, table.adding([small]))
+          assert list(el.width.load_subnets(folder)) == ["w50", "whole", "small"]
+      ```
     """
     # A model whose checksums name another version of a file is not loaded: between the two there is none.
     checksums.forget_checksums(Path(folder), (SUBNETS_FILE,))

@@ -10,6 +10,8 @@ with _epy.lazy_api_imports(globals()):
     from elastic_lm.cost.named_subnets import default_subnets, named_subnet
     from elastic_lm.files.subnet_files import load_subnets, save_subnets
     from elastic_lm.width.chooser import SubnetChooser
+    from elastic_lm.width.draft_layers import DraftCandidate, search_drafters
+    from elastic_lm.width.drafter_files import load_drafter, save_drafter
     from elastic_lm.width.elastic_training import ElasticTraining, ElasticTrainingConfig, uniform_subnets
     from elastic_lm.width.importance import Importance, layer_scores, permute, rank
     from elastic_lm.width.router_training import RouterTraining, RouterTrainingConfig
@@ -31,6 +33,7 @@ __all__ = [
     "CostTable",
     "Damage",
     "Device",
+    "DraftCandidate",
     "ElasticTraining",
     "ElasticTrainingConfig",
     "Importance",
@@ -51,6 +54,7 @@ __all__ = [
     "greedy",
     "knapsack",
     "layer_scores",
+    "load_drafter",
     "load_subnets",
     "mask_params",
     "measured_damage",
@@ -59,7 +63,9 @@ __all__ = [
     "random_subnets",
     "rank",
     "read_slice_table",
+    "save_drafter",
     "save_subnets",
+    "search_drafters",
     "slice_params",
     "uniform_subnet",
     "uniform_subnets",

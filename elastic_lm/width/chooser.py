@@ -140,6 +140,8 @@ class SubnetChooser:
           ValueError: the budget is below the least possible, or of a kind that no table is there for, or
             routers read states, so that no sub-network is fixed.
         """
+        fix = "a menu says what sub-networks cost, not how good they are; el.choose reads it, leave it out"
+        require(budget.quality is None, "budget.quality", budget.quality, fix)
         table = self.costs(budget.kind)
         budget = table.check(budget, self.menu)
         if budget.amount >= table.range(self.menu)[1]:
@@ -166,6 +168,8 @@ class SubnetChooser:
         """
         if self.routers is None or self.routers.shape.reads != "hidden" or self.choose is not None:
             return False
+        if budget.quality is not None:
+            return False  # which `subnet` refuses
 
         fitted = self.routers.table
         if budget.kind == "latency_ms":

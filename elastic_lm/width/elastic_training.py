@@ -26,6 +26,7 @@ Papers: Flextron, arXiv 2406.10260; MatFormer, arXiv 2310.07707; Nemotron Elasti
 
 import dataclasses
 import itertools
+import math
 from typing import Any, Literal, Self, get_args
 
 import jax
@@ -89,7 +90,7 @@ class ElasticTrainingConfig(MethodConfig):
     smallest_share: float = 0.5  # probability that x_1 is the smallest
     distil: float = 0.0  # d
     teacher: TeacherKind = "live"  # p, where d > 0
-    elastic_groups: int = 0  # storage groups of neurons; 0 = the model's own, or STORAGE_GROUPS
+    elastic_groups: int = 0  # storage groups of neurons; 0 = the model's own, or as many as the widths allow
     rank_batches: int = 16  # batches that rank neurons and heads of init_from, unless it is ranked
 
     def __post_init__(self) -> None:
@@ -175,7 +176,8 @@ class ElasticTraining(ElasticTrainingConfig, Method[Batch]):
         assert isinstance(section, ElasticTrainingConfig)
         unsorted = not model.elastic_groups
         if unsorted:
-            model = dataclasses.replace(model, elastic_groups=section.elastic_groups or STORAGE_GROUPS)
+            groups = section.elastic_groups or storage_groups(model, section.menu)
+            model = dataclasses.replace(model, elastic_groups=groups)
         require(
             section.elastic_groups in (0, model.elastic_groups),
             "method.elastic_groups",
@@ -473,6 +475,14 @@ def uniform_subnets(config: ModelConfig, menu: Menu) -> dict[str, Subnet]:
         names[Subnet.uniform(config, **named)] = name
     names |= {menu.smallest(config): "smallest", menu.largest(config): "final"}
     return {name: subnet for subnet, name in names.items()}
+
+
+def storage_groups(config: ModelConfig, menu: Menu) -> int:
+    """As many storage groups of neurons, up to `STORAGE_GROUPS`, as divide every width of a menu."""
+    neurons = (config.sizes(i)[0] for i in range(config.n_layers))
+    # A share that gives no whole number of neurons is refused later, with the nearest ones that do.
+    widths = [round(share * size) for size in neurons for share in menu.mlp]
+    return math.gcd(STORAGE_GROUPS, *widths)
 
 
 def _about_method(error: ValueError, model: ModelConfig) -> ValueError:

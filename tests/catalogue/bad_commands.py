@@ -157,6 +157,16 @@ GENERATE = [
     generate("--lossless", "--lossless: nothing drafts; give"),
     generate("--lookup", "--lookup: copied tokens are verified with --lossless only; add it"),
     generate("--draft 2", "--draft 2: drafts are verified with --lossless only; add it"),
+    generate("--drafter mlp=0.5", "--drafter mlp=0.5: drafts are verified with --lossless only; add it"),
+    generate(
+        "--lossless --lookup --drafter mlp=0.5",
+        "--drafter mlp=0.5: drafts alone, for the whole model; leave --lookup out",
+    ),
+    generate(
+        "--lossless --drafter layers=0,99",
+        "--drafter layers=0,99: subnet.layers=(0, 99): the model has … layers",
+    ),
+    generate("--lossless --drafter none.json", "none.json … "),
     generate("--lossless --lookup --draft 0", "draft=0: must be at least 1 and below window=16"),
     generate("--lossless --lookup --draft 99", "draft=99: must be at least 1 and below window=16"),
     generate("--lossless --threshold 0.5 --window 1", "window=1: lossless decoding needs at least 2"),
@@ -992,6 +1002,10 @@ EVALUATE = [
         "file is a file and no folder; choose another path",
         files=FILE,
     ),
+    Case("evaluate --model {hf} --limit 3", "--limit 3: is about tasks; add --tasks NAME,NAME"),
+    Case("evaluate --model {hf} --tasks piqa --stride 2", "--stride … give --data FILE.txt"),
+    Case("evaluate --model {hf} --tasks , --limit 3", "--tasks: ',' names no task"),
+    Case("evaluate --model {hf} --tasks piqa --num-fewshot -1", "--num-fewshot -1: must be at least 0"),
     Case("evaluate --model {hf} --continuations -1", "--continuations -1: must be at least 0"),
     Case("evaluate --model {hf} --treshold 1", "unknown argument --treshold: did you mean --thresholds?"),
 ]

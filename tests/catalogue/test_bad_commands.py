@@ -11,7 +11,7 @@ import pytest
 from bad_commands import CASES, Case
 from small_world import contents, make_world, stamps
 
-from elastic_lm import processes
+from elastic_lm import meeting
 from elastic_lm.cli import main as cli
 from elastic_lm.files.checksums import FILE as CHECKSUMS
 
@@ -74,7 +74,7 @@ def test_it_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ELASTIC_LM_DEBUG", raising=False)
     # One process runs all cases, and has used its devices long before.
-    monkeypatch.setattr(processes, "_require_unused_backend", lambda: None)
+    monkeypatch.setattr(meeting, "_require_unused_backend", lambda: None)
     prepare(case, world, tmp_path)
     before, world_before = contents(tmp_path), stamps(root)
 

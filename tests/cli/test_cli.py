@@ -35,6 +35,7 @@ COMMANDS = (
     "train",
     "calibrate",
     "preview",
+    "drafter",
     "latency",
     "subnets",
     "generate",

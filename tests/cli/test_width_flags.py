@@ -177,6 +177,52 @@ def test_thresholds_of_a_part_are_used_with_that_part(
     assert "warning" not in printed.err
     assert len(json.loads(printed.out)["subnets"][0]["policy"]["thresholds"]) == 1
 
+    # The part as a model of its own, with its thresholds: the same text, at the same depths.
+    assert run("generate", *written, *part, "--json", "-") == 0
+    expected = json.loads(capsys.readouterr().out)
+    exported = tmp_path / "small"
+    assert run("export", "--from", model, "--to", exported, *part, "--thresholds", file) == 0
+    own = exported / "thresholds.json"
+    assert ConfidenceExit.load(own).calibrated_on["n_layers"] == 2
+    capsys.readouterr()
+    prompt = ("--prompt", "def f(", "--max-new-tokens", 3)
+    assert run("generate", "--model", exported, *prompt, "--thresholds", own, "--json", "-") == 0
+    printed = capsys.readouterr()
+    assert "warning" not in printed.err
+    found = json.loads(printed.out)
+    assert (found["text"], found["exit_layers"]) == (expected["text"], expected["exit_layers"])
+
+    for other in ((), ("--subnet", "mlp=25%", "layers=0,2")):
+        assert run("export", "--from", model, "--to", tmp_path / "other", *other, "--thresholds", file) == 2
+        assert "was calibrated on a sub-network, not on the part" in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+    assert run("export", "--from", exported, "--to", tmp_path / "other", "--thresholds", file) == 2
+    assert "thresholds are for exits after layers (1, 3)" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_guarantee_is_about_the_part_that_it_was_tested_on(
+    model: pathlib.Path, text: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, part = tmp_path / "thresholds.json", ("--subnet", "mlp=50%", "layers=0-2")
+    sizes = ("--data", text, "--tokens", 4000, "--seq-len", 32, "--continuations", 0)
+    goal = ("--target", 0.01, "--epsilon", 0.2, "--out", file)
+    assert run("calibrate", "--model", model, *sizes, *part, *goal) == 0
+    assert "guaranteed: with probability at least 0.8" in capsys.readouterr().out
+    policy = ConfidenceExit.load(file)
+    assert policy.guarantee is not None
+    assert policy.guarantee.achieved
+
+    written = ("--model", model, "--prompt", "def f(", "--max-new-tokens", 3, "--thresholds", file)
+    assert run("generate", *written, *part) == 0
+    capsys.readouterr()
+    for other in ((), ("--subnet", "mlp=50%")):
+        assert run("generate", *written, *other) == 2
+        assert "its guarantee is about that part alone" in capsys.readouterr().err
+        # What is verified is the part's own text, whatever the thresholds promise.
+        assert run("generate", *written, *other, "--lossless") == 0
+        assert "warning" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),

@@ -32,6 +32,7 @@ def choices(model) -> dict[str, object]:
         "subnet": Subnet.uniform(model.config, mlp=0.5),
         "keep_subnets": 2,
         "lookup": False,  # goes without propagation
+        "drafter": None,  # goes without exits
         "preview": None,  # goes without sub-networks
         "slice_inside": True,
     }

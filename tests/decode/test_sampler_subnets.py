@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from elastic_lm.config.model import ExitConfig
 from elastic_lm.config.subnet import Budget, Menu, Subnet
 from elastic_lm.decode.sampler import Sampler
 from elastic_lm.decode.state import segments
@@ -21,7 +22,9 @@ from elastic_lm.depth.policies import (
     on_subnet,
     threshold_table,
 )
+from elastic_lm.depth.subnet_exits import SubnetExits
 from elastic_lm.models.decoder import Decoder
+from elastic_lm.models.registry import init_params
 from elastic_lm.testing import random_params, tiny_config
 from elastic_lm.width.chooser import SubnetChooser
 from elastic_lm.width.slicing import slice_params
@@ -52,6 +55,102 @@ def choices(model) -> SubnetChooser:
 
 def outputs(samples) -> list[tuple[list[int], list[int]]]:
     return [(s.tokens, s.exit_layers) for s in samples]
+
+
+def test_every_width_leaves_by_its_own_thresholds(model, prompts):
+    """As the slice does with these thresholds; a width without some, and the whole model, at full depth."""
+    half, uneven, other = (Subnet.uniform(model.config, mlp=share) for share in (0.5, 0.25, 0.75))
+    own = {half: (0.0, 2.0), uneven: (2.0, 0.0)}
+    exits = SubnetExits({s: ConfidenceExit("max_prob", t, (1, 2)) for s, t in own.items()})
+    sampler = Sampler(Decoder(model.config), model.params, exit=exits, window=2)
+    for subnet, thresholds in own.items():
+        config, params = slice_params(model.config, model.params, subnet)
+        policy = ConfidenceExit("max_prob", thresholds, (1, 2))
+        alone = Sampler(Decoder(config), params, exit=policy, window=2)
+        expected = outputs(alone.sample(prompts[:3], NEW))
+        assert outputs(sampler.sample(prompts[:3], NEW, subnet=subnet)) == expected
+        assert {depth for _, depths in expected for depth in depths} == {thresholds.index(0.0) + 1}
+
+        # Lossless, every token is the sub-network's own at full depth.
+        whole = Sampler(Decoder(config), params, window=2).sample(prompts[:3], NEW)
+        lossless = sampler.sample(prompts[:3], NEW, subnet=subnet, lossless=True)
+        assert [s.tokens for s in lossless] == [s.tokens for s in whole]
+        assert lossless[0].stats.drafted > 0
+    for subnet in (None, other):
+        found = sampler.sample(prompts[:3], NEW, subnet=subnet)
+        assert all(depths == [3] * NEW for _, depths in outputs(found))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_one_batch_have_sizes_of_their_own(model, prompts, way):
+    """Every row is what its slice gives alone, at its own thresholds, and other mixtures compile nothing."""
+    # Of exits that have widths of their own, a slice cuts those as well.
+    config = model.config.with_exits((ExitConfig(1, "norm", tied=True),))
+    params = init_params(config, jax.random.key(0))
+    half = Subnet.uniform(config, mlp=0.5, heads=0.5)
+    uneven = Subnet((0, 1, 2), (32, 64, 32), (2, 1, 2), (2, 2, 2), 32)
+    sizes = [half, None, uneven, half]
+    exits = SubnetExits({half: ConfidenceExit("max_prob", (0.0,), (1,))})
+    sampler = Sampler(Decoder(config), params, exit=exits, window=2)
+    found = outputs(sampler.sample(prompts[:4], NEW, subnet=sizes, **WAYS[way]))
+    for row, (subnet, output) in enumerate(zip(sizes, found, strict=True)):
+        seed = {"seed": WAYS[way]["seed"] + row} if "seed" in WAYS[way] else {}
+        alone = sampler.sample(prompts[row : row + 1], NEW, subnet=subnet, **WAYS[way] | seed)
+        assert outputs(alone) == [output]
+    assert [set(depths) for _, depths in found] == [{1}, {3}, {3}, {1}]
+
+    programs = sampler.compilations()
+    other = outputs(sampler.sample(prompts[:4], NEW, subnet=[uneven, half, half, None], **WAYS[way]))
+    assert sampler.compilations() == programs
+    assert other[2][0] == outputs(sampler.sample(prompts[:3], NEW, subnet=half, **WAYS[way]))[2][0]
+
+
+def test_sizes_of_rows_that_are_refused(model, prompts):
+    sampler = Sampler(Decoder(model.config), model.params)
+    half = Subnet.uniform(model.config, mlp=0.5)
+    shallow = Subnet.uniform(model.config, layers=(0, 2))
+    for subnet, more, message in (
+        ([half, shallow], {}, r"subnet.layers=\(0, 2\): rows of one batch differ in neurons and heads alone"),
+        ([half], {}, r"subnet=.*: has 1 entries: give one, or one per prompt \(2\)"),
+        ([half, 3], {}, r"subnet=3"),
+        ([half, None], {"budget": Budget(parameters=1e5)}, r"budget=.*: each says what runs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampler.sample(prompts[:2], 2, subnet=subnet, **more)
+
+
+def test_policies_of_widths_are_checked(model):
+    half = Subnet.uniform(model.config, mlp=0.5)
+    policy = ConfidenceExit("max_prob", (0.5, 0.5), (1, 2))
+    of_half = dataclasses.replace(policy, provenance={"model": {"subnet": dataclasses.asdict(half)}})
+    assert SubnetExits({half: of_half}).policies[half] is of_half
+    quarter = Subnet.uniform(model.config, mlp=0.25)
+    for policies, whole, message in (
+        ({}, None, "policies={}: give one policy per sub-network"),
+        (
+            {half: policy},
+            ConfidenceExit("margin", (1.0, 1.0), (1, 2)),
+            r"\['margin', 'max_prob'\]: must have",
+        ),
+        ({quarter: of_half}, None, "was calibrated on Subnet.* calibrate on this one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SubnetExits(policies, whole)
+
+
+def test_policies_of_widths_are_read_from_their_files(model, tmp_path):
+    half = Subnet.uniform(model.config, mlp=0.5)
+    plain = ConfidenceExit("max_prob", (0.5, 0.4), (1, 2))
+    of_half = dataclasses.replace(plain, provenance={"model": {"subnet": dataclasses.asdict(half)}})
+    files = [str(tmp_path / name) for name in ("whole.json", "half.json", "again.json")]
+    for policy, file in zip((plain, of_half, of_half), files, strict=True):
+        policy.save(file)
+    found = SubnetExits.load([files[1]], whole=files[0])
+    assert (found.thresholds, found.policies[half].thresholds) == ((0.5, 0.4), (0.5, 0.4))
+    with pytest.raises(ValueError, match=r"whole.json: is not about a sub-network"):
+        SubnetExits.load(files)
+    with pytest.raises(ValueError, match=r"again.json=Subnet.*: is that of another file"):
+        SubnetExits.load(files[1:])
 
 
 def executables() -> collections.Counter[str]:

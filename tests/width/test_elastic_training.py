@@ -367,3 +367,13 @@ def test_a_section_becomes_the_method() -> None:
     halved = ElasticTrainingConfig(menu=Menu(heads=(0.5, 1.0)))
     with pytest.raises(ValueError, match=r"menu\.heads=0\.5: .*share no .* heads by method\.menu\.groups"):
         created(ALONE, halved)
+
+
+@pytest.mark.parametrize(("neurons", "groups"), [(1536, 16), (172, 1), (8 * 43, 2)])
+def test_any_model_is_stored_in_as_many_groups_as_its_widths_allow(neurons: int, groups: int) -> None:
+    config = tiny_config(n_layers=1, d_mlp=neurons)
+    section = ElasticTrainingConfig(menu=Menu(heads=(1.0,)))  # quarters of the neurons, and all heads
+    begun = TrainConfig(init_from="a model")
+    method, _ = ElasticTraining.create(section, config, {}, begun, make_mesh())
+    assert method.config.elastic_groups == groups
+    assert method.menu.sizes(method.config).mlp == ((neurons // 4, neurons // 2, neurons * 3 // 4, neurons),)
