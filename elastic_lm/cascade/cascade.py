@@ -124,7 +124,6 @@ class Cascade:
             member if preview and can_preview(member, stage.score) else None
             for member, stage in zip(members, stages, strict=False)
         )
-        self.previewer = self.previewers[0]
         self.sources = tuple(_sources(members, i) for i in range(len(members)))
 
     def run(self, records: Iterable[Record], start: int = 0) -> "CascadeRun":
