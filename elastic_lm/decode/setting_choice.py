@@ -101,8 +101,8 @@ def choose(settings: Sequence[Setting], budget: Budget) -> Choice:
     with both, the fastest that keeps both. Settings whose quality is not known have none.
 
     Args:
-      settings: of one model on one device, at one batch size. Shares like "70%" are of the whole model at full
-        depth: the lossless setting without dials.
+      settings: of one model on one device, at one batch size. Shares like "70%" are of the whole model at
+        full depth: the lossless setting without dials.
       budget: `latency_ms`, `quality`, or both.
 
     Returns:
