@@ -199,7 +199,9 @@ def read_table(file: str, config: "ModelConfig") -> "list[NamedSubnet]":
 
 def table_text(table: "SubnetTable") -> str:
     """The table, aligned for people."""
-    rows = [("name", "layers", "neurons", "heads", "groups", "parameters", "loss", "time")]
+    rows: list[tuple[str, ...]] = [
+        ("name", "layers", "neurons", "heads", "groups", "parameters", "loss", "time")
+    ]
     whole = [sum(layer[i] for layer in table.sizes.layers) for i in range(3)]
     for one in table.subnets:
         subnet = one.subnet
