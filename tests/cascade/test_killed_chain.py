@@ -6,8 +6,8 @@ import killed_chain
 import pytest
 
 
-@pytest.mark.long
 @pytest.mark.nightly
+@pytest.mark.long
 def test_a_killed_chain_loses_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "chain"
     folder.mkdir()

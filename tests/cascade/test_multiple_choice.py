@@ -107,6 +107,7 @@ def test_longrope_rotates_a_padded_row_by_its_own_length(records: list[dict], ex
     assert sides == {False, True}
 
 
+@pytest.mark.long
 def test_what_follows_a_sub_network_goes_on_from_the_exit_before_it(params, records: list[dict]) -> None:
     half = Subnet.uniform(CONFIG, mlp=0.5)
     members = shared_members(Decoder(CONFIG), params, Letters(), (1, half, None), batch_size=8)

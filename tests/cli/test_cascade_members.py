@@ -63,6 +63,7 @@ def served(**how) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.long
 def test_exit_whole_and_service(folder: pathlib.Path, tmp_path: pathlib.Path, capsys) -> None:
     log, rule, out = (tmp_path / name for name in ("log", "rule.json", "out.jsonl"))
     data = ("--data", folder / "rows.jsonl")
@@ -123,6 +124,7 @@ def test_exit_whole_and_service(folder: pathlib.Path, tmp_path: pathlib.Path, ca
         assert "is a rule of 3 models, and 2 are named" in run(capsys, "run", *two, "--rule", rule)[2]
 
 
+@pytest.mark.long
 def test_a_service_without_log_probabilities_cannot_be_the_first(
     folder: pathlib.Path, tmp_path: pathlib.Path, capsys
 ) -> None:
@@ -134,6 +136,7 @@ def test_a_service_without_log_probabilities_cannot_be_the_first(
     assert f"{url}: choices[0].logprobs: the server returns none" in error.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_service_as_the_swift(folder: pathlib.Path, tmp_path: pathlib.Path, capsys) -> None:
     with served() as url:
         models = ("--swift", url, "--super", url, "--style", "chat", "--cost", "seconds")
@@ -213,6 +216,7 @@ def test_no_key_is_sent_to_two_hosts(monkeypatch) -> None:
         keys("a,b", near, far, far)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("places", "message"),
     [
@@ -230,6 +234,7 @@ def test_parts_that_are_not_there(folder, tmp_path, capsys, places: tuple, messa
     assert message in error
 
 
+@pytest.mark.long
 def test_a_sub_network_by_its_name(folder: pathlib.Path) -> None:
     """Parts of a folder become members of one model, loaded once."""
     from elastic_lm import testing
