@@ -295,6 +295,7 @@ def test_costs_of_rounds_between_those_that_are_timed():
         ({}, {"lossless": False}, r"drafter=.*: drafts for lossless rows only; give lossless=True"),
         ({}, {"subnet": "half"}, r"subnet=.*: the drafter drafts for the whole model; use a sampler without"),
         ({"subnet": "half"}, {}, r"drafter=.*: drafts for the whole model; leave budget, subnet and elastic"),
+        ({"drafter": 3}, {}, r"drafter=3: must be an el.Drafter or an el.Subnet"),
         ({"drafter": "other"}, {}, r"drafter: subnet.layers=\(9,\): the model has 3 layers"),
     ],
 )
