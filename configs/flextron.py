@@ -2,8 +2,8 @@
 
 COMMAND   elastic-lm train --config flextron --workdir runs/elastic
           another model: --config flextron:mlp --config.train.init_from=HF_DIR; with heads to choose, too:
-          --config.method.menu.heads="(0.5,1.0)", or --config flextron:mha where heads share no key/value groups,
-          like those of GPT-2
+          --config.method.menu.heads="(0.5,1.0)", or --config flextron:mha where heads share no key/value
+          groups, like those of GPT-2
 HARDWARE  one accelerator, or a CPU for models of a few million parameters
 DURATION  each sampled sub-network adds two forward passes and a backward one of its width: see
           experiments/train_step and experiments/flextron
