@@ -46,6 +46,7 @@ SIZES = (
     "tasks",
     "timed",
 )  # may differ on --resume
+PLACES = ("model", "data", "eval", "trivia", "small", "elastic")  # only their names are recorded
 SHARES = (0.5, 0.73, 0.87)  # of the layers, where exits are
 TARGETS = (0.9, 0.95, 0.99)  # agreements that thresholds are chosen for
 UNPREPARED = "python experiments/sorted_llama/prepare.py --source FOLDER --out DATA"
@@ -64,7 +65,8 @@ class Cells:
           FileExistsError: there are results and `--resume` was not given.
           ValueError: they are of other flags.
         """
-        flags = {k: v for k, v in vars(args).items() if k not in SIZES}
+        flags = {k: v for k, v in vars(args).items() if k not in SIZES and not callable(v)}
+        flags |= {k: Path(flags[k]).name for k in PLACES if flags.get(k)}
         self.file = file
         self.content: dict[str, Any] = {
             "args": json.loads(json.dumps(flags)),
