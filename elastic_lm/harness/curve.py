@@ -30,14 +30,15 @@ class TaskPoint:
 
     Attributes:
       kind: "exit", "full" or "thresholds".
-      layers: that ran, in layers of the model that runs; with thresholds the mean over scored tokens.
+      layers: that ran, in layers of the model that runs; with thresholds the mean over scored tokens, and
+        None where none was scored.
       results: numbers by task and metric; a group has one entry for itself and one for each of its tasks.
       flops_share: of the whole model's FLOPs; None = not known, as for generated text and thresholds.
       tokens: scored tokens.
     """
 
     kind: str
-    layers: float
+    layers: float | None
     results: Mapping[str, Mapping[str, float]]
     flops_share: float | None
     tokens: int
@@ -80,9 +81,10 @@ def task_point(kind: str, model: HarnessModel, tasks: Any, whole: ModelConfig, *
     results = own_results(run_tasks(model, tasks, **how))
     depths = model.layers
     tokens = [depths[column] for _, columns in model.seen for column in columns]
-    layers = float(sum(tokens)) / len(tokens) if tokens else float(depths[-1])
+    # Generated text is not scored, and at an exit it is of one depth, too.
+    layers = float(sum(tokens)) / len(tokens) if tokens else model.depth
     share = None
-    if tokens and kind != "thresholds":
+    if tokens and layers is not None and kind != "thresholds":
         rows = [(scores.length, len(columns)) for scores, columns in model.seen]
         own = sum(_flops(model.config, t, m, int(layers)) for t, m in rows)
         share = own / sum(_flops(whole, t, m, whole.n_layers) for t, m in rows)

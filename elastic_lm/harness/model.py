@@ -160,6 +160,11 @@ class HarnessModel:
         """Depths that the model that runs can be read at, in its own layers."""
         return (*(e.layer for e in self.config.exits), self.config.n_layers)
 
+    @property
+    def depth(self) -> int | None:
+        """Layers that answer; None = the thresholds say for each token."""
+        return self.layers[self._reading.column] if self._reading.thresholds is None else None
+
     def at(self, column: int) -> "HarnessModel":
         """The same model, with the same memory of scores, read at one of `layers`.
 

@@ -61,7 +61,7 @@ def with_examples(tasks: Any, count: int | None) -> Any:
       count: None = as each task says; tasks that fix it at 0 keep that, as in the harness.
     """
     for task in tasks["tasks"].values():
-        own = task.get_config("num_fewshot")
+        own = vars(task).setdefault("own_examples", task.get_config("num_fewshot"))  # before any other count
         task.set_config(key="num_fewshot", value=own or 0 if own == 0 or count is None else count)
         task.set_fewshot_seed(seed=SEED)
     return tasks

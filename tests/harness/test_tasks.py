@@ -112,6 +112,15 @@ def test_continuations_too(both: tuple[Any, Any]) -> None:
     assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
 
 
+def test_a_count_of_examples_is_forgotten_by_the_next(data: Path) -> None:
+    loaded = harness_tasks.load_tasks(["arc_easy"], data)
+    counts = []
+    for count in (None, 5, 0, 5, None):
+        (task,) = harness_tasks.with_examples(loaded, count)["tasks"].values()
+        counts.append(task.get_config("num_fewshot"))
+    assert counts == [0, 5, 0, 5, 0]
+
+
 def test_prompts_and_targets_are_written_as_the_harness_writes_them(data: Path) -> None:
     loaded = harness_tasks.load_tasks(
         ["arc_easy", "winogrande", "lambada", "boolq", "piqa", "hellaswag"], data
