@@ -347,7 +347,7 @@ INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 PATH = re.compile(r"(?:configs|tests|elastic_lm|experiments|colab|docs)/[\w./]*\w")
-HOSTS = ("arxiv.org", "keepachangelog.com", "semver.org", "docs.python.org", "github.com")  # theirs: papers, benchmarks, formats
+HOSTS = ("arxiv.org", "keepachangelog.com", "semver.org", "docs.python.org", "github.com")
 
 
 def prose(page: pathlib.Path) -> str:

@@ -81,7 +81,7 @@ def plan_settings(found: Explored, model: str = "MODEL", data: Sequence[str] = (
     """What a plan has forecast; exits are those of the model with the exit of `Explored.with_exit`."""
     full = 1e3 * found.plan.full
     generate = f"elastic-lm generate --model {model}"
-    settings = [Setting("full depth", full, agreement=1.0, added_loss=0.0, measured=True, command=generate)]
+    settings = [Setting("full depth", full, lossless=True, measured=True, command=generate)]
     for one in found.plan.configurations:
         dials: dict[str, Any] = {"lossless": True} if one.lossless else {}
         flags = " --lossless" if one.lossless else ""
@@ -111,8 +111,8 @@ def plan_settings(found: Explored, model: str = "MODEL", data: Sequence[str] = (
             Setting(
                 name,
                 full / one.speedup,
-                agreement=1.0 if one.lossless else one.target,
-                added_loss=0.0 if one.lossless else None,
+                agreement=None if one.lossless else one.target,
+                lossless=one.lossless,
                 dials=dials,
                 command=f"{before}{runs}{flags}",
             )
@@ -129,8 +129,7 @@ def drafter_setting(
     return Setting(
         f"lossless drafter of {describe(best.candidate.drafter)}",
         full_ms / best.speedup,
-        agreement=1.0,
-        added_loss=0.0,
+        lossless=True,
         dials={"lossless": True, "drafter": best.candidate.drafter},
         command=f"{search}\nelastic-lm generate --model {model} --lossless --drafter drafter.json",
     )
@@ -159,6 +158,9 @@ def width_settings(
         their times are told relative to it, because a machine slows down and speeds up.
       rounds: of timing.
       model: the model's name in commands.
+
+    Returns:
+      One setting per sub-network whose logits are finite.
     """
     config, params = without_exits(config, params)
     batches = list(testing())
@@ -176,6 +178,8 @@ def width_settings(
         )
         losses = (sum(float(np.sum(one[1])) for one in side) / weights for side in (read, whole))
         own, others = losses
+        if not np.isfinite(own):
+            continue  # a slice that overflows is no way to run the model
         flags = " ".join(_shares(name))
         settings.append(
             Setting(

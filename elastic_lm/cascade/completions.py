@@ -18,6 +18,7 @@ Where a record has choices, p are the probabilities that the first token begins 
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from elastic_lm.config.cascade import AskedChoices
 from elastic_lm.config.checks import require
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTER = re.compile(r"[*_(\[\"']*([A-Za-z])[*_\"']*(?:[.):\],]|\s*$|\s*\n)")  # alone, or closed off
 LEAST = -9999.0  # what servers write for a probability of 0
 PUNCTUATION = (
     " \t\n.,:;)]}\"'Ġ▁"  # around a token that begins a choice; the last two are spaces of tokenizers
@@ -224,11 +226,16 @@ def choose(token: WrittenToken, choices: Sequence[str], how: AskedChoices) -> tu
 
 
 def choice_named(text: str, choices: Sequence[str]) -> int | str:
-    """The index of the choice that a reply names by its text or by a letter at its start; else the reply."""
+    """The index of the choice that a reply names, else the reply.
+
+    A choice is named by its text, or by its letter where the letter is all of the reply or of its first line,
+    or is closed off, as in "(B)", "B. the sun" and "**b**: the sun". A sentence that begins with the word "A"
+    or "I" names none.
+    """
     bare = text.strip()
     texts = [choice.strip() for choice in choices]
     if bare in texts:
         return texts.index(bare)
-    letter, rest = bare[:1], bare[1:2]
-    alone = letter != "" and letter in LETTERS[: len(choices)] and not rest.isalnum()
-    return LETTERS.index(letter) if alone else text
+    named = LETTER.match(bare)
+    letter = named.group(1).upper() if named else ""
+    return LETTERS.index(letter) if letter and letter in LETTERS[: len(choices)] else text

@@ -25,6 +25,7 @@ from elastic_lm.cascade.energy import keeps
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, ALWAYS_SWIFT, TOLERANCE
 from elastic_lm.config.checks import require
 
+MOST_MEMBERS = 12  # the grid has an axis of at least two thresholds for each but the last
 CELLS = 2**20  # of a grid at most; 1024 thresholds of each of two members, 101 of each of three
 FRONT = 101  # points of a front at most
 
@@ -60,7 +61,8 @@ class JointMeasurements:
     """What was measured of N validation records that all k members answered.
 
     Attributes:
-      scores: [k - 1, N] float64 of every member but the last, higher = surer; NaN is passed on.
+      scores: [k - 1, N] float64 of every member but the last, higher = surer; NaN, which minus infinity
+        becomes, is passed on.
       qualities: [k, N] float64 of every member's answers, in [0, 1] (1 = correct).
       costs: [k, N] float64 of every member until its score is known, in FLOPs or seconds.
       kept: [k - 1, N] float64 cost of what a member does after its score is known.
@@ -109,6 +111,10 @@ class JointMeasurements:
         """
         k = len(qualities)
         require(k >= 2, "qualities: members", k, "a cascade has at least 2")
+        # Every member but the last has a threshold, and all combinations are looked at.
+        require(
+            k <= MOST_MEMBERS, "qualities: members", k, f"thresholds of at most {MOST_MEMBERS} are searched"
+        )
         kept = [0.0] * (k - 1) if kept is None else kept
         for name, given, count in (("scores", scores, k - 1), ("costs", costs, k), ("kept", kept, k - 1)):
             require(
@@ -120,6 +126,7 @@ class JointMeasurements:
         tables = {"scores": scores, "qualities": qualities, "costs": costs, "kept": kept}
         found = cls(*(_rows(name, rows, n) for name, rows in tables.items()))
         require(bool(np.all(~(found.scores > ALWAYS_SUPER))), "scores", "inf", "must be finite")
+        found.scores[np.isneginf(found.scores)] = np.nan  # no threshold keeps it
         in_range = (found.qualities >= 0) & (found.qualities <= 1)
         require(bool(in_range.all()), "qualities", "a value", "must be qualities in [0, 1]")
         for name, values in (("costs", found.costs), ("kept", found.kept)):
@@ -171,8 +178,13 @@ def _rows(name: str, rows: Sequence[Sequence[float] | np.ndarray | float], n: in
     Raises:
       ValueError: a row is neither one number nor n of them.
     """
-    columns = [np.asarray(row, np.float64) for row in rows]
-    for i, column in enumerate(columns):
+    columns = []
+    for i, row in enumerate(rows):
+        try:
+            column = np.asarray(row, np.float64)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}[{i}]={row!r:.80}: must be numbers") from None
+        columns.append(column)
         one = column.shape == () and name in ("costs", "kept")
         require(
             one or column.shape == (n,),

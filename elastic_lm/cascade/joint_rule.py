@@ -15,6 +15,7 @@ loss that is allowed.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from elastic_lm.cascade.rule import AVERAGES, CascadeRule, Stage, goal_text, one
 from elastic_lm.cascade.scores import PLAIN, Scoring
 from elastic_lm.cascade.sweep import ALWAYS_SUPER, TOLERANCE
 from elastic_lm.config.cascade import DEFAULT_SCORE
-from elastic_lm.config.checks import SEED, require, require_types
+from elastic_lm.config.checks import SEED, require, require_type, require_types
 from elastic_lm.config.parse import load_dataclass, parse_json
 from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.files.remote import fetched
@@ -189,6 +190,18 @@ def fit_joint(
         super_accuracy=super_accuracy or None,
     )
     k, grid = measured.members, grid_of(measured)
+    for name, given in (("scores", scores), ("scorings", scorings)):
+        if not isinstance(given, str | Scoring):
+            require(
+                len(given) == k - 1,
+                f"{name}: count",
+                len(given),
+                f"give one for each of {k - 1} members, or one for all",
+            )
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        require(math.isfinite(value), goal, value, "must be a finite number")
+    elif goal in ("target_accuracy", "target_cost"):
+        require_type(goal, value, float)
     guarantee = None
     if goal == "risk":
         thresholds, guarantee = control_jointly(measured, value, seed)

@@ -42,7 +42,10 @@ def table_to_save(
     found = carried_subnets(source, config, params)
     if menu is None:
         return found
-    defaults = default_subnets(config, menu)
+    try:
+        defaults = default_subnets(config, menu)
+    except ValueError:
+        return found  # whoever serves such a menu is told; a model that was trained is saved nevertheless
     if found is None:
         return defaults.of_weights(subnet_weights(config, params))
     known = {one.subnet for one in found.subnets}

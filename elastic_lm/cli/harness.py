@@ -85,7 +85,7 @@ class LoadedModel(HarnessModel):
             policy.check(model.config)
             policy.warn_other_model(**parts_of(params, tokenizer))
             policy = policy.for_any_weights()
-        lengths = {} if max_gen_toks is None else {"max_new_tokens": max_gen_toks}
+        lengths: dict[str, Any] = {} if max_gen_toks is None else {"max_new_tokens": max_gen_toks}
         super().__init__(
             model,
             params,

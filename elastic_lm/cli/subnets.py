@@ -163,10 +163,9 @@ def measured_table(
 
     batches, text = held_out_batches(options, tokenizer, "test")
     batches = list(batches)
-    for path in options.data:
-        text = text.replace(
-            path, Path(path).name
-        )  # the table goes with the model, and paths are this machine's
+    if options.data:  # the table goes with the model, and folders are this machine's
+        files = " ".join(Path(path).name or "text" for path in options.data)
+        text = f"{files}, up to {options.tokens} tokens"
     done: list[NamedSubnet] = []
 
     def note(one: "NamedSubnet") -> None:
@@ -174,9 +173,8 @@ def measured_table(
         save_subnets(folder, table.replacing(done))
         print(f"{one.name}: {_loss(one)}, {_time(one)}", file=sys.stderr)
 
-    names = options.names or None
-    how: dict[str, Any] = {"batches": batches, "text": text, "timing": Timing(), "names": names, "told": note}
-    measured = measure_subnets(config, params, table, **how)
+    how: dict[str, Any] = {"batches": batches, "text": text, "timing": Timing(), "told": note}
+    measured = measure_subnets(config, params, table, names=options.names or None, **how)
     save_subnets(folder, measured)
     return measured
 
@@ -201,7 +199,9 @@ def read_table(file: str, config: "ModelConfig") -> "list[NamedSubnet]":
 
 def table_text(table: "SubnetTable") -> str:
     """The table, aligned for people."""
-    rows = [("name", "layers", "neurons", "heads", "groups", "parameters", "loss", "time")]
+    rows: list[tuple[str, ...]] = [
+        ("name", "layers", "neurons", "heads", "groups", "parameters", "loss", "time")
+    ]
     whole = [sum(layer[i] for layer in table.sizes.layers) for i in range(3)]
     for one in table.subnets:
         subnet = one.subnet

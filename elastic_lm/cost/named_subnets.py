@@ -77,4 +77,5 @@ def default_subnets(config: ModelConfig, menu: Menu) -> SubnetTable:
     found[menu.smallest(config)] = None
 
     named = sorted((named_subnet(config, subnet) for subnet in found), key=lambda one: one.parameters)
-    return SubnetTable(ModelSizes.of(config), tuple(named))
+    distinct = {one.name: one for one in named}  # shares that differ by less than a name tells are one
+    return SubnetTable(ModelSizes.of(config), tuple(distinct.values()))

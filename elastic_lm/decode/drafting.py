@@ -164,8 +164,9 @@ def draft(
         logits_BV, caches = _tick(config, params, drafter, now)
         drawn_B = sample(logits_BV, now.tokens, now.length, controls.sampling)
 
-        # A token that ends the row is left to the whole model.
-        stops_B = jnp.any(drawn_B[:, None] == controls.stop_tokens, axis=-1)
+        # A token that ends the row is left to the whole model, and so is one that this drafter cannot draw:
+        # layers that were left out may overflow where the whole model does not.
+        stops_B = jnp.any(drawn_B[:, None] == controls.stop_tokens, axis=-1) | (drawn_B == BROKEN)
         drafts_B = now.active & ~stops_B
         position = jnp.where(drafts_B, now.length, capacity)  # others write out of bounds, which JAX drops
         length = now.length + drafts_B
@@ -178,7 +179,7 @@ def draft(
             tokens=now.tokens.at[row, position].set(drawn_B, mode="drop"),
             exit_layers=now.exit_layers.at[row, position].set(len(layers), mode="drop"),
             length=length,
-            active=drafts_B & (drawn_B != BROKEN) & (length < state.limit - 1),
+            active=drafts_B & (length < state.limit - 1),
             confidence=now.confidence.at[:, now.drafts].set(confidence_B),
             reach=reach,
             expected=now.expected + reach * drafts_B,

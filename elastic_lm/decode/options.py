@@ -120,6 +120,8 @@ class DecodeOptions:
 
     def _check_drafter(self) -> None:
         """What goes with a sub-network that drafts."""
+        right = isinstance(self.drafter, Drafter | Subnet)
+        require(right, "drafter", self.drafter, "must be an el.Drafter or an el.Subnet")
         fix = "a drafter takes the place of exits; leave one of them out"
         require(self.exit is None, "exit", self.exit, fix)
         fix = "drafts are copied, or drawn by a drafter; leave one of them out"

@@ -5,8 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from elastic_lm.config.checks import require
+from elastic_lm.config.checks import require, require_positive
 from elastic_lm.config.subnet import Budget
+
+LOSSLESS = "every token the whole model's"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +18,9 @@ class Setting:
     Attributes:
       name: in words.
       latency_ms: milliseconds per token and row.
-      agreement: share of tokens that are the whole model's; 1 = lossless; None = not known.
+      agreement: share of tokens that are the whole model's; None = not known.
       added_loss: nats per token that the loss is above the whole model's; None = not known.
+      lossless: every token is the whole model's, whatever the text; the agreement is 1 and the added loss 0.
       measured: the milliseconds were measured as they are, and not forecast from their parts.
       dials: keywords of `Sampler`, such as `exit`, `subnet`, `preview`, `lossless`, `lookup` and `drafter`.
         An `exit` is one of the model that has it.
@@ -40,20 +43,31 @@ class Setting:
     latency_ms: float
     agreement: float | None = None
     added_loss: float | None = None
+    lossless: bool = False
     measured: bool = False
     dials: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
     command: str = ""
 
     def __post_init__(self) -> None:
-        require(self.latency_ms > 0, "setting.latency_ms", self.latency_ms, "must be positive")
+        require_positive("setting.latency_ms", self.latency_ms)
+        if self.lossless:
+            known = self.agreement in (None, 1.0) and self.added_loss in (None, 0.0)
+            require(known, "setting.lossless", True, "has agreement=1 and added_loss=0; leave both out")
+            object.__setattr__(self, "agreement", 1.0)
+            object.__setattr__(self, "added_loss", 0.0)
         known = self.agreement is None or 0 <= self.agreement <= 1
         require(known, "setting.agreement", self.agreement, "must be a share from 0 to 1")
+        finite = self.added_loss is None or math.isfinite(self.added_loss)
+        require(finite, "setting.added_loss", self.added_loss, "must be a finite number of nats, or None")
 
     def __str__(self) -> str:
         """The name, the milliseconds and the quality."""
         how = "measured" if self.measured else "forecast"
-        quality = [] if self.agreement is None else [_agreement(self.agreement)]
-        quality += [] if self.added_loss is None else [f"a loss {self.added_loss:+.3f} nats"]
+        if self.lossless:
+            quality = [LOSSLESS]
+        else:
+            quality = [] if self.agreement is None else [_agreement(self.agreement)]
+            quality += [] if self.added_loss is None else [f"a loss {self.added_loss:+.3f} nats"]
         return f"{self.name}: {self.latency_ms:.3g} ms a token ({how}), {' and '.join(quality) or 'unknown'}"
 
 
@@ -69,7 +83,7 @@ class Choice:
       ```python
       import elastic_lm as el
 
-      settings = [el.Setting("full depth", 8.0, agreement=1.0), el.Setting("exits", 5.0, agreement=0.97)]
+      settings = [el.Setting("full depth", 8.0, lossless=True), el.Setting("exits", 5.0, agreement=0.97)]
       choice = el.choose(settings, el.Budget(latency_ms=6, quality=0.95))
       assert choice.setting.name == "exits"
       print(choice.reason)
@@ -87,8 +101,8 @@ def choose(settings: Sequence[Setting], budget: Budget) -> Choice:
     with both, the fastest that keeps both. Settings whose quality is not known have none.
 
     Args:
-      settings: of one model on one device, at one batch size; one of them is the whole model at full depth,
-        whose agreement is 1 and which shares like "70%" are of: the slowest such one.
+      settings: of one model on one device, at one batch size. Shares like "70%" are of the whole model at
+        full depth: the lossless setting without dials.
       budget: `latency_ms`, `quality`, or both.
 
     Returns:
@@ -103,8 +117,8 @@ def choose(settings: Sequence[Setting], budget: Budget) -> Choice:
 
       config = el.testing.tiny_config()
       settings = [
-          el.Setting("full depth", 8.0, agreement=1.0),
-          el.Setting("lookup", 7.0, agreement=1.0, dials={"lossless": True, "lookup": True}),
+          el.Setting("full depth", 8.0, lossless=True),
+          el.Setting("lookup", 7.0, lossless=True, dials={"lossless": True, "lookup": True}),
           el.Setting("half", 4.5, agreement=0.9, dials={"subnet": el.Subnet.uniform(config, mlp=0.5)}),
       ]
       fastest = el.choose(settings, el.Budget(quality=0.99)).setting
@@ -117,10 +131,10 @@ def choose(settings: Sequence[Setting], budget: Budget) -> Choice:
     require(timed, f"budget.{budget.kind}", budget.given, "settings are compared by latency_ms and quality")
     most = None
     if budget.kind == "latency_ms":
-        whole = [one.latency_ms for one in settings if one.agreement == 1.0]
-        known = budget.share is None or bool(whole)
+        whole = _full_depth(settings)
+        known = budget.share is None or whole is not None
         require(known, "budget.latency_ms", budget.given, "is a share of full depth, which is not there")
-        most = budget.of(max(whole, default=1.0)).amount
+        most = budget.of(1.0 if whole is None else whole).amount
 
     good = [one for one in settings if _good(one, budget)]
     affordable = [one for one in settings if most is None or one.latency_ms <= most]
@@ -134,13 +148,17 @@ def choose(settings: Sequence[Setting], budget: Budget) -> Choice:
     return Choice(chosen, _reason(chosen, settings, budget, most))
 
 
+def _full_depth(settings: Sequence[Setting]) -> float | None:
+    """Milliseconds of the whole model at full depth; None = it is not among the settings."""
+    return next((one.latency_ms for one in settings if one.lossless and not one.dials), None)
+
+
 def _good(one: Setting, budget: Budget) -> bool:
     """Whether a setting has the quality that is asked for."""
     if budget.agreement is not None:
         return one.agreement is not None and one.agreement >= budget.agreement
     if budget.added_loss is not None:
-        lossless = one.agreement == 1.0
-        return lossless or (one.added_loss is not None and one.added_loss <= budget.added_loss)
+        return one.added_loss is not None and one.added_loss <= budget.added_loss
     return True
 
 
@@ -152,7 +170,7 @@ def _rank(one: Setting) -> float:
 
 
 def _agreement(share: float) -> str:
-    return "every token the whole model's" if share == 1.0 else f"{share:.1%} of tokens the whole model's"
+    return f"{share:.1%} of tokens the whole model's"
 
 
 def _asked(budget: Budget, most: float | None) -> str:
@@ -179,9 +197,9 @@ def _reason(chosen: Setting, settings: Sequence[Setting], budget: Budget, most: 
         if faster:
             next_one = max(faster, key=lambda one: (_rank(one), -one.latency_ms))
             lines.append(f"of the faster ones the best, {next_one}, is not good enough")
-    whole = [one.latency_ms for one in settings if one.agreement == 1.0]
-    if whole and max(whole) > chosen.latency_ms:
-        lines.append(f"{max(whole) / chosen.latency_ms:.2f} times as fast as full depth")
+    whole = _full_depth(settings)
+    if whole is not None and whole > chosen.latency_ms:
+        lines.append(f"{whole / chosen.latency_ms:.2f} times as fast as full depth")
     return "; ".join(lines)
 
 

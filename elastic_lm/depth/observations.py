@@ -227,7 +227,7 @@ def _parts(
             continue
 
         batch = pad_batch(batch, shape)
-        read = batch.replace(sources=None)
+        read = dataclasses.replace(batch, sources=None)
         scalars = on_host(observe_batch(config, params, rows_beside(params, read), index, chunk))
 
         counted = np.asarray(batch.weights) > 0

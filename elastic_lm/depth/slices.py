@@ -66,7 +66,7 @@ def exit_slices(
     return failure_slices(right, keys, groups=observations.sequence)
 
 
-def _named(field: str, names: Sequence[str], numbers: np.ndarray) -> list[str]:
+def _named(field: str, names: Sequence[str], numbers: np.ndarray) -> Keys:
     """The name of every number."""
     least, most = int(numbers.min()), int(numbers.max())
     require(least >= 0 and most < len(names), field, f"{len(names)} names", f"the text has number {most}")

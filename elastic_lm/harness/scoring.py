@@ -33,7 +33,7 @@ CHUNK = 64  # positions whose logits, [CHUNK, V] per depth, are in memory at onc
 SMALLEST_WIDTH = 16
 STEPS = 4  # widths between a power of two and the next one
 
-Progress = Callable[[int], None]  # is told how many continuations have been scored
+Progress = Callable[[int], object]  # is told how many continuations have been scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,10 +183,10 @@ class Scorer:
             yield (
                 one,
                 DepthScores(
-                    nats=scalars.nats[own],
-                    greedy=scalars.correct[own],
-                    confidence=scalars.confidence[own],
-                    gate=scalars.gate[own],
+                    nats=np.asarray(scalars.nats[own]),
+                    greedy=np.asarray(scalars.correct[own]),
+                    confidence=np.asarray(scalars.confidence[own]),
+                    gate=np.asarray(scalars.gate[own]),
                     length=len(row),
                 ),
             )

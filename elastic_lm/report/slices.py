@@ -10,6 +10,7 @@ The interval of r is Clopper and Pearson's for as many independent trials as wou
 twenty slices whose rates are all right, one lies outside of its 95 % interval by chance.
 """
 
+import collections
 import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -100,13 +101,16 @@ class FailureSlices:
           most: slices to show at most.
 
         Returns:
-          Lines without a final line break; "!" marks slices whose whole interval lies below the average.
+          Lines without a final line break; "!" marks slices whose whole interval lies below the average. What
+          divides nothing, such as the file where there is one, is left out.
         """
-        kinds = ", ".join(dict.fromkeys(one.by for one in self.slices))
-        if not self.slices:
+        counts = collections.Counter(one.by for one in self.slices)
+        slices = [one for one in self.slices if counts[one.by] > 1]
+        kinds = ", ".join(dict.fromkeys(one.by for one in slices))
+        if not slices:
             return f"{what} {self.average.agreement:.4f}; nothing divides its {self.average.items} {items}"
 
-        shown = self.slices[:most]
+        shown = slices[:most]
         width = max(len(items), *(len(f"{one.items:,}") for one in (self.average, *shown)))
         lines = [
             f"{what} by {kinds}, least first ({1 - self.epsilon:.0%} interval of each alone, ! = below the "
@@ -114,8 +118,8 @@ class FailureSlices:
         ]
         lines += [_line(one, width, items, self.average.agreement) for one in shown]
         lines.append(_line(self.average, width, items, self.average.agreement))
-        if len(self.slices) > most:
-            lines.append(f"  {len(self.slices) - most} more slices in the file")
+        if len(slices) > most:
+            lines.append(f"  {len(slices) - most} more slices in the file")
         return "\n".join(lines)
 
 
@@ -142,7 +146,9 @@ def failure_slices(
       agrees: [N] numbers in [0, 1] or bool, how far each item is right.
       keys: what divides the items -> [N] the part that each belongs to; the parts are named by `str`.
       weights: [N] how much each item counts, at least 0 and not all 0; None = all alike.
-      groups: [N] which items depend on each other, such as the tokens of one row; None = none do.
+      groups: [N] which items depend on each other, such as the tokens of one row; None = none do. A slice
+        that lies in one group is marked like one of few items. One in which nothing varies is taken to depend
+        as all items do.
       least: a slice of fewer items is merged with its like into "n others", or marked where it is alone.
       epsilon: probability that the interval of one slice misses.
 
@@ -178,16 +184,23 @@ def failure_slices(
         usable = bool(np.all(np.isfinite(counted) & (counted >= 0)) and counted.sum() > 0)
         require(usable, "weights", float(counted.min()), "must be at least 0, finite and not all 0")
     group = None if groups is None else _numbered(groups)[0]
+    # By what dependence divides the items of all slices together: for slices in which nothing varies.
+    all_own = np.ones(n) if counted is None else counted
+    dependence = 1.0
+    if group is not None:
+        dependence = all_own.sum() ** 2 / (all_own @ all_own) / effective_trials(right, group, all_own)
 
     def of(by: str, name: str, items: np.ndarray, merged: int = 0) -> Slice:
         own = None if counted is None else counted[items]
         rate = float(np.clip(np.average(right[items], weights=own), 0.0, 1.0))  # sums are rounded
+        trials = len(items) if own is None else own.sum() ** 2 / (own @ own)
+        alone = False
         if group is not None:
-            trials = effective_trials(right[items], group[items], own)
-        else:
-            trials = len(items) if own is None else own.sum() ** 2 / (own @ own)
+            alone = len(np.unique(group[items])) < 2  # nothing tells how far another row would differ
+            dependent = effective_trials(right[items], group[items], own)
+            trials = dependent if 0 < rate < 1 and not alone else max(1.0, trials / dependence)
         low, high = rate_interval(rate, trials, epsilon)
-        return Slice(by, name, len(items), rate, low, high, len(items) < least, merged)
+        return Slice(by, name, len(items), rate, low, high, len(items) < least or alone, merged)
 
     found = []
     for by, column in keys.items():

@@ -22,6 +22,7 @@ from elastic_lm.files.checksums import write_checksums
 from elastic_lm.files.locks import LOCK_FILE, only_process
 from elastic_lm.files.remote import check_direct
 from elastic_lm.files.remote_workdirs import flush, refresh, stored_at, working_folder
+from elastic_lm.files.subnet_files import has_subnets, load_subnets
 from elastic_lm.hf.carried import Carried
 from elastic_lm.models.decoder import Params
 from elastic_lm.models.exits import extract
@@ -166,6 +167,8 @@ def _fit(
         if config.train.init_from:
             # Read at the end as well; here nothing is lost where it fails.
             Carried.of_folder(config.train.init_from)
+            if has_subnets(config.train.init_from):
+                load_subnets(config.train.init_from)
     prepare = prepare_task if isinstance(config, TaskRun) else prepare_text
     run: Prepared = prepare(config, workdir, mesh)  # pyright: ignore[reportArgumentType]
     method, data = run.method, run.data

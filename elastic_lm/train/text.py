@@ -18,7 +18,6 @@ from elastic_lm.data.sharded import rows_alone
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.files.fingerprints import weights_fingerprint
 from elastic_lm.files.hub import local_model
-from elastic_lm.files.subnet_files import has_subnets, load_subnets
 from elastic_lm.models.decoder import Params, unstack_layers
 from elastic_lm.models.exits import attach_exits, extract
 from elastic_lm.models.registry import init_params
@@ -209,6 +208,4 @@ def initial_menu(config: RunConfig) -> Menu | None:
         return None
     if not (local_model(folder, weights=False) / MENU_FILE).is_file():
         return None
-    if has_subnets(folder):
-        load_subnets(folder)  # damage is told at the start, not when the trained model is saved
     return load_menu(folder)

@@ -162,7 +162,7 @@ def joined(cells: dict[str, Any]) -> dict[str, list[Record]]:
     for name, cell in cells.items():
         if name.endswith("/half"):
             continue
-        rows = cell["value"]
+        rows = [{**row, "swift": dict(row["swift"])} for row in cell["value"]]
         for row, half in zip(rows, cells.get(f"{name}/half", {"value": []})["value"], strict=False):
             row["swift"][HALF] = half
         found[name.partition("/")[0]] += rows

@@ -7,10 +7,11 @@ DURATION  minutes for a model of a few million parameters; eight for SmolLM2-135
 EXPECTED  README.md beside this file
 
 For every model, `elastic_lm.bench.real` forecasts configurations from the times of their parts and then
-decodes with them, in turns with full depth. Files of `elastic-lm bench real --json` are added with
-`--add FILE=NAME`. What a user loses by a wrong forecast is the second table: the speed of the configuration
-that the plan would take (the largest forecast, full depth if none is above 1) against the fastest measured,
-among the lossless ones and among all.
+decodes with them, in turns with full depth. Results that are there are added with `--add FILE=NAME`:
+files of `elastic-lm bench real --json`, of `elastic-lm latency verify --json` (sub-networks by a latency
+table), and lists of pairs (quickstarts.json beside this file). What a user loses by a wrong forecast is the
+second table: the speed of the configuration that the plan would take (the largest forecast, full depth if
+none is above 1) against the fastest measured, among the lossless ones and among all.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from elastic_lm.bench import real
 from elastic_lm.bench.report import Options
 from elastic_lm.files.atomic import write_text_whole
 from elastic_lm.report.machine import hardware, versions
+
+# Rows of other texts, batches and runs are not choices that a user has beside the others.
+OTHER = "repeated text|batch|sub-network|quickstart"
 
 
 class Compared(NamedTuple):
@@ -66,15 +70,14 @@ def main() -> None:
         rows = list(real.rows(Options(rounds=args.rounds, model=model, data=data)))
         result["models"][name] = {"date": f"{datetime.date.today()}", "note": rows[-1].note}
         write_text_whole(file, json.dumps(result, indent=1) + "\n")
+    found = [one for name, own in result["models"].items() for one in compared(name, own["note"])]
     for given in args.add:
         path, _, name = given.partition("=")
-        rows = {row["name"]: row for row in json.loads(Path(path).read_text())["rows"]}
-        result["models"][name or path] = {"file": path, "note": rows["real/plan"]["note"]}
-
-    found = [one for name, own in result["models"].items() for one in compared(name, own["note"])]
+        found += added(json.loads(Path(path).read_text()), name or path)
     result["compared"] = [{**one._asdict(), "ratio": one.ratio} for one in worst_first(found)]
     write_text_whole(file, json.dumps(result, indent=1) + "\n")
     print(tables(found))
+    plot(found, str(out / "forecasts.png"))
 
 
 def parse() -> argparse.Namespace:
@@ -100,6 +103,22 @@ def compared(model: str, note: str) -> list[Compared]:
     return found
 
 
+def added(content: dict[str, Any], model: str) -> list[Compared]:
+    """Pairs of a file that another command, or a person, wrote."""
+    rows = {row["name"]: row for row in content.get("rows", ())}
+    if "real/plan" in rows:
+        return compared(model, rows["real/plan"]["note"])
+    found = [Compared(model, p["name"], p["measured"], p["forecast"]) for p in content.get("compared", ())]
+    if "subnets" in content:
+        # The whole model when the table was checked, and when it was built.
+        now, then = (rows["latency/full_vs_table"][key] for key in ("measured", "ideal"))
+        found += [
+            Compared(model, f"sub-network {i}", now / one["measured"], then / one["predicted"])
+            for i, one in enumerate(content["subnets"], 1)
+        ]
+    return found
+
+
 def worst_first(found: list[Compared]) -> list[Compared]:
     """By how far the forecast was off, in either direction."""
     return sorted(found, key=lambda one: -abs(math.log(one.ratio)))
@@ -113,8 +132,9 @@ def tables(found: list[Compared]) -> str:
     ]
     lost = []
     for model in dict.fromkeys(one.model for one in found):
-        # Rows of other texts and batches are not choices that a user has beside these.
-        own = [c for c in found if c.model == model and not re.search("repeated text|batch", c.name)]
+        own = [c for c in found if c.model == model and not re.search(OTHER, c.name)]
+        if not own:
+            continue
         own.append(Compared(model, "full depth", 1.0, 1.0))
         for kind in ("lossless", "any"):
             group = [c for c in own if kind == "any" or c.name == "full depth" or c.name.startswith(kind)]
@@ -134,6 +154,32 @@ def tables(found: list[Compared]) -> str:
     header = ["model", "among", "the plan takes", "forecast", "measured", "the fastest", "measured", "ratio"]
     first = markdown(["model", "configuration", "measured", "forecast", "measured / forecast"], rows)
     return f"{first}\n\n{markdown(header, lost)}"
+
+
+def plot(found: list[Compared], file: str) -> None:
+    """Measured over forecast speed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 5))
+    for model in dict.fromkeys(one.model for one in found):
+        own = [one for one in found if one.model == model]
+        axes.plot(
+            [one.forecast for one in own], [one.measured for one in own], "o", markersize=4, label=model
+        )
+    for one in worst_first(found)[:6]:
+        axes.annotate(one.name, (one.forecast, one.measured), (4, 2), textcoords="offset points", fontsize=6)
+    ends = [min(one.forecast for one in found), max(one.forecast for one in found)]
+    axes.plot(ends, ends, "k-", linewidth=0.8)
+    axes.set_xlabel("forecast speed, full depth = 1")
+    axes.set_ylabel("measured")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

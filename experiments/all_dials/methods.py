@@ -10,8 +10,9 @@ The model is ranked and gets exits in closed form (`study.base`), which changes 
 dials in one checkpoint. Parts, in the order in which they run:
 
     forward   nothing trains: exits copied and in closed form, sub-networks (half or three quarters of the
-              neurons, layers left out, knapsack), exits of sub-networks; loss and agreement on held-out
-              instructions (Alpaca, as in Sorted LLaMA)
+              neurons, layers left out), exits of sub-networks; loss and agreement on held-out instructions
+              (Alpaca, as in Sorted LLaMA)
+    search    sub-networks that a knapsack chooses layer by layer for what two of these cost
     time      milliseconds per token of everything that decodes differently, in turns in one process
     train     ee_tuning, self_supervised, soft, joint (LayerSkip's recipe with self-distillation), elastic
               (Flextron's first stage), and plain fine-tuning as the control: the same number of tokens each,
@@ -71,7 +72,7 @@ from elastic_lm.train.pretraining import Pretraining
 from elastic_lm.width.switched import MenuIndices
 
 matplotlib.use("Agg")
-PARTS = ("forward", "time", "train", "combine", "tasks", "trivia")
+PARTS = ("forward", "search", "time", "train", "combine", "tasks", "trivia")
 ARMS = ("ee_tuning", "self_supervised", "soft", "joint", "elastic", "plain")
 MENU = el.Menu(mlp=(0.5, 0.75, 1.0), heads=(1.0,))  # of elastic training
 SEARCHED = (0.25, 0.5, 1.0)  # widths of MLPs that the knapsack chooses from
@@ -104,6 +105,7 @@ def parse() -> argparse.Namespace:
     found.add_argument("--steps", type=int, default=8)
     found.add_argument("--lr", type=float, default=1e-4, help="of the layers; exits learn ten times as fast")
     found.add_argument("--prompts", type=int, default=3, help="that are timed")
+    found.add_argument("--timed", nargs="*", default=[], help="names of the table; none = everything")
     found.add_argument("--new-tokens", type=int, default=48)
     found.add_argument("--rounds", type=int, default=5)
     found.add_argument("--task-rows", type=int, default=200, help="of each task, for the base")
@@ -180,13 +182,24 @@ class Study:
             lost = set(np.argsort(scores)[:count].tolist())
             kept = [i for i in range(config.n_layers) if i not in lost]
             found[f"without {count} layers"] = el.Subnet.uniform(config, layers=kept)
-        for name, subnet in self.cells.get("knapsack", lambda: self.knapsacks(scores, found)).items():
+        for name, subnet in self.cells.found.get("knapsack", {"value": {}})["value"].items():
             found[name] = el.Subnet(**{k: v if k == "d_model" else tuple(v) for k, v in subnet.items()})
         return found
 
+    def search(self) -> None:
+        """Sub-networks that a knapsack chooses layer by layer."""
+        scores = np.asarray(self.cells.get("layer scores", self.layer_scores))
+        self.cells.get("knapsack", lambda: self.knapsacks(scores, self.subnets()))
+        self.forward()
+
     def layer_scores(self) -> list[float]:
-        """What the logits change without each layer, on one batch of training text."""
-        return el.width.layer_scores(*self.plain, self.fitting[:1]).tolist()
+        """What the logits change without each layer, on one row of training text."""
+        return el.width.layer_scores(*self.plain, [self.one_row]).tolist()
+
+    @property
+    def one_row(self) -> el.data.Batch:
+        """Training text that layers and neurons are compared on, again and again."""
+        return jax.tree.map(lambda x: x[:1], self.fitting[0])
 
     def knapsacks(self, scores: np.ndarray, uniform: dict[str, el.Subnet]) -> dict[str, Record]:
         """The best sum of measured damages for what two of the uniform ones cost."""
@@ -194,7 +207,7 @@ class Study:
         dropped = tuple(np.argsort(scores)[: max(1, round(DROPPED[-1] * config.n_layers / 30))].tolist())
         menu = el.Menu(mlp=SEARCHED, heads=(1.0,), dropped=dropped)
         method = el.width.ElasticTraining(config, menu=menu)
-        stacked, text = stack_layers(params), self.fitting[0]
+        stacked, text = stack_layers(params), self.one_row
         sums = jax.jit(lambda params, choice: method.token_sums(params, choice, text))
 
         def loss(subnet: el.Subnet) -> float:
@@ -215,7 +228,7 @@ class Study:
     def with_exits(self) -> list[str]:
         """Sub-networks that get exits of their own."""
         names = list(self.subnets())
-        return [next(n for n in names if n.startswith("without")), next(n for n in names if "knapsack" in n)]
+        return [next(n for n in names if n.startswith("without"))]
 
     def small_with_exits(self, name: str) -> Model:
         """A sub-network with exits in closed form, fitted to the sub-network itself."""
@@ -229,9 +242,8 @@ class Study:
         self.cells.get("time", self.timed)
 
     def timed(self) -> Record:
-        found = measure.generate(
-            self.samplers(), prompts_of_one_bucket(self), self.args.new_tokens, self.args.rounds
-        )
+        made = {name: make() for name, make in self.samplers().items() if self.wanted(name)}
+        found = measure.generate(made, prompts_of_one_bucket(self), self.args.new_tokens, self.args.rounds)
         full = found["full depth"]
         return {
             name: {
@@ -244,37 +256,47 @@ class Study:
             for name, one in found.items()
         }
 
-    def samplers(self) -> dict[str, el.Sampler]:
-        """Samplers by what they are called in the tables."""
-        cells, whole = self.cells.found, self.plain
-        subnets = self.subnets()
+    def wanted(self, name: str) -> bool:
+        """Whether something is timed."""
+        return not self.args.timed or name == "full depth" or name in self.args.timed
 
-        def of(model: Model, **options: Any) -> el.Sampler:
-            return el.Sampler(Decoder(model[0]), model[1], window=WINDOW, **options)
+    def samplers(self) -> dict[str, Callable[[], el.Sampler]]:
+        """What makes each sampler, by what it is called in the tables."""
+        whole, few = self.plain, self.with_exits()
 
-        def policy(cell: str, target: float, layers: Sequence[int]) -> el.ConfidenceExit:
-            rows = cells[f"forward/{cell}"]["value"]["calibrated"]
-            thresholds = next(row["thresholds"] for row in rows if row["target"] == target)
-            return el.ConfidenceExit("margin", tuple(thresholds), tuple(layers))
+        def of(model: Model, **options: Any) -> Callable[[], el.Sampler]:
+            return lambda: el.Sampler(Decoder(model[0]), model[1], window=WINDOW, **options)
 
-        found = {"full depth": of(whole), "lookup": of(whole, lossless=True, lookup=True)}
-        for layer in self.layers[1:]:
-            found[f"{layer} layers"] = of(el.depth.extract(*whole, layer))
+        def small(name: str, target: float | None = None, **options: Any) -> Callable[[], el.Sampler]:
+            def make() -> el.Sampler:
+                if target is None:
+                    return of(el.slice_params(*whole, self.subnets()[name]), **options)()
+                model = self.small_with_exits(name)
+                layers = [e.layer for e in model[0].exits]
+                return of(model, exit=self.policy(f"{name} x exits", target, layers), **options)()
+
+            return make
+
+        lookup = {"lossless": True, "lookup": True}
+        own = "exits in closed form"
+        found = {"full depth": of(whole), "lookup": of(whole, **lookup)}
         for target in (0.9, 0.95):
-            exits = policy("exits in closed form", target, self.layers)
-            found[f"exits at {target}"] = of(self.model, exit=exits)
-        for name, subnet in subnets.items():
-            found[name] = of(el.slice_params(*whole, subnet))
-        for name in self.with_exits():
-            small = self.small_with_exits(name)
-            layers = tuple(e.layer for e in small[0].exits)
-            exits = policy(f"{name} x exits", 0.9, layers)
-            found[f"{name} x exits at 0.9"] = of(small, exit=exits)
-            found[f"{name} x lookup"] = of(el.depth.without_exits(*small), lossless=True, lookup=True)
-            found[f"{name} x exits x lookup"] = of(small, exit=exits, lossless=True, lookup=True)
-        exits = policy("exits in closed form", 0.9, self.layers)
-        found["exits x lookup"] = of(self.model, exit=exits, lossless=True, lookup=True)
+            found[f"exits at {target}"] = of(self.model, exit=self.policy(own, target, self.layers))
+        found["exits x lookup"] = of(self.model, exit=self.policy(own, 0.9, self.layers), **lookup)
+        found[f"{self.layers[-1]} layers"] = of(el.depth.extract(*whole, self.layers[-1]))
+        for name in self.subnets():
+            found[name] = small(name)
+        for name in few:
+            found[f"{name} x exits at 0.9"] = small(name, 0.9)
+            found[f"{name} x lookup"] = small(name, **lookup)
+            found[f"{name} x exits x lookup"] = small(name, 0.9, **lookup)
         return found
+
+    def policy(self, cell: str, target: float, layers: Sequence[int]) -> el.ConfidenceExit:
+        """The thresholds that a cell of the first part chose."""
+        rows = self.cells.found[f"forward/{cell}"]["value"]["calibrated"]
+        thresholds = next(row["thresholds"] for row in rows if row["target"] == target)
+        return el.ConfidenceExit("margin", tuple(thresholds), tuple(layers))
 
     # ------------------------------------------------------------------ training
 

@@ -35,7 +35,18 @@ from elastic_lm.width.importance import STORAGE_GROUPS
 
 Model = tuple[el.ModelConfig, Params]
 Record = dict[str, Any]
-SIZES = ("resume", "seeds", "parts", "out", "rows", "half_rows", "arms", "tasks")  # may differ on --resume
+SIZES = (
+    "resume",
+    "seeds",
+    "parts",
+    "out",
+    "rows",
+    "half_rows",
+    "arms",
+    "tasks",
+    "timed",
+)  # may differ on --resume
+PLACES = ("model", "data", "eval", "trivia", "small", "elastic")  # only their names are recorded
 SHARES = (0.5, 0.73, 0.87)  # of the layers, where exits are
 TARGETS = (0.9, 0.95, 0.99)  # agreements that thresholds are chosen for
 UNPREPARED = "python experiments/sorted_llama/prepare.py --source FOLDER --out DATA"
@@ -54,7 +65,8 @@ class Cells:
           FileExistsError: there are results and `--resume` was not given.
           ValueError: they are of other flags.
         """
-        flags = {k: v for k, v in vars(args).items() if k not in SIZES}
+        flags = {k: v for k, v in vars(args).items() if k not in SIZES and not callable(v)}
+        flags |= {k: Path(flags[k]).name for k in PLACES if flags.get(k)}
         self.file = file
         self.content: dict[str, Any] = {
             "args": json.loads(json.dumps(flags)),
@@ -198,8 +210,7 @@ def base(args: argparse.Namespace, out: Path) -> tuple[Model, el.Tokenizer]:
             groups = np.gcd(STORAGE_GROUPS, config.d_mlp)
             config, params = el.width.permute(config, params, importance, groups=int(groups))
         exits = [el.ExitConfig(n, "linear", tied=True, init="fit") for n in exit_layers(config.n_layers)]
-        config, params = el.attach_exits(config, params, exits, jax.random.key(0))
-        save_model(folder, config, el.depth.fit_exits(config, params, text), tokenizer)
+        save_model(folder, *fitted(config, params, exits, text), tokenizer)
     decoder, params = load_decoder(folder)
     return (decoder.config, params), tokenizer
 
@@ -220,8 +231,21 @@ def fitted_exits(model: Model, layers: Sequence[int], text: Sequence[Batch]) -> 
     """The model with exits in closed form, fitted to what it says itself."""
     plain = el.depth.without_exits(*model)
     exits = [el.ExitConfig(n, "linear", tied=True, init="fit") for n in layers]
-    config, params = el.attach_exits(*plain, exits, jax.random.key(0))
-    return config, el.depth.fit_exits(config, params, text)
+    return fitted(*plain, exits, text)
+
+
+def fitted(
+    config: el.ModelConfig, params: Params, exits: Sequence[el.ExitConfig], text: Sequence[Batch]
+) -> Model:
+    """A model without exits with new ones in closed form."""
+    config, params = el.attach_exits(config, params, exits, jax.random.key(0))
+    found = el.depth.fit_exits(config, scanned(config, params), text)
+    return config, {**params, **{e.name: found[e.name] for e in config.exits}}
+
+
+def scanned(config: el.ModelConfig, params: Params) -> Params:
+    """Stacked parameters where layers are alike: a scan compiles in a tenth of the time."""
+    return params if config.heterogeneous else stack_layers(params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,8 +283,9 @@ class Seen:
 def look(model: Model, text: Sequence[Batch]) -> Seen:
     """Runs text through every depth of a model."""
     parts, first = [], 0
+    params = scanned(*model)
     for batch in text:
-        nats, choice, margin = jax.device_get(_every_depth(*model, batch))
+        nats, choice, margin = jax.device_get(_every_depth(model[0], params, batch))
         counted = np.asarray(batch.weights) > 0
         row = np.broadcast_to(first + np.arange(len(counted))[:, None], counted.shape)
         columns = (nats, choice, margin, np.asarray(batch.targets), row)

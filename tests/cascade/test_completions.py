@@ -141,6 +141,19 @@ def test_choices_by_the_text_alone() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("reply", "named"),
+    [("(B)", 1), ("b", 1), ("**B**", 1), ("B\nfor the sky is blue", 1), ("[C]", 2), ("D: so", 3)],
+)
+def test_a_letter_names_a_choice(reply: str, named: int) -> None:
+    assert choice_named(reply, ["w", "x", "y", "z"]) == named
+
+
+@pytest.mark.parametrize("reply", ["A better answer is B", "I think B", "Because", "", "E."])
+def test_a_sentence_names_none(reply: str) -> None:
+    assert choice_named(reply, ["w", "x", "y", "z"]) == reply
+
+
 def test_a_server_without_log_probabilities_is_named() -> None:
     with served(logprobs=False) as url:
         swift = Endpoint(url + PATHS["chat"], style="chat", top_logprobs=2, **QUICK)

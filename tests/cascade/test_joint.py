@@ -173,12 +173,39 @@ def test_rules_survive_their_files(tmp_path: pathlib.Path) -> None:
         ({"qualities": [[1, 0], [1, 2], [1, 1]]}, "must be qualities in"),
         ({"scores": [[1, 2], [1, np.inf]]}, "scores='inf': must be finite"),
         ({"scores": [[1, 2], 3]}, r"scores\[1\].shape=\(\)"),
+        ({"qualities": [[1, 0], ["a", 1], [1, 1]]}, r"qualities\[1\]=\['a', 1\]: must be numbers"),
+        (
+            {"qualities": [[1, 1]] * 13, "scores": [[1, 2]] * 12, "costs": [1] * 13},
+            "members=13: .* at most 12",
+        ),
     ],
 )
 def test_measurements_refuse(change: dict, message: str) -> None:
     good = {"scores": [[1, 2], [3, 4]], "qualities": [[1, 0], [1, 1], [1, 1]], "costs": [1, 2, 3]}
     with pytest.raises(ValueError, match=message):
         JointMeasurements.of(**{**good, **change})
+
+
+def test_a_score_of_minus_infinity_is_passed_on_by_every_threshold() -> None:
+    scores = np.linspace(0, 1, 40)
+    given = {"qualities": [[1] * 40] * 2, "costs": [1.0, 10.0]}
+    rule = fit_joint(JointMeasurements.of([[*scores[:-1], -np.inf]], **given), super_accuracy=True)
+    assert rule.measured.shares == (39 / 40, 1 / 40)
+    nan = fit_joint(JointMeasurements.of([[*scores[:-1], np.nan]], **given), super_accuracy=True)
+    assert rule.stages == nan.stages
+
+
+@pytest.mark.parametrize(
+    ("goal", "message"),
+    [
+        ({"target_cost": "a"}, "target_cost='a': must be a number"),
+        ({"target_accuracy": np.nan}, "target_accuracy=nan: must be a finite number"),
+        ({"target_cost": 9.0, "scores": ["energy"]}, "scores: count=1: give one for each of 2 members"),
+    ],
+)
+def test_goals_that_cannot_be_are_refused(goal: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_joint(drawn(30, 3), **goal)
 
 
 def test_a_stage_refuses() -> None:

@@ -17,7 +17,7 @@ from elastic_lm.checkpoints import native as checkpoint
 from elastic_lm.cli import main as cli
 from elastic_lm.cli.cascade import fit as fit_command
 from elastic_lm.cli.cascade import run as run_command
-from elastic_lm.cli.cascade.models import make_members
+from elastic_lm.cli.cascade.models import make_members, service_key
 from elastic_lm.config.encoder import EncoderConfig
 from elastic_lm.data.tokenizer import train_bpe
 from elastic_lm.files.journal import read_records
@@ -194,6 +194,26 @@ def test_costs_that_nobody_knows() -> None:
     fit_command.Options(**common, super_="b", between=("http://h/",), cost="seconds")
     with pytest.raises(ValueError, match=r"--label-field x: is not read with --agreement"):
         fit_command.Options(**{**common, "style": "rows"}, super_="b", agreement=True, label_field="x")
+
+
+def test_no_key_is_sent_to_two_hosts(monkeypatch) -> None:
+    near, far = "http://localhost:8000/v1/chat/completions", "https://example.org/v1/chat/completions"
+
+    def keys(value: str, *places: str) -> list[str]:
+        monkeypatch.setenv("ELASTIC_LM_API_KEY", value)
+        swift, between, large = places
+        options = made("--swift", swift, "--between", between, "--super", large, "--style", "chat")
+        return [service_key(options, number) for number in range(3)]
+
+    assert keys("one\n", far, far, far) == ["one", "one", "one"]
+    assert keys("", near, far, far) == ["", "", ""]
+    assert keys(",two, three", near, far, far) == ["", "two", "three"]
+    with pytest.raises(
+        ValueError, match=r"ELASTIC_LM_API_KEY='\.\.\.': is one key for 2 hosts; give one for each"
+    ):
+        keys("secret", near, far, far)
+    with pytest.raises(ValueError, match=r"ELASTIC_LM_API_KEY: count=2: are keys of 3 services"):
+        keys("a,b", near, far, far)
 
 
 @pytest.mark.long

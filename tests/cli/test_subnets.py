@@ -111,6 +111,13 @@ def test_names_go_along_and_numbers_stay_with_their_weights(
     assert load_subnets(tmp_path / "changed")["w50"].loss is None
 
 
+def test_a_menu_that_does_not_fit_keeps_no_model_from_being_saved(tmp_path: pathlib.Path) -> None:
+    odd = Menu(mlp=(0.3, 1.0))
+    native.save_model(tmp_path / "odd", CONFIG, random_params(CONFIG), None, menu=odd)
+    assert native.load_menu(tmp_path / "odd") == odd
+    assert not (tmp_path / "odd" / SUBNETS_FILE).exists()
+
+
 def test_the_card_shows_names_and_what_was_measured(model: pathlib.Path) -> None:
     measured(model)
     card = write_card(collect_facts(model, "org/name"))

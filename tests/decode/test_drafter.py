@@ -15,6 +15,7 @@ import elastic_lm as el
 from elastic_lm.config.model import ExitConfig
 from elastic_lm.config.subnet import Subnet
 from elastic_lm.decode import drafter_costs, drafting, sampler
+from elastic_lm.decode.sampling import BROKEN
 from elastic_lm.decode.state import Drafting
 from elastic_lm.models.registry import init_params
 from elastic_lm.testing import tiny_config
@@ -65,6 +66,26 @@ def test_no_token_differs(model, subnet, many_prompts, monkeypatch):
             assert kept == stats.accepted
             assert stats.drafter_ticks >= stats.drafted / 2
     assert 0 < wasted < drafted
+
+
+def test_a_token_that_the_drafter_cannot_draw_is_left_to_the_whole_model(
+    model, subnet, many_prompts, monkeypatch
+):
+    given_costs(monkeypatch, EVEN)
+    draw = drafting.sample
+
+    def overflowing(logits, tokens, length, settings):
+        """As where the layers that are left out make a logit infinite, at every second position."""
+        return jnp.where(length % 2 == 0, BROKEN, draw(logits, tokens, length, settings))
+
+    monkeypatch.setattr(drafting, "sample", overflowing)
+    window = WINDOW + 2  # programs that no other test has compiled
+    decoder = model.sampler(window=window, lossless=True, drafter=subnet)
+    outputs = decoder.sample(many_prompts[:2], NEW)
+    assert [out.tokens for out in outputs] == [
+        out.tokens for out in model.sampler(window=WINDOW).sample(many_prompts[:2], NEW)
+    ]
+    assert outputs[0].stats.drafted > 0
 
 
 def test_stop_strings_streams_and_mixed_rows(model, subnet, many_prompts):
@@ -274,6 +295,7 @@ def test_costs_of_rounds_between_those_that_are_timed():
         ({}, {"lossless": False}, r"drafter=.*: drafts for lossless rows only; give lossless=True"),
         ({}, {"subnet": "half"}, r"subnet=.*: the drafter drafts for the whole model; use a sampler without"),
         ({"subnet": "half"}, {}, r"drafter=.*: drafts for the whole model; leave budget, subnet and elastic"),
+        ({"drafter": 3}, {}, r"drafter=3: must be an el.Drafter or an el.Subnet"),
         ({"drafter": "other"}, {}, r"drafter: subnet.layers=\(9,\): the model has 3 layers"),
     ],
 )

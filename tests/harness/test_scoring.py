@@ -1,6 +1,7 @@
 """Log-probabilities at every depth in one pass, without the harness."""
 
 import importlib.metadata
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import elastic_lm as el
+from elastic_lm.cascade.rule import CascadeRule
 from elastic_lm.depth.policies import ConfidenceExit
 from elastic_lm.harness import scoring
 from elastic_lm.harness.library import harness
@@ -170,6 +172,37 @@ def test_a_subnet_is_its_slice(params: Params) -> None:
     assert model.layers == (1, 3, 4)
     with pytest.raises(ValueError, match=r"exit=2: the model that runs has exits after layers \(1, 3\)"):
         scored(params, exit=2)
+
+
+def test_a_rule_passes_whole_questions_on(params: Params) -> None:
+    def request(question: int, text: str) -> SimpleNamespace:
+        return SimpleNamespace(args=("ab", text), task_name="task", doc_id=question)
+
+    requests = [request(i, text) for i in range(3) for text in ("cd", "x" * (i + 1), "efg")]
+
+    def values(model: HarnessModel) -> list[float]:
+        return [value for value, _ in model.loglikelihood(requests)]
+
+    def cascaded(threshold: float) -> list[float]:
+        return values(scored(params, exit=1, cascade=CascadeRule(threshold, "max_prob")))
+
+    early, whole = values(scored(params, exit=1)), values(scored(params))
+
+    assert cascaded(0.0) == pytest.approx(early)
+    assert cascaded(1.1) == pytest.approx(whole)
+
+    # The likeliest choice per token decides, question by question.
+    sizes = [2, 1, 3, 2, 2, 3, 2, 3, 3]
+    logits = np.asarray(early) / sizes
+    surest = np.exp(logits.reshape(3, 3)).max(axis=1) / np.exp(logits.reshape(3, 3)).sum(axis=1)
+    kept = int(np.argmax(surest))
+    expected = [early[i] if i // 3 == kept else whole[i] for i in range(9)]
+    assert cascaded(float(np.sort(surest)[1:].mean())) == pytest.approx(expected)
+
+    with pytest.raises(ValueError, match="cascade='task': has one continuation per question"):
+        scored(params, exit=1, cascade=CascadeRule(0.5, "max_prob")).loglikelihood(requests[:1])
+    with pytest.raises(ValueError, match="needs a Swift"):
+        scored(params, cascade=CascadeRule(0.5, "max_prob"))
 
 
 def test_contexts_and_continuations(params: Params) -> None:

@@ -34,8 +34,8 @@ def test_slices_are_what_counting_by_hand_gives(items: list[tuple[str, bool, int
         assert one.agreement == pytest.approx(rate)
         assert one.items == len(own)
         assert one.low <= one.agreement <= one.high
-    rates = [one.agreement for one in found.slices]
-    assert rates == sorted(rates)
+    order = [(one.few, one.agreement) for one in found.slices]  # those of one group are told last
+    assert order == sorted(order)
     assert FailureSlices.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
@@ -75,6 +75,15 @@ def test_slices_of_few_items_stand_together_and_last() -> None:
     assert one.splitlines()[-1] == "  1 more slices in the file"
 
 
+def test_what_divides_nothing_is_not_printed() -> None:
+    keys = {"file": ["a"] * 100, "kind": ["word"] * 60 + ["digits"] * 40}
+    found = failure_slices([1] * 60 + [0] * 40, keys)
+    assert {one.by for one in found.slices} == {"file", "kind"}
+    assert "file" not in found.text()
+    alone = failure_slices([1, 0] * 50, {"file": ["a"] * 100})
+    assert alone.text(items="rows") == "agreement 0.5000; nothing divides its 100 rows"
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one item"):
         failure_slices([], {"file": []})
@@ -98,3 +107,15 @@ def test_every_length_lies_in_its_bucket(lengths: list[int], shortest: int) -> N
             first, last = map(int, name.split(" to "))
             assert first <= length <= last == 2 * first - 1
             assert first % shortest == 0
+
+
+def test_a_slice_of_one_row_tells_nothing_of_others() -> None:
+    rows = np.repeat(np.arange(10), 100)
+    agrees = (rows % 2).astype(float)  # whole rows are right or wrong
+    found = failure_slices(agrees, {"file": [str(row) for row in rows]}, groups=rows)
+    assert all(one.few for one in found.slices)
+    pairs = failure_slices(agrees, {"kind": ["odd" if row % 2 else "even" for row in rows]}, groups=rows)
+    assert not any(one.few for one in pairs.slices)
+    # Five rows that agree as wholes say what five items do, and not what 500 do.
+    odd = next(one for one in pairs.slices if one.name == "odd")
+    assert odd.low < failure_slices([1.0] * 10, {"kind": ["a"] * 10}).average.low < 0.8

@@ -15,6 +15,7 @@ from elastic_lm.config.subnet import Menu, Subnet
 from elastic_lm.data.batch import Batch
 from elastic_lm.data.pipeline import train_batches
 from elastic_lm.data.tokenizer import Tokenizer
+from elastic_lm.files.subnet_files import load_subnets
 from elastic_lm.models.decoder import Params, unstack_layers
 from elastic_lm.models.sharding import make_mesh
 from elastic_lm.testing import all_logits
@@ -122,6 +123,9 @@ def test_elastic_training_resumes_bit_identically(base: RunConfig, tmp_path: Pat
 
     assert model.elastic_groups == 8
     assert load_menu(tmp_path / "stopped" / "model") == config.method.menu
+    named = load_subnets(tmp_path / "stopped" / "model", model)
+    assert set(named) == {"w25-h50", "w25", "h50", "whole"}
+    assert named == load_subnets(tmp_path / "straight" / "model")
     loaded, params = load_model(tmp_path / "stopped" / "model")
     assert loaded == model
     chex.assert_trees_all_equal(params, resumed)

@@ -13,6 +13,7 @@ from elastic_lm.checkpoints.native import load_menu, load_model, save_model
 from elastic_lm.config.subnet import Budget, Menu
 from elastic_lm.data.tokenizer import Tokenizer
 from elastic_lm.decode.sampler import Sampler
+from elastic_lm.files.subnet_files import load_subnets
 from elastic_lm.models.decoder import Decoder
 from elastic_lm.train.config import RunConfig
 from elastic_lm.train.recipes import load_config
@@ -54,6 +55,7 @@ def test_routers_resume_bit_identically_and_serve_budgets(
     chex.assert_trees_all_equal(first.params, second.params)
 
     assert load_menu(folders[0]) == MENU
+    assert load_subnets(folders[0], model) == load_subnets(config.train.init_from)
     chosen = SubnetChooser.load(folders[0], model)
     budget = Budget(parameters=0.7 * chosen.costs("parameters").range(MENU)[1])
     found = Sampler(Decoder(model), params, elastic=chosen, budget=budget).sample([1, 2, 3], 2)

@@ -151,6 +151,7 @@ def run(options: Options) -> None:
     rule.save(options.out)
     print(table(rule))
     print(slices.text("agreement with the Super", "records"))
+    print("the slices are of the records that the thresholds were chosen on")
     if options.plot:
         from elastic_lm.cascade.plot import plot_cascade
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from elastic_lm import cascade
 from elastic_lm.cascade.answerer import Answerer, NamedAnswerer, Record
@@ -152,7 +153,7 @@ def _service(options: PairOptions, number: int, cost: float, *, scored: bool) ->
             models = options.service_model.split(",")
             body["model"] = models[services.index(number) if len(models) > 1 else 0]
         how["options"] = body
-    key = os.environ.get(KEY, "").strip()  # files that keys are read from end in a newline
+    key = service_key(options, number)
     return Endpoint(
         options.places[number].place,
         timeout=options.timeout,
@@ -163,6 +164,30 @@ def _service(options: PairOptions, number: int, cost: float, *, scored: bool) ->
         cost=cost,
         **how,
     )
+
+
+def service_key(options: PairOptions, number: int) -> str:
+    """The key of a service: the variable's, or one of several with commas; no key is sent to two hosts.
+
+    Args:
+      options: of the command.
+      number: of the member.
+
+    Raises:
+      ValueError: there is one key for services of several hosts, or another number of keys than services.
+    """
+    services = [i for i, place in enumerate(options.places) if is_url(place.place)]
+    keys = [key.strip() for key in os.environ.get(KEY, "").split(",")]  # a file's key ends in a newline
+    hosts = {urlsplit(options.places[i].place).netloc.rpartition("@")[2] for i in services}
+    if keys == [""]:
+        return ""
+    if len(keys) == 1:
+        fix = f"is one key for {len(hosts)} hosts; give one for each of {len(services)} services, with commas"
+        require(len(hosts) == 1, KEY, "...", fix)
+        return keys[0]
+    fix = f"are keys of {len(services)} services, in their order; an empty one sends none"
+    require(len(keys) == len(services), f"{KEY}: count", len(keys), fix)
+    return keys[services.index(number)]
 
 
 def _parts_of_one(

@@ -6,8 +6,8 @@ import pytest
 
 import elastic_lm as el
 
-FULL = el.Setting("full depth", 8.0, agreement=1.0, added_loss=0.0, measured=True)
-LOOKUP = el.Setting("lossless lookup", 7.0, agreement=1.0)
+FULL = el.Setting("full depth", 8.0, lossless=True, measured=True)
+LOOKUP = el.Setting("lossless lookup", 7.0, lossless=True, dials={"lossless": True, "lookup": True})
 EXITS = el.Setting("exits", 5.0, agreement=0.95)
 HALF = el.Setting("half", 4.0, agreement=0.9, added_loss=0.04, measured=True)
 QUARTER = el.Setting("quarter", 3.0, added_loss=0.3, measured=True)
@@ -85,3 +85,34 @@ def test_a_budget_of_old_is_what_it_was():
     chooser = el.SubnetChooser(config, el.Menu(mlp=(0.5, 1.0)))
     with pytest.raises(ValueError, match=r"budget.quality=0.9: a menu says what sub-networks cost"):
         chooser.subnet(budget)
+
+
+def test_a_lossless_setting_that_is_slower_is_not_full_depth():
+    slow = el.Setting("drafter", 16.0, lossless=True, dials={"lossless": True})
+    choice = el.choose([FULL, slow, HALF], el.Budget(latency_ms="50%"))
+    assert choice.setting is HALF
+    assert choice.reason.startswith("asked for 4 ms")
+    assert (
+        el.choose([slow, FULL], el.Budget(quality=1.0)).reason
+        == f"asked for 100.0% of tokens the whole model's: {FULL}"
+    )
+
+
+def test_an_agreement_that_was_measured_is_no_promise():
+    lucky = el.Setting("half", 4.0, agreement=1.0, measured=True)
+    assert "100.0% of tokens" in str(lucky)
+    assert "every token" not in str(lucky)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"added_loss": float("nan")},
+        {"agreement": 1.5},
+        {"lossless": True, "agreement": 0.9},
+        {"latency_ms": float("nan")},
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(fields):
+    with pytest.raises(ValueError, match=r"setting\.\w+="):
+        el.Setting(**{"name": "one", "latency_ms": 1.0, **fields})
