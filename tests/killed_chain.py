@@ -75,7 +75,7 @@ def tuned(folder: Path, steps: int) -> None:
     """Saves an encoder with an exit after the first of its layers, tuned on the task."""
     records = drawn(4000, seed=1)
     tokenizer = train_bpe([record["text"] for record in records], 320)
-    shape = {"d_model": 32, "n_layers": 3, "n_heads": 4, "d_mlp": 64, "max_len": 32}
+    shape: dict[str, Any] = {"d_model": 32, "n_layers": 3, "n_heads": 4, "d_mlp": 64, "max_len": 32}
     config = EncoderConfig(vocab_size=320, **shape, n_labels=2, labels=LABELS, exits=(1,))
     params = el.init_params(config, jax.random.key(0))
     rows = [encoded(tokenizer, record) for record in records]

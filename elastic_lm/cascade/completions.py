@@ -20,7 +20,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from elastic_lm.cascade.answerer import Record, choice_texts, text_in
 from elastic_lm.config.cascade import AskedChoices
@@ -85,7 +85,7 @@ def messages_of(record: Record, field: str, text_field: str) -> list[dict[str, A
     right = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
     right = right and all(isinstance(one, Mapping) and isinstance(one.get("role"), str) for one in messages)
     require(right, field, messages, 'must be a list like [{"role": "user", "content": "Is it?"}]')
-    return [dict(one) for one in messages]
+    return [dict(one) for one in cast("Sequence[Mapping[str, Any]]", messages)]
 
 
 def with_choices(messages: Sequence[Mapping[str, Any]], choices: Sequence[str]) -> list[dict[str, Any]]:

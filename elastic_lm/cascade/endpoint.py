@@ -150,7 +150,8 @@ class Endpoint:
         self._timeout, self._retries, self._backoff, self._workers = timeout, retries, backoff, workers
         self._style, self._text_field, self._cost = style, text_field, cost
         self._messages_field, self._choices_field = messages_field, choices_field
-        self._choices, self._top_logprobs = choices, int(top_logprobs)
+        self._choices: AskedChoices = choices
+        self._top_logprobs = int(top_logprobs)
         self._any_logprobs = False  # whether a reply has had some
         self._options, self._headers = dict(options or {}), {**login, **(headers or {})}
         self._down = False

@@ -250,7 +250,9 @@ def measure_members(
     last = answer_costs(columns[-1], cost)
     _require_costs(last, cost)
     measurements = JointMeasurements.of(
-        scores=[[np.nan if r.scores[i] is None else r.scores[i] for r in good] for i in range(len(before))],
+        scores=[
+            [np.nan if (score := r.scores[i]) is None else score for r in good] for i in range(len(before))
+        ],
         qualities=[
             [quality(records[r.index], answer.output) for r, answer in zip(good, answers, strict=True)]
             for answers in columns

@@ -148,10 +148,11 @@ def _service(options: PairOptions, number: int, cost: float, *, scored: bool) ->
         read = scored or choices == "texts"
         top = options.top_logprobs or (TOP_LOGPROBS if read else 0)
         how |= {"choices": choices, "choices_field": options.choices_field, "top_logprobs": top}
-        how["options"] = {"max_tokens": options.max_new_tokens}
+        body: dict[str, Any] = {"max_tokens": options.max_new_tokens}
         if options.service_model:
             models = options.service_model.split(",")
-            how["options"]["model"] = models[services.index(number) if len(models) > 1 else 0]
+            body["model"] = models[services.index(number) if len(models) > 1 else 0]
+        how["options"] = body
     key = service_key(options, number)
     return Endpoint(
         options.places[number].place,
