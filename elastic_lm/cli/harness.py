@@ -100,6 +100,18 @@ class LoadedModel(HarnessModel):
             **lengths,
         )
 
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> Any:
+        """A model from text like "path=DIR,exit=6"; what the harness adds to it gives way."""
+        given = harness("utils").simple_parse_args_string(arg_string)
+        return cls.create_from_arg_obj(given, additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: Any, additional_config: Any = None) -> Any:
+        """The same from arguments by name; the harness's own command always adds a batch size."""
+        added = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**added, **arg_dict})
+
 
 def register() -> None:
     """Makes `elastic_lm` one of the harness's models.

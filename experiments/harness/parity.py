@@ -3,7 +3,8 @@
     python experiments/harness/parity.py --hf-dir SMOLLM2 --tasks-data FOLDER --json parity.json
 
 Both read the same weights in float32 on the same machine, task by task. What is done is in the file at once,
-and a run that is started again goes on with what is missing. `--table` prints what there is.
+and a run that is started again goes on with what is missing. `--table FILE` writes what there is without the
+single answers, and prints it.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def compared(entry: dict[str, Any]) -> dict[str, Any]:
     return {
         "rows": own["rows"],
         "requests": len(pairs),
+        "seconds": (own["seconds"], other["seconds"]),
         "largest_difference_in_nats": max(abs(a - b) for a, b in pairs),
         "metrics": {name: (value, other["metrics"][name]) for name, value in own["metrics"].items()},
     }
@@ -97,7 +99,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--limit", type=int, help="questions per task, instead of the numbers in this file")
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", type=Path, metavar="FILE")
     flags = parser.parse_args()
 
     from elastic_lm.files.atomic import write_text_whole
@@ -107,6 +109,9 @@ def main() -> None:
     if flags.json.is_file():
         found = json.loads(flags.json.read_text())
     if flags.table:
+        both = {task: e for task, e in found["tasks"].items() if {"ours", "hf"} <= set(e)}
+        summary = {**found, "tasks": {task: compared(entry) for task, entry in both.items()}}
+        write_text_whole(flags.table, json.dumps(summary, indent=1) + "\n")
         print(table(found))
         return
 

@@ -1003,7 +1003,7 @@ EVALUATE = [
         files=FILE,
     ),
     Case("evaluate --model {hf} --limit 3", "--limit 3: is about tasks; add --tasks NAME,NAME"),
-    Case("evaluate --model {hf} --tasks piqa --stride 2", "--stride … give --data FILE.txt"),
+    Case("evaluate --model {hf} --tasks piqa --stride 2", "--stride 2: is about text; leave it out"),
     Case("evaluate --model {hf} --tasks , --limit 3", "--tasks: ',' names no task"),
     Case("evaluate --model {hf} --tasks piqa --num-fewshot -1", "--num-fewshot -1: must be at least 0"),
     Case("evaluate --model {hf} --continuations -1", "--continuations -1: must be at least 0"),

@@ -179,7 +179,8 @@ def test_a_command_measures_every_depth(folder: Path, data: Path, tmp_path: Path
     (depth,) = json.loads(result.read_text())["parts"][0]["depths"]
     plugin.register()
     lm_class = __import__("lm_eval.api.registry", fromlist=["get_model"]).get_model("elastic_lm")
-    model = lm_class.create_from_arg_string(f"path={folder},exit=3", {"batch_size": 2, "device": "cpu"})
+    added = {"batch_size": 1, "device": "cpu"}  # by the harness's command, whatever is typed
+    model = lm_class.create_from_arg_string(f"path={folder},exit=3,batch_size=2", added)
     results = harness_tasks.run_tasks(model, harness_tasks.load_tasks(["arc_easy"], data), limit=3)
     assert harness_tasks.own_results(results)["arc_easy"] == depth["tasks"]["arc_easy"]
 
