@@ -57,6 +57,7 @@ def outputs(samples) -> list[tuple[list[int], list[int]]]:
     return [(s.tokens, s.exit_layers) for s in samples]
 
 
+@pytest.mark.long
 def test_every_width_leaves_by_its_own_thresholds(model, prompts):
     """As the slice does with these thresholds; a width without some, and the whole model, at full depth."""
     half, uneven, other = (Subnet.uniform(model.config, mlp=share) for share in (0.5, 0.25, 0.75))
@@ -81,6 +82,7 @@ def test_every_width_leaves_by_its_own_thresholds(model, prompts):
         assert all(depths == [3] * NEW for _, depths in outputs(found))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_of_one_batch_have_sizes_of_their_own(model, prompts, way):
     """Every row is what its slice gives alone, at its own thresholds, and other mixtures compile nothing."""
