@@ -1,4 +1,4 @@
-"""Exits in closed form, affine maps with or without an MLP beside them, are exported and read back bit by bit."""
+"""Exits in closed form, affine maps with or without an MLP, are exported and read back bit by bit."""
 
 import pathlib
 
