@@ -39,6 +39,8 @@ EXIT_TENSORS = {
     "pooler/bias": Tensor(("pooler.bias",)),
     "pooler/norm/scale": Tensor(("pooler.norm.weight",)),
     "pooler/norm/bias": Tensor(("pooler.norm.bias",)),
+    "map/kernel": Tensor(("map.weight",)),
+    "map/bias": Tensor(("map.bias",)),
     "gate/up/kernel": Tensor(("gate.up.weight",)),
     "gate/up/bias": Tensor(("gate.up.bias",)),
     "gate/down/kernel": Tensor(("gate.down.weight",)),
