@@ -203,7 +203,7 @@ def fit_joint(
     elif goal in ("target_accuracy", "target_cost"):
         require_type(goal, value, float)
     guarantee = None
-    if goal == "risk":
+    if isinstance(value, CascadeRisk):
         thresholds, guarantee = control_jointly(measured, value, seed)
     else:
         thresholds = _best(measured, grid, goal, value)

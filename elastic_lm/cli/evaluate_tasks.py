@@ -217,7 +217,7 @@ def _task_lines(task: str, depth: dict[str, Any]) -> list[str]:
     """The metrics of one task at one depth."""
     numbers, layers, share = (depth[key][task] for key in ("tasks", "layers", "flops_share"))
     shown = "-" if share is None else f"{100 * share:.0f} %"
-    name = f"{layers:.0f}" if layers == int(layers) else f"{layers:.2f}"
+    name = "" if layers is None else f"{layers:.0f}" if layers == int(layers) else f"{layers:.2f}"
     lines = []
     for metric, value in numbers.items():
         if metric == "rows" or metric.endswith("_stderr"):

@@ -449,7 +449,7 @@ def make_sampler(options: DecodingOptions) -> "tuple[Sampler, Tokenizer]":
         how["subnet"] = chosen_subnet(options, folder, model.config, params, tokenizer, force=options.force)
 
     if options.drafter:
-        how["drafter"] = chosen_drafter(options.drafter, model.config)
+        how["drafter"] = chosen_drafter(options.drafter, model.config, folder)
 
     sampler = Sampler(model, params, tokenizer, options=DecodeOptions(**how))
     if isinstance(sampler.runs, Budget):

@@ -307,8 +307,13 @@ def chosen_subnet(
     return subnet
 
 
-def chosen_drafter(drafter: SubnetText, config: "ModelConfig") -> Drafter:
+def chosen_drafter(drafter: SubnetText, config: "ModelConfig", folder: str) -> Drafter:
     """What drafts for a model, told on stderr.
+
+    Args:
+      drafter: what the flag says: shares, layers, a name in the model's table, or a file.
+      config: of the model.
+      folder: that the model is in, or its name on the Hub.
 
     Raises:
       ValueError: it is none of this model, or the file holds none.
@@ -317,11 +322,12 @@ def chosen_drafter(drafter: SubnetText, config: "ModelConfig") -> Drafter:
     from elastic_lm.width.drafter_files import load_drafter
 
     try:
-        content: Any = read_json(drafter.file) if drafter.file else None
+        file = drafter.file or (drafter.name if Path(drafter.name).is_file() else "")
+        content: Any = read_json(file) if file else None
         if isinstance(content, dict) and "drafter" in content:
-            found = load_drafter(drafter.file)
+            found = load_drafter(file)
         else:
-            found = Drafter(drafter.of(config))
+            found = Drafter(drafter.of(config, folder))
         found.check(config)
     except ValueError as error:
         raise ValueError(str(error).replace("--subnet", "--drafter", 1)) from None

@@ -6,7 +6,7 @@ import numbers
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -514,7 +514,7 @@ class Sampler:
             ]
             require(prefix is None, "prefix", prefix, "is of one model; leave subnets per prompt out")
         else:
-            served = self._serve(budget, subnet)
+            served = self._serve(budget, cast("Subnet | None", subnet))
         if served.subnet is not None:
             policies = [on_subnet(policy, self.config, served.subnet) for policy in policies]
 
