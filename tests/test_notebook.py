@@ -61,10 +61,10 @@ def test_saved_outputs_are_of_the_cells_and_the_version(path: pathlib.Path, make
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_opens_on_a_gpu_with_forms(path: pathlib.Path) -> None:
+def test_notebook_opens_on_an_accelerator_with_forms(path: pathlib.Path) -> None:
     notebook = read(path)
-    assert notebook.metadata["accelerator"] == "GPU"
-    assert notebook.metadata["colab"]["gpuType"] == "T4"
+    kind = ("TPU", "V5E1") if path.stem == "06_pod" else ("GPU", "T4")
+    assert (notebook.metadata["accelerator"], notebook.metadata["colab"]["gpuType"]) == kind
     code = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
     forms = [cell for cell in code if cell["source"].startswith("# @title ")]
     assert all(cell["metadata"]["cellView"] == "form" for cell in forms)
