@@ -323,7 +323,7 @@ def chosen_drafter(drafter: SubnetText, config: "ModelConfig", folder: str) -> D
 
     try:
         file = drafter.file or (drafter.name if Path(drafter.name).is_file() else "")
-        content: Any = read_json(file) if file else None
+        content: Any = read_json(Path(file)) if file else None
         if isinstance(content, dict) and "drafter" in content:
             found = load_drafter(file)
         else:

@@ -988,6 +988,19 @@ CALIBRATE = [
     ),
 ]
 
+DRAFTER = [
+    Case(f"drafter --model {{hf}} {flags}", says)
+    for flags, says in (
+        ("--prompts 0", "--prompts 0: must be at least 1"),
+        ("--prompts x", "argument --prompts: invalid int value: 'x'"),
+        ("--new-tokens 0", "--new-tokens 0: must be at least 2"),
+        ("--window 1", "--window 1: must be at least 2"),
+        ("--batch-size 0", "--batch-size 0: must be at least 1"),
+        ("--data nowhere.txt", "data path nowhere.txt: does not exist"),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+    )
+]
+
 EVALUATE = [
     *held_out("evaluate"),
     Case(f"evaluate --model {{hf}} {LONG_ROWS}", "--context 256: must be at most 128"),
@@ -1152,7 +1165,7 @@ CASCADE = [
         files={"r.json": '{"format": "elastic_lm routing 1", "threshold": 1, "provenance": null}'},
     ),
     run("--threshold nan", "threshold=nan: must be a finite number"),
-    run("--threshold x", "argument --threshold: invalid float value: 'x'"),
+    run("--threshold x", "argument --threshold: 'x' is no number, nor numbers with commas"),
     run("--threshold 1 --swift-exit 1", "--swift-exit 1: is an exit of the Super; leave --swift out"),
     run("--threshold 1 --batch-size 0", "--batch-size=0: must be at least 1"),
     run("--threshold 1 --temperature 0", "temperature=0.0: must be positive"),
@@ -1299,6 +1312,7 @@ CASES = [
     *TRAIN,
     *QUICKSTART,
     *CALIBRATE,
+    *DRAFTER,
     *EVALUATE,
     *PREVIEW,
     *PLAN,

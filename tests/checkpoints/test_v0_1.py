@@ -178,10 +178,11 @@ def test_rules_are_fitted_again_from_the_answers_that_were_kept(
         for field, value in before.items():
             close = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
             assert bounds[field] == close, field
-    assert set(new.provenance) == {*old.provenance, "contents"}  # fingerprints of what is in the files
+    # Fingerprints of what is in the files, and where the two models disagree.
+    assert set(new.provenance) == {*old.provenance, "contents", "slices"}
     assert new.provenance["fingerprints"] == old.provenance["fingerprints"]
     shown = capsys.readouterr()
-    assert shown.out.splitlines()[-5:] == todays_words(then["printed"][printed]).splitlines()[-5:]
+    assert "\n".join(todays_words(then["printed"][printed]).splitlines()[-5:]) in shown.out
     assert "24 of 24 records are there already" in shown.err
 
 
