@@ -14,6 +14,7 @@ from elastic_lm.report.machine import hardware, versions
 
 PLUMBING = (
     "decode_programs",
+    "drafter_plan",
     "early",
     "forecasts",
     "latency_build",
@@ -25,6 +26,7 @@ PLUMBING = (
     "parts",
     "plan",
     "report",
+    "setting_list",
     "timing",
     "topology_plan",
 )

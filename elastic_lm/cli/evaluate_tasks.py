@@ -79,7 +79,7 @@ def add_tasks(parser: argparse.ArgumentParser, place: Callable[[str], str]) -> N
     add("--exit", type=int, metavar="LAYER", help="the exit that answers (default: every depth, in one pass)")
     add("--rows", type=int, metavar="N", help=f"texts that are read at once (default: {ROWS})")
     add("--chat", action="store_true", help="prompts are written with the model's chat template")
-    add("--plot", metavar="FILE", help="picture of accuracy against compute")
+    add("--plot", metavar="FILE", type=place, help="picture of accuracy against compute")
 
 
 def run(options: "Options") -> None:

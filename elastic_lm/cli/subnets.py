@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic_lm.cli.held_out import HeldOutOptions, add_held_out, held_out_batches
 from elastic_lm.cli.model_folder import writing_target
-from elastic_lm.cli.parser import local_place, require_flag
+from elastic_lm.cli.parser import require_flag
 from elastic_lm.cli.width_flags import WidthOptions, add_width, chosen_subnet, named_subnets
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--add-table", metavar="FILE", help=table)
     add("--remove", nargs="+", metavar="NAME", help="take these names out")
     add_width(parser)
-    add("--json", metavar="FILE", type=local_place, help="write the table here; - = to stdout")
+    add("--json", metavar="FILE", help="write the table here; - = to stdout")
 
 
 def run(options: Options) -> None:

@@ -164,7 +164,7 @@ def test_help_shows_the_defaults_that_are_left_to_the_library(
 
 
 def test_names_come_from_their_definitions() -> None:
-    assert tuple(f.name for f in dataclasses.fields(Budget)) == BUDGET_KINDS
+    assert tuple(f.name for f in dataclasses.fields(Budget)) == (*BUDGET_KINDS, "quality")
     assert set(STRATEGIES) - {"joint"} == set(get_args(Strategy))
     for name in confidence.METRICS:
         assert name in help_of(calibrate, "metric")

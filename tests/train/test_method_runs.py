@@ -181,5 +181,7 @@ def test_a_new_model_is_not_ranked(run_config: RunConfig, tmp_path: Path) -> Non
     assert not ranked
     with pytest.raises(ValueError, match=r"elastic_groups=24: must divide d_mlp=64; choose 8"):
         at_the_start(changed(config, elastic_groups=24), tmp_path)
-    with pytest.raises(ValueError, match=r"method\.menu\.mlp=0\.3: must give a multiple of 16 of 64"):
+    with pytest.raises(
+        ValueError, match=r"menu\.mlp=0\.3: must give a whole number of the 64 neurons; nearest: 0\.29"
+    ):
         at_the_start(changed(config, menu=Menu((0.3, 1.0), (1.0,))), tmp_path)
