@@ -49,6 +49,7 @@ def subnet(model):
     return Subnet.uniform(model.config, layers=(0, 2), mlp=0.5, heads=0.5)
 
 
+@pytest.mark.long
 def test_no_token_differs(model, subnet, many_prompts, monkeypatch):
     """Greedy and sampled, by fixed and by adaptive drafts, for rows of which one may have more accepted."""
     given_costs(monkeypatch, EVEN)
@@ -68,6 +69,7 @@ def test_no_token_differs(model, subnet, many_prompts, monkeypatch):
     assert 0 < wasted < drafted
 
 
+@pytest.mark.long
 def test_a_token_that_the_drafter_cannot_draw_is_left_to_the_whole_model(
     model, subnet, many_prompts, monkeypatch
 ):

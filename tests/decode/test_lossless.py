@@ -118,6 +118,7 @@ def test_stop_tokens_in_drafts_stop_only_when_verified(drafting, many_prompts, f
         assert out.tokens == tokens[: end + 1]
 
 
+@pytest.mark.long
 def test_stream_shows_only_what_is_verified(drafting, many_prompts, full):
     class Numbers:
         def encode(self, text, *, bos=False):

@@ -144,6 +144,7 @@ def test_held_out_text_is_not_observed(gated) -> None:
             observe(gated.config, damaged(gated.params, name), [batch])
 
 
+@pytest.mark.long
 def test_encoder_decoders() -> None:
     config = el.EncoderDecoderConfig(vocab_size=48, d_model=32, n_layers=2, n_heads=4, d_mlp=64, n_labels=2)
     params = random_params(config)

@@ -263,6 +263,7 @@ def test_alternating_budgets_compile_each_sub_network_once(bare, prompts):
     assert Sampler.compilations() == programs
 
 
+@pytest.mark.long
 def test_evicted_sub_networks_leave_nothing_behind(bare, prompts):
     sampler = bare.sampler(window=1, keep_subnets=2)
     chosen = [Subnet.uniform(bare.config, mlp=share) for share in (0.25, 0.5, 0.75)]

@@ -146,6 +146,7 @@ def test_gradient_is_the_sum_of_separate_gradients(stacked: bool) -> None:
     jax.tree.map(CLOSE, found, jit(jax.grad(mean))(params))
 
 
+@pytest.mark.long
 def test_remat_changes_nothing() -> None:
     config, params = model()
     jax.tree.map(
@@ -266,6 +267,7 @@ def temporary_bytes(depths: tuple[int, ...]) -> int:
     return step.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_sub_models_times_vocabulary() -> None:
     logits = 2 * 512 * 8192 * 4  # of one sub-model: 33.5 MB
     one, four = temporary_bytes((4,)), temporary_bytes(())

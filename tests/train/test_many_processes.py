@@ -182,6 +182,7 @@ def check_moves(begun: Any, params: Any, found: Any) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes")
+@pytest.mark.long
 def test_two_processes_train_as_one(runs: dict[str, Any], tmp_path: Path) -> None:
     runs = {"ee_tuning": runs["ee_tuning"]}
     printed = do(written(runs, tmp_path, "many"), tmp_path, 2)

@@ -66,6 +66,7 @@ def test_self_supervised_exits_leave_the_model_alone(base: RunConfig, tmp_path: 
     assert {"agreement/exit_1", "gate_accuracy/exit_1"} <= set(metrics)
 
 
+@pytest.mark.long
 def test_cached_states_train_for_many_epochs_and_resume(base: RunConfig, tmp_path: Path, monkeypatch) -> None:
     config = changed(base, method="self_supervised_exits", cached_batches=2, steps=12, schedule="constant")
     config = dataclasses.replace(config, exits=(ExitConfig(1, "mlp", init="random"),))
