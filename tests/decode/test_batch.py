@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 NEW = 20
-LONG_2, LONG_8 = (pytest.param(window, marks=pytest.mark.long) for window in (2, 8))
+LONG_2 = pytest.param(2, marks=(pytest.mark.long, pytest.mark.nightly))
+LONG_8 = pytest.param(8, marks=pytest.mark.long)
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def sampler_of(talker, tokenizer: Tokenizer, **options) -> Sampler:
     [
         pytest.param({}, {}, id="greedy"),
         pytest.param({}, {"temperature": 1.0, "seed": 3}, id="drawn"),
-        pytest.param({"lossless": True}, {}, id="lossless", marks=pytest.mark.long),
+        pytest.param({"lossless": True}, {}, id="lossless", marks=(pytest.mark.long, pytest.mark.nightly)),
     ],
 )
 def test_three_turns_equal_those_from_scratch(talker, tokenizers, template, options, how) -> None:

@@ -26,6 +26,7 @@ def params():
     return random_params(CONFIG, scale=0.3)
 
 
+@pytest.mark.nightly
 @pytest.mark.long
 def test_agreement_is_counted_token_by_token(params) -> None:
     texts = [[2, 7, 1], [8, full_choice(params, [5, 9, 8]), 8, 2]]  # not equally long

@@ -321,6 +321,7 @@ def test_a_call_in_which_nothing_could_be_copied_is_refused(plain):
         sampler.sample([1, 2], NEW, lossless=True, prompt_state=state)
 
 
+@pytest.mark.nightly
 @pytest.mark.long
 def test_exits_that_cost_more_than_they_bring_rest(with_exits, many_prompts, monkeypatch):
     """And no token differs, whether they are looked at or not."""

@@ -252,6 +252,7 @@ class Propagation:
         return tokens[len(prompt) :], depths
 
 
+@pytest.mark.nightly
 @pytest.mark.long
 def test_deeper_layers_get_keys_and_values_of_the_state_that_left(four, prompts):
     logits = four.forward(jnp.asarray([prompts[5]])).exit_logits

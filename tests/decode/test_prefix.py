@@ -56,6 +56,7 @@ def test_approximate_keys_and_values_are_not_kept(model, prompts, mixed) -> None
     assert sampler.sample(text, NEW, prefix=prefix).tokens == sampler.sample(text, NEW).tokens
 
 
+@pytest.mark.nightly
 @pytest.mark.long
 def test_windows_and_learned_positions_go_on(make_model) -> None:
     config = tiny_config(n_layers=2, exits=(1,), position="learned")

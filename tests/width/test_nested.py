@@ -88,6 +88,7 @@ def test_a_tilt_leads_to_the_smallest_or_the_whole_model() -> None:
         assert_close(found, Decoder(small).apply({"params": sliced}, tokens).logits)
 
 
+@pytest.mark.nightly
 @pytest.mark.long
 def test_prompts_choose_whatever_stands_beside_and_behind_them() -> None:
     config, params = by_token()
