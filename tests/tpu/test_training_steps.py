@@ -38,7 +38,6 @@ pytestmark = pytest.mark.long
 
 DESIGNED = {"all-gather", "all-reduce", "reduce-scatter"}
 SLICES = {"v5e:2x4": (1, 4, 2), "v5p:2x2x2": (2, 2, 2)}  # topology: devices on data, fsdp and tensor
-TOPOLOGIES = ["v5e:2x4", pytest.param("v5p:2x2x2", marks=pytest.mark.nightly)]
 MENU = Menu(mlp=(0.5, 1.0), heads=(0.5, 1.0))
 EXITS = (ExitConfig(1, kind="mlp", init="copy"), ExitConfig(2, kind="mlp", init="copy"))
 
@@ -99,7 +98,7 @@ def elastic_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", SLICES)
 @pytest.mark.parametrize("name", METHODS)
 def test_collectives_are_those_of_the_design(name: str, topology: str, elastic_folder: Path) -> None:
     """Parameters are gathered, gradients and the tensor axis's sums are reduced, and nothing else moves."""
@@ -110,7 +109,7 @@ def test_collectives_are_those_of_the_design(name: str, topology: str, elastic_f
     assert set(program.counts()) <= DESIGNED
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", SLICES)
 def test_a_task_is_learned_with_the_same_collectives(topology: str) -> None:
     """But for its head, which has one state per record: the compiler may send that, as it is smaller."""
     task = TaskConfig(paths=("records.jsonl",), labels=("bad", "good"), max_len=64, tokenizer="t")
@@ -147,7 +146,6 @@ def test_an_8b_at_full_size() -> None:
     check_rings(plan)
 
 
-@pytest.mark.nightly
 def test_a_70b_at_full_size() -> None:
     """EE-Tuning of a Llama 2 70B on 256 chips of 16 GB each."""
     run = RunConfig(
